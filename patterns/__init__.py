@@ -1,0 +1,36 @@
+"""PatternNet and PatternAttribution (Kindermans et al., ICLR 2018) in plain torch.
+
+trace a model → accumulate its moments over data → solve for patterns → explain.
+"""
+
+from patterns.errors import UserError
+from patterns.estimators import CHOICES, ESTIMATORS, Solution, solve
+from patterns.explain import METHODS, Explainer, Explanation
+from patterns.graph import Network, trace
+from patterns.moments import Moments, Sums
+from patterns.observe import Observer, accumulate
+from patterns.operators import Gate, Operator
+from patterns.storage import choose, digest, load, save
+
+__all__ = [
+    "CHOICES",
+    "ESTIMATORS",
+    "METHODS",
+    "Explainer",
+    "Explanation",
+    "Gate",
+    "Moments",
+    "Network",
+    "Observer",
+    "Operator",
+    "Solution",
+    "Sums",
+    "UserError",
+    "accumulate",
+    "choose",
+    "digest",
+    "load",
+    "save",
+    "solve",
+    "trace",
+]

@@ -1,0 +1,127 @@
+"""A model's exported ATen graph under work, and how to read its nodes."""
+
+import re
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, Node
+from torch.fx.graph import CodeGen
+
+from patterns.errors import UserError
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A graph under work, and the tensors and modules that its nodes name."""
+
+    graph: Graph
+    parts: dict[str, Any]
+
+    def constant(self, node: Node, value: Tensor) -> Node:
+        """A node for a tensor, made before `node`."""
+        target = f"constants.{node.name}_{len(self.parts)}"
+        self.parts[target] = value
+        with self.graph.inserting_before(node):
+            return self.graph.get_attr(target)
+
+    def call(self, before: Node, target: Any, *args: Any) -> Node:
+        """A call made before a node, standing at the same place of the model's code."""
+        with self.graph.inserting_before(before):
+            node = self.graph.call_function(target, args)
+        node.meta = {k: v for k, v in before.meta.items() if k != "val"}
+        return node
+
+
+def export(model: nn.Module, example: Tensor, name: str) -> Draft:
+    """The functional ATen graph of one call, with its batch size free."""
+    example = example[:1].repeat(2, *[1] * (example.dim() - 1))  # torch.export would make a batch of 1 a constant
+    shape = tuple(example.shape[1:])
+    try:
+        with torch.no_grad():
+            output = model(example)
+    except Exception as error:  # whatever the model's own code raises for an input it does not take
+        raise UserError(
+            name,
+            f"the model does not take an input of shape {shape} ({first_line(error)})",
+            "Set --image-size, --mean and --std to what the model takes (as many means as it has input channels).",
+        ) from error
+    if not isinstance(output, Tensor):
+        raise UserError(name, f"the model returns {type(output).__name__}", "Wrap it to return one tensor of scores.")
+    try:
+        batch = {0: torch.export.Dim.DYNAMIC}
+        program = torch.export.export(model, (example,), dynamic_shapes=(batch,), strict=False)
+        module: Any = program.run_decompositions({}).module()
+    except Exception as error:  # torch.export raises many kinds
+        raise UserError(
+            name,
+            f"the model cannot be exported as a graph ({first_line(error)})",
+            "Remove control flow that depends on the data or on the batch size from its forward.",
+        ) from error
+    graph = copy_graph(module.graph)
+    graph.set_codegen(CodeGen())  # a plain forward(x) -> tensor in place of torch.export's pytrees
+    (output_node,) = graph.find_nodes(op="output")
+    output_node.args = (output_node.args[0][0],)
+    parts: dict[str, Any] = {}
+    for node in list(graph.nodes):
+        if node.op == "get_attr":
+            parts[str(node.target)] = attribute(module, str(node.target))
+        elif node.op == "call_module":  # torch.export's guards on shapes
+            graph.erase_node(node)
+    return Draft(graph, parts)
+
+
+def constant_of(draft: Draft, node: Node | None) -> Tensor | None:
+    return draft.parts[node.target] if node is not None and node.op == "get_attr" else None
+
+
+def arguments(node: Node) -> dict[str, Any]:
+    """The arguments of an ATen call by their names, defaults included."""
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    names = [a.name for a in schema]
+    return {a.name: a.default_value for a in schema} | dict(zip(names, node.args)) | dict(node.kwargs)
+
+
+def spread(value: Any, dims: int) -> tuple[int, ...]:
+    """One number for each dimension, as ATen reads a shorter list; () stays empty."""
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * dims if len(values) == 1 else values
+
+
+def opname(node: Node) -> str:
+    """`relu` for a call of aten.relu.default; '' for what is no call."""
+    if node.op != "call_function":
+        return ""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.name.partition("::")[2].removesuffix("_")
+    return getattr(node.target, "__name__", str(node.target))
+
+
+def source(node: Node) -> str:
+    """The module and the model's line of code that call a node."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    module = (stack[-1][0] if stack else "") or "the model"
+    frames = re.findall(r'File "([^"]+)", line (\d+), in .*\n\s*(.*)', node.meta.get("stack_trace") or "")
+    own = [f for f in frames if "/torch/nn/" not in f[0]] or frames
+    if not own:
+        return module
+    file, line, code = own[-1]
+    return f"{module} ({file.rpartition('/')[2]}:{line}: {code.strip()})"
+
+
+def attribute(module: nn.Module, target: str) -> Any:
+    return attrgetter(target)(module)
+
+
+def copy_graph(graph: Graph) -> Graph:
+    copy = Graph()
+    output = copy.graph_copy(graph, {}, return_output_node=False)
+    copy.output(output)
+    return copy
+
+
+def first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__

@@ -1,0 +1,238 @@
+"""A model as a graph whose linear operations are `Operator` modules.
+
+`trace` exports the model with `torch.export` and rewrites the graph step by step: constants are
+evaluated, average pooling is brought to one form, linear operations become operators, batch norm is
+folded into the operator before it, gates are read off the users. The result computes what the model
+computes, and is an ordinary `GraphModule`: print its code, move it, cast it.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
+
+from patterns.draft import Draft, arguments, attribute, copy_graph, export, opname, source
+from patterns.errors import UserError
+from patterns.lift import fixed_product, lift_operators, unify_pooling
+from patterns.operators import Convolution, Gate, Linear, Operator, Scale, along
+
+aten = torch.ops.aten
+
+# Rectifiers: where they pass their input on.
+RECTIFIERS: dict[Any, Callable[[dict[str, Any]], Gate]] = {
+    aten.relu.default: lambda _: Gate(0.0, float("inf")),
+    aten.hardtanh.default: lambda a: Gate(float(a["min_val"]), float(a["max_val"])),
+    aten.clamp.default: lambda a: Gate(limit(a["min"], "-inf"), limit(a["max"], "inf")),
+    aten.clamp_min.default: lambda a: Gate(float(a["min"]), float("inf")),
+}
+
+# What a gate is seen through: the values that reach the rectifier are the operator's own.
+SEEN_THROUGH = {
+    "max_pool1d", "max_pool2d", "max_pool3d", "max_pool2d_with_indices", "max_pool3d_with_indices",
+    "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d",
+    "view", "_unsafe_view", "reshape", "flatten", "unflatten", "permute", "transpose", "t", "squeeze", "unsqueeze",
+    "expand", "contiguous", "clone", "alias", "detach", "cat", "stack", "slice", "select", "split",
+    "split_with_sizes", "chunk", "unbind", "getitem", "_to_copy", "to", "dropout", "roll", "flip",
+    "channel_shuffle", "pixel_shuffle", "pixel_unshuffle",
+}  # fmt: skip
+
+# Fixed linear maps without a weight of their own: they pass with their usual backward.
+FIXED_LINEAR = {
+    "pad", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad2d",
+    "index_select", "gather", "repeat", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d",
+    "upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d", "upsample_bicubic2d", "sum",
+}  # fmt: skip
+
+SYMBOLIC = {"sym_size", "mul", "add", "sub", "floordiv", "mod"}  # arithmetic on the batch size
+SUPPORTED = (
+    "convolution, linear, batch norm in inference mode, addition, average pooling, "
+    "ReLU, ReLU6, max pooling, and changes of shape"
+)
+
+
+@dataclass(frozen=True)
+class Network:
+    """A traced model. `module` maps a batch (N, *input_shape) to the model's output."""
+
+    module: GraphModule
+    input_shape: tuple[int, ...]
+
+    @property
+    def operators(self) -> dict[str, Operator]:
+        """The operators by name, in the order in which the model first calls them."""
+        return {operator.name: operator for _, operator in operator_calls(self.module)}
+
+    def rewrite(self, replace: Callable[[Operator], nn.Module]) -> GraphModule:
+        """The same graph with each operator replaced; everything else is shared."""
+        parts: dict[str, Any] = {}
+        for node in self.module.graph.nodes:
+            if node.op == "get_attr":
+                parts[node.target] = attribute(self.module, node.target)
+        for name, module in self.operators.items():
+            parts[name] = replace(module)
+        return GraphModule(parts, copy_graph(self.module.graph), type(self.module).__name__)
+
+
+def trace(model: nn.Module, example: Tensor, *, name: str = "model", pass_through: Collection[str] = ()) -> Network:
+    """The model's graph for inputs of the example's shape and any batch size.
+
+    The model is put in evaluation mode. `example`: (N, …), on the model's device, in its dtype.
+    `pass_through`: names of further operations whose usual gradient the caller accepts.
+
+    Raises UserError where the model does not take the example, cannot be exported, does not return
+    one tensor, or holds an operation that is neither linear nor a known rectifier, pooling or shape change.
+    """
+    draft = export(model.eval(), example, name)
+    fold_constants(draft)
+    unify_pooling(draft)
+    lift_operators(draft)
+    fold_scales(draft)
+    refuse_unknown(draft, name, pass_through)
+    set_constants_apart(draft)
+    module = GraphModule(draft.parts, draft.graph, "Network")
+    find_gates(module)
+    record_shapes(module, example)
+    return Network(module.requires_grad_(False), tuple(example.shape[1:]))
+
+
+def fold_constants(draft: Draft) -> None:
+    """Evaluate what does not depend on the input (standardised weights, position tables)."""
+    values: dict[Node, Any] = {}
+    for node in list(draft.graph.nodes):
+        if node.op == "get_attr":
+            values[node] = draft.parts[node.target]
+        elif node.op == "call_function" and all(n in values for n in node.all_input_nodes):
+            with torch.no_grad():
+                values[node] = node.target(*resolve(node.args, values), **resolve(node.kwargs, values))
+            if isinstance(values[node], Tensor):
+                constant = draft.constant(node, values[node])
+                constant.meta = dict(node.meta)
+                values[constant] = values[node]
+                node.replace_all_uses_with(constant)
+    draft.graph.eliminate_dead_code()
+
+
+def fold_scales(draft: Draft) -> None:
+    """Fold each batch norm into the convolution or linear operator before it, if that has no other use."""
+    calls = Counter(node.target for node in draft.graph.nodes if node.op == "call_module")
+    for node in list(draft.graph.nodes):
+        before = node.args[0] if node.op == "call_module" else None
+        if not isinstance(before, Node) or before.op != "call_module" or len(before.users) > 1:
+            continue
+        scale, linear = draft.parts[str(node.target)], draft.parts[str(before.target)]
+        rank = node.meta["val"].dim()
+        if (
+            not isinstance(scale.kind, Scale)
+            or not isinstance(linear.kind, Convolution | Linear)
+            or scale.kind.axis % rank != linear.kind.axis % rank
+            or calls[node.target] > 1
+            or calls[before.target] > 1
+        ):
+            continue
+        factor = scale.weight[:, 0].double()
+        weight = linear.weight.double() * along(0, factor, linear.weight)
+        bias = torch.zeros_like(factor) if linear.bias is None else linear.bias.double() * factor
+        if scale.bias is not None:
+            bias = bias + scale.bias.double()
+        dtype = linear.weight.dtype
+        draft.parts[str(before.target)] = Operator(
+            linear.name, linear.kind, weight.to(dtype), bias.to(dtype), (), (), linear.source
+        )
+        node.replace_all_uses_with(before)
+        draft.graph.erase_node(node)
+
+
+def refuse_unknown(draft: Draft, name: str, pass_through: Collection[str]) -> None:
+    """Raise UserError for operations that the explanation pass would not know how to go back through."""
+    unknown: dict[str, str] = {}
+    for node in draft.graph.nodes:
+        if node.op != "call_function" or node.target in RECTIFIERS or node.target is fixed_product:
+            continue
+        operation = opname(node)
+        if operation in SEEN_THROUGH or operation in FIXED_LINEAR or operation in pass_through:
+            continue
+        if operation in SYMBOLIC and not isinstance(node.meta.get("val"), Tensor):
+            continue
+        if is_shift(node):
+            continue
+        unknown.setdefault(operation, source(node))
+    if unknown:
+        what = "; ".join(f"{operation} in {where}" for operation, where in list(unknown.items())[:3])
+        more = f" (and {len(unknown) - 3} more kinds)" if len(unknown) > 3 else ""
+        raise UserError(name, f"no pattern is defined for {what}{more}", f"Supported are {SUPPORTED}.")
+
+
+def is_shift(node: Node) -> bool:
+    """An added or subtracted constant: part of no neuron's weight, and its gradient is the identity."""
+    if node.target in (aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar):
+        first, *others = node.args
+        return sum(isinstance(t, Node) and t.op != "get_attr" for t in (first, *others)) == 1 and (
+            node.target in (aten.add.Tensor, aten.add.Scalar) or (isinstance(first, Node) and first.op != "get_attr")
+        )
+    return False
+
+
+def set_constants_apart(draft: Draft) -> None:
+    """Name the constants left in the graph so that none lies inside an operator of its name."""
+    draft.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in {"placeholder", "output"})
+    for node in draft.graph.find_nodes(op="get_attr"):
+        target = f"constants.{node.name}"
+        draft.parts[target] = draft.parts[str(node.target)]
+        node.target = target
+
+
+def find_gates(module: GraphModule) -> None:
+    """Give each operator its gate: the one rectifier that all its calls feed, and nothing else."""
+    gates: dict[str, set[Gate | None]] = {}
+    for node, operator in operator_calls(module):
+        gates.setdefault(operator.name, set()).update(consumers(node))
+    for _, operator in operator_calls(module):
+        found = gates[operator.name]
+        operator.gate = found.copy().pop() if len(found) == 1 else None
+
+
+def consumers(node: Node) -> Iterator[Gate | None]:
+    """What each path from a node leads to: a rectifier's gate, or None for anything else."""
+    for user in node.users:
+        if user.op == "call_function" and user.target in RECTIFIERS:
+            yield RECTIFIERS[user.target](arguments(user))
+        elif user.op == "call_function" and opname(user) in SEEN_THROUGH:
+            yield from consumers(user)
+        elif opname(user) not in SYMBOLIC:
+            yield None
+
+
+def record_shapes(module: GraphModule, example: Tensor) -> None:
+    """Run the example once to note each operator's shapes."""
+
+    def note(operator: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        assert isinstance(operator, Operator)
+        operator.input_shapes = tuple(tuple(x.shape[1:]) for x in inputs)
+        operator.output_shape = tuple(output.shape[1:])
+
+    hooks = [operator.register_forward_hook(note) for _, operator in operator_calls(module)]
+    with torch.no_grad():
+        module(example[:1])
+    for hook in hooks:
+        hook.remove()
+
+
+def operator_calls(module: GraphModule) -> Iterator[tuple[Node, Operator]]:
+    for node in module.graph.nodes:
+        if node.op == "call_module":
+            operator = module.get_submodule(str(node.target))
+            assert isinstance(operator, Operator)
+            yield node, operator
+
+
+def limit(value: float | None, unlimited: str) -> float:
+    return float(unlimited if value is None else value)
+
+
+def resolve(args: Any, values: dict[Node, Any]) -> Any:
+    return map_arg(args, lambda n: values[n])

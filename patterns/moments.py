@@ -1,0 +1,231 @@
+"""The sufficient statistics of an operator: sums over samples, so passes over different data add up.
+
+`K` neurons with `D` inputs each, in `G` groups of neurons that see the same inputs (G = 1 for a plain
+convolution or linear layer, G = K for a depthwise one).
+"""
+
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from patterns.operators import Inputs, Operator, along, positions, sum_positions
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Sums over one set of samples (images × output positions); all float64 but the counts.
+
+    n: samples, int64, shape (K,).
+    y, yy: Σy and Σy² of the outputs without bias, shape (K,).
+    x, xy: Σx, shape (G, D) or (K, D), and Σx·y, shape (K, D); None where they were not asked for.
+    """
+
+    n: Tensor
+    y: Tensor
+    yy: Tensor
+    x: Tensor | None = None
+    xy: Tensor | None = None
+
+    def __add__(self, other: "Sums") -> "Sums":
+        return self._combine(other, 1)
+
+    def __sub__(self, other: "Sums") -> "Sums":
+        return self._combine(other, -1)
+
+    def _combine(self, other: "Sums", sign: int) -> "Sums":
+        def combined(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+            if a is None or b is None:
+                if a is b:
+                    return None
+                raise ValueError("one side has Σx and Σxy, the other has not")
+            return torch.add(a, b, alpha=sign)
+
+        return Sums(*(combined(getattr(self, f), getattr(other, f)) for f in FIELDS))  # type: ignore[arg-type]
+
+    def mean_y(self) -> Tensor:
+        """E[y], shape (K,); 0 without samples."""
+        return self.y / self.n.clamp(min=1)
+
+    def var_y(self) -> Tensor:
+        """var[y], shape (K,); 0 without samples, and exactly 0 for outputs that differ by rounding only."""
+        mean_square = self.yy / self.n.clamp(min=1)
+        var = mean_square - self.mean_y() ** 2
+        return torch.where(var > ROUNDING * mean_square, var, 0.0)
+
+    def mean_x(self) -> Tensor:
+        """E[x] for each neuron, shape (K, D); 0 without samples."""
+        x = required(self.x)
+        return x.repeat_interleave(len(self.n) // len(x), 0) / self.n.clamp(min=1)[:, None]
+
+    def mean_xy(self) -> Tensor:
+        """E[x·y], shape (K, D); 0 without samples."""
+        return required(self.xy) / self.n.clamp(min=1)[:, None]
+
+
+FIELDS = ("n", "y", "yy", "x", "xy")
+# Float32 outputs of a neuron that never varies differ by about 1e-7; squared, that is below this share.
+ROUNDING = 1e-12
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sums over all samples, and over those that open the gate; a commutative monoid under `+`.
+
+    total: over all samples.  open: over the open gate, with x of shape (K, D); None without a gate.
+    """
+
+    total: Sums
+    open: Sums | None = None
+
+    @property
+    def closed(self) -> Sums:
+        """Sums over the closed gate, Σx of shape (K, D)."""
+        opened = required(self.open)
+        x = required(self.total.x)
+        return replace(self.total, x=x.repeat_interleave(len(self.total.n) // len(x), 0)) - opened
+
+    def __add__(self, other: "Moments") -> "Moments":
+        if self.open is None or other.open is None:
+            if self.open is not other.open:
+                raise ValueError("one side has a gate, the other has not")
+            return Moments(self.total + other.total)
+        return Moments(self.total + other.total, self.open + other.open)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(t.nbytes for t in tensors(self).values())
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which of the large sums (Σx and Σxy) to take: over all samples, over the open gate."""
+
+    total: bool = True
+    open: bool = True
+
+
+def zero(operator: Operator, wanted: Wanted) -> Moments:
+    """The neutral element: the moments of no samples, on the operator's device."""
+    k, d = operator.neurons, operator.inputs_per_neuron
+    device = operator.weight.device
+
+    def sums(large: bool, x_rows: int) -> Sums:
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
+        n = torch.zeros(k, dtype=torch.int64, device=device)
+        return Sums(n, zeros(k), zeros(k), zeros(x_rows, d) if large else None, zeros(k, d) if large else None)
+
+    # A neuron without a gate has only sums over all samples.
+    opened = None if operator.gate is None else sums(wanted.open, k)
+    return Moments(sums(wanted.total, operator.groups), opened)
+
+
+class Accumulator:
+    """Moments of one operator, grown in place batch by batch.
+
+    Within a batch, sums are taken in the model's precision over outputs centred by the batch's own
+    mean, and brought back in float64: activations whose mean dwarfs their spread lose no digits.
+    Across batches everything adds up in float64.
+    """
+
+    def __init__(self, operator: Operator, wanted: Wanted) -> None:
+        self._operator, self._wanted = operator, wanted
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._sums = zero(self._operator, self._wanted)
+
+    def moments(self) -> Moments:
+        """The moments so far: a copy on the CPU."""
+        return from_tensors({name: t.detach().to("cpu", copy=True) for name, t in tensors(self._sums).items()})
+
+    @torch.no_grad()
+    def update(self, inputs: Inputs, z: Tensor) -> None:
+        """Add a batch: the operator's inputs, and its outputs z = y + b in the model's own layout."""
+        op, kind, shape = self._operator, self._operator.kind, tuple(self._operator.weight.shape)
+        total, opened = self._sums.total, self._sums.open
+        count = z.numel() // z.shape[kind.axis]
+        if not count:
+            return
+        centre = z.mean(positions(z, kind.axis))
+        centre_y = centre.double() if op.bias is None else centre.double() - op.bias.double()
+        weights = torch.empty_like(z)  # the output gradients, one after the other in the same memory
+        if opened is not None and op.gate is not None:
+            mask = op.gate.open(z)
+            weights.copy_(mask)
+            n_open = count_open(weights, count, kind.axis)
+            x_open = None if opened.x is None else kind.weight_gradient(inputs, weights, shape).flatten(1)
+        torch.sub(z, along(kind.axis, centre, z), out=weights)
+        add_outputs(total, torch.full_like(total.n, count), weights, centre_y, kind.axis)
+        if total.x is not None:
+            x_total = kind.input_sum(inputs, tuple(z.shape), shape)
+            add_inputs(total, x_total, kind.weight_gradient(inputs, weights, shape).flatten(1), centre_y)
+        if opened is not None and op.gate is not None:
+            weights.mul_(mask)
+            add_outputs(opened, n_open, weights, centre_y, kind.axis)
+            if x_open is not None:
+                add_inputs(opened, x_open, kind.weight_gradient(inputs, weights, shape).flatten(1), centre_y)
+
+
+def count_open(mask: Tensor, count: int, axis: int) -> Tensor:
+    """Samples with mask 1, int64, shape (K,)."""
+    exact = count < 2**24  # float32 holds every whole number up to here
+    return mask.sum(positions(mask, axis), dtype=None if exact else torch.float64).long()
+
+
+def add_outputs(sums: Sums, n: Tensor, centred: Tensor, centre: Tensor, axis: int) -> None:
+    """Add n samples to Σy and Σy², given y - centre (0 for what is no sample)."""
+    y = sum_positions(centred, axis).double()
+    yy = torch.linalg.vector_norm(centred, dim=positions(centred, axis)).double().square()
+    sums.n.add_(n)
+    sums.y.add_(y + n * centre)
+    sums.yy.add_(yy + 2 * centre * y + n * centre.square())
+
+
+def add_inputs(sums: Sums, x: Tensor, xy_centred: Tensor, centre: Tensor) -> None:
+    """Add Σx and Σx·y, given Σx, shape (G or K, D), and Σx·(y - centre), shape (K, D)."""
+    sums.x.add_(x)  # type: ignore[union-attr]
+    sums.xy.add_(xy_centred)  # type: ignore[union-attr]
+    groups = (len(x), -1)
+    sums.xy.unflatten(0, groups).addcmul_(centre.unflatten(0, groups)[..., None], x.double()[:, None])  # type: ignore[union-attr]
+
+
+def tensors(moments: Moments) -> dict[str, Tensor]:
+    """The moments as named tensors: `total.n`, `open.xy`, …"""
+    parts = {"total": moments.total, "open": moments.open}
+    return {
+        f"{part}.{field}": getattr(sums, field)
+        for part, sums in parts.items()
+        for field in FIELDS
+        if sums is not None and getattr(sums, field) is not None
+    }
+
+
+def from_tensors(named: dict[str, Tensor]) -> Moments:
+    """The inverse of `tensors`. KeyError where a sum is missing."""
+
+    def sums(part: str) -> Sums:
+        large = {f: named[f"{part}.{f}"] for f in ("x", "xy")} if f"{part}.x" in named else {}
+        return Sums(*(named[f"{part}.{f}"] for f in ("n", "y", "yy")), **large)
+
+    return Moments(sums("total"), sums("open") if "open.n" in named else None)
+
+
+def planned_bytes(operator: Operator, wanted: Wanted) -> int:
+    """Bytes of an operator's moments, known before any data is read."""
+    k, d = operator.neurons, operator.inputs_per_neuron
+    small, total, opened = 3 * k, (operator.groups + k) * d * wanted.total, 2 * k * d * wanted.open
+    return 8 * (small + total + (0 if operator.gate is None else small + opened))
+
+
+def required(value: T | None) -> T:
+    if value is None:
+        raise ValueError("these moments were taken without the sums that this needs (Σx and Σxy, or the gate's)")
+    return value

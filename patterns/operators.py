@@ -1,0 +1,271 @@
+"""The kinds of linear operators, each seen as a bank of neurons y = wᵀx.
+
+A kind is bilinear in its input and its weight. Everything this project computes follows from that:
+the sums Σ g·x over all positions are its *weight gradient* for the output gradient g, so patches are
+never unfolded; and an explanation is its *input gradient* with a pattern in the weight's place.
+
+Shapes: `N` samples, `K` neurons, `D` inputs of a neuron, `G` groups of neurons that see the same
+inputs. A weight has its operator's own shape, with K first; `weight.flatten(1)` is (K, D).
+"""
+
+from dataclasses import dataclass
+from math import prod
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Inputs = tuple[Tensor, ...]
+Shape = tuple[int, ...]
+aten = torch.ops.aten
+
+
+class Kind(Protocol):
+    """What an operator kind can do. `inputs` are the operator's inputs, batch first."""
+
+    @property
+    def axis(self) -> int:
+        """The output's dimension that counts the neurons; all others count samples."""
+        ...
+
+    def forward(self, inputs: Inputs, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """z = wᵀx + b, just as the model computes it."""
+        ...
+
+    def weight_gradient(self, inputs: Inputs, grad: Tensor, weight_shape: Shape) -> Tensor:
+        """Σ g·x over samples for each neuron, in the weight's shape; `grad` has the output's shape."""
+        ...
+
+    def input_sum(self, inputs: Inputs, output_shape: Shape, weight_shape: Shape) -> Tensor:
+        """Σ x over samples, shape (G, D)."""
+        ...
+
+    def input_gradient(self, grad: Tensor, weight: Tensor, input_shapes: tuple[Shape, ...]) -> Inputs:
+        """The gradient of the inputs, for `grad` of the output and this weight."""
+        ...
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """Convolution over any number of dimensions; weight (K, C/groups, *kernel)."""
+
+    stride: Shape
+    padding: Shape
+    dilation: Shape
+    groups: int = 1
+    axis: int = 1
+
+    def forward(self, inputs: Inputs, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return aten.convolution(
+            *inputs, weight, bias, self.stride, self.padding, self.dilation, False, (0,), self.groups
+        )
+
+    def weight_gradient(self, inputs: Inputs, grad: Tensor, weight_shape: Shape) -> Tensor:
+        (x,) = inputs
+        return self._backward(grad, x, x.new_empty(1).expand(weight_shape), (False, True, False))[1]
+
+    def input_sum(self, inputs: Inputs, output_shape: Shape, weight_shape: Shape) -> Tensor:
+        # A neuron of constant output gradient 1 in each group; samples can be summed before it.
+        (x,) = inputs
+        ones = x.new_ones((1, self.groups, *output_shape[2:]))
+        shape = (self.groups, *weight_shape[1:])
+        return self.weight_gradient((x.sum(0, keepdim=True),), ones, shape).flatten(1)
+
+    def input_gradient(self, grad: Tensor, weight: Tensor, input_shapes: tuple[Shape, ...]) -> Inputs:
+        x = grad.new_empty(1).expand(input_shapes[0])
+        return (self._backward(grad, x, weight, (True, False, False))[0],)
+
+    def _backward(self, grad: Tensor, x: Tensor, weight: Tensor, mask: tuple[bool, bool, bool]) -> list[Tensor]:
+        options = (self.stride, self.padding, self.dilation, False, (0,), self.groups)
+        return aten.convolution_backward(grad, x, weight, None, *options, mask)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Matrix product with the last dimension; weight (K, D)."""
+
+    axis: int = -1
+
+    def forward(self, inputs: Inputs, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(inputs[0], weight, bias)
+
+    def weight_gradient(self, inputs: Inputs, grad: Tensor, weight_shape: Shape) -> Tensor:
+        return grad.flatten(0, -2).mT @ inputs[0].flatten(0, -2)
+
+    def input_sum(self, inputs: Inputs, output_shape: Shape, weight_shape: Shape) -> Tensor:
+        return inputs[0].flatten(0, -2).sum(0, keepdim=True)
+
+    def input_gradient(self, grad: Tensor, weight: Tensor, input_shapes: tuple[Shape, ...]) -> Inputs:
+        return (grad @ weight,)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Each channel times its own number: batch norm in inference mode; weight (K, 1)."""
+
+    axis: int = 1
+
+    def forward(self, inputs: Inputs, weight: Tensor, bias: Tensor | None) -> Tensor:
+        z = inputs[0] * along(self.axis, weight[:, 0], inputs[0])
+        return z if bias is None else z + along(self.axis, bias, z)
+
+    def weight_gradient(self, inputs: Inputs, grad: Tensor, weight_shape: Shape) -> Tensor:
+        return sum_positions(grad * inputs[0], self.axis)[:, None]
+
+    def input_sum(self, inputs: Inputs, output_shape: Shape, weight_shape: Shape) -> Tensor:
+        return sum_positions(inputs[0], self.axis)[:, None]
+
+    def input_gradient(self, grad: Tensor, weight: Tensor, input_shapes: tuple[Shape, ...]) -> Inputs:
+        return (grad * along(self.axis, weight[:, 0], grad),)
+
+
+@dataclass(frozen=True)
+class Addition:
+    """The sum of inputs of one shape, each times its coefficient; weight (K, inputs)."""
+
+    coefficients: tuple[float, ...]
+    axis: int = 1
+
+    def forward(self, inputs: Inputs, weight: Tensor, bias: Tensor | None) -> Tensor:
+        first, *others = inputs
+        total = first if self.coefficients[0] == 1 else first * self.coefficients[0]
+        for x, coefficient in zip(others, self.coefficients[1:]):
+            total = torch.add(total, x, alpha=coefficient)
+        return total
+
+    def weight_gradient(self, inputs: Inputs, grad: Tensor, weight_shape: Shape) -> Tensor:
+        return torch.stack([sum_positions(grad * x, self.axis) for x in inputs], 1)
+
+    def input_sum(self, inputs: Inputs, output_shape: Shape, weight_shape: Shape) -> Tensor:
+        return torch.stack([sum_positions(x, self.axis) for x in inputs], 1)
+
+    def input_gradient(self, grad: Tensor, weight: Tensor, input_shapes: tuple[Shape, ...]) -> Inputs:
+        return tuple(grad * along(self.axis, w, grad) for w in weight.unbind(1))
+
+
+@dataclass(frozen=True)
+class AveragePool:
+    """The mean of a window of each channel: a depthwise convolution with weights 1/k.
+
+    The weight has shape (K, 1, *kernel). Padding counts as zeros.
+    """
+
+    kernel: Shape
+    stride: Shape
+    padding: Shape
+    axis: int = 1
+
+    def forward(self, inputs: Inputs, weight: Tensor, bias: Tensor | None) -> Tensor:
+        pool = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[len(self.kernel) - 1]
+        return pool(inputs[0], self.kernel, self.stride, self.padding)
+
+    def weight_gradient(self, inputs: Inputs, grad: Tensor, weight_shape: Shape) -> Tensor:
+        return self._convolution(weight_shape).weight_gradient(inputs, grad, weight_shape)
+
+    def input_sum(self, inputs: Inputs, output_shape: Shape, weight_shape: Shape) -> Tensor:
+        return self._convolution(weight_shape).input_sum(inputs, output_shape, weight_shape)
+
+    def input_gradient(self, grad: Tensor, weight: Tensor, input_shapes: tuple[Shape, ...]) -> Inputs:
+        return self._convolution(tuple(weight.shape)).input_gradient(grad, weight, input_shapes)
+
+    def _convolution(self, weight_shape: Shape) -> Convolution:
+        return Convolution(self.stride, self.padding, (1,) * len(self.kernel), groups=weight_shape[0])
+
+
+KINDS: dict[str, type[Kind]] = {
+    "convolution": Convolution,
+    "linear": Linear,
+    "scale": Scale,
+    "addition": Addition,
+    "average_pool": AveragePool,
+}
+KIND_NAMES: dict[type[Kind], str] = {kind: name for name, kind in KINDS.items()}
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A rectifier seen by the operator before it: open where low < z < high."""
+
+    low: float
+    high: float
+
+    def open(self, z: Tensor) -> Tensor:
+        """Where the gate is open, as bool."""
+        mask = z > self.low
+        return mask if self.high == float("inf") else mask.logical_and_(z < self.high)
+
+
+class Operator(nn.Module):
+    """One linear operation of a model: a bank of K neurons, z = wᵀx + b.
+
+    name: the parameter's name less `.weight`, else the kind and its order in the model.
+    weight, bias: with any batch norm behind it folded in; the weight has K first.
+    gate: the rectifier that directly follows, None where there is none.
+    input_shapes, output_shape: without the batch.
+    source: where the model's code calls it.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        name: str,
+        kind: Kind,
+        weight: Tensor,
+        bias: Tensor | None,
+        input_shapes: tuple[Shape, ...],
+        output_shape: Shape,
+        source: str,
+        gate: Gate | None = None,
+    ) -> None:
+        super().__init__()
+        self.name, self.kind, self.gate, self.source = name, kind, gate, source
+        self.input_shapes, self.output_shape = input_shapes, output_shape
+        self.register_buffer("weight", weight.detach())
+        self.register_buffer("bias", None if bias is None else bias.detach())
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.kind.forward(inputs, self.weight, self.bias)
+
+    @property
+    def neurons(self) -> int:
+        """K."""
+        return self.weight.shape[0]
+
+    @property
+    def inputs_per_neuron(self) -> int:
+        """D."""
+        return prod(self.weight.shape[1:])
+
+    @property
+    def groups(self) -> int:
+        """G: neurons of one group see the same inputs."""
+        match self.kind:
+            case Convolution(groups=groups):
+                return groups
+            case Linear():
+                return 1
+            case _:
+                return self.neurons
+
+    def extra_repr(self) -> str:
+        return f"{self.name}: {self.kind}, weight {tuple(self.weight.shape)}, gate {self.gate}"
+
+
+def along(axis: int, values: Tensor, like: Tensor) -> Tensor:
+    """A vector, shaped to multiply dimension `axis` of `like`."""
+    shape = [1] * like.dim()
+    shape[axis] = -1
+    return values.view(shape)
+
+
+def sum_positions(values: Tensor, axis: int) -> Tensor:
+    """The sum over every dimension but `axis`, shape (K,)."""
+    return values.sum(positions(values, axis))
+
+
+def positions(values: Tensor, axis: int) -> list[int]:
+    """The dimensions that count samples: all but `axis`."""
+    return [d for d in range(values.dim()) if d != axis % values.dim()]

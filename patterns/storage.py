@@ -1,0 +1,170 @@
+"""Files of a pattern set: safetensors for tensors, Parquet for tables. Nothing is ever pickled.
+
+Every file is written aside and renamed, so it is wholly there or not there.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from uuid import uuid4
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from patterns.errors import UserError
+from patterns.estimators import Solution, chosen
+from patterns.graph import Network
+from patterns.moments import Moments, from_tensors, tensors
+
+FORMAT = "1"
+ASIDE = ".aside-"  # part of the name of every file still being written
+Patterns = dict[str, dict[str, Tensor]]  # by operator and row of ESTIMATORS
+
+
+def digest(model: nn.Module) -> str:
+    """SHA-256 over the names, types, shapes and bytes of a model's state."""
+    state = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        state.update(f"{name}/{value.dtype}/{tuple(value.shape)}/".encode())
+        state.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return f"sha256:{state.hexdigest()}"
+
+
+def save(folder: Path, solutions: Mapping[str, Solution], weights_digest: str) -> None:
+    """Write patterns.safetensors, patterns.parquet and neurons.parquet."""
+    named = {f"{op}/{name}": p.contiguous() for op, s in solutions.items() for name, p in s.patterns.items()}
+    metadata = {"format": FORMAT, "weights": weights_digest}
+    write_aside(folder / "patterns.safetensors", lambda path: save_file(named, path, metadata))
+    write_table(folder / "patterns.parquet", PATTERN_SCHEMA, map(pattern_table, solutions.items()))
+    write_table(folder / "neurons.parquet", NEURON_SCHEMA, map(neuron_table, solutions.items()))
+
+
+def load(folder: Path, weights_digest: str) -> Patterns:
+    """The patterns of a run, for the model of this digest.
+
+    Raises UserError where there are none, or where they were fitted for other weights.
+    """
+    path = folder / "patterns.safetensors"
+    with open_tensors(path, "Run `patternnet fit` first, or name a run that has finished") as file:
+        fitted_for = (file.metadata() or {}).get("weights")
+        if fitted_for != weights_digest:
+            raise UserError(
+                str(path),
+                f"these patterns were fitted for weights {fitted_for}, the model has {weights_digest}",
+                "Load the weights of the fit, or fit again for these.",
+            )
+        patterns: Patterns = {}
+        for key in file.keys():
+            operator, _, name = key.rpartition("/")
+            patterns.setdefault(operator, {})[name] = file.get_tensor(key)
+    return patterns
+
+
+def choose(network: Network, patterns: Patterns, choice: str = "default") -> dict[str, Tensor]:
+    """One pattern tensor for each operator, as a row of CHOICES says. UserError where one is missing."""
+    picked = {}
+    for name, operator in network.operators.items():
+        row = chosen(operator, [choice])[0]
+        if row not in patterns.get(name, {}):
+            remedy = f"Fit with --estimators {choice}, or choose another --estimator."
+            raise UserError(name, f"the run holds no pattern {row!r} for this operator", remedy)
+        picked[name] = patterns[name][row]
+    return picked
+
+
+def save_moments(path: Path, moments: Mapping[str, Moments], metadata: Mapping[str, str]) -> None:
+    """Write the moments of some operators as `{operator}/total.xy` and so on."""
+    named = {f"{op}/{field}": t.contiguous() for op, m in moments.items() for field, t in tensors(m).items()}
+    write_aside(path, lambda aside: save_file(named, aside, {"format": FORMAT, **metadata}))
+
+
+def load_moments(path: Path, operator: str) -> Moments:
+    """The moments of one operator; nothing else of the file is read."""
+    with open_tensors(path, "Delete the run's folder and fit again") as file:
+        prefix = f"{operator}/"
+        keys = [key for key in file.keys() if key.rpartition("/")[0] == operator]
+        if not keys:
+            raise UserError(str(path), f"no moments of {operator}", "Delete the run's folder and fit again.")
+        return from_tensors({key.removeprefix(prefix): file.get_tensor(key) for key in keys})
+
+
+def open_tensors(path: Path, remedy: str) -> safe_open:
+    """A safetensors file, or a UserError with this remedy."""
+    try:
+        return safe_open(path, "pt")
+    except FileNotFoundError as error:
+        raise UserError(str(path), "no such file", f"{remedy}.") from error
+    except SafetensorError as error:
+        raise UserError(str(path), f"not a whole safetensors file ({error})", f"{remedy}.") from error
+
+
+PATTERN_SCHEMA = pa.schema(
+    [("operator", pa.string()), ("neuron", pa.int32()), ("estimator", pa.string()), ("pattern", pa.list_(pa.float32()))]
+)
+NEURON_SCHEMA = pa.schema(
+    [
+        ("operator", pa.string()),
+        ("neuron", pa.int32()),
+        ("n", pa.int64()),
+        ("n_positive", pa.int64()),
+        ("mean_y", pa.float64()),
+        ("var_y", pa.float64()),
+        ("flag", pa.string()),
+    ]
+)
+
+
+def pattern_table(item: tuple[str, Solution]) -> pa.Table:
+    operator, solution = item
+    tables = []
+    for name, pattern in solution.patterns.items():
+        k, d = len(pattern), pattern[0].numel()
+        values = pa.array(pattern.float().flatten().numpy())
+        offsets = pa.array(range(0, k * d + 1, d), pa.int32()) if k * d < 2**31 else None
+        lists = pa.ListArray.from_arrays(offsets, values)
+        columns = [pa.array([operator] * k), pa.array(range(k), pa.int32()), pa.array([name] * k), lists]
+        tables.append(pa.Table.from_arrays(columns, schema=PATTERN_SCHEMA))
+    return pa.concat_tables(tables)
+
+
+def neuron_table(item: tuple[str, Solution]) -> pa.Table:
+    operator, s = item
+    k = len(s.flags)
+    columns = [[operator] * k, range(k), s.n.numpy(), s.n_positive.numpy(), s.mean_y.numpy(), s.var_y.numpy(), s.flags]
+    arrays = [pa.array(column, field.type) for column, field in zip(columns, NEURON_SCHEMA)]
+    return pa.Table.from_arrays(arrays, schema=NEURON_SCHEMA)
+
+
+def write_table(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
+    """Write tables one after the other, each its own row group."""
+
+    def write(aside: Path) -> None:
+        with pq.ParquetWriter(aside, schema) as writer:
+            for table in tables:
+                writer.write_table(table)
+
+    write_aside(path, write)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a value as readable JSON."""
+    write_aside(path, lambda aside: aside.write_text(json.dumps(value, indent=1) + "\n"))
+
+
+def write_aside(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file under another name, make it durable, and rename it to its own."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{ASIDE}{uuid4().hex}-{path.name}")
+    try:
+        write(aside)
+        with open(aside, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
