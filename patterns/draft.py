@@ -74,7 +74,7 @@ def export(model: nn.Module, example: Tensor, name: str) -> Draft:
 
 
 def constant_of(draft: Draft, node: Node | None) -> Tensor | None:
-    return draft.parts[node.target] if node is not None and node.op == "get_attr" else None
+    return draft.parts[str(node.target)] if node is not None and node.op == "get_attr" else None
 
 
 def arguments(node: Node) -> dict[str, Any]:

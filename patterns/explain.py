@@ -20,17 +20,28 @@ Weights = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Method:
-    """backward_weight: from an operator's weight and pattern. starts_from_value: from the target's value, else 1."""
+    """A row of the table.
+
+    backward_weight: from an operator's weight and pattern.
+    starts_from_value: the backward pass starts from the target's value, else from 1.
+    attributes: the result says how much each input contributed; else it is a signal, an image of its own.
+    """
 
     backward_weight: Callable[[Tensor, Tensor | None], Tensor | None]
     needs_patterns: bool
     starts_from_value: bool
+    attributes: bool
 
 
 METHODS: dict[str, Method] = {
-    "gradient": Method(lambda w, a: w, needs_patterns=False, starts_from_value=False),
-    "patternnet": Method(lambda w, a: a, needs_patterns=True, starts_from_value=True),
-    "patternattribution": Method(lambda w, a: w * a, needs_patterns=True, starts_from_value=True),  # type: ignore[operator]
+    "gradient": Method(lambda w, a: w, needs_patterns=False, starts_from_value=False, attributes=False),
+    "patternnet": Method(lambda w, a: a, needs_patterns=True, starts_from_value=True, attributes=False),
+    "patternattribution": Method(
+        lambda w, a: w * a,  # type: ignore[operator]
+        needs_patterns=True,
+        starts_from_value=True,
+        attributes=True,
+    ),
 }
 
 

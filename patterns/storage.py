@@ -162,7 +162,10 @@ def write_aside(path: Path, write: Callable[[Path], object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{ASIDE}{uuid4().hex}-{path.name}")
     try:
+        aside.touch()
+        mode = aside.stat().st_mode
         write(aside)
+        aside.chmod(mode)  # safetensors would keep other users out
         with open(aside, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(aside, path)

@@ -1,0 +1,1 @@
+"""Distributed fitting and explaining with PatternNet and PatternAttribution, as jobs on Ray."""

@@ -1,0 +1,258 @@
+"""The command line: arguments → a job's config; errors → one line and an exit status.
+
+Exit status: 0 done; 2 bad usage or input; 3 stopped short, nothing lost; 1 anything unforeseen.
+"""
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from patterns import CHOICES, METHODS, UserError
+from ray_jobs.config import ExplainConfig, FitConfig, ModelConfig, Resources
+
+app = typer.Typer(
+    help="PatternNet and PatternAttribution for large models and datasets, on Ray.",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    no_args_is_help=True,
+)
+
+Model = Annotated[str, typer.Option(help="torchvision:NAME, timm:NAME, package.module:factory or file.py:factory.")]
+Weights = Annotated[str, typer.Option(help="File or URL of a state dict; `default`: the library's own; `random`.")]
+Shards = Annotated[list[str], typer.Option(help="Shards: paths or URLs, with {000..015} and globs. Repeatable.")]
+Out = Annotated[Path, typer.Option(help="The run's folder, readable and writable by every worker.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Samples that go through the model at once.")]
+MaxSamples = Annotated[int | None, typer.Option(min=1, help="At most so many samples, an equal share of each shard.")]
+Precision = Annotated[str, typer.Option(help="float32 or float64.")]
+Seed = Annotated[int, typer.Option(help="For everything random.")]
+ImageSize = Annotated[int | None, typer.Option(min=1, help="Input height and width; else as the library has it.")]
+Resize = Annotated[int | None, typer.Option(min=1, help="Shorter side before the centre crop.")]
+Mean = Annotated[str | None, typer.Option(help="Mean per channel, for pixels in [0, 1]: 0.5,0.5,0.5.")]
+Std = Annotated[str | None, typer.Option(help="Deviation per channel: 0.5,0.5,0.5.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Workers at most; else as many as the cluster holds.")]
+Gpus = Annotated[float | None, typer.Option(min=0, help="GPUs of a worker; else 1 where the cluster has any.")]
+Cpus = Annotated[float, typer.Option(min=0, help="CPUs of a worker, and its threads.")]
+MaxLoss = Annotated[float, typer.Option(min=0, help="Seconds of work that the loss of a worker may undo.")]
+Address = Annotated[str | None, typer.Option(help="The Ray cluster; else RAY_ADDRESS, else Ray is started here.")]
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("demo-run"),
+    workers: Workers = 2,
+    address: Address = None,
+) -> None:
+    """The whole way on packaged weights and photographs: shards, fit, explain, a picture."""
+    from ray_jobs.demo import demo as run_demo
+
+    picture = run_demo(out.absolute(), Resources(workers=workers, address=address))
+    say(
+        f"""
+Photographs, gradient, PatternNet and PatternAttribution:  {picture}
+Patterns, tables, explanations of every photograph:        {picture.parent / "run"}
+Shards to try things on:                                   {picture.parent / "shards"}
+
+Next, the same on your own images:
+  patternnet pack IMAGES SHARDS                 a folder of class folders → shards
+  patternnet fit --model torchvision:resnet50 --shards 'SHARDS/*.tar' --out RUN
+  patternnet explain --patterns RUN --shards 'SHARDS/*.tar' --methods patternattribution"""
+    )
+
+
+@app.command()
+def pack(
+    images: Annotated[Path, typer.Argument(help="A folder that holds one folder for each class.")],
+    out: Annotated[Path, typer.Argument(help="The folder for the shards.")],
+    per_shard: Annotated[int, typer.Option(min=1, help="Samples of a shard.")] = 1000,
+    crops: Annotated[int, typer.Option(min=0, help="Random crops and flips in place of each image.")] = 0,
+    size: Annotated[int, typer.Option(min=1, help="Height and width of a crop.")] = 256,
+    seed: Seed = 0,
+) -> None:
+    """A folder of images → WebDataset shards."""
+    from ray_jobs.pack import pack as run_pack
+
+    shards = run_pack(images, out, per_shard, crops, size, seed)
+    say(f"{len(shards)} shards in {out}, their classes in {out / 'classes.json'}")
+
+
+@app.command()
+def plan(
+    model: Model,
+    weights: Weights = "default",
+    estimators: Annotated[str, typer.Option(help=f"Some of {', '.join(CHOICES)}.")] = "linear,two-component",
+    precision: Precision = "float32",
+    seed: Seed = 0,
+    image_size: ImageSize = None,
+    resize: Resize = None,
+    mean: Mean = None,
+    std: Std = None,
+) -> None:
+    """What a model needs: operators, gates, bytes of moments."""
+    from patterns.estimators import wanted
+    from patterns.moments import planned_bytes
+    from patterns.operators import KIND_NAMES
+    from ray_jobs import models
+
+    choices = names(estimators, CHOICES, "--estimators", "estimator")
+    config = ModelConfig(model, weights, precision, seed, image_size, resize, numbers(mean), numbers(std))
+    loaded = models.load(config)
+    table = Table("operator", "kind", "weight", "gate", "moments", box=None)
+    total = 0
+    for operator in loaded.network.operators.values():
+        size = planned_bytes(operator, wanted(operator, choices))
+        total += size
+        gate = "" if operator.gate is None else f"{operator.gate.low:g} < z < {operator.gate.high:g}"
+        shape = "×".join(map(str, operator.weight.shape))
+        table.add_row(operator.name, KIND_NAMES[type(operator.kind)], shape, gate, megabytes(size))
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    say(f"{len(loaded.network.operators)} operators; moments of {megabytes(total)} in each worker and each part")
+
+
+@app.command()
+def fit(
+    model: Model,
+    shards: Shards,
+    out: Out,
+    weights: Weights = "default",
+    estimators: Annotated[str, typer.Option(help=f"Some of {', '.join(CHOICES)}.")] = "linear,two-component",
+    batch_size: BatchSize = 32,
+    max_samples: MaxSamples = None,
+    precision: Precision = "float32",
+    seed: Seed = 0,
+    image_size: ImageSize = None,
+    resize: Resize = None,
+    mean: Mean = None,
+    std: Std = None,
+    workers: Workers = None,
+    gpus_per_worker: Gpus = None,
+    cpus_per_worker: Cpus = 1,
+    max_loss: MaxLoss = 300,
+    address: Address = None,
+) -> None:
+    """Shards → moments → patterns. The same command on the same --out goes on where an earlier one ended."""
+    from ray_jobs.fit import fit as run_fit
+    from ray_jobs.shards import list_shards
+
+    config = FitConfig(
+        ModelConfig(model, weights, precision, seed, image_size, resize, numbers(mean), numbers(std)),
+        list_shards(shards),
+        str(out.absolute()),
+        batch_size,
+        names(estimators, CHOICES, "--estimators", "estimator"),
+        max_samples,
+        seed,
+    )
+    run = run_fit(config, Resources(workers, gpus_per_worker, cpus_per_worker, max_loss, address))
+    done = run.manifest()["fit"]
+    say(
+        f"fit: {done['samples']} samples of {done['shards']} shards, {done['refused']} refused "
+        f"(quarantine.parquet). Patterns: {run.folder / 'patterns.safetensors'}"
+    )
+
+
+@app.command()
+def explain(
+    patterns: Annotated[Path, typer.Option(help="The folder of a finished fit.")],
+    shards: Shards,
+    out: Annotated[Path | None, typer.Option(help="Where explanations go; by default the fit's folder.")] = None,
+    model: Annotated[str | None, typer.Option(help="The model; by default the fit's.")] = None,
+    weights: Annotated[str | None, typer.Option(help="Its weights; by default where the fit found them.")] = None,
+    methods: Annotated[str, typer.Option(help=f"Some of {', '.join(METHODS)}.")] = ",".join(METHODS),
+    estimator: Annotated[str, typer.Option(help=f"One of {', '.join(CHOICES)}.")] = "default",
+    target: Annotated[str, typer.Option(help="The class explained: predicted or label.")] = "predicted",
+    batch_size: BatchSize = 32,
+    max_samples: MaxSamples = None,
+    workers: Workers = None,
+    gpus_per_worker: Gpus = None,
+    cpus_per_worker: Cpus = 1,
+    address: Address = None,
+) -> None:
+    """Shards + patterns → explanations, one shard for each input shard."""
+    from ray_jobs.explain import explain as run_explain
+    from ray_jobs.run import Run
+    from ray_jobs.shards import list_shards
+
+    fitted = Run(patterns.absolute()).fitted_model()
+    config = ExplainConfig(
+        ModelConfig(**{**fitted, "spec": model or fitted["spec"], "weights": weights or fitted["weights"]}),
+        str(patterns.absolute()),
+        list_shards(shards),
+        str((out or patterns).absolute()),
+        batch_size,
+        names(methods, METHODS, "--methods", "method"),
+        names(estimator, CHOICES, "--estimator", "estimator")[0],
+        target,
+        max_samples,
+    )
+    run = run_explain(config, Resources(workers, gpus_per_worker, cpus_per_worker, address=address))
+    done = run.manifest()["explain"]
+    say(f"explain: {done['samples']} samples, {done['refused']} refused. Explanations: {run.folder / 'explanations'}")
+
+
+def names(listed: str, table: Any, option: str, thing: str) -> tuple[str, ...]:
+    """A comma-separated option whose words must stand in a table."""
+    words = tuple(word.strip() for word in listed.split(",") if word.strip())
+    unknown = [word for word in words if word not in table]
+    if unknown or not words:
+        raise UserError(option, f"no {thing} {(unknown or [''])[0]!r}", f"Choose from {', '.join(table)}.")
+    return words
+
+
+def numbers(listed: str | None) -> tuple[float, ...] | None:
+    """A comma-separated option of numbers."""
+    try:
+        return None if listed is None else tuple(map(float, listed.split(",")))
+    except ValueError as error:
+        raise UserError("--mean --std", f"{listed!r} are no numbers", "Write 0.5,0.5,0.5.") from error
+
+
+def megabytes(size: int) -> str:
+    """A size in MiB or GiB."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+COMMANDS = {command.callback.__name__ for command in app.registered_commands if command.callback}
+
+
+def main() -> None:
+    """Run the program and exit with its status."""
+    sys.exit(status(sys.argv[1:]))
+
+
+def status(arguments: list[str]) -> int:
+    """Run the program; gives its exit status. Bad usage and input are one line on stderr."""
+    from ray_jobs.session import StoppedShortError
+
+    warnings.filterwarnings("ignore")
+    logging.getLogger("torch").setLevel(logging.ERROR)
+    try:
+        app(arguments, prog_name="patternnet", standalone_mode=False)
+    except UserError as error:
+        return complain(str(error), 2)
+    except StoppedShortError as error:
+        return complain(str(error), 3)
+    except KeyboardInterrupt:
+        return complain("interrupted; the same command goes on where this one ended", 3)
+    except Exception as error:
+        if hasattr(error, "format_message"):  # the command-line library's own complaints about usage
+            if not (what := error.format_message()):  # no command at all: the help was shown
+                return 2
+            command = f" {arguments[0]}" if arguments[0] in COMMANDS else ""
+            return complain(f"{what.rstrip('.')}. See patternnet{command} --help.", 2)
+        raise
+    return 0
+
+
+def complain(line: str, exit_status: int) -> int:
+    print(f"patternnet: {line}", file=sys.stderr, flush=True)
+    return exit_status

@@ -1,0 +1,92 @@
+"""What a job is told to do, as values: the manifest holds their JSON."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """From an image to the model's input: resize the shorter side, crop the centre, (x - mean) / std per channel.
+
+    mean and std are for pixels in [0, 1]; one of them means grey images, three mean RGB.
+    interpolation: bilinear, bicubic or nearest, as Pillow has them.
+    """
+
+    image_size: int
+    resize: int
+    interpolation: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        return (len(self.mean), self.image_size, self.image_size)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model, with which weights. None: as the model's library has it.
+
+    weights: a path or URL; `default`, the library's own (or as a factory made them); `random`, drawn from the seed.
+    precision: float32 or float64.
+    """
+
+    spec: str
+    weights: str = "default"
+    precision: str = "float32"
+    seed: int = 0
+    image_size: int | None = None
+    resize: int | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """A fit: shards → moments → patterns, in the folder `out`."""
+
+    model: ModelConfig
+    shards: tuple[str, ...]
+    out: str
+    batch_size: int = 32
+    estimators: tuple[str, ...] = ("linear", "two-component")
+    max_samples: int | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class ExplainConfig:
+    """An explanation of whole shards by the patterns of the run in `patterns`; target: predicted or label."""
+
+    model: ModelConfig
+    patterns: str
+    shards: tuple[str, ...]
+    out: str
+    batch_size: int = 32
+    methods: tuple[str, ...] = ("gradient", "patternnet", "patternattribution")
+    estimator: str = "default"
+    target: str = "predicted"
+    max_samples: int | None = None
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the workers of a job take from the cluster; may change between a run and its resumption.
+
+    None: as many workers as the cluster holds, and a GPU each where it has any.
+    max_loss: seconds of work that the loss of a worker may undo.
+    address: the cluster's; None: RAY_ADDRESS, else Ray is started on this machine.
+    """
+
+    workers: int | None = None
+    gpus_per_worker: float | None = None
+    cpus_per_worker: float = 1
+    max_loss: float = 300.0
+    address: str | None = None
+
+
+def equal_share(total: int | None, item: int, items: int) -> int | None:
+    """How many of `total` samples item number `item` of `items` gives: equal shares, whatever the order of work."""
+    if total is None:
+        return None
+    return total // items + (item < total % items)

@@ -1,0 +1,238 @@
+"""The explain job: one shard of explanations for each input shard, wholly there or not there."""
+
+import io
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import torch
+from torch import Tensor
+from webdataset import TarWriter
+
+from patterns import METHODS, Explainer, UserError, choose
+from patterns.explain import Explanation
+from patterns.storage import load, write_aside, write_table
+from ray_jobs import models
+from ray_jobs.config import ExplainConfig, Resources, equal_share
+from ray_jobs.ledger import Refused
+from ray_jobs.pictures import picture, png
+from ray_jobs.run import REFUSED, Run
+from ray_jobs.session import Reporter, connected, work, worker_options
+from ray_jobs.shards import Batch, SampleError, ShardReader
+from ray_jobs.worker import Place, Share
+
+TARGETS = ("predicted", "label")
+
+
+@dataclass(frozen=True)
+class ShardReport:
+    """What came of a shard."""
+
+    samples: int
+    refused: int
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Where a shard's explanations go: the shard itself, which is written last, and its table's rows."""
+
+    tar: Path
+    rows: Path
+    refused: Path
+
+
+def outputs(config: ExplainConfig, shard: str) -> Outputs:
+    """The output files of an input shard: its own name, with as many folders as tell the shards apart."""
+    shards = config.shards
+    above = os.path.commonpath([os.path.dirname(s) for s in shards])  # noqa: PTH120 - may be URLs
+    name = shard.removeprefix(above).lstrip("/").removesuffix(".gz").removesuffix(".tar")
+    folder = Path(config.out) / "explanations"
+    return Outputs(folder / f"{name}.tar", folder / f"{name}.parquet", folder / f"{name}.refused.parquet")
+
+
+def schema(config: ExplainConfig) -> pa.Schema:
+    """The columns of explanations.parquet: for each method, the share of |map| in the central quarter of the area."""
+    return pa.schema(
+        [
+            ("shard", pa.string()),
+            ("key", pa.string()),
+            ("label", pa.int64()),
+            ("prediction", pa.int64()),
+            ("probability", pa.float32()),
+            ("target", pa.int64()),
+            ("score", pa.float32()),
+            *((f"{method}_centre", pa.float32()) for method in config.methods),
+        ]
+    )
+
+
+class ExplainWorker:
+    """Holds the model and its patterns, and nothing that a lost worker would take along."""
+
+    def __init__(self, config: ExplainConfig, weights: str, share: Share = Share()) -> None:  # noqa: B008 - frozen
+        self.config, self.share = config, share
+        self.loaded = share.load(config.model, weights)
+        self.explainer = explainer(config, self.loaded)
+
+    def ready(self) -> Place:
+        """Where this worker runs, once its model is loaded."""
+        return self.share.place()
+
+    def work(self, shard: str) -> ShardReport:
+        """Explain a whole shard: rows first, the shard of explanations last, each written aside and renamed."""
+        out = outputs(self.config, shard)
+        rows: list[dict[str, Any]] = []
+        reader = self.reader(shard)
+
+        def write(aside: Path) -> None:
+            with open(aside, "wb") as file:
+                # No time of writing, so that the same explanations are the same bytes.
+                tar = TarWriter(file, encoder=False, mtime=0)
+                for batch in reader:
+                    for files, row in self.explain(batch):
+                        tar.write(files)
+                        rows.append({"shard": shard, **row})
+                tar.close()
+            write_table(out.rows, schema(self.config), [pa.Table.from_pylist(rows, schema(self.config))])
+            refused = [vars(r) for r in reader.refused]
+            write_table(out.refused, REFUSED, [pa.Table.from_pylist(refused, REFUSED)])
+
+        write_aside(out.tar, write)
+        return ShardReport(len(rows), len(reader.refused))
+
+    def reader(self, shard: str) -> ShardReader:
+        config, loaded = self.config, self.loaded
+        most = equal_share(config.max_samples, config.shards.index(shard), len(config.shards))
+        classes = list(loaded.network.operators.values())[-1].neurons
+
+        def has_target(label: int | None) -> None:
+            if config.target == "label" and (label is None or not 0 <= label < classes):
+                raise SampleError(f"the label {label} is none of the model's {classes} classes")
+
+        return ShardReader(shard, loaded.preprocessing, config.batch_size, loaded.dtype, most, has_target)
+
+    def explain(self, batch: Batch) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+        """For each sample: the files of its explanation, and its row of the table."""
+        targets = None
+        if self.config.target == "label":
+            targets = torch.tensor(batch.labels, device=self.loaded.device)
+        explanation = self.explainer(batch.images.to(self.loaded.device, non_blocking=True), targets)
+        described = rows_of(batch, explanation)
+        scaled = {method: to_float16(maps) for method, maps in explanation.maps.items()}
+        centres = {method: centre_share(maps) for method, maps in explanation.maps.items()}
+        for number, (key, row) in enumerate(zip(batch.keys, described)):
+            exponents = {method: int(exponent[number]) for method, (_, exponent) in scaled.items()}
+            files: dict[str, Any] = {"__key__": key, "json": json.dumps(row | {"exponents": exponents}).encode()}
+            for method, (arrays, _) in scaled.items():
+                buffer = io.BytesIO()
+                np.save(buffer, arrays[number], allow_pickle=False)
+                files[f"{method}.npy"] = buffer.getvalue()
+                files[f"{method}.png"] = png(picture(method, arrays[number]))
+            yield files, {"key": key, **row, **{f"{m}_centre": float(c[number]) for m, c in centres.items()}}
+
+
+def explainer(config: ExplainConfig, loaded: models.Loaded) -> Explainer:
+    """The methods of a config over the patterns of its run."""
+    chosen = None
+    if any(METHODS[m].needs_patterns for m in config.methods if m in METHODS):
+        chosen = choose(loaded.network, load(Path(config.patterns), loaded.digest), config.estimator)
+    return Explainer(loaded.network, chosen, config.methods)
+
+
+def rows_of(batch: Batch, explanation: Explanation) -> list[dict[str, Any]]:
+    """What the model says of each sample of a batch."""
+    scores = explanation.scores.float().cpu()
+    probability, prediction = scores.softmax(1).max(1)
+    targets = explanation.targets.cpu()
+    score = scores.gather(1, targets[:, None])[:, 0]
+    return [
+        {"label": label, "prediction": p, "probability": q, "target": t, "score": s}
+        for label, p, q, t, s in zip(
+            batch.labels, prediction.tolist(), probability.tolist(), targets.tolist(), score.tolist()
+        )
+    ]
+
+
+def to_float16(maps: Tensor) -> tuple[np.ndarray, list[int]]:
+    """Maps (N, …) as float16 arrays, and exponents: map = array · 2^exponent, whose largest is in [½, 1).
+
+    A power of two for each sample keeps what float16's narrow range would lose, and is exact.
+    """
+    exponents = torch.frexp(maps.abs().flatten(1).amax(1)).exponent
+    scaled = torch.ldexp(maps, -exponents.view(-1, *[1] * (maps.dim() - 1)))
+    return scaled.half().cpu().numpy(), exponents.tolist()
+
+
+def centre_share(maps: Tensor) -> Tensor:
+    """The share of |map| in the middle half of height and width, shape (N,); 0 for a map of zeros."""
+    mass = maps.abs().sum(1)
+    height, width = mass.shape[-2:]
+    centre = mass[:, height // 4 : height - height // 4, width // 4 : width - width // 4]
+    total = mass.flatten(1).sum(1)
+    return torch.where(total > 0, centre.flatten(1).sum(1) / torch.where(total > 0, total, 1.0), 0.0)
+
+
+class ExplainJob:
+    """The driver's side: a shard counts when its output is there."""
+
+    commit_after: float | None = None
+    bad_input: type[Exception] = UserError
+
+    def __init__(self, config: ExplainConfig, weights: str) -> None:
+        self.config, self.weights = config, weights
+        self.left = [s for s in config.shards if not outputs(config, s).tar.exists()]
+        self.reporter = Reporter("explain", len(config.shards), len(config.shards) - len(self.left))
+
+    def run(self, resources: Resources) -> None:
+        """Explain all shards that have no output yet."""
+        size, self.options = worker_options(resources)
+        work(self, self.left, size, self.reporter)
+
+    def spawn(self) -> Any:
+        share = Share(self.options["num_cpus"], self.options["num_gpus"])
+        return ray.remote(ExplainWorker).options(**self.options).remote(self.config, self.weights, share)
+
+    def started(self, told: Place) -> None:
+        self.reporter.counts.workers += 1
+        self.reporter.line(str(told))
+
+    def worked(self, item: str, told: ShardReport) -> None:
+        self.reporter.counts.samples += told.samples
+        self.reporter.counts.refused += told.refused
+
+    def counts(self, items: list[str], told: ShardReport) -> None:
+        self.reporter.counts.shards += len(items)
+
+
+def explain(config: ExplainConfig, resources: Resources = Resources()) -> Run:  # noqa: B008 - frozen
+    """Explain every sample of some shards, or go on with a job that ended early.
+
+    UserError where the configuration or the data are wrong, StoppedShortError where a signal came.
+    """
+    if config.target not in TARGETS:
+        raise UserError("--target", f"no target {config.target!r}", f"Choose from {', '.join(TARGETS)}.")
+    loaded = models.load(config.model)
+    explainer(config, loaded)  # so that wrong patterns are told before anything is written
+    run = Run(config.out)
+    section = run.claim("explain", config, loaded)
+    if section["status"] == "complete":
+        return run
+    job = ExplainJob(config, loaded.digest)
+    with connected(resources):
+        job.run(resources)
+    tables = [pq.read_table(outputs(config, s).refused) for s in config.shards]
+    refused = [Refused(**row) for table in tables for row in table.to_pylist()]
+    run.quarantine("explain", refused)
+    rows = (pq.read_table(outputs(config, s).rows) for s in config.shards)
+    write_table(run.folder / "explanations.parquet", schema(config), rows)
+    samples = pq.read_metadata(run.folder / "explanations.parquet").num_rows
+    counted = {"shards": len(config.shards), "samples": samples, "refused": len(refused)}
+    run.record("explain", section | {"status": "complete", **counted}, loaded)
+    return run

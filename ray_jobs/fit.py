@@ -1,0 +1,157 @@
+"""The fit job: shards → moments → parts → patterns, each shard counted exactly once."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import ray
+
+from patterns import CHOICES, Observer, Operator, UserError, storage
+from patterns.estimators import wanted
+from patterns.moments import Wanted
+from patterns.storage import save_moments, write_json
+from ray_jobs import models, reduce
+from ray_jobs.config import FitConfig, Resources, equal_share
+from ray_jobs.ledger import Ledger, Part, Refused
+from ray_jobs.run import Run
+from ray_jobs.session import Reporter, connected, work, worker_options
+from ray_jobs.shards import ShardReader
+from ray_jobs.worker import Place, Share
+
+
+@dataclass(frozen=True)
+class ShardReport:
+    """What a worker found in a shard."""
+
+    samples: int
+    refused: int
+
+
+class FitWorker:
+    """Holds the model and the moments not yet committed. Losing it loses nothing that counts."""
+
+    def __init__(self, config: FitConfig, weights: str, share: Share = Share()) -> None:  # noqa: B008 - frozen
+        self.config, self.share = config, share
+        self.loaded = share.load(config.model, weights)
+        self.observer = Observer(self.loaded.network, wants(config))
+        self.forget()
+
+    def ready(self) -> Place:
+        """Where this worker runs, once its model is loaded."""
+        return self.share.place()
+
+    def forget(self) -> None:
+        """Drop the moments not yet committed."""
+        self.observer.reset()
+        self.shards: list[str] = []
+        self.samples = 0
+        self.refused: list[Refused] = []
+
+    def work(self, shard: str) -> ShardReport:
+        """Add the moments of a whole shard. On any error, everything not committed is dropped."""
+        number, loaded = self.config.shards.index(shard), self.loaded
+        most = equal_share(self.config.max_samples, number, len(self.config.shards))
+        reader = ShardReader(shard, loaded.preprocessing, self.config.batch_size, loaded.dtype, most)
+        samples = 0
+        try:
+            for batch in reader:
+                self.observer.update(batch.images.to(loaded.device, non_blocking=True))
+                samples += len(batch.keys)
+        except BaseException:
+            self.forget()
+            raise
+        self.shards.append(shard)
+        self.samples += samples
+        self.refused += reader.refused
+        return ShardReport(samples, len(reader.refused))
+
+    def commit(self) -> Part:
+        """Write the moments as a part. It counts once the driver has put it into the ledger."""
+        part = Part(f"part-{uuid4().hex}.safetensors", tuple(self.shards), self.samples, tuple(self.refused))
+        save_moments(
+            Path(self.config.out) / "moments" / part.file, self.observer.moments(), {"weights": self.loaded.digest}
+        )
+        self.forget()
+        return part
+
+
+class FitJob:
+    """The driver's side of a fit: the ledger and its file."""
+
+    bad_input: type[Exception] = UserError
+
+    def __init__(self, run: Run, config: FitConfig, resources: Resources, weights: str) -> None:
+        self.config, self.weights = config, weights
+        self.commit_after: float | None = resources.max_loss
+        self.folder = run.folder / "moments"
+        self.path = self.folder / "ledger.json"
+        self.ledger = Ledger.from_json(json.loads(self.path.read_text())) if self.path.exists() else Ledger()
+        named = {part.file for part in self.ledger.parts}
+        for file in self.folder.glob("part-*.safetensors"):
+            if file.name not in named:  # written by a worker whose driver died before it could count
+                file.unlink()
+        left = self.ledger.left(config.shards)
+        self.reporter = Reporter("fit", len(config.shards), len(config.shards) - len(left))
+
+    def run(self, resources: Resources) -> None:
+        """Work on all shards that do not count yet."""
+        size, self.options = worker_options(resources)
+        work(self, self.ledger.left(self.config.shards), size, self.reporter)
+
+    def spawn(self) -> Any:
+        share = Share(self.options["num_cpus"], self.options["num_gpus"])
+        return ray.remote(FitWorker).options(**self.options).remote(self.config, self.weights, share)
+
+    def started(self, told: Place) -> None:
+        self.reporter.counts.workers += 1
+        self.reporter.line(str(told))
+
+    def worked(self, item: str, told: ShardReport) -> None:
+        self.reporter.counts.samples += told.samples
+        self.reporter.counts.refused += told.refused
+
+    def counts(self, items: list[str], told: Part) -> None:
+        if sorted(told.shards) != sorted(items):
+            raise RuntimeError(f"{told.file} holds {told.shards}, not {items}")
+        self.ledger = self.ledger.commit(told)
+        write_json(self.path, self.ledger.to_json())
+        self.reporter.counts.shards = len(self.ledger.shards)
+
+
+def fit(config: FitConfig, resources: Resources = Resources()) -> Run:  # noqa: B008 - frozen
+    """Fit the patterns of a model to some shards, or go on with a fit that ended early.
+
+    UserError where the configuration or the data are wrong, StoppedShortError where a signal came.
+    """
+    if unknown := [e for e in config.estimators if e not in CHOICES]:
+        raise UserError("--estimators", f"no estimator {unknown[0]!r}", f"Choose from {', '.join(CHOICES)}.")
+    loaded = models.load(config.model)
+    run = Run(config.out)
+    section = run.claim("fit", config, loaded)
+    if section["status"] == "complete":
+        return run
+    job = FitJob(run, config, resources, loaded.digest)
+    with connected(resources):
+        job.run(resources)
+        ledger = job.ledger
+        run.quarantine("fit", list(ledger.refused))
+        if not ledger.samples:
+            first = ledger.refused[0]
+            what = f"none of the {len(ledger.refused)} samples can be used; {first.key}: {first.reason}"
+            raise UserError(first.shard, what, "Mend the data, then choose another --out.")
+        parts = [str(job.folder / part.file) for part in ledger.parts]
+        operators = list(loaded.network.operators.values())
+        job.reporter.line(f"solving for the patterns of {len(operators)} operators")
+        solutions = reduce.solve_all(parts, operators, wants(config), config.estimators, config.seed)
+    storage.save(run.folder, solutions, loaded.digest)
+    counted = {"shards": len(config.shards), "samples": ledger.samples, "refused": len(ledger.refused)}
+    run.record("fit", section | {"status": "complete", **counted}, loaded)
+    return run
+
+
+def wants(config: FitConfig) -> Callable[[Operator], Wanted]:
+    """Which sums the estimators of a fit need of an operator."""
+    return lambda operator: wanted(operator, config.estimators)

@@ -1,0 +1,134 @@
+"""One output folder and its manifest: what was run on what, and how far it came."""
+
+import json
+import platform
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from patterns import Operator, UserError
+from patterns.operators import KIND_NAMES
+from patterns.storage import ASIDE, write_json, write_table
+from ray_jobs.config import ExplainConfig, FitConfig
+from ray_jobs.ledger import Refused
+from ray_jobs.models import Loaded
+
+FORMAT = 1
+LIBRARIES = ("patternnet-ray", "torch", "torchvision", "ray", "webdataset", "zennit", "pyarrow", "safetensors")
+REFUSED = pa.schema([("shard", pa.string()), ("key", pa.string()), ("reason", pa.string())])
+QUARANTINE = REFUSED.insert(0, pa.field("job", pa.string()))
+
+
+class Run:
+    """A run's folder. Its manifest holds a section for each job that wrote to it."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.path = self.folder / "manifest.json"
+
+    def manifest(self) -> dict[str, Any]:
+        """The manifest; empty for a new run. UserError where it is not one of ours."""
+        if not self.path.exists():
+            return {}
+        try:
+            manifest = json.loads(self.path.read_text())
+            assert manifest["format"] == FORMAT
+        except (ValueError, KeyError, TypeError, AssertionError, OSError) as error:
+            raise UserError(str(self.path), "not a manifest of this version", "Choose another --out.") from error
+        return dict(manifest)
+
+    def job(self, job: str, remedy: str) -> dict[str, Any]:
+        """A job's section. UserError with this remedy where the job has not finished here."""
+        section = self.manifest().get(job, {})
+        if section.get("status") != "complete":
+            raise UserError(str(self.folder), f"holds no finished {job}", remedy)
+        return dict(section)
+
+    def fitted_model(self) -> dict[str, Any]:
+        """The model of this folder's finished fit, as the arguments of ModelConfig."""
+        options = self.job("fit", "Run `patternnet fit` to the end first, or name another --patterns.")["model"]
+        return {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+
+    def claim(self, job: str, config: FitConfig | ExplainConfig, loaded: Loaded) -> dict[str, Any]:
+        """Begin a job here, or take it up again: its section of the manifest.
+
+        UserError where the folder cannot be written, or holds the same job with another configuration.
+        """
+        options = {**options_of(config), "weights": loaded.digest, "preprocessing": asdict(loaded.preprocessing)}
+        options = json.loads(json.dumps(options))
+        before = self.manifest().get(job)
+        if before is not None and before["options"] != options:
+            raise UserError(
+                str(self.path),
+                f"this {job} was begun with {difference(before['options'], options)}",
+                "Use the options it was begun with, or another --out.",
+            )
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for aside in self.folder.rglob(f"{ASIDE}*"):  # of a run that was killed while writing
+                aside.unlink()
+            section = before or {"options": options, "model": asdict(config.model), "status": "begun"}
+            self.record(job, section, loaded)
+        except OSError as error:
+            raise UserError(
+                str(self.folder), f"cannot be written ({error.strerror})", "Choose another --out."
+            ) from error
+        return section
+
+    def record(self, job: str, section: dict[str, Any], loaded: Loaded) -> None:
+        """Write a job's section, and what is the same for all jobs."""
+        manifest = {
+            **self.manifest(),
+            "format": FORMAT,
+            "model": {"digest": loaded.digest, "input_shape": loaded.network.input_shape},
+            "operators": [described(op) for op in loaded.network.operators.values()],
+            "versions": {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
+            job: {**section, "written": datetime.now(UTC).isoformat(timespec="seconds")},
+        }
+        write_json(self.path, manifest)
+
+    def quarantine(self, job: str, refused: list[Refused]) -> None:
+        """Write quarantine.parquet: every sample that a job refused, beside those of the folder's other jobs."""
+        path = self.folder / "quarantine.parquet"
+        rows = pq.read_table(path).to_pylist() if path.exists() else []
+        rows = [row for row in rows if row["job"] != job] + [{"job": job, **asdict(r)} for r in refused]
+        write_table(path, QUARANTINE, [pa.Table.from_pylist(rows, QUARANTINE)])
+
+
+def options_of(config: FitConfig | ExplainConfig) -> dict[str, Any]:
+    """What must be the same when a job goes on; where the weights lie does not matter, their digest does."""
+    options = asdict(config)
+    model = options.pop("model")
+    options.pop("out")
+    return {**{k: v for k, v in model.items() if k != "weights"}, **options}
+
+
+def difference(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """The first options that differ, in words."""
+    for name in before | now:
+        was, is_ = before.get(name), now.get(name)
+        if was == is_:
+            continue
+        if isinstance(was, list) and isinstance(is_, list) and name == "shards":
+            return f"{len(was)} shards from {was[0]}, now {len(is_)} from {is_[0]}"
+        return f"{name} {was}, now {is_}"
+    return "the same options"
+
+
+def described(operator: Operator) -> dict[str, Any]:
+    """An operator for the manifest."""
+    gate = operator.gate
+    return {
+        "name": operator.name,
+        "kind": KIND_NAMES[type(operator.kind)],
+        "weight": list(operator.weight.shape),
+        "input": [list(s) for s in operator.input_shapes],
+        "output": list(operator.output_shape),
+        "gate": None if gate is None else [gate.low, None if gate.high == float("inf") else gate.high],
+        "source": operator.source,
+    }

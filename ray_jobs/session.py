@@ -1,0 +1,169 @@
+"""What every driver does around its pool: Ray, workers, signals, progress."""
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TextIO
+
+import ray
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from patterns import UserError
+from ray_jobs import pool
+from ray_jobs.config import Resources
+
+LINE_EVERY = 15.0  # seconds between the progress lines of a log
+
+
+class StoppedShortError(Exception):
+    """The job ended with shards undone. Nothing is lost: the same command goes on."""
+
+
+@contextlib.contextmanager
+def connected(resources: Resources) -> Iterator[None]:
+    """Ray: attached to the cluster that is meant, else started here. UserError where it does not answer."""
+    if ray.is_initialized():  # a notebook, or a test, that brought its own
+        yield
+        return
+    address = resources.address or os.environ.get("RAY_ADDRESS")
+    try:
+        # A fresh local Ray even where another runs on this machine: `auto` would attach to a stranger's.
+        ray.init(address=address or "local", logging_level=logging.ERROR, log_to_driver=False)
+    except (ConnectionError, ValueError) as error:
+        raise UserError(
+            f"--address {address}", "no Ray cluster answers there", "Check the address and RAY_AUTH_MODE."
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def worker_options(resources: Resources) -> tuple[int, dict[str, Any]]:
+    """How many workers, and what each takes. UserError where no node could ever hold one."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus = resources.gpus_per_worker
+    if gpus is None:
+        gpus = 1.0 if any(n.get("GPU", 0) for n in nodes) else 0.0
+    cpus = resources.cpus_per_worker
+
+    def fits(node: dict[str, float]) -> int:
+        shares = [node.get(name, 0) / need for name, need in (("CPU", cpus), ("GPU", gpus)) if need > 0]
+        return int(min(shares, default=1) + 1e-6)
+
+    places = sum(map(fits, nodes))
+    if not places:
+        have = f"{max(n.get('CPU', 0) for n in nodes):g} CPUs and {max(n.get('GPU', 0) for n in nodes):g} GPUs"
+        raise UserError(
+            "--cpus-per-worker --gpus-per-worker",
+            f"no node can hold a worker of {cpus:g} CPUs and {gpus:g} GPUs; the largest has {have}",
+            "Ask for less, or add nodes.",
+        )
+    return resources.workers or places, {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": 0, "max_task_retries": 0}
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """SIGTERM and Ctrl-C ask the job to commit and end; a second one ends it at once."""
+    received: list[int] = []
+
+    def note(number: int, _: object) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    # After ray.init(), which installs its own.
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@dataclass
+class Counts:
+    """How far a job is: shards that count, and samples worked on (for the rate)."""
+
+    shards: int
+    samples: int = 0
+    refused: int = 0
+    workers: int = 0
+
+
+class Reporter:
+    """Shows a job's progress: a bar on a terminal, else a line now and then."""
+
+    def __init__(self, name: str, total: int, done: int, stream: TextIO = sys.stderr) -> None:
+        self.name, self.total, self.first = name, total, done
+        self.counts = Counts(done)
+        self.begun = time.monotonic()
+        self.last_line = self.begun
+        self.stream = stream
+        self.bar: Progress | None = None
+        if stream.isatty():
+            console = Console(file=stream)
+            columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TextColumn("shards, {task.fields[state]}"))
+            self.bar = Progress(*columns, console=console)
+            self.bar.add_task(name, total=total, completed=done, state="starting")
+            self.bar.start()
+
+    def state(self) -> str:
+        """Samples, rate, time left, in words."""
+        counts, seconds = self.counts, time.monotonic() - self.begun
+        words = [f"{counts.samples} samples", f"{counts.samples / max(seconds, 1e-9):.1f} samples/s"]
+        if counts.refused:
+            words.append(f"{counts.refused} refused")
+        words.append(f"{counts.workers} workers")
+        done = counts.shards - self.first
+        if done > 0 and counts.shards < self.total:
+            words.append(f"{spoken(seconds / done * (self.total - counts.shards))} left")
+        return ", ".join(words)
+
+    def tick(self) -> None:
+        """Show how far the job is, if it is time."""
+        if self.bar is not None:
+            self.bar.update(self.bar.task_ids[0], completed=self.counts.shards, state=self.state())
+        elif time.monotonic() - self.last_line > LINE_EVERY:
+            self.last_line = time.monotonic()
+            self.line(f"{self.counts.shards}/{self.total} shards, {self.state()}")
+
+    def line(self, text: str) -> None:
+        """A line for the log."""
+        target = self.bar.console.print if self.bar is not None else lambda t: print(t, file=self.stream, flush=True)
+        target(f"{self.name}: {text}")
+
+    def close(self) -> None:
+        """Take the bar away and leave a last line."""
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+        self.line(f"{self.counts.shards}/{self.total} shards, {self.state()}")
+
+
+def work(job: pool.Job, left: list[str], size: int, reporter: Reporter) -> None:
+    """Run a job on the pool until everything counts. StoppedShortError where a signal came first."""
+    if not left:
+        return
+    with stop_signals() as stop:
+        try:
+            undone = pool.run(left, job, min(size, len(left)), stop, reporter.tick)
+        finally:
+            reporter.close()
+    if undone:
+        raise StoppedShortError(
+            f"stopped with {len(undone)} shards undone; the same command goes on where this one ended"
+        )
+
+
+def spoken(seconds: float) -> str:
+    """A duration as people say it."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,50 @@
+"""What every worker is: a process with its own device and the driver's very model."""
+
+import os
+import socket
+from dataclasses import dataclass
+
+import torch
+
+from patterns import UserError
+from ray_jobs import models
+from ray_jobs.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a worker runs. gpus: its CUDA_VISIBLE_DEVICES; empty where Ray set none."""
+
+    host: str
+    pid: int
+    device: str
+    gpus: str
+
+    def __str__(self) -> str:
+        gpus = f", GPU {self.gpus}" if self.gpus else ""
+        return f"worker on {self.host}, process {self.pid}, {self.device}{gpus}"
+
+
+@dataclass(frozen=True)
+class Share:
+    """What of the machine Ray gave a worker."""
+
+    cpus: float = 1.0
+    gpus: float = 0.0
+
+    def place(self) -> Place:
+        """Where this process runs."""
+        return Place(socket.gethostname(), os.getpid(), self.device(), os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+
+    def device(self) -> str:
+        """The GPU that Ray gave this process, or the CPU where it gave none or there is none in truth."""
+        return "cuda" if self.gpus > 0 and torch.cuda.is_available() else "cpu"
+
+    def load(self, config: ModelConfig, weights: str) -> models.Loaded:
+        """The model, on this worker's device. UserError where its weights are not the driver's."""
+        torch.set_num_threads(max(1, int(self.cpus)))
+        loaded = models.load(config, self.device())
+        if loaded.digest != weights:  # a file that differs from node to node
+            what = f"this node loads weights {loaded.digest}, the driver {weights}"
+            raise UserError(socket.gethostname(), what, "Make the same weights readable on every node.")
+        return loaded
