@@ -1,6 +1,7 @@
 """A model's exported ATen graph under work, and how to read its nodes."""
 
 import re
+import traceback
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -57,7 +58,7 @@ def export(model: nn.Module, example: Tensor, name: str) -> Draft:
     except Exception as error:  # torch.export raises many kinds
         raise UserError(
             name,
-            f"the model cannot be exported as a graph ({first_line(error)})",
+            f"the model cannot be exported as a graph{blamed(error)} ({first_line(error).rstrip('.')})",
             "Remove control flow that depends on the data or on the batch size from its forward.",
         ) from error
     graph = copy_graph(module.graph)
@@ -109,6 +110,13 @@ def source(node: Node) -> str:
         return module
     file, line, code = own[-1]
     return f"{module} ({file.rpartition('/')[2]}:{line}: {code.strip()})"
+
+
+def blamed(error: Exception) -> str:
+    """The line of the model's code that an error comes from, if it is one."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if "/torch/" not in f.filename and f.filename != __file__]
+    return f" because of {own[-1].filename.rpartition('/')[2]}:{own[-1].lineno}: {own[-1].line}" if own else ""
 
 
 def attribute(module: nn.Module, target: str) -> Any:

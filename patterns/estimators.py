@@ -44,51 +44,59 @@ def random(problem: Problem) -> Tensor:
 
 def linear(problem: Problem) -> Tensor:
     """S_a: a = cov[x, y] / var[y] (eq. 4)."""
-    total = problem.moments.total
-    cov = total.mean_xy() - total.mean_x() * total.mean_y()[:, None]
-    # wᵀcov[x, y] is var[y], computed from the same sums, so that wᵀa = 1 holds to the last digit.
-    return torch.where(total.var_y()[:, None] > 0, normalised(cov, problem.weight), 0.0)
+    return regressed(problem, problem.moments.total)
 
 
 def positive(problem: Problem) -> Tensor:
     """a₊ of S_a±: (E₊[xy] - E₊[x]E[y]) / wᵀ(…) over the open gate, E[y] over all samples (eq. 7)."""
-    return gated(problem, required(problem.moments.open))
+    return regressed(problem, required(problem.moments.open))
 
 
 def negative(problem: Problem) -> Tensor:
     """a₋ of S_a±: as `positive`, over the closed gate."""
-    return gated(problem, problem.moments.closed)
+    return regressed(problem, problem.moments.closed)
 
 
-def gated(problem: Problem, sums: Sums) -> Tensor:
-    direction = sums.mean_xy() - sums.mean_x() * problem.moments.total.mean_y()[:, None]
-    alive = (sums.n > 0) & (problem.moments.total.var_y() > 0)
-    return torch.where(alive[:, None], normalised(direction, problem.weight), 0.0)
+def regressed(problem: Problem, sums: Sums) -> Tensor:
+    """(E[xy] - E[x]E[y]) / wᵀ(…), with E[xy] and E[x] over some samples and E[y] over all.
+
+    Over all samples this is cov[x, y] / var[y], since wᵀcov[x, y] = var[y]. The denominator is taken
+    from the numerator, so that wᵀa = 1 holds to the last digit.
+    """
+    xy, x = sums.mean_xy(), sums.mean_x() * problem.moments.total.mean_y()[:, None]
+    return normalised(xy - x, problem.weight, xy.norm(dim=1) + x.norm(dim=1))
 
 
-def normalised(direction: Tensor, weight: Tensor) -> Tensor:
-    """direction / wᵀdirection for each neuron; 0 where the denominator vanishes."""
+def normalised(direction: Tensor, weight: Tensor, size: Tensor | None = None) -> Tensor:
+    """direction / wᵀdirection for each neuron; 0 where the denominator vanishes.
+
+    size: of what the direction was computed from, shape (K,), where its terms may cancel.
+    """
     denominator = (direction * weight).sum(1, keepdim=True)
-    scale = direction.norm(dim=1, keepdim=True) * weight.norm(dim=1, keepdim=True)
-    live = denominator.abs() > VANISHING * scale
+    size = direction.norm(dim=1) if size is None else size
+    live = denominator.abs() > VANISHING * (size * weight.norm(dim=1))[:, None]
     return torch.where(live, direction / torch.where(live, denominator, 1.0), 0.0)
 
 
 @dataclass(frozen=True)
 class Estimator:
-    """A row of the table. `sums`: the large sums it needs. `for_gates`: it asks for a gate behind the operator."""
+    """A row of the table. `sums`: the large sums it needs."""
 
     solve: Callable[[Problem], Tensor]
     sums: Wanted
-    for_gates: bool = False
+
+    @property
+    def learns(self) -> bool:
+        """Whether it looks at data: then a neuron that never opened or never varied has pattern 0."""
+        return self.sums.total or self.sums.open
 
 
 ESTIMATORS: dict[str, Estimator] = {
     "filter": Estimator(filter_, Wanted(total=False, open=False)),
     "random": Estimator(random, Wanted(total=False, open=False)),
     "linear": Estimator(linear, Wanted(total=True, open=False)),
-    "positive": Estimator(positive, Wanted(total=False, open=True), for_gates=True),
-    "negative": Estimator(negative, Wanted(total=True, open=True), for_gates=True),
+    "positive": Estimator(positive, Wanted(total=False, open=True)),
+    "negative": Estimator(negative, Wanted(total=True, open=True)),
 }
 
 # What a user may ask for: patterns for operators with a gate, and for those without.
@@ -138,18 +146,22 @@ def solve(operator: Operator, moments: Moments, choices: Collection[str] = ("def
     if unknown := sorted(set(choices) - set(CHOICES)):
         raise UserError("--estimators", f"no estimator {unknown[0]!r}", f"Choose from {', '.join(CHOICES)}.")
     shape = operator.weight.shape
-    problem = Problem(moments, operator.weight.detach().cpu().double().flatten(1), operator.name, seed)
-    solved = {name: ESTIMATORS[name].solve(problem) for name in chosen(operator, choices)}
-    dtype = torch.promote_types(operator.weight.dtype, torch.float32)
     total, opened = moments.total, moments.open
-    n_positive = total.n if opened is None else opened.n
+    n_positive, var_y = total.n if opened is None else opened.n, total.var_y()
+    problem = Problem(moments, operator.weight.detach().cpu().double().flatten(1), operator.name, seed)
+    seen = ((n_positive > 0) & (var_y > 0))[:, None]
+    solved = {}
+    for name in chosen(operator, choices):
+        row = ESTIMATORS[name]
+        solved[name] = torch.where(seen, row.solve(problem), 0.0) if row.learns else row.solve(problem)
+    dtype = torch.promote_types(operator.weight.dtype, torch.float32)
     return Solution(
         {name: pattern.reshape(shape).to(dtype) for name, pattern in solved.items()},
-        flags(operator, n_positive, total.var_y(), solved),
+        flags(operator, n_positive, var_y, solved),
         total.n,
         n_positive,
         total.mean_y(),
-        total.var_y(),
+        var_y,
     )
 
 

@@ -26,6 +26,7 @@ aten = torch.ops.aten
 # Rectifiers: where they pass their input on.
 RECTIFIERS: dict[Any, Callable[[dict[str, Any]], Gate]] = {
     aten.relu.default: lambda _: Gate(0.0, float("inf")),
+    aten.relu6.default: lambda _: Gate(0.0, 6.0),
     aten.hardtanh.default: lambda a: Gate(float(a["min_val"]), float(a["max_val"])),
     aten.clamp.default: lambda a: Gate(limit(a["min"], "-inf"), limit(a["max"], "inf")),
     aten.clamp_min.default: lambda a: Gate(float(a["min"]), float("inf")),

@@ -1,6 +1,7 @@
 """The fit job: shards → moments → parts → patterns, each shard counted exactly once."""
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,6 +94,8 @@ class FitJob:
         for file in self.folder.glob("part-*.safetensors"):
             if file.name not in named:  # written by a worker whose driver died before it could count
                 file.unlink()
+        self.begun = float("inf")
+        self.seconds = 0.0  # from the first worker's start to the last commit
         left = self.ledger.left(config.shards)
         self.reporter = Reporter("fit", len(config.shards), len(config.shards) - len(left))
 
@@ -106,6 +109,7 @@ class FitJob:
         return ray.remote(FitWorker).options(**self.options).remote(self.config, self.weights, share)
 
     def started(self, told: Place) -> None:
+        self.begun = min(self.begun, time.monotonic())
         self.reporter.counts.workers += 1
         self.reporter.line(str(told))
 
@@ -119,6 +123,7 @@ class FitJob:
         self.ledger = self.ledger.commit(told)
         write_json(self.path, self.ledger.to_json())
         self.reporter.counts.shards = len(self.ledger.shards)
+        self.seconds = time.monotonic() - self.begun
 
 
 def fit(config: FitConfig, resources: Resources = Resources()) -> Run:  # noqa: B008 - frozen
@@ -148,7 +153,7 @@ def fit(config: FitConfig, resources: Resources = Resources()) -> Run:  # noqa: 
         solutions = reduce.solve_all(parts, operators, wants(config), config.estimators, config.seed)
     storage.save(run.folder, solutions, loaded.digest)
     counted = {"shards": len(config.shards), "samples": ledger.samples, "refused": len(ledger.refused)}
-    run.record("fit", section | {"status": "complete", **counted}, loaded)
+    run.record("fit", section | {"status": "complete", **counted, "seconds": round(job.seconds, 3)}, loaded)
     return run
 
 

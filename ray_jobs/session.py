@@ -120,7 +120,7 @@ class Reporter:
         words = [f"{counts.samples} samples", f"{counts.samples / max(seconds, 1e-9):.1f} samples/s"]
         if counts.refused:
             words.append(f"{counts.refused} refused")
-        words.append(f"{counts.workers} workers")
+        words.append("1 worker" if counts.workers == 1 else f"{counts.workers} workers")
         done = counts.shards - self.first
         if done > 0 and counts.shards < self.total:
             words.append(f"{spoken(seconds / done * (self.total - counts.shards))} left")

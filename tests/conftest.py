@@ -1,0 +1,119 @@
+"""Real things to test on: shards of JPEGs, a model in a file, a Ray of its own."""
+
+import io
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+from PIL import Image
+from webdataset import TarWriter
+
+# Ray otherwise turns token authentication on or off by what earlier runs left in the home directory.
+os.environ["RAY_AUTH_MODE"] = "disabled"
+
+MODEL = """
+import torch
+from torch import nn
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(6, 6, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(6)
+        self.conv2 = nn.Conv2d(6, 6, 3, padding=1, groups=2)
+
+    def forward(self, x):
+        return torch.relu(x + self.conv2(torch.relu(self.bn1(self.conv1(x)))))
+
+
+def small():
+    torch.manual_seed(7)
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3, stride=2), nn.ReLU6(), Block(), nn.MaxPool2d(2),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5),
+    )
+    model[2].bn1.running_mean.uniform_(-0.2, 0.2)
+    return model
+
+
+def broken():
+    raise RuntimeError("this factory always fails")
+"""
+
+
+@pytest.fixture(scope="session")
+def model_spec(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A small residual network for 16×16 images with 5 classes, as `--model` takes it."""
+    path = tmp_path_factory.mktemp("model") / "small_model.py"
+    path.write_text(MODEL)
+    return f"{path}:small"
+
+
+def jpeg(rng: np.random.Generator, size: int = 16) -> bytes:
+    """A random smooth image."""
+    coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8))
+    buffer = io.BytesIO()
+    coarse.resize((size, size), Image.Resampling.BICUBIC).save(buffer, "jpeg", quality=95)
+    return buffer.getvalue()
+
+
+def write_tar(path: Path, samples: list[dict[str, object]]) -> Path:
+    """A shard of samples as they stand."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tar = TarWriter(str(path), encoder=False)
+    for sample in samples:
+        tar.write(sample)
+    tar.close()
+    return path
+
+
+def make_shards(folder: Path, shards: int, samples: int, seed: int = 0) -> list[str]:
+    """Shards of random JPEGs with labels from 0 to 4."""
+    rng = np.random.default_rng(seed)
+    return [
+        str(
+            write_tar(
+                folder / f"train-{number:03d}.tar",
+                [
+                    {"__key__": f"s{number:03d}-{i}", "jpg": jpeg(rng), "cls": str(rng.integers(5)).encode()}
+                    for i in range(samples)
+                ],
+            )
+        )
+        for number in range(shards)
+    ]
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Twelve shards of six samples."""
+    return make_shards(tmp_path_factory.mktemp("shards"), 12, 6)
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    """A Ray of this machine that believes in four CPUs and two GPUs."""
+    ray.init(address="local", num_cpus=4, num_gpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def complaint(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run the program on bad input: gives its one line of complaint, and sees that the status is 2."""
+    from ray_jobs.cli import status
+
+    def run(*arguments: object) -> str:
+        capsys.readouterr()
+        assert status([str(a) for a in arguments]) == 2
+        err = capsys.readouterr().err
+        lines = [line for line in err.splitlines() if line.startswith("patternnet: ")]
+        assert len(lines) == 1, err
+        assert "Traceback" not in err
+        return lines[0]
+
+    return run

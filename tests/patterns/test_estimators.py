@@ -1,0 +1,260 @@
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from patterns import CHOICES, ESTIMATORS, Moments, Operator, UserError, accumulate, solve, trace
+from patterns.estimators import Problem, chosen
+from patterns.moments import tensors
+from tests.oracles import Neuron, covariance, neurons, two_component, window_patches
+
+LIMITS = (0.0, float("inf"))
+EVERYTHING = tuple(CHOICES)
+
+
+def linear_operator(
+    weight: Tensor, bias: Tensor | None, x: Tensor, *, gated: bool = True
+) -> tuple[Operator, Moments, list[Neuron]]:
+    """One layer over data x (S, D) as the network sees it, and its neurons written out."""
+    layer = nn.Linear(weight.shape[1], len(weight), bias=bias is not None).to(weight.dtype)
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+        if bias is not None:
+            layer.bias.copy_(bias)
+    network = trace(nn.Sequential(layer, nn.ReLU()) if gated else nn.Sequential(layer), x[:2])
+    truth = neurons([x.double()], weight, bias, LIMITS if gated else None)
+    return network.operators["0"], accumulate(network, x.split(7))["0"], truth
+
+
+def convolution_operator() -> tuple[Operator, Moments, list[Neuron]]:
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Conv2d(4, 6, 3, padding=1, stride=2, groups=2), nn.ReLU()).double()
+    x = torch.randn(5, 4, 7, 7, dtype=torch.float64) + 0.4
+    network = trace(model, x[:1])
+    operator = network.operators["0"]
+    patches = window_patches(x, (3, 3), (2, 2), (1, 1), (1, 1), 2)
+    truth = neurons(patches, model[0].weight.detach(), model[0].bias.detach(), LIMITS)
+    return operator, accumulate(network, x.split(2))["0"], truth
+
+
+def double(*rows: tuple[float, ...]) -> Tensor:
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+# The toy model of the paper: x = (1, 0) s + (1, 1) d, w = (1, -1), so y = s. Every s meets every d.
+SIGNAL, DISTRACTOR = double((1, 0)), double((1, 1))
+TOY = torch.cat([s * SIGNAL + d * DISTRACTOR for s, d in product((-2.0, -1.0, 0.5, 3.0), (-2.0, -0.5, 0.5, 2.0))])
+
+
+def test_linear_pattern_of_the_toy_model_is_the_signal_direction() -> None:
+    operator, moments, _ = linear_operator(double((1, -1)), None, TOY)
+    torch.testing.assert_close(solve(operator, moments, ["linear"]).patterns["linear"], SIGNAL)
+
+
+def test_filter_of_the_toy_model_is_the_weight_and_not_the_signal() -> None:
+    operator, moments, _ = linear_operator(double((1, -1)), None, TOY)
+    torch.testing.assert_close(solve(operator, moments, ["filter"]).patterns["filter"], double((0.5, -0.5)))
+
+
+@pytest.mark.parametrize("bias", [None, -0.25, 1.25])
+def test_two_component_is_linear_where_signal_and_distractor_are_independent(bias: float | None) -> None:
+    b = None if bias is None else torch.tensor([bias], dtype=torch.float64)
+    operator, moments, _ = linear_operator(double((1, -1)), b, TOY)
+    found = solve(operator, moments, ["two-component"]).patterns
+    assert list(found) == ["positive", "negative"]
+    torch.testing.assert_close(found["positive"], SIGNAL)
+    torch.testing.assert_close(found["negative"], SIGNAL)
+
+
+def test_two_component_tells_two_regimes_apart() -> None:
+    # The signal runs along (1, 0) where the gate is open, along (0, -1) where it is closed.
+    ys, ds = (-3.0, -1.0, 1.0, 3.0), (-1.0, 1.0)
+    x = torch.cat([(double((y, 0)) if y > 0 else double((0, -y))) + d * DISTRACTOR for y, d in product(ys, ds)])
+    operator, moments, _ = linear_operator(double((1, -1)), None, x)
+    found = solve(operator, moments, ["two-component", "linear"]).patterns
+    torch.testing.assert_close(found["positive"], double((1, 0)))
+    torch.testing.assert_close(found["negative"], double((0, -1)))
+    assert not torch.allclose(found["linear"], found["positive"], atol=1e-3)
+
+
+def test_every_live_neurons_pattern_meets_its_weight_in_one() -> None:
+    operator, moments, _ = convolution_operator()
+    solution = solve(operator, moments, EVERYTHING)
+    assert solution.flags == ["ok"] * 6
+    assert set(solution.patterns) == set(ESTIMATORS)
+    for name, pattern in solution.patterns.items():
+        assert pattern.shape == operator.weight.shape, name
+        products = (operator.weight * pattern).flatten(1).sum(1)
+        torch.testing.assert_close(products, torch.ones_like(products), rtol=1e-10, atol=0)
+
+
+def test_linear_pattern_equals_covariance_over_variance_of_patches() -> None:
+    operator, moments, truth = convolution_operator()
+    found = solve(operator, moments, ["linear"]).patterns["linear"].flatten(1).numpy()
+    for pattern, neuron in zip(found, truth):
+        np.testing.assert_allclose(pattern, covariance(neuron) / np.var(neuron.y.numpy()), rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize(("name", "which"), [("positive", "open"), ("negative", "closed")])
+def test_two_component_equals_direct_means_over_each_side_of_the_gate(name: str, which: str) -> None:
+    operator, moments, truth = convolution_operator()
+    found = solve(operator, moments, ["two-component"]).patterns[name].flatten(1).numpy()
+    for pattern, neuron, weight in zip(found, truth, operator.weight):
+        np.testing.assert_allclose(pattern, two_component(neuron, weight, which), rtol=1e-8, atol=1e-10)
+
+
+def test_both_sides_of_the_gate_weighted_by_their_samples_sum_to_the_covariance() -> None:
+    _, moments, truth = convolution_operator()
+    assert moments.open is not None
+    total = torch.zeros_like(moments.open.mean_xy())
+    for side in (moments.open, moments.closed):
+        share = side.n.double() / moments.total.n
+        total += share[:, None] * (side.mean_xy() - side.mean_x() * moments.total.mean_y()[:, None])
+    for row, neuron in zip(total.numpy(), truth):
+        np.testing.assert_allclose(row, covariance(neuron), rtol=1e-9, atol=1e-9 * np.abs(row).max())
+
+
+def test_the_bias_moves_the_gate_and_nothing_else() -> None:
+    weight = double((1, -1))
+    plain = linear_operator(weight, None, TOY)
+    biased = linear_operator(weight, torch.tensor([50.0], dtype=torch.float64), TOY)
+    linear = [solve(op, m, ["linear"]).patterns["linear"] for op, m, _ in (plain, biased)]
+    torch.testing.assert_close(linear[0], linear[1], rtol=1e-10, atol=1e-12)
+    assert plain[1].open is not None
+    assert biased[1].open is not None
+    assert plain[1].open.n.tolist() == [8]
+    assert biased[1].open.n.tolist() == [16]
+
+
+def test_an_operator_without_a_gate_uses_the_linear_pattern() -> None:
+    operator, moments, _ = linear_operator(double((1, -1)), None, TOY, gated=False)
+    for choice in ("default", "two-component", "linear"):
+        solution = solve(operator, moments, [choice])
+        assert list(solution.patterns) == ["linear"]
+        torch.testing.assert_close(solution.patterns["linear"], SIGNAL)
+        assert solution.n_positive.tolist() == [16]
+
+
+def test_solution_reports_the_outputs_statistics() -> None:
+    operator, moments, truth = convolution_operator()
+    solution = solve(operator, moments)
+    for k, neuron in enumerate(truth):
+        assert solution.n[k] == len(neuron.y)
+        assert solution.n_positive[k] == neuron.open.sum()
+        assert solution.mean_y[k].item() == pytest.approx(neuron.y.numpy().mean(), rel=1e-10)
+        assert solution.var_y[k].item() == pytest.approx(neuron.y.numpy().var(), rel=1e-10)
+
+
+# Of this data's columns the first three are y, a distractor, and a constant.
+DEGENERATE = double((-1, 1, 7), (-3, 2, 7), (-3.5, 5, 7))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_dead_constant_and_degenerate_neurons_have_pattern_zero_and_say_why(dtype: torch.dtype) -> None:
+    weight = double((1, 0, 0), (1, 0, 0), (0, 0, 1), (0, 0, 0), (1, 0, 0)).to(dtype)
+    bias = torch.tensor([-9.0, 3.25, 1.0, 1.0, 2.0], dtype=dtype)
+    operator, moments, _ = linear_operator(weight, bias, DEGENERATE.to(dtype))
+    solution = solve(operator, moments)
+    # y - E[y] over the open samples of the second is orthogonal to y: E₊[y²] = E₊[y]E[y].
+    assert solution.flags == ["dead", "degenerate", "constant", "constant", "ok"]
+    assert (solution.patterns["positive"][:4] == 0).all()
+    assert (solution.patterns["positive"][4] != 0).any()
+
+
+def test_a_denominator_of_rounding_only_is_degenerate() -> None:
+    scale = 0.37  # no sum is exact any more
+    operator, moments, _ = linear_operator(double((1, 0, 0)), double((3.25 * scale,))[0], DEGENERATE * scale)
+    solution = solve(operator, moments)
+    assert solution.flags == ["degenerate"]
+    assert (solution.patterns["positive"] == 0).all()
+
+
+@pytest.mark.parametrize("choice", EVERYTHING)
+def test_no_estimator_gives_anything_but_finite_patterns(choice: str) -> None:
+    weight = double((1, 0, 0), (1, 0, 0), (0, 0, 1), (0, 0, 0), (1e-200, 0, 0), (1e150, 0, 0), (1, 0, 0))
+    bias = torch.tensor([-9.0, 3.25, 1.0, 1.0, 0.0, 0.0, 90.0], dtype=torch.float64)
+    operator, moments, _ = linear_operator(weight, bias, DEGENERATE)
+    for pattern in solve(operator, moments, [choice]).patterns.values():
+        assert pattern.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["linear", "positive", "negative"])
+def test_fitted_patterns_of_dead_and_constant_neurons_are_zero(name: str) -> None:
+    weight = double((1, 0, 0), (0, 0, 1), (0, 0, 0))
+    operator, moments, _ = linear_operator(weight, torch.tensor([-9.0, 1.0, 1.0]).double(), DEGENERATE)
+    solution = solve(operator, moments, ["linear", "two-component"])
+    assert solution.flags == ["dead", "constant", "constant"]
+    assert (solution.patterns[name] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_neuron_that_differs_by_rounding_only_is_constant(dtype: torch.dtype) -> None:
+    torch.manual_seed(4)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()).to(dtype)
+    with torch.no_grad():
+        model[0].bias.fill_(5.0)
+    x = torch.full((4, 3, 9, 9), 0.3, dtype=dtype)
+    network = trace(model, x[:1])
+    moments = accumulate(network, x.split(1))["0"]
+    solution = solve(network.operators["0"], moments, ["default", "linear"])
+    assert solution.flags == ["constant"] * 8
+    assert all((p == 0).all() for p in solution.patterns.values())
+
+
+def test_a_run_without_samples_gives_dead_neurons() -> None:
+    operator, moments, _ = linear_operator(double((1, -1)), None, TOY)
+    empty = moments.__class__(moments.total - moments.total, moments.closed - moments.closed)
+    solution = solve(operator, empty, ["two-component", "linear"])
+    assert solution.flags == ["dead"]
+    assert all((p == 0).all() for p in solution.patterns.values())
+
+
+def test_random_patterns_depend_on_seed_and_operator_only() -> None:
+    operator, moments, _ = convolution_operator()
+    more = moments + moments
+
+    def drawn(seed: int, name: str = "0", sums: Moments = moments) -> Tensor:
+        operator.name = name
+        return solve(operator, sums, ["random"], seed=seed).patterns["random"]
+
+    assert torch.equal(drawn(5), drawn(5, sums=more))
+    assert not torch.allclose(drawn(5), drawn(6))
+    assert not torch.allclose(drawn(5), drawn(5, "1"))
+    assert not torch.allclose(drawn(5)[0], drawn(5)[1])
+
+
+def test_solving_leaves_moments_as_they_were() -> None:
+    operator, moments, _ = convolution_operator()
+    before = {k: v.clone() for k, v in tensors(moments).items()}
+    solve(operator, moments, EVERYTHING)
+    for name, value in tensors(moments).items():
+        assert torch.equal(value, before[name])
+
+
+def test_an_unknown_estimator_is_refused_by_name() -> None:
+    operator, moments, _ = linear_operator(double((1, -1)), None, TOY)
+    with pytest.raises(UserError, match=r"no estimator 'lineal'\. Choose from filter, random, linear, two-component"):
+        solve(operator, moments, ["linear", "lineal"])
+
+
+def test_an_estimator_takes_only_the_sums_that_it_declares() -> None:
+    operator, moments, _ = convolution_operator()
+    assert moments.open is not None
+    weight = operator.weight.flatten(1)
+    for name, estimator in ESTIMATORS.items():
+        total = moments.total if estimator.sums.total else moments.total.__class__(*without_x(moments.total))
+        opened = moments.open if estimator.sums.open else moments.open.__class__(*without_x(moments.open))
+        found = estimator.solve(Problem(Moments(total, opened), weight))
+        assert torch.equal(found, estimator.solve(Problem(moments, weight))), name
+
+
+def without_x(sums: object) -> tuple[Tensor, Tensor, Tensor]:
+    return sums.n, sums.y, sums.yy  # type: ignore[attr-defined]
+
+
+def test_an_ungated_operator_is_never_asked_for_its_gates_patterns() -> None:
+    operator, _, _ = linear_operator(double((1, -1)), None, TOY, gated=False)
+    for choice in CHOICES:
+        assert not any(ESTIMATORS[name].sums.open for name in chosen(operator, [choice]))

@@ -1,0 +1,393 @@
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import pytest
+import torch
+from captum.attr import Saliency
+from torch import Tensor, nn
+from torch.nn import functional as F
+from zennit.attribution import Gradient
+
+from patterns import METHODS, Explainer, Network, UserError, accumulate, choose, solve, trace
+from tests.oracles import Value, explanation
+from tests.patterns.networks import randomise, relative, traced
+
+ARCHITECTURES = ["vgg11", "resnet18", "densenet121", "tf_efficientnet_lite0"]
+EVERY_METHOD = tuple(METHODS)
+Weights = Mapping[str, Tensor]
+
+
+def weights_of(network: Network) -> dict[str, Tensor]:
+    return {name: operator.weight for name, operator in network.operators.items()}
+
+
+def gradient(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    inputs = inputs.clone().requires_grad_()
+    score = model(inputs)[range(len(inputs)), targets].sum()
+    return torch.autograd.grad(score, inputs)[0]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_with_the_weights_for_patterns_the_pass_is_the_models_own_gradient(name: str) -> None:
+    it = traced(name)
+    inputs, targets = it.inputs[:2], torch.tensor([3, 7])
+    found = Explainer(it.network, weights_of(it.network), ["gradient", "patternnet"])(inputs, targets)
+    expected = gradient(it.model.eval(), inputs, targets)
+    assert relative(found.maps["gradient"], expected) < 1e-10
+    scores = found.scores[range(2), targets].reshape(-1, 1, 1, 1)
+    assert relative(found.maps["patternnet"], scores * expected) < 1e-10
+    for k in range(2):  # neither sample's map is drowned by the other's
+        assert relative(found.maps["gradient"][k], expected[k]) < 1e-10
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_with_ones_for_patterns_patternattribution_is_the_gradient_times_the_score(name: str) -> None:
+    it = traced(name)
+    inputs, targets = it.inputs[2:], torch.tensor([1])
+    ones = {name: torch.ones_like(weight) for name, weight in weights_of(it.network).items()}
+    found = Explainer(it.network, ones, ["patternattribution"])(inputs, targets)
+    expected = gradient(it.model.eval(), inputs, targets) * found.scores[0, 1]
+    assert relative(found.maps["patternattribution"], expected) < 1e-10
+
+
+def test_gradient_agrees_with_zennit_and_captum() -> None:
+    it = traced("resnet18")
+    model, inputs, targets = it.model.eval(), it.inputs[:2], torch.tensor([0, 9])
+    found = Explainer(it.network, None, ["gradient"])(inputs, targets).maps["gradient"]
+    with Gradient(model) as attributor:
+        _, zennit = attributor(inputs, torch.eye(10, dtype=torch.float64)[targets])
+    captum = Saliency(model).attribute(inputs.clone().requires_grad_(), targets, abs=False)
+    assert relative(found, zennit) < 1e-10
+    assert relative(found, captum) < 1e-10
+
+
+# --- small networks, and the same written out as matrices -----------------------------------------
+
+
+def convolution(stride: int = 1, padding: int = 0, dilation: int = 1, groups: int = 1) -> Callable[..., Tensor]:
+    return lambda x, w: F.conv2d(x, w, None, stride, padding, dilation, groups)
+
+
+def average(window: int, stride: int, padding: int) -> Callable[..., Tensor]:
+    def pool(x: Tensor, w: Tensor) -> Tensor:
+        # The weights of a window go along with its values, as one long row for each position.
+        windows = F.unfold(x, window, padding=padding, stride=stride).unflatten(1, (x.shape[1], -1))
+        sizes = [(n + 2 * padding - window) // stride + 1 for n in x.shape[2:]]
+        return (windows * w.flatten(1)[..., None]).sum(2).unflatten(2, sizes)
+
+    return pool
+
+
+def matmul(x: Tensor, w: Tensor) -> Tensor:
+    return (w @ x[..., None])[..., 0]
+
+
+def per_channel(x: Tensor, w: Tensor) -> Tensor:
+    return x * w[:, :, None]
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(2, 4, 3, padding=1)
+        self.one = nn.Conv2d(4, 4, 3, padding=1, groups=2)
+        self.two = nn.Conv2d(4, 4, 1, bias=False)
+        self.head = nn.Linear(4 * 3 * 3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        x = (self.two(self.one(x).relu()) + x).relu()
+        return self.head(F.avg_pool2d(x, 2).flatten(1))
+
+
+def residual(m: Residual, w: Weights) -> Callable[[Value, Weights], Value]:
+    def network(x: Value, back: Weights) -> Value:
+        x = x.linear(convolution(padding=1), w["stem"], back["stem"], m.stem.bias).rectified()
+        branch = x.linear(convolution(padding=1, groups=2), w["one"], back["one"], m.one.bias).rectified()
+        branch = branch.linear(convolution(), w["two"], back["two"])
+        x = branch.plus(x, back["addition.0"]).rectified()
+        x = x.linear(average(2, 2, 0), w["average_pool.0"], back["average_pool.0"])
+        return x.flattened().linear(matmul, w["head"], back["head"], m.head.bias)
+
+    return network
+
+
+def residual_weights(m: Residual) -> dict[str, Tensor]:
+    return {
+        "stem": m.stem.weight,
+        "one": m.one.weight,
+        "two": m.two.weight,
+        "addition.0": torch.ones(4, 2, dtype=torch.float64),
+        "average_pool.0": torch.full((4, 1, 2, 2), 0.25, dtype=torch.float64),
+        "head": m.head.weight,
+    }
+
+
+class Mixed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.folded, self.relu6 = nn.Conv2d(2, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ReLU6()
+        self.narrow, self.wide = nn.Conv2d(4, 2, 1), nn.Conv2d(4, 3, 3, padding=2, dilation=2, bias=False)
+        self.alone = nn.BatchNorm2d(5)
+        self.twice = nn.Conv2d(5, 5, 1, groups=5)
+        self.head = nn.Linear(5, 3)
+        randomise(self.folded)
+        randomise(self.alone)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(self.relu6(self.folded(self.stem(x))), 2, 1)
+        x = self.alone(torch.cat([self.narrow(x), self.wide(x)], 1)).relu()
+        x = self.twice(self.twice(x).relu())
+        return self.head(F.avg_pool2d(x, 3, 2, 1).mean((2, 3)))
+
+
+def scale_and_shift(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+    return scale, norm.bias - norm.running_mean * scale
+
+
+def mixed(m: Mixed, w: Weights) -> Callable[[Value, Weights], Value]:
+    scale, shift = scale_and_shift(m.folded)
+    _, alone = scale_and_shift(m.alone)
+
+    def network(x: Value, back: Weights) -> Value:
+        x = x.linear(convolution(stride=2), w["stem"], back["stem"], m.stem.bias * scale + shift).rectified(0, 6)
+        x = x.max_pooled(2, 1)
+        narrow = x.linear(convolution(), w["narrow"], back["narrow"], m.narrow.bias)
+        wide = x.linear(convolution(padding=2, dilation=2), w["wide"], back["wide"])
+        x = narrow.beside(wide).linear(per_channel, w["alone"], back["alone"], alone).rectified()
+        x = x.linear(convolution(groups=5), w["twice"], back["twice"], m.twice.bias).rectified()
+        x = x.linear(convolution(groups=5), w["twice"], back["twice"], m.twice.bias)
+        x = x.linear(average(3, 2, 1), w["average_pool.0"], back["average_pool.0"])
+        x = x.linear(average(x.value.shape[-1], 1, 0), w["average_pool.1"], back["average_pool.1"])
+        return x.flattened().linear(matmul, w["head"], back["head"], m.head.bias)
+
+    return network
+
+
+def mixed_weights(m: Mixed) -> dict[str, Tensor]:
+    return {
+        "stem": m.stem.weight * scale_and_shift(m.folded)[0].reshape(-1, 1, 1, 1),
+        "narrow": m.narrow.weight,
+        "wide": m.wide.weight,
+        "alone": scale_and_shift(m.alone)[0][:, None],
+        "twice": m.twice.weight,
+        "average_pool.0": torch.full((5, 1, 3, 3), 1 / 9, dtype=torch.float64),
+        "average_pool.1": torch.full((5, 1, 2, 2), 1 / 4, dtype=torch.float64),
+        "head": m.head.weight,
+    }
+
+
+@dataclass(frozen=True)
+class Small:
+    network: Network
+    inputs: Tensor
+    targets: Tensor
+    weights: dict[str, Tensor]
+    patterns: dict[str, Tensor]
+    written_out: Callable[[Value, Weights], Value]
+
+
+def small(kind: str) -> Small:
+    """A network, random patterns for it, and itself written out."""
+    torch.manual_seed(11)
+    inputs = 3 * torch.randn(4, 2, 6 if kind == "residual" else 9, 6 if kind == "residual" else 9, dtype=torch.float64)
+    if kind == "residual":
+        model: nn.Module = Residual().double().requires_grad_(False)
+        weights, written_out = residual_weights(model), residual(model, residual_weights(model))  # type: ignore[arg-type]
+    else:
+        model = Mixed().double().requires_grad_(False)
+        model.stem.weight.mul_(3)
+        weights, written_out = mixed_weights(model), mixed(model, mixed_weights(model))  # type: ignore[arg-type]
+    network = trace(model, inputs[:1])
+    patterns = {name: torch.randn(weight.shape, dtype=torch.float64) for name, weight in weights.items()}
+    return Small(network, inputs, torch.tensor([2, 0, 1, 2]), weights, patterns, written_out)
+
+
+@pytest.mark.parametrize("kind", ["residual", "mixed"])
+def test_a_network_written_out_as_matrices_gives_the_same_scores(kind: str) -> None:
+    it = small(kind)
+    assert {name: w.shape for name, w in weights_of(it.network).items()} == {n: w.shape for n, w in it.weights.items()}
+    scores = it.network.module(it.inputs)
+    for x, row in zip(it.inputs, scores):
+        value = it.written_out(Value(x, torch.eye(x.numel(), dtype=torch.float64)), it.weights).value
+        torch.testing.assert_close(row, value, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["residual", "mixed"])
+@pytest.mark.parametrize("method", EVERY_METHOD)
+def test_every_method_equals_the_product_of_explicit_matrices(kind: str, method: str) -> None:
+    it = small(kind)
+    backward = {
+        "gradient": it.weights,
+        "patternnet": it.patterns,
+        "patternattribution": {name: w * it.patterns[name] for name, w in it.weights.items()},
+    }[method]
+    expected = explanation(it.written_out, backward, it.inputs, it.targets, start=1.0 if method == "gradient" else None)
+    found = Explainer(it.network, it.patterns, [method])(it.inputs, it.targets).maps[method]
+    for f, e in zip(found, expected):
+        assert relative(f, e) < 1e-10
+
+
+@pytest.mark.parametrize("changed", ["head", "addition.0", "average_pool.0", "one", "stem"])
+def test_each_operators_pattern_matters(changed: str) -> None:
+    it = small("residual")
+    before = Explainer(it.network, it.patterns, ["patternnet"])(it.inputs, it.targets).maps["patternnet"]
+    other = it.patterns | {changed: it.patterns[changed] + 0.5}
+    after = Explainer(it.network, other, ["patternnet"])(it.inputs, it.targets).maps["patternnet"]
+    assert relative(after, before) > 1e-3
+
+
+# --- laws -----------------------------------------------------------------------------------------
+
+
+def one_layer() -> tuple[nn.Linear, Tensor, Tensor]:
+    torch.manual_seed(5)
+    layer = nn.Linear(4, 3).double().requires_grad_(False)
+    return layer, torch.randn(3, 4, dtype=torch.float64), torch.randn(2, 4, dtype=torch.float64)
+
+
+def test_the_pass_starts_from_the_targets_value_and_the_gradient_from_one() -> None:
+    layer, pattern, x = one_layer()
+    network = trace(nn.Sequential(layer), x)
+    maps = Explainer(network, {"0": pattern}, EVERY_METHOD)(x, torch.tensor([2, 1])).maps
+    for k, target in enumerate([2, 1]):
+        score = layer.weight[target] @ x[k] + layer.bias[target]
+        torch.testing.assert_close(maps["gradient"][k], layer.weight[target])
+        torch.testing.assert_close(maps["patternnet"][k], pattern[target] * score)
+        torch.testing.assert_close(maps["patternattribution"][k], layer.weight[target] * pattern[target] * score)
+
+
+def test_the_predicted_class_is_the_target_by_default() -> None:
+    it = small("residual")
+    found = Explainer(it.network, it.patterns, ["patternnet"])(it.inputs)
+    assert torch.equal(found.targets, found.scores.argmax(1))
+    torch.testing.assert_close(found.scores, it.network.module(it.inputs), rtol=1e-12, atol=1e-12)
+    named = Explainer(it.network, it.patterns, ["patternnet"])(it.inputs, found.targets)
+    torch.testing.assert_close(found.maps["patternnet"], named.maps["patternnet"], rtol=1e-12, atol=1e-12)
+    assert len(set(found.targets.tolist())) > 1
+
+
+@pytest.mark.parametrize("method", EVERY_METHOD)
+def test_a_samples_map_does_not_depend_on_the_rest_of_its_batch_nor_on_their_targets(method: str) -> None:
+    it = small("mixed")
+    explainer = Explainer(it.network, it.patterns, [method])
+    maps = explainer(it.inputs, it.targets).maps[method]
+    for k in range(len(it.inputs)):
+        alone = explainer(it.inputs[k : k + 1], it.targets[k : k + 1]).maps[method][0]
+        assert relative(maps[k], alone) < 1e-12
+    targets = torch.cat([it.targets[:1], (it.targets[1:] + 1) % 3])
+    others = torch.cat([it.inputs[:1], -2 * it.inputs[1:]])
+    assert relative(explainer(others, targets).maps[method][0], maps[0]) < 1e-12
+
+
+def test_several_methods_in_one_pass_equal_each_alone() -> None:
+    it = small("mixed")
+    together = Explainer(it.network, it.patterns, EVERY_METHOD)
+    for _ in range(2):  # nor do they depend on what was explained before
+        maps = together(it.inputs, it.targets).maps
+        assert list(maps) == list(EVERY_METHOD)
+        for method in EVERY_METHOD:
+            alone = Explainer(it.network, it.patterns, [method])(it.inputs, it.targets).maps[method]
+            assert relative(maps[method], alone) < 1e-12
+    assert relative(maps["patternnet"], maps["patternattribution"]) > 1e-3
+    assert relative(maps["patternnet"], maps["gradient"]) > 1e-3
+
+
+def test_two_explainers_of_one_network_do_not_disturb_each_other() -> None:
+    it = small("residual")
+    one = Explainer(it.network, it.patterns, ["patternnet"])
+    before = one(it.inputs, it.targets).maps["patternnet"]
+    Explainer(it.network, it.weights, ["patternnet"])(it.inputs, it.targets)
+    assert torch.equal(one(it.inputs, it.targets).maps["patternnet"], before)
+
+
+class Ungated(nn.Module):
+    """Linear throughout, with neither biases nor padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(2, 4, 3, bias=False)
+        self.branch = nn.Conv2d(4, 4, 1, groups=2, bias=False)
+        self.down = nn.Conv2d(4, 3, 2, stride=2, bias=False)
+        self.head = nn.Linear(3, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = self.down(x + self.branch(x))
+        return self.head(F.avg_pool2d(x, 2, 1).mean((2, 3)))
+
+
+@pytest.mark.parametrize("choice", ["default", "linear", "filter", "random"])
+def test_patternattribution_conserves_the_score_without_gates_biases_and_padding(choice: str) -> None:
+    torch.manual_seed(6)
+    x = torch.randn(5, 2, 8, 8, dtype=torch.float64) + 0.2
+    network = trace(Ungated().double(), x[:1])
+    moments = accumulate(network, x.split(2))
+    solved = {name: solve(op, moments[name], [choice]).patterns for name, op in network.operators.items()}
+    found = Explainer(network, choose(network, solved, choice), ["patternattribution"])(x)
+    scores = found.scores.gather(1, found.targets[:, None])[:, 0]
+    torch.testing.assert_close(found.maps["patternattribution"].flatten(1).sum(1), scores, rtol=1e-9, atol=1e-12)
+
+
+def test_patternnet_of_the_toy_model_is_the_signal_without_its_distractor() -> None:
+    signal, distractor = torch.tensor([[1.0, 0.0]]).double(), torch.tensor([[1.0, 1.0]]).double()
+    s, d = torch.cartesian_prod(torch.tensor([-2.0, -1.0, 1.5]), torch.tensor([-3.0, 1.0, 2.0])).double().unbind(1)
+    x = s[:, None] * signal + d[:, None] * distractor
+    model = nn.Sequential(nn.Linear(2, 1, bias=False)).double()
+    model[0].weight.data.copy_(torch.tensor([[1.0, -1.0]]))
+    network = trace(model, x)
+    solution = solve(network.operators["0"], accumulate(network, [x])["0"])
+    patterns = choose(network, {"0": solution.patterns})
+    maps = Explainer(network, patterns, ["patternnet"])(x).maps["patternnet"]
+    torch.testing.assert_close(maps, s[:, None] * signal, rtol=1e-10, atol=1e-12)
+
+
+def test_patterns_of_another_precision_are_used_in_the_networks() -> None:
+    it = small("residual")
+    halves = {name: pattern.float() for name, pattern in it.patterns.items()}
+    found = Explainer(it.network, halves, ["patternnet"])(it.inputs, it.targets).maps["patternnet"]
+    exact = {name: pattern.double() for name, pattern in halves.items()}
+    expected = Explainer(it.network, exact, ["patternnet"])(it.inputs, it.targets).maps["patternnet"]
+    assert torch.equal(found, expected)
+
+
+def test_explaining_leaves_inputs_and_network_without_gradients() -> None:
+    it = small("residual")
+    Explainer(it.network, it.patterns, EVERY_METHOD)(it.inputs, it.targets)
+    assert not it.inputs.requires_grad
+    assert not any(t.requires_grad for t in it.network.module.state_dict().values())
+
+
+# --- refusals -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["patternnet", "patternattribution"])
+def test_a_missing_pattern_is_refused_by_its_operators_name(method: str) -> None:
+    it = small("residual")
+    fewer = {name: p for name, p in it.patterns.items() if name != "two"}
+    with pytest.raises(UserError, match=r"^two: the patterns hold none for this operator\. Fit them"):
+        Explainer(it.network, fewer, [method])
+
+
+def test_a_gradient_needs_no_patterns() -> None:
+    it = small("residual")
+    without = Explainer(it.network, None, ["gradient"])(it.inputs, it.targets).maps["gradient"]
+    found = Explainer(it.network, it.patterns, ["gradient"])(it.inputs, it.targets).maps["gradient"]
+    assert torch.equal(without, found)
+
+
+def test_a_pattern_of_another_shape_is_refused_by_its_operators_name() -> None:
+    it = small("residual")
+    wrong = it.patterns | {"one": it.patterns["one"][:, :1]}
+    message = r"^one: the pattern has shape \(4, 1, 3, 3\), the weight \(4, 2, 3, 3\)\."
+    with pytest.raises(UserError, match=message):
+        Explainer(it.network, wrong, ["patternnet"])
+
+
+def test_an_unknown_method_is_refused_by_name() -> None:
+    it = small("residual")
+    with pytest.raises(UserError, match=r"no method 'lrp'\. Choose from gradient, patternnet, patternattribution"):
+        Explainer(it.network, it.patterns, ["patternnet", "lrp"])

@@ -1,0 +1,306 @@
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from patterns import (
+    CHOICES,
+    Moments,
+    Network,
+    Operator,
+    Solution,
+    UserError,
+    accumulate,
+    choose,
+    digest,
+    load,
+    save,
+    solve,
+    trace,
+)
+from patterns.moments import Wanted, tensors
+from patterns.observe import Observer
+from patterns.storage import load_moments, save_moments, write_aside, write_json
+
+
+@dataclass(frozen=True)
+class Run:
+    network: Network
+    moments: dict[str, Moments]
+    solutions: dict[str, Solution]
+
+
+@pytest.fixture(scope="module")
+def run() -> Run:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Conv2d(3, 4, 2, groups=1), nn.Flatten(), nn.Linear(36, 5))
+    with torch.no_grad():
+        model[0].bias[1] = -1e3  # a dead neuron
+    x = torch.randn(8, 2, 6, 6)
+    network = trace(model, x[:2])
+    moments = accumulate(network, [x])
+    solutions = {name: solve(op, moments[name], tuple(CHOICES)) for name, op in network.operators.items()}
+    return Run(network, moments, solutions)
+
+
+def test_patterns_come_back_as_they_were_saved(run: Run, tmp_path: Path) -> None:
+    save(tmp_path, run.solutions, "sha256:one")
+    found = load(tmp_path, "sha256:one")
+    assert found.keys() == run.solutions.keys()
+    for operator, solution in run.solutions.items():
+        assert found[operator].keys() == solution.patterns.keys()
+        for name, pattern in solution.patterns.items():
+            assert found[operator][name].dtype == torch.float32
+            assert torch.equal(found[operator][name], pattern)
+
+
+def test_saving_writes_three_files_and_nothing_else(run: Run, tmp_path: Path) -> None:
+    save(tmp_path / "new" / "folder", run.solutions, "sha256:one")
+    found = sorted(path.name for path in (tmp_path / "new" / "folder").iterdir())
+    assert found == ["neurons.parquet", "patterns.parquet", "patterns.safetensors"]
+
+
+def test_tensors_are_named_by_operator_and_estimator_with_the_digest_beside(run: Run, tmp_path: Path) -> None:
+    save(tmp_path, run.solutions, "sha256:one")
+    with safe_open(tmp_path / "patterns.safetensors", "pt") as file:
+        assert file.metadata()["weights"] == "sha256:one"
+        assert {"0/linear", "0/positive", "0/negative", "2/linear", "4/linear"} <= set(file.keys())
+        assert "2/positive" not in file.keys()
+
+
+def test_pattern_table_holds_every_neurons_pattern(run: Run, tmp_path: Path) -> None:
+    save(tmp_path, run.solutions, "sha256:one")
+    table = pq.read_table(tmp_path / "patterns.parquet")
+    assert table.column_names == ["operator", "neuron", "estimator", "pattern"]
+    found = {(r["operator"], r["estimator"], r["neuron"]): r["pattern"] for r in table.to_pylist()}
+    expected = {
+        (operator, name, k): row.flatten().tolist()
+        for operator, solution in run.solutions.items()
+        for name, pattern in solution.patterns.items()
+        for k, row in enumerate(pattern)
+    }
+    assert len(found) == table.num_rows
+    assert found == expected
+
+
+def test_neuron_table_holds_counts_moments_and_flags(run: Run, tmp_path: Path) -> None:
+    save(tmp_path, run.solutions, "sha256:one")
+    table = pq.read_table(tmp_path / "neurons.parquet")
+    assert table.column_names == ["operator", "neuron", "n", "n_positive", "mean_y", "var_y", "flag"]
+    expected = [
+        {
+            "operator": operator, "neuron": k, "n": s.n[k].item(), "n_positive": s.n_positive[k].item(),
+            "mean_y": s.mean_y[k].item(), "var_y": s.var_y[k].item(), "flag": s.flags[k],
+        }
+        for operator, s in run.solutions.items()
+        for k in range(len(s.flags))
+    ]  # fmt: skip
+    assert table.to_pylist() == expected
+    assert table.to_pylist()[1]["flag"] == "dead"
+    assert table.to_pylist()[1]["n"] == 8 * 4 * 4
+
+
+def flipped(model: nn.Module, name: str) -> nn.Module:
+    """The model with the last bit of one weight the other way round."""
+    value = model.state_dict()[name]
+    words = value.view(-1).view(torch.int32)
+    words[-1] ^= 1
+    return model
+
+
+def normed() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU())
+
+
+def test_equal_weights_have_equal_digests() -> None:
+    assert digest(normed()) == digest(normed())
+    assert digest(normed()).startswith("sha256:")
+    assert len(digest(normed())) == len("sha256:") + 64
+
+
+@pytest.mark.parametrize("name", ["0.weight", "0.bias", "1.weight", "1.running_mean", "1.running_var"])
+def test_one_bit_of_one_weight_changes_the_digest(name: str) -> None:
+    assert digest(flipped(normed(), name)) != digest(normed())
+    assert digest(flipped(flipped(normed(), name), name)) == digest(normed())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda m: m.double(), lambda m: nn.Sequential(m), lambda m: nn.Sequential(m[0], m[1], nn.Identity(), nn.ReLU(), nn.BatchNorm2d(1))],  # noqa: E501
+    ids=["dtype", "names", "more"],
+)  # fmt: skip
+def test_types_and_names_of_weights_change_the_digest(change: Callable[[nn.Module], nn.Module]) -> None:
+    assert digest(change(normed())) != digest(normed())
+
+
+def test_the_shape_of_a_weight_changes_the_digest() -> None:
+    models = []
+    for shape in ((2, 6), (3, 4)):
+        model = nn.Module()
+        model.register_buffer("weight", torch.arange(12.0).reshape(shape))
+        models.append(model)
+    assert digest(models[0]) != digest(models[1])
+
+
+def test_a_digest_does_not_depend_on_memory_layout_or_gradients() -> None:
+    model = normed().to(memory_format=torch.channels_last).requires_grad_(False)
+    assert digest(model) == digest(normed())
+
+
+def test_patterns_of_other_weights_are_refused_with_both_digests(run: Run, tmp_path: Path) -> None:
+    save(tmp_path, run.solutions, "sha256:one")
+    with pytest.raises(UserError, match=r"fitted for weights sha256:one, the model has sha256:two\. Load the weights"):
+        load(tmp_path, "sha256:two")
+
+
+def test_a_run_without_patterns_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"patterns\.safetensors: no such file\. Run `patternnet fit` first"):
+        load(tmp_path, "sha256:one")
+
+
+@pytest.mark.parametrize("keep", [0, 1, 7, 8, 60, 0.5, -1])
+def test_a_truncated_file_is_refused(run: Run, tmp_path: Path, keep: float) -> None:
+    save(tmp_path, run.solutions, "sha256:one")
+    path = tmp_path / "patterns.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(keep * len(whole)) if isinstance(keep, float) else keep])
+    with pytest.raises(UserError, match=r"patterns\.safetensors: not a whole safetensors file \(.+\)\. Run"):
+        load(tmp_path, "sha256:one")
+
+
+def test_a_file_that_is_no_safetensors_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "patterns.safetensors").write_text("patterns " * 100)
+    with pytest.raises(UserError, match="not a whole safetensors file"):
+        load(tmp_path, "sha256:one")
+
+
+def test_a_choice_of_patterns_takes_each_operators_own_estimator(run: Run) -> None:
+    patterns = {name: solution.patterns for name, solution in run.solutions.items()}
+    for choice, first in {"default": "positive", "linear": "linear", "filter": "filter"}.items():
+        found = choose(run.network, patterns, choice)
+        assert torch.equal(found["0"], patterns["0"][first])
+        assert torch.equal(found["4"], patterns["4"]["filter" if choice == "filter" else "linear"])
+
+
+def test_a_choice_that_was_not_fitted_is_refused_by_operator_and_estimator(run: Run) -> None:
+    patterns = {name: {"linear": s.patterns["linear"]} for name, s in run.solutions.items()}
+    with pytest.raises(UserError, match=r"^0: the run holds no pattern 'positive' for this operator\. Fit with"):
+        choose(run.network, patterns, "default")
+
+
+def test_moments_come_back_as_they_were_saved(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "part"
+    save_moments(path, run.moments, {"shards": "a b"})
+    for name, moments in run.moments.items():
+        expected, found = tensors(moments), tensors(load_moments(path, name))
+        assert found.keys() == expected.keys()
+        for field, value in expected.items():
+            assert found[field].dtype == value.dtype
+            assert torch.equal(found[field], value)
+    with safe_open(path, "pt") as file:
+        assert file.metadata()["shards"] == "a b"
+
+
+def test_moments_without_their_large_sums_come_back_without_them(run: Run, tmp_path: Path) -> None:
+    observer = Observer(run.network, lambda operator: Wanted(total=False, open=True))
+    observer.update(torch.randn(2, 2, 6, 6))
+    moments = observer.moments()
+    save_moments(tmp_path / "part", moments, {})
+    found = load_moments(tmp_path / "part", "0")
+    assert found.total.x is None
+    assert found.open is not None
+    assert tensors(found).keys() == tensors(moments["0"]).keys()
+
+
+def test_operators_whose_names_start_alike_keep_their_own_moments(run: Run, tmp_path: Path) -> None:
+    one = run.moments["0"]
+    alike = {"layer": one, "layer.0": one + one, "a/layer": one + one + one}
+    save_moments(tmp_path / "part", alike, {})
+    for name, moments in alike.items():
+        assert torch.equal(load_moments(tmp_path / "part", name).total.n, moments.total.n)
+
+
+def test_moments_that_a_part_does_not_hold_are_refused_by_name(run: Run, tmp_path: Path) -> None:
+    save_moments(tmp_path / "part", run.moments, {})
+    with pytest.raises(UserError, match=r"part: no moments of features\.7"):
+        load_moments(tmp_path / "part", "features.7")
+    with pytest.raises(UserError, match="missing: no such file"):
+        load_moments(tmp_path / "missing", "0")
+
+
+def test_a_truncated_part_is_refused(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "part"
+    save_moments(path, run.moments, {})
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(UserError, match="part: not a whole safetensors file"):
+        load_moments(path, "0")
+
+
+@pytest.mark.parametrize("crash", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("old", [b"the old", None])
+def test_a_crash_while_writing_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, crash: type[BaseException], old: bytes | None
+) -> None:
+    path = tmp_path / "file"
+    if old is not None:
+        path.write_bytes(old)
+
+    def write(aside: Path) -> None:
+        aside.write_bytes(b"half of the ne")
+        raise crash("the power went")
+
+    with pytest.raises(crash, match="the power went"):
+        write_aside(path, write)
+    assert [p.name for p in tmp_path.iterdir()] == ([] if old is None else ["file"])
+    assert old is None or path.read_bytes() == old
+
+
+def test_a_file_is_not_seen_before_it_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def write(aside: Path) -> None:
+        aside.write_text("new")
+        assert aside.parent == path.parent  # renaming is atomic within one file system only
+        assert path.read_text() == "old"
+
+    write_aside(path, write)
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_crash_while_saving_again_leaves_patterns_that_still_load(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, run.solutions, "sha256:one")
+
+    def broken(named: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+        path.write_bytes(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr("patterns.storage.save_file", broken)
+    with pytest.raises(OSError, match="no space left"):
+        save(tmp_path, run.solutions, "sha256:two")
+    assert torch.equal(load(tmp_path, "sha256:one")["0"]["linear"], run.solutions["0"].patterns["linear"])
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_json_is_readable_and_ends_with_a_line(tmp_path: Path) -> None:
+    write_json(tmp_path / "it.json", {"a": [1, 2]})
+    assert (tmp_path / "it.json").read_text() == '{\n "a": [\n  1,\n  2\n ]\n}\n'
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_patterns_are_stored_in_float32_at_least(dtype: torch.dtype, run: Run, tmp_path: Path) -> None:
+    source = run.network.operators["0"]
+    narrow = Operator("0", source.kind, source.weight.to(dtype), None, (), (), "", source.gate)
+    solution = solve(narrow, run.moments["0"])
+    save(tmp_path, {"0": solution}, "sha256:one")
+    expected = torch.float64 if dtype == torch.float64 else torch.float32
+    assert load(tmp_path, "sha256:one")["0"]["positive"].dtype == expected

@@ -1,0 +1,128 @@
+"""The explain job: what the library computes, in shards that line up with the input's."""
+
+import io
+import json
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from patterns import METHODS, Explainer, choose
+from patterns.storage import load
+from ray_jobs import models
+from ray_jobs.config import ExplainConfig, FitConfig, ModelConfig, Resources
+from ray_jobs.explain import ExplainJob, explain
+from ray_jobs.fit import fit
+from ray_jobs.shards import ShardReader, read_shard
+from ray_jobs.worker import Place
+from tests.conftest import jpeg, write_tar
+
+RESOURCES = Resources(workers=2, gpus_per_worker=0)
+
+
+@pytest.fixture(scope="module")
+def model(model_spec: str) -> ModelConfig:
+    return ModelConfig(model_spec, image_size=16, resize=16, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+
+
+@pytest.fixture(scope="module")
+def fitted(local_ray: None, model: ModelConfig, shards: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = str(tmp_path_factory.mktemp("fitted") / "run")
+    return fit(FitConfig(model, tuple(shards), out), RESOURCES).folder
+
+
+def test_explanations_line_up_with_their_shards_and_are_the_librarys(
+    fitted: Path, model: ModelConfig, shards: list[str], tmp_path: Path
+) -> None:
+    run = explain(ExplainConfig(model, str(fitted), tuple(shards), str(tmp_path), batch_size=4), RESOURCES)
+    loaded = models.load(model)
+    explainer = Explainer(loaded.network, choose(loaded.network, load(fitted, loaded.digest)), list(METHODS))
+    table = pq.read_table(run.folder / "explanations.parquet").to_pylist()
+    assert len(table) == 72
+    rows = {(r["shard"], r["key"]): r for r in table}
+    for shard in shards:
+        (batch,) = ShardReader(shard, loaded.preprocessing, batch_size=100)
+        expected = explainer(batch.images)
+        written = list(read_shard(str(tmp_path / "explanations" / Path(shard).name)))
+        assert [s["__key__"] for s in written] == [s["__key__"] for s in read_shard(shard)]
+        for i, sample in enumerate(written):
+            said = json.loads(sample["json"])
+            row = rows[shard, sample["__key__"]]
+            assert said["target"] == said["prediction"] == int(expected.targets[i]) == row["target"]
+            assert said["label"] == batch.labels[i] == row["label"]
+            assert said["score"] == pytest.approx(float(expected.scores[i].max()), rel=1e-5)
+            for method in METHODS:
+                array = np.load(io.BytesIO(sample[f"{method}.npy"]))
+                assert array.dtype == np.float16
+                found = torch.from_numpy(array.astype(np.float32)) * 2.0 ** said["exponents"][method]
+                true = expected.maps[method][i]
+                assert (found - true).abs().max() <= 1e-3 * true.abs().max()
+                assert Image.open(io.BytesIO(sample[f"{method}.png"])).size == (16, 16)
+                assert 0 <= row[f"{method}_centre"] <= 1
+
+
+def test_only_what_is_missing_is_done_again_and_gives_the_same_bytes(
+    fitted: Path, model: ModelConfig, shards: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = ExplainConfig(model, str(fitted), tuple(shards), str(tmp_path))
+    pids: list[int] = []
+    killed: list[int] = []
+    started, counts = ExplainJob.started, ExplainJob.counts
+
+    def note(self: ExplainJob, told: Place) -> None:
+        pids.append(told.pid)
+        started(self, told)
+
+    def kill_a_worker(self: ExplainJob, items: list[str], told: object) -> None:
+        counts(self, items, told)  # type: ignore[arg-type]
+        if self.reporter.counts.shards == 4 and not killed:
+            os.kill(pids[0], signal.SIGKILL)
+            killed.append(pids[0])
+
+    monkeypatch.setattr(ExplainJob, "started", note)
+    monkeypatch.setattr(ExplainJob, "counts", kill_a_worker)
+    explain(config, RESOURCES)
+    assert killed
+    folder = tmp_path / "explanations"
+    assert len(list(folder.glob("*.tar"))) == 12
+    assert not [p for p in tmp_path.rglob("*") if "aside" in p.name]
+    again = tmp_path / "again"
+    explain(ExplainConfig(model, str(fitted), tuple(shards), str(again)), Resources(workers=1, gpus_per_worker=0))
+    for tar in folder.glob("*.tar"):
+        assert tar.read_bytes() == (again / "explanations" / tar.name).read_bytes()
+
+
+def test_labels_are_explained_where_asked_and_missing_ones_refused(
+    fitted: Path, model: ModelConfig, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(3)
+    samples: list[dict[str, object]] = [
+        {"__key__": "a", "jpg": jpeg(rng), "cls": b"2"},
+        {"__key__": "b", "jpg": jpeg(rng)},
+        {"__key__": "c", "jpg": jpeg(rng), "cls": b"5"},
+    ]
+    shard = str(write_tar(tmp_path / "x.tar", samples))
+    config = ExplainConfig(model, str(fitted), (shard,), str(tmp_path / "out"), target="label")
+    run = explain(config, RESOURCES)
+    (row,) = pq.read_table(run.folder / "explanations.parquet").to_pylist()
+    assert (row["key"], row["target"]) == ("a", 2)
+    refused = pq.read_table(run.folder / "quarantine.parquet").to_pylist()
+    assert {r["key"]: r["reason"] for r in refused} == {
+        "b": "the label None is none of the model's 5 classes",
+        "c": "the label 5 is none of the model's 5 classes",
+    }
+
+
+def test_shards_of_one_name_in_two_folders_keep_apart(fitted: Path, model: ModelConfig, tmp_path: Path) -> None:
+    rng = np.random.default_rng(4)
+    paths = [
+        str(write_tar(tmp_path / name / "0.tar", [{"__key__": name, "jpg": jpeg(rng)}])) for name in ("one", "two")
+    ]
+    run = explain(ExplainConfig(model, str(fitted), tuple(paths), str(tmp_path / "out")), RESOURCES)
+    found = {p.parent.name: next(iter(read_shard(str(p))))["__key__"] for p in run.folder.rglob("*.tar")}
+    assert found == {"one": "one", "two": "two"}

@@ -1,0 +1,197 @@
+"""The fit job: the same patterns whatever happens on the way."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+from safetensors.torch import load_file
+
+from patterns import UserError, accumulate, solve
+from ray_jobs import models
+from ray_jobs.config import FitConfig, ModelConfig, Resources
+from ray_jobs.fit import FitJob, FitWorker, fit
+from ray_jobs.run import Run
+from ray_jobs.session import worker_options
+from ray_jobs.shards import ShardReader
+from ray_jobs.worker import Place
+from tests.conftest import make_shards, write_tar
+
+PREPARED = {"image_size": 16, "resize": 16, "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
+
+
+def configured(spec: str, shards: list[str], out: Path, **options: object) -> FitConfig:
+    return FitConfig(ModelConfig(spec, **PREPARED), tuple(shards), str(out), batch_size=4, **options)  # type: ignore[arg-type]
+
+
+def on_cpu(workers: int, max_loss: float = 300) -> Resources:
+    return Resources(workers=workers, gpus_per_worker=0, max_loss=max_loss)
+
+
+def same_patterns(one: Path, other: Path) -> None:
+    """Equal to 1e-9 relative, tensor by tensor; the tensors are float32, so that is to the bit or nearly so."""
+    a, b = load_file(one / "patterns.safetensors"), load_file(other / "patterns.safetensors")
+    assert a.keys() == b.keys()
+    for name in a:
+        assert (a[name].double() - b[name].double()).norm() <= 1e-9 * a[name].double().norm(), name
+
+
+@pytest.fixture(scope="module")
+def undisturbed(local_ray: None, model_spec: str, shards: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fit(configured(model_spec, shards, tmp_path_factory.mktemp("runs") / "one"), on_cpu(1)).folder
+
+
+def test_the_job_computes_what_one_process_computes(undisturbed: Path, model_spec: str, shards: list[str]) -> None:
+    torch.set_num_threads(1)
+    loaded = models.load(ModelConfig(model_spec, **PREPARED))  # type: ignore[arg-type]
+    batches = [b.images for s in shards for b in ShardReader(s, loaded.preprocessing, batch_size=4)]
+    moments = accumulate(loaded.network, batches)
+    saved = load_file(undisturbed / "patterns.safetensors")
+    for name, operator in loaded.network.operators.items():
+        for row, pattern in solve(operator, moments[name], ["linear", "two-component"]).patterns.items():
+            assert (saved[f"{name}/{row}"] - pattern).norm() <= 1e-6 * pattern.norm(), (name, row)
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+def test_neither_workers_nor_order_change_a_digit(
+    undisturbed: Path, model_spec: str, shards: list[str], tmp_path: Path, workers: int
+) -> None:
+    order = torch.randperm(len(shards), generator=torch.Generator().manual_seed(workers)).tolist()
+    run = fit(configured(model_spec, [shards[i] for i in order], tmp_path / "run"), on_cpu(workers, max_loss=0.01))
+    same_patterns(undisturbed, run.folder)
+    assert run.manifest()["fit"]["samples"] == 72
+
+
+def test_a_killed_worker_changes_no_digit(
+    undisturbed: Path, model_spec: str, shards: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pids: list[int] = []
+    worked: list[str] = []
+    started, heard = FitJob.started, FitJob.worked
+
+    def note(self: FitJob, told: Place) -> None:
+        pids.append(told.pid)
+        started(self, told)
+
+    def kill_the_first_worker(self: FitJob, item: str, told: object) -> None:
+        worked.append(item)
+        heard(self, item, told)  # type: ignore[arg-type]
+        if len(worked) == 5:
+            os.kill(pids[0], signal.SIGKILL)
+
+    monkeypatch.setattr(FitJob, "started", note)
+    monkeypatch.setattr(FitJob, "worked", kill_the_first_worker)
+    run = fit(configured(model_spec, shards, tmp_path / "run"), on_cpu(2))
+    assert len(worked) > len(shards), "no shard was done again: the killed worker had nothing to lose"
+    same_patterns(undisturbed, run.folder)
+    assert run.manifest()["fit"]["samples"] == 72
+
+
+def test_a_killed_driver_goes_on_and_changes_no_digit(
+    model_spec: str, tmp_path_factory: pytest.TempPathFactory, local_ray: None
+) -> None:
+    folder = tmp_path_factory.mktemp("driver")
+    many = make_shards(folder / "shards", 60, 3, seed=5)
+    out = folder / "run"
+    command = [sys.executable, "-m", "ray_jobs", "fit", "--model", model_spec, "--shards", f"{folder}/shards/*.tar"]
+    command += ["--out", str(out), "--workers", "2", "--gpus-per-worker", "0", "--max-loss", "0", "--batch-size", "4"]
+    command += ["--image-size", "16", "--resize", "16", "--mean", "0.5,0.5,0.5", "--std", "0.25,0.25,0.25"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE) as driver:
+        ledger, deadline = out / "moments" / "ledger.json", time.monotonic() + 120
+        while not ledger.exists() and time.monotonic() < deadline and driver.poll() is None:
+            time.sleep(0.002)
+        driver.kill()
+    before = json.loads(ledger.read_text())["parts"]
+    assert 0 < sum(len(p["shards"]) for p in before) < len(many), "the driver was not killed midway"
+    (out / "moments" / "part-orphan.safetensors").write_bytes(b"of a worker whose driver died")
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    parts = json.loads(ledger.read_text())["parts"]
+    assert parts[: len(before)] == before
+    assert sorted(s for p in parts for s in p["shards"]) == sorted(many)
+    assert sum(p["samples"] for p in parts) == 180
+    assert {p.name for p in (out / "moments").glob("*.safetensors")} == {p["file"] for p in parts}
+    whole = fit(configured(model_spec, sorted(many), folder / "whole"), on_cpu(2))
+    same_patterns(whole.folder, out)
+
+
+def test_each_worker_has_a_gpu_of_its_own(local_ray: None, model_spec: str, shards: list[str], tmp_path: Path) -> None:
+    config, resources = configured(model_spec, shards, tmp_path / "run"), Resources(workers=2)
+    job = FitJob(Run(tmp_path / "run"), config, resources, models.load(config.model).digest)
+    size, job.options = worker_options(resources)
+    assert size == 2
+    workers = [job.spawn() for _ in range(size)]
+    places = ray.get([w.ready.remote() for w in workers])
+    for worker in workers:
+        ray.kill(worker)
+    assert sorted(p.gpus for p in places) == ["0", "1"]
+
+
+def test_more_gpus_than_a_node_has_are_refused(
+    local_ray: None, model_spec: str, shards: list[str], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="no node can hold a worker of 1 CPUs and 8 GPUs"):
+        fit(configured(model_spec, shards, tmp_path / "run"), Resources(gpus_per_worker=8))
+
+
+def test_a_finished_run_is_not_done_again(undisturbed: Path, model_spec: str, shards: list[str]) -> None:
+    before = (undisturbed / "patterns.safetensors").stat().st_mtime_ns
+    fit(configured(model_spec, shards, undisturbed), on_cpu(1))
+    assert (undisturbed / "patterns.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_limit_takes_the_same_samples_whatever_the_workers(
+    local_ray: None, model_spec: str, shards: list[str], tmp_path: Path
+) -> None:
+    runs = [fit(configured(model_spec, shards, tmp_path / f"{n}", max_samples=30), on_cpu(n)) for n in (1, 3)]
+    assert [r.manifest()["fit"]["samples"] for r in runs] == [30, 30]
+    same_patterns(runs[0].folder, runs[1].folder)
+
+
+def test_a_refused_sample_is_listed_and_the_run_goes_on(
+    local_ray: None, model_spec: str, shards: list[str], tmp_path: Path
+) -> None:
+    import pyarrow.parquet as pq
+
+    bad = str(write_tar(tmp_path / "bad.tar", [{"__key__": "cut", "jpg": b"\xff\xd8\xff\xe0 no more"}]))
+    run = fit(configured(model_spec, [*shards, bad], tmp_path / "run"), on_cpu(2))
+    (row,) = pq.read_table(run.folder / "quarantine.parquet").to_pylist()
+    assert (row["job"], row["shard"], row["key"]) == ("fit", bad, "cut")
+    counted = run.manifest()["fit"]
+    assert (counted["samples"], counted["refused"], counted["status"]) == (72, 1, "complete")
+
+
+def test_a_broken_shard_ends_the_run_and_loses_nothing(
+    local_ray: None, model_spec: str, shards: list[str], tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken.tar"
+    broken.write_bytes(Path(shards[0]).read_bytes()[:3000])
+    config = configured(model_spec, [*shards, str(broken)], tmp_path / "run")
+    with pytest.raises(UserError, match=r"broken\.tar: "):
+        fit(config, on_cpu(2, max_loss=0.01))
+    done = json.loads((tmp_path / "run" / "moments" / "ledger.json").read_text())["parts"]
+    assert done
+    broken.write_bytes(Path(make_shards(tmp_path / "good", 1, 6, seed=9)[0]).read_bytes())
+    run = fit(config, on_cpu(2))
+    assert run.manifest()["fit"]["samples"] == 78
+    assert json.loads((tmp_path / "run" / "moments" / "ledger.json").read_text())["parts"][: len(done)] == done
+
+
+def test_a_worker_that_fails_midway_forgets_what_it_had(model_spec: str, shards: list[str], tmp_path: Path) -> None:
+    broken = tmp_path / "broken.tar"
+    broken.write_bytes(Path(shards[0]).read_bytes()[:-4096])
+    config = configured(model_spec, [*shards, str(broken)], tmp_path / "run")
+    worker = FitWorker(config, models.load(config.model).digest)
+    worker.work(shards[0])
+    with pytest.raises(UserError, match=r"cannot be read|cut short"):
+        worker.work(str(broken))
+    worker.work(shards[1])
+    part = worker.commit()
+    assert part.shards == (shards[1],)
+    assert part.samples == 6

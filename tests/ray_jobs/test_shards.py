@@ -1,0 +1,141 @@
+"""Shards: listed as meant, read to their end, and only good samples used."""
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from torchvision.models import ResNet50_Weights
+
+from patterns import UserError
+from ray_jobs import models
+from ray_jobs.config import ModelConfig, Preprocessing
+from ray_jobs.shards import ShardReader, decode, list_shards, read_shard
+from tests.conftest import jpeg, make_shards, write_tar
+
+PLAIN = Preprocessing(16, 16, "bilinear", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+
+
+def photograph(width: int, height: int) -> bytes:
+    rng = np.random.default_rng(width)
+    buffer = io.BytesIO()
+    image = Image.fromarray(rng.integers(0, 256, (height // 8, width // 8, 3), np.uint8)).resize((width, height))
+    image.save(buffer, "png")
+    return buffer.getvalue()
+
+
+def test_brace_ranges_and_globs_list_the_same_shards(tmp_path: Path) -> None:
+    made = make_shards(tmp_path, 3, 1)
+    assert list(list_shards([f"{tmp_path}/train-{{000..002}}.tar"])) == made
+    assert list(list_shards([f"{tmp_path}/*.tar"])) == made
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [("none.tar", "no such shard"), ("*.tgz", "nothing matches"), ("empty.tar", "it is empty")],
+)
+def test_a_shard_that_is_not_there_is_named(tmp_path: Path, spec: str, message: str) -> None:
+    (tmp_path / "empty.tar").touch()
+    with pytest.raises(UserError, match=message):
+        list_shards([f"{tmp_path}/{spec}"])
+
+
+def test_a_shard_named_twice_is_refused(tmp_path: Path) -> None:
+    (path,) = make_shards(tmp_path, 1, 1)
+    with pytest.raises(UserError, match="named twice"):
+        list_shards([path, f"{tmp_path}/*.tar"])
+
+
+def test_an_archive_without_a_sample_is_refused(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "none.tar", [])
+    with pytest.raises(UserError, match="without a sample"):
+        list(read_shard(str(path)))
+
+
+@pytest.mark.parametrize("cut", ["within a member", "between two members"])
+def test_a_shard_that_was_cut_short_is_not_read_as_whole(tmp_path: Path, cut: str) -> None:
+    (path,) = make_shards(tmp_path, 1, 4)
+    with tarfile.open(path) as tar:
+        third = tar.getmembers()[4]
+    data = Path(path).read_bytes()
+    Path(path).write_bytes(data[: third.offset if cut == "between two members" else third.offset_data + 100])
+    with pytest.raises(UserError, match=r"cut short|cannot be read"):
+        list(read_shard(path))
+
+
+def test_bytes_that_are_no_tar_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "noise.tar"
+    path.write_bytes(b"not a tar at all" * 1000)
+    with pytest.raises(UserError, match="cannot be read"):
+        list(read_shard(str(path)))
+
+
+def test_a_compressed_shard_reads_the_same(tmp_path: Path) -> None:
+    import gzip
+
+    (path,) = make_shards(tmp_path, 1, 3)
+    packed = tmp_path / "train.tar.gz"
+    packed.write_bytes(gzip.compress(Path(path).read_bytes()))
+    assert [s["jpg"] for s in read_shard(str(packed))] == [s["jpg"] for s in read_shard(path)]
+
+
+def test_bad_samples_are_refused_with_their_reason_and_good_ones_kept(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+
+    def npy(array: np.ndarray) -> bytes:
+        buffer = io.BytesIO()
+        np.save(buffer, array)
+        return buffer.getvalue()
+
+    tensor = rng.normal(size=(3, 16, 16)).astype(np.float32)
+    endless = tensor.copy()
+    endless[0, 0, 0] = np.inf
+    samples: list[dict[str, object]] = [
+        {"__key__": "good", "jpg": jpeg(rng), "cls": b"3"},
+        {"__key__": "cut", "jpg": jpeg(rng, 64)[:300]},
+        {"__key__": "text", "txt": b"hello"},
+        {"__key__": "tensor", "npy": npy(tensor)},
+        {"__key__": "grey", "npy": npy(tensor[:1])},
+        {"__key__": "endless", "npy": npy(endless)},
+        {"__key__": "pickled", "npy": npy(np.array([{"a": 1}], dtype=object))},
+        {"__key__": "label", "jpg": jpeg(rng), "cls": b"cat"},
+    ]
+    path = write_tar(tmp_path / "mixed.tar", samples)
+    reader = ShardReader(str(path), PLAIN, batch_size=1)
+    batches = list(reader)
+    assert [b.keys[0] for b in batches] == ["good", "tensor"]
+    assert [b.labels[0] for b in batches] == [3, None]
+    assert torch.equal(batches[1].images[0], torch.from_numpy(tensor))
+    reasons = {r.key: r.reason for r in reader.refused}
+    assert set(reasons) == {"cut", "text", "grey", "endless", "pickled", "label"}
+    assert "truncated" in reasons["cut"].lower()
+    assert "neither an image" in reasons["text"]
+    assert "(1, 16, 16)" in reasons["grey"]
+    assert "not finite" in reasons["endless"]
+    assert "allow_pickle" in reasons["pickled"]
+    assert "no class number" in reasons["label"]
+
+
+@pytest.mark.parametrize("size", [(320, 256), (200, 500)])
+def test_images_are_prepared_as_torchvision_says(size: tuple[int, int]) -> None:
+    data = photograph(*size)
+    loaded = models.overridden(models.torchvision_model("resnet50", own_weights=False)[1], ModelConfig("x"))
+    expected = ResNet50_Weights.DEFAULT.transforms()(Image.open(io.BytesIO(data)))
+    assert torch.equal(decode({"png": data}, loaded), expected)
+
+
+def test_images_are_prepared_as_timm_says() -> None:
+    data = photograph(320, 300)
+    model, preprocessing = models.timm_model("tf_efficientnet_lite0", own_weights=False)
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+    expected = transform(Image.open(io.BytesIO(data)))
+    assert (decode({"png": data}, preprocessing) - expected).abs().max() < 1e-6
+
+
+def test_one_mean_reads_grey_images() -> None:
+    grey = Preprocessing(16, 16, "bilinear", (0.0,), (1.0,))
+    assert decode({"png": photograph(32, 32)}, grey).shape == (1, 16, 16)
