@@ -2,7 +2,9 @@
 
 import re
 import traceback
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from operator import attrgetter
 from typing import Any
 
@@ -53,8 +55,10 @@ def export(model: nn.Module, example: Tensor, name: str) -> Draft:
         raise UserError(name, f"the model returns {type(output).__name__}", "Wrap it to return one tensor of scores.")
     try:
         batch = {0: torch.export.Dim.DYNAMIC}
-        program = torch.export.export(model, (example,), dynamic_shapes=(batch,), strict=False)
-        module: Any = program.run_decompositions({}).module()
+        # Where it fails, torch.export prints the graph so far; the error says what the user needs.
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+            program = torch.export.export(model, (example,), dynamic_shapes=(batch,), strict=False)
+            module: Any = program.run_decompositions({}).module()
     except Exception as error:  # torch.export raises many kinds
         raise UserError(
             name,

@@ -64,6 +64,9 @@ class Explainer:
     def __init__(self, network: Network, patterns: Weights | None, methods: Collection[str]) -> None:
         if unknown := sorted(set(methods) - set(METHODS)):
             raise UserError("--methods", f"no method {unknown[0]!r}", f"Choose from {', '.join(METHODS)}.")
+        if len(network.output_shape) != 1:
+            what = f"the model gives outputs of shape {network.output_shape}, not a score for each class"
+            raise UserError("model", what, "Explain a model whose output is (N, classes).")
         self._methods = {name: METHODS[name] for name in methods}
         self._weights = {name: backward_weights(network, patterns or {}, METHODS[name]) for name in methods}
         self._current: Weights = {}
@@ -80,16 +83,12 @@ class Explainer:
             targets = scores.argmax(1)
         start = torch.zeros_like(scores).scatter_(1, targets[:, None], 1.0)
         maps = {}
-        for name, method in self._methods.items():
+        for number, (name, method) in enumerate(self._methods.items(), start=1):
             values = start * scores.detach() if method.starts_from_value else start
-            maps[name] = self.backward(name, scores, inputs, values)
+            self._current = self._weights[name]
+            further = number < len(self._methods)
+            (maps[name],) = torch.autograd.grad(scores, inputs, values, retain_graph=further)
         return Explanation(maps, scores.detach(), targets)
-
-    def backward(self, method: str, scores: Tensor, inputs: Tensor, start: Tensor) -> Tensor:
-        """The method's backward pass from `start` (as scores) to the inputs."""
-        self._current = self._weights[method]
-        (explanation,) = torch.autograd.grad(scores, inputs, start, retain_graph=True)
-        return explanation
 
 
 def backward_weights(network: Network, patterns: Weights, method: Method) -> Weights:

@@ -32,6 +32,9 @@ RECTIFIERS: dict[Any, Callable[[dict[str, Any]], Gate]] = {
     aten.clamp_min.default: lambda a: Gate(float(a["min"]), float("inf")),
 }
 
+# Those whose gradient needs their result only.
+IN_PLACE: dict[Any, Any] = {aten.relu.default: aten.relu_.default, aten.hardtanh.default: aten.hardtanh_.default}
+
 # What a gate is seen through: the values that reach the rectifier are the operator's own.
 SEEN_THROUGH = {
     "max_pool1d", "max_pool2d", "max_pool3d", "max_pool2d_with_indices", "max_pool3d_with_indices",
@@ -58,10 +61,11 @@ SUPPORTED = (
 
 @dataclass(frozen=True)
 class Network:
-    """A traced model. `module` maps a batch (N, *input_shape) to the model's output."""
+    """A traced model. `module` maps a batch (N, *input_shape) to the model's output (N, *output_shape)."""
 
     module: GraphModule
     input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
 
     @property
     def operators(self) -> dict[str, Operator]:
@@ -97,8 +101,9 @@ def trace(model: nn.Module, example: Tensor, *, name: str = "model", pass_throug
     set_constants_apart(draft)
     module = GraphModule(draft.parts, draft.graph, "Network")
     find_gates(module)
-    record_shapes(module, example)
-    return Network(module.requires_grad_(False), tuple(example.shape[1:]))
+    rectify_in_place(module)
+    output_shape = record_shapes(module, example)
+    return Network(module.requires_grad_(False), tuple(example.shape[1:]), output_shape)
 
 
 def fold_constants(draft: Draft) -> None:
@@ -208,8 +213,17 @@ def consumers(node: Node) -> Iterator[Gate | None]:
             yield None
 
 
-def record_shapes(module: GraphModule, example: Tensor) -> None:
-    """Run the example once to note each operator's shapes."""
+def rectify_in_place(module: GraphModule) -> None:
+    """Let a rectifier take the memory of an operator's output that nobody else reads."""
+    for node, _ in operator_calls(module):
+        user, *others = node.users
+        if not others and user.target in IN_PLACE:
+            user.target = IN_PLACE[user.target]
+    module.recompile()
+
+
+def record_shapes(module: GraphModule, example: Tensor) -> tuple[int, ...]:
+    """Run the example once to note each operator's shapes; gives the output's."""
 
     def note(operator: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         assert isinstance(operator, Operator)
@@ -218,9 +232,10 @@ def record_shapes(module: GraphModule, example: Tensor) -> None:
 
     hooks = [operator.register_forward_hook(note) for _, operator in operator_calls(module)]
     with torch.no_grad():
-        module(example[:1])
+        output = module(example[:1])
     for hook in hooks:
         hook.remove()
+    return tuple(output.shape[1:])
 
 
 def operator_calls(module: GraphModule) -> Iterator[tuple[Node, Operator]]:

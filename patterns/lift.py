@@ -165,20 +165,20 @@ def lift_convolution(draft: Draft, node: Node) -> Lifted | None:
             x.meta["val"] = None
     else:
         padding = spread(a["padding"], dims)
-    return parametric(draft, a, Convolution(stride, padding, dilation, a["groups"]), x)
+    return parametric(draft, node, a, Convolution(stride, padding, dilation, a["groups"]), x)
 
 
 def lift_linear(draft: Draft, node: Node) -> Lifted | None:
     a = arguments(node)
     if constant_of(draft, a["weight"]) is None:
         return None
-    return parametric(draft, a, Linear(), a["input"])
+    return parametric(draft, node, a, Linear(), a["input"])
 
 
-def parametric(draft: Draft, a: dict[str, Any], kind: Kind, x: Node) -> Lifted:
+def parametric(draft: Draft, node: Node, a: dict[str, Any], kind: Kind, x: Node) -> Lifted:
     names = tuple(n.target for n in (a["weight"], a["bias"]) if n is not None)
     bias = None if a["bias"] is None else draft.parts[a["bias"].target]
-    return Lifted(kind, draft.parts[names[0]], bias, (x,), operator_name(names[0]), names)
+    return Lifted(kind, draft.parts[names[0]], bias, (x,), operator_name(node, names[0]), names)
 
 
 def lift_batch_norm(draft: Draft, node: Node) -> Lifted | None:
@@ -193,7 +193,7 @@ def lift_batch_norm(draft: Draft, node: Node) -> Lifted | None:
     if a["bias"] is not None:
         bias = bias + draft.parts[a["bias"].target]
     names = tuple(a[k].target for k in ("weight", "bias", "running_mean", "running_var") if a[k] is not None)
-    return Lifted(Scale(), scale[:, None], bias, (a["input"],), operator_name(names[0]), names)
+    return Lifted(Scale(), scale[:, None], bias, (a["input"],), operator_name(node, names[0]), names)
 
 
 def lift_addition(draft: Draft, node: Node) -> Lifted | None:
@@ -243,6 +243,9 @@ LIFTS: dict[Any, Callable[[Draft, Node], Lifted | None]] = {
 }
 
 
-def operator_name(parameter: str) -> str:
-    """`features.0` for `features.0.weight`."""
-    return re.sub(r"\.(weight|running_mean)$", "", parameter)
+def operator_name(node: Node, parameter: str) -> str | None:
+    """`features.0` for `features.0.weight`; the module that calls it for a computed weight; None for neither."""
+    if parameter.startswith("constants."):
+        stack = list((node.meta.get("nn_module_stack") or {}).values())
+        return stack[-1][0] or None if stack else None
+    return re.sub(r"\.(weight|running_mean)$", "", parameter) if "." in parameter else None

@@ -234,7 +234,8 @@ def status(arguments: list[str]) -> int:
     from ray_jobs.session import StoppedShortError
 
     warnings.filterwarnings("ignore")
-    logging.getLogger("torch").setLevel(logging.ERROR)
+    for library in ("torch", "huggingface_hub"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     try:
         app(arguments, prog_name="patternnet", standalone_mode=False)
     except UserError as error:

@@ -110,7 +110,7 @@ class ExplainWorker:
     def reader(self, shard: str) -> ShardReader:
         config, loaded = self.config, self.loaded
         most = equal_share(config.max_samples, config.shards.index(shard), len(config.shards))
-        classes = list(loaded.network.operators.values())[-1].neurons
+        (classes,) = loaded.network.output_shape
 
         def has_target(label: int | None) -> None:
             if config.target == "label" and (label is None or not 0 <= label < classes):

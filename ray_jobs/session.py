@@ -34,7 +34,12 @@ def connected(resources: Resources) -> Iterator[None]:
     address = resources.address or os.environ.get("RAY_ADDRESS")
     try:
         # A fresh local Ray even where another runs on this machine: `auto` would attach to a stranger's.
-        ray.init(address=address or "local", logging_level=logging.ERROR, log_to_driver=False)
+        ray.init(
+            address=address or "local",
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+            include_dashboard=None if address else False,
+        )
     except (ConnectionError, ValueError) as error:
         raise UserError(
             f"--address {address}", "no Ray cluster answers there", "Check the address and RAY_AUTH_MODE."

@@ -435,7 +435,8 @@ class Branching(nn.Module):
 
 def test_control_flow_that_depends_on_the_data_is_refused_with_what_to_change() -> None:
     with pytest.raises(
-        UserError, match=r"^zoo:net: the model cannot be exported as a graph.* \(.+\)\. Remove control flow that depends"
+        UserError,
+        match=r"^zoo:net: the model cannot be exported as a graph .*\(.+\)\. Remove control flow that depends",
     ):
         trace(Branching().double(), image(), name="zoo:net")
 
