@@ -8,8 +8,9 @@ from patterns.estimators import CHOICES, ESTIMATORS, Solution, solve
 from patterns.explain import METHODS, Explainer, Explanation
 from patterns.graph import Network, trace
 from patterns.moments import Moments, Sums
-from patterns.observe import Observer, accumulate
+from patterns.observe import Observer, PatchObserver, accumulate
 from patterns.operators import Gate, Operator
+from patterns.patches import PatchMoments
 from patterns.storage import choose, digest, load, save
 
 __all__ = [
@@ -23,6 +24,8 @@ __all__ = [
     "Network",
     "Observer",
     "Operator",
+    "PatchMoments",
+    "PatchObserver",
     "Solution",
     "Sums",
     "UserError",

@@ -5,13 +5,16 @@ import traceback
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
+from math import prod
 from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
 from torch.fx.graph import CodeGen
+from torch.fx.node import map_arg
 
 from patterns.errors import UserError
 
@@ -31,11 +34,27 @@ class Draft:
             return self.graph.get_attr(target)
 
     def call(self, before: Node, target: Any, *args: Any) -> Node:
-        """A call made before a node, standing at the same place of the model's code."""
+        """A call made before a node, standing at the same place of the model's code; it knows its result's shape."""
         with self.graph.inserting_before(before):
             node = self.graph.call_function(target, args)
-        node.meta = {k: v for k, v in before.meta.items() if k != "val"}
+        values = [self._value(n) for n in node.all_input_nodes]
+        mode = next(v.fake_mode for v in values if isinstance(v, FakeTensor))
+        fakes = {
+            n: mode.from_tensor(v, static_shapes=True) if isinstance(v, Tensor) and not isinstance(v, FakeTensor) else v
+            for n, v in zip(node.all_input_nodes, values)
+        }
+        with torch.no_grad():
+            value = target(*map_arg(args, lambda n: fakes[n]))
+        node.meta = before.meta | {"val": value}
         return node
+
+    def replace(self, node: Node, replacement: Node) -> None:
+        """Let a node's users use another in its place."""
+        node.replace_all_uses_with(replacement)
+        self.graph.erase_node(node)
+
+    def _value(self, node: Node) -> Any:
+        return node.meta["val"] if "val" in node.meta else self.parts[str(node.target)]
 
 
 def export(model: nn.Module, example: Tensor, name: str) -> Draft:
@@ -95,6 +114,11 @@ def spread(value: Any, dims: int) -> tuple[int, ...]:
     return values * dims if len(values) == 1 else values
 
 
+def is_activation(value: Any) -> bool:
+    """Whether an argument is a tensor that depends on the input."""
+    return isinstance(value, Node) and value.op != "get_attr" and isinstance(value.meta.get("val"), Tensor)
+
+
 def opname(node: Node) -> str:
     """`relu` for a call of aten.relu.default; '' for what is no call."""
     if node.op != "call_function":
@@ -102,6 +126,64 @@ def opname(node: Node) -> str:
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._schema.name.partition("::")[2].removesuffix("_")
     return getattr(node.target, "__name__", str(node.target))
+
+
+def mark_channels(draft: Draft) -> None:
+    """Note which dimension of each value holds the channels, as `meta["axis"]`.
+
+    It is 1 for the input and behind convolutions and pooling, the last behind linear layers, and goes
+    along with permutations. A change of shape keeps it where a dimension of the same size and stride
+    remains; else the channels count as the last dimension if they were it before, and as dimension 1 if not.
+    """
+    for node in draft.graph.nodes:
+        value = first_value(node)
+        if value is not None:
+            axis = channel_axis(node, value)
+            node.meta["axis"] = axis if 1 <= axis < value.dim() else min(1, value.dim() - 1)
+
+
+def channel_axis(node: Node, value: Tensor) -> int:
+    """Where a node's result has its channels, given where its arguments have them."""
+    operation, rank = opname(node), value.dim()
+    inputs = [n for n in node.all_input_nodes if n.op != "get_attr" and "axis" in n.meta and first_value(n) is not None]
+    if not inputs or operation.startswith(("conv", "max_pool", "avg_pool", "adaptive_", "upsample_")):
+        return 1
+    if operation in {"linear", "matmul", "bmm", "scaled_dot_product_attention"}:
+        return rank - 1
+    ranks = [first_value(n).dim() for n in inputs]  # type: ignore[union-attr]
+    same = ranks.index(rank) if rank in ranks else 0
+    axis, before = inputs[same].meta["axis"], first_value(inputs[same])
+    assert before is not None
+    if operation == "permute":
+        return [d % rank for d in node.args[1]].index(axis)  # type: ignore[union-attr, operator]
+    if operation in {"transpose", "t"}:
+        one, other = (d % rank for d in (node.args[1:3] if operation == "transpose" else (0, 1)))  # type: ignore[operator]
+        return {one: other, other: one}.get(axis, axis)
+    if operation == "expand":
+        return axis + rank - before.dim()
+    if operation in {"select", "unbind"}:
+        dim = arguments(node)["dim"] % before.dim()
+        return axis - (dim < axis)
+    if operation == "stack":
+        return axis + (arguments(node)["dim"] % rank <= axis)
+    if operation in RESHAPES or rank != before.dim():
+        stride = prod(before.shape[axis + 1 :])
+        for dim in range(1, rank):
+            if value.shape[dim] == before.shape[axis] and prod(value.shape[dim + 1 :]) == stride:
+                return dim
+        return rank - 1 if axis == before.dim() - 1 else 1
+    return axis
+
+
+RESHAPES = {"view", "_unsafe_view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"}
+
+
+def first_value(node: Node) -> Tensor | None:
+    """A node's tensor, or the first of several."""
+    value = node.meta.get("val")
+    if isinstance(value, tuple | list) and value:
+        value = value[0]
+    return value if isinstance(value, Tensor) else None
 
 
 def source(node: Node) -> str:

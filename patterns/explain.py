@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from patterns import scales
 from patterns.errors import UserError
 from patterns.graph import Network
 from patterns.operators import Operator
@@ -47,9 +48,14 @@ METHODS: dict[str, Method] = {
 
 @dataclass(frozen=True)
 class Explanation:
-    """maps: by method, shape of the input. scores: the model's output (N, classes). targets: int64 (N,)."""
+    """maps: by method, shape of the input; the explanation is map · 2^exponents[method].
+
+    exponents: 0 unless the explanation's magnitude is beyond the range of its dtype.
+    scores: the model's output (N, classes).  targets: int64 (N,).
+    """
 
     maps: dict[str, Tensor]
+    exponents: dict[str, int]
     scores: Tensor
     targets: Tensor
 
@@ -69,8 +75,11 @@ class Explainer:
             raise UserError("model", what, "Explain a model whose output is (N, classes).")
         self._methods = {name: METHODS[name] for name in methods}
         self._weights = {name: backward_weights(network, patterns or {}, METHODS[name]) for name in methods}
+        self._exponents = dict.fromkeys(methods, 0)
+        self._restored = dict.fromkeys(methods, 0)  # of a scaled pass whose result is in range itself
         self._current: Weights = {}
         self._module = network.rewrite(lambda op: Explained(op, lambda: self._current[op.name]))
+        self._keep_in_range(network)
 
     def __call__(self, inputs: Tensor, targets: Tensor | None = None) -> Explanation:
         """Explain the score of each sample's target, by default its predicted class.
@@ -87,8 +96,65 @@ class Explainer:
             values = start * scores.detach() if method.starts_from_value else start
             self._current = self._weights[name]
             further = number < len(self._methods)
-            (maps[name],) = torch.autograd.grad(scores, inputs, values, retain_graph=further)
-        return Explanation(maps, scores.detach(), targets)
+            (carried,) = torch.autograd.grad(scores, inputs, values, retain_graph=further)
+            maps[name] = scales.power(carried, self._restored[name]) if self._restored[name] else carried
+        return Explanation(maps, dict(self._exponents), scores.detach(), targets)
+
+    def _keep_in_range(self, network: Network) -> None:
+        """Scale the backward weights of the methods whose gradients would leave the dtype's range.
+
+        Judged by the gradients of noise: only their order of magnitude matters.
+        """
+        generator = torch.Generator().manual_seed(0)
+        like = next(iter(network.operators.values())).weight
+        noise = torch.randn((2, *network.input_shape), generator=generator).to(like)
+        classes = scales.values(self._module)
+        unscaled = dict.fromkeys(classes.order, 0)
+        beyond = [
+            m for m in self._methods if not scales.in_range(self._largest(self._weights[m], classes, unscaled, noise))
+        ]
+        if not beyond:
+            return
+        ones = scales.add_crossings(self._module, lambda name: self._current[name])
+        classes = scales.values(self._module)
+        for method in self._methods:
+            weights = {**self._weights[method], **{name: one.to(like) for name, one in ones.items()}}
+            phi = dict.fromkeys(classes.order, 0)
+            if method in beyond:
+                phi = scales.calibrate(
+                    classes,
+                    lambda phi, weights=weights: self._largest(weights, classes, phi, noise),  # type: ignore[misc]
+                )
+            self._weights[method] = scales.scaled(weights, classes, phi)
+            result = phi[classes.source]
+            (self._restored if abs(result) <= 2 * scales.SAFE else self._exponents)[method] = result
+
+    def _largest(
+        self, weights: Weights, classes: scales.Values, phi: Mapping[int, int], noise: Tensor
+    ) -> dict[int, float]:
+        """The largest |gradient| that each class of values carries, under a potential."""
+        self._current = scales.scaled(weights, classes, phi)
+        largest = dict.fromkeys(classes.order, 0.0)
+
+        def note(number: int, gradient: Tensor) -> None:
+            value = float(gradient.abs().max())
+            largest[number] = value if not value <= largest[number] else largest[number]
+
+        def follow(part: nn.Module, _: object, output: Tensor) -> None:
+            number = classes.outputs[part.name]  # type: ignore[index]
+            if output.requires_grad:  # what no input reaches, such as a class token alone, has no gradient
+                output.register_hook(lambda gradient: note(number, gradient))
+
+        parts = [part for part in self._module.modules() if isinstance(part, Explained | scales.Crossing)]
+        hooks = [part.register_forward_hook(follow) for part in parts]
+        noise = noise.requires_grad_()
+        scores = self._module(noise)
+        for hook in hooks:
+            hook.remove()
+        start = torch.zeros_like(scores).scatter_(1, scores.argmax(1, keepdim=True), 1.0)
+        (gradient,) = torch.autograd.grad(scores, noise, start)
+        note(classes.source, gradient)
+        return largest
 
 
 def backward_weights(network: Network, patterns: Weights, method: Method) -> Weights:
@@ -114,7 +180,7 @@ class Explained(nn.Module):
 
     def __init__(self, operator: Operator, backward_weight: Callable[[], Tensor]) -> None:
         super().__init__()
-        self.operator, self.backward_weight = operator, backward_weight
+        self.name, self.operator, self.backward_weight = operator.name, operator, backward_weight
 
     def forward(self, *inputs: Tensor) -> Tensor:
         return _Explained.apply(self.operator, self.backward_weight, *inputs)

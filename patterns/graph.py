@@ -16,10 +16,20 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from patterns.draft import Draft, arguments, attribute, copy_graph, export, opname, source
+from patterns.draft import (
+    Draft,
+    arguments,
+    attribute,
+    copy_graph,
+    export,
+    is_activation,
+    mark_channels,
+    opname,
+    source,
+)
 from patterns.errors import UserError
-from patterns.lift import fixed_product, lift_operators, unify_pooling
-from patterns.operators import Convolution, Gate, Linear, Operator, Scale, along
+from patterns.lift import fixed_product, lift_operators, unify_pooling, unify_sums, weighted_sum
+from patterns.operators import Convolution, Gate, Linear, Operator, Scale, TransposedConvolution, along
 
 aten = torch.ops.aten
 
@@ -30,6 +40,10 @@ RECTIFIERS: dict[Any, Callable[[dict[str, Any]], Gate]] = {
     aten.hardtanh.default: lambda a: Gate(float(a["min_val"]), float(a["max_val"])),
     aten.clamp.default: lambda a: Gate(limit(a["min"], "-inf"), limit(a["max"], "inf")),
     aten.clamp_min.default: lambda a: Gate(float(a["min"]), float("inf")),
+    aten.clamp_max.default: lambda a: Gate(float("-inf"), float(a["max"])),
+    # Those that let a share of the rest through count as open where their slope is 1.
+    aten.leaky_relu.default: lambda _: Gate(0.0, float("inf")),
+    aten.prelu.default: lambda _: Gate(0.0, float("inf")),
 }
 
 # Those whose gradient needs their result only.
@@ -54,8 +68,8 @@ FIXED_LINEAR = {
 
 SYMBOLIC = {"sym_size", "mul", "add", "sub", "floordiv", "mod"}  # arithmetic on the batch size
 SUPPORTED = (
-    "convolution, linear, batch norm in inference mode, addition, average pooling, "
-    "ReLU, ReLU6, max pooling, and changes of shape"
+    "convolution, linear, batch norm in inference mode, sums, products with constants, average pooling, "
+    "ReLU and its variants, max pooling, and changes of shape"
 )
 
 
@@ -94,11 +108,14 @@ def trace(model: nn.Module, example: Tensor, *, name: str = "model", pass_throug
     """
     draft = export(model.eval(), example, name)
     fold_constants(draft)
+    mark_channels(draft)
+    hold_gates(draft, pass_through)
     unify_pooling(draft)
+    unify_sums(draft)
+    mark_channels(draft)
     lift_operators(draft)
     fold_scales(draft)
     refuse_unknown(draft, name, pass_through)
-    set_constants_apart(draft)
     module = GraphModule(draft.parts, draft.graph, "Network")
     find_gates(module)
     rectify_in_place(module)
@@ -107,7 +124,7 @@ def trace(model: nn.Module, example: Tensor, *, name: str = "model", pass_throug
 
 
 def fold_constants(draft: Draft) -> None:
-    """Evaluate what does not depend on the input (standardised weights, position tables)."""
+    """Evaluate what does not depend on the input's values (standardised weights, position tables, masks)."""
     values: dict[Node, Any] = {}
     for node in list(draft.graph.nodes):
         if node.op == "get_attr":
@@ -115,12 +132,96 @@ def fold_constants(draft: Draft) -> None:
         elif node.op == "call_function" and all(n in values for n in node.all_input_nodes):
             with torch.no_grad():
                 values[node] = node.target(*resolve(node.args, values), **resolve(node.kwargs, values))
-            if isinstance(values[node], Tensor):
-                constant = draft.constant(node, values[node])
-                constant.meta = dict(node.meta)
-                values[constant] = values[node]
-                node.replace_all_uses_with(constant)
+        elif opname(node) in FILLED and len(node.all_input_nodes) == 1:  # of an input, only its dtype and device
+            like = torch.empty(0, dtype=node.meta["val"].dtype, device=node.meta["val"].device)
+            values[node] = node.target(like, *node.args[1:], **node.kwargs)
+        if node.op == "call_function" and isinstance(values.get(node), Tensor):
+            constant = draft.constant(node, values[node])
+            constant.meta = dict(node.meta)
+            values[constant] = values[node]
+            node.replace_all_uses_with(constant)
     draft.graph.eliminate_dead_code()
+
+
+FILLED = {"new_zeros", "new_ones", "new_full"}
+
+
+def hold_gates(draft: Draft, pass_through: Collection[str]) -> None:
+    """Linearise what the user lets pass: norms with their statistics held still, products with their gate.
+
+    Of a product of two activations the gate is the factor that comes from a sigmoid, softmax or another
+    of GATES, else the one that is broadcast, else the second; attention is held in its weights, so that
+    its values alone have a gradient.
+    """
+    for node in list(draft.graph.nodes):
+        operation = opname(node)
+        if operation not in pass_through:
+            continue
+        if node.target in HELD_NORMS:
+            a = arguments(node)
+            held = draft.call(node, HELD_NORMS[node.target], *(a[k] for k in NORM_ARGUMENTS[node.target]))
+            draft.replace(node, held)
+        elif operation == "scaled_dot_product_attention":
+            hold(draft, node, 0, 1)
+        elif operation in PRODUCTS_OF_TWO and all(map(is_activation, node.args[:2])):
+            hold(draft, node, gate_of(*node.args[:2]))
+
+
+def hold(draft: Draft, node: Node, *numbers: int) -> None:
+    """Stop the gradient of some arguments of a call."""
+    args = list(node.args)
+    for number in numbers:
+        args[number] = draft.call(node, aten.detach.default, args[number])
+    node.args = tuple(args)
+
+
+def gate_of(first: Node, second: Node) -> int:
+    """Which of two factors, 0 or 1, is the gate of the other."""
+    made = [comes_from_gate(first), comes_from_gate(second)]
+    if made[0] != made[1]:
+        return made.index(True)
+    return int(first.meta["val"].numel() >= second.meta["val"].numel())
+
+
+def comes_from_gate(node: Node) -> bool:
+    """Whether a value is what a gate's function gave, at most changed in shape."""
+    while opname(node) in SEEN_THROUGH and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return opname(node) in GATES
+
+
+def held_layer_norm(x: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """Layer norm, linear in x: its mean and variance have no gradient."""
+    dims = list(range(-len(shape), 0))
+    y = standardised(x, dims, eps)
+    y = y if weight is None else y * weight
+    return y if bias is None else y + bias
+
+
+def held_group_norm(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """Group norm, linear in x: its means and variances have no gradient."""
+    y = standardised(x.unflatten(1, (groups, -1)).flatten(2), [-1], eps).view(x.shape)
+    y = y if weight is None else y * along(1, weight, y)
+    return y if bias is None else y + along(1, bias, y)
+
+
+def standardised(x: Tensor, dims: list[int], eps: float) -> Tensor:
+    """x less its mean over some dimensions and divided by its deviation, both held still."""
+    var, mean = torch.var_mean(x.detach(), dims, correction=0, keepdim=True)
+    return (x - mean) * torch.rsqrt(var + eps)
+
+
+HELD_NORMS: dict[Any, Any] = {
+    aten.layer_norm.default: held_layer_norm,
+    aten.group_norm.default: held_group_norm,
+}
+NORM_ARGUMENTS = {
+    aten.layer_norm.default: ("input", "normalized_shape", "weight", "bias", "eps"),
+    aten.group_norm.default: ("input", "num_groups", "weight", "bias", "eps"),
+}
+PRODUCTS_OF_TWO = {"mul", "matmul", "bmm"}
+GATES = {"sigmoid", "hardsigmoid", "softmax", "_softmax", "tanh", "gelu", "silu", "hardswish", "softplus"}
+REWRITTEN = {fixed_product, weighted_sum, held_layer_norm, held_group_norm}
 
 
 def fold_scales(draft: Draft) -> None:
@@ -134,7 +235,7 @@ def fold_scales(draft: Draft) -> None:
         rank = node.meta["val"].dim()
         if (
             not isinstance(scale.kind, Scale)
-            or not isinstance(linear.kind, Convolution | Linear)
+            or not isinstance(linear.kind, Convolution | TransposedConvolution | Linear)
             or scale.kind.axis % rank != linear.kind.axis % rank
             or calls[node.target] > 1
             or calls[before.target] > 1
@@ -157,7 +258,7 @@ def refuse_unknown(draft: Draft, name: str, pass_through: Collection[str]) -> No
     """Raise UserError for operations that the explanation pass would not know how to go back through."""
     unknown: dict[str, str] = {}
     for node in draft.graph.nodes:
-        if node.op != "call_function" or node.target in RECTIFIERS or node.target is fixed_product:
+        if node.op != "call_function" or node.target in RECTIFIERS or node.target in REWRITTEN:
             continue
         operation = opname(node)
         if operation in SEEN_THROUGH or operation in FIXED_LINEAR or operation in pass_through:
@@ -170,7 +271,8 @@ def refuse_unknown(draft: Draft, name: str, pass_through: Collection[str]) -> No
     if unknown:
         what = "; ".join(f"{operation} in {where}" for operation, where in list(unknown.items())[:3])
         more = f" (and {len(unknown) - 3} more kinds)" if len(unknown) > 3 else ""
-        raise UserError(name, f"no pattern is defined for {what}{more}", f"Supported are {SUPPORTED}.")
+        remedy = f"Pass --pass-through {','.join(unknown)} to use their gradient. Supported are {SUPPORTED}."
+        raise UserError(name, f"no pattern is defined for {what}{more}", remedy)
 
 
 def is_shift(node: Node) -> bool:
@@ -183,15 +285,6 @@ def is_shift(node: Node) -> bool:
     return False
 
 
-def set_constants_apart(draft: Draft) -> None:
-    """Name the constants left in the graph so that none lies inside an operator of its name."""
-    draft.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in {"placeholder", "output"})
-    for node in draft.graph.find_nodes(op="get_attr"):
-        target = f"constants.{node.name}"
-        draft.parts[target] = draft.parts[str(node.target)]
-        node.target = target
-
-
 def find_gates(module: GraphModule) -> None:
     """Give each operator its gate: the one rectifier that all its calls feed, and nothing else."""
     gates: dict[str, set[Gate | None]] = {}
@@ -200,6 +293,7 @@ def find_gates(module: GraphModule) -> None:
     for _, operator in operator_calls(module):
         found = gates[operator.name]
         operator.gate = found.copy().pop() if len(found) == 1 else None
+        operator.mixed_gates = len(found) > 1
 
 
 def consumers(node: Node) -> Iterator[Gate | None]:

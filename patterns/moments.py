@@ -83,10 +83,14 @@ class Moments:
 
     @property
     def closed(self) -> Sums:
-        """Sums over the closed gate, Σx of shape (K, D)."""
+        """Sums over the closed gate, Σx of shape (K, D); exactly 0 for a neuron that never closes."""
         opened = required(self.open)
         x = required(self.total.x)
-        return replace(self.total, x=x.repeat_interleave(len(self.total.n) // len(x), 0)) - opened
+        closed = replace(self.total, x=x.repeat_interleave(len(self.total.n) // len(x), 0)) - opened
+        # Without samples the difference of two sums is rounding, which is a direction like any other.
+        some = closed.n > 0
+        large = {f: torch.where(some[:, None], required(getattr(closed, f)), 0.0) for f in ("x", "xy")}
+        return replace(closed, y=torch.where(some, closed.y, 0.0), yy=torch.where(some, closed.yy, 0.0), **large)
 
     def __add__(self, other: "Moments") -> "Moments":
         if self.open is None or other.open is None:

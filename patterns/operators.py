@@ -10,7 +10,7 @@ inputs. A weight has its operator's own shape, with K first; `weight.flatten(1)`
 
 from dataclasses import dataclass
 from math import prod
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +82,49 @@ class Convolution:
 
 
 @dataclass(frozen=True)
+class TransposedConvolution:
+    """A transposed convolution over any number of dimensions; weight (K, C/groups, *kernel), its inputs C channels.
+
+    A neuron is an output channel. Its inputs are those of a convolution over the input with zeros between
+    its positions, so an output position that the stride leaves out of reach of some weights sees 0 there.
+    """
+
+    stride: Shape
+    padding: Shape
+    output_padding: Shape
+    dilation: Shape
+    groups: int = 1
+    axis: int = 1
+
+    def forward(self, inputs: Inputs, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return aten.convolution(*inputs, swapped(weight, self.groups), bias, *self._options())
+
+    def weight_gradient(self, inputs: Inputs, grad: Tensor, weight_shape: Shape) -> Tensor:
+        (x,) = inputs
+        weight = swapped(x.new_empty(1).expand(weight_shape), self.groups)
+        gradient = aten.convolution_backward(grad, x, weight, None, *self._options(), (False, True, False))[1]
+        return swapped(gradient, self.groups)
+
+    def input_sum(self, inputs: Inputs, output_shape: Shape, weight_shape: Shape) -> Tensor:
+        (x,) = inputs
+        ones = x.new_ones((1, self.groups, *output_shape[2:]))
+        shape = (self.groups, *weight_shape[1:])
+        return self.weight_gradient((x.sum(0, keepdim=True),), ones, shape).flatten(1)
+
+    def input_gradient(self, grad: Tensor, weight: Tensor, input_shapes: tuple[Shape, ...]) -> Inputs:
+        x, weight = grad.new_empty(1).expand(input_shapes[0]), swapped(weight, self.groups)
+        return (aten.convolution_backward(grad, x, weight, None, *self._options(), (True, False, False))[0],)
+
+    def _options(self) -> tuple[Any, ...]:
+        return self.stride, self.padding, self.dilation, True, self.output_padding, self.groups
+
+
+def swapped(weight: Tensor, groups: int) -> Tensor:
+    """A convolution's weight (K, C/groups, …) as torch's transposed ones have it, (C, K/groups, …), and back."""
+    return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+
+
+@dataclass(frozen=True)
 class Linear:
     """Matrix product with the last dimension; weight (K, D)."""
 
@@ -102,7 +145,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Scale:
-    """Each channel times its own number: batch norm in inference mode; weight (K, 1)."""
+    """Each channel times its own number: batch norm in inference mode, layer scale; weight (K, 1)."""
 
     axis: int = 1
 
@@ -175,6 +218,7 @@ class AveragePool:
 
 KINDS: dict[str, type[Kind]] = {
     "convolution": Convolution,
+    "transposed_convolution": TransposedConvolution,
     "linear": Linear,
     "scale": Scale,
     "addition": Addition,
@@ -202,6 +246,7 @@ class Operator(nn.Module):
     name: the parameter's name less `.weight`, else the kind and its order in the model.
     weight, bias: with any batch norm behind it folded in; the weight has K first.
     gate: the rectifier that directly follows, None where there is none.
+    mixed_gates: its output reaches several consumers that are not all the same rectifier; it has no gate then.
     input_shapes, output_shape: without the batch.
     source: where the model's code calls it.
     """
@@ -222,6 +267,7 @@ class Operator(nn.Module):
     ) -> None:
         super().__init__()
         self.name, self.kind, self.gate, self.source = name, kind, gate, source
+        self.mixed_gates = False
         self.input_shapes, self.output_shape = input_shapes, output_shape
         self.register_buffer("weight", weight.detach())
         self.register_buffer("bias", None if bias is None else bias.detach())
@@ -243,7 +289,7 @@ class Operator(nn.Module):
     def groups(self) -> int:
         """G: neurons of one group see the same inputs."""
         match self.kind:
-            case Convolution(groups=groups):
+            case Convolution(groups=groups) | TransposedConvolution(groups=groups):
                 return groups
             case Linear():
                 return 1

@@ -35,6 +35,7 @@ ImageSize = Annotated[int | None, typer.Option(min=1, help="Input height and wid
 Resize = Annotated[int | None, typer.Option(min=1, help="Shorter side before the centre crop.")]
 Mean = Annotated[str | None, typer.Option(help="Mean per channel, for pixels in [0, 1]: 0.5,0.5,0.5.")]
 Std = Annotated[str | None, typer.Option(help="Deviation per channel: 0.5,0.5,0.5.")]
+PassThrough = Annotated[str, typer.Option(help="Operations whose usual gradient to take: gelu,layer_norm,…")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Workers at most; else as many as the cluster holds.")]
 Gpus = Annotated[float | None, typer.Option(min=0, help="GPUs of a worker; else 1 where the cluster has any.")]
 Cpus = Annotated[float, typer.Option(min=0, help="CPUs of a worker, and its threads.")]
@@ -92,6 +93,7 @@ def plan(
     resize: Resize = None,
     mean: Mean = None,
     std: Std = None,
+    pass_through: PassThrough = "",
 ) -> None:
     """What a model needs: operators, gates, bytes of moments."""
     from patterns.estimators import wanted
@@ -100,14 +102,17 @@ def plan(
     from ray_jobs import models
 
     choices = names(estimators, CHOICES, "--estimators", "estimator")
-    config = ModelConfig(model, weights, precision, seed, image_size, resize, numbers(mean), numbers(std))
+    sizes = image_size, resize, numbers(mean), numbers(std)
+    config = ModelConfig(model, weights, precision, seed, *sizes, words(pass_through))
     loaded = models.load(config)
     table = Table("operator", "kind", "weight", "gate", "moments", box=None)
     total = 0
     for operator in loaded.network.operators.values():
         size = planned_bytes(operator, wanted(operator, choices))
         total += size
-        gate = "" if operator.gate is None else f"{operator.gate.low:g} < z < {operator.gate.high:g}"
+        gate = "several, so none" if operator.mixed_gates else ""
+        if operator.gate is not None:
+            gate = f"{operator.gate.low:g} < z < {operator.gate.high:g}"
         shape = "×".join(map(str, operator.weight.shape))
         table.add_row(operator.name, KIND_NAMES[type(operator.kind)], shape, gate, megabytes(size))
     Console(width=None if sys.stdout.isatty() else 120).print(table)
@@ -129,6 +134,7 @@ def fit(
     resize: Resize = None,
     mean: Mean = None,
     std: Std = None,
+    pass_through: PassThrough = "",
     workers: Workers = None,
     gpus_per_worker: Gpus = None,
     cpus_per_worker: Cpus = 1,
@@ -139,8 +145,9 @@ def fit(
     from ray_jobs.fit import fit as run_fit
     from ray_jobs.shards import list_shards
 
+    sizes = image_size, resize, numbers(mean), numbers(std)
     config = FitConfig(
-        ModelConfig(model, weights, precision, seed, image_size, resize, numbers(mean), numbers(std)),
+        ModelConfig(model, weights, precision, seed, *sizes, words(pass_through)),
         list_shards(shards),
         str(out.absolute()),
         batch_size,
@@ -197,11 +204,16 @@ def explain(
 
 def names(listed: str, table: Any, option: str, thing: str) -> tuple[str, ...]:
     """A comma-separated option whose words must stand in a table."""
-    words = tuple(word.strip() for word in listed.split(",") if word.strip())
-    unknown = [word for word in words if word not in table]
-    if unknown or not words:
+    chosen = words(listed)
+    unknown = [word for word in chosen if word not in table]
+    if unknown or not chosen:
         raise UserError(option, f"no {thing} {(unknown or [''])[0]!r}", f"Choose from {', '.join(table)}.")
-    return words
+    return chosen
+
+
+def words(listed: str) -> tuple[str, ...]:
+    """A comma-separated option of words."""
+    return tuple(word.strip() for word in listed.split(",") if word.strip())
 
 
 def numbers(listed: str | None) -> tuple[float, ...] | None:

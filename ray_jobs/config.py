@@ -29,6 +29,7 @@ class ModelConfig:
 
     weights: a path or URL; `default`, the library's own (or as a factory made them); `random`, drawn from the seed.
     precision: float32 or float64.
+    pass_through: operations without a pattern whose usual gradient is accepted.
     """
 
     spec: str
@@ -39,6 +40,7 @@ class ModelConfig:
     resize: int | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    pass_through: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
 import torch
 from torch import Tensor
 from webdataset import TarWriter
@@ -24,19 +23,11 @@ from ray_jobs.config import ExplainConfig, Resources, equal_share
 from ray_jobs.ledger import Refused
 from ray_jobs.pictures import picture, png
 from ray_jobs.run import REFUSED, Run
-from ray_jobs.session import Reporter, connected, work, worker_options
+from ray_jobs.session import ShardJob, connected
 from ray_jobs.shards import Batch, SampleError, ShardReader
-from ray_jobs.worker import Place, Share
+from ray_jobs.worker import Place, ShardReport, Share
 
 TARGETS = ("predicted", "label")
-
-
-@dataclass(frozen=True)
-class ShardReport:
-    """What came of a shard."""
-
-    samples: int
-    refused: int
 
 
 @dataclass(frozen=True)
@@ -125,7 +116,7 @@ class ExplainWorker:
             targets = torch.tensor(batch.labels, device=self.loaded.device)
         explanation = self.explainer(batch.images.to(self.loaded.device, non_blocking=True), targets)
         described = rows_of(batch, explanation)
-        scaled = {method: to_float16(maps) for method, maps in explanation.maps.items()}
+        scaled = {m: to_float16(maps, explanation.exponents[m]) for m, maps in explanation.maps.items()}
         centres = {method: centre_share(maps) for method, maps in explanation.maps.items()}
         for number, (key, row) in enumerate(zip(batch.keys, described)):
             exponents = {method: int(exponent[number]) for method, (_, exponent) in scaled.items()}
@@ -160,14 +151,14 @@ def rows_of(batch: Batch, explanation: Explanation) -> list[dict[str, Any]]:
     ]
 
 
-def to_float16(maps: Tensor) -> tuple[np.ndarray, list[int]]:
-    """Maps (N, …) as float16 arrays, and exponents: map = array · 2^exponent, whose largest is in [½, 1).
+def to_float16(maps: Tensor, exponent: int) -> tuple[np.ndarray, list[int]]:
+    """Explanations map · 2^exponent (N, …) as float16 arrays, the largest in [½, 1), and each one's exponent.
 
     A power of two for each sample keeps what float16's narrow range would lose, and is exact.
     """
     exponents = torch.frexp(maps.abs().flatten(1).amax(1)).exponent
     scaled = torch.ldexp(maps, -exponents.view(-1, *[1] * (maps.dim() - 1)))
-    return scaled.half().cpu().numpy(), exponents.tolist()
+    return scaled.half().cpu().numpy(), (exponents + exponent).tolist()
 
 
 def centre_share(maps: Tensor) -> Tensor:
@@ -177,38 +168,6 @@ def centre_share(maps: Tensor) -> Tensor:
     centre = mass[:, height // 4 : height - height // 4, width // 4 : width - width // 4]
     total = mass.flatten(1).sum(1)
     return torch.where(total > 0, centre.flatten(1).sum(1) / torch.where(total > 0, total, 1.0), 0.0)
-
-
-class ExplainJob:
-    """The driver's side: a shard counts when its output is there."""
-
-    commit_after: float | None = None
-    bad_input: type[Exception] = UserError
-
-    def __init__(self, config: ExplainConfig, weights: str) -> None:
-        self.config, self.weights = config, weights
-        self.left = [s for s in config.shards if not outputs(config, s).tar.exists()]
-        self.reporter = Reporter("explain", len(config.shards), len(config.shards) - len(self.left))
-
-    def run(self, resources: Resources) -> None:
-        """Explain all shards that have no output yet."""
-        size, self.options = worker_options(resources)
-        work(self, self.left, size, self.reporter)
-
-    def spawn(self) -> Any:
-        share = Share(self.options["num_cpus"], self.options["num_gpus"])
-        return ray.remote(ExplainWorker).options(**self.options).remote(self.config, self.weights, share)
-
-    def started(self, told: Place) -> None:
-        self.reporter.counts.workers += 1
-        self.reporter.line(str(told))
-
-    def worked(self, item: str, told: ShardReport) -> None:
-        self.reporter.counts.samples += told.samples
-        self.reporter.counts.refused += told.refused
-
-    def counts(self, items: list[str], told: ShardReport) -> None:
-        self.reporter.counts.shards += len(items)
 
 
 def explain(config: ExplainConfig, resources: Resources = Resources()) -> Run:  # noqa: B008 - frozen
@@ -224,9 +183,9 @@ def explain(config: ExplainConfig, resources: Resources = Resources()) -> Run:  
     section = run.claim("explain", config, loaded)
     if section["status"] == "complete":
         return run
-    job = ExplainJob(config, loaded.digest)
+    left = [s for s in config.shards if not outputs(config, s).tar.exists()]  # what counts is what is there
     with connected(resources):
-        job.run(resources)
+        ShardJob("explain", config.shards, left, None).run(resources, ExplainWorker, config, loaded.digest)
     tables = [pq.read_table(outputs(config, s).refused) for s in config.shards]
     refused = [Refused(**row) for table in tables for row in table.to_pylist()]
     run.quarantine("explain", refused)

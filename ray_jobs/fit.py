@@ -3,12 +3,8 @@
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from uuid import uuid4
-
-import ray
 
 from patterns import CHOICES, Observer, Operator, UserError, storage
 from patterns.estimators import wanted
@@ -18,17 +14,9 @@ from ray_jobs import models, reduce
 from ray_jobs.config import FitConfig, Resources, equal_share
 from ray_jobs.ledger import Ledger, Part, Refused
 from ray_jobs.run import Run
-from ray_jobs.session import Reporter, connected, work, worker_options
+from ray_jobs.session import ShardJob, connected
 from ray_jobs.shards import ShardReader
-from ray_jobs.worker import Place, Share
-
-
-@dataclass(frozen=True)
-class ShardReport:
-    """What a worker found in a shard."""
-
-    samples: int
-    refused: int
+from ray_jobs.worker import Place, ShardReport, Share
 
 
 class FitWorker:
@@ -79,14 +67,10 @@ class FitWorker:
         return part
 
 
-class FitJob:
+class FitJob(ShardJob):
     """The driver's side of a fit: the ledger and its file."""
 
-    bad_input: type[Exception] = UserError
-
-    def __init__(self, run: Run, config: FitConfig, resources: Resources, weights: str) -> None:
-        self.config, self.weights = config, weights
-        self.commit_after: float | None = resources.max_loss
+    def __init__(self, run: Run, config: FitConfig, max_loss: float) -> None:
         self.folder = run.folder / "moments"
         self.path = self.folder / "ledger.json"
         self.ledger = Ledger.from_json(json.loads(self.path.read_text())) if self.path.exists() else Ledger()
@@ -94,35 +78,14 @@ class FitJob:
         for file in self.folder.glob("part-*.safetensors"):
             if file.name not in named:  # written by a worker whose driver died before it could count
                 file.unlink()
-        self.begun = float("inf")
         self.seconds = 0.0  # from the first worker's start to the last commit
-        left = self.ledger.left(config.shards)
-        self.reporter = Reporter("fit", len(config.shards), len(config.shards) - len(left))
-
-    def run(self, resources: Resources) -> None:
-        """Work on all shards that do not count yet."""
-        size, self.options = worker_options(resources)
-        work(self, self.ledger.left(self.config.shards), size, self.reporter)
-
-    def spawn(self) -> Any:
-        share = Share(self.options["num_cpus"], self.options["num_gpus"])
-        return ray.remote(FitWorker).options(**self.options).remote(self.config, self.weights, share)
-
-    def started(self, told: Place) -> None:
-        self.begun = min(self.begun, time.monotonic())
-        self.reporter.counts.workers += 1
-        self.reporter.line(str(told))
-
-    def worked(self, item: str, told: ShardReport) -> None:
-        self.reporter.counts.samples += told.samples
-        self.reporter.counts.refused += told.refused
+        super().__init__("fit", config.shards, self.ledger.left(config.shards), max_loss)
 
     def counts(self, items: list[str], told: Part) -> None:
         if sorted(told.shards) != sorted(items):
             raise RuntimeError(f"{told.file} holds {told.shards}, not {items}")
         self.ledger = self.ledger.commit(told)
         write_json(self.path, self.ledger.to_json())
-        self.reporter.counts.shards = len(self.ledger.shards)
         self.seconds = time.monotonic() - self.begun
 
 
@@ -138,9 +101,9 @@ def fit(config: FitConfig, resources: Resources = Resources()) -> Run:  # noqa: 
     section = run.claim("fit", config, loaded)
     if section["status"] == "complete":
         return run
-    job = FitJob(run, config, resources, loaded.digest)
+    job = FitJob(run, config, resources.max_loss)
     with connected(resources):
-        job.run(resources)
+        job.run(resources, FitWorker, config, loaded.digest)
         ledger = job.ledger
         run.quarantine("fit", list(ledger.refused))
         if not ledger.samples:

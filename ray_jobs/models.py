@@ -45,7 +45,7 @@ def load(config: ModelConfig, device: str = "cpu") -> Loaded:
     dtype, weights_digest = PRECISIONS[config.precision], digest(model)
     model = model.to(device, dtype)
     example = torch.zeros((2, *preprocessing.input_shape), device=device, dtype=dtype)
-    network = trace(model, example, name=config.spec)
+    network = trace(model, example, name=config.spec, pass_through=config.pass_through)
     return Loaded(network, preprocessing, weights_digest, torch.device(device), dtype)
 
 

@@ -37,6 +37,9 @@ class Job(Protocol):
     def worked(self, item: str, told: Any) -> None:
         """A worker worked on an item, which may still be lost; `told` is what its `work()` returned."""
 
+    def lost(self, items: list[str]) -> None:
+        """Items that were worked on are lost, and will be worked on again."""
+
     def counts(self, items: list[str], told: Any) -> None:
         """Items are done for good; `told` is what `commit()`, or else `work()`, returned."""
 
@@ -153,6 +156,7 @@ class _Pool:
         """Give a worker up. Its items go back to the queue; a commit that it may still finish is ignored."""
         ray.kill(worker.actor)
         self.queue.extendleft(worker.uncommitted)
+        self.job.lost(worker.uncommitted)
         if worker.item is not None:
             self.queue.append(worker.item)
 

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TextIO
 
@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from patterns import UserError
 from ray_jobs import pool
 from ray_jobs.config import Resources
+from ray_jobs.worker import Place, ShardReport, Share
 
 LINE_EVERY = 15.0  # seconds between the progress lines of a log
 
@@ -94,7 +95,7 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
 
 @dataclass
 class Counts:
-    """How far a job is: shards that count, and samples worked on (for the rate)."""
+    """How far a job is: shards worked on, and samples, those of lost work too (for the rate)."""
 
     shards: int
     samples: int = 0
@@ -152,19 +153,54 @@ class Reporter:
         self.line(f"{self.counts.shards}/{self.total} shards, {self.state()}")
 
 
-def work(job: pool.Job, left: list[str], size: int, reporter: Reporter) -> None:
-    """Run a job on the pool until everything counts. StoppedShortError where a signal came first."""
-    if not left:
-        return
-    with stop_signals() as stop:
-        try:
-            undone = pool.run(left, job, min(size, len(left)), stop, reporter.tick)
-        finally:
-            reporter.close()
-    if undone:
-        raise StoppedShortError(
-            f"stopped with {len(undone)} shards undone; the same command goes on where this one ended"
-        )
+class ShardJob:
+    """What the driver's side of every job over shards shares: a worker class, the pool, the progress."""
+
+    bad_input: type[Exception] = UserError
+
+    def __init__(self, name: str, shards: Sequence[str], left: list[str], commit_after: float | None) -> None:
+        self.left, self.commit_after = left, commit_after
+        self.reporter = Reporter(name, len(shards), len(shards) - len(left))
+        self.begun = float("inf")
+
+    def run(self, resources: Resources, worker: type, *arguments: object) -> None:
+        """Work on what is left with workers made from these arguments and their share of the machine.
+
+        Raises the UserError of a shard, or StoppedShortError where a signal came, after all else was committed.
+        """
+        if not self.left:
+            return
+        size, self.options = worker_options(resources)
+        self.actor: Any = ray.remote(worker)
+        self.arguments = arguments
+        with stop_signals() as stop:
+            try:
+                undone = pool.run(self.left, self, min(size, len(self.left)), stop, self.reporter.tick)
+            finally:
+                self.reporter.close()
+        if undone:
+            what = f"stopped with {len(undone)} of {self.reporter.total} shards undone"
+            raise StoppedShortError(f"{what}; the same command goes on where this one ended")
+
+    def spawn(self) -> Any:
+        share = Share(self.options["num_cpus"], self.options["num_gpus"])
+        return self.actor.options(**self.options).remote(*self.arguments, share)
+
+    def started(self, told: Place) -> None:
+        self.begun = min(self.begun, time.monotonic())
+        self.reporter.counts.workers += 1
+        self.reporter.line(str(told))
+
+    def worked(self, item: str, told: ShardReport) -> None:
+        self.reporter.counts.shards += 1
+        self.reporter.counts.samples += told.samples
+        self.reporter.counts.refused += told.refused
+
+    def lost(self, items: list[str]) -> None:
+        self.reporter.counts.shards -= len(items)
+
+    def counts(self, items: list[str], told: Any) -> None:
+        """Items are done for good."""
 
 
 def spoken(seconds: float) -> str:

@@ -53,6 +53,14 @@ class Share:
         return loaded
 
 
+@dataclass(frozen=True)
+class ShardReport:
+    """What a worker found in a shard: samples used, and samples refused."""
+
+    samples: int
+    refused: int
+
+
 def keep_freed_memory() -> None:
     """Let malloc keep what is freed, on Linux with glibc.
 

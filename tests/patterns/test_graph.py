@@ -397,7 +397,8 @@ class Block(nn.Module):
         (
             nn.Sequential(Block(nn.ReLU()), Block(nn.SiLU())),
             r"^zoo:net: no pattern is defined for silu in 1\.activation "
-            r"\(test_graph\.py:\d+: return self\.activation\(self\.conv\(x\)\)\)\. Supported are convolution, ",
+            r"\(test_graph\.py:\d+: return self\.activation\(self\.conv\(x\)\)\)\. "
+            r"Pass --pass-through silu to use their gradient\. Supported are convolution, ",
         ),
         (Block(nn.GELU()), r"gelu in activation \(test_graph\.py:\d+: return self\.activation"),
         (Block(nn.LayerNorm([3, 8, 8])), r"layer_norm in activation \(test_graph\.py:\d+: return self\.activation"),
@@ -406,9 +407,9 @@ class Block(nn.Module):
             Calls(lambda m, x: m.conv(x) * m.other(x).sigmoid(), conv=conv(), other=conv()),
             r"sigmoid in the model \(test_graph\.py:\d+: .*\); mul in the model \(test_graph\.py:\d+: ",
         ),
-        (Calls(lambda m, x: m.conv(x) - m.other(x), conv=conv(), other=conv()), r"sub in the model \(test_graph\.py"),
+        (Calls(lambda m, x: m.conv(x) / m.other(x), conv=conv(), other=conv()), r"div in the model \(test_graph\.py"),
     ],
-    ids=["silu", "gelu", "layer norm", "softmax", "two", "difference"],
+    ids=["silu", "gelu", "layer norm", "softmax", "two", "quotient"],
 )
 def test_an_operation_without_a_pattern_is_named_with_its_module_and_line(model: nn.Module, message: str) -> None:
     with pytest.raises(UserError, match=message):

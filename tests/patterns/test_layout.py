@@ -9,7 +9,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 # Each file of patterns/ may import only those before it.
 ORDER = [
-    "errors", "operators", "draft", "lift", "graph", "moments", "observe", "estimators", "explain", "storage",
+    "errors", "operators", "draft", "lift", "graph", "moments", "patches", "observe", "estimators", "quality", "scales",
+    "explain", "storage",
 ]  # fmt: skip
 FORBIDDEN = {"explain": {"estimators", "moments"}}
 

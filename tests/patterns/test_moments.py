@@ -295,6 +295,18 @@ def assert_same(a: Moments, b: Moments, rtol: float = 0.0) -> None:
         torch.testing.assert_close(left[name], right[name], rtol=rtol, atol=0.0)
 
 
+def test_a_neuron_that_never_closes_has_exactly_no_closed_sums() -> None:
+    case = small()
+    assert case.operator.bias is not None
+    case.operator.bias[2] = 100.0
+    closed = case.moments().closed
+    assert closed.x is not None
+    assert closed.xy is not None
+    assert (closed.n == 0).tolist() == [False, False, True, False, False, False]
+    for field in (closed.y, closed.yy, closed.x, closed.xy):
+        assert (field.view(6, -1) == 0).all(1).tolist() == (closed.n == 0).tolist()
+
+
 def test_merging_commutes() -> None:
     a, b = parts_of(small(), 3, 4)
     assert_same(a + b, b + a)

@@ -28,17 +28,18 @@ def free_port() -> int:
 def dashboard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The dashboard's address of a cluster started on loopback."""
     temp = tmp_path_factory.mktemp("cluster")
-    port, ui = free_port(), free_port()
+    port, ui, agent = free_port(), free_port(), free_port()  # another Ray's agent may hold the usual one
     command = [*RAY, "start", "--head", "--block", "--num-cpus", "2", "--node-ip-address", "127.0.0.2"]
     command += ["--port", str(port), "--dashboard-host", "127.0.0.1", "--dashboard-port", str(ui)]
+    command += ["--dashboard-agent-listen-port", str(agent)]
     command += ["--temp-dir", f"/tmp/ray-{os.getpid()}-{port}", "--disable-usage-stats"]
     with (temp / "log").open("w") as log:
         head = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
     address = f"http://127.0.0.1:{ui}"
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 120
     while True:
-        try:
-            JobSubmissionClient(address).list_jobs()
+        try:  # the dashboard answers before there is an agent that takes jobs
+            JobSubmissionClient(address).submit_job(entrypoint="true")
             break
         except Exception:
             if time.monotonic() > deadline or head.poll() is not None:

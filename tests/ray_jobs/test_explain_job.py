@@ -16,8 +16,9 @@ from patterns import METHODS, Explainer, choose
 from patterns.storage import load
 from ray_jobs import models
 from ray_jobs.config import ExplainConfig, FitConfig, ModelConfig, Resources
-from ray_jobs.explain import ExplainJob, explain
+from ray_jobs.explain import explain
 from ray_jobs.fit import fit
+from ray_jobs.session import ShardJob
 from ray_jobs.shards import ShardReader, read_shard
 from ray_jobs.worker import Place
 from tests.conftest import jpeg, write_tar
@@ -72,20 +73,20 @@ def test_only_what_is_missing_is_done_again_and_gives_the_same_bytes(
     config = ExplainConfig(model, str(fitted), tuple(shards), str(tmp_path))
     pids: list[int] = []
     killed: list[int] = []
-    started, counts = ExplainJob.started, ExplainJob.counts
+    started, counts = ShardJob.started, ShardJob.counts
 
-    def note(self: ExplainJob, told: Place) -> None:
+    def note(self: ShardJob, told: Place) -> None:
         pids.append(told.pid)
         started(self, told)
 
-    def kill_a_worker(self: ExplainJob, items: list[str], told: object) -> None:
+    def kill_a_worker(self: ShardJob, items: list[str], told: object) -> None:
         counts(self, items, told)  # type: ignore[arg-type]
-        if self.reporter.counts.shards == 4 and not killed:
+        if self.reporter.counts.shards >= 4 and not killed:
             os.kill(pids[0], signal.SIGKILL)
             killed.append(pids[0])
 
-    monkeypatch.setattr(ExplainJob, "started", note)
-    monkeypatch.setattr(ExplainJob, "counts", kill_a_worker)
+    monkeypatch.setattr(ShardJob, "started", note)
+    monkeypatch.setattr(ShardJob, "counts", kill_a_worker)
     explain(config, RESOURCES)
     assert killed
     folder = tmp_path / "explanations"

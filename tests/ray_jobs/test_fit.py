@@ -93,7 +93,7 @@ def test_a_killed_worker_changes_no_digit(
     assert run.manifest()["fit"]["samples"] == 72
 
 
-def test_a_killed_driver_goes_on_and_changes_no_digit(
+def test_a_stopped_and_then_killed_driver_goes_on_and_changes_no_digit(
     model_spec: str, tmp_path_factory: pytest.TempPathFactory, local_ray: None
 ) -> None:
     folder = tmp_path_factory.mktemp("driver")
@@ -102,11 +102,23 @@ def test_a_killed_driver_goes_on_and_changes_no_digit(
     command = [sys.executable, "-m", "ray_jobs", "fit", "--model", model_spec, "--shards", f"{folder}/shards/*.tar"]
     command += ["--out", str(out), "--workers", "2", "--gpus-per-worker", "0", "--max-loss", "0", "--batch-size", "4"]
     command += ["--image-size", "16", "--resize", "16", "--mean", "0.5,0.5,0.5", "--std", "0.25,0.25,0.25"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE) as driver:
-        ledger, deadline = out / "moments" / "ledger.json", time.monotonic() + 120
-        while not ledger.exists() and time.monotonic() < deadline and driver.poll() is None:
-            time.sleep(0.002)
-        driver.kill()
+    ledger = out / "moments" / "ledger.json"
+
+    def until_it_grows(number: signal.Signals) -> tuple[int, str]:
+        """Run until the ledger grows, then send a signal: exit status and stderr."""
+        size = len(json.loads(ledger.read_text())["parts"]) if ledger.exists() else 0
+        with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as driver:
+            while driver.poll() is None and (
+                not ledger.exists() or len(json.loads(ledger.read_text())["parts"]) == size
+            ):
+                time.sleep(0.002)
+            driver.send_signal(number)
+            return driver.wait(60), driver.communicate()[1]
+
+    status, err = until_it_grows(signal.SIGTERM)
+    assert status == 3
+    assert "of 60 shards undone; the same command goes on where this one ended" in err
+    assert until_it_grows(signal.SIGKILL)[0] == -signal.SIGKILL
     before = json.loads(ledger.read_text())["parts"]
     assert 0 < sum(len(p["shards"]) for p in before) < len(many), "the driver was not killed midway"
     (out / "moments" / "part-orphan.safetensors").write_bytes(b"of a worker whose driver died")
@@ -122,10 +134,11 @@ def test_a_killed_driver_goes_on_and_changes_no_digit(
 
 
 def test_each_worker_has_a_gpu_of_its_own(local_ray: None, model_spec: str, shards: list[str], tmp_path: Path) -> None:
-    config, resources = configured(model_spec, shards, tmp_path / "run"), Resources(workers=2)
-    job = FitJob(Run(tmp_path / "run"), config, resources, models.load(config.model).digest)
-    size, job.options = worker_options(resources)
+    config = configured(model_spec, shards, tmp_path / "run")
+    job = FitJob(Run(tmp_path / "run"), config, max_loss=300)
+    size, job.options = worker_options(Resources())
     assert size == 2
+    job.actor, job.arguments = ray.remote(FitWorker), (config, models.load(config.model).digest)
     workers = [job.spawn() for _ in range(size)]
     places = ray.get([w.ready.remote() for w in workers])
     for worker in workers:

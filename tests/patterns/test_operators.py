@@ -1,0 +1,405 @@
+"""The operator kinds beyond plain convolution: moments, explanations, channel axes, and what is held still."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from patterns import Explainer, Gate, Network, Operator, UserError, accumulate, trace
+from patterns.moments import Accumulator, Wanted
+from patterns.operators import Addition, AveragePool, Kind, Linear, Scale, TransposedConvolution
+from tests.oracles import matrix, neurons, window_patches
+from tests.patterns.networks import relative
+
+cases = settings(max_examples=25, derandomize=True, deadline=None)
+RELU = Gate(0.0, float("inf"))
+
+
+class Calls(nn.Module):
+    """A model of some layers and parameters, and the function that is its forward pass."""
+
+    def __init__(self, forward: Callable[["Calls", Tensor], Tensor], **parts: nn.Module | nn.Parameter) -> None:
+        super().__init__()
+        self.call = forward
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(self, x)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def parameter(*shape: int) -> nn.Parameter:
+    return nn.Parameter(normal(*shape, seed=7) + 0.2)
+
+
+def network_of(model: nn.Module, x: Tensor, *passed: str) -> Network:
+    """The network, with its outputs checked at two batch sizes."""
+    network = trace(model.double(), x[:2], pass_through=passed)
+    with torch.no_grad():
+        for batch in (x, x[:1]):
+            assert relative(network.module(batch), model(batch)) < 1e-10
+    return network
+
+
+# --- moments against samples written out ----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    kind: Kind
+    weight: Tensor
+    inputs: tuple[Tensor, ...]
+    patches: list[Tensor]
+
+
+def stuffed(x: Tensor, kind: TransposedConvolution, kernel: tuple[int, ...]) -> Tensor:
+    """The input with zeros between its positions and around it: what a plain convolution slides over."""
+    sizes = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], kind.stride)]
+    spread = torch.zeros(*x.shape[:2], *sizes, dtype=x.dtype)
+    spread[(..., *(slice(None, None, s) for s in kind.stride))] = x
+    borders = [d * (k - 1) - p for d, k, p in zip(kind.dilation, kernel, kind.padding)]
+    return F.pad(spread, [n for b, extra in reversed(list(zip(borders, kind.output_padding))) for n in (b, b + extra)])
+
+
+@st.composite
+def transposed(draw: st.DrawFn) -> Case:
+    dims = draw(st.integers(1, 3))
+
+    def each(low: int, high: int) -> tuple[int, ...]:
+        return tuple(draw(st.integers(low, high)) for _ in range(dims))
+
+    kernel, stride, dilation, sizes = each(1, 3), each(1, 3), each(1, 2), each(2, 3)
+    padding = tuple(draw(st.integers(0, min(1, d * (k - 1)))) for d, k in zip(dilation, kernel))
+    extra = tuple(draw(st.integers(0, max(s, d) - 1)) for s, d in zip(stride, dilation))
+    groups, inner, outer = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 2))
+    kind = TransposedConvolution(stride, padding, extra, dilation, groups)
+    x = normal(2, groups * inner, *sizes, seed=draw(st.integers(0, 999))) + 0.5
+    weight = normal(groups * outer, inner, *kernel, seed=draw(st.integers(0, 999)))
+    patches = window_patches(stuffed(x, kind, kernel), kernel, (1,) * dims, (0,) * dims, dilation, groups)
+    # A transposed convolution meets its kernel from the other end.
+    flipped = [p.unflatten(1, (inner, *kernel)).flip(list(range(2, 2 + dims))).flatten(1) for p in patches]
+    return Case(kind, weight, (x,), flipped)
+
+
+@st.composite
+def along_an_axis(draw: st.DrawFn) -> Case:
+    """Scales and sums whose channels are any dimension."""
+    shape = tuple(draw(st.lists(st.integers(1, 4), min_size=2, max_size=4)))
+    axis = draw(st.integers(1, len(shape) - 1))
+    seed = draw(st.integers(0, 999))
+    if draw(st.booleans()):
+        inputs: tuple[Tensor, ...] = (normal(*shape, seed=seed) + 0.5,)
+        kind: Kind = Scale(axis)
+        weight = normal(shape[axis], 1, seed=seed + 1)
+    else:
+        coefficients = tuple(draw(st.lists(st.sampled_from([1.0, -1.0, 0.5]), min_size=2, max_size=4)))
+        inputs = tuple(normal(*shape, seed=seed + i) for i in range(len(coefficients)))
+        kind = Addition(coefficients, axis)
+        weight = torch.tensor([coefficients], dtype=torch.float64).repeat(shape[axis], 1)
+    patches = [torch.stack([x.select(axis, k).flatten() for x in inputs], 1) for k in range(shape[axis])]
+    return Case(kind, weight, inputs, patches)
+
+
+@given(st.one_of(transposed(), along_an_axis()))
+@cases
+def test_moments_equal_sums_over_samples_written_out(case: Case) -> None:
+    operator = Operator("it", case.kind, case.weight, None, (), (), "", RELU)
+    z = operator(*case.inputs)
+    accumulator = Accumulator(operator, Wanted())
+    accumulator.update(case.inputs, z)
+    moments = accumulator.moments()
+    outputs = z.movedim(case.kind.axis, 0).flatten(1)
+    for k, neuron in enumerate(neurons(case.patches, case.weight, None, (0.0, float("inf")))):
+        torch.testing.assert_close(outputs[k].sort().values, neuron.y.sort().values, rtol=1e-10, atol=1e-12)
+        for which, sums in (("total", moments.total), ("open", moments.open)):
+            assert sums is not None
+            assert sums.x is not None
+            assert sums.xy is not None
+            truth = neuron.sums(which)
+            assert sums.n[k] == truth["n"]
+            x = sums.x[k * len(sums.x) // len(case.weight)]
+            for found, expected in (
+                (sums.y[k], truth["y"]), (sums.yy[k], truth["yy"]), (x, truth["x"]), (sums.xy[k], truth["xy"]),
+            ):  # fmt: skip
+                torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+@given(st.one_of(transposed(), along_an_axis()))
+@cases
+def test_input_gradients_are_the_transpose_of_the_forward_pass_with_any_weight(case: Case) -> None:
+    inputs = tuple(x.clone().requires_grad_() for x in case.inputs)
+    pattern = normal(*case.weight.shape, seed=3)
+    shapes = tuple(tuple(x.shape) for x in inputs)
+    if isinstance(case.kind, Addition):  # whose forward pass has its coefficients in it
+        columns = (w.reshape([-1 if d == case.kind.axis else 1 for d in range(inputs[0].dim())]) for w in pattern.T)
+        z = torch.stack([x * column for x, column in zip(inputs, columns)]).sum(0)
+    else:
+        z = case.kind.forward(inputs, pattern, None)
+    grad = normal(*z.shape, seed=4)
+    expected = torch.autograd.grad(z, inputs, grad)
+    for found, truth in zip(case.kind.input_gradient(grad, pattern, shapes), expected):
+        torch.testing.assert_close(found, truth, rtol=1e-12, atol=1e-12)
+
+
+# --- explanations ---------------------------------------------------------------------------------
+
+
+def decoder(m: Calls, x: Tensor) -> Tensor:
+    y = m.up(x).relu() * m.gain - m.side(x)
+    z = (m.tokens(y.flatten(2).transpose(1, 2)) * m.scale).mean(1)
+    return m.head(F.leaky_relu(z, 0.1) / 2 - z)
+
+
+def decoder_model() -> tuple[Calls, Tensor]:
+    torch.manual_seed(2)
+    model = Calls(
+        decoder,
+        up=nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1, groups=2),
+        side=nn.ConvTranspose2d(4, 6, 2, stride=2, bias=False),
+        tokens=nn.Linear(6, 5), head=nn.Linear(5, 3),
+        gain=parameter(6, 1, 1), scale=parameter(5),
+    ).double()  # fmt: skip
+    return model, normal(3, 4, 3, 3, seed=5)
+
+
+def test_with_the_weights_for_patterns_the_pass_is_autograds() -> None:
+    model, x = decoder_model()
+    network = network_of(model, x)
+    weights = {name: operator.weight for name, operator in network.operators.items()}
+    found = Explainer(network, weights, ["gradient", "patternnet"])(x, torch.tensor([2, 0, 1]))
+    inputs = x.clone().requires_grad_()
+    score = model(inputs).gather(1, torch.tensor([[2], [0], [1]]))
+    (expected,) = torch.autograd.grad(score.sum(), inputs)
+    assert relative(found.maps["gradient"], expected) < 1e-10
+    assert relative(found.maps["patternnet"], expected * score.detach()[..., None, None]) < 1e-10
+
+
+def test_the_pass_is_the_product_of_explicit_matrices_with_real_patterns() -> None:
+    model, x = decoder_model()
+    network = network_of(model, x)
+    assert [type(op.kind) for op in network.operators.values()] == [
+        TransposedConvolution, Scale, TransposedConvolution, Addition, Linear, AveragePool, Scale, Addition, Linear,
+    ]  # fmt: skip
+    patterns = {name: normal(*op.weight.shape, seed=n) for n, (name, op) in enumerate(network.operators.items())}
+    up, gain, side, sub, tokens, pool, half, last, head = patterns.values()
+    found = Explainer(network, patterns, ["patternnet"])(x, torch.tensor([2, 0, 1])).maps["patternnet"]
+    for k, target in enumerate([2, 0, 1]):
+        z = model.up(x[k : k + 1])
+        y = z.relu() * model.gain - model.side(x[k : k + 1])
+        t = (model.tokens(y.flatten(2).transpose(1, 2)) * model.scale).mean(1)
+        score = model(x[k : k + 1])[0, target].detach()
+
+        def transposed_matrix(layer: nn.ConvTranspose2d, pattern: Tensor) -> Tensor:
+            groups = layer.groups
+            # torch's own layout: input channels first, output channels of each group next
+            own = torch.cat([p.transpose(0, 1) for p in pattern.chunk(groups)])
+            options = (layer.stride, layer.padding, layer.output_padding, groups)
+            return matrix(lambda v: F.conv_transpose2d(v, own, None, *options), (4, 3, 3))
+
+        gate = (z > 0).double().flatten()
+        per_channel = [c.repeat_interleave(36) for c in (gain[:, 0], sub[:, 0], sub[:, 1])]
+        jacobian = (per_channel[1] * per_channel[0] * gate)[:, None] * transposed_matrix(model.up, up)
+        jacobian = jacobian + per_channel[2][:, None] * transposed_matrix(model.side, side)
+        # The mean over 36 tokens of a linear layer: a pooling pattern holds a number for each channel and token
+        jacobian = torch.einsum("dp,dc,cpi->di", pool[:, 0], tokens, jacobian.unflatten(0, (6, 36)))
+        slope = torch.where(t[0] > 0, 1.0, 0.1 * torch.ones_like(t[0])) * half[:, 0] * last[:, 0] + last[:, 1]
+        jacobian = head @ (slope[:, None] * jacobian)
+        assert relative(found[k].flatten(), jacobian[target] * score) < 1e-10
+
+
+# --- how operations are read ----------------------------------------------------------------------
+
+
+def linear() -> nn.Linear:
+    return nn.Linear(4, 4)
+
+
+def conv() -> nn.Conv2d:
+    return nn.Conv2d(4, 4, 1)
+
+
+IMAGE, TOKENS = (5, 4, 6, 6), (5, 7, 4)
+READINGS: dict[str, tuple[Callable[[Calls, Tensor], Tensor], tuple[int, ...], dict[str, object], list[Kind]]] = {
+    "difference": (lambda m, x: m.a(x) - m.b(x), IMAGE, {"a": conv(), "b": conv()}, [Addition((1.0, -1.0))]),
+    "difference with alpha": (
+        lambda m, x: torch.sub(m.a(x), m.b(x), alpha=2), IMAGE, {"a": conv(), "b": conv()}, [Addition((1.0, -2.0))]
+    ),
+    "sum with alpha, in place": (
+        lambda m, x: m.a(x).add_(m.b(x), alpha=0.5), IMAGE, {"a": conv(), "b": conv()}, [Addition((1.0, 0.5))]
+    ),
+    "several terms": (
+        lambda m, x: m.a(x) + m.b(x) + x + m.a(x).relu(), IMAGE, {"a": conv(), "b": conv()},
+        [Addition((1.0, 1.0, 1.0, 1.0))],
+    ),
+    "a difference of sums": (
+        lambda m, x: m.a(x) - (m.b(x) - 2 * x), IMAGE, {"a": conv(), "b": conv()}, [Scale(), Addition((1.0, -1.0, 1.0))]
+    ),
+    "a sum that others use too": (
+        lambda m, x: (s := m.a(x) + x) + s.relu(), IMAGE, {"a": conv()}, [Addition((1.0, 1.0)), Addition((1.0, 1.0))]
+    ),
+    "sum of tokens": (lambda m, x: m.a(x) + x.relu(), TOKENS, {"a": linear()}, [Addition((1.0, 1.0), 2)]),
+    "sum of permuted": (
+        lambda m, x: (y := x.permute(0, 2, 3, 1)) + m.a(y), IMAGE, {"a": linear()}, [Addition((1.0, 1.0), 3)]
+    ),
+    "sum of permuted back": (
+        lambda m, x: m.a(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) + x, IMAGE, {"a": linear()}, [Addition((1.0, 1.0))]
+    ),
+    "sum of flattened": (
+        lambda m, x: m.a(x).flatten(2).transpose(1, 2) + x.flatten(2).mT.relu(), IMAGE, {"a": conv()},
+        [Addition((1.0, 1.0), 2)],
+    ),
+    "number": (lambda m, x: x * 0.5, IMAGE, {}, [Scale()]),
+    "negative": (lambda m, x: -x, IMAGE, {}, [Scale()]),
+    "constant minus value": (lambda m, x: 1 - x, IMAGE, {}, [Scale()]),
+    "tensor minus value": (lambda m, x: m.p - x, IMAGE, {"p": parameter(4, 1, 1)}, [Scale()]),
+    "quotient": (lambda m, x: x / m.p, TOKENS, {"p": parameter(4)}, [Scale(2)]),
+    "layer scale": (lambda m, x: m.p * x, IMAGE, {"p": parameter(4, 1, 1)}, [Scale()]),
+    "folded": (lambda m, x: m.a(x) * m.p / 2, TOKENS, {"a": linear(), "p": parameter(4)}, []),
+    "affine in one call": (
+        lambda m, x: torch.addcmul(m.q, m.p, x), TOKENS, {"p": parameter(4), "q": parameter(1, 1, 4)}, [Scale(2)]
+    ),
+    "positions": (lambda m, x: x * m.p, IMAGE, {"p": parameter(6, 6)}, []),
+    "mean of tokens": (lambda m, x: x.mean(1), TOKENS, {}, [AveragePool((7,), (7,), (0,))]),
+    "mean of channels last": (
+        lambda m, x: x.permute(0, 2, 3, 1).mean((1, 2)), IMAGE, {}, [AveragePool((6, 6), (6, 6), (0, 0))]
+    ),
+    "mean of rows": (lambda m, x: x.mean(2), IMAGE, {}, [AveragePool((1, 6), (1, 6), (0, 0))]),
+    "mean of columns, kept": (
+        lambda m, x: x.permute(0, 2, 3, 1).mean(2, keepdim=True), IMAGE, {}, [AveragePool((1, 6), (1, 6), (0, 0))]
+    ),
+    "mean of channels": (lambda m, x: x.mean(1), IMAGE, {}, [AveragePool((1, 4), (1, 4), (0, 0))]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", READINGS)
+def test_an_operation_is_read_as_its_kind_with_its_channels_and_keeps_outputs_and_gradient(name: str) -> None:
+    forward, shape, parts, kinds = READINGS[name]
+    model, x = Calls(forward, **parts).double().requires_grad_(False), normal(*shape)  # type: ignore[arg-type]
+    network = network_of(model, x)
+    found = [op.kind for op in network.operators.values() if isinstance(op.kind, Scale | Addition | AveragePool)]
+    assert found == kinds
+    gradients = []
+    for function in (model, network.module):
+        inputs = x.clone().requires_grad_()
+        gradients += torch.autograd.grad(function(inputs).square().sum(), inputs)
+    assert relative(gradients[1], gradients[0]) < 1e-10
+    for moments in accumulate(network, [x]).values():
+        assert moments.total.yy.isfinite().all()
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_batch_norm_is_folded_into_a_transposed_convolution(dims: int, groups: int) -> None:
+    torch.manual_seed(0)
+    layer = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[dims - 1]
+    norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dims - 1](6)
+    norm.running_mean.normal_()
+    norm.weight.data.normal_()
+    model = nn.Sequential(layer(4, 6, 3, stride=2, output_padding=1, groups=groups), norm, nn.ReLU())
+    network = network_of(model, normal(3, 4, *[3] * dims))
+    assert list(network.operators) == ["0"]
+    assert network.operators["0"].weight.shape == (6, 4 // groups, *[3] * dims)
+    assert network.operators["0"].gate == RELU
+
+
+def test_a_parameter_used_twice_is_one_scale_named_after_it() -> None:
+    block = Calls(lambda m, x: (x * m.gamma).relu() * m.gamma, gamma=parameter(4, 1, 1))
+    network = network_of(nn.Sequential(block), normal(*IMAGE))
+    assert list(network.operators) == ["0.gamma"]
+
+
+GATES: dict[str, tuple[Callable[[Calls, Tensor], Tensor], Gate | None, bool]] = {
+    "leaky": (lambda m, x: F.leaky_relu(m.a(x), 0.2), RELU, False),
+    "prelu": (lambda m, x: m.prelu(m.a(x)), RELU, False),
+    "hardtanh": (lambda m, x: F.hardtanh(m.a(x), -0.5, 2.0), Gate(-0.5, 2.0), False),
+    "two alike": (lambda m, x: (y := m.a(x)).relu() + F.leaky_relu(y), RELU, False),
+    "two unlike": (lambda m, x: (y := m.a(x)).relu() + F.relu6(y), None, True),
+    "one and none": (lambda m, x: (y := m.a(x)).relu() + y, None, True),
+    "none": (lambda m, x: m.a(x), None, False),
+}
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_gates_are_read_off_all_consumers_and_mixed_ones_are_noted(name: str) -> None:
+    forward, gate, mixed = GATES[name]
+    operator = network_of(Calls(forward, a=conv(), prelu=nn.PReLU(4)), normal(*IMAGE)).operators["a"]
+    assert (operator.gate, operator.mixed_gates) == (gate, mixed)
+
+
+# --- what is held still ---------------------------------------------------------------------------
+
+
+def held_layer_norm(x: Tensor) -> Tensor:
+    y = (x - x.mean(-1, keepdim=True).detach()) / (x.var(-1, correction=0, keepdim=True).detach() + 1e-5).sqrt()
+    return y * torch.arange(1.0, 5.0).double() + 0.5
+
+
+def layer_norm(x: Tensor) -> Tensor:
+    return F.layer_norm(x, (4,), torch.arange(1.0, 5.0).double(), torch.full((4,), 0.5).double())
+
+
+def held_group_norm(x: Tensor) -> Tensor:
+    groups = [x[:, :2], x[:, 2:]]
+    return torch.cat([
+        (g - g.mean((1, 2, 3), keepdim=True).detach())
+        / (g.var((1, 2, 3), correction=0, keepdim=True).detach() + 1e-5).sqrt()
+        for g in groups
+    ], 1)  # fmt: skip
+
+
+def excited(x: Tensor) -> Tensor:
+    return x.mean((2, 3), keepdim=True).sigmoid()
+
+
+HELD: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], tuple[int, ...], tuple[str, ...]]] = {
+    "layer norm": (layer_norm, held_layer_norm, TOKENS, ("layer_norm",)),
+    "group norm": (lambda x: F.group_norm(x, 2), held_group_norm, IMAGE, ("group_norm",)),
+    "attention": (
+        lambda x: F.scaled_dot_product_attention(2 * x, x, x.flip(1)),
+        lambda x: (2 * x @ x.mT / 2).softmax(-1).detach() @ x.flip(1), TOKENS, ("scaled_dot_product_attention",),
+    ),
+    "attention written out": (
+        lambda x: (x @ x.mT / 2).softmax(-1) @ x, lambda x: (x @ x.mT / 2).softmax(-1).detach() @ x,
+        TOKENS, ("matmul", "softmax"),
+    ),
+    "squeeze and excite": (
+        lambda x: x * excited(x), lambda x: x * excited(x).detach(), IMAGE, ("mul", "sigmoid"),
+    ),
+    "gate first": (
+        lambda x: x.sigmoid() * x, lambda x: x.sigmoid().detach() * x, IMAGE, ("mul", "sigmoid"),
+    ),
+    "the smaller": (
+        lambda x: x.mean((2, 3), keepdim=True) * x, lambda x: x.mean((2, 3), keepdim=True).detach() * x,
+        IMAGE, ("mul",),
+    ),
+    "silu": (F.silu, F.silu, IMAGE, ("silu",)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_what_is_passed_through_is_held_still_and_keeps_the_outputs(name: str) -> None:
+    forward, held, shape, passed = HELD[name]
+    model, x = Calls(lambda m, x: forward(x)), normal(*shape) + 0.3
+    network = network_of(model, x, *passed)
+    gradients = []
+    for function in (held, network.module):
+        inputs = x.clone().requires_grad_()
+        gradients += torch.autograd.grad(function(inputs).square().sum(), inputs)
+    assert relative(gradients[1], gradients[0]) < 1e-10
+
+
+def test_what_is_not_passed_through_is_refused_with_all_the_names_to_pass() -> None:
+    model = Calls(lambda m, x: F.gelu(m.a(x)).softmax(1) * x, a=conv()).double()
+    with pytest.raises(
+        UserError, match=r"no pattern is defined for gelu .*Pass --pass-through gelu,softmax,mul to use"
+    ):
+        trace(model, normal(*IMAGE))

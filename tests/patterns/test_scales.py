@@ -1,0 +1,103 @@
+"""Deep backward passes stay in range, and come out as if the range had no end."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from patterns import METHODS, Explainer, Network, scales, trace
+
+DEPTH = 24
+
+
+class Deep(nn.Module):
+    """Residual, dense and plain layers in turn, each with a rectifier; one layer is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3, padding=1)
+        self.plain = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1) for _ in range(DEPTH))
+        self.dense = nn.ModuleList(nn.Conv2d(4, 2, 1) for _ in range(DEPTH))
+        self.back = nn.ModuleList(nn.Conv2d(6, 4, 1) for _ in range(DEPTH))
+        self.twice = nn.Conv2d(4, 4, 1)
+        self.last = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu()
+        for plain, dense, back in zip(self.plain, self.dense, self.back):
+            x = (x + plain(x)).relu()
+            x = back(torch.cat([x, dense(x).relu()], 1)).relu()
+        x = self.twice(self.twice(x).relu()).relu()
+        return self.last(x.view(x.shape[0], 4, -1).mean(2)[:, :, None, None].flatten(1))
+
+
+def deep() -> tuple[Network, Tensor]:
+    torch.manual_seed(0)
+    model = Deep().double()
+    inputs = torch.randn(3, 3, 6, 6, dtype=torch.float64)
+    with torch.no_grad():
+        for part in model.modules():
+            if isinstance(part, nn.Conv2d):
+                part.weight.abs_()
+                part.weight /= part.weight.flatten(1).sum(1).view(-1, 1, 1, 1)
+    return trace(model, inputs), inputs
+
+
+def patterns_of(network: Network, growth: float) -> dict[str, Tensor]:
+    """Positive patterns of which each layer's multiplies magnitudes by about `growth`."""
+    return {name: op.weight.abs() * growth for name, op in network.operators.items()}
+
+
+def explained(network: Network, patterns: dict[str, Tensor], inputs: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
+    explainer = Explainer(
+        Network(network.module.to(dtype), network.input_shape, network.output_shape), patterns, ["patternnet"]
+    )
+    explanation = explainer(inputs.to(dtype), torch.tensor([0, 1, 2]))
+    return explanation.maps["patternnet"].double(), explanation.exponents["patternnet"]
+
+
+@pytest.mark.parametrize("growth", [30.0, 1 / 30])
+def test_magnitudes_beyond_float32_come_out_as_in_float64(growth: float) -> None:
+    network, inputs = deep()
+    patterns = patterns_of(network, growth)
+    true, in_float64 = explained(network, patterns, inputs, torch.float64)
+    found, exponent = explained(network, patterns, inputs, torch.float32)
+    size = torch.frexp(true.abs().max()).exponent.item() + in_float64
+    assert abs(size) > 150, "float32 would have held this without scaling"
+    assert found.isfinite().all()
+    assert (found * 2.0 ** (exponent - in_float64) - true).norm() <= 1e-4 * true.norm()
+
+
+def test_scaling_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, inputs = deep()
+    patterns = patterns_of(network, 30.0)
+    monkeypatch.setattr(scales, "SAFE", 10_000)
+    true, unscaled = explained(network, patterns, inputs, torch.float64)
+    monkeypatch.setattr(scales, "SAFE", 1)
+    found, exponent = explained(network, patterns, inputs, torch.float64)
+    assert unscaled == 0
+    assert exponent > 150
+    assert torch.equal(found * 2.0**exponent, true)
+
+
+def test_magnitudes_in_range_are_left_as_they_are() -> None:
+    network, inputs = deep()
+    explainer = Explainer(network, patterns_of(network, 1.0), list(METHODS))
+    assert set(explainer(inputs).exponents.values()) == {0}
+
+
+def test_one_method_beyond_the_range_leaves_the_others_as_they_are() -> None:
+    network, inputs = deep()
+    patterns = patterns_of(network, 1e6)
+    explanation = Explainer(network, patterns, ["gradient", "patternnet"])(inputs)
+    alone = Explainer(network, None, ["gradient"])(inputs)
+    assert explanation.exponents["patternnet"] > 500
+    assert explanation.exponents["gradient"] == 0
+    assert torch.equal(explanation.maps["gradient"], alone.maps["gradient"])
+
+
+def test_a_map_does_not_depend_on_the_rest_of_its_batch() -> None:
+    network, inputs = deep()
+    explainer = Explainer(network, patterns_of(network, 30.0), ["patternnet"])
+    together = explainer(inputs, torch.tensor([0, 1, 2])).maps["patternnet"][1]
+    alone = explainer(inputs[1:2], torch.tensor([1])).maps["patternnet"][0]
+    assert (together - alone).norm() <= 1e-12 * alone.norm()
