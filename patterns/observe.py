@@ -1,28 +1,33 @@
 """A network that takes its operators' moments while it runs."""
 
-from collections.abc import Callable, Collection, Iterable
-from typing import Protocol
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
 
 from patterns.graph import Network
 from patterns.moments import Accumulator, Moments, Wanted
 from patterns.operators import Inputs, Operator
 from patterns.patches import PatchAccumulator, PatchMoments
 
+M_co = TypeVar("M_co", covariant=True)
 
-class Fed(Protocol):
-    """What takes an operator's inputs and its outputs."""
+
+class Fed(Protocol[M_co]):
+    """What takes an operator's inputs and outputs, and makes moments of them."""
 
     def update(self, inputs: Inputs, z: Tensor) -> None: ...
+
+    def reset(self) -> None: ...
+
+    def moments(self) -> M_co: ...
 
 
 class Observed(nn.Module):
     """An operator that also feeds its accumulator."""
 
-    def __init__(self, operator: Operator, accumulator: Fed) -> None:
+    def __init__(self, operator: Operator, accumulator: Fed[object]) -> None:
         super().__init__()
         self.operator, self.accumulator = operator, accumulator
 
@@ -32,12 +37,14 @@ class Observed(nn.Module):
         return z
 
 
-class Observer:
-    """Accumulates the moments of every operator of a network over batches."""
+class Observation(Generic[M_co]):
+    """A network some of whose operators feed accumulators while it runs."""
 
-    def __init__(self, network: Network, wanted: Callable[[Operator], Wanted] = lambda _: Wanted()) -> None:
-        self._accumulators = {name: Accumulator(op, wanted(op)) for name, op in network.operators.items()}
-        self._module: GraphModule = network.rewrite(lambda op: Observed(op, self._accumulators[op.name]))
+    def __init__(self, network: Network, accumulators: Mapping[str, Fed[M_co]]) -> None:
+        self._fed = accumulators
+        self._module = network.rewrite(
+            lambda op: Observed(op, accumulators[op.name]) if op.name in accumulators else op
+        )
 
     @torch.inference_mode()
     def update(self, batch: Tensor) -> Tensor:
@@ -45,16 +52,23 @@ class Observer:
         return self._module(batch)
 
     def reset(self) -> None:
-        """Forget everything."""
-        for accumulator in self._accumulators.values():
+        """Forget all sums."""
+        for accumulator in self._fed.values():
             accumulator.reset()
 
-    def moments(self) -> dict[str, Moments]:
-        """The moments so far by operator: copies on the CPU."""
-        return {name: accumulator.moments() for name, accumulator in self._accumulators.items()}
+    def moments(self) -> dict[str, M_co]:
+        """The sums so far by operator: copies on the CPU."""
+        return {name: accumulator.moments() for name, accumulator in self._fed.items()}
 
 
-class PatchObserver:
+class Observer(Observation[Moments]):
+    """Accumulates the moments of every operator of a network over batches."""
+
+    def __init__(self, network: Network, wanted: Callable[[Operator], Wanted] = lambda _: Wanted()) -> None:
+        super().__init__(network, {name: Accumulator(op, wanted(op)) for name, op in network.operators.items()})
+
+
+class PatchObserver(Observation[PatchMoments]):
     """Accumulates the Gram moments of chosen operators over batches, from sampled positions of each image.
 
     operators: names in the network.  positions: drawn from each image, all where it has no more.
@@ -65,35 +79,17 @@ class PatchObserver:
     """
 
     def __init__(self, network: Network, operators: Collection[str], positions: int, seed: int = 0) -> None:
-        self._accumulators = {
-            name: PatchAccumulator(network.operators[name], positions, seed) for name in dict.fromkeys(operators)
-        }
-        accumulators = self._accumulators
-        self._module: GraphModule = network.rewrite(
-            lambda op: Observed(op, accumulators[op.name]) if op.name in accumulators else op
-        )
+        chosen = {name: network.operators[name] for name in operators}
+        self._draws = {name: PatchAccumulator(op, positions, seed) for name, op in chosen.items()}
+        super().__init__(network, self._draws)
 
     def begin(self, source: str) -> None:
         """Draw positions from here on as at the start of this source of images (a shard).
 
         So a shard's sums depend on the shard alone: not on who takes it, after what, or in what batches.
         """
-        for accumulator in self._accumulators.values():
+        for accumulator in self._draws.values():
             accumulator.begin(source)
-
-    @torch.inference_mode()
-    def update(self, batch: Tensor) -> Tensor:
-        """Add a batch (N, *input_shape), on the network's device and in its dtype; gives the model's output."""
-        return self._module(batch)
-
-    def reset(self) -> None:
-        """Forget all sums; the draw of positions goes on."""
-        for accumulator in self._accumulators.values():
-            accumulator.reset()
-
-    def moments(self) -> dict[str, PatchMoments]:
-        """The sums so far by operator: copies on the CPU."""
-        return {name: accumulator.moments() for name, accumulator in self._accumulators.items()}
 
 
 def accumulate(network: Network, batches: Iterable[Tensor]) -> dict[str, Moments]:
