@@ -164,6 +164,20 @@ def fit(
 
 
 @app.command()
+def solve(
+    run: Annotated[Path, typer.Argument(help="The folder of a finished fit.")],
+    estimators: Annotated[str, typer.Option(help=f"Some of {', '.join(CHOICES)}.")],
+    address: Address = None,
+) -> None:
+    """Patterns of further estimators from a finished fit's moments, without data."""
+    from ray_jobs.fit import solve as run_solve
+
+    choices = names(estimators, CHOICES, "--estimators", "estimator")
+    solved = run_solve(str(run.absolute()), choices, Resources(address=address))
+    say(f"solve: {', '.join(solved.manifest()['fit']['solved'])}. Patterns: {solved.folder / 'patterns.safetensors'}")
+
+
+@app.command()
 def explain(
     patterns: Annotated[Path, typer.Option(help="The folder of a finished fit.")],
     shards: Shards,

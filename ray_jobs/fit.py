@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from uuid import uuid4
 
@@ -11,7 +11,7 @@ from patterns.estimators import wanted
 from patterns.moments import Wanted
 from patterns.storage import save_moments, write_json
 from ray_jobs import models, reduce
-from ray_jobs.config import FitConfig, Resources, equal_share
+from ray_jobs.config import FitConfig, ModelConfig, Resources, equal_share
 from ray_jobs.ledger import Ledger, Part, Refused
 from ray_jobs.run import Run
 from ray_jobs.session import ShardJob, connected
@@ -94,8 +94,7 @@ def fit(config: FitConfig, resources: Resources = Resources()) -> Run:  # noqa: 
 
     UserError where the configuration or the data are wrong, StoppedShortError where a signal came.
     """
-    if unknown := [e for e in config.estimators if e not in CHOICES]:
-        raise UserError("--estimators", f"no estimator {unknown[0]!r}", f"Choose from {', '.join(CHOICES)}.")
+    check_estimators(config.estimators)
     loaded = models.load(config.model)
     run = Run(config.out)
     section = run.claim("fit", config, loaded)
@@ -110,14 +109,52 @@ def fit(config: FitConfig, resources: Resources = Resources()) -> Run:  # noqa: 
             first = ledger.refused[0]
             what = f"none of the {len(ledger.refused)} samples can be used; {first.key}: {first.reason}"
             raise UserError(first.shard, what, "Mend the data, then choose another --out.")
-        parts = [str(job.folder / part.file) for part in ledger.parts]
-        operators = list(loaded.network.operators.values())
-        job.reporter.line(f"solving for the patterns of {len(operators)} operators")
-        solutions = reduce.solve_all(parts, operators, wants(config), config.estimators, config.seed)
-    storage.save(run.folder, solutions, loaded.digest)
+        job.reporter.line(f"solving for the patterns of {len(loaded.network.operators)} operators")
+        reduce_to_patterns(run, ledger, loaded, config.estimators, config.estimators, config.seed)
     counted = {"shards": len(config.shards), "samples": ledger.samples, "refused": len(ledger.refused)}
     run.record("fit", section | {"status": "complete", **counted, "seconds": round(job.seconds, 3)}, loaded)
     return run
+
+
+def solve(folder: str, estimators: Sequence[str], resources: Resources = Resources()) -> Run:  # noqa: B008 - frozen
+    """Add the patterns of further estimators to a finished fit, from its moments alone.
+
+    UserError where the fit is not finished, its weights are not found, or its sums do not do.
+    """
+    check_estimators(estimators)
+    run = Run(folder)
+    section = run.job("fit", "Run `patternnet fit` to the end first.")
+    loaded = models.load(ModelConfig(**run.fitted_model()))
+    if loaded.digest != section["options"]["weights"]:
+        what = f"the fit's weights are {section['options']['weights']}, the model now has {loaded.digest}"
+        raise UserError(folder, what, "Put the fit's weights back in their place.")
+    taken = tuple(section["options"]["estimators"])
+    for operator in loaded.network.operators.values():
+        needed, had = wanted(operator, estimators), wanted(operator, taken)
+        if needed.total > had.total or needed.open > had.open:
+            what = f"a fit of {', '.join(taken)} took no sums of {operator.name} for {', '.join(estimators)}"
+            raise UserError(folder, what, f"Fit with --estimators {','.join(estimators)}.")
+    solved = tuple(dict.fromkeys((*section.get("solved", taken), *estimators)))
+    ledger = Ledger.from_json(json.loads((run.folder / "moments" / "ledger.json").read_text()))
+    with connected(resources):
+        reduce_to_patterns(run, ledger, loaded, solved, taken, section["options"]["seed"])
+    run.record("fit", section | {"solved": solved}, loaded)
+    return run
+
+
+def reduce_to_patterns(
+    run: Run, ledger: Ledger, loaded: models.Loaded, choices: Sequence[str], taken: Sequence[str], seed: int
+) -> None:
+    """Merge the parts that count, whose sums were taken for some estimators, and write the patterns of the choices."""
+    parts = [str(run.folder / "moments" / part.file) for part in ledger.parts]
+    operators = list(loaded.network.operators.values())
+    solutions = reduce.solve_all(parts, operators, lambda op: wanted(op, taken), choices, seed)
+    storage.save(run.folder, solutions, loaded.digest)
+
+
+def check_estimators(names: Sequence[str]) -> None:
+    if unknown := [name for name in names if name not in CHOICES]:
+        raise UserError("--estimators", f"no estimator {unknown[0]!r}", f"Choose from {', '.join(CHOICES)}.")
 
 
 def wants(config: FitConfig) -> Callable[[Operator], Wanted]:

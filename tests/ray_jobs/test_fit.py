@@ -13,10 +13,11 @@ import ray
 import torch
 from safetensors.torch import load_file
 
-from patterns import UserError, accumulate, solve
+from patterns import CHOICES, UserError, accumulate, solve
 from ray_jobs import models
 from ray_jobs.config import FitConfig, ModelConfig, Resources
 from ray_jobs.fit import FitJob, FitWorker, fit
+from ray_jobs.fit import solve as solve_more
 from ray_jobs.run import Run
 from ray_jobs.session import worker_options
 from ray_jobs.shards import ShardReader
@@ -157,6 +158,20 @@ def test_a_finished_run_is_not_done_again(undisturbed: Path, model_spec: str, sh
     before = (undisturbed / "patterns.safetensors").stat().st_mtime_ns
     fit(configured(model_spec, shards, undisturbed), on_cpu(1))
     assert (undisturbed / "patterns.safetensors").stat().st_mtime_ns == before
+
+
+def test_further_estimators_are_solved_from_the_moments_alone(
+    local_ray: None, model_spec: str, shards: list[str], tmp_path: Path
+) -> None:
+    whole = fit(configured(model_spec, shards, tmp_path / "whole", estimators=tuple(CHOICES)), on_cpu(2))
+    run = fit(configured(model_spec, shards, tmp_path / "run", estimators=("two-component",)), on_cpu(2))
+    assert "0/linear" not in load_file(run.folder / "patterns.safetensors")
+    solve_more(str(run.folder), ["linear", "filter", "random", "default"])
+    same_patterns(whole.folder, run.folder)
+    assert run.manifest()["fit"]["solved"] == ["two-component", "linear", "filter", "random", "default"]
+    few = fit(configured(model_spec, shards, tmp_path / "few", estimators=("default",)), on_cpu(2))
+    with pytest.raises(UserError, match=r"a fit of default took no sums of 0 for linear\. Fit with"):
+        solve_more(str(few.folder), ["linear"])
 
 
 def test_a_limit_takes_the_same_samples_whatever_the_workers(
