@@ -36,18 +36,25 @@ def dashboard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with (temp / "log").open("w") as log:
         head = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
     address = f"http://127.0.0.1:{ui}"
+    try:
+        wait_for_agent(address, head)
+        yield address
+    finally:
+        head.terminate()
+        head.wait(30)
+
+
+def wait_for_agent(address: str, head: subprocess.Popen[bytes]) -> None:
+    """Until the cluster takes jobs; its dashboard answers before there is an agent that does."""
     deadline = time.monotonic() + 120
     while True:
-        try:  # the dashboard answers before there is an agent that takes jobs
+        try:
             JobSubmissionClient(address).submit_job(entrypoint="true")
-            break
+            return
         except Exception:
             if time.monotonic() > deadline or head.poll() is not None:
                 raise
             time.sleep(0.5)
-    yield address
-    head.terminate()
-    head.wait(30)
 
 
 def submit(dashboard: str, *arguments: str) -> subprocess.CompletedProcess[str]:
