@@ -66,11 +66,7 @@ class Convolution:
         return self._backward(grad, x, x.new_empty(1).expand(weight_shape), (False, True, False))[1]
 
     def input_sum(self, inputs: Inputs, output_shape: Shape, weight_shape: Shape) -> Tensor:
-        # A neuron of constant output gradient 1 in each group; samples can be summed before it.
-        (x,) = inputs
-        ones = x.new_ones((1, self.groups, *output_shape[2:]))
-        shape = (self.groups, *weight_shape[1:])
-        return self.weight_gradient((x.sum(0, keepdim=True),), ones, shape).flatten(1)
+        return sum_of_patches(self, inputs[0], output_shape, weight_shape)
 
     def input_gradient(self, grad: Tensor, weight: Tensor, input_shapes: tuple[Shape, ...]) -> Inputs:
         x = grad.new_empty(1).expand(input_shapes[0])
@@ -106,10 +102,7 @@ class TransposedConvolution:
         return swapped(gradient, self.groups)
 
     def input_sum(self, inputs: Inputs, output_shape: Shape, weight_shape: Shape) -> Tensor:
-        (x,) = inputs
-        ones = x.new_ones((1, self.groups, *output_shape[2:]))
-        shape = (self.groups, *weight_shape[1:])
-        return self.weight_gradient((x.sum(0, keepdim=True),), ones, shape).flatten(1)
+        return sum_of_patches(self, inputs[0], output_shape, weight_shape)
 
     def input_gradient(self, grad: Tensor, weight: Tensor, input_shapes: tuple[Shape, ...]) -> Inputs:
         x, weight = grad.new_empty(1).expand(input_shapes[0]), swapped(weight, self.groups)
@@ -117,6 +110,18 @@ class TransposedConvolution:
 
     def _options(self) -> tuple[Any, ...]:
         return self.stride, self.padding, self.dilation, True, self.output_padding, self.groups
+
+
+def sum_of_patches(
+    kind: Convolution | TransposedConvolution, x: Tensor, output_shape: Shape, weight_shape: Shape
+) -> Tensor:
+    """Σ x over samples, shape (G, D): a neuron of constant output gradient 1 in each group.
+
+    The gradient is linear in x, so the batch is summed before it.
+    """
+    ones = x.new_ones((1, kind.groups, *output_shape[2:]))
+    shape = (kind.groups, *weight_shape[1:])
+    return kind.weight_gradient((x.sum(0, keepdim=True),), ones, shape).flatten(1)
 
 
 def swapped(weight: Tensor, groups: int) -> Tensor:

@@ -1,6 +1,8 @@
 """What a job is told to do, as values: the manifest holds their JSON."""
 
+import os
 from dataclasses import dataclass
+from functools import cached_property
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,11 @@ class ExplainConfig:
     estimator: str = "default"
     target: str = "predicted"
     max_samples: int | None = None
+
+    @cached_property
+    def common_folder(self) -> str:
+        """The folder above all shards; what follows it in a shard's path names its output."""
+        return os.path.commonpath([os.path.dirname(s) for s in self.shards])  # noqa: PTH120 - may be URLs
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,9 +40,7 @@ class Outputs:
 
 def outputs(config: ExplainConfig, shard: str) -> Outputs:
     """The output files of an input shard: its own name, with as many folders as tell the shards apart."""
-    shards = config.shards
-    above = os.path.commonpath([os.path.dirname(s) for s in shards])  # noqa: PTH120 - may be URLs
-    name = shard.removeprefix(above).lstrip("/").removesuffix(".gz").removesuffix(".tar")
+    name = shard.removeprefix(config.common_folder).lstrip("/").removesuffix(".gz").removesuffix(".tar")
     folder = Path(config.out) / "explanations"
     return Outputs(folder / f"{name}.tar", folder / f"{name}.parquet", folder / f"{name}.refused.parquet")
 
