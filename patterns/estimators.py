@@ -1,31 +1,36 @@
 """Signal estimators: from an operator's moments and weight to its neurons' patterns.
 
 All work on weights flattened to (K, D) in float64 and give patterns of that shape with wᵀa = 1 for
-every live neuron, and 0 for a neuron that is dead, constant or degenerate.
+every live neuron (but `multivariate`), and 0 for a neuron that is dead, constant or degenerate.
 """
 
 import hashlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor
 
 from patterns.errors import UserError
 from patterns.moments import Moments, Sums, Wanted, required
-from patterns.operators import Operator
+from patterns.operators import Operator, overlap
 
 # A denominator below this share of what it is made of is rounding, not signal.
 VANISHING = 1e-9
 
 
+# Added to every output's variance, as a share of it, before Cov[y] is inverted.
+RIDGE = 1e-6
+
+
 @dataclass(frozen=True)
 class Problem:
-    """What an estimator may look at. weight: (K, D) float64; `seed` and `name` make `random` reproducible."""
+    """What an estimator may look at. weight: (K, D) float64; seed: for `random`, with the operator's name."""
 
+    operator: Operator
     moments: Moments
     weight: Tensor
-    name: str = ""
     seed: int = 0
 
 
@@ -36,35 +41,77 @@ def filter_(problem: Problem) -> Tensor:
 
 def random(problem: Problem) -> Tensor:
     """S_u: a = u / wᵀu, u drawn once from a normal seeded by seed and operator; the baseline of §4."""
-    digest = hashlib.sha256(f"{problem.seed}/{problem.name}".encode()).digest()
+    digest = hashlib.sha256(f"{problem.seed}/{problem.operator.name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     direction = torch.randn(problem.weight.shape, generator=generator, dtype=torch.float64)
     return normalised(direction, problem.weight)
 
 
 def linear(problem: Problem) -> Tensor:
-    """S_a: a = cov[x, y] / var[y] (eq. 4)."""
-    return regressed(problem, problem.moments.total)
+    """S_a: a = cov[x, y] / var[y] (eq. 4).
+
+    Invariant: a constant added to x (with the bias that keeps y) leaves it as it is.
+    """
+    total = problem.moments.total
+    return regressed(problem, total, total.mean_y())
 
 
 def positive(problem: Problem) -> Tensor:
-    """a₊ of S_a±: (E₊[xy] - E₊[x]E[y]) / wᵀ(…) over the open gate, E[y] over all samples (eq. 7)."""
-    return regressed(problem, required(problem.moments.open))
+    """a₊ of S_a±: (E₊[xy] - E₊[x]E[y]) / wᵀ(…) over the open gate, E[y] over all samples (eq. 7).
+
+    Not invariant to a constant c added to x, since E₊[x]E[y] does not centre E₊[xy]: the direction moves by
+    c(E₊[y] - E[y]). That is the paper's form, and its authors' code.
+    """
+    return regressed(problem, required(problem.moments.open), problem.moments.total.mean_y())
 
 
 def negative(problem: Problem) -> Tensor:
     """a₋ of S_a±: as `positive`, over the closed gate."""
-    return regressed(problem, problem.moments.closed)
+    return regressed(problem, problem.moments.closed, problem.moments.total.mean_y())
 
 
-def regressed(problem: Problem, sums: Sums) -> Tensor:
-    """(E[xy] - E[x]E[y]) / wᵀ(…), with E[xy] and E[x] over some samples and E[y] over all.
+def positive_own_mean(problem: Problem) -> Tensor:
+    """cov₊[x, y] / var₊[y]: `positive` with E[y] taken within the open gate. Invariant as `linear` is."""
+    opened = required(problem.moments.open)
+    return regressed(problem, opened, opened.mean_y())
 
-    Over all samples this is cov[x, y] / var[y], since wᵀcov[x, y] = var[y]. The denominator is taken
-    from the numerator, so that wᵀa = 1 holds to the last digit.
+
+def negative_own_mean(problem: Problem) -> Tensor:
+    """As `positive_own_mean`, over the closed gate."""
+    closed = problem.moments.closed
+    return regressed(problem, closed, closed.mean_y())
+
+
+def regressed(problem: Problem, sums: Sums, mean_y: Tensor) -> Tensor:
+    """(E[xy] - E[x]·mean_y) / wᵀ(…), with E[xy] and E[x] over some samples.
+
+    Over all samples and with their mean this is cov[x, y] / var[y], since wᵀcov[x, y] = var[y]. The
+    denominator is taken from the numerator, so that wᵀa = 1 holds to the last digit.
     """
-    xy, x = sums.mean_xy(), sums.mean_x() * problem.moments.total.mean_y()[:, None]
+    xy, x = sums.mean_xy(), sums.mean_x() * mean_y[:, None]
     return normalised(xy - x, problem.weight, xy.norm(dim=1) + x.norm(dim=1))
+
+
+def multivariate(problem: Problem) -> Tensor:
+    """A = Cov[x, y] Cov[y]⁻¹ (Haufe et al. 2014, eq. 6), over the positions that see an input (see `overlap`).
+
+    Regresses x on all outputs of a group at once, so that what several neurons tell is counted once.
+    A ridge of RIDGE times its variance is added to each output. wᵀa is 1 before the division by the positions.
+    Invariant as `linear` is, and to any invertible mixing of the outputs: A(WM) = A(W)M⁻ᵀ.
+    """
+    total, outer = problem.moments.total, required(problem.moments.outer)
+    groups, n = len(outer), total.n.clamp(min=1).view(len(outer), -1)
+    mean, var = total.mean_y().view_as(n), total.var_y().view_as(n)
+    varies = var > 0
+    unit = torch.where(varies, var, 1.0).rsqrt() * varies
+    cov_y = outer / n[..., None] - mean[..., None] * mean[:, None]
+    correlation = unit[..., None] * cov_y * unit[:, None]
+    # In units in which every output has variance 1; one that never varies stands alone, and has pattern 0.
+    correlation.diagonal(dim1=1, dim2=2).copy_(torch.full_like(unit, 1 + RIDGE))
+    cov_xy = (total.mean_xy() - total.mean_x() * total.mean_y()[:, None]).unflatten(0, (groups, -1))
+    a = unit[..., None] * torch.linalg.solve(correlation, unit[..., None] * cov_xy)
+    seen = overlap(problem.operator).expand(1, *problem.operator.weight.shape[1:])
+    return a.flatten(0, 1) / seen.flatten(1)
 
 
 def normalised(direction: Tensor, weight: Tensor, size: Tensor | None = None) -> Tensor:
@@ -91,34 +138,67 @@ class Estimator:
         return self.sums.total or self.sums.open
 
 
+NOTHING, TOTAL = Wanted(total=False, open=False, outer=False), Wanted(open=False, outer=False)
+OPEN, BOTH = Wanted(total=False, outer=False), Wanted(outer=False)
+
 ESTIMATORS: dict[str, Estimator] = {
-    "filter": Estimator(filter_, Wanted(total=False, open=False)),
-    "random": Estimator(random, Wanted(total=False, open=False)),
-    "linear": Estimator(linear, Wanted(total=True, open=False)),
-    "positive": Estimator(positive, Wanted(total=False, open=True)),
-    "negative": Estimator(negative, Wanted(total=True, open=True)),
+    "filter": Estimator(filter_, NOTHING),
+    "random": Estimator(random, NOTHING),
+    "linear": Estimator(linear, TOTAL),
+    "positive": Estimator(positive, OPEN),
+    "negative": Estimator(negative, BOTH),
+    "positive-own-mean": Estimator(positive_own_mean, OPEN),
+    "negative-own-mean": Estimator(negative_own_mean, BOTH),
+    "multivariate": Estimator(multivariate, Wanted(open=False)),
 }
 
-# What a user may ask for: patterns for operators with a gate, and for those without.
+# What a user may ask for: patterns for operators with a gate, and for those without. The identity,
+# S(x) = x, has none. The first pattern is the one that explanations take.
 CHOICES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "identity": ((), ()),
     "filter": (("filter",), ("filter",)),
     "random": (("random",), ("random",)),
     "linear": (("linear",), ("linear",)),
     "two-component": (("positive", "negative"), ("linear",)),
+    "two-component-own-mean": (("positive-own-mean", "negative-own-mean"), ("linear",)),
+    "multivariate": (("multivariate",), ("multivariate",)),
     "default": (("positive",), ("linear",)),
 }
 
 
-def chosen(operator: Operator, choices: Collection[str]) -> list[str]:
-    """The rows of ESTIMATORS that the user's choices mean for an operator, each once."""
-    names = (name for choice in choices for name in CHOICES[choice][operator.gate is None])
-    return list(dict.fromkeys(names))
+# `ESTIMATOR`, for all operators, or `OPERATORS=ESTIMATOR`, for those whose name matches a pattern such as
+# `features.*`; several, or one text with commas. Operators that none is meant for have the default.
+Choices = str | Iterable[str]
 
 
-def wanted(operator: Operator, choices: Collection[str]) -> Wanted:
-    """The large sums that the user's choices need of an operator."""
+def parsed(choices: Choices, operators: Collection[str] | None = None) -> list[tuple[str, str]]:
+    """Choices as pairs: a pattern of operators' names, and a row of CHOICES.
+
+    UserError for an estimator that is not in CHOICES, and for a pattern that matches none of these operators.
+    """
+    listed = choices.split(",") if isinstance(choices, str) else choices
+    pairs = []
+    for choice in listed:
+        pattern, _, name = choice.strip().rpartition("=")
+        if name not in CHOICES:
+            raise UserError("--estimators", f"no estimator {name!r}", f"Choose from {', '.join(CHOICES)}.")
+        if pattern and operators is not None and not any(fnmatchcase(o, pattern) for o in operators):
+            raise UserError("--estimators", f"no operator matches {pattern!r}", "`patternnet plan` lists their names.")
+        pairs.append((pattern or "*", name))
+    return pairs
+
+
+def chosen(operator: Operator, choices: Choices) -> list[str]:
+    """The rows of ESTIMATORS that some choices mean for an operator, in their order, each once."""
+    names = [name for pattern, name in parsed(choices) if fnmatchcase(operator.name, pattern)]
+    rows = (row for name in names or ["default"] for row in CHOICES[name][operator.gate is None])
+    return list(dict.fromkeys(rows))
+
+
+def wanted(operator: Operator, choices: Choices) -> Wanted:
+    """The large sums that some choices need of an operator."""
     rows = [ESTIMATORS[name].sums for name in chosen(operator, choices)]
-    return Wanted(any(r.total for r in rows), any(r.open for r in rows))
+    return Wanted(any(r.total for r in rows), any(r.open for r in rows), any(r.outer for r in rows))
 
 
 @dataclass(frozen=True)
@@ -138,17 +218,16 @@ class Solution:
     var_y: Tensor
 
 
-def solve(operator: Operator, moments: Moments, choices: Collection[str] = ("default",), seed: int = 0) -> Solution:
+def solve(operator: Operator, moments: Moments, choices: Choices = "default", seed: int = 0) -> Solution:
     """Patterns of an operator, in the weight's dtype or float32, whichever is wider.
 
-    Raises UserError for an estimator that is not in CHOICES.
+    Raises UserError for an estimator that is not in CHOICES, ValueError for moments without the sums that
+    it needs.
     """
-    if unknown := sorted(set(choices) - set(CHOICES)):
-        raise UserError("--estimators", f"no estimator {unknown[0]!r}", f"Choose from {', '.join(CHOICES)}.")
     shape = operator.weight.shape
     total, opened = moments.total, moments.open
     n_positive, var_y = total.n if opened is None else opened.n, total.var_y()
-    problem = Problem(moments, operator.weight.detach().cpu().double().flatten(1), operator.name, seed)
+    problem = Problem(operator, moments, operator.weight.detach().cpu().double().flatten(1), seed)
     seen = ((n_positive > 0) & (var_y > 0))[:, None]
     solved = {}
     for name in chosen(operator, choices):
@@ -167,9 +246,9 @@ def solve(operator: Operator, moments: Moments, choices: Collection[str] = ("def
 
 def flags(operator: Operator, n_positive: Tensor, var_y: Tensor, solved: Mapping[str, Tensor]) -> list[str]:
     """Why a neuron has pattern 0, or ok: judged by the default choice where it was solved, else by the first."""
-    preferred = chosen(operator, ["default"])[0]
-    judged = solved.get(preferred, next(iter(solved.values())))
-    vanished = (judged == 0).all(1)
+    preferred = chosen(operator, "default")[0]
+    judged = solved.get(preferred, next(iter(solved.values()), None))
+    vanished = torch.zeros_like(var_y, dtype=torch.bool) if judged is None else (judged == 0).all(1)
     found = ["ok"] * len(n_positive)
     for neuron in range(len(found)):
         if n_positive[neuron] == 0:

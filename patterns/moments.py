@@ -4,6 +4,7 @@
 convolution or linear layer, G = K for a depthwise one).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -38,11 +39,8 @@ class Sums:
 
     def _combine(self, other: "Sums", sign: int) -> "Sums":
         def combined(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-            if a is None or b is None:
-                if a is b:
-                    return None
-                raise ValueError("one side has Σx and Σxy, the other has not")
-            return torch.add(a, b, alpha=sign)
+            pair = both(a, b, "one side has Σx and Σxy, the other has not")
+            return pair and torch.add(*pair, alpha=sign)
 
         return Sums(*(combined(getattr(self, f), getattr(other, f)) for f in FIELDS))  # type: ignore[arg-type]
 
@@ -76,10 +74,13 @@ class Moments:
     """Sums over all samples, and over those that open the gate; a commutative monoid under `+`.
 
     total: over all samples.  open: over the open gate, with x of shape (K, D); None without a gate.
+    outer: Σyyᵀ over all samples of the neurons of each group, float64, shape (G, K/G, K/G); None where it
+    was not asked for.
     """
 
     total: Sums
     open: Sums | None = None
+    outer: Tensor | None = None
 
     @property
     def closed(self) -> Sums:
@@ -93,24 +94,48 @@ class Moments:
         return replace(closed, y=torch.where(some, closed.y, 0.0), yy=torch.where(some, closed.yy, 0.0), **large)
 
     def __add__(self, other: "Moments") -> "Moments":
-        if self.open is None or other.open is None:
-            if self.open is not other.open:
-                raise ValueError("one side has a gate, the other has not")
-            return Moments(self.total + other.total)
-        return Moments(self.total + other.total, self.open + other.open)
+        opened = both(self.open, other.open, "one side has a gate, the other has not")
+        outer = both(self.outer, other.outer, "one side has Σyyᵀ, the other has not")
+        return Moments(self.total + other.total, opened and opened[0] + opened[1], outer and outer[0] + outer[1])
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(t.nbytes for t in tensors(self).values())
+        return sum(t.nbytes for t in self.tensors().values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The sums as named tensors: `total.n`, `open.xy`, …, `outer`."""
+        parts = {"total": self.total, "open": self.open}
+        named = {
+            f"{part}.{field}": getattr(sums, field)
+            for part, sums in parts.items()
+            for field in FIELDS
+            if sums is not None and getattr(sums, field) is not None
+        }
+        return named if self.outer is None else {**named, "outer": self.outer}
+
+    @staticmethod
+    def from_tensors(named: Mapping[str, Tensor]) -> "Moments":
+        """The inverse of `tensors`. KeyError where a sum is missing, ValueError where one is not known."""
+
+        def sums(part: str) -> Sums:
+            large = {f: named[f"{part}.{f}"] for f in ("x", "xy") if {f"{part}.x", f"{part}.xy"} & named.keys()}
+            return Sums(*(named[f"{part}.{f}"] for f in ("n", "y", "yy")), **large)
+
+        gated = any(name.startswith("open.") for name in named)
+        moments = Moments(sums("total"), sums("open") if gated else None, named.get("outer"))
+        if unknown := sorted(named.keys() - moments.tensors().keys()):
+            raise ValueError(f"no sums of these names: {', '.join(unknown)}")
+        return moments
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which of the large sums (Σx and Σxy) to take: over all samples, over the open gate."""
+    """Which of the large sums to take: Σx and Σxy over all samples, over the open gate; Σyyᵀ."""
 
     total: bool = True
     open: bool = True
+    outer: bool = True
 
 
 def zero(operator: Operator, wanted: Wanted) -> Moments:
@@ -127,7 +152,9 @@ def zero(operator: Operator, wanted: Wanted) -> Moments:
 
     # A neuron without a gate has only sums over all samples.
     opened = None if operator.gate is None else sums(wanted.open, k)
-    return Moments(sums(wanted.total, operator.groups), opened)
+    g = operator.groups
+    outer = torch.zeros((g, k // g, k // g), dtype=torch.float64, device=device) if wanted.outer else None
+    return Moments(sums(wanted.total, g), opened, outer)
 
 
 class Accumulator:
@@ -148,7 +175,7 @@ class Accumulator:
 
     def moments(self) -> Moments:
         """The moments so far: a copy on the CPU."""
-        return from_tensors({name: t.detach().to("cpu", copy=True) for name, t in tensors(self._sums).items()})
+        return Moments.from_tensors({name: t.to("cpu", copy=True) for name, t in self._sums.tensors().items()})
 
     @torch.no_grad()
     def update(self, inputs: Inputs, z: Tensor) -> None:
@@ -168,6 +195,8 @@ class Accumulator:
             x_open = None if opened.x is None else kind.weight_gradient(inputs, weights, shape).flatten(1)
         torch.sub(z, along(kind.axis, centre, z), out=weights)
         add_outputs(total, torch.full_like(total.n, count), weights, centre_y, kind.axis)
+        if self._sums.outer is not None:
+            add_outer(self._sums.outer, count, weights, centre_y, kind.axis)
         if total.x is not None:
             x_total = kind.input_sum(inputs, tuple(z.shape), shape)
             add_inputs(total, x_total, kind.weight_gradient(inputs, weights, shape).flatten(1), centre_y)
@@ -193,6 +222,17 @@ def add_outputs(sums: Sums, n: Tensor, centred: Tensor, centre: Tensor, axis: in
     sums.yy.add_(yy + 2 * centre * y + n * centre.square())
 
 
+def add_outer(outer: Tensor, count: int, centred: Tensor, centre: Tensor, axis: int) -> None:
+    """Add `count` samples to Σyyᵀ, shape (G, K/G, K/G), given y - centre."""
+    groups = (len(outer), -1)
+    rows = centred.movedim(axis, 0).flatten(1).unflatten(0, groups)  # (G, K/G, samples)
+    sums, centre = rows.sum(2).double(), centre.unflatten(0, groups)
+    outer.add_(rows @ rows.mT)
+    # Σ(ŷ + c)(ŷ + c)ᵀ = Σŷŷᵀ + c(Σŷ + n·c)ᵀ + Σŷ cᵀ
+    outer.baddbmm_(centre[:, :, None], (sums + count * centre)[:, None])
+    outer.baddbmm_(sums[:, :, None], centre[:, None])
+
+
 def add_inputs(sums: Sums, x: Tensor, xy_centred: Tensor, centre: Tensor) -> None:
     """Add Σx and Σx·y, given Σx, shape (G or K, D), and Σx·(y - centre), shape (K, D)."""
     sums.x.add_(x)  # type: ignore[union-attr]
@@ -201,35 +241,24 @@ def add_inputs(sums: Sums, x: Tensor, xy_centred: Tensor, centre: Tensor) -> Non
     sums.xy.unflatten(0, groups).addcmul_(centre.unflatten(0, groups)[..., None], x.double()[:, None])  # type: ignore[union-attr]
 
 
-def tensors(moments: Moments) -> dict[str, Tensor]:
-    """The moments as named tensors: `total.n`, `open.xy`, …"""
-    parts = {"total": moments.total, "open": moments.open}
-    return {
-        f"{part}.{field}": getattr(sums, field)
-        for part, sums in parts.items()
-        for field in FIELDS
-        if sums is not None and getattr(sums, field) is not None
-    }
-
-
-def from_tensors(named: dict[str, Tensor]) -> Moments:
-    """The inverse of `tensors`. KeyError where a sum is missing."""
-
-    def sums(part: str) -> Sums:
-        large = {f: named[f"{part}.{f}"] for f in ("x", "xy")} if f"{part}.x" in named else {}
-        return Sums(*(named[f"{part}.{f}"] for f in ("n", "y", "yy")), **large)
-
-    return Moments(sums("total"), sums("open") if "open.n" in named else None)
-
-
 def planned_bytes(operator: Operator, wanted: Wanted) -> int:
     """Bytes of an operator's moments, known before any data is read."""
     k, d = operator.neurons, operator.inputs_per_neuron
     small, total, opened = 3 * k, (operator.groups + k) * d * wanted.total, 2 * k * d * wanted.open
-    return 8 * (small + total + (0 if operator.gate is None else small + opened))
+    outer = k * k // operator.groups * wanted.outer
+    return 8 * (small + total + outer + (0 if operator.gate is None else small + opened))
 
 
 def required(value: T | None) -> T:
     if value is None:
-        raise ValueError("these moments were taken without the sums that this needs (Σx and Σxy, or the gate's)")
+        raise ValueError("these moments were taken without the sums that this needs (Σx and Σxy, the gate's, or Σyyᵀ)")
     return value
+
+
+def both(a: T | None, b: T | None, otherwise: str) -> tuple[T, T] | None:
+    """Both values, or None where both are; ValueError where one is."""
+    if a is None or b is None:
+        if a is not b:
+            raise ValueError(otherwise)
+        return None
+    return a, b

@@ -305,6 +305,39 @@ class Operator(nn.Module):
         return f"{self.name}: {self.kind}, weight {tuple(self.weight.shape)}, gate {self.gate}"
 
 
+def overlap(operator: Operator) -> Tensor:
+    """How many output positions see an input that a weight meets, on average; float64, of the weight's shape
+    but for its first two dimensions, which are 1.
+
+    The stride decides which weights meet an input together, and at borders there are fewer positions.
+    """
+    kind, kernel = operator.kind, operator.weight.shape[2:]
+    match kind:
+        case Convolution(stride, padding, dilation):
+            pass
+        case TransposedConvolution(stride, padding, _, dilation):
+            pass
+        case AveragePool(stride=stride, padding=padding):
+            dilation = (1,) * len(kernel)
+        case _:
+            return torch.ones([1] * operator.weight.dim(), dtype=torch.float64)
+    counts = torch.ones(1, 1, dtype=torch.float64)
+    transposed = isinstance(kind, TransposedConvolution)
+    for dim, (k, s, p, d) in enumerate(zip(kernel, stride, padding, dilation), start=1):
+        seen, seeing = operator.input_shapes[0][dim], operator.output_shape[dim]
+        # Along one dimension: which position each step of the stride meets with each weight.
+        steps, met = (seen, seeing) if transposed else (seeing, seen)
+        where = torch.arange(steps)[:, None] * s + torch.arange(k) * d - p
+        inside = (where >= 0) & (where < met)
+        if transposed:  # the steps are inputs, each seen by all that it meets
+            positions = inside.sum(1, keepdim=True).expand_as(where)
+        else:
+            positions = torch.bincount(where[inside], minlength=met)[where.clamp(0, met - 1)]
+        mean = (positions * inside).sum(0).double() / inside.sum(0).clamp(min=1)
+        counts = counts[..., None] * mean.clamp(min=1)
+    return counts
+
+
 def along(axis: int, values: Tensor, like: Tensor) -> Tensor:
     """A vector, shaped to multiply dimension `axis` of `like`."""
     shape = [1] * like.dim()

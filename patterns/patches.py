@@ -6,6 +6,7 @@ operator is summed over the same patches.
 """
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
 from math import prod
@@ -31,6 +32,7 @@ from patterns.operators import (
 
 # Elements of patches written out at a time: 64 MiB of float64.
 PATCH_ELEMENTS = 2**23
+SUMS = Wanted(outer=False)
 
 
 @dataclass(frozen=True)
@@ -52,27 +54,26 @@ class PatchMoments:
         """Bytes held."""
         return self.moments.nbytes + self.xx.nbytes
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The sums as named tensors: those of `Moments.tensors`, and `xx`."""
+        return {**self.moments.tensors(), "xx": self.xx}
+
+    @staticmethod
+    def from_tensors(named: Mapping[str, Tensor]) -> "PatchMoments":
+        """The inverse of `tensors`. KeyError where a sum is missing, ValueError where one is not known."""
+        return PatchMoments(Moments.from_tensors({k: t for k, t in named.items() if k != "xx"}), named["xx"])
+
 
 def zero(operator: Operator) -> PatchMoments:
     """The neutral element: the sums of no patches, on the operator's device."""
     d = operator.inputs_per_neuron
     xx = torch.zeros((operator.groups, d, d), dtype=torch.float64, device=operator.weight.device)
-    return PatchMoments(sums.zero(operator, Wanted()), xx)
+    return PatchMoments(sums.zero(operator, SUMS), xx)
 
 
 def bytes_of(operator: Operator) -> int:
     """Bytes of an operator's PatchMoments, known before any data is read."""
-    return planned_bytes(operator, Wanted()) + 8 * operator.groups * operator.inputs_per_neuron**2
-
-
-def tensors(moments: PatchMoments) -> dict[str, Tensor]:
-    """The sums as named tensors: those of `moments.tensors`, and `xx`."""
-    return {**sums.tensors(moments.moments), "xx": moments.xx}
-
-
-def from_tensors(named: dict[str, Tensor]) -> PatchMoments:
-    """The inverse of `tensors`. KeyError where a sum is missing."""
-    return PatchMoments(sums.from_tensors(named), named["xx"])
+    return planned_bytes(operator, SUMS) + 8 * operator.groups * operator.inputs_per_neuron**2
 
 
 class PatchAccumulator:
@@ -109,7 +110,7 @@ class PatchAccumulator:
 
     def moments(self) -> PatchMoments:
         """The sums so far: a copy on the CPU."""
-        return from_tensors({name: t.detach().to("cpu", copy=True) for name, t in tensors(self._sums).items()})
+        return PatchMoments.from_tensors({name: t.to("cpu", copy=True) for name, t in self._sums.tensors().items()})
 
     @torch.no_grad()
     def update(self, inputs: Inputs, z: Tensor) -> None:

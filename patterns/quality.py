@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from patterns.estimators import VANISHING
+from patterns.estimators import CHOICES, VANISHING
 from patterns.moments import Sums, required
 from patterns.patches import PatchMoments
 
@@ -42,17 +42,20 @@ CUTOFF = 1e-10
 TINY = torch.finfo(torch.float64).tiny
 
 Components = tuple[Tensor, ...]
+# Estimators with a pattern for each side of the gate.
+PAIRS = {name: rows for name, (rows, _) in CHOICES.items() if len(rows) == 2}
 
 
 def signals(patterns: Mapping[str, Tensor]) -> dict[str, Components]:
     """The estimators that some solved patterns make up: name → their patterns, as `rho` takes them.
 
-    `positive` and `negative` together are `two-component`, and neither is an estimator alone.
+    The patterns of both sides of the gate together are an estimator, and neither is one alone. `multivariate`
+    is judged neuron by neuron, as S(x) = a·y with its pattern brought to wᵀa = 1.
     """
-    found: dict[str, Components] = {name: (a,) for name, a in patterns.items() if name not in {"positive", "negative"}}
-    if {"positive", "negative"} <= patterns.keys():
-        return {**found, "two-component": (patterns["positive"], patterns["negative"])}
-    return found
+    sides = {row for pair in PAIRS.values() for row in pair}
+    found: dict[str, Components] = {name: (a,) for name, a in patterns.items() if name not in sides}
+    pairs = {name: pair for name, pair in PAIRS.items() if patterns.keys() >= set(pair)}
+    return found | {name: tuple(patterns[row] for row in pair) for name, pair in pairs.items()}
 
 
 def quality(

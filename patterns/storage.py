@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import TypeVar
 from uuid import uuid4
 
 import pyarrow as pa
@@ -18,9 +19,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from patterns.errors import UserError
-from patterns.estimators import Solution, chosen
+from patterns.estimators import Choices, Solution, chosen, parsed
 from patterns.graph import Network
-from patterns.moments import Moments, from_tensors, tensors
+from patterns.moments import Moments
+from patterns.patches import PatchMoments
 
 FORMAT = "1"
 ASIDE = ".aside-"  # part of the name of every file still being written
@@ -66,32 +68,44 @@ def load(folder: Path, weights_digest: str) -> Patterns:
     return patterns
 
 
-def choose(network: Network, patterns: Patterns, choice: str = "default") -> dict[str, Tensor]:
-    """One pattern tensor for each operator, as a row of CHOICES says. UserError where one is missing."""
+def choose(network: Network, patterns: Patterns, choices: Choices = "default") -> dict[str, Tensor]:
+    """One pattern tensor for each operator: the first that some choices mean for it.
+
+    UserError where the run does not hold it, and for the identity, which has none.
+    """
+    parsed(choices, network.operators)
     picked = {}
     for name, operator in network.operators.items():
-        row = chosen(operator, [choice])[0]
+        row = next(iter(chosen(operator, choices)), None)
+        if row is None:
+            raise UserError(name, "the identity has no pattern", "Choose another --estimator for this operator.")
         if row not in patterns.get(name, {}):
-            remedy = f"Fit with --estimators {choice}, or choose another --estimator."
+            remedy = "Run `patternnet solve` with an estimator that has it, or choose another --estimator."
             raise UserError(name, f"the run holds no pattern {row!r} for this operator", remedy)
         picked[name] = patterns[name][row]
     return picked
 
 
-def save_moments(path: Path, moments: Mapping[str, Moments], metadata: Mapping[str, str]) -> None:
+M = TypeVar("M", Moments, PatchMoments)
+
+
+def save_moments(path: Path, moments: Mapping[str, M], metadata: Mapping[str, str]) -> None:
     """Write the moments of some operators as `{operator}/total.xy` and so on."""
-    named = {f"{op}/{field}": t.contiguous() for op, m in moments.items() for field, t in tensors(m).items()}
+    named = {f"{op}/{field}": t.contiguous() for op, m in moments.items() for field, t in m.tensors().items()}
     write_aside(path, lambda aside: save_file(named, aside, {"format": FORMAT, **metadata}))
 
 
-def load_moments(path: Path, operator: str) -> Moments:
-    """The moments of one operator; nothing else of the file is read."""
+def load_moments(path: Path, operator: str, kind: type[M] = Moments) -> M:  # type: ignore[assignment]
+    """The moments of one operator, of the kind that the file holds; nothing else of the file is read.
+
+    UserError where the file is none or lacks them; KeyError or ValueError for sums of another kind.
+    """
     with open_tensors(path, "Delete the run's folder and fit again") as file:
         prefix = f"{operator}/"
         keys = [key for key in file.keys() if key.rpartition("/")[0] == operator]
         if not keys:
             raise UserError(str(path), f"no moments of {operator}", "Delete the run's folder and fit again.")
-        return from_tensors({key.removeprefix(prefix): file.get_tensor(key) for key in keys})
+        return kind.from_tensors({key.removeprefix(prefix): file.get_tensor(key) for key in keys})
 
 
 def open_tensors(path: Path, remedy: str) -> safe_open:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from patterns import Gate, Moments, Operator, Sums, accumulate, solve, trace
-from patterns.moments import Accumulator, Wanted, from_tensors, planned_bytes, tensors, zero
+from patterns.moments import Accumulator, Wanted, planned_bytes, zero
 from patterns.operators import Addition, AveragePool, Convolution, Kind, Linear, Scale
 from tests.oracles import Neuron, channel_patches, linear_patches, neurons, window_patches
 
@@ -149,7 +149,7 @@ def assert_brute_force(case: Case) -> None:
     assume(undisputed(case))
     found, truth = case.moments(), case.neurons
     reach = REACH[case.operator.weight.dtype]
-    assert {t.dtype for t in tensors(found).values()} == {torch.float64, torch.int64}
+    assert {t.dtype for t in found.tensors().values()} == {torch.float64, torch.int64}
     assert_equal_sums(found.total, [n.sums("total") for n in truth], truth, reach)
     assert (found.open is None) == (case.limits is None)
     if found.open is not None:
@@ -289,7 +289,7 @@ def parts_of(case: Case, *sizes: int) -> list[Moments]:
 
 
 def assert_same(a: Moments, b: Moments, rtol: float = 0.0) -> None:
-    left, right = tensors(a), tensors(b)
+    left, right = a.tensors(), b.tensors()
     assert left.keys() == right.keys()
     for name in left:
         torch.testing.assert_close(left[name], right[name], rtol=rtol, atol=0.0)
@@ -326,12 +326,12 @@ def test_no_samples_are_neutral_on_either_side() -> None:
 
 def test_merging_leaves_its_inputs_as_they_were() -> None:
     a, b = parts_of(small(), 3, 4)
-    before = [{k: v.clone() for k, v in tensors(m).items()} for m in (a, b)]
+    before = [{k: v.clone() for k, v in m.tensors().items()} for m in (a, b)]
     merged = a + b
-    for value in tensors(merged).values():
+    for value in merged.tensors().values():
         value.zero_()
     for m, kept in zip((a, b), before):
-        assert_same(m, from_tensors(kept))
+        assert_same(m, Moments.from_tensors(kept))
 
 
 def test_moments_handed_out_do_not_change_with_later_batches() -> None:
@@ -339,7 +339,7 @@ def test_moments_handed_out_do_not_change_with_later_batches() -> None:
     accumulator = Accumulator(case.operator, Wanted())
     accumulator.update(case.inputs, case.operator(*case.inputs))
     first = accumulator.moments()
-    kept = from_tensors({k: v.clone() for k, v in tensors(first).items()})
+    kept = Moments.from_tensors({k: v.clone() for k, v in first.tensors().items()})
     accumulator.update(case.inputs, case.operator(*case.inputs))
     assert_same(first, kept)
     assert_same(accumulator.moments(), kept + kept, rtol=1e-12)
@@ -377,7 +377,7 @@ def test_sums_that_are_not_wanted_are_not_taken_and_change_no_others() -> None:
     case = small()
     accumulator = Accumulator(case.operator, Wanted(total=False, open=True))
     accumulator.update(case.inputs, case.operator(*case.inputs))
-    partial, whole = tensors(accumulator.moments()), tensors(case.moments())
+    partial, whole = accumulator.moments().tensors(), case.moments().tensors()
     assert whole.keys() - partial.keys() == {"total.x", "total.xy"}
     for name, value in partial.items():
         torch.testing.assert_close(value, whole[name], rtol=0, atol=0)

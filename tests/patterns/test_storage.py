@@ -23,7 +23,7 @@ from patterns import (
     solve,
     trace,
 )
-from patterns.moments import Wanted, tensors
+from patterns.moments import Wanted
 from patterns.observe import Observer
 from patterns.storage import load_moments, save_moments, write_aside, write_json
 
@@ -190,7 +190,7 @@ def test_a_choice_of_patterns_takes_each_operators_own_estimator(run: Run) -> No
 
 def test_a_choice_that_was_not_fitted_is_refused_by_operator_and_estimator(run: Run) -> None:
     patterns = {name: {"linear": s.patterns["linear"]} for name, s in run.solutions.items()}
-    with pytest.raises(UserError, match=r"^0: the run holds no pattern 'positive' for this operator\. Fit with"):
+    with pytest.raises(UserError, match=r"^0: the run holds no pattern 'positive' for this operator\. Run `patternnet solve`"):
         choose(run.network, patterns, "default")
 
 
@@ -198,7 +198,7 @@ def test_moments_come_back_as_they_were_saved(run: Run, tmp_path: Path) -> None:
     path = tmp_path / "part"
     save_moments(path, run.moments, {"shards": "a b"})
     for name, moments in run.moments.items():
-        expected, found = tensors(moments), tensors(load_moments(path, name))
+        expected, found = moments.tensors(), load_moments(path, name).tensors()
         assert found.keys() == expected.keys()
         for field, value in expected.items():
             assert found[field].dtype == value.dtype
@@ -215,7 +215,7 @@ def test_moments_without_their_large_sums_come_back_without_them(run: Run, tmp_p
     found = load_moments(tmp_path / "part", "0")
     assert found.total.x is None
     assert found.open is not None
-    assert tensors(found).keys() == tensors(moments["0"]).keys()
+    assert found.tensors().keys() == moments["0"].tensors().keys()
 
 
 def test_operators_whose_names_start_alike_keep_their_own_moments(run: Run, tmp_path: Path) -> None:
