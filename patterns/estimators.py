@@ -95,18 +95,20 @@ def regressed(problem: Problem, sums: Sums, mean_y: Tensor) -> Tensor:
 def multivariate(problem: Problem) -> Tensor:
     """A = Cov[x, y] Cov[y]⁻¹ (Haufe et al. 2014, eq. 6), over the positions that see an input (see `overlap`).
 
-    Regresses x on all outputs of a group at once, so that what several neurons tell is counted once.
-    A ridge of RIDGE times its variance is added to each output. wᵀa is 1 before the division by the positions.
-    Invariant as `linear` is, and to any invertible mixing of the outputs: A(WM) = A(W)M⁻ᵀ.
+    Regresses x on all outputs of a group at once, so that what several neurons tell is counted once; a dead
+    neuron tells nothing. A ridge of RIDGE times its variance is added to each output. Up to the ridge, WᵀA is
+    the identity before the division by the positions, and an invertible mixing of the outputs mixes the
+    patterns alone: A(WM) = A(W)M⁻ᵀ. Invariant to a constant added to x as `linear` is.
     """
     total, outer = problem.moments.total, required(problem.moments.outer)
     groups, n = len(outer), total.n.clamp(min=1).view(len(outer), -1)
     mean, var = total.mean_y().view_as(n), total.var_y().view_as(n)
-    varies = var > 0
-    unit = torch.where(varies, var, 1.0).rsqrt() * varies
+    opened = total if problem.moments.open is None else problem.moments.open
+    tells = (var > 0) & (opened.n.view_as(n) > 0)
+    unit = torch.where(tells, var, 1.0).rsqrt() * tells
     cov_y = outer / n[..., None] - mean[..., None] * mean[:, None]
     correlation = unit[..., None] * cov_y * unit[:, None]
-    # In units in which every output has variance 1; one that never varies stands alone, and has pattern 0.
+    # In units in which every output has variance 1; one that tells nothing stands alone, and has pattern 0.
     correlation.diagonal(dim1=1, dim2=2).copy_(torch.full_like(unit, 1 + RIDGE))
     cov_xy = (total.mean_xy() - total.mean_x() * total.mean_y()[:, None]).unflatten(0, (groups, -1))
     a = unit[..., None] * torch.linalg.solve(correlation, unit[..., None] * cov_xy)
@@ -166,6 +168,9 @@ CHOICES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 
 
+# Those with a pattern for each side of the gate.
+PAIRS = {name: rows for name, (rows, _) in CHOICES.items() if len(rows) == 2}
+
 # `ESTIMATOR`, for all operators, or `OPERATORS=ESTIMATOR`, for those whose name matches a pattern such as
 # `features.*`; several, or one text with commas. Operators that none is meant for have the default.
 Choices = str | Iterable[str]
@@ -188,10 +193,14 @@ def parsed(choices: Choices, operators: Collection[str] | None = None) -> list[t
     return pairs
 
 
+def selected(operator: str, choices: Choices) -> list[str]:
+    """The rows of CHOICES that are meant for an operator of this name, in order."""
+    return [name for pattern, name in parsed(choices) if fnmatchcase(operator, pattern)] or ["default"]
+
+
 def chosen(operator: Operator, choices: Choices) -> list[str]:
     """The rows of ESTIMATORS that some choices mean for an operator, in their order, each once."""
-    names = [name for pattern, name in parsed(choices) if fnmatchcase(operator.name, pattern)]
-    rows = (row for name in names or ["default"] for row in CHOICES[name][operator.gate is None])
+    rows = (row for name in selected(operator.name, choices) for row in CHOICES[name][operator.gate is None])
     return list(dict.fromkeys(rows))
 
 

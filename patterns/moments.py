@@ -15,6 +15,10 @@ from patterns.operators import Inputs, Operator, along, positions, sum_positions
 
 T = TypeVar("T")
 
+# Positions that are summed at a time in the model's precision: by 2²⁴ of them float32 sums stop growing,
+# and by 2²⁰ they have lost 1e-5 of their value.
+AT_ONCE = 2**18
+
 
 @dataclass(frozen=True)
 class Sums:
@@ -137,6 +141,10 @@ class Wanted:
     open: bool = True
     outer: bool = True
 
+    def __le__(self, other: "Wanted") -> bool:
+        """Whether the other has all sums of this one."""
+        return self.total <= other.total and self.open <= other.open and self.outer <= other.outer
+
 
 def zero(operator: Operator, wanted: Wanted) -> Moments:
     """The neutral element: the moments of no samples, on the operator's device."""
@@ -160,9 +168,9 @@ def zero(operator: Operator, wanted: Wanted) -> Moments:
 class Accumulator:
     """Moments of one operator, grown in place batch by batch.
 
-    Within a batch, sums are taken in the model's precision over outputs centred by the batch's own
-    mean, and brought back in float64: activations whose mean dwarfs their spread lose no digits.
-    Across batches everything adds up in float64.
+    Within a batch (or the images of it that have AT_ONCE positions), sums are taken in the model's precision
+    over outputs centred by the batch's own mean, and brought back in float64: activations whose mean dwarfs
+    their spread lose no digits. Across batches everything adds up in float64.
     """
 
     def __init__(self, operator: Operator, wanted: Wanted) -> None:
@@ -180,11 +188,17 @@ class Accumulator:
     @torch.no_grad()
     def update(self, inputs: Inputs, z: Tensor) -> None:
         """Add a batch: the operator's inputs, and its outputs z = y + b in the model's own layout."""
+        if not z.numel():
+            return
+        images = max(1, AT_ONCE * self._operator.neurons // z[0].numel())
+        for start in range(0, len(z), images):
+            chosen = slice(start, start + images)
+            self._add(tuple(x[chosen] for x in inputs), z[chosen])
+
+    def _add(self, inputs: Inputs, z: Tensor) -> None:
         op, kind, shape = self._operator, self._operator.kind, tuple(self._operator.weight.shape)
         total, opened = self._sums.total, self._sums.open
-        count = z.numel() // z.shape[kind.axis]
-        if not count:
-            return
+        count = z.numel() // op.neurons
         centre = z.mean(positions(z, kind.axis))
         centre_y = centre.double() if op.bias is None else centre.double() - op.bias.double()
         weights = torch.empty_like(z)  # the output gradients, one after the other in the same memory
@@ -225,9 +239,12 @@ def add_outputs(sums: Sums, n: Tensor, centred: Tensor, centre: Tensor, axis: in
 def add_outer(outer: Tensor, count: int, centred: Tensor, centre: Tensor, axis: int) -> None:
     """Add `count` samples to Σyyᵀ, shape (G, K/G, K/G), given y - centre."""
     groups = (len(outer), -1)
-    rows = centred.movedim(axis, 0).flatten(1).unflatten(0, groups)  # (G, K/G, samples)
-    sums, centre = rows.sum(2).double(), centre.unflatten(0, groups)
-    outer.add_(rows @ rows.mT)
+    # Large images one by one need no copy; few positions are brought together, since each product costs (K/G)².
+    images = max(4096, outer.shape[1]) * len(centred) // count
+    for part in centred.split(max(1, images)):
+        rows = part.movedim(axis, 0).flatten(1).unflatten(0, groups)  # (G, K/G, samples)
+        outer.add_(rows @ rows.mT)
+    sums, centre = sum_positions(centred, axis).double().unflatten(0, groups), centre.unflatten(0, groups)
     # Σ(ŷ + c)(ŷ + c)ᵀ = Σŷŷᵀ + c(Σŷ + n·c)ᵀ + Σŷ cᵀ
     outer.baddbmm_(centre[:, :, None], (sums + count * centre)[:, None])
     outer.baddbmm_(sums[:, :, None], centre[:, None])

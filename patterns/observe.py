@@ -51,6 +51,9 @@ class Observation(Generic[M_co]):
         """Add a batch (N, *input_shape), on the network's device and in its dtype; gives the model's output."""
         return self._module(batch)
 
+    def begin(self, source: str) -> None:
+        """Tell which source of images (a shard) the next batches come from."""
+
     def reset(self) -> None:
         """Forget all sums."""
         for accumulator in self._fed.values():

@@ -28,12 +28,13 @@ a distractor, and ρ of `linear` on its own data is then a little less than 1.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from patterns.estimators import CHOICES, VANISHING
+from patterns.estimators import PAIRS, VANISHING
 from patterns.moments import Sums, required
 from patterns.patches import PatchMoments
 
@@ -42,18 +43,17 @@ CUTOFF = 1e-10
 TINY = torch.finfo(torch.float64).tiny
 
 Components = tuple[Tensor, ...]
-# Estimators with a pattern for each side of the gate.
-PAIRS = {name: rows for name, (rows, _) in CHOICES.items() if len(rows) == 2}
+T = TypeVar("T")
 
 
-def signals(patterns: Mapping[str, Tensor]) -> dict[str, Components]:
+def signals(patterns: Mapping[str, T]) -> dict[str, tuple[T, ...]]:
     """The estimators that some solved patterns make up: name → their patterns, as `rho` takes them.
 
     The patterns of both sides of the gate together are an estimator, and neither is one alone. `multivariate`
     is judged neuron by neuron, as S(x) = a·y with its pattern brought to wᵀa = 1.
     """
     sides = {row for pair in PAIRS.values() for row in pair}
-    found: dict[str, Components] = {name: (a,) for name, a in patterns.items() if name not in sides}
+    found: dict[str, tuple[T, ...]] = {name: (a,) for name, a in patterns.items() if name not in sides}
     pairs = {name: pair for name, pair in PAIRS.items() if patterns.keys() >= set(pair)}
     return found | {name: tuple(patterns[row] for row in pair) for name, pair in pairs.items()}
 

@@ -6,7 +6,7 @@ Every file is written aside and renamed, so it is wholly there or not there.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
 from uuid import uuid4
@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from patterns.errors import UserError
-from patterns.estimators import Choices, Solution, chosen, parsed
+from patterns.estimators import Choices, Solution, chosen, parsed, selected
 from patterns.graph import Network
 from patterns.moments import Moments
 from patterns.patches import PatchMoments
@@ -47,8 +47,8 @@ def save(folder: Path, solutions: Mapping[str, Solution], weights_digest: str) -
     write_table(folder / "neurons.parquet", NEURON_SCHEMA, map(neuron_table, solutions.items()))
 
 
-def load(folder: Path, weights_digest: str) -> Patterns:
-    """The patterns of a run, for the model of this digest.
+def load(folder: Path, weights_digest: str, operators: Collection[str] | None = None) -> Patterns:
+    """The patterns of a run, for the model of this digest; of some operators only, where they are named.
 
     Raises UserError where there are none, or where they were fitted for other weights.
     """
@@ -64,6 +64,8 @@ def load(folder: Path, weights_digest: str) -> Patterns:
         patterns: Patterns = {}
         for key in file.keys():
             operator, _, name = key.rpartition("/")
+            if operators is not None and operator not in operators:
+                continue
             patterns.setdefault(operator, {})[name] = file.get_tensor(key)
     return patterns
 
@@ -73,7 +75,10 @@ def choose(network: Network, patterns: Patterns, choices: Choices = "default") -
 
     UserError where the run does not hold it, and for the identity, which has none.
     """
-    parsed(choices, network.operators)
+    used = {selected(name, choices)[0] for name in network.operators}
+    if unused := [choice for _, choice in parsed(choices, network.operators) if choice not in used]:
+        what = f"{unused[0]!r} is never used, since an earlier estimator has all its operators"
+        raise UserError("--estimator", what, "Write one for all operators, or OPERATORS=ESTIMATOR before it.")
     picked = {}
     for name, operator in network.operators.items():
         row = next(iter(chosen(operator, choices)), None)

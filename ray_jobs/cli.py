@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from patterns import CHOICES, METHODS, UserError
-from ray_jobs.config import ExplainConfig, FitConfig, ModelConfig, Resources
+from ray_jobs.config import FITTED, ExplainConfig, FitConfig, ModelConfig, QualityConfig, Resources
 
 app = typer.Typer(
     help="PatternNet and PatternAttribution for large models and datasets, on Ray.",
@@ -22,6 +22,8 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
 )
+
+DEFAULT_FIT = ",".join(FITTED)
 
 Model = Annotated[str, typer.Option(help="torchvision:NAME, timm:NAME, package.module:factory or file.py:factory.")]
 Weights = Annotated[str, typer.Option(help="File or URL of a state dict; `default`: the library's own; `random`.")]
@@ -32,6 +34,14 @@ MaxSamples = Annotated[int | None, typer.Option(min=1, help="At most so many sam
 Precision = Annotated[str, typer.Option(help="float32 or float64.")]
 Seed = Annotated[int, typer.Option(help="For everything random.")]
 ImageSize = Annotated[int | None, typer.Option(min=1, help="Input height and width; else as the library has it.")]
+Estimators = Annotated[
+    str,
+    typer.Option(
+        "--estimators",
+        "--estimator",
+        help=f"Some of {', '.join(CHOICES)}; or for operators by name: 'features.*=linear,classifier.*=filter'.",
+    ),
+]
 Resize = Annotated[int | None, typer.Option(min=1, help="Shorter side before the centre crop.")]
 Mean = Annotated[str | None, typer.Option(help="Mean per channel, for pixels in [0, 1]: 0.5,0.5,0.5.")]
 Std = Annotated[str | None, typer.Option(help="Deviation per channel: 0.5,0.5,0.5.")]
@@ -86,7 +96,7 @@ def pack(
 def plan(
     model: Model,
     weights: Weights = "default",
-    estimators: Annotated[str, typer.Option(help=f"Some of {', '.join(CHOICES)}.")] = "linear,two-component",
+    estimators: Estimators = DEFAULT_FIT,
     precision: Precision = "float32",
     seed: Seed = 0,
     image_size: ImageSize = None,
@@ -96,16 +106,19 @@ def plan(
     pass_through: PassThrough = "",
 ) -> None:
     """What a model needs: operators, gates, bytes of moments."""
-    from patterns.estimators import wanted
+    from patterns.estimators import parsed, wanted
     from patterns.moments import planned_bytes
     from patterns.operators import KIND_NAMES
+    from patterns.patches import bytes_of
     from ray_jobs import models
 
-    choices = names(estimators, CHOICES, "--estimators", "estimator")
+    choices = words(estimators)
     sizes = image_size, resize, numbers(mean), numbers(std)
     config = ModelConfig(model, weights, precision, seed, *sizes, words(pass_through))
+    parsed(choices)
     loaded = models.load(config)
-    table = Table("operator", "kind", "weight", "gate", "moments", box=None)
+    parsed(choices, loaded.network.operators)
+    table = Table("operator", "kind", "weight", "gate", "moments", "for quality", box=None)
     total = 0
     for operator in loaded.network.operators.values():
         size = planned_bytes(operator, wanted(operator, choices))
@@ -114,7 +127,8 @@ def plan(
         if operator.gate is not None:
             gate = f"{operator.gate.low:g} < z < {operator.gate.high:g}"
         shape = "×".join(map(str, operator.weight.shape))
-        table.add_row(operator.name, KIND_NAMES[type(operator.kind)], shape, gate, megabytes(size))
+        sizes_of = megabytes(size), megabytes(bytes_of(operator))
+        table.add_row(operator.name, KIND_NAMES[type(operator.kind)], shape, gate, *sizes_of)
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     say(f"{len(loaded.network.operators)} operators; moments of {megabytes(total)} in each worker and each part")
 
@@ -125,7 +139,7 @@ def fit(
     shards: Shards,
     out: Out,
     weights: Weights = "default",
-    estimators: Annotated[str, typer.Option(help=f"Some of {', '.join(CHOICES)}.")] = "linear,two-component",
+    estimators: Estimators = DEFAULT_FIT,
     batch_size: BatchSize = 32,
     max_samples: MaxSamples = None,
     precision: Precision = "float32",
@@ -151,7 +165,7 @@ def fit(
         list_shards(shards),
         str(out.absolute()),
         batch_size,
-        names(estimators, CHOICES, "--estimators", "estimator"),
+        words(estimators),
         max_samples,
         seed,
     )
@@ -166,15 +180,62 @@ def fit(
 @app.command()
 def solve(
     run: Annotated[Path, typer.Argument(help="The folder of a finished fit.")],
-    estimators: Annotated[str, typer.Option(help=f"Some of {', '.join(CHOICES)}.")],
+    estimators: Estimators,
     address: Address = None,
 ) -> None:
     """Patterns of further estimators from a finished fit's moments, without data."""
     from ray_jobs.fit import solve as run_solve
 
-    choices = names(estimators, CHOICES, "--estimators", "estimator")
-    solved = run_solve(str(run.absolute()), choices, Resources(address=address))
+    solved = run_solve(str(run.absolute()), words(estimators), Resources(address=address))
     say(f"solve: {', '.join(solved.manifest()['fit']['solved'])}. Patterns: {solved.folder / 'patterns.safetensors'}")
+
+
+@app.command()
+def quality(
+    patterns: Annotated[Path, typer.Option(help="The folder of a finished fit.")],
+    shards: Shards,
+    evaluate: Annotated[
+        list[str] | None, typer.Option(help="Shards to evaluate on; by default every second one of --shards.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Where the results go; by default the fit's folder.")] = None,
+    operators: Annotated[
+        str, typer.Option(help="Those judged: 'features.*,fc'; by default all of moderate size with several inputs.")
+    ] = "",
+    gram_positions: Annotated[int, typer.Option(min=1, help="Patches drawn from each image for each operator.")] = 16,
+    batch_size: BatchSize = 32,
+    max_samples: MaxSamples = None,
+    seed: Seed = 0,
+    workers: Workers = None,
+    gpus_per_worker: Gpus = None,
+    cpus_per_worker: Cpus = 1,
+    max_loss: MaxLoss = 300,
+    address: Address = None,
+) -> None:
+    """Patterns + other shards → how good they are: ρ for each neuron, operator and estimator, and a figure."""
+    from ray_jobs.quality import measure, medians
+    from ray_jobs.run import Run
+    from ray_jobs.shards import list_shards
+
+    listed = list_shards(shards)
+    if not evaluate and len(listed) < 2:
+        raise UserError("--shards", "one shard cannot be parted in two", "Give more, or others by --evaluate.")
+    regressed, evaluated = (listed, list_shards(evaluate)) if evaluate else (listed[::2], listed[1::2])
+    config = QualityConfig(
+        ModelConfig(**Run(patterns.absolute()).fitted_model()),
+        str(patterns.absolute()),
+        regressed,
+        evaluated,
+        str((out or patterns).absolute()),
+        words(operators),
+        gram_positions,
+        batch_size,
+        max_samples,
+        seed,
+    )
+    run = measure(config, Resources(workers, gpus_per_worker, cpus_per_worker, max_loss, address))
+    for name, value in medians(run).items():
+        say(f"{name:>24}  median ρ {value:.3f}")
+    say(f"quality: {run.folder / 'quality.parquet'}, drawn in {run.folder / 'quality.png'}")
 
 
 @app.command()
@@ -185,7 +246,7 @@ def explain(
     model: Annotated[str | None, typer.Option(help="The model; by default the fit's.")] = None,
     weights: Annotated[str | None, typer.Option(help="Its weights; by default where the fit found them.")] = None,
     methods: Annotated[str, typer.Option(help=f"Some of {', '.join(METHODS)}.")] = ",".join(METHODS),
-    estimator: Annotated[str, typer.Option(help=f"One of {', '.join(CHOICES)}.")] = "default",
+    estimator: Estimators = "default",
     target: Annotated[str, typer.Option(help="The class explained: predicted or label.")] = "predicted",
     batch_size: BatchSize = 32,
     max_samples: MaxSamples = None,
@@ -207,7 +268,7 @@ def explain(
         str((out or patterns).absolute()),
         batch_size,
         names(methods, METHODS, "--methods", "method"),
-        names(estimator, CHOICES, "--estimator", "estimator")[0],
+        words(estimator),
         target,
         max_samples,
     )

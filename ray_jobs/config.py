@@ -4,6 +4,9 @@ import os
 from dataclasses import dataclass
 from functools import cached_property
 
+# They take every sum, so that all other estimators can be solved without data.
+FITTED = ("linear", "two-component", "multivariate")
+
 
 @dataclass(frozen=True)
 class Preprocessing:
@@ -53,7 +56,27 @@ class FitConfig:
     shards: tuple[str, ...]
     out: str
     batch_size: int = 32
-    estimators: tuple[str, ...] = ("linear", "two-component")
+    estimators: tuple[str, ...] = FITTED
+    max_samples: int | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class QualityConfig:
+    """The quality of the patterns of the run in `patterns`: v regressed on `shards`, ρ evaluated on `evaluate`.
+
+    operators: patterns of names; empty: all but those whose Gram matrix is large.
+    positions: patches drawn from each image.
+    """
+
+    model: ModelConfig
+    patterns: str
+    shards: tuple[str, ...]
+    evaluate: tuple[str, ...]
+    out: str
+    operators: tuple[str, ...] = ()
+    positions: int = 16
+    batch_size: int = 32
     max_samples: int | None = None
     seed: int = 0
 
@@ -68,7 +91,7 @@ class ExplainConfig:
     out: str
     batch_size: int = 32
     methods: tuple[str, ...] = ("gradient", "patternnet", "patternattribution")
-    estimator: str = "default"
+    estimator: tuple[str, ...] = ("default",)
     target: str = "predicted"
     max_samples: int | None = None
 

@@ -4,9 +4,11 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
+import pyarrow as pa
 from PIL import Image
 from zennit.image import get_cmap
 
@@ -68,5 +70,45 @@ def draw_grid(path: Path, rows: Sequence[Row], columns: int = 2, scale: float = 
             line[0].set_title(row.caption, fontsize=5.5, loc="left", pad=2)
         for axis, method in zip(axes[0][1:], methods):
             axis.set_title(method, fontsize=6.5, pad=2)
+    save_figure(path, figure)
+
+
+def draw_quality(path: Path, table: pa.Table) -> None:
+    """Draw ρ by operator and estimator as the paper's Figure 3: the distribution over neurons, side by side.
+
+    table: of quality.parquet. A box holds the middle half of an operator's neurons, a whisker 90 %.
+    """
+    from matplotlib.figure import Figure
+
+    table = table.drop_null()
+    operators, estimators = (table[column].unique().to_pylist() for column in ("operator", "estimator"))
+    grouped = table.group_by(["operator", "estimator"]).aggregate([("rho", "list")]).to_pylist()
+    rho = {(row["operator"], row["estimator"]): row["rho_list"] for row in grouped}
+    figure = Figure(figsize=(max(6, 2 + 0.16 * len(operators) * (len(estimators) + 1)), 4), dpi=130)
+    axis = figure.subplots()
+    width = 1 / (len(estimators) + 1)
+    for number, estimator in enumerate(estimators):
+        colour = matplotlib.colormaps["tab10"](number % 10)
+        places = [i for i, operator in enumerate(operators) if (operator, estimator) in rho]
+        axis.boxplot(
+            [rho[operators[i], estimator] for i in places],
+            positions=[i + (number - (len(estimators) - 1) / 2) * width for i in places],
+            widths=0.8 * width, whis=(5, 95), showfliers=False, patch_artist=True,
+            boxprops={"facecolor": colour, "linewidth": 0.5}, medianprops={"color": "black", "linewidth": 0.8},
+            whiskerprops={"linewidth": 0.5}, capprops={"linewidth": 0.5}, manage_ticks=False,
+        )  # fmt: skip
+        axis.bar(0, 0, color=colour, label=estimator)
+    axis.set_xticks(range(len(operators)), operators, rotation=90, fontsize=6)
+    axis.set_xlim(-0.6, len(operators) - 0.4)
+    axis.set_ylim(bottom=min(0.0, *(min(values) for values in rho.values())))
+    axis.set_ylabel("ρ = 1 − max corr(y, vᵀd)")
+    axis.grid(axis="y", linewidth=0.3)
+    figure.legend(loc="upper center", ncols=len(estimators), fontsize=7, frameon=False)
+    figure.tight_layout(rect=(0, 0, 1, 0.94))
+    save_figure(path, figure)
+
+
+def save_figure(path: Path, figure: Any) -> None:
+    """Write a figure of matplotlib's, its kind by the file's name."""
     with matplotlib.rc_context({"savefig.facecolor": "white"}):
         write_aside(path, lambda aside: figure.savefig(aside, format=path.suffix[1:]))

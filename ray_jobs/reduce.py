@@ -1,15 +1,15 @@
 """Parts → moments → patterns, a few operators at a time, as Ray tasks."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import reduce
 from operator import add
 from pathlib import Path
 
 import ray
 
-from patterns import Operator, Solution, solve
+from patterns import Moments, Operator, Solution, solve
 from patterns.moments import Wanted, planned_bytes
-from patterns.storage import load_moments
+from patterns.storage import M, load_moments
 
 TASK_BYTES = 256 << 20  # of moments that one task holds at a time, unless one operator's are more
 
@@ -18,10 +18,12 @@ def solve_group(
     parts: Sequence[str], operators: Sequence[Operator], choices: Sequence[str], seed: int
 ) -> list[Solution]:
     """Merge the parts of some operators and solve for their patterns."""
-    return [
-        solve(operator, reduce(add, (load_moments(Path(part), operator.name) for part in parts)), choices, seed)
-        for operator in operators
-    ]
+    return [solve(operator, merged(parts, operator.name, Moments), choices, seed) for operator in operators]
+
+
+def merged(parts: Iterable[str], operator: str, kind: type[M]) -> M:
+    """The moments of one operator over all parts."""
+    return reduce(add, (load_moments(Path(part), operator, kind) for part in parts))
 
 
 def solve_all(

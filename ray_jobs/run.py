@@ -14,11 +14,12 @@ import pyarrow.parquet as pq
 from patterns import Operator, UserError
 from patterns.operators import KIND_NAMES
 from patterns.storage import ASIDE, write_json, write_table
-from ray_jobs.config import ExplainConfig, FitConfig
+from ray_jobs.config import ExplainConfig, FitConfig, QualityConfig
 from ray_jobs.ledger import Refused
 from ray_jobs.models import Loaded
 
 FORMAT = 1
+Config = FitConfig | QualityConfig | ExplainConfig
 LIBRARIES = ("patternnet-ray", "torch", "torchvision", "ray", "webdataset", "zennit", "pyarrow", "safetensors")
 REFUSED = pa.schema([("shard", pa.string()), ("key", pa.string()), ("reason", pa.string())])
 QUARANTINE = REFUSED.insert(0, pa.field("job", pa.string()))
@@ -30,6 +31,7 @@ class Run:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.path = self.folder / "manifest.json"
+        self.moments = self.folder / "moments"
 
     def manifest(self) -> dict[str, Any]:
         """The manifest; empty for a new run. UserError where it is not one of ours."""
@@ -54,7 +56,7 @@ class Run:
         options = self.job("fit", "Run `patternnet fit` to the end first, or name another --patterns.")["model"]
         return {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
 
-    def claim(self, job: str, config: FitConfig | ExplainConfig, loaded: Loaded) -> dict[str, Any]:
+    def claim(self, job: str, config: Config, loaded: Loaded) -> dict[str, Any]:
         """Begin a job here, or take it up again: its section of the manifest.
 
         UserError where the folder cannot be written, or holds the same job with another configuration.
@@ -100,7 +102,7 @@ class Run:
         write_table(path, QUARANTINE, [pa.Table.from_pylist(rows, QUARANTINE)])
 
 
-def options_of(config: FitConfig | ExplainConfig) -> dict[str, Any]:
+def options_of(config: Config) -> dict[str, Any]:
     """What must be the same when a job goes on; where the weights lie does not matter, their digest does."""
     options = asdict(config)
     model = options.pop("model")
@@ -114,7 +116,7 @@ def difference(before: dict[str, Any], now: dict[str, Any]) -> str:
         was, is_ = before.get(name), now.get(name)
         if was == is_:
             continue
-        if isinstance(was, list) and isinstance(is_, list) and name == "shards":
+        if isinstance(was, list) and isinstance(is_, list) and name in {"shards", "evaluate"} and was and is_:
             return f"{len(was)} shards from {was[0]}, now {len(is_)} from {is_[0]}"
         return f"{name} {was}, now {is_}"
     return "the same options"

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,10 @@ from safetensors.torch import load_file
 
 from patterns import CHOICES, UserError, accumulate, solve
 from ray_jobs import models
-from ray_jobs.config import FitConfig, ModelConfig, Resources
-from ray_jobs.fit import FitJob, FitWorker, fit
+from ray_jobs.config import FITTED, FitConfig, ModelConfig, Resources
+from ray_jobs.fit import fit, observer
 from ray_jobs.fit import solve as solve_more
-from ray_jobs.run import Run
+from ray_jobs.gather import Gathering, GatherJob, GatherWorker
 from ray_jobs.session import worker_options
 from ray_jobs.shards import ShardReader
 from ray_jobs.worker import Place
@@ -29,6 +30,13 @@ PREPARED = {"image_size": 16, "resize": 16, "mean": (0.5, 0.5, 0.5), "std": (0.2
 
 def configured(spec: str, shards: list[str], out: Path, **options: object) -> FitConfig:
     return FitConfig(ModelConfig(spec, **PREPARED), tuple(shards), str(out), batch_size=4, **options)  # type: ignore[arg-type]
+
+
+def gathering(config: FitConfig) -> Gathering:
+    return Gathering(config.model, config.shards, f"{config.out}/moments", config.batch_size, config.max_samples)
+
+
+observing = partial(observer, FITTED)
 
 
 def on_cpu(workers: int, max_loss: float = 300) -> Resources:
@@ -74,20 +82,20 @@ def test_a_killed_worker_changes_no_digit(
 ) -> None:
     pids: list[int] = []
     worked: list[str] = []
-    started, heard = FitJob.started, FitJob.worked
+    started, heard = GatherJob.started, GatherJob.worked
 
-    def note(self: FitJob, told: Place) -> None:
+    def note(self: GatherJob, told: Place) -> None:
         pids.append(told.pid)
         started(self, told)
 
-    def kill_the_first_worker(self: FitJob, item: str, told: object) -> None:
+    def kill_the_first_worker(self: GatherJob, item: str, told: object) -> None:
         worked.append(item)
         heard(self, item, told)  # type: ignore[arg-type]
         if len(worked) == 5:
             os.kill(pids[0], signal.SIGKILL)
 
-    monkeypatch.setattr(FitJob, "started", note)
-    monkeypatch.setattr(FitJob, "worked", kill_the_first_worker)
+    monkeypatch.setattr(GatherJob, "started", note)
+    monkeypatch.setattr(GatherJob, "worked", kill_the_first_worker)
     run = fit(configured(model_spec, shards, tmp_path / "run"), on_cpu(2))
     assert len(worked) > len(shards), "no shard was done again: the killed worker had nothing to lose"
     same_patterns(undisturbed, run.folder)
@@ -136,10 +144,11 @@ def test_a_stopped_and_then_killed_driver_goes_on_and_changes_no_digit(
 
 def test_each_worker_has_a_gpu_of_its_own(local_ray: None, model_spec: str, shards: list[str], tmp_path: Path) -> None:
     config = configured(model_spec, shards, tmp_path / "run")
-    job = FitJob(Run(tmp_path / "run"), config, max_loss=300)
+    task = gathering(config)
+    job = GatherJob("fit", task, max_loss=300)
     size, job.options = worker_options(Resources())
     assert size == 2
-    job.actor, job.arguments = ray.remote(FitWorker), (config, models.load(config.model).digest)
+    job.actor, job.arguments = ray.remote(GatherWorker), (task, observing, models.load(config.model).digest)
     workers = [job.spawn() for _ in range(size)]
     places = ray.get([w.ready.remote() for w in workers])
     for worker in workers:
@@ -164,14 +173,32 @@ def test_further_estimators_are_solved_from_the_moments_alone(
     local_ray: None, model_spec: str, shards: list[str], tmp_path: Path
 ) -> None:
     whole = fit(configured(model_spec, shards, tmp_path / "whole", estimators=tuple(CHOICES)), on_cpu(2))
-    run = fit(configured(model_spec, shards, tmp_path / "run", estimators=("two-component",)), on_cpu(2))
-    assert "0/linear" not in load_file(run.folder / "patterns.safetensors")
-    solve_more(str(run.folder), ["linear", "filter", "random", "default"])
+    run = fit(configured(model_spec, shards, tmp_path / "run"), on_cpu(2))
+    assert "0/filter" not in load_file(run.folder / "patterns.safetensors")
+    further = ["two-component-own-mean", "*=filter", "random"]
+    solve_more(str(run.folder), further)
     same_patterns(whole.folder, run.folder)
-    assert run.manifest()["fit"]["solved"] == ["two-component", "linear", "filter", "random", "default"]
+    assert run.manifest()["fit"]["solved"] == [*FITTED, *further]
     few = fit(configured(model_spec, shards, tmp_path / "few", estimators=("default",)), on_cpu(2))
     with pytest.raises(UserError, match=r"a fit of default took no sums of 0 for linear\. Fit with"):
         solve_more(str(few.folder), ["linear"])
+
+
+def test_estimators_are_fitted_for_the_operators_that_a_pattern_of_names_means(
+    local_ray: None, model_spec: str, shards: list[str], tmp_path: Path
+) -> None:
+    run = fit(configured(model_spec, shards, tmp_path / "run", estimators=("2.conv*=linear", "6=filter")), on_cpu(2))
+    rows: dict[str, set[str]] = {}
+    for key in load_file(run.folder / "patterns.safetensors"):
+        operator, _, row = key.rpartition("/")
+        rows.setdefault(operator, set()).add(row)
+    assert rows == {
+        "0": {"positive"}, "2.conv1": {"linear"}, "2.conv2": {"linear"}, "addition.0": {"positive"},
+        "average_pool.0": {"linear"}, "6": {"filter"},
+    }  # fmt: skip
+    with pytest.raises(UserError, match=r"no operator matches 'convs\.\*'"):
+        fit(configured(model_spec, shards, tmp_path / "none", estimators=("convs.*=linear",)), on_cpu(2))
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_limit_takes_the_same_samples_whatever_the_workers(
@@ -215,7 +242,7 @@ def test_a_worker_that_fails_midway_forgets_what_it_had(model_spec: str, shards:
     broken = tmp_path / "broken.tar"
     broken.write_bytes(Path(shards[0]).read_bytes()[:-4096])
     config = configured(model_spec, [*shards, str(broken)], tmp_path / "run")
-    worker = FitWorker(config, models.load(config.model).digest)
+    worker = GatherWorker(gathering(config), observing, models.load(config.model).digest)
     worker.work(shards[0])
     with pytest.raises(UserError, match=r"cannot be read|cut short"):
         worker.work(str(broken))

@@ -1,0 +1,169 @@
+"""The quality job: patterns and the moments of other shards → ρ for each neuron, operator and estimator.
+
+Three sets of shards, as in the paper: the patterns were fitted on one, v is regressed on the second, and
+ρ is evaluated on the third.
+"""
+
+from collections.abc import Collection, Sequence
+from fnmatch import fnmatchcase
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import torch
+from torch import Tensor
+
+from patterns import Network, Operator, PatchMoments, PatchObserver, UserError, storage
+from patterns.estimators import chosen, selected
+from patterns.patches import bytes_of
+from patterns.quality import CUTOFF, quality, signals
+from patterns.storage import write_table
+from ray_jobs import models
+from ray_jobs.config import QualityConfig, Resources
+from ray_jobs.gather import Gathering, GatherJob, part_files
+from ray_jobs.ledger import Refused
+from ray_jobs.pictures import draw_quality
+from ray_jobs.reduce import grouped, merged
+from ray_jobs.run import Run
+from ray_jobs.session import connected
+
+# An operator whose Gram matrix takes more is judged only where it is named.
+GRAM_BYTES = 512 << 20
+SCHEMA = pa.schema(
+    [("operator", pa.string()), ("neuron", pa.int32()), ("estimator", pa.string()), ("rho", pa.float64())]
+)
+
+
+def judged(network: Network, patterns: Sequence[str]) -> list[str]:
+    """The operators that some patterns of names mean; without any, all those of moderate size with several inputs.
+
+    UserError for a pattern that matches none.
+    """
+    if not patterns:
+        found = [n for n, op in network.operators.items() if op.inputs_per_neuron > 1 and bytes_of(op) <= GRAM_BYTES]
+        if not found:
+            what = "every operator's Gram matrix is large, or has one input"
+            raise UserError("--operators", what, "Name some; `patternnet plan` lists them.")
+        return found
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in network.operators):
+            raise UserError("--operators", f"no operator matches {pattern!r}", "`patternnet plan` lists their names.")
+    return [n for n in network.operators if any(fnmatchcase(n, pattern) for pattern in patterns)]
+
+
+def observer(operators: Collection[str], positions: int, seed: int, network: Network) -> PatchObserver:
+    """What takes the moments of sampled patches of some operators."""
+    return PatchObserver(network, operators, positions, seed)
+
+
+def measure(config: QualityConfig, resources: Resources = Resources()) -> Run:  # noqa: B008 - frozen
+    """ρ of every estimator of a finished fit, or go on with a job that ended early.
+
+    Once the moments are there, the same call judges the estimators that were solved since, without data.
+    UserError where the configuration or the data are wrong, StoppedShortError where a signal came.
+    """
+    fitted = Run(config.patterns)
+    section = fitted.job("fit", "Run `patternnet fit` to the end first, or name another --patterns.")
+    apart({"the fit": section["options"]["shards"], "--shards": config.shards, "--evaluate": config.evaluate})
+    loaded = models.load(config.model)
+    names = judged(loaded.network, config.operators)
+    operators = [loaded.network.operators[name] for name in names]
+    choices = tuple(section.get("solved", section["options"]["estimators"]))
+    storage.load(fitted.folder, loaded.digest, [])
+    if not any(signals(dict.fromkeys(chosen(operator, choices))) for operator in operators):
+        what = "holds patterns of one side of the gate only, which make no estimator"
+        raise UserError(config.patterns, what, "Run `patternnet solve RUN --estimators two-component` first.")
+    run = Run(config.out)
+    section = run.claim("quality", config, loaded)
+    sets = {"regressed": config.shards, "evaluated": config.evaluate}
+    parts: list[list[str]] = []
+    counted: dict[str, int] = {}
+    refused: list[Refused] = []
+    with connected(resources):
+        for name, shards in sets.items():
+            folder = run.folder / "quality" / name
+            task = Gathering(config.model, shards, str(folder), config.batch_size, config.max_samples)
+            job = GatherJob(f"quality, {name}", task, resources.max_loss)
+            observe = partial(observer, names, config.positions, config.seed)
+            ledger = job.gather(resources, observe, loaded.digest)
+            parts.append(part_files(folder, ledger))
+            counted[name] = ledger.samples
+            refused += ledger.refused
+        run.quarantine("quality", refused)
+        job.reporter.line(f"judging the patterns of {len(names)} operators")
+        tables = judge_all(operators, choices, str(fitted.folder), loaded.digest, *parts)
+    about = {"cutoff": CUTOFF, "positions": config.positions, "seed": config.seed, **counted}
+    schema = SCHEMA.with_metadata({key: str(value) for key, value in about.items()})
+    path = run.folder / "quality.parquet"
+    write_table(path, schema, tables)
+    draw_quality(run.folder / "quality.png", pq.read_table(path))
+    run.record("quality", section | {"status": "complete", "samples": counted, "cutoff": CUTOFF}, loaded)
+    return run
+
+
+def apart(sets: dict[str, Sequence[str]]) -> None:
+    """UserError where two sets of shards share one."""
+    seen: dict[str, str] = {}
+    for name, shards in sets.items():
+        for shard in shards:
+            if shard in seen:
+                what = f"is in {seen[shard]} and in {name}; patterns, regression and evaluation need their own shards"
+                raise UserError(shard, what, "Name other shards.")
+            seen[shard] = name
+
+
+def judge_all(
+    operators: Sequence[Operator],
+    choices: Sequence[str],
+    run: str,
+    weights: str,
+    regressed: Sequence[str],
+    evaluated: Sequence[str],
+) -> list[pa.Table]:
+    """The rows of every operator, from the parts that count, as Ray tasks."""
+    task = ray.remote(judge)
+    groups = grouped(operators, [bytes_of(op) for op in operators])
+    calls = [task.remote(group, choices, run, weights, regressed, evaluated) for group in groups]
+    return [table for call in calls for table in ray.get(call)]
+
+
+def judge(
+    operators: Sequence[Operator],
+    choices: Sequence[str],
+    run: str,
+    weights: str,
+    regressed: Sequence[str],
+    evaluated: Sequence[str],
+) -> list[pa.Table]:
+    """The rows of some operators, one after the other."""
+    tables = []
+    for operator in operators:
+        patterns = storage.load(Path(run), weights, [operator.name]).get(operator.name, {})
+        b, c = (merged(parts, operator.name, PatchMoments) for parts in (regressed, evaluated))
+        rho = quality(patterns, operator.weight, b, c)
+        if "identity" in selected(operator.name, choices):
+            rho["identity"] = torch.full((operator.neurons,), torch.nan)
+        tables.append(rows_of(operator.name, rho))
+    return tables
+
+
+def rows_of(operator: str, rho: dict[str, Tensor]) -> pa.Table:
+    """Rows of quality.parquet; null where ρ is undefined."""
+    tables = [
+        pa.table([[operator] * len(v), np.arange(len(v)), [name] * len(v), pa.array(v.numpy(), from_pandas=True)],
+                 names=SCHEMA.names).cast(SCHEMA)
+        for name, v in rho.items()
+    ]  # fmt: skip
+    return pa.concat_tables(tables) if tables else SCHEMA.empty_table()
+
+
+def medians(run: Run) -> dict[str, float]:
+    """The median ρ of each estimator over all neurons where it is defined."""
+    table = pq.read_table(run.folder / "quality.parquet").drop_null()
+    return {
+        name: float(np.median(table.filter(pa.compute.equal(table["estimator"], name))["rho"]))
+        for name in table["estimator"].unique().to_pylist()
+    }

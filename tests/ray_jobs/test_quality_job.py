@@ -1,0 +1,179 @@
+"""The quality job: ρ as regression over written-out patches finds it, whatever happens on the way."""
+
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+
+from patterns import UserError
+from ray_jobs import models
+from ray_jobs.cli import status
+from ray_jobs.config import FitConfig, ModelConfig, QualityConfig, Resources
+from ray_jobs.fit import fit, solve
+from ray_jobs.gather import GatherJob
+from ray_jobs.quality import measure
+from ray_jobs.run import Run
+from ray_jobs.shards import ShardReader
+from ray_jobs.worker import Place
+from tests.conftest import make_shards
+from tests.oracles import Neuron, neurons, window_patches
+
+RESOURCES = Resources(workers=2, gpus_per_worker=0)
+EVERYWHERE = 10**6
+
+
+@pytest.fixture(scope="module")
+def model(model_spec: str) -> ModelConfig:
+    return ModelConfig(model_spec, "default", "float64", 0, 16, 16, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], ...]:
+    """Shards for the patterns, for v and for ρ."""
+    folder = tmp_path_factory.mktemp("sets")
+    return tuple(make_shards(folder / name, 3, 8, seed) for seed, name in enumerate("abc"))
+
+
+@pytest.fixture(scope="module")
+def fitted(local_ray: None, model: ModelConfig, sets: tuple[list[str], ...], tmp_path_factory: object) -> Path:
+    out = tmp_path_factory.mktemp("fitted") / "run"  # type: ignore[attr-defined]
+    return fit(FitConfig(model, tuple(sets[0]), str(out), 4, ("linear", "two-component", "filter")), RESOURCES).folder
+
+
+def configured(
+    model: ModelConfig, fitted: Path, sets: tuple[list[str], ...], out: Path, **options: object
+) -> QualityConfig:
+    return QualityConfig(model, str(fitted), tuple(sets[1]), tuple(sets[2]), str(out), batch_size=4, **options)  # type: ignore[arg-type]
+
+
+def first_layer(model: ModelConfig, shards: list[str]) -> tuple[list[Neuron], nn.Conv2d]:
+    """The neurons of the model's first convolution over whole shards, written out."""
+    loaded = models.load(model)
+    layer = loaded.network.operators["0"]
+    import torch
+
+    x = torch.cat([batch.images for s in shards for batch in ShardReader(s, loaded.preprocessing, 8, loaded.dtype)])
+    patches = window_patches(x, (3, 3), (2, 2), (0, 0), (1, 1))
+    return neurons(patches, layer.weight, layer.bias, (0.0, 6.0)), layer  # type: ignore[return-value]
+
+
+def regressed(a: list[np.ndarray], b: Neuron, c: Neuron) -> float:
+    """ρ by least squares on B and the correlation on C, sample by sample."""
+
+    def distractor(neuron: Neuron) -> np.ndarray:
+        x, y, gate = neuron.x.numpy(), neuron.y.numpy(), neuron.open.numpy()
+        parts = [y] if len(a) == 1 else [y * gate, y * ~gate]
+        return x - sum(np.outer(s, pattern) for s, pattern in zip(parts, a))
+
+    d, y = distractor(b), b.y.numpy()
+    v = np.linalg.lstsq(d - d.mean(0), y - y.mean(), rcond=1e-8)[0]
+    return 1 - np.corrcoef(distractor(c) @ v, c.y.numpy())[0, 1]
+
+
+def test_the_job_finds_what_regression_over_the_images_finds(
+    fitted: Path, model: ModelConfig, sets: tuple[list[str], ...], tmp_path: Path
+) -> None:
+    run = measure(configured(model, fitted, sets, tmp_path, operators=("0",), positions=EVERYWHERE), RESOURCES)
+    table = pq.read_table(run.folder / "quality.parquet")
+    found = {(r["estimator"], r["neuron"]): r["rho"] for r in table.to_pylist()}
+    patterns = load_file(fitted / "patterns.safetensors")
+    rows = {"linear": ["linear"], "filter": ["filter"], "two-component": ["positive", "negative"]}
+    (on_b, _), (on_c, _) = first_layer(model, sets[1]), first_layer(model, sets[2])
+    assert set(found) == {(name, k) for name in rows for k in range(6)}
+    for name, sides in rows.items():
+        for k, (b, c) in enumerate(zip(on_b, on_c)):
+            a = [patterns[f"0/{side}"].double().flatten(1)[k].numpy() for side in sides]
+            assert found[name, k] == pytest.approx(regressed(a, b, c), abs=1e-5), (name, k)
+    said = {k.decode(): v.decode() for k, v in table.schema.metadata.items() if not k.startswith(b"ARROW")}
+    assert said == {"cutoff": "1e-10", "positions": "1000000", "seed": "0", "regressed": "24", "evaluated": "24"}
+
+
+def test_neither_workers_nor_losses_nor_resuming_change_a_digit(
+    fitted: Path, model: ModelConfig, sets: tuple[list[str], ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configured(model, fitted, sets, tmp_path / "one", positions=3)
+    whole = measure(config, Resources(workers=1, gpus_per_worker=0))
+    pids: list[int] = []
+    worked: list[str] = []
+    started, heard = GatherJob.started, GatherJob.worked
+
+    def note(self: GatherJob, told: Place) -> None:
+        pids.append(told.pid)
+        started(self, told)
+
+    def kill_the_first_worker(self: GatherJob, item: str, told: object) -> None:
+        worked.append(item)
+        heard(self, item, told)  # type: ignore[arg-type]
+        if len(worked) == 2:
+            os.kill(pids[0], signal.SIGKILL)
+
+    monkeypatch.setattr(GatherJob, "started", note)
+    monkeypatch.setattr(GatherJob, "worked", kill_the_first_worker)
+    other = measure(configured(model, fitted, sets, tmp_path / "two", positions=3), RESOURCES)
+    assert len(worked) > 6, "no shard was done again: the killed worker had nothing to lose"
+    again = measure(configured(model, fitted, sets, tmp_path / "two", positions=3), RESOURCES)
+    expected = pq.read_table(whole.folder / "quality.parquet")
+    for run in (other, again):
+        table = pq.read_table(run.folder / "quality.parquet")
+        assert table.drop(["rho"]).equals(expected.drop(["rho"]))
+        for one, two in zip(table["rho"].to_pylist(), expected["rho"].to_pylist()):
+            assert one == (None if two is None else pytest.approx(two, abs=1e-7))
+
+
+def test_estimators_solved_since_are_judged_without_data(
+    model: ModelConfig, sets: tuple[list[str], ...], tmp_path: Path, local_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a = fit(FitConfig(model, tuple(sets[0]), str(tmp_path / "run"), 4, ("linear", "multivariate")), RESOURCES)
+    config = configured(model, a.folder, sets, a.folder)
+    measure(config, RESOURCES)
+    solve(str(a.folder), ["random", "identity"], RESOURCES)
+    monkeypatch.setattr(GatherJob, "worked", lambda *_: pytest.fail("read data again"))
+    measure(config, RESOURCES)
+    rows = pq.read_table(a.folder / "quality.parquet").to_pylist()
+    assert {r["estimator"] for r in rows} == {"linear", "multivariate", "random", "identity"}
+    assert {r["rho"] for r in rows if r["estimator"] == "identity"} == {None}
+    assert all(0 <= r["rho"] <= 2 for r in rows if r["rho"] is not None)
+
+
+def test_the_command_parts_the_shards_judges_and_draws(
+    fitted: Path, sets: tuple[list[str], ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(sets[1][0]).parent
+    options = ["--patterns", fitted, "--shards", f"{folder}/*.tar", "--out", tmp_path / "q", "--batch-size", 4]
+    assert status(["quality", *map(str, options), "--gpus-per-worker", "0", "--operators", "0,2.*"]) == 0
+    out = capsys.readouterr().out
+    assert [line.split()[0] for line in out.splitlines()[:3]] == ["filter", "linear", "two-component"]
+    section = Run(tmp_path / "q").job("quality", "")
+    assert section["samples"] == {"regressed": 16, "evaluated": 8}
+    with Image.open(tmp_path / "q" / "quality.png") as picture:
+        assert picture.width > 600
+        assert len(picture.convert("RGB").getcolors(10**6)) > 50  # type: ignore[arg-type]
+
+
+def test_shards_of_the_fit_or_of_both_sets_are_refused(
+    fitted: Path, model: ModelConfig, sets: tuple[list[str], ...], tmp_path: Path
+) -> None:
+    a, b, c = sets
+    for wrong in ((a, a, c), (a, b, b)):
+        with pytest.raises(UserError, match=r"is in .* need their own shards\. Name other shards"):
+            measure(configured(model, fitted, wrong, tmp_path / "out"), RESOURCES)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_judged_is_said_before_data_is_read(
+    fitted: Path, model: ModelConfig, sets: tuple[list[str], ...], tmp_path: Path, local_ray: None
+) -> None:
+    with pytest.raises(UserError, match=r"no operator matches 'conv\*'"):
+        measure(configured(model, fitted, sets, tmp_path / "out", operators=("conv*",)), RESOURCES)
+    half = fit(FitConfig(model, tuple(sets[0]), str(tmp_path / "half"), 4, ("default",)), RESOURCES)
+    with pytest.raises(UserError, match="patterns of one side of the gate only"):
+        measure(configured(model, half.folder, sets, tmp_path / "out", operators=("0",)), RESOURCES)
+    with pytest.raises(UserError, match=r"holds no finished fit\. Run `patternnet fit`"):
+        measure(configured(model, tmp_path / "nowhere", sets, tmp_path / "out"), RESOURCES)
+    assert not (tmp_path / "out").exists()
