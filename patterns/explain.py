@@ -1,46 +1,97 @@
-"""Explanations: one backward pass of the unchanged forward pass, with patterns in the weights' place.
+"""Explanations: one backward pass of the unchanged forward pass, with other weights or rectifiers on the way back.
 
-Every method here is a choice of backward weights: the gradient takes w, PatternNet the pattern a,
-PatternAttribution w⊙a (Kindermans et al. 2018, §3.3). Rectifiers and max pooling keep their usual backward.
+A backward pass is a choice of weights for the operators (the gradient takes w, PatternNet the pattern a,
+PatternAttribution w⊙a: Kindermans et al. 2018, §3.3) and of a rule for the rectifiers. Max pooling and
+changes of shape keep their usual backward.
+
+`gradient-x-input` is x ⊙ ∂z/∂x, so it starts from 1. In a rectifier network it equals LRP-z, which starts from
+the target's value z: there an input x of a neuron z receives x w R/z, so R/z is handed back as a gradient is,
+and a rectifier's output is z times its slope (Shrikumar et al. 2016, arXiv 1605.01713; Kindermans et al. 2016,
+arXiv 1611.07270).
 """
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule, Node
 
 from patterns import scales
 from patterns.errors import UserError
-from patterns.graph import Network
+from patterns.graph import IN_PLACE, RECTIFIERS, Network
 from patterns.operators import Operator
 
+FUNCTIONAL = {in_place: functional for functional, in_place in IN_PLACE.items()}
 Weights = Mapping[str, Tensor]
+# From the gradient at a rectifier's output: what goes straight to its input, and what goes through its usual backward.
+Rule = Callable[[Tensor], tuple[Tensor | None, Tensor | None]]
+
+
+def gated(gradient: Tensor) -> tuple[None, Tensor]:
+    """The rectifier's own backward."""
+    return None, gradient
+
+
+def rectified(gradient: Tensor) -> tuple[Tensor, None]:
+    """What is positive, whatever the rectifier's input was (Zeiler & Fergus 2014)."""
+    return gradient.clamp(min=0), None
+
+
+def gated_and_rectified(gradient: Tensor) -> tuple[None, Tensor]:
+    """What is positive, through the rectifier's own backward (Springenberg et al. 2015)."""
+    return None, gradient.clamp(min=0)
+
+
+@dataclass(frozen=True)
+class Backward:
+    """A way back through the network; positively homogeneous in the gradient, so that scaling is exact.
+
+    operator: the backward weight, from an operator's weight and pattern.
+    starts_from_value: it starts from the target's value, else from 1.
+    """
+
+    operator: Callable[[Tensor, Tensor | None], Tensor | None]
+    rectifier: Rule = gated
+    needs_patterns: bool = False
+    starts_from_value: bool = False
 
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the table.
+    """A row of the table. Methods of the same `backward` share one pass.
 
-    backward_weight: from an operator's weight and pattern.
-    starts_from_value: the backward pass starts from the target's value, else from 1.
-    attributes: the result says how much each input contributed; else it is a signal, an image of its own.
+    times_input: the map is the pass's result times the input.
+    attributes: the map says how much each input contributed; else it is a signal, an image of its own.
     """
 
-    backward_weight: Callable[[Tensor, Tensor | None], Tensor | None]
-    needs_patterns: bool
-    starts_from_value: bool
-    attributes: bool
+    backward: Backward
+    times_input: bool = False
+    attributes: bool = False
 
+    @property
+    def needs_patterns(self) -> bool:
+        return self.backward.needs_patterns
+
+
+def weight(w: Tensor, a: Tensor | None) -> Tensor:
+    """w, whatever the pattern."""
+    return w
+
+
+GRADIENT = Backward(weight)
 
 METHODS: dict[str, Method] = {
-    "gradient": Method(lambda w, a: w, needs_patterns=False, starts_from_value=False, attributes=False),
-    "patternnet": Method(lambda w, a: a, needs_patterns=True, starts_from_value=True, attributes=False),
+    "gradient": Method(GRADIENT),
+    "gradient-x-input": Method(GRADIENT, times_input=True, attributes=True),
+    "deconvnet": Method(Backward(weight, rectified)),
+    "guided-backprop": Method(Backward(weight, gated_and_rectified)),
+    "patternnet": Method(Backward(lambda w, a: a, needs_patterns=True, starts_from_value=True)),
+    # Σ map = the target's value, less what is lost at gates and borders: patterns/conservation.py.
     "patternattribution": Method(
-        lambda w, a: w * a,  # type: ignore[operator]
-        needs_patterns=True,
-        starts_from_value=True,
+        Backward(lambda w, a: w * a, needs_patterns=True, starts_from_value=True),  # type: ignore[operator]
         attributes=True,
     ),
 }
@@ -74,11 +125,15 @@ class Explainer:
             what = f"the model gives outputs of shape {network.output_shape}, not a score for each class"
             raise UserError("model", what, "Explain a model whose output is (N, classes).")
         self._methods = {name: METHODS[name] for name in methods}
-        self._weights = {name: backward_weights(network, patterns or {}, METHODS[name]) for name in methods}
-        self._exponents = dict.fromkeys(methods, 0)
-        self._restored = dict.fromkeys(methods, 0)  # of a scaled pass whose result is in range itself
+        passes = dict.fromkeys(method.backward for method in self._methods.values())
+        self._weights = {backward: backward_weights(network, patterns or {}, backward) for backward in passes}
+        self._exponents = dict.fromkeys(passes, 0)
+        self._restored = dict.fromkeys(passes, 0)  # of a scaled pass whose result is in range itself
         self._current: Weights = {}
+        self._rule: Rule = gated
         self._module = network.rewrite(lambda op: Explained(op, lambda: self._current[op.name]))
+        if any(backward.rectifier is not gated for backward in passes):
+            add_rules(self._module, lambda: self._rule)
         self._keep_in_range(network)
 
     def __call__(self, inputs: Tensor, targets: Tensor | None = None) -> Explanation:
@@ -91,61 +146,64 @@ class Explainer:
         if targets is None:
             targets = scores.argmax(1)
         start = torch.zeros_like(scores).scatter_(1, targets[:, None], 1.0)
-        maps = {}
-        for number, (name, method) in enumerate(self._methods.items(), start=1):
-            values = start * scores.detach() if method.starts_from_value else start
-            self._current = self._weights[name]
-            further = number < len(self._methods)
+        results = {}
+        for number, (backward, weights) in enumerate(self._weights.items(), start=1):
+            values = start * scores.detach() if backward.starts_from_value else start
+            self._current, self._rule = weights, backward.rectifier
+            further = number < len(self._weights)
             (carried,) = torch.autograd.grad(scores, inputs, values, retain_graph=further)
-            maps[name] = scales.power(carried, self._restored[name]) if self._restored[name] else carried
-        return Explanation(maps, dict(self._exponents), scores.detach(), targets)
+            restored = self._restored[backward]
+            results[backward] = scales.power(carried, restored) if restored else carried
+        maps, exponents = {}, {}
+        for name, method in self._methods.items():
+            result = results[method.backward]
+            maps[name] = result * inputs.detach() if method.times_input else result
+            exponents[name] = self._exponents[method.backward]
+        return Explanation(maps, exponents, scores.detach(), targets)
 
     def _keep_in_range(self, network: Network) -> None:
-        """Scale the backward weights of the methods whose gradients would leave the dtype's range.
+        """Scale the backward weights of the passes whose gradients would leave the dtype's range.
 
         Judged by the gradients of noise: only their order of magnitude matters.
         """
         generator = torch.Generator().manual_seed(0)
         like = next(iter(network.operators.values())).weight
+        safe = scales.safe(like.dtype)
         noise = torch.randn((2, *network.input_shape), generator=generator).to(like)
         classes = scales.values(self._module)
         unscaled = dict.fromkeys(classes.order, 0)
-        beyond = [
-            m for m in self._methods if not scales.in_range(self._largest(self._weights[m], classes, unscaled, noise))
-        ]
+        beyond = [b for b in self._weights if not scales.in_range(self._largest(b, classes, unscaled, noise), safe)]
         if not beyond:
             return
         ones = scales.add_crossings(self._module, lambda name: self._current[name])
         classes = scales.values(self._module)
-        for method in self._methods:
-            weights = {**self._weights[method], **{name: one.to(like) for name, one in ones.items()}}
+        for backward in self._weights:
+            self._weights[backward] = {**self._weights[backward], **{name: one.to(like) for name, one in ones.items()}}
             phi = dict.fromkeys(classes.order, 0)
-            if method in beyond:
-                phi = scales.calibrate(
-                    classes,
-                    lambda phi, weights=weights: self._largest(weights, classes, phi, noise),  # type: ignore[misc]
-                )
-            self._weights[method] = scales.scaled(weights, classes, phi)
+            if backward in beyond:
+                measure = partial(self._largest, backward, classes, noise=noise)
+                phi = scales.calibrate(classes, measure)
+            self._weights[backward] = scales.scaled(self._weights[backward], classes, phi)
             result = phi[classes.source]
-            (self._restored if abs(result) <= 2 * scales.SAFE else self._exponents)[method] = result
+            (self._restored if abs(result) <= 2 * safe else self._exponents)[backward] = result
 
     def _largest(
-        self, weights: Weights, classes: scales.Values, phi: Mapping[int, int], noise: Tensor
+        self, backward: Backward, classes: scales.Values, phi: Mapping[int, int], noise: Tensor
     ) -> dict[int, float]:
         """The largest |gradient| that each class of values carries, under a potential."""
-        self._current = scales.scaled(weights, classes, phi)
+        self._current, self._rule = scales.scaled(self._weights[backward], classes, phi), backward.rectifier
         largest = dict.fromkeys(classes.order, 0.0)
 
         def note(number: int, gradient: Tensor) -> None:
             value = float(gradient.abs().max())
             largest[number] = value if not value <= largest[number] else largest[number]
 
-        def follow(part: nn.Module, _: object, output: Tensor) -> None:
-            number = classes.outputs[part.name]  # type: ignore[index]
+        def follow(part: scales.Step, _: object, output: Tensor) -> None:
+            number = classes.outputs[part.name]
             if output.requires_grad:  # what no input reaches, such as a class token alone, has no gradient
                 output.register_hook(lambda gradient: note(number, gradient))
 
-        parts = [part for part in self._module.modules() if isinstance(part, Explained | scales.Crossing)]
+        parts = [part for part in self._module.modules() if isinstance(part, scales.Step)]
         hooks = [part.register_forward_hook(follow) for part in parts]
         noise = noise.requires_grad_()
         scores = self._module(noise)
@@ -157,12 +215,12 @@ class Explainer:
         return largest
 
 
-def backward_weights(network: Network, patterns: Weights, method: Method) -> Weights:
-    """The weights of a method's backward pass, by operator, on the operator's device."""
+def backward_weights(network: Network, patterns: Weights, backward: Backward) -> Weights:
+    """The weights of a backward pass, by operator, on the operator's device."""
     weights = {}
     for name, operator in network.operators.items():
         pattern = patterns.get(name)
-        if pattern is None and method.needs_patterns:
+        if pattern is None and backward.needs_patterns:
             raise UserError(name, "the patterns hold none for this operator", "Fit them for this very model.")
         if pattern is not None:
             if pattern.shape != operator.weight.shape:
@@ -171,16 +229,16 @@ def backward_weights(network: Network, patterns: Weights, method: Method) -> Wei
                     name, f"the pattern has shape {found}, the weight {expected}", "Fit patterns for this very model."
                 )
             pattern = pattern.to(operator.weight)
-        weights[name] = method.backward_weight(operator.weight, pattern)
+        weights[name] = backward.operator(operator.weight, pattern)
     return weights  # type: ignore[return-value]
 
 
-class Explained(nn.Module):
+class Explained(scales.Step):
     """An operator whose input gradient uses another weight."""
 
     def __init__(self, operator: Operator, backward_weight: Callable[[], Tensor]) -> None:
-        super().__init__()
-        self.name, self.operator, self.backward_weight = operator.name, operator, backward_weight
+        super().__init__(operator.name)
+        self.operator, self.backward_weight = operator, backward_weight
 
     def forward(self, *inputs: Tensor) -> Tensor:
         return _Explained.apply(self.operator, self.backward_weight, *inputs)
@@ -196,3 +254,44 @@ class _Explained(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         return None, None, *ctx.kind.input_gradient(grads[0], ctx.backward_weight(), ctx.input_shapes)
+
+
+def add_rules(module: GraphModule, rule: Callable[[], Rule]) -> None:
+    """Put a Ruled behind each rectifier."""
+    rectifiers = [node for node in module.graph.nodes if rectifier(node)]
+    for number, node in enumerate(rectifiers):
+        node.target = rectifier(node)  # in place, its input would be no more
+        name = f"rectifiers.{number}"
+        module.add_submodule(name, Ruled(rule))
+        with module.graph.inserting_after(node):
+            ruled = module.graph.call_module(name, (node.args[0], node))
+        node.replace_all_uses_with(ruled, delete_user_cb=lambda user, ruled=ruled: user is not ruled)
+    module.recompile()
+
+
+def rectifier(node: Node) -> Any:
+    """The function of a rectifier's node, not in place; None for any other node."""
+    target = FUNCTIONAL.get(node.target, node.target)
+    return target if target in RECTIFIERS else None
+
+
+class Ruled(nn.Module):
+    """A rectifier's output y, whose gradient a rule shares out between its input x and y itself."""
+
+    def __init__(self, rule: Callable[[], Rule]) -> None:
+        super().__init__()
+        self.rule = rule
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return _Ruled.apply(self.rule, x, y)
+
+
+class _Ruled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rule: Callable[[], Rule], x: Tensor, y: Tensor) -> Tensor:
+        ctx.rule = rule
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return None, *ctx.rule()(grads[0])

@@ -7,7 +7,7 @@ computes, and is an ordinary `GraphModule`: print its code, move it, cast it.
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,7 +106,11 @@ def trace(model: nn.Module, example: Tensor, *, name: str = "model", pass_throug
     Raises UserError where the model does not take the example, cannot be exported, does not return
     one tensor, or holds an operation that is neither linear nor a known rectifier, pooling or shape change.
     """
-    draft = export(model.eval(), example, name)
+    return network_of(export(model.eval(), example, name), example, name, pass_through)
+
+
+def network_of(draft: Draft, example: Tensor, name: str, pass_through: Collection[str]) -> Network:
+    """The network of an exported graph, which becomes its own."""
     fold_constants(draft)
     mark_channels(draft)
     hold_gates(draft, pass_through)
@@ -159,20 +163,18 @@ def hold_gates(draft: Draft, pass_through: Collection[str]) -> None:
             continue
         if node.target in HELD_NORMS:
             a = arguments(node)
-            held = draft.call(node, HELD_NORMS[node.target], *(a[k] for k in NORM_ARGUMENTS[node.target]))
-            draft.replace(node, held)
+            draft.replace(node, draft.call(node, HELD_NORMS[node.target], *(a[k] for k in NORM_ARGUMENTS[node.target])))
         elif operation == "scaled_dot_product_attention":
-            hold(draft, node, 0, 1)
+            node.args = held(draft, node, node.args, 0, 1)
         elif operation in PRODUCTS_OF_TWO and all(map(is_activation, node.args[:2])):
-            hold(draft, node, gate_of(*node.args[:2]))
+            node.args = held(draft, node, node.args, gate_of(*node.args[:2]))
+        elif operation == "einsum" and len(factors := node.args[1]) == 2 and all(map(is_activation, factors)):
+            node.args = node.args[0], held(draft, node, factors, gate_of(*factors))
 
 
-def hold(draft: Draft, node: Node, *numbers: int) -> None:
-    """Stop the gradient of some arguments of a call."""
-    args = list(node.args)
-    for number in numbers:
-        args[number] = draft.call(node, aten.detach.default, args[number])
-    node.args = tuple(args)
+def held(draft: Draft, node: Node, args: Sequence[Any], *numbers: int) -> tuple[Any, ...]:
+    """A call's arguments, some of them without their gradient."""
+    return tuple(draft.call(node, aten.detach.default, a) if i in numbers else a for i, a in enumerate(args))
 
 
 def gate_of(first: Node, second: Node) -> int:
@@ -257,15 +259,14 @@ def fold_scales(draft: Draft) -> None:
 def refuse_unknown(draft: Draft, name: str, pass_through: Collection[str]) -> None:
     """Raise UserError for operations that the explanation pass would not know how to go back through."""
     unknown: dict[str, str] = {}
+    valueless = of_shape_alone(draft)
     for node in draft.graph.nodes:
         if node.op != "call_function" or node.target in RECTIFIERS or node.target in REWRITTEN:
             continue
         operation = opname(node)
         if operation in SEEN_THROUGH or operation in FIXED_LINEAR or operation in pass_through:
             continue
-        if operation in SYMBOLIC and not isinstance(node.meta.get("val"), Tensor):
-            continue
-        if is_shift(node):
+        if node in valueless or is_shift(node):
             continue
         unknown.setdefault(operation, source(node))
     if unknown:
@@ -273,6 +274,16 @@ def refuse_unknown(draft: Draft, name: str, pass_through: Collection[str]) -> No
         more = f" (and {len(unknown) - 3} more kinds)" if len(unknown) > 3 else ""
         remedy = f"Pass --pass-through {','.join(unknown)} to use their gradient. Supported are {SUPPORTED}."
         raise UserError(name, f"no pattern is defined for {what}{more}", remedy)
+
+
+def of_shape_alone(draft: Draft) -> set[Node]:
+    """What is made of constants and of the batch size: no gradient goes through it."""
+    found: set[Node] = set()
+    for node in draft.graph.nodes:
+        made = node.op == "call_function" and all(n in found for n in node.all_input_nodes)
+        if made or node.op == "get_attr" or opname(node) in FILLED | {"sym_size"}:
+            found.add(node)
+    return found
 
 
 def is_shift(node: Node) -> bool:

@@ -17,15 +17,24 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 SAFE = 40  # binary digits that magnitudes may move without any scaling
+FINITE = 100  # binary digits of a factor that is finite in every dtype
 ROUNDS = 60  # each extends the known part of the graph by a dtype's whole range
 
 
-class Crossing(nn.Module):
+class Step(nn.Module):
+    """What multiplies by numbers of its own on the way back, so that its inputs and its output differ in scale."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+
+class Crossing(Step):
     """The identity on one input of a concatenation, whose parts may need scales of their own."""
 
     def __init__(self, name: str, factor: Callable[[], Tensor]) -> None:
-        super().__init__()
-        self.name, self.factor = name, factor
+        super().__init__(name)
+        self.factor = factor
 
     def forward(self, x: Tensor) -> Tensor:
         return _Crossing.apply(x, self.factor)
@@ -76,7 +85,7 @@ class Values:
 
 
 def values(module: GraphModule) -> Values:
-    """The classes: operators and crossings lie between values, everything else keeps its input's.
+    """The classes: operators and crossings (steps) lie between values, everything else keeps its input's.
 
     An operator that is called several times has one factor, so all its calls share their classes.
     """
@@ -91,7 +100,7 @@ def values(module: GraphModule) -> Values:
         inputs = [n for n in node.all_input_nodes if n.op != "get_attr" and not is_size(n)]
         if is_size(node):
             continue
-        if node.op == "call_module":
+        if is_step(module, node):
             parent[root(node)] = root((node.target, "out"))
             for number, source in enumerate(inputs_of(node)):
                 parent[root(source)] = root((node.target, number))
@@ -101,7 +110,7 @@ def values(module: GraphModule) -> Values:
     numbers: dict[Any, int] = {}
     for node in reversed(module.graph.nodes):
         numbers.setdefault(root(node), len(numbers))
-    calls = [node for node in module.graph.nodes if node.op == "call_module"]
+    calls = [node for node in module.graph.nodes if is_step(module, node)]
     (placeholder,) = module.graph.find_nodes(op="placeholder")
     return Values(
         {str(c.target): tuple(numbers[root(n)] for n in inputs_of(c)) for c in calls},
@@ -109,6 +118,10 @@ def values(module: GraphModule) -> Values:
         sorted(numbers.values()),
         numbers[root(placeholder)],
     )
+
+
+def is_step(module: GraphModule, node: Node) -> bool:
+    return node.op == "call_module" and isinstance(module.get_submodule(str(node.target)), Step)
 
 
 def is_size(node: Node) -> bool:
@@ -139,13 +152,20 @@ def scaled(weights: Mapping[str, Tensor], classes: Values, phi: Mapping[int, int
 
 def power(values: Tensor, exponent: int) -> Tensor:
     """values · 2^exponent, exact wherever the result is in range."""
-    half = exponent // 2
-    return torch.ldexp(torch.ldexp(values, torch.tensor(half)), torch.tensor(exponent - half))
+    while exponent:  # in steps that are finite themselves, so that 0 stays 0
+        step = max(-FINITE, min(exponent, FINITE))
+        values, exponent = values * 2.0**step, exponent - step
+    return values
 
 
-def in_range(largest: Mapping[int, float]) -> bool:
+def safe(dtype: torch.dtype) -> int:
+    """Binary digits that magnitudes may move in a dtype without any scaling: a third of its range, at most SAFE."""
+    return min(SAFE, math.frexp(torch.finfo(dtype).max)[1] // 3)
+
+
+def in_range(largest: Mapping[int, float], digits: int) -> bool:
     """Whether the largest gradients by class, unscaled, lie so near 1 that no scaling is called for."""
-    return all(m == 0 or (m < math.inf and abs(math.frexp(m)[1]) <= SAFE) for m in largest.values())
+    return all(m == 0 or (m < math.inf and abs(math.frexp(m)[1]) <= digits) for m in largest.values())
 
 
 def calibrate(classes: Values, measure: Callable[[Mapping[int, int]], Mapping[int, float]]) -> dict[int, int]:

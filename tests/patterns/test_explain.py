@@ -14,6 +14,7 @@ from tests.patterns.networks import randomise, relative, traced
 
 ARCHITECTURES = ["vgg11", "resnet18", "densenet121", "tf_efficientnet_lite0"]
 EVERY_METHOD = tuple(METHODS)
+LINEAR = "gradient", "patternnet", "patternattribution"
 Weights = Mapping[str, Tensor]
 
 
@@ -217,8 +218,8 @@ def test_a_network_written_out_as_matrices_gives_the_same_scores(kind: str) -> N
 
 
 @pytest.mark.parametrize("kind", ["residual", "mixed"])
-@pytest.mark.parametrize("method", EVERY_METHOD)
-def test_every_method_equals_the_product_of_explicit_matrices(kind: str, method: str) -> None:
+@pytest.mark.parametrize("method", LINEAR)
+def test_a_method_of_backward_weights_equals_the_product_of_explicit_matrices(kind: str, method: str) -> None:
     it = small(kind)
     backward = {
         "gradient": it.weights,
@@ -304,34 +305,6 @@ def test_two_explainers_of_one_network_do_not_disturb_each_other() -> None:
     assert torch.equal(one(it.inputs, it.targets).maps["patternnet"], before)
 
 
-class Ungated(nn.Module):
-    """Linear throughout, with neither biases nor padding."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(2, 4, 3, bias=False)
-        self.branch = nn.Conv2d(4, 4, 1, groups=2, bias=False)
-        self.down = nn.Conv2d(4, 3, 2, stride=2, bias=False)
-        self.head = nn.Linear(3, 3, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        x = self.down(x + self.branch(x))
-        return self.head(F.avg_pool2d(x, 2, 1).mean((2, 3)))
-
-
-@pytest.mark.parametrize("choice", ["default", "linear", "filter", "random"])
-def test_patternattribution_conserves_the_score_without_gates_biases_and_padding(choice: str) -> None:
-    torch.manual_seed(6)
-    x = torch.randn(5, 2, 8, 8, dtype=torch.float64) + 0.2
-    network = trace(Ungated().double(), x[:1])
-    moments = accumulate(network, x.split(2))
-    solved = {name: solve(op, moments[name], [choice]).patterns for name, op in network.operators.items()}
-    found = Explainer(network, choose(network, solved, choice), ["patternattribution"])(x)
-    scores = found.scores.gather(1, found.targets[:, None])[:, 0]
-    torch.testing.assert_close(found.maps["patternattribution"].flatten(1).sum(1), scores, rtol=1e-9, atol=1e-12)
-
-
 def test_patternnet_of_the_toy_model_is_the_signal_without_its_distractor() -> None:
     signal, distractor = torch.tensor([[1.0, 0.0]]).double(), torch.tensor([[1.0, 1.0]]).double()
     s, d = torch.cartesian_prod(torch.tensor([-2.0, -1.0, 1.5]), torch.tensor([-3.0, 1.0, 2.0])).double().unbind(1)
@@ -389,5 +362,5 @@ def test_a_pattern_of_another_shape_is_refused_by_its_operators_name() -> None:
 
 def test_an_unknown_method_is_refused_by_name() -> None:
     it = small("residual")
-    with pytest.raises(UserError, match=r"no method 'lrp'\. Choose from gradient, patternnet, patternattribution"):
+    with pytest.raises(UserError, match=r"no method 'lrp'\. Choose from gradient, .*, patternattribution\."):
         Explainer(it.network, it.patterns, ["patternnet", "lrp"])

@@ -1,0 +1,170 @@
+"""The methods of other papers equal zennit's, and their rules hold behind every rectifier."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn import functional as F
+from zennit.attribution import Gradient
+from zennit.composites import DeconvNet, GuidedBackprop, LayerMapComposite
+from zennit.core import Composite
+from zennit.layer import Sum
+from zennit.rules import Epsilon, Norm, Pass
+from zennit.torchvision import ResNetCanonizer, VGGCanonizer
+from zennit.types import Activation, AvgPool, Linear
+
+from patterns import METHODS, Explainer, explain, trace
+from tests.patterns.networks import relative, traced
+
+ARCHITECTURES = ["vgg11", "resnet18"]
+TINY = 1e-300  # keeps zennit's z / z finite where z = 0, and changes no other digit
+OTHERS = "gradient", "gradient-x-input", "deconvnet", "guided-backprop"
+
+
+def lrp_z() -> Composite:
+    """LRP-z of every linear layer, sum and mean; gates and max pooling as zennit has them."""
+    rules = [(Activation, Pass()), (Sum, Norm(TINY)), (AvgPool, Norm(TINY)), (Linear, Epsilon(TINY))]
+    return LayerMapComposite(rules)
+
+
+ORACLES: dict[str, Callable[[], Composite | None]] = {
+    "gradient": lambda: None,
+    "gradient-x-input": lrp_z,
+    "deconvnet": DeconvNet,
+    "guided-backprop": GuidedBackprop,
+}
+
+
+def without_epsilon(model: nn.Module) -> nn.Module:
+    """The same function; zennit folds a batch norm's epsilon, and then leaves it in what should be the identity."""
+    model = copy.deepcopy(model.eval())
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            assert norm.running_var is not None
+            norm.running_var += norm.eps
+            norm.eps = 0.0
+    return model
+
+
+def zennit(method: str, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    """zennit's map; LRP starts from the target's value, the others from 1."""
+    composite = ORACLES[method]()
+    if composite is not None:
+        composite.canonizers = [VGGCanonizer() if isinstance(model, torchvision.models.VGG) else ResNetCanonizer()]
+    start = F.one_hot(targets, 10).to(inputs)
+    with Gradient(without_epsilon(model), composite) as attributor:
+        return attributor(inputs, lambda z: start * z if method == "gradient-x-input" else start)[1].detach()
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("method", OTHERS)
+def test_a_method_of_another_paper_equals_zennits(name: str, method: str) -> None:
+    it = traced(name)
+    inputs, targets = it.inputs[:2], torch.tensor([3, 7])
+    found = Explainer(it.network, None, [method])(inputs, targets).maps[method]
+    expected = zennit(method, it.model, inputs, targets)
+    for f, e in zip(found, expected):
+        assert relative(f, e) < 1e-12
+
+
+# --- rectifiers of every kind ---------------------------------------------------------------------
+
+# Each with its slope, written down anew.
+RECTIFIERS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "relu": (F.relu, lambda z: (z > 0).double()),
+    "relu in place": (lambda z: z.relu_(), lambda z: (z > 0).double()),
+    "relu6": (F.relu6, lambda z: ((z > 0) & (z < 6)).double()),
+    "hardtanh": (F.hardtanh, lambda z: ((z > -1) & (z < 1)).double()),
+    "hardtanh in place": (lambda z: F.hardtanh_(z, -2, 0.5), lambda z: ((z > -2) & (z < 0.5)).double()),
+    "clamp": (lambda z: z.clamp(-0.5, 2), lambda z: ((z > -0.5) & (z < 2)).double()),
+    "clamp from below": (lambda z: z.clamp(min=0.25), lambda z: (z > 0.25).double()),
+    "clamp from above": (lambda z: z.clamp(max=0.25), lambda z: (z < 0.25).double()),
+    "leaky relu": (lambda z: F.leaky_relu(z, 0.2), lambda z: torch.where(z > 0, z.new_tensor(1), z.new_tensor(0.2))),
+    "prelu": (
+        lambda z: F.prelu(z, torch.tensor([0.3], dtype=torch.float64)),
+        lambda z: torch.where(z > 0, z.new_tensor(1), z.new_tensor(0.3)),
+    ),
+}
+
+
+class Twice(nn.Module):
+    """Three linear layers with a rectifier after two of them, one of which has two readers."""
+
+    def __init__(self, rectify: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.rectify = rectify
+        self.one, self.two, self.three = nn.Linear(5, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.rectify(self.one(x))
+        return self.three(self.rectify(self.two(x)) + x)
+
+
+@pytest.mark.parametrize("rectifier", RECTIFIERS)
+def test_rules_hold_behind_every_rectifier(rectifier: str) -> None:
+    torch.manual_seed(2)
+    rectify, slope = RECTIFIERS[rectifier]
+    model, x = Twice(rectify).double().requires_grad_(False), 4 * torch.randn(6, 5, dtype=torch.float64)
+    targets = torch.tensor([0, 1, 2, 3, 0, 1])
+    found = Explainer(trace(model, x), None, OTHERS)(x, targets)
+    z1 = model.one(x)
+    z2 = model.two(rectify(z1.clone()))
+    rules: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "gradient": lambda g, z: g * slope(z),
+        "deconvnet": lambda g, z: g.clamp(min=0),
+        "guided-backprop": lambda g, z: g.clamp(min=0) * slope(z),
+    }
+    for method, rule in rules.items():
+        above = model.three.weight[targets]
+        expected = rule(above + rule(above, z2) @ model.two.weight, z1) @ model.one.weight
+        torch.testing.assert_close(found.maps[method], expected, rtol=1e-12, atol=1e-14)
+    assert torch.equal(found.maps["gradient-x-input"], found.maps["gradient"] * x)
+    torch.testing.assert_close(found.scores, model(x), rtol=1e-12, atol=1e-14)
+
+
+# --- what methods share, and what they cost -------------------------------------------------------
+
+
+def small() -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(3)
+    layers = nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(27, 4)
+    return nn.Sequential(*layers).double(), torch.randn(3, 2, 6, 6, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("methods", "passes"),
+    [(["gradient", "gradient-x-input"], 1), (["gradient-x-input"], 1), (OTHERS, 3), (["gradient", "deconvnet"], 2)],
+)
+def test_methods_of_the_same_backward_share_a_pass(
+    methods: list[str], passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = small()
+    explainer = Explainer(trace(model, x), None, methods)
+    done: list[int] = []
+    backward = torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: done.append(1) or backward(*a, **k))  # type: ignore[func-returns-value]
+    assert list(explainer(x).maps) == list(methods)
+    assert len(done) == passes
+
+
+def test_a_method_that_keeps_the_rectifiers_leaves_the_graph_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = small()
+    network = trace(model, x)
+    found = Explainer(network, None, OTHERS)(x).maps
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("rectifiers were replaced")
+
+    monkeypatch.setattr(explain, "add_rules", refuse)
+    alone = Explainer(network, None, ["gradient", "gradient-x-input"])(x).maps
+    for method, maps in alone.items():
+        assert torch.equal(maps, found[method])
+    with pytest.raises(AssertionError, match="rectifiers were replaced"):
+        Explainer(network, None, ["guided-backprop"])
+
+
+def test_only_contributions_are_called_attributions() -> None:
+    assert [m for m, row in METHODS.items() if row.attributes] == ["gradient-x-input", "patternattribution"]

@@ -1,0 +1,141 @@
+"""No method leaves the range of its dtype, at any depth: neither infinities, nor NaN, nor maps that underflow."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from patterns import METHODS, Explainer, Explanation, Network, accumulate, choose, scales, solve, trace
+from tests.patterns.networks import build, randomise, relative
+from tests.patterns.test_scales import deep, patterns_of
+
+FOUND_FROM_DATA = "patternnet", "patternattribution"
+FROM_WEIGHTS = "gradient", "gradient-x-input", "deconvnet", "guided-backprop"
+TARGETS = torch.tensor([1, 4, 0])
+
+
+def cast(network: Network, dtype: torch.dtype) -> Network:
+    """The network in a dtype, sharing nothing with the original."""
+    return Network(copy.deepcopy(network.module).to(dtype), network.input_shape, network.output_shape)
+
+
+def linear_patterns(network: Network, inputs: Tensor) -> dict[str, Tensor]:
+    moments = accumulate(network, inputs.split(3))
+    solved = {name: solve(op, moments[name], ["linear"]).patterns for name, op in network.operators.items()}
+    return choose(network, solved, "linear")
+
+
+def assert_same_maps(found: Explanation, expected: Explanation, cosine: float, size: float) -> None:
+    """Each sample's map is finite and not zero, points where the expected one does, and is as large."""
+    for method, maps in found.maps.items():
+        for f, e in zip(maps.double().flatten(1), expected.maps[method].double().flatten(1)):
+            assert f.isfinite().all(), method
+            assert f.abs().max() > 0, method
+            assert torch.cosine_similarity(f, e, dim=0) > cosine, method
+            difference = found.exponents[method] - expected.exponents[method]
+            assert float(f.norm() / e.norm()) * 2.0**difference == pytest.approx(1, abs=size), method
+
+
+def signed(shrunk: float = 1.0) -> tuple[Network, Tensor]:
+    """A deep network of weights of either sign, whose dense blocks pass on little but their biases."""
+    network, inputs = deep()
+    generator = torch.Generator().manual_seed(4)
+    for name, operator in network.operators.items():
+        if name.startswith("plain"):
+            operator.weight.mul_(torch.randn(operator.weight.shape, generator=generator).sign())
+        elif name.startswith("back"):
+            operator.weight.mul_(shrunk)
+            assert operator.bias is not None
+            operator.bias.abs_().add_(0.1)
+        elif name == "last":
+            operator.weight.abs_()  # a score without positive weights is nothing to a DeconvNet
+    return network, inputs
+
+
+def test_scaling_changes_no_bit_of_any_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, inputs = signed()
+    patterns = patterns_of(network, 3.0)
+    monkeypatch.setattr(scales, "SAFE", 10_000)
+    unscaled = Explainer(network, patterns, list(METHODS))(inputs)
+    monkeypatch.setattr(scales, "SAFE", 1)
+    scaled = Explainer(network, patterns, list(METHODS))(inputs)
+    for method, maps in scaled.maps.items():
+        assert unscaled.exponents[method] == 0
+        assert scaled.exponents[method] != 0
+        assert maps.abs().amax() > 0
+        assert torch.equal(maps * 2.0 ** scaled.exponents[method], unscaled.maps[method]), method
+
+
+def test_gradients_below_float32_come_out_as_in_float64() -> None:
+    network, inputs = signed(shrunk=2.0**-12)
+    found = Explainer(cast(network, torch.float32), None, FROM_WEIGHTS)(inputs.float(), TARGETS)
+    expected = Explainer(network, None, FROM_WEIGHTS)(inputs, TARGETS)
+    assert all(exponent < -150 for exponent in found.exponents.values())
+    assert_same_maps(found, expected, cosine=1 - 1e-9, size=1e-4)
+    assert relative(found.maps["deconvnet"], found.maps["guided-backprop"]) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tf_efficientnet_lite4",
+        pytest.param("densenet201", marks=pytest.mark.slow),
+        pytest.param("resnet152", marks=pytest.mark.slow),
+    ],
+)
+def test_a_deep_architectures_maps_in_float32_are_those_in_float64(name: str) -> None:
+    torch.manual_seed(0)
+    model = build(name).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            randomise(module)
+    inputs = torch.randn(6, 3, 32, 32)
+    network = trace(model, inputs[:2])
+    patterns = linear_patterns(network, inputs)
+    found = Explainer(network, patterns, FOUND_FROM_DATA)(inputs[:3], TARGETS)
+    expected = Explainer(cast(network, torch.float64), patterns, FOUND_FROM_DATA)(inputs[:3].double(), TARGETS)
+    assert found.exponents["patternnet"] > 200, "float32 would have held this without scaling"
+    assert_same_maps(found, expected, cosine=1 - 1e-11, size=1e-4)
+
+
+# --- half precision -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("growth", [30.0, 1 / 30])
+def test_a_deep_pass_in_bfloat16_is_that_in_float64(growth: float) -> None:
+    network, inputs = deep()
+    patterns = patterns_of(network, growth)
+    found = Explainer(cast(network, torch.bfloat16), patterns, FOUND_FROM_DATA)(inputs.bfloat16(), TARGETS)
+    expected = Explainer(network, patterns, FOUND_FROM_DATA)(inputs, TARGETS)
+    assert abs(found.exponents["patternnet"]) > 150
+    assert_same_maps(found, expected, cosine=0.9999, size=0.2)
+
+
+class Shallow(nn.Module):
+    """Gates that no rounding flips: half of the channels are open for every input, half closed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, stride=2)
+        self.norm, self.head = nn.BatchNorm2d(8), nn.Linear(8, 5)
+        randomise(self.norm)
+        with torch.no_grad():
+            self.one.bias.copy_(torch.tensor([9.0, -9.0]).repeat(4))
+            self.norm.bias.copy_(torch.tensor([50.0, 50.0, -50.0, -50.0]).repeat(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.one(x).relu()
+        return self.head((self.norm(self.two(x)).relu() + x[:, :, 1:-1:2, 1:-1:2]).mean((2, 3)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_without_flipping_gates_every_method_in_half_precision_is_that_in_float64(dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    inputs = torch.randn(9, 3, 13, 13).to(dtype)
+    network = trace(Shallow().to(dtype), inputs[:2])
+    wide = cast(network, torch.float64)  # to fit: in half precision, outputs far from 0 hardly vary
+    patterns = linear_patterns(wide, inputs.double())
+    found = Explainer(network, patterns, list(METHODS))(inputs[:3], TARGETS)
+    expected = Explainer(wide, patterns, list(METHODS))(inputs[:3].double(), TARGETS)
+    assert_same_maps(found, expected, cosine=0.999, size=0.05)
