@@ -1,6 +1,6 @@
 """PatternNet and PatternAttribution (Kindermans et al., ICLR 2018) in plain torch.
 
-trace a model → accumulate its moments over data → solve for patterns → explain.
+trace a model → accumulate its moments over data → solve for patterns → judge their quality → explain.
 """
 
 from patterns.errors import UserError
@@ -8,9 +8,10 @@ from patterns.estimators import CHOICES, ESTIMATORS, Solution, solve
 from patterns.explain import METHODS, Explainer, Explanation
 from patterns.graph import Network, trace
 from patterns.moments import Moments, Sums
-from patterns.observe import Observer, PatchObserver, accumulate
+from patterns.observe import Observer, PatchObserver, accumulate, accumulate_patches
 from patterns.operators import Gate, Operator
 from patterns.patches import PatchMoments
+from patterns.quality import quality
 from patterns.storage import choose, digest, load, save
 
 __all__ = [
@@ -30,9 +31,11 @@ __all__ = [
     "Sums",
     "UserError",
     "accumulate",
+    "accumulate_patches",
     "choose",
     "digest",
     "load",
+    "quality",
     "save",
     "solve",
     "trace",

@@ -101,3 +101,13 @@ def accumulate(network: Network, batches: Iterable[Tensor]) -> dict[str, Moments
     for batch in batches:
         observer.update(batch)
     return observer.moments()
+
+
+def accumulate_patches(
+    network: Network, batches: Iterable[Tensor], operators: Collection[str], positions: int = 16, seed: int = 0
+) -> dict[str, PatchMoments]:
+    """The moments of some operators with Σxxᵀ, for `quality`: see `PatchObserver`."""
+    observer = PatchObserver(network, operators, positions, seed)
+    for batch in batches:
+        observer.update(batch)
+    return observer.moments()

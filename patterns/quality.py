@@ -50,10 +50,11 @@ def signals(patterns: Mapping[str, T]) -> dict[str, tuple[T, ...]]:
     """The estimators that some solved patterns make up: name → their patterns, as `rho` takes them.
 
     The patterns of both sides of the gate together are an estimator, and neither is one alone. `multivariate`
-    is judged neuron by neuron, as S(x) = a·y with its pattern brought to wᵀa = 1.
+    is none of a neuron: its S(x) = A y is of all neurons at once, and leaves a distractor that is uncorrelated
+    with each of them by construction.
     """
-    sides = {row for pair in PAIRS.values() for row in pair}
-    found: dict[str, tuple[T, ...]] = {name: (a,) for name, a in patterns.items() if name not in sides}
+    others = {"multivariate", *(row for pair in PAIRS.values() for row in pair)}
+    found: dict[str, tuple[T, ...]] = {name: (a,) for name, a in patterns.items() if name not in others}
     pairs = {name: pair for name, pair in PAIRS.items() if patterns.keys() >= set(pair)}
     return found | {name: tuple(patterns[row] for row in pair) for name, pair in pairs.items()}
 

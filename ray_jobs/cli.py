@@ -23,7 +23,7 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
-DEFAULT_FIT = ",".join(FITTED)
+DEFAULT_FIT, DEFAULT_METHODS = ",".join(FITTED), ",".join(ExplainConfig.methods)
 
 Model = Annotated[str, typer.Option(help="torchvision:NAME, timm:NAME, package.module:factory or file.py:factory.")]
 Weights = Annotated[str, typer.Option(help="File or URL of a state dict; `default`: the library's own; `random`.")]
@@ -59,13 +59,14 @@ def demo(
     workers: Workers = 2,
     address: Address = None,
 ) -> None:
-    """The whole way on packaged weights and photographs: shards, fit, explain, a picture."""
+    """The whole way on packaged weights and photographs: shards, fit, explain, quality, a picture."""
     from ray_jobs.demo import demo as run_demo
 
     picture = run_demo(out.absolute(), Resources(workers=workers, address=address))
     say(
         f"""
-Photographs, gradient, PatternNet and PatternAttribution:  {picture}
+Photographs and what each method says of them:             {picture}
+The patterns' quality by layer and estimator:              {picture.parent / "run" / "quality.png"}
 Patterns, tables, explanations of every photograph:        {picture.parent / "run"}
 Shards to try things on:                                   {picture.parent / "shards"}
 
@@ -245,7 +246,7 @@ def explain(
     out: Annotated[Path | None, typer.Option(help="Where explanations go; by default the fit's folder.")] = None,
     model: Annotated[str | None, typer.Option(help="The model; by default the fit's.")] = None,
     weights: Annotated[str | None, typer.Option(help="Its weights; by default where the fit found them.")] = None,
-    methods: Annotated[str, typer.Option(help=f"Some of {', '.join(METHODS)}.")] = ",".join(METHODS),
+    methods: Annotated[str, typer.Option(help=f"Some of {', '.join(METHODS)}.")] = DEFAULT_METHODS,
     estimator: Estimators = "default",
     target: Annotated[str, typer.Option(help="The class explained: predicted or label.")] = "predicted",
     batch_size: BatchSize = 32,

@@ -1,4 +1,4 @@
-"""The whole way on packaged weights and photographs: shards, fit, explain, a picture."""
+"""The whole way on packaged weights and photographs: shards, fit, explain, quality, a picture."""
 
 import importlib.util
 import io
@@ -15,29 +15,39 @@ from safetensors.torch import save_file
 from patterns import METHODS, UserError
 from patterns.storage import write_aside
 from ray_jobs import models
-from ray_jobs.config import ExplainConfig, FitConfig, ModelConfig, Resources
+from ray_jobs.config import FITTED, ExplainConfig, FitConfig, ModelConfig, QualityConfig, Resources
 from ray_jobs.explain import explain
 from ray_jobs.fit import fit
 from ray_jobs.pack import pack
 from ray_jobs.pictures import Row, draw_grid
+from ray_jobs.quality import measure
 from ray_jobs.shards import IMAGES, cropped, list_shards
 
 SPEC = "timm:tf_efficientnet_lite0"
 CROPS = 16  # of each photograph, so that the statistics are not those of 20 images
 SHARDS = 8
+JUDGED = ("conv_stem", "blocks.*")  # a class score has one sample an image: too few to regress on
 
 
 def demo(out: Path, resources: Resources) -> Path:
-    """Fit and explain EfficientNet-Lite0 on foolbox's photographs of ImageNet; gives the path of the picture."""
+    """Fit, explain and judge EfficientNet-Lite0 on foolbox's photographs of ImageNet; gives the path of the picture."""
     weights = prepare_weights(out / "weights.safetensors")
     photographs = prepare_photographs(out / "photographs")
     count = sum(1 for _ in photographs.rglob("*.jpg"))
     crops = pack(photographs, out / "shards" / "fit", per_shard=-(-count * CROPS // SHARDS), crops=CROPS)
     whole = pack(photographs, out / "shards" / "explain", per_shard=-(-count // 4))
     model = ModelConfig(SPEC, str(weights))
-    run = fit(FitConfig(model, list_shards(map(str, crops)), str(out / "run"), batch_size=20), resources)
+    estimators = "random", "filter", *FITTED
+    run = fit(FitConfig(model, list_shards(map(str, crops)), str(out / "run"), 20, estimators), resources)
     shards = list_shards(map(str, whole))
-    explain(ExplainConfig(model, str(run.folder), shards, str(run.folder), batch_size=5), resources)
+    methods = tuple(METHODS)
+    explain(ExplainConfig(model, str(run.folder), shards, str(run.folder), batch_size=5, methods=methods), resources)
+    others = pack(photographs, out / "shards" / "judge", per_shard=count * CROPS // SHARDS, crops=CROPS // 2, seed=1)
+    judging = list_shards(map(str, others))
+    measure(
+        QualityConfig(model, str(run.folder), judging[::2], judging[1::2], str(run.folder), JUDGED, 64, batch_size=20),
+        resources,
+    )
     picture = out / "grid.png"
     draw_grid(picture, rows(model, shards, run.folder))
     return picture

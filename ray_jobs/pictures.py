@@ -84,7 +84,7 @@ def draw_quality(path: Path, table: pa.Table) -> None:
     operators, estimators = (table[column].unique().to_pylist() for column in ("operator", "estimator"))
     grouped = table.group_by(["operator", "estimator"]).aggregate([("rho", "list")]).to_pylist()
     rho = {(row["operator"], row["estimator"]): row["rho_list"] for row in grouped}
-    figure = Figure(figsize=(max(6, 2 + 0.16 * len(operators) * (len(estimators) + 1)), 4), dpi=130)
+    figure = Figure(figsize=(min(20, max(6, 2 + 0.16 * len(operators) * (len(estimators) + 1))), 4), dpi=130)
     axis = figure.subplots()
     width = 1 / (len(estimators) + 1)
     for number, estimator in enumerate(estimators):

@@ -40,7 +40,8 @@ def fitted(local_ray: None, model: ModelConfig, shards: list[str], tmp_path_fact
 def test_explanations_line_up_with_their_shards_and_are_the_librarys(
     fitted: Path, model: ModelConfig, shards: list[str], tmp_path: Path
 ) -> None:
-    run = explain(ExplainConfig(model, str(fitted), tuple(shards), str(tmp_path), batch_size=4), RESOURCES)
+    config = ExplainConfig(model, str(fitted), tuple(shards), str(tmp_path), batch_size=4, methods=tuple(METHODS))
+    run = explain(config, RESOURCES)
     loaded = models.load(model)
     explainer = Explainer(loaded.network, choose(loaded.network, load(fitted, loaded.digest)), list(METHODS))
     table = pq.read_table(run.folder / "explanations.parquet").to_pylist()
