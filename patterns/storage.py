@@ -6,7 +6,8 @@ Every file is written aside and renamed, so it is wholly there or not there.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 from uuid import uuid4
@@ -178,12 +179,19 @@ def write_json(path: Path, value: object) -> None:
 
 def write_aside(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file under another name, make it durable, and rename it to its own."""
+    with aside_of(path) as aside:
+        write(aside)
+
+
+@contextmanager
+def aside_of(path: Path) -> Iterator[Path]:
+    """Another name to write a file under, which then is made durable and renamed to its own."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{ASIDE}{uuid4().hex}-{path.name}")
     try:
         aside.touch()
         mode = aside.stat().st_mode
-        write(aside)
+        yield aside
         aside.chmod(mode)  # safetensors would keep other users out
         with open(aside, "rb+") as file:
             os.fsync(file.fileno())

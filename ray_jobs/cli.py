@@ -50,6 +50,10 @@ Workers = Annotated[int | None, typer.Option(min=1, help="Workers at most; else 
 Gpus = Annotated[float | None, typer.Option(min=0, help="GPUs of a worker; else 1 where the cluster has any.")]
 Cpus = Annotated[float, typer.Option(min=0, help="CPUs of a worker, and its threads.")]
 MaxLoss = Annotated[float, typer.Option(min=0, help="Seconds of work that the loss of a worker may undo.")]
+MinWorkers = Annotated[int, typer.Option(min=0, help="Workers to ask the cluster for even where it has no room now.")]
+StallTimeout = Annotated[float, typer.Option(min=1, help="Seconds without a batch until a worker is replaced.")]
+Retries = Annotated[int, typer.Option(min=0, help="Further attempts at a shard that failed.")]
+MaxBadShards = Annotated[int, typer.Option(min=0, help="Shards that the job may go on without.")]
 Address = Annotated[str | None, typer.Option(help="The Ray cluster; else RAY_ADDRESS, else Ray is started here.")]
 
 
@@ -154,6 +158,10 @@ def fit(
     gpus_per_worker: Gpus = None,
     cpus_per_worker: Cpus = 1,
     max_loss: MaxLoss = 300,
+    min_workers: MinWorkers = 0,
+    stall_timeout: StallTimeout = 900,
+    retries: Retries = 3,
+    max_bad_shards: MaxBadShards = 0,
     address: Address = None,
 ) -> None:
     """Shards → moments → patterns. The same command on the same --out goes on where an earlier one ended."""
@@ -170,7 +178,9 @@ def fit(
         max_samples,
         seed,
     )
-    run = run_fit(config, Resources(workers, gpus_per_worker, cpus_per_worker, max_loss, address))
+    faults = min_workers, stall_timeout, retries, max_bad_shards
+    resources = Resources(workers, gpus_per_worker, cpus_per_worker, max_loss, address, *faults)
+    run = run_fit(config, resources)
     done = run.manifest()["fit"]
     say(
         f"fit: {done['samples']} samples of {done['shards']} shards, {done['refused']} refused "
@@ -210,6 +220,10 @@ def quality(
     gpus_per_worker: Gpus = None,
     cpus_per_worker: Cpus = 1,
     max_loss: MaxLoss = 300,
+    min_workers: MinWorkers = 0,
+    stall_timeout: StallTimeout = 900,
+    retries: Retries = 3,
+    max_bad_shards: MaxBadShards = 0,
     address: Address = None,
 ) -> None:
     """Patterns + other shards → how good they are: ρ for each neuron, operator and estimator, and a figure."""
@@ -233,7 +247,9 @@ def quality(
         max_samples,
         seed,
     )
-    run = measure(config, Resources(workers, gpus_per_worker, cpus_per_worker, max_loss, address))
+    faults = min_workers, stall_timeout, retries, max_bad_shards
+    resources = Resources(workers, gpus_per_worker, cpus_per_worker, max_loss, address, *faults)
+    run = measure(config, resources)
     for name, value in medians(run).items():
         say(f"{name:>24}  median ρ {value:.3f}")
     say(f"quality: {run.folder / 'quality.parquet'}, drawn in {run.folder / 'quality.png'}")
@@ -254,6 +270,10 @@ def explain(
     workers: Workers = None,
     gpus_per_worker: Gpus = None,
     cpus_per_worker: Cpus = 1,
+    min_workers: MinWorkers = 0,
+    stall_timeout: StallTimeout = 900,
+    retries: Retries = 3,
+    max_bad_shards: MaxBadShards = 0,
     address: Address = None,
 ) -> None:
     """Shards + patterns → explanations, one shard for each input shard."""
@@ -273,7 +293,9 @@ def explain(
         target,
         max_samples,
     )
-    run = run_explain(config, Resources(workers, gpus_per_worker, cpus_per_worker, address=address))
+    faults = min_workers, stall_timeout, retries, max_bad_shards
+    resources = Resources(workers, gpus_per_worker, cpus_per_worker, 0.0, address, *faults)
+    run = run_explain(config, resources)
     done = run.manifest()["explain"]
     say(f"explain: {done['samples']} samples, {done['refused']} refused. Explanations: {run.folder / 'explanations'}")
 

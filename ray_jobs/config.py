@@ -105,8 +105,11 @@ class ExplainConfig:
 class Resources:
     """What the workers of a job take from the cluster; may change between a run and its resumption.
 
-    None: as many workers as the cluster holds, and a GPU each where it has any.
+    None: as many workers as the cluster holds, more and fewer as nodes come and go, and a GPU each where it has any.
+    min_workers: asked of the cluster even where it does not hold them now, so that an autoscaler adds nodes.
     max_loss: seconds of work that the loss of a worker may undo.
+    stall_timeout: seconds without a batch after which a worker is replaced.
+    retries: further attempts at a shard that failed.  max_bad_shards: how many the job may go on without.
     address: the cluster's; None: RAY_ADDRESS, else Ray is started on this machine.
     """
 
@@ -115,6 +118,10 @@ class Resources:
     cpus_per_worker: float = 1
     max_loss: float = 300.0
     address: str | None = None
+    min_workers: int = 0
+    stall_timeout: float = 900.0
+    retries: int = 3
+    max_bad_shards: int = 0
 
 
 def equal_share(total: int | None, item: int, items: int) -> int | None:

@@ -16,7 +16,7 @@ from webdataset import TarWriter
 
 from patterns import METHODS, Explainer, UserError, choose
 from patterns.explain import Explanation
-from patterns.storage import load, write_aside, write_table
+from patterns.storage import aside_of, load, write_table
 from ray_jobs import models
 from ray_jobs.config import ExplainConfig, Resources, equal_share
 from ray_jobs.ledger import Refused
@@ -73,13 +73,15 @@ class ExplainWorker:
         """Where this worker runs, once its model is loaded."""
         return self.share.place()
 
-    def work(self, shard: str) -> ShardReport:
-        """Explain a whole shard: rows first, the shard of explanations last, each written aside and renamed."""
+    def work(self, shard: str) -> Iterator[ShardReport]:
+        """Explain a whole shard, telling after each batch how far it is.
+
+        Rows are written first, the shard of explanations last, each aside and renamed.
+        """
         out = outputs(self.config, shard)
         rows: list[dict[str, Any]] = []
         reader = self.reader(shard)
-
-        def write(aside: Path) -> None:
+        with aside_of(out.tar) as aside:
             with open(aside, "wb") as file:
                 # No time of writing, so that the same explanations are the same bytes.
                 tar = TarWriter(file, encoder=False, mtime=0)
@@ -87,13 +89,12 @@ class ExplainWorker:
                     for files, row in self.explain(batch):
                         tar.write(files)
                         rows.append({"shard": shard, **row})
+                    yield ShardReport(len(rows), len(reader.refused))
                 tar.close()
             write_table(out.rows, schema(self.config), [pa.Table.from_pylist(rows, schema(self.config))])
             refused = [vars(r) for r in reader.refused]
             write_table(out.refused, REFUSED, [pa.Table.from_pylist(refused, REFUSED)])
-
-        write_aside(out.tar, write)
-        return ShardReport(len(rows), len(reader.refused))
+        yield ShardReport(len(rows), len(reader.refused))
 
     def reader(self, shard: str) -> ShardReader:
         config, loaded = self.config, self.loaded
@@ -178,17 +179,19 @@ def explain(config: ExplainConfig, resources: Resources = Resources()) -> Run:  
     explainer(config, loaded)  # so that wrong patterns are told before anything is written
     run = Run(config.out)
     section = run.claim("explain", config, loaded)
-    if section["status"] == "complete":
+    if section["status"] == "complete" and not section["missing"]:
         return run
     left = [s for s in config.shards if not outputs(config, s).tar.exists()]  # what counts is what is there
+    job = ShardJob("explain", config.shards, left, resources, commit_after=None)
     with connected(resources):
-        ShardJob("explain", config.shards, left, None).run(resources, ExplainWorker, config, loaded.digest)
-    tables = [pq.read_table(outputs(config, s).refused) for s in config.shards]
+        job.run(ExplainWorker, config, loaded.digest)
+    done = [s for s in config.shards if s not in job.missing]
+    tables = [pq.read_table(outputs(config, s).refused) for s in done]
     refused = [Refused(**row) for table in tables for row in table.to_pylist()]
     run.quarantine("explain", refused)
-    rows = (pq.read_table(outputs(config, s).rows) for s in config.shards)
+    rows = (pq.read_table(outputs(config, s).rows) for s in done)
     write_table(run.folder / "explanations.parquet", schema(config), rows)
     samples = pq.read_metadata(run.folder / "explanations.parquet").num_rows
-    counted = {"shards": len(config.shards), "samples": samples, "refused": len(refused)}
+    counted = {"shards": len(done), "missing": job.missing, "samples": samples, "refused": len(refused)}
     run.record("explain", section | {"status": "complete", **counted}, loaded)
     return run

@@ -28,16 +28,21 @@ def fit(config: FitConfig, resources: Resources = Resources()) -> Run:  # noqa: 
     parsed(config.estimators, loaded.network.operators)
     run = Run(config.out)
     section = run.claim("fit", config, loaded)
-    if section["status"] == "complete":
+    if section["status"] == "complete" and not section["missing"]:
         return run
     task = Gathering(config.model, config.shards, str(run.moments), config.batch_size, config.max_samples)
-    job = GatherJob("fit", task, resources.max_loss)
+    job = GatherJob("fit", task, resources)
     with connected(resources):
-        ledger = job.gather(resources, partial(observer, config.estimators), loaded.digest)
+        ledger = job.gather(partial(observer, config.estimators), loaded.digest)
         run.quarantine("fit", list(ledger.refused))
         job.reporter.line(f"solving for the patterns of {len(loaded.network.operators)} operators")
         reduce_to_patterns(run, ledger, loaded, config.estimators, config.estimators, config.seed)
-    counted = {"shards": len(config.shards), "samples": ledger.samples, "refused": len(ledger.refused)}
+    counted = {
+        "shards": len(config.shards) - len(job.missing),
+        "missing": job.missing,
+        "samples": ledger.samples,
+        "refused": len(ledger.refused),
+    }
     run.record("fit", section | {"status": "complete", **counted, "seconds": round(job.seconds, 3)}, loaded)
     return run
 

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,8 +51,11 @@ class GatherWorker:
         self.samples = 0
         self.refused: list[Refused] = []
 
-    def work(self, shard: str) -> ShardReport:
-        """Add the moments of a whole shard. On any error, everything not committed is dropped."""
+    def work(self, shard: str) -> Iterator[ShardReport]:
+        """Add the moments of a whole shard, telling after each batch how far it is.
+
+        On any error, everything not committed is dropped.
+        """
         task, loaded = self.task, self.loaded
         most = equal_share(task.max_samples, task.shards.index(shard), len(task.shards))
         reader = ShardReader(shard, loaded.preprocessing, task.batch_size, loaded.dtype, most)
@@ -62,18 +65,24 @@ class GatherWorker:
             for batch in reader:
                 self.observation.update(batch.images.to(loaded.device, non_blocking=True))
                 samples += len(batch.keys)
+                yield ShardReport(samples, len(reader.refused))
         except BaseException:
             self.forget()
             raise
         self.shards.append(shard)
         self.samples += samples
         self.refused += reader.refused
-        return ShardReport(samples, len(reader.refused))
+        yield ShardReport(samples, len(reader.refused))
 
     def commit(self) -> Part:
         """Write the moments as a part. It counts once the driver has put it into the ledger."""
         part = Part(f"part-{uuid4().hex}.safetensors", tuple(self.shards), self.samples, tuple(self.refused))
-        save_moments(Path(self.task.folder) / part.file, self.observation.moments(), {"weights": self.loaded.digest})
+        path = Path(self.task.folder) / part.file
+        try:
+            save_moments(path, self.observation.moments(), {"weights": self.loaded.digest})
+        except OSError as error:
+            what = f"cannot be written ({error.strerror or error})"
+            raise UserError(str(path), what, "Make room; the same command goes on where this one ended.") from error
         self.forget()
         return part
 
@@ -81,7 +90,7 @@ class GatherWorker:
 class GatherJob(ShardJob):
     """The driver's side: the ledger and its file."""
 
-    def __init__(self, name: str, task: Gathering, max_loss: float) -> None:
+    def __init__(self, name: str, task: Gathering, resources: Resources) -> None:
         self.task, self.folder = task, Path(task.folder)
         self.path = self.folder / "ledger.json"
         self.ledger = read_ledger(self.folder)
@@ -90,11 +99,11 @@ class GatherJob(ShardJob):
             if file.name not in named:  # written by a worker whose driver died before it could count
                 file.unlink()
         self.seconds = 0.0  # from the first worker's start to the last commit
-        super().__init__(name, task.shards, self.ledger.left(task.shards), max_loss)
+        super().__init__(name, task.shards, self.ledger.left(task.shards), resources, resources.max_loss)
 
-    def gather(self, resources: Resources, observe: Observe, weights: str) -> Ledger:
-        """Work until every shard counts. UserError where no sample of any shard could be used."""
-        self.run(resources, GatherWorker, self.task, observe, weights)
+    def gather(self, observe: Observe, weights: str) -> Ledger:
+        """Work until every shard counts, or is missing. UserError where no sample of any shard could be used."""
+        self.run(GatherWorker, self.task, observe, weights)
         if not self.ledger.samples:
             refused = self.ledger.refused
             if not refused:

@@ -12,30 +12,51 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import ray
+from ray import ObjectRefGenerator
 from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, RayTaskError
 
-ATTEMPTS = 3  # of one item, or of starting a worker, before the pool gives up
+STARTS = 3  # failures to start a worker, one after the other, before the pool gives up
 TICK = 0.5  # seconds
+BACK_OFF = 1.0  # seconds until an item is tried again, doubled by each attempt
 
 
 class Job(Protocol):
     """What the pool works on, and who hears of it.
 
     commit_after: seconds between the commits of a worker; None: what is worked on counts at once.
-    bad_input: errors that a user can mend. The first one ends the job, after all other work was committed.
+    stall_timeout: seconds without a word from a worker after which it is given up.
+    attempts: of an item, before it is given up.
+    bad_input: errors of an item that leave its worker whole, which has dropped its uncommitted work.
     """
 
     commit_after: float | None
+    stall_timeout: float
+    attempts: int
     bad_input: type[Exception]
 
+    def places(self) -> int:
+        """How many workers to have now."""
+
     def spawn(self) -> Any:
-        """A new actor with methods `ready()`, `work(item)` and, where the job commits, `commit()`."""
+        """A new actor with methods `ready()`, `work(item)` and, where the job commits, `commit()`.
+
+        `work` is a generator that tells now and then how far it is; the last it tells is its result.
+        """
 
     def started(self, told: Any) -> None:
         """A worker is ready; `told` is what its `ready()` returned."""
 
+    def leaving(self, told: Any) -> bool:
+        """Whether the worker that told this when it was ready must leave its node."""
+
+    def began(self, item: str) -> None:
+        """A worker was given an item."""
+
+    def heard(self, item: str, told: Any) -> None:
+        """How far a worker is with an item."""
+
     def worked(self, item: str, told: Any) -> None:
-        """A worker worked on an item, which may still be lost; `told` is what its `work()` returned."""
+        """A worker worked on an item, which may still be lost; `told` is its result."""
 
     def lost(self, items: list[str]) -> None:
         """Items that were worked on are lost, and will be worked on again."""
@@ -46,101 +67,146 @@ class Job(Protocol):
 
 @dataclass
 class Worker:
-    """One actor: what it does now, and what it has done that does not count yet."""
+    """One actor: what it does now, and what it has done that does not count yet. Times are monotonic."""
 
     actor: Any
+    place: Any = None
     doing: str = "ready"
     item: str | None = None
+    told: Any = None
+    heard: float = 0.0
     uncommitted: list[str] = field(default_factory=list)
     since: float = 0.0
 
 
-class ItemFailedError(RuntimeError):
-    """An item, or the start of a worker, failed time after time. Its message holds the last cause."""
+@dataclass(frozen=True)
+class Outcome:
+    """What is not done. undone: items nobody came to.  failed: those given up, and each one's last error."""
+
+    undone: list[str]
+    failed: dict[str, Exception]
 
 
-def run(items: Iterable[str], job: Job, size: int, stop: Callable[[], bool], tick: Callable[[], None]) -> list[str]:
-    """Work on every item with up to `size` workers; gives the items left undone once `stop()` is true.
+class PoolError(RuntimeError):
+    """No worker can be started, or what they do cannot be committed. The message holds the last cause."""
 
-    Raises the first `bad_input` error, or ItemFailedError, after what was done is committed.
+
+class StalledError(RuntimeError):
+    """A worker did not say a word for too long."""
+
+
+def run(items: Iterable[str], job: Job, stop: Callable[[], bool], tick: Callable[[], None]) -> Outcome:
+    """Work on every item, with as many workers as the job has places for, until `stop()` is true.
+
+    What was done is committed in any case. Raises PoolError, or a commit's `bad_input`.
     """
-    return _Pool(items, job, size, stop, tick).run()
+    return _Pool(items, job, stop, tick).run()
 
 
 class _Pool:
-    def __init__(
-        self, items: Iterable[str], job: Job, size: int, stop: Callable[[], bool], tick: Callable[[], None]
-    ) -> None:
-        self.queue, self.job, self.size, self.stop, self.tick = deque(items), job, size, stop, tick
+    def __init__(self, items: Iterable[str], job: Job, stop: Callable[[], bool], tick: Callable[[], None]) -> None:
+        self.queue, self.job, self.stop, self.tick = deque(items), job, stop, tick
+        self.later: list[tuple[float, str]] = []  # items to try again, and when
         self.calls: dict[Any, Worker] = {}  # pending call → its worker
         self.idle: list[Worker] = []
-        self.failures: Counter[str] = Counter()
+        self.attempts: Counter[str] = Counter()
+        self.troubles = 0  # of starting workers and of committing, one after the other
+        self.failed: dict[str, Exception] = {}
         self.error: Exception | None = None
 
-    def run(self) -> list[str]:
+    def run(self) -> Outcome:
         try:
             while True:
                 self.assign()
                 busy = [w for w in self.calls.values() if w.doing != "ready"]
-                if not busy and (not self.queue or self.stopping()):
+                if not busy and (not (self.queue or self.later) or self.stopping()):
                     break
-                ready, _ = ray.wait(list(self.calls), num_returns=1, timeout=TICK)
+                ready, _ = ray.wait(list(self.calls), num_returns=1, timeout=TICK) if self.calls else ([], [])
+                if not self.calls:
+                    time.sleep(TICK)
                 for call in ready:
                     self.collect(call)
+                self.watch()
                 self.tick()
         finally:
             for worker in (*self.calls.values(), *self.idle):
                 ray.kill(worker.actor)
         if self.error is not None:
             raise self.error
-        return list(self.queue)
+        return Outcome([*self.queue, *(item for _, item in self.later)], self.failed)
 
     def stopping(self) -> bool:
         return self.error is not None or self.stop()
 
     def assign(self) -> None:
         """Give every idle worker its next call, and start the workers that are missing."""
+        now = time.monotonic()
+        self.queue.extend(item for due, item in self.later if due <= now)
+        self.later = [(due, item) for due, item in self.later if due > now]
         working, self.idle = self.idle, []
         for worker in working:
-            due = self.job.commit_after is not None and time.monotonic() - worker.since > self.job.commit_after
-            if worker.uncommitted and (due or not self.queue or self.stopping()):
+            due = self.job.commit_after is not None and now - worker.since > self.job.commit_after
+            leaving = self.job.leaving(worker.place)
+            # An item that failed before must not take others' work with it.
+            risky = bool(self.queue) and self.attempts[self.queue[0]] > 0
+            if worker.uncommitted and (due or leaving or risky or not self.queue or self.stopping()):
                 self.call(worker, "commit")
+            elif leaving:
+                ray.kill(worker.actor)
             elif self.queue and not self.stopping():
+                self.job.began(self.queue[0])
                 self.call(worker, "work", self.queue.popleft())
             else:
                 self.idle.append(worker)
         if not self.stopping():
             busy = sum(worker.doing != "ready" for worker in self.calls.values())
-            wanted = min(self.size, busy + len(self.idle) + len(self.queue))
+            wanted = min(self.job.places(), busy + len(self.idle) + len(self.queue))
             for _ in range(wanted - len(self.calls) - len(self.idle)):
                 self.call(Worker(self.job.spawn()), "ready")
 
     def call(self, worker: Worker, method: str, *args: str) -> None:
-        worker.doing, worker.item = method, args[0] if args else None
-        self.calls[getattr(worker.actor, method).remote(*args)] = worker
+        worker.doing, worker.item, worker.told = method, args[0] if args else None, None
+        worker.heard = time.monotonic()
+        told = getattr(worker.actor, method)
+        self.calls[told.options(num_returns="streaming").remote(*args) if args else told.remote()] = worker
 
     def collect(self, call: Any) -> None:
+        """Take what a call has to tell; its worker is idle again once it is through."""
         worker = self.calls.pop(call)
+        worker.heard = time.monotonic()
         try:
-            result = ray.get(call, timeout=60)
-        except self.job.bad_input as error:  # as raised by the worker, which has dropped its uncommitted work
-            self.error = self.error or plain(error)
-            self.lose(worker)
-        except (RayActorError, OutOfMemoryError, RayTaskError, GetTimeoutError) as error:
-            subject = worker.item or f"a worker's {worker.doing}"
-            self.failures[subject] += 1
-            if self.failures[subject] >= ATTEMPTS and self.error is None:
-                self.error = ItemFailedError(f"{subject} failed {ATTEMPTS} times; the last time: {error}")
-            self.lose(worker)
+            if isinstance(call, ObjectRefGenerator):
+                try:
+                    worker.told = ray.get(next(call), timeout=60)
+                except StopIteration:
+                    pass
+                else:
+                    self.calls[call] = worker
+                    self.job.heard(str(worker.item), worker.told)
+                    return
+            else:
+                worker.told = ray.get(call, timeout=60)
+        except (RayActorError, OutOfMemoryError, RayTaskError, GetTimeoutError, self.job.bad_input) as error:
+            self.fail(worker, plain(error))
         else:
-            self.take(worker, result)
+            self.take(worker, worker.told)
             self.idle.append(worker)
+
+    def watch(self) -> None:
+        """Give up workers that have not said a word for too long. One that is not ready may be waiting for a place."""
+        now = time.monotonic()
+        for call, worker in list(self.calls.items()):
+            if worker.doing != "ready" and now - worker.heard > self.job.stall_timeout:
+                del self.calls[call]
+                self.fail(worker, StalledError(f"no progress for {self.job.stall_timeout:.0f} s"))
 
     def take(self, worker: Worker, result: Any) -> None:
         if worker.doing == "ready":
-            del self.failures["a worker's ready"]
+            self.troubles = 0
+            worker.place = result
             self.job.started(result)
         elif worker.doing == "commit":
+            self.troubles = 0
             self.job.counts(worker.uncommitted, result)
             worker.uncommitted = []
         elif worker.item is not None:
@@ -152,13 +218,31 @@ class _Pool:
                     worker.since = time.monotonic()
                 worker.uncommitted.append(worker.item)
 
-    def lose(self, worker: Worker) -> None:
-        """Give a worker up. Its items go back to the queue; a commit that it may still finish is ignored."""
-        ray.kill(worker.actor)
+    def fail(self, worker: Worker, error: Exception) -> None:
+        """A call failed: the worker's uncommitted items go back to the queue, its item is tried again later."""
         self.queue.extendleft(worker.uncommitted)
         self.job.lost(worker.uncommitted)
+        worker.uncommitted = []
         if worker.item is not None:
-            self.queue.append(worker.item)
+            self.retry(worker.item, error)
+        elif isinstance(error, self.job.bad_input):
+            self.error = self.error or error
+        else:
+            self.troubles += 1
+            if self.troubles >= STARTS and self.error is None:
+                what = "be started" if worker.doing == "ready" else "commit"
+                self.error = PoolError(f"workers cannot {what}; the last time: {error}")
+        if worker.item is not None and isinstance(error, self.job.bad_input):
+            self.idle.append(worker)
+        else:  # a commit that it may still finish is ignored
+            ray.kill(worker.actor)
+
+    def retry(self, item: str, error: Exception) -> None:
+        self.attempts[item] += not getattr(error, "preempted", False)  # by the node's owner, whatever was on it
+        if self.attempts[item] < self.job.attempts:
+            self.later.append((time.monotonic() + BACK_OFF * 2 ** self.attempts[item], item))
+        else:
+            self.failed[item] = error
 
 
 def plain(error: Exception) -> Exception:

@@ -82,16 +82,18 @@ def measure(config: QualityConfig, resources: Resources = Resources()) -> Run:  
     parts: list[list[str]] = []
     counted: dict[str, int] = {}
     refused: list[Refused] = []
+    missing: dict[str, str] = {}
     with connected(resources):
         for name, shards in sets.items():
             folder = run.folder / "quality" / name
             task = Gathering(config.model, shards, str(folder), config.batch_size, config.max_samples)
-            job = GatherJob(f"quality, {name}", task, resources.max_loss)
+            job = GatherJob(f"quality, {name}", task, resources)
             observe = partial(observer, names, config.positions, config.seed)
-            ledger = job.gather(resources, observe, loaded.digest)
+            ledger = job.gather(observe, loaded.digest)
             parts.append(part_files(folder, ledger))
             counted[name] = ledger.samples
             refused += ledger.refused
+            missing |= job.missing
         run.quarantine("quality", refused)
         job.reporter.line(f"judging the patterns of {len(names)} operators")
         tables = judge_all(operators, choices, str(fitted.folder), loaded.digest, *parts)
@@ -100,7 +102,8 @@ def measure(config: QualityConfig, resources: Resources = Resources()) -> Run:  
     path = run.folder / "quality.parquet"
     write_table(path, schema, tables)
     draw_quality(run.folder / "quality.png", pq.read_table(path))
-    run.record("quality", section | {"status": "complete", "samples": counted, "cutoff": CUTOFF}, loaded)
+    done = {"status": "complete", "samples": counted, "missing": missing, "cutoff": CUTOFF}
+    run.record("quality", section | done, loaded)
     return run
 
 

@@ -20,6 +20,8 @@ from ray_jobs.config import Resources
 from ray_jobs.worker import Place, ShardReport, Share
 
 LINE_EVERY = 15.0  # seconds between the progress lines of a log
+LOOK_EVERY = 5.0  # seconds between two looks at the cluster's nodes
+SLOW = 60.0  # seconds after which a shard is named in the progress line
 
 
 class StoppedShortError(Exception):
@@ -51,27 +53,48 @@ def connected(resources: Resources) -> Iterator[None]:
         ray.shutdown()
 
 
-def worker_options(resources: Resources) -> tuple[int, dict[str, Any]]:
-    """How many workers, and what each takes. UserError where no node could ever hold one."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+def worker_options(resources: Resources) -> dict[str, Any]:
+    """What each worker takes. UserError where no node could ever hold one."""
     gpus = resources.gpus_per_worker
     if gpus is None:
-        gpus = 1.0 if any(n.get("GPU", 0) for n in nodes) else 0.0
-    cpus = resources.cpus_per_worker
-
-    def fits(node: dict[str, float]) -> int:
-        shares = [node.get(name, 0) / need for name, need in (("CPU", cpus), ("GPU", gpus)) if need > 0]
-        return int(min(shares, default=1) + 1e-6)
-
-    places = sum(map(fits, nodes))
-    if not places:
-        have = f"{max(n.get('CPU', 0) for n in nodes):g} CPUs and {max(n.get('GPU', 0) for n in nodes):g} GPUs"
+        gpus = 1.0 if any(node.get("GPU", 0) for node in nodes()) else 0.0
+    options = {"num_cpus": resources.cpus_per_worker, "num_gpus": gpus, "max_restarts": 0, "max_task_retries": 0}
+    if not (resources.min_workers or places(options)):
+        cpus, most = (max(node.get(name, 0) for node in nodes()) for name in ("CPU", "GPU"))
         raise UserError(
             "--cpus-per-worker --gpus-per-worker",
-            f"no node can hold a worker of {cpus:g} CPUs and {gpus:g} GPUs; the largest has {have}",
+            f"no node can hold a worker of {options['num_cpus']:g} CPUs and {gpus:g} GPUs; "
+            f"the largest has {cpus:g} CPUs and {most:g} GPUs",
             "Ask for less, or add nodes.",
         )
-    return resources.workers or places, {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": 0, "max_task_retries": 0}
+    return options
+
+
+def places(options: dict[str, Any]) -> int:
+    """How many workers the cluster's nodes hold, were nothing else there."""
+
+    def fits(node: dict[str, float]) -> int:
+        shares = [node.get(name, 0) / options[need] for name, need in NEEDS.items() if options[need] > 0]
+        return int(min(shares, default=1) + 1e-6)
+
+    return sum(map(fits, nodes()))
+
+
+NEEDS = {"CPU": "num_cpus", "GPU": "num_gpus"}
+
+
+def nodes() -> list[dict[str, float]]:
+    """The resources of each node that is alive and stays."""
+    gone = draining()
+    return [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in gone]
+
+
+def draining() -> frozenset[str]:
+    """The nodes that are about to be taken away. Ray has no public call for it outside Ray Train."""
+    try:
+        return frozenset(ray._private.state.state.get_draining_nodes())
+    except AttributeError:  # another version of Ray
+        return frozenset()
 
 
 @contextlib.contextmanager
@@ -112,6 +135,7 @@ class Reporter:
         self.begun = time.monotonic()
         self.last_line = self.begun
         self.stream = stream
+        self.slowest = ""
         self.bar: Progress | None = None
         if stream.isatty():
             console = Console(file=stream)
@@ -130,6 +154,8 @@ class Reporter:
         done = counts.shards - self.first
         if done > 0 and counts.shards < self.total:
             words.append(f"{spoken(seconds / done * (self.total - counts.shards))} left")
+        if self.slowest:
+            words.append(f"at {self.slowest}")
         return ", ".join(words)
 
     def tick(self) -> None:
@@ -154,33 +180,66 @@ class Reporter:
 
 
 class ShardJob:
-    """What the driver's side of every job over shards shares: a worker class, the pool, the progress."""
+    """What the driver's side of every job over shards shares: a worker class, the pool, the progress.
+
+    missing: shards that the job goes on without, and why.
+    """
 
     bad_input: type[Exception] = UserError
 
-    def __init__(self, name: str, shards: Sequence[str], left: list[str], commit_after: float | None) -> None:
-        self.left, self.commit_after = left, commit_after
+    def __init__(
+        self, name: str, shards: Sequence[str], left: list[str], resources: Resources, commit_after: float | None
+    ) -> None:
+        self.left, self.resources, self.commit_after = left, resources, commit_after
+        self.stall_timeout, self.attempts = resources.stall_timeout, 1 + resources.retries
+        self.missing: dict[str, str] = {}
         self.reporter = Reporter(name, len(shards), len(shards) - len(left))
         self.begun = float("inf")
+        self.at_work: dict[str, AtWork] = {}
+        self.looked, self.found, self.gone = -float("inf"), 0, frozenset[str]()
 
-    def run(self, resources: Resources, worker: type, *arguments: object) -> None:
+    def run(self, worker: type, *arguments: object) -> None:
         """Work on what is left with workers made from these arguments and their share of the machine.
 
-        Raises the UserError of a shard, or StoppedShortError where a signal came, after all else was committed.
+        Raises StoppedShortError where a signal came or more shards failed than may, after all else was committed.
         """
         if not self.left:
             return
-        size, self.options = worker_options(resources)
+        self.options = worker_options(self.resources)
         self.actor: Any = ray.remote(worker)
         self.arguments = arguments
         with stop_signals() as stop:
             try:
-                undone = pool.run(self.left, self, min(size, len(self.left)), stop, self.reporter.tick)
+                outcome = pool.run(self.left, self, stop, self.tick)
             finally:
                 self.reporter.close()
-        if undone:
-            what = f"stopped with {len(undone)} of {self.reporter.total} shards undone"
+        self.missing = {shard: " ".join(str(error).split()) for shard, error in outcome.failed.items()}
+        if len(self.missing) == self.reporter.total:  # nothing at all to go on with
+            raise next(iter(outcome.failed.values()))
+        for shard, reason in self.missing.items():
+            self.reporter.line(reason if shard in reason else f"{shard}: {reason}")
+        if outcome.undone:
+            what = f"stopped with {len(outcome.undone)} of {self.reporter.total} shards undone"
             raise StoppedShortError(f"{what}; the same command goes on where this one ended")
+        if len(self.missing) > self.resources.max_bad_shards:
+            raise StoppedShortError(
+                f"{len(self.missing)} of {self.reporter.total} shards cannot be used, {next(iter(self.missing))} the "
+                "first. Mend them and give the same command again, or go on without them "
+                f"by --max-bad-shards {len(self.missing)}"
+            )
+
+    def places(self) -> int:
+        self.look()
+        return min(max(self.found, self.resources.min_workers), self.resources.workers or sys.maxsize)
+
+    def leaving(self, told: Place) -> bool:
+        self.look()
+        return told.node in self.gone
+
+    def look(self) -> None:
+        """See now and then what the cluster has."""
+        if time.monotonic() - self.looked > LOOK_EVERY:
+            self.found, self.gone, self.looked = places(self.options), draining(), time.monotonic()
 
     def spawn(self) -> Any:
         share = Share(self.options["num_cpus"], self.options["num_gpus"])
@@ -191,9 +250,17 @@ class ShardJob:
         self.reporter.counts.workers += 1
         self.reporter.line(str(told))
 
+    def began(self, item: str) -> None:
+        self.at_work[item] = AtWork(time.monotonic())
+
+    def heard(self, item: str, told: ShardReport) -> None:
+        before = self.at_work[item]
+        self.reporter.counts.samples += told.samples - before.samples
+        self.at_work[item] = AtWork(before.since, told.samples)
+
     def worked(self, item: str, told: ShardReport) -> None:
+        del self.at_work[item]
         self.reporter.counts.shards += 1
-        self.reporter.counts.samples += told.samples
         self.reporter.counts.refused += told.refused
 
     def lost(self, items: list[str]) -> None:
@@ -201,6 +268,22 @@ class ShardJob:
 
     def counts(self, items: list[str], told: Any) -> None:
         """Items are done for good."""
+
+    def tick(self) -> None:
+        """Show how far the job is, and the shard that takes longest."""
+        now = time.monotonic()
+        slow = {item: now - work.since for item, work in self.at_work.items() if now - work.since > SLOW}
+        longest = max(slow, key=lambda item: slow[item], default=None)
+        self.reporter.slowest = "" if longest is None else f"{longest} for {spoken(slow[longest])}"
+        self.reporter.tick()
+
+
+@dataclass(frozen=True)
+class AtWork:
+    """A shard that a worker has: since when, and how many of its samples are done."""
+
+    since: float
+    samples: int = 0
 
 
 def spoken(seconds: float) -> str:

@@ -6,6 +6,7 @@ import socket
 import sys
 from dataclasses import dataclass
 
+import ray
 import torch
 
 from patterns import UserError
@@ -15,12 +16,13 @@ from ray_jobs.config import ModelConfig
 
 @dataclass(frozen=True)
 class Place:
-    """Where a worker runs. gpus: its CUDA_VISIBLE_DEVICES; empty where Ray set none."""
+    """Where a worker runs. gpus: its CUDA_VISIBLE_DEVICES; empty where Ray set none.  node: Ray's name of its node."""
 
     host: str
     pid: int
     device: str
     gpus: str
+    node: str = ""
 
     def __str__(self) -> str:
         gpus = f", GPU {self.gpus}" if self.gpus else ""
@@ -36,7 +38,8 @@ class Share:
 
     def place(self) -> Place:
         """Where this process runs."""
-        return Place(socket.gethostname(), os.getpid(), self.device(), os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+        node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
+        return Place(socket.gethostname(), os.getpid(), self.device(), os.environ.get("CUDA_VISIBLE_DEVICES", ""), node)
 
     def device(self) -> str:
         """The GPU that Ray gave this process, or the CPU where it gave none or there is none in truth."""
@@ -55,7 +58,7 @@ class Share:
 
 @dataclass(frozen=True)
 class ShardReport:
-    """What a worker found in a shard: samples used, and samples refused."""
+    """How far a worker is with a shard, at last with the whole: samples used, and samples refused."""
 
     samples: int
     refused: int

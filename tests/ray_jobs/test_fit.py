@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from ray_jobs.config import FITTED, FitConfig, ModelConfig, Resources
 from ray_jobs.fit import fit, observer
 from ray_jobs.fit import solve as solve_more
 from ray_jobs.gather import Gathering, GatherJob, GatherWorker
-from ray_jobs.session import worker_options
+from ray_jobs.session import StoppedShortError, worker_options
 from ray_jobs.shards import ShardReader
 from ray_jobs.worker import Place
 from tests.conftest import make_shards, write_tar
@@ -145,8 +146,9 @@ def test_a_stopped_and_then_killed_driver_goes_on_and_changes_no_digit(
 def test_each_worker_has_a_gpu_of_its_own(local_ray: None, model_spec: str, shards: list[str], tmp_path: Path) -> None:
     config = configured(model_spec, shards, tmp_path / "run")
     task = gathering(config)
-    job = GatherJob("fit", task, max_loss=300)
-    size, job.options = worker_options(Resources())
+    job = GatherJob("fit", task, Resources())
+    job.options = worker_options(Resources())
+    size = job.places()
     assert size == 2
     job.actor, job.arguments = ray.remote(GatherWorker), (task, observing, models.load(config.model).digest)
     workers = [job.spawn() for _ in range(size)]
@@ -222,20 +224,25 @@ def test_a_refused_sample_is_listed_and_the_run_goes_on(
     assert (counted["samples"], counted["refused"], counted["status"]) == (72, 1, "complete")
 
 
-def test_a_broken_shard_ends_the_run_and_loses_nothing(
+def test_a_broken_shard_holds_up_no_other_and_is_taken_up_once_mended(
     local_ray: None, model_spec: str, shards: list[str], tmp_path: Path
 ) -> None:
     broken = tmp_path / "broken.tar"
     broken.write_bytes(Path(shards[0]).read_bytes()[:3000])
     config = configured(model_spec, [*shards, str(broken)], tmp_path / "run")
-    with pytest.raises(UserError, match=r"broken\.tar: "):
-        fit(config, on_cpu(2, max_loss=0.01))
-    done = json.loads((tmp_path / "run" / "moments" / "ledger.json").read_text())["parts"]
-    assert done
+    once = replace(on_cpu(2, max_loss=0.01), retries=0)
+    with pytest.raises(StoppedShortError, match=r"1 of 13 shards cannot be used, \S+/broken\.tar the first"):
+        fit(config, once)
+    ledger = tmp_path / "run" / "moments" / "ledger.json"
+    done = json.loads(ledger.read_text())["parts"]
+    assert sorted(s for part in done for s in part["shards"]) == shards
+    said = fit(config, replace(once, max_bad_shards=1)).manifest()["fit"]
+    assert (said["status"], said["shards"], said["samples"]) == ("complete", 12, 72)
+    assert "broken.tar: " in said["missing"][str(broken)]
     broken.write_bytes(Path(make_shards(tmp_path / "good", 1, 6, seed=9)[0]).read_bytes())
-    run = fit(config, on_cpu(2))
-    assert run.manifest()["fit"]["samples"] == 78
-    assert json.loads((tmp_path / "run" / "moments" / "ledger.json").read_text())["parts"][: len(done)] == done
+    mended = fit(config, on_cpu(2)).manifest()["fit"]
+    assert (mended["shards"], mended["samples"], mended["missing"]) == (13, 78, {})
+    assert json.loads(ledger.read_text())["parts"][: len(done)] == done
 
 
 def test_a_worker_that_fails_midway_forgets_what_it_had(model_spec: str, shards: list[str], tmp_path: Path) -> None:
@@ -243,10 +250,10 @@ def test_a_worker_that_fails_midway_forgets_what_it_had(model_spec: str, shards:
     broken.write_bytes(Path(shards[0]).read_bytes()[:-4096])
     config = configured(model_spec, [*shards, str(broken)], tmp_path / "run")
     worker = GatherWorker(gathering(config), observing, models.load(config.model).digest)
-    worker.work(shards[0])
+    list(worker.work(shards[0]))
     with pytest.raises(UserError, match=r"cannot be read|cut short"):
-        worker.work(str(broken))
-    worker.work(shards[1])
+        list(worker.work(str(broken)))
+    list(worker.work(shards[1]))
     part = worker.commit()
     assert part.shards == (shards[1],)
     assert part.samples == 6

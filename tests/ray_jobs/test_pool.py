@@ -1,0 +1,157 @@
+"""The pool with real actors that fail in every way: each item counts once, or is given up by name."""
+
+import os
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from ray_jobs import pool
+from ray_jobs.pool import Outcome, PoolError
+
+
+class BadItemError(Exception):
+    """What a user can mend."""
+
+
+class Actor:
+    """Does what an item's name says, and keeps count of attempts in files."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.held = folder, []  # type: ignore[var-annotated]
+
+    def ready(self) -> int:
+        if (self.folder / "no-start").exists():
+            raise RuntimeError("no such device")
+        return os.getpid()
+
+    def work(self, item: str) -> Iterator[int]:
+        attempt = len(list(self.folder.glob(f"{item}@*")))
+        (self.folder / f"{item}@{attempt}").touch()
+        kind, _, number = item.partition("-")
+        yield 1
+        hopeless = number == "always" or attempt == 0
+        if kind == "bad" and hopeless:
+            self.held = []
+            raise BadItemError(f"{item} cannot be read")
+        if kind == "bug" and hopeless:
+            raise RuntimeError("the device is lost")
+        if kind == "kill" and hopeless:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if kind == "stop" and hopeless:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if kind == "slow":
+            for _ in range(20):
+                time.sleep(0.1)
+                yield 1
+        self.held.append(item)
+        yield 2
+
+    def commit(self) -> list[str]:
+        held, self.held = self.held, []
+        return held
+
+
+class Recorded:
+    """A job that counts what it is told."""
+
+    bad_input: type[Exception] = BadItemError
+
+    def __init__(self, folder: Path, commit_after: float | None = 0.05, attempts: int = 3, stall: float = 1.5) -> None:
+        self.folder, self.commit_after, self.attempts, self.stall_timeout = folder, commit_after, attempts, stall
+        self.counted: Counter[str] = Counter()
+        self.pids: list[int] = []
+        self.gone: set[int] = set()
+        self.size = 2
+
+    def places(self) -> int:
+        return self.size
+
+    def spawn(self) -> Any:
+        return ray.remote(Actor).options(num_cpus=0).remote(self.folder)
+
+    def started(self, told: int) -> None:
+        self.pids.append(told)
+
+    def leaving(self, told: int) -> bool:
+        return told in self.gone
+
+    def began(self, item: str) -> None: ...
+
+    def heard(self, item: str, told: int) -> None: ...
+
+    def worked(self, item: str, told: int) -> None:
+        assert told == 2, "the last that a generator tells is its result"
+
+    def lost(self, items: list[str]) -> None: ...
+
+    def counts(self, items: list[str], told: Any) -> None:
+        if self.commit_after is not None:
+            assert sorted(items) == sorted(told), "the pool and the worker disagree on what counts"
+        self.counted.update(items)
+
+
+def run(job: Recorded, items: list[str], tick: Callable[[], None] = lambda: None) -> Outcome:
+    return pool.run(items, job, lambda: False, tick)
+
+
+PLAIN = [f"plain-{i}" for i in range(12)]
+
+
+@pytest.mark.parametrize("commit_after", [None, 0.05, 300])
+@pytest.mark.parametrize("trouble", ["bad-once", "bug-once", "kill-once", "stop-once"])
+def test_an_item_that_fails_once_is_done_later_and_nothing_counts_twice(
+    local_ray: None, tmp_path: Path, trouble: str, commit_after: float | None
+) -> None:
+    job = Recorded(tmp_path, commit_after)
+    assert run(job, [*PLAIN[:6], trouble, *PLAIN[6:]]) == Outcome([], {})
+    assert job.counted == Counter([*PLAIN, trouble])
+    assert len(list(tmp_path.glob(f"{trouble}@*"))) == 2
+
+
+@pytest.mark.parametrize("trouble", ["bad-always", "bug-always", "kill-always", "stop-always"])
+def test_an_item_that_always_fails_is_given_up_by_name_and_holds_up_no_other(
+    local_ray: None, tmp_path: Path, trouble: str
+) -> None:
+    job = Recorded(tmp_path, attempts=2, stall=0.8)
+    outcome = run(job, [trouble, *PLAIN])
+    assert list(outcome.failed) == [trouble]
+    assert outcome.undone == []
+    assert job.counted == Counter(PLAIN)
+    assert len(list(tmp_path.glob(f"{trouble}@*"))) == 2
+
+
+def test_a_slow_item_that_goes_on_telling_is_not_stalled(local_ray: None, tmp_path: Path) -> None:
+    job = Recorded(tmp_path, stall=1.0)
+    assert run(job, ["slow-1", *PLAIN[:3]]) == Outcome([], {})
+    assert len(list(tmp_path.glob("slow-1@*"))) == 1
+
+
+def test_the_pool_grows_and_shrinks_with_its_places(local_ray: None, tmp_path: Path) -> None:
+    job = Recorded(tmp_path)
+    job.size = 1
+    begun = time.monotonic()
+
+    def tick() -> None:
+        if len(job.pids) == 1 and time.monotonic() - begun > 1:
+            job.size = 3
+        if len(job.pids) == 3 and not job.gone:
+            job.gone = {job.pids[0]}
+            job.size = 2
+
+    items = [f"slow-{i}" for i in range(6)]
+    assert run(job, items, tick) == Outcome([], {})
+    assert len(job.pids) == 3, "one that left was replaced though there was no place, or none was added"
+    assert job.counted == Counter(items)
+    assert not Path(f"/proc/{job.pids[0]}").exists()
+
+
+def test_workers_that_never_start_end_the_job_with_the_cause(local_ray: None, tmp_path: Path) -> None:
+    (tmp_path / "no-start").touch()
+    with pytest.raises(PoolError, match=r"(?s)workers cannot be started.*no such device"):
+        run(Recorded(tmp_path), PLAIN)
