@@ -26,6 +26,10 @@ class Draft:
     graph: Graph
     parts: dict[str, Any]
 
+    def copy(self) -> "Draft":
+        """A draft of its own with the same tensors."""
+        return Draft(copy_graph(self.graph), dict(self.parts))
+
     def constant(self, node: Node, value: Tensor) -> Node:
         """A node for a tensor, made before `node`."""
         target = f"constants.{node.name}_{len(self.parts)}"
@@ -79,6 +83,12 @@ def export(model: nn.Module, example: Tensor, name: str) -> Draft:
             program = torch.export.export(model, (example,), dynamic_shapes=(batch,), strict=False)
             module: Any = program.run_decompositions({}).module()
     except Exception as error:  # torch.export raises many kinds
+        if "specialized it to be a constant" in str(error):
+            raise UserError(
+                name,
+                f"the model takes batches of {len(example)} only, since its forward has the batch size as a number",
+                "Use x.shape[0] in place of len(x) and int(x.shape[0]), and no loop over the samples.",
+            ) from error
         raise UserError(
             name,
             f"the model cannot be exported as a graph{blamed(error)} ({first_line(error).rstrip('.')})",

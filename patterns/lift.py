@@ -279,6 +279,16 @@ def lift_linear(draft: Draft, node: Node) -> Lifted | None:
     return parametric(draft, node, a, Linear(), a["input"])
 
 
+def lift_matmul(draft: Draft, node: Node) -> Lifted | None:
+    """A value times a constant matrix, whose columns are the neurons."""
+    x, matrix = node.args
+    weight = constant_of(draft, matrix)  # type: ignore[arg-type]
+    if weight is None or weight.dim() != 2:
+        return None
+    name = str(matrix.target)  # type: ignore[union-attr]
+    return Lifted(Linear(), weight.T, None, (x,), operator_name(node, name), (name, opname(node)))  # type: ignore[arg-type]
+
+
 def parametric(draft: Draft, node: Node, a: dict[str, Any], kind: Kind, x: Node) -> Lifted:
     names = tuple(n.target for n in (a["weight"], a["bias"]) if n is not None)
     bias = None if a["bias"] is None else draft.parts[a["bias"].target]
@@ -362,6 +372,8 @@ LIFTS: dict[Any, Callable[[Draft, Node], Lifted | None]] = {
     aten.conv2d.padding: lift_convolution,
     aten.conv3d.padding: lift_convolution,
     aten.linear.default: lift_linear,
+    aten.matmul.default: lift_matmul,
+    aten.mm.default: lift_matmul,
     aten._native_batch_norm_legit_no_training.default: lift_batch_norm,
     aten.conv_transpose1d.default: lift_transposed,
     aten.conv_transpose2d.input: lift_transposed,

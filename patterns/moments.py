@@ -169,8 +169,8 @@ class Accumulator:
     """Moments of one operator, grown in place batch by batch.
 
     Within a batch (or the images of it that have AT_ONCE positions), sums are taken in the model's precision
-    over outputs centred by the batch's own mean, and brought back in float64: activations whose mean dwarfs
-    their spread lose no digits. Across batches everything adds up in float64.
+    over outputs centred by their own mean (of the open gate for its sums), and brought back in float64:
+    activations whose mean dwarfs their spread lose no digits. Across batches everything adds up in float64.
     """
 
     def __init__(self, operator: Operator, wanted: Wanted) -> None:
@@ -199,8 +199,8 @@ class Accumulator:
         op, kind, shape = self._operator, self._operator.kind, tuple(self._operator.weight.shape)
         total, opened = self._sums.total, self._sums.open
         count = z.numel() // op.neurons
+        bias = 0.0 if op.bias is None else op.bias.double()
         centre = z.mean(positions(z, kind.axis))
-        centre_y = centre.double() if op.bias is None else centre.double() - op.bias.double()
         weights = torch.empty_like(z)  # the output gradients, one after the other in the same memory
         if opened is not None and op.gate is not None:
             mask = op.gate.open(z)
@@ -208,6 +208,7 @@ class Accumulator:
             n_open = count_open(weights, count, kind.axis)
             x_open = None if opened.x is None else kind.weight_gradient(inputs, weights, shape).flatten(1)
         torch.sub(z, along(kind.axis, centre, z), out=weights)
+        centre_y = centre.double() - bias
         add_outputs(total, torch.full_like(total.n, count), weights, centre_y, kind.axis)
         if self._sums.outer is not None:
             add_outer(self._sums.outer, count, weights, centre_y, kind.axis)
@@ -215,8 +216,11 @@ class Accumulator:
             x_total = kind.input_sum(inputs, tuple(z.shape), shape)
             add_inputs(total, x_total, kind.weight_gradient(inputs, weights, shape).flatten(1), centre_y)
         if opened is not None and op.gate is not None:
-            weights.mul_(mask)
-            add_outputs(opened, n_open, weights, centre_y, kind.axis)
+            # The open outputs about their own mean, which may be far from that of all.
+            centre = centre + sum_positions(weights.mul_(mask), kind.axis) / n_open.clamp(min=1).to(z.dtype)
+            centre_y = centre.double() - bias
+            torch.sub(z, along(kind.axis, centre, z), out=weights)
+            add_outputs(opened, n_open, weights.mul_(mask), centre_y, kind.axis)
             if x_open is not None:
                 add_inputs(opened, x_open, kind.weight_gradient(inputs, weights, shape).flatten(1), centre_y)
 

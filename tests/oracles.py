@@ -1,5 +1,6 @@
 """The slow truths: plain float64 computations by another route than the package's own."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -35,9 +36,41 @@ def linear_patches(x: Tensor) -> list[Tensor]:
     return [torch.stack([x.double()[index] for index in np.ndindex(*x.shape[:-1])])]
 
 
-def channel_patches(*inputs: Tensor) -> list[Tensor]:
+def channel_patches(*inputs: Tensor, axis: int = 1) -> list[Tensor]:
     """Each channel's values, one column for each input."""
-    return [torch.stack([x.double()[:, k].flatten() for x in inputs], 1) for k in range(inputs[0].shape[1])]
+    channels = range(inputs[0].shape[axis])
+    return [torch.stack([x.double().select(axis, k).flatten() for x in inputs], 1) for k in channels]
+
+
+def transposed_patches(
+    x: Tensor, kernel: Shape, stride: Shape, padding: Shape, output_padding: Shape, dilation: Shape, groups: int = 1
+) -> list[Tensor]:
+    """As `window_patches`, of a transposed convolution: a plain one over x with zeros between its positions."""
+    dims = range(2, x.dim())
+    sizes = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], stride)]
+    spread = torch.zeros(*x.shape[:2], *sizes, dtype=torch.float64)
+    spread[(..., *(slice(None, None, s) for s in stride))] = x.double()
+    borders = [d * (k - 1) - p for d, k, p in zip(dilation, kernel, padding)]
+    around = [n for b, extra in reversed(list(zip(borders, output_padding))) for n in (b, b + extra)]
+    ones, nothing = (1,) * len(dims), (0,) * len(dims)
+    patches = window_patches(F.pad(spread, around), kernel, ones, nothing, dilation, groups)
+    # It meets its kernel from the other end.
+    return [p.unflatten(1, (-1, *kernel)).flip(list(dims)).flatten(1) for p in patches]
+
+
+def positions_seeing(unfold: Callable[..., list[Tensor]], shapes: Sequence[Shape]) -> list[Tensor]:
+    """How many samples of an image see an input that a weight meets, on average; (D,) for each group.
+
+    The inputs are numbered, and every number is looked up in every patch. Where a weight meets padding alone: 1.
+    """
+    sizes = [prod(shape) for shape in shapes]
+    numbers = torch.arange(1, sum(sizes) + 1).split(sizes)
+    means = []
+    for patches in unfold(*(n.reshape(1, *shape) for n, shape in zip(numbers, shapes))):
+        seen = [[int(number) for number in row if number] for row in patches.T]  # by weight; 0 is padding
+        count = Counter(number for row in seen for number in row)
+        means.append([np.mean([count[number] for number in row]) if row else 1.0 for row in seen])
+    return [torch.tensor(row, dtype=torch.float64) for row in means]
 
 
 # --- sums and estimators over patches -------------------------------------------------------------
@@ -74,17 +107,35 @@ def neurons(
     return found
 
 
+def side(neuron: Neuron, which: str) -> tuple[np.ndarray, np.ndarray]:
+    """x and y of the open or closed samples."""
+    chosen = (neuron.open if which == "open" else ~neuron.open).numpy()
+    return neuron.x.numpy()[chosen], neuron.y.numpy()[chosen]
+
+
 def two_component(neuron: Neuron, weight: Tensor, which: str) -> np.ndarray:
     """(E₊[xy] - E₊[x]E[y]) / wᵀ(…) over the open or closed samples of one neuron, sample by sample."""
-    chosen = (neuron.open if which == "open" else ~neuron.open).numpy()
-    x, y = neuron.x.numpy(), neuron.y.numpy()
-    direction = np.mean([xi * yi for xi, yi in zip(x[chosen], y[chosen])], 0) - x[chosen].mean(0) * y.mean()
+    x, y = side(neuron, which)
+    direction = np.mean([xi * yi for xi, yi in zip(x, y)], 0) - x.mean(0) * neuron.y.numpy().mean()
     return direction / (weight.double().flatten().numpy() @ direction)
+
+
+def regressed(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """cov[x, y] / var[y] over some samples, shape (D,)."""
+    return np.cov(x.T, y, bias=True)[-1, :-1] / np.var(y)
 
 
 def covariance(neuron: Neuron) -> np.ndarray:
     """cov[x, y] of one neuron, shape (D,)."""
     return np.cov(neuron.x.numpy().T, neuron.y.numpy(), bias=True)[-1, :-1]
+
+
+def multivariate(group: Sequence[Neuron], ridge: float) -> np.ndarray:
+    """Least squares of x on the outputs of all neurons of a group, (K/G, D); the ridge is further samples."""
+    x, y = group[0].x.numpy(), np.stack([neuron.y.numpy() for neuron in group], 1)
+    x, y = x - x.mean(0), y - y.mean(0)
+    more = np.diag(np.sqrt(ridge * len(y)) * y.std(0))
+    return np.linalg.lstsq(np.vstack([y, more]), np.vstack([x, np.zeros((len(group), x.shape[1]))]), rcond=None)[0]
 
 
 # --- explanations as products of explicit matrices ------------------------------------------------

@@ -5,9 +5,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from patterns import CHOICES, ESTIMATORS, Moments, Operator, UserError, accumulate, solve, trace
-from patterns.estimators import Problem, chosen
-from tests.oracles import Neuron, covariance, neurons, two_component, window_patches
+from patterns import CHOICES, ESTIMATORS, Moments, Network, Operator, UserError, accumulate, choose, solve, trace
+from patterns.estimators import Problem, chosen, parsed, wanted
+from patterns.moments import Wanted
+from tests.oracles import Neuron, covariance, neurons, window_patches
 
 LIMITS = (0.0, float("inf"))
 EVERYTHING = tuple(CHOICES)
@@ -76,33 +77,6 @@ def test_two_component_tells_two_regimes_apart() -> None:
     torch.testing.assert_close(found["positive"], double((1, 0)))
     torch.testing.assert_close(found["negative"], double((0, -1)))
     assert not torch.allclose(found["linear"], found["positive"], atol=1e-3)
-
-
-def test_every_live_neurons_pattern_meets_its_weight_in_one() -> None:
-    operator, moments, _ = convolution_operator()
-    solution = solve(operator, moments, EVERYTHING)
-    assert solution.flags == ["ok"] * 6
-    assert set(solution.patterns) == set(ESTIMATORS)
-    for name in set(ESTIMATORS) - {"multivariate"}:
-        pattern = solution.patterns[name]
-        assert pattern.shape == operator.weight.shape, name
-        products = (operator.weight * pattern).flatten(1).sum(1)
-        torch.testing.assert_close(products, torch.ones_like(products), rtol=1e-10, atol=0)
-
-
-def test_linear_pattern_equals_covariance_over_variance_of_patches() -> None:
-    operator, moments, truth = convolution_operator()
-    found = solve(operator, moments, ["linear"]).patterns["linear"].flatten(1).numpy()
-    for pattern, neuron in zip(found, truth):
-        np.testing.assert_allclose(pattern, covariance(neuron) / np.var(neuron.y.numpy()), rtol=1e-8, atol=1e-10)
-
-
-@pytest.mark.parametrize(("name", "which"), [("positive", "open"), ("negative", "closed")])
-def test_two_component_equals_direct_means_over_each_side_of_the_gate(name: str, which: str) -> None:
-    operator, moments, truth = convolution_operator()
-    found = solve(operator, moments, ["two-component"]).patterns[name].flatten(1).numpy()
-    for pattern, neuron, weight in zip(found, truth, operator.weight):
-        np.testing.assert_allclose(pattern, two_component(neuron, weight, which), rtol=1e-8, atol=1e-10)
 
 
 def test_both_sides_of_the_gate_weighted_by_their_samples_sum_to_the_covariance() -> None:
@@ -231,6 +205,46 @@ def test_solving_leaves_moments_as_they_were() -> None:
     solve(operator, moments, EVERYTHING)
     for name, value in moments.tensors().items():
         assert torch.equal(value, before[name])
+
+
+def network_of_three() -> Network:
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    return trace(model, torch.zeros(2, 3))
+
+
+def test_estimators_are_chosen_by_patterns_of_operators_names() -> None:
+    operators = network_of_three().operators
+    rows = {name: chosen(op, "[02]=linear,2=two-component, filter") for name, op in operators.items()}
+    assert rows == {"0": ["linear", "filter"], "2": ["linear", "positive", "negative", "filter"], "4": ["filter"]}
+    assert {name: chosen(op, "2=linear") for name, op in operators.items()} == {
+        "0": ["positive"], "2": ["linear"], "4": ["linear"],
+    }  # fmt: skip
+    assert wanted(operators["0"], "2=multivariate") == Wanted(total=False, open=True, outer=False)
+    assert wanted(operators["2"], "2=multivariate") == Wanted(total=True, open=False, outer=True)
+    assert wanted(operators["4"], "identity,random") == Wanted(total=False, open=False, outer=False)
+
+
+def test_a_pattern_of_names_that_no_operator_has_is_refused() -> None:
+    operators = network_of_three().operators
+    assert parsed("[02]=linear,4=filter", operators) == [("[02]", "linear"), ("4", "filter")]
+    with pytest.raises(UserError, match=r"no operator matches 'fc\*'\. `patternnet plan` lists their names"):
+        parsed("fc*=linear", operators)
+    with pytest.raises(UserError, match="no estimator 'liner'"):
+        parsed("0=liner", operators)
+
+
+def test_explanations_take_the_first_estimator_that_is_meant_for_an_operator() -> None:
+    network = network_of_three()
+    moments = accumulate(network, [torch.randn(20, 3, generator=torch.Generator().manual_seed(0))])
+    solved = {name: solve(op, moments[name], "linear,two-component,filter") for name, op in network.operators.items()}
+    patterns = {name: solution.patterns for name, solution in solved.items()}
+    picked = choose(network, patterns, "2=filter,linear")
+    assert torch.equal(picked["2"], patterns["2"]["filter"])
+    assert torch.equal(picked["0"], patterns["0"]["linear"])
+    with pytest.raises(UserError, match="'filter' is never used, since an earlier estimator has all its operators"):
+        choose(network, patterns, "linear,filter")
+    with pytest.raises(UserError, match="0: the identity has no pattern"):
+        choose(network, patterns, "identity")
 
 
 def test_an_unknown_estimator_is_refused_by_name() -> None:

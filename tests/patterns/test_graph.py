@@ -331,6 +331,55 @@ def test_ordinary_ways_to_write_a_forward_pass_keep_their_outputs(name: str) -> 
     assert_same_outputs(model, network, image(3), image(1))
 
 
+class Projected(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.matrix = conv(), nn.Parameter(torch.randn(8, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.conv(x) @ self.matrix).relu()
+
+
+def test_a_product_with_a_constant_matrix_is_a_linear_operator_named_by_it() -> None:
+    torch.manual_seed(0)
+    model = Calls(lambda m, x: m.head(x), head=Projected()).double()
+    network = network_of(model)
+    assert list(network.operators) == ["head.conv", "head.matrix"]
+    operator = network.operators["head.matrix"]
+    assert isinstance(operator.kind, Linear)
+    assert operator.gate == RELU
+    assert torch.equal(operator.weight, model.head.matrix.detach().T)
+    assert_same_outputs(model, network, image(3), image(1))
+
+
+def test_what_depends_on_the_batch_size_alone_is_not_refused() -> None:
+    def forward(m: Calls, x: Tensor) -> Tensor:
+        places = torch.ones(x.shape[0], 4, 8, 8, dtype=x.dtype).cumsum(2).sin()
+        return m.conv(x) + places
+
+    model = Calls(forward, conv=conv()).double()
+    network = network_of(model)
+    assert_same_outputs(model, network, image(3), image(1))
+
+
+PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "matmul": lambda weights, values: weights @ values,
+    "einsum": lambda weights, values: torch.einsum("ncij,ncjk->ncik", weights, values),
+}
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_attention_passed_through_has_the_gradient_of_its_values_alone(product: str) -> None:
+    torch.manual_seed(0)
+    model = Calls(lambda m, x: PRODUCTS[product](m.one(x).softmax(-1), m.two(x)), one=conv(), two=conv()).double()
+    network = trace(model, image(), pass_through=["softmax", product])
+    x, again = image().requires_grad_(), image().requires_grad_()
+    (found,) = torch.autograd.grad(network.module(x).square().sum(), x)
+    held = PRODUCTS[product](model.one(again).softmax(-1).detach(), model.two(again))
+    (expected,) = torch.autograd.grad(held.square().sum(), again)
+    assert relative(found, expected) < 1e-12
+
+
 @pytest.mark.parametrize("padding", ["same", "valid"])
 @pytest.mark.parametrize("kernel", [3, (2, 4)])
 def test_convolutions_with_padding_by_name_keep_their_outputs(padding: str, kernel: int | tuple[int, int]) -> None:
@@ -445,6 +494,25 @@ def test_control_flow_that_depends_on_the_data_is_refused_with_what_to_change() 
 def test_control_flow_that_depends_on_the_data_is_refused_with_the_line_of_the_model() -> None:
     with pytest.raises(UserError, match=r"test_graph\.py:\d+.*if x\.sum\(\) > 0"):
         trace(Branching().double(), image(), name="zoo:net")
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x: m.conv(x).reshape(len(x), -1),
+        lambda m, x: m.conv(x).reshape(int(x.shape[0]), -1),
+        lambda m, x: torch.stack([one.flatten() for one in m.conv(x)]),
+    ],
+    ids=["len", "int", "loop"],
+)
+def test_a_forward_that_fixes_the_batch_size_is_refused_with_what_to_change(
+    forward: Callable[[Calls, Tensor], object],
+) -> None:
+    with pytest.raises(
+        UserError,
+        match=r"^zoo:net: the model takes batches of 2 only, .* Use x\.shape\[0\] in place of len\(x\)",
+    ):
+        trace(Calls(forward, conv=conv()).double(), image(), name="zoo:net")
 
 
 def test_an_input_that_the_model_does_not_take_is_refused_with_its_shape() -> None:
