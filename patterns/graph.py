@@ -154,8 +154,9 @@ def hold_gates(draft: Draft, pass_through: Collection[str]) -> None:
     """Linearise what the user lets pass: norms with their statistics held still, products with their gate.
 
     Of a product of two activations the gate is the factor that comes from a sigmoid, softmax or another
-    of GATES, else the one that is broadcast, else the second; attention is held in its weights, so that
-    its values alone have a gradient.
+    of GATES, else the one beside a product of activations (the queries of factorised attention), else the
+    one that is broadcast, else the second; attention is held in its weights, so that its values alone have
+    a gradient.
     """
     for node in list(draft.graph.nodes):
         operation = opname(node)
@@ -179,17 +180,21 @@ def held(draft: Draft, node: Node, args: Sequence[Any], *numbers: int) -> tuple[
 
 def gate_of(first: Node, second: Node) -> int:
     """Which of two factors, 0 or 1, is the gate of the other."""
-    made = [comes_from_gate(first), comes_from_gate(second)]
-    if made[0] != made[1]:
-        return made.index(True)
+    origins = [origin(first), origin(second)]
+    gates = [opname(node) in GATES for node in origins]
+    if gates[0] != gates[1]:
+        return gates.index(True)
+    products = [opname(node) in PRODUCTS_OF_TWO and all(map(is_activation, node.args[:2])) for node in origins]
+    if products[0] != products[1]:
+        return products.index(False)
     return int(first.meta["val"].numel() >= second.meta["val"].numel())
 
 
-def comes_from_gate(node: Node) -> bool:
-    """Whether a value is what a gate's function gave, at most changed in shape."""
+def origin(node: Node) -> Node:
+    """What gave a value that was since changed at most in shape."""
     while opname(node) in SEEN_THROUGH and isinstance(node.args[0], Node):
         node = node.args[0]
-    return opname(node) in GATES
+    return node
 
 
 def held_layer_norm(x: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:

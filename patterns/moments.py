@@ -16,8 +16,11 @@ from patterns.operators import Inputs, Operator, along, positions, sum_positions
 T = TypeVar("T")
 
 # Positions that are summed at a time in the model's precision: by 2²⁴ of them float32 sums stop growing,
-# and by 2²⁰ they have lost 1e-5 of their value.
+# and in a convolution's gradient on the CPU, which adds them one by one, these may have lost 3e-5 of their value.
 AT_ONCE = 2**18
+# Elements of a large sum that are computed, and brought to float64, at a time: a layer's gradient and its copy
+# in float64 may be larger than all activations. No usual convolution has so many weights.
+PIECE = 2**22
 
 
 @dataclass(frozen=True)
@@ -196,33 +199,56 @@ class Accumulator:
             self._add(tuple(x[chosen] for x in inputs), z[chosen])
 
     def _add(self, inputs: Inputs, z: Tensor) -> None:
-        op, kind, shape = self._operator, self._operator.kind, tuple(self._operator.weight.shape)
+        op, kind = self._operator, self._operator.kind
         total, opened = self._sums.total, self._sums.open
         count = z.numel() // op.neurons
         bias = 0.0 if op.bias is None else op.bias.double()
         centre = z.mean(positions(z, kind.axis))
-        weights = torch.empty_like(z)  # the output gradients, one after the other in the same memory
-        if opened is not None and op.gate is not None:
-            mask = op.gate.open(z)
-            weights.copy_(mask)
-            n_open = count_open(weights, count, kind.axis)
-            x_open = None if opened.x is None else kind.weight_gradient(inputs, weights, shape).flatten(1)
-        torch.sub(z, along(kind.axis, centre, z), out=weights)
+        # The output gradients, one after the other in the same memory.
+        weights = torch.sub(z, along(kind.axis, centre, z))
         centre_y = centre.double() - bias
         add_outputs(total, torch.full_like(total.n, count), weights, centre_y, kind.axis)
         if self._sums.outer is not None:
             add_outer(self._sums.outer, count, weights, centre_y, kind.axis)
-        if total.x is not None:
-            x_total = kind.input_sum(inputs, tuple(z.shape), shape)
-            add_inputs(total, x_total, kind.weight_gradient(inputs, weights, shape).flatten(1), centre_y)
+        if total.x is not None or (opened is not None and opened.x is not None):
+            x = kind.input_sum(inputs, tuple(z.shape), tuple(op.weight.shape))
+        if total.x is not None and total.xy is not None:
+            add(total.x, x)
+            add_products(total.xy, x, centre_y)
+            self._add_gradient(inputs, weights, total.xy)
         if opened is not None and op.gate is not None:
             # The open outputs about their own mean, which may be far from that of all.
-            centre = centre + sum_positions(weights.mul_(mask), kind.axis) / n_open.clamp(min=1).to(z.dtype)
+            mask = op.gate.open(z)
+            summed = sum_positions(weights.mul_(mask), kind.axis)
+            n_open = count_open(weights.copy_(mask), count, kind.axis)
+            centre = centre + summed / n_open.clamp(min=1).to(z.dtype)
             centre_y = centre.double() - bias
+            if opened.x is not None and opened.xy is not None:
+                # The mask about its mean, for Σx over the open gate is as large as the inputs' mean.
+                share = (n_open / count).to(z.dtype)
+                weights.sub_(along(kind.axis, share, z))
+                self._add_gradient(inputs, weights, opened.x, (opened.xy, centre_y))
+                add_products(opened.x, x, share.double())
+                add_products(opened.xy, x, share.double() * centre_y)
             torch.sub(z, along(kind.axis, centre, z), out=weights)
             add_outputs(opened, n_open, weights.mul_(mask), centre_y, kind.axis)
-            if x_open is not None:
-                add_inputs(opened, x_open, kind.weight_gradient(inputs, weights, shape).flatten(1), centre_y)
+            if opened.xy is not None:
+                self._add_gradient(inputs, weights, opened.xy)
+
+    def _add_gradient(
+        self, inputs: Inputs, grad: Tensor, total: Tensor, products: tuple[Tensor, Tensor] | None = None
+    ) -> None:
+        """Add Σ g·x, shape (K, D), to a sum; and its product with y, shape (K,), to another: given as (sum, y)."""
+        op, axis = self._operator, self._operator.kind.axis
+        # Neurons of several groups do not see the same inputs; such layers are small.
+        rows = max(1, PIECE // op.inputs_per_neuron) if op.groups == 1 else op.neurons
+        for start, part in zip(range(0, op.neurons, rows), grad.split(rows, axis)):
+            chosen, shape = slice(start, start + rows), (part.shape[axis], *op.weight.shape[1:])
+            gradient = op.kind.weight_gradient(inputs, part, shape).flatten(1)
+            add(total[chosen], gradient)
+            if products is not None:
+                xy, y = products
+                add_products(xy[chosen], gradient, y[chosen])
 
 
 def count_open(mask: Tensor, count: int, axis: int) -> Tensor:
@@ -247,19 +273,26 @@ def add_outer(outer: Tensor, count: int, centred: Tensor, centre: Tensor, axis: 
     images = max(4096, outer.shape[1]) * len(centred) // count
     for part in centred.split(max(1, images)):
         rows = part.movedim(axis, 0).flatten(1).unflatten(0, groups)  # (G, K/G, samples)
-        outer.add_(rows @ rows.mT)
+        add(outer.flatten(0, 1), (rows @ rows.mT).flatten(0, 1))
     sums, centre = sum_positions(centred, axis).double().unflatten(0, groups), centre.unflatten(0, groups)
     # Σ(ŷ + c)(ŷ + c)ᵀ = Σŷŷᵀ + c(Σŷ + n·c)ᵀ + Σŷ cᵀ
     outer.baddbmm_(centre[:, :, None], (sums + count * centre)[:, None])
     outer.baddbmm_(sums[:, :, None], centre[:, None])
 
 
-def add_inputs(sums: Sums, x: Tensor, xy_centred: Tensor, centre: Tensor) -> None:
-    """Add Σx and Σx·y, given Σx, shape (G or K, D), and Σx·(y - centre), shape (K, D)."""
-    sums.x.add_(x)  # type: ignore[union-attr]
-    sums.xy.add_(xy_centred)  # type: ignore[union-attr]
-    groups = (len(x), -1)
-    sums.xy.unflatten(0, groups).addcmul_(centre.unflatten(0, groups)[..., None], x.double()[:, None])  # type: ignore[union-attr]
+def add_products(xy: Tensor, x: Tensor, y: Tensor) -> None:
+    """Add x·y to a sum of shape (K, D), given x, shape (G or K, D), and y, shape (K,)."""
+    groups, rows = (len(x), -1), max(1, PIECE // x.shape[1])
+    pieces = zip(*(t.split(rows) for t in (xy.unflatten(0, groups), x, y.unflatten(0, groups))))
+    for total, inputs, outputs in pieces:
+        total.addcmul_(outputs[..., None], inputs.double()[:, None])
+
+
+def add(total: Tensor, more: Tensor) -> None:
+    """Add to a float64 sum without a float64 copy of what is added."""
+    rows = max(1, PIECE // total[0].numel())
+    for piece, by in zip(total.split(rows), more.split(rows)):
+        piece.add_(by)
 
 
 def planned_bytes(operator: Operator, wanted: Wanted) -> int:

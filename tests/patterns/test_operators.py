@@ -1,19 +1,17 @@
-"""The operator kinds beyond plain convolution: moments, explanations, channel axes, and what is held still."""
+"""The operator kinds: their transposes, how they are read off a model and explained, and what is held still."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from patterns import Explainer, Gate, Network, Operator, UserError, accumulate, trace
-from patterns.moments import Accumulator, Wanted
+from patterns import Explainer, Gate, Network, UserError, accumulate, trace
 from patterns.operators import Addition, AveragePool, Kind, Linear, Scale, TransposedConvolution
-from tests.oracles import matrix, neurons, window_patches
+from tests.oracles import matrix
+from tests.patterns.cases import STRATEGIES, Case, any_case
 from tests.patterns.networks import relative
 
 cases = settings(max_examples=25, derandomize=True, deadline=None)
@@ -50,104 +48,29 @@ def network_of(model: nn.Module, x: Tensor, *passed: str) -> Network:
     return network
 
 
-# --- moments against samples written out ----------------------------------------------------------
+# --- the transpose --------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Case:
-    kind: Kind
-    weight: Tensor
-    inputs: tuple[Tensor, ...]
-    patches: list[Tensor]
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_input_gradients_are_the_transpose_of_the_forward_pass_with_any_weight(strategy: str) -> None:
+    @given(any_case(strategy))
+    @cases
+    def check(case: Case) -> None:
+        assert_transpose(case)
+
+    check()
 
 
-def stuffed(x: Tensor, kind: TransposedConvolution, kernel: tuple[int, ...]) -> Tensor:
-    """The input with zeros between its positions and around it: what a plain convolution slides over."""
-    sizes = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], kind.stride)]
-    spread = torch.zeros(*x.shape[:2], *sizes, dtype=x.dtype)
-    spread[(..., *(slice(None, None, s) for s in kind.stride))] = x
-    borders = [d * (k - 1) - p for d, k, p in zip(kind.dilation, kernel, kind.padding)]
-    return F.pad(spread, [n for b, extra in reversed(list(zip(borders, kind.output_padding))) for n in (b, b + extra)])
-
-
-@st.composite
-def transposed(draw: st.DrawFn) -> Case:
-    dims = draw(st.integers(1, 3))
-
-    def each(low: int, high: int) -> tuple[int, ...]:
-        return tuple(draw(st.integers(low, high)) for _ in range(dims))
-
-    kernel, stride, dilation, sizes = each(1, 3), each(1, 3), each(1, 2), each(2, 3)
-    padding = tuple(draw(st.integers(0, min(1, d * (k - 1)))) for d, k in zip(dilation, kernel))
-    extra = tuple(draw(st.integers(0, max(s, d) - 1)) for s, d in zip(stride, dilation))
-    groups, inner, outer = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 2))
-    kind = TransposedConvolution(stride, padding, extra, dilation, groups)
-    x = normal(2, groups * inner, *sizes, seed=draw(st.integers(0, 999))) + 0.5
-    weight = normal(groups * outer, inner, *kernel, seed=draw(st.integers(0, 999)))
-    patches = window_patches(stuffed(x, kind, kernel), kernel, (1,) * dims, (0,) * dims, dilation, groups)
-    # A transposed convolution meets its kernel from the other end.
-    flipped = [p.unflatten(1, (inner, *kernel)).flip(list(range(2, 2 + dims))).flatten(1) for p in patches]
-    return Case(kind, weight, (x,), flipped)
-
-
-@st.composite
-def along_an_axis(draw: st.DrawFn) -> Case:
-    """Scales and sums whose channels are any dimension."""
-    shape = tuple(draw(st.lists(st.integers(1, 4), min_size=2, max_size=4)))
-    axis = draw(st.integers(1, len(shape) - 1))
-    seed = draw(st.integers(0, 999))
-    if draw(st.booleans()):
-        inputs: tuple[Tensor, ...] = (normal(*shape, seed=seed) + 0.5,)
-        kind: Kind = Scale(axis)
-        weight = normal(shape[axis], 1, seed=seed + 1)
-    else:
-        coefficients = tuple(draw(st.lists(st.sampled_from([1.0, -1.0, 0.5]), min_size=2, max_size=4)))
-        inputs = tuple(normal(*shape, seed=seed + i) for i in range(len(coefficients)))
-        kind = Addition(coefficients, axis)
-        weight = torch.tensor([coefficients], dtype=torch.float64).repeat(shape[axis], 1)
-    patches = [torch.stack([x.select(axis, k).flatten() for x in inputs], 1) for k in range(shape[axis])]
-    return Case(kind, weight, inputs, patches)
-
-
-@given(st.one_of(transposed(), along_an_axis()))
-@cases
-def test_moments_equal_sums_over_samples_written_out(case: Case) -> None:
-    operator = Operator("it", case.kind, case.weight, None, (), (), "", RELU)
-    z = operator(*case.inputs)
-    accumulator = Accumulator(operator, Wanted())
-    accumulator.update(case.inputs, z)
-    moments = accumulator.moments()
-    outputs = z.movedim(case.kind.axis, 0).flatten(1)
-    for k, neuron in enumerate(neurons(case.patches, case.weight, None, (0.0, float("inf")))):
-        torch.testing.assert_close(outputs[k].sort().values, neuron.y.sort().values, rtol=1e-10, atol=1e-12)
-        for which, sums in (("total", moments.total), ("open", moments.open)):
-            assert sums is not None
-            assert sums.x is not None
-            assert sums.xy is not None
-            truth = neuron.sums(which)
-            assert sums.n[k] == truth["n"]
-            x = sums.x[k * len(sums.x) // len(case.weight)]
-            for found, expected in (
-                (sums.y[k], truth["y"]), (sums.yy[k], truth["yy"]), (x, truth["x"]), (sums.xy[k], truth["xy"]),
-            ):  # fmt: skip
-                torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
-
-
-@given(st.one_of(transposed(), along_an_axis()))
-@cases
-def test_input_gradients_are_the_transpose_of_the_forward_pass_with_any_weight(case: Case) -> None:
-    inputs = tuple(x.clone().requires_grad_() for x in case.inputs)
+def assert_transpose(case: Case) -> None:
+    inputs = tuple(x.double().requires_grad_() for x in case.inputs)
     pattern = normal(*case.weight.shape, seed=3)
-    shapes = tuple(tuple(x.shape) for x in inputs)
-    if isinstance(case.kind, Addition):  # whose forward pass has its coefficients in it
-        columns = (w.reshape([-1 if d == case.kind.axis else 1 for d in range(inputs[0].dim())]) for w in pattern.T)
-        z = torch.stack([x * column for x, column in zip(inputs, columns)]).sum(0)
-    else:
-        z = case.kind.forward(inputs, pattern, None)
-    grad = normal(*z.shape, seed=4)
-    expected = torch.autograd.grad(z, inputs, grad)
-    for found, truth in zip(case.kind.input_gradient(grad, pattern, shapes), expected):
-        torch.testing.assert_close(found, truth, rtol=1e-12, atol=1e-12)
+    grad = normal(len(inputs[0]), *case.operator.output_shape, seed=4)
+    patches = case.unfold(*inputs)
+    y = [patches[k * len(patches) // len(pattern)] @ a for k, a in enumerate(pattern.flatten(1))]
+    expected = torch.autograd.grad(torch.stack(y), inputs, grad.movedim(case.kind.axis, 0).flatten(1))
+    found = case.kind.input_gradient(grad, pattern, tuple(tuple(x.shape) for x in inputs))
+    for one, truth in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, truth, rtol=1e-12, atol=1e-12)
 
 
 # --- explanations ---------------------------------------------------------------------------------
@@ -369,6 +292,10 @@ HELD: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], tu
     ),
     "attention written out": (
         lambda x: (x @ x.mT / 2).softmax(-1) @ x, lambda x: (x @ x.mT / 2).softmax(-1).detach() @ x,
+        TOKENS, ("matmul", "softmax"),
+    ),
+    "factorised attention": (
+        lambda x: x @ (x.softmax(1).mT @ x), lambda x: x.detach() @ (x.softmax(1).detach().mT @ x),
         TOKENS, ("matmul", "softmax"),
     ),
     "squeeze and excite": (
