@@ -5,6 +5,7 @@ Exit status: 0 done; 2 bad usage or input; 3 stopped short, nothing lost; 1 anyt
 
 import logging
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Annotated, Any
@@ -189,6 +190,29 @@ def fit(
 
 
 @app.command()
+def merge(
+    runs: Annotated[list[Path], typer.Argument(help="The folders of finished fits of different shards.")],
+    out: Out,
+    address: Address = None,
+) -> None:
+    """The moments of several fits → one fit of all their data."""
+    from ray_jobs.fit import merge as run_merge
+
+    merged = run_merge([str(run.absolute()) for run in runs], str(out.absolute()), Resources(address=address))
+    done = merged.manifest()["fit"]
+    say(f"merge: {done['samples']} samples of {done['shards']} shards. Patterns: {merged.folder}/patterns.safetensors")
+
+
+@app.command()
+def status(run: Annotated[Path, typer.Argument(help="A run's folder.")]) -> None:
+    """How far a run is, from its files alone: on any machine that sees them, whatever the cluster says."""
+    from ray_jobs.run import Run, spoken_status
+
+    for line in spoken_status(Run(run.absolute()), time.time()):
+        say(line)
+
+
+@app.command()
 def solve(
     run: Annotated[Path, typer.Argument(help="The folder of a finished fit.")],
     estimators: Estimators,
@@ -336,10 +360,10 @@ COMMANDS = {command.callback.__name__ for command in app.registered_commands if 
 
 def main() -> None:
     """Run the program and exit with its status."""
-    sys.exit(status(sys.argv[1:]))
+    sys.exit(exit_status(sys.argv[1:]))
 
 
-def status(arguments: list[str]) -> int:
+def exit_status(arguments: list[str]) -> int:
     """Run the program; gives its exit status. Bad usage and input are one line on stderr."""
     from ray_jobs.session import StoppedShortError
 

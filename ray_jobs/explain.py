@@ -182,7 +182,7 @@ def explain(config: ExplainConfig, resources: Resources = Resources()) -> Run:  
     if section["status"] == "complete" and not section["missing"]:
         return run
     left = [s for s in config.shards if not outputs(config, s).tar.exists()]  # what counts is what is there
-    job = ShardJob("explain", config.shards, left, resources, commit_after=None)
+    job = ShardJob("explain", run.folder, config.shards, left, resources, commit_after=None)
     with connected(resources):
         job.run(ExplainWorker, config, loaded.digest)
     done = [s for s in config.shards if s not in job.missing]

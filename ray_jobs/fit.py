@@ -1,15 +1,18 @@
 """The fit job: shards → moments → parts → patterns, each shard counted exactly once."""
 
+import shutil
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 from patterns import Network, Observer, UserError, storage
 from patterns.estimators import parsed, wanted
+from patterns.storage import write_aside, write_json
 from ray_jobs import models, reduce
 from ray_jobs.config import FitConfig, ModelConfig, Resources
-from ray_jobs.gather import Gathering, GatherJob, part_files, read_ledger
+from ray_jobs.gather import Gathering, GatherJob, apart, part_files, read_ledger
 from ray_jobs.ledger import Ledger
-from ray_jobs.run import Run
+from ray_jobs.run import Run, difference
 from ray_jobs.session import connected
 
 
@@ -31,20 +34,65 @@ def fit(config: FitConfig, resources: Resources = Resources()) -> Run:  # noqa: 
     if section["status"] == "complete" and not section["missing"]:
         return run
     task = Gathering(config.model, config.shards, str(run.moments), config.batch_size, config.max_samples)
-    job = GatherJob("fit", task, resources)
+    job = GatherJob("fit", run.folder, task, resources)
     with connected(resources):
         ledger = job.gather(partial(observer, config.estimators), loaded.digest)
-        run.quarantine("fit", list(ledger.refused))
         job.reporter.line(f"solving for the patterns of {len(loaded.network.operators)} operators")
-        reduce_to_patterns(run, ledger, loaded, config.estimators, config.estimators, config.seed)
-    counted = {
-        "shards": len(config.shards) - len(job.missing),
-        "missing": job.missing,
-        "samples": ledger.samples,
-        "refused": len(ledger.refused),
-    }
-    run.record("fit", section | {"status": "complete", **counted, "seconds": round(job.seconds, 3)}, loaded)
+        done = {"missing": job.missing, "seconds": round(job.seconds, 3)}
+        finish(run, config, section | done, ledger, loaded)
     return run
+
+
+def finish(run: Run, config: FitConfig, section: dict[str, Any], ledger: Ledger, loaded: models.Loaded) -> None:
+    """From the parts that count to the patterns, and to a manifest that says so."""
+    run.quarantine("fit", list(ledger.refused))
+    reduce_to_patterns(run, ledger, loaded, config.estimators, config.estimators, config.seed)
+    counted = {"shards": len(ledger.shards), "samples": ledger.samples, "refused": len(ledger.refused)}
+    run.record("fit", section | {"status": "complete", **counted}, loaded)
+
+
+def merge(folders: Sequence[str], out: str, resources: Resources = Resources()) -> Run:  # noqa: B008 - frozen
+    """One fit of several finished ones of other shards, as if it had seen all their data; no data is read.
+
+    UserError where a fit is not finished, was done with other options or weights, or shares a shard with another.
+    """
+    runs = [Run(folder) for folder in folders]
+    sections = [run.job("fit", "Run `patternnet fit` to the end first.") for run in runs]
+    alike = [{k: v for k, v in s["options"].items() if k not in OF_ONES_OWN} for s in sections]
+    for run, options in zip(runs, alike):
+        if options != alike[0]:
+            what = f"this fit was done with {difference(alike[0], options)} in comparison with {folders[0]}"
+            raise UserError(str(run.folder), what, "Merge fits of the same options only.")
+    apart({folder: section["options"]["shards"] for folder, section in zip(folders, sections)})
+    first = sections[0]["options"]
+    config = FitConfig(
+        ModelConfig(**runs[0].fitted_model()),
+        tuple(shard for section in sections for shard in section["options"]["shards"]),
+        out,
+        first["batch_size"],
+        tuple(first["estimators"]),
+        seed=first["seed"],
+    )
+    loaded = models.load(config.model)
+    if loaded.digest != first["weights"]:
+        what = f"the fits' weights are {first['weights']}, the model now has {loaded.digest}"
+        raise UserError(folders[0], what, "Put the fits' weights back in their place.")
+    merged = Run(out)
+    section = merged.claim("fit", config, loaded)
+    ledger = Ledger()
+    for run in runs:
+        for part in read_ledger(run.moments).parts:
+            write_aside(merged.moments / part.file, partial(shutil.copyfile, run.moments / part.file))
+            ledger = ledger.commit(part)
+    write_json(merged.moments / "ledger.json", ledger.to_json())
+    missing = {shard: reason for s in sections for shard, reason in s["missing"].items()}
+    with connected(resources):
+        finish(merged, config, section | {"missing": missing, "merged": list(folders)}, ledger, loaded)
+    return merged
+
+
+# Options that fits may differ in and still be merged.
+OF_ONES_OWN = {"shards", "max_samples", "batch_size"}
 
 
 def solve(folder: str, estimators: Sequence[str], resources: Resources = Resources()) -> Run:  # noqa: B008 - frozen

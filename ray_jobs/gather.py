@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,7 @@ class GatherWorker:
 class GatherJob(ShardJob):
     """The driver's side: the ledger and its file."""
 
-    def __init__(self, name: str, task: Gathering, resources: Resources) -> None:
+    def __init__(self, name: str, run: Path, task: Gathering, resources: Resources) -> None:
         self.task, self.folder = task, Path(task.folder)
         self.path = self.folder / "ledger.json"
         self.ledger = read_ledger(self.folder)
@@ -99,7 +99,7 @@ class GatherJob(ShardJob):
             if file.name not in named:  # written by a worker whose driver died before it could count
                 file.unlink()
         self.seconds = 0.0  # from the first worker's start to the last commit
-        super().__init__(name, task.shards, self.ledger.left(task.shards), resources, resources.max_loss)
+        super().__init__(name, run, task.shards, self.ledger.left(task.shards), resources, resources.max_loss)
 
     def gather(self, observe: Observe, weights: str) -> Ledger:
         """Work until every shard counts, or is missing. UserError where no sample of any shard could be used."""
@@ -129,3 +129,14 @@ def read_ledger(folder: Path) -> Ledger:
 def part_files(folder: Path, ledger: Ledger) -> list[str]:
     """The paths of the parts that count."""
     return [str(folder / part.file) for part in ledger.parts]
+
+
+def apart(sets: dict[str, Sequence[str]]) -> None:
+    """UserError where two sets of shards share one."""
+    seen: dict[str, str] = {}
+    for name, shards in sets.items():
+        for shard in shards:
+            if shard in seen:
+                what = f"is in {seen[shard]} and in {name}; each needs shards of its own"
+                raise UserError(shard, what, "Name other shards.")
+            seen[shard] = name

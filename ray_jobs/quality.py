@@ -23,7 +23,7 @@ from patterns.quality import CUTOFF, quality, signals
 from patterns.storage import write_table
 from ray_jobs import models
 from ray_jobs.config import QualityConfig, Resources
-from ray_jobs.gather import Gathering, GatherJob, part_files
+from ray_jobs.gather import Gathering, GatherJob, apart, part_files
 from ray_jobs.ledger import Refused
 from ray_jobs.pictures import draw_quality
 from ray_jobs.reduce import grouped, merged
@@ -87,7 +87,7 @@ def measure(config: QualityConfig, resources: Resources = Resources()) -> Run:  
         for name, shards in sets.items():
             folder = run.folder / "quality" / name
             task = Gathering(config.model, shards, str(folder), config.batch_size, config.max_samples)
-            job = GatherJob(f"quality, {name}", task, resources)
+            job = GatherJob(f"quality, {name}", run.folder, task, resources)
             observe = partial(observer, names, config.positions, config.seed)
             ledger = job.gather(observe, loaded.digest)
             parts.append(part_files(folder, ledger))
@@ -102,20 +102,9 @@ def measure(config: QualityConfig, resources: Resources = Resources()) -> Run:  
     path = run.folder / "quality.parquet"
     write_table(path, schema, tables)
     draw_quality(run.folder / "quality.png", pq.read_table(path))
-    done = {"status": "complete", "samples": counted, "missing": missing, "cutoff": CUTOFF}
+    done = {"status": "complete", "samples": sum(counted.values()), **counted, "missing": missing, "cutoff": CUTOFF}
     run.record("quality", section | done, loaded)
     return run
-
-
-def apart(sets: dict[str, Sequence[str]]) -> None:
-    """UserError where two sets of shards share one."""
-    seen: dict[str, str] = {}
-    for name, shards in sets.items():
-        for shard in shards:
-            if shard in seen:
-                what = f"is in {seen[shard]} and in {name}; patterns, regression and evaluation need their own shards"
-                raise UserError(shard, what, "Name other shards.")
-            seen[shard] = name
 
 
 def judge_all(

@@ -2,6 +2,7 @@
 
 import json
 import platform
+from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -19,6 +20,7 @@ from ray_jobs.ledger import Refused
 from ray_jobs.models import Loaded
 
 FORMAT = 1
+PROGRESS = "progress.json"
 Config = FitConfig | QualityConfig | ExplainConfig
 LIBRARIES = ("patternnet-ray", "torch", "torchvision", "ray", "webdataset", "zennit", "pyarrow", "safetensors")
 REFUSED = pa.schema([("shard", pa.string()), ("key", pa.string()), ("reason", pa.string())])
@@ -43,6 +45,11 @@ class Run:
         except (ValueError, KeyError, TypeError, AssertionError, OSError) as error:
             raise UserError(str(self.path), "not a manifest of this version", "Choose another --out.") from error
         return dict(manifest)
+
+    def progress(self) -> dict[str, Any]:
+        """What the last driver noted of how far it was; empty where none has."""
+        path = self.folder / PROGRESS
+        return dict(json.loads(path.read_text())) if path.exists() else {}
 
     def job(self, job: str, remedy: str) -> dict[str, Any]:
         """A job's section. UserError with this remedy where the job has not finished here."""
@@ -72,8 +79,6 @@ class Run:
             )
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for aside in self.folder.rglob(f"{ASIDE}*"):  # of a run that was killed while writing
-                aside.unlink()
             section = before or {"options": options, "model": asdict(config.model), "status": "begun"}
             self.record(job, section, loaded)
         except OSError as error:
@@ -83,7 +88,9 @@ class Run:
         return section
 
     def record(self, job: str, section: dict[str, Any], loaded: Loaded) -> None:
-        """Write a job's section, and what is the same for all jobs."""
+        """Write a job's section, and what is the same for all jobs. No worker writes to the folder meanwhile."""
+        for aside in self.folder.rglob(f"{ASIDE}*"):  # of workers and drivers that were killed while writing
+            aside.unlink(missing_ok=True)
         manifest = {
             **self.manifest(),
             "format": FORMAT,
@@ -100,6 +107,32 @@ class Run:
         rows = pq.read_table(path).to_pylist() if path.exists() else []
         rows = [row for row in rows if row["job"] != job] + [{"job": job, **asdict(r)} for r in refused]
         write_table(path, QUARANTINE, [pa.Table.from_pylist(rows, QUARANTINE)])
+
+
+def spoken_status(run: Run, now: float) -> Iterator[str]:
+    """What a run's files say of its jobs. UserError where it holds none."""
+    manifest, progress = run.manifest(), run.progress()
+    jobs = [job for job in JOBS if job in manifest]
+    if not jobs:
+        raise UserError(str(run.folder), "holds no run", "Name the folder that was given to --out.")
+    for job in jobs:
+        section = manifest[job]
+        if section["status"] == "complete":
+            missing = f", {len(section['missing'])} shards missing" if section["missing"] else ""
+            yield f"{job}: complete, {section['samples']} samples{missing} ({section['written']})"
+        elif not progress.get("job", "").startswith(job):
+            yield f"{job}: begun, and no shard worked on yet ({section['written']})"
+        else:
+            silent = now - progress["time"]
+            yield f"{job}: {progress['shards']}/{progress['of']} shards, {progress['state']}"
+            for shard, seconds in sorted(progress["at_work"].items(), key=lambda item: -item[1]):
+                yield f"  at work for {seconds + silent:.0f} s: {shard}"
+            if silent > STALE:
+                yield f"  stale: its driver said nothing for {silent:.0f} s; the same command goes on where it ended"
+
+
+JOBS = ("fit", "quality", "explain")
+STALE = 30.0  # seconds of a driver's silence
 
 
 def options_of(config: Config) -> dict[str, Any]:

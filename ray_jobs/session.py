@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TextIO
 
 import ray
@@ -15,11 +16,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from patterns import UserError
+from patterns.storage import write_json
 from ray_jobs import pool
 from ray_jobs.config import Resources
+from ray_jobs.run import PROGRESS
 from ray_jobs.worker import Place, ShardReport, Share
 
 LINE_EVERY = 15.0  # seconds between the progress lines of a log
+BEAT_EVERY = 5.0  # seconds between two notes of how far a job is, for `patternnet status`
 LOOK_EVERY = 5.0  # seconds between two looks at the cluster's nodes
 SLOW = 60.0  # seconds after which a shard is named in the progress line
 
@@ -188,8 +192,15 @@ class ShardJob:
     bad_input: type[Exception] = UserError
 
     def __init__(
-        self, name: str, shards: Sequence[str], left: list[str], resources: Resources, commit_after: float | None
+        self,
+        name: str,
+        run: Path,
+        shards: Sequence[str],
+        left: list[str],
+        resources: Resources,
+        commit_after: float | None,
     ) -> None:
+        self.progress, self.beat = run / PROGRESS, -float("inf")
         self.left, self.resources, self.commit_after = left, resources, commit_after
         self.stall_timeout, self.attempts = resources.stall_timeout, 1 + resources.retries
         self.missing: dict[str, str] = {}
@@ -276,6 +287,17 @@ class ShardJob:
         longest = max(slow, key=lambda item: slow[item], default=None)
         self.reporter.slowest = "" if longest is None else f"{longest} for {spoken(slow[longest])}"
         self.reporter.tick()
+        if now - self.beat > BEAT_EVERY:
+            self.beat = now
+            told = {
+                "job": self.reporter.name,
+                "time": time.time(),
+                "shards": self.reporter.counts.shards,
+                "of": self.reporter.total,
+                "state": self.reporter.state(),
+                "at_work": {shard: round(now - work.since, 1) for shard, work in self.at_work.items()},
+            }
+            write_json(self.progress, told)
 
 
 @dataclass(frozen=True)

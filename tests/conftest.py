@@ -105,11 +105,11 @@ def local_ray() -> Iterator[None]:
 @pytest.fixture
 def complaint(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """Run the program on bad input: gives its one line of complaint, and sees that the status is 2."""
-    from ray_jobs.cli import status
+    from ray_jobs.cli import exit_status
 
     def run(*arguments: object) -> str:
         capsys.readouterr()
-        assert status([str(a) for a in arguments]) == 2
+        assert exit_status([str(a) for a in arguments]) == 2
         err = capsys.readouterr().err
         lines = [line for line in err.splitlines() if line.startswith("patternnet: ")]
         assert len(lines) == 1, err

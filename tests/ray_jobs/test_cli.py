@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ray_jobs.cli import status
+from ray_jobs.cli import exit_status
 from ray_jobs.demo import prepare_photographs, prepare_weights
 from tests.conftest import make_shards, write_tar
 
@@ -98,7 +98,7 @@ def test_a_folder_that_cannot_be_written_is_named(complaint: Complaint, fit: lis
 def test_changed_options_on_an_old_run_are_named(
     local_ray: None, complaint: Complaint, fit: list[object], tmp_path: Path, shards: list[str]
 ) -> None:
-    assert status([str(a) for a in fit]) == 0
+    assert exit_status([str(a) for a in fit]) == 0
     before = (tmp_path / "run" / "manifest.json").read_bytes()
     assert "begun with batch_size 32, now 8. Use the options" in complaint(*fit, "--batch-size", "8")
     assert "begun with 1 shards from" in complaint(*fit, "--shards", shards[1])
@@ -110,7 +110,7 @@ def test_patterns_of_other_weights_are_refused(
 ) -> None:
     explain = ["explain", "--patterns", tmp_path / "run", "--shards", shards[0], *WORKERS]
     assert "holds no finished fit" in complaint(*explain)
-    assert status([str(a) for a in fit]) == 0
+    assert exit_status([str(a) for a in fit]) == 0
     from ray_jobs.models import factory
 
     path, _, name = model_spec.rpartition(":")
@@ -133,7 +133,7 @@ def test_the_program_of_a_shell_ends_with_status_2_and_no_traceback() -> None:
 
 
 def test_plan_says_what_a_model_needs_before_data_is_read(model_spec: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert status(["plan", "--model", model_spec, *PREPARED]) == 0
+    assert exit_status(["plan", "--model", model_spec, *PREPARED]) == 0
     out = capsys.readouterr().out
     rows = {line.split()[0]: line for line in out.splitlines() if line.strip()}
     assert "0 < z < 6" in rows["0"]
@@ -150,7 +150,7 @@ def test_packed_folders_keep_images_and_classes(tmp_path: Path) -> None:
         for i in range(3):
             data = next(iter(read_shard(make_shards(tmp_path / f"{name}{i}", 1, 1, seed=i)[0])))["jpg"]
             (tmp_path / "images" / name / f"v1.{i}.jpg").write_bytes(data)
-    assert status(["pack", str(tmp_path / "images"), str(tmp_path / "out"), "--per-shard", "4"]) == 0
+    assert exit_status(["pack", str(tmp_path / "images"), str(tmp_path / "out"), "--per-shard", "4"]) == 0
     samples = [s for path in sorted((tmp_path / "out").glob("*.tar")) for s in read_shard(str(path))]
     assert len(samples) == 6
     assert json.loads((tmp_path / "out" / "classes.json").read_text()) == {"0": "cat", "1": "dog"}

@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 from patterns import CHOICES, UserError, accumulate, solve
 from ray_jobs import models
 from ray_jobs.config import FITTED, FitConfig, ModelConfig, Resources
-from ray_jobs.fit import fit, observer
+from ray_jobs.fit import fit, merge, observer
 from ray_jobs.fit import solve as solve_more
 from ray_jobs.gather import Gathering, GatherJob, GatherWorker
+from ray_jobs.run import Run, spoken_status
 from ray_jobs.session import StoppedShortError, worker_options
 from ray_jobs.shards import ShardReader
 from ray_jobs.worker import Place
@@ -146,7 +147,7 @@ def test_a_stopped_and_then_killed_driver_goes_on_and_changes_no_digit(
 def test_each_worker_has_a_gpu_of_its_own(local_ray: None, model_spec: str, shards: list[str], tmp_path: Path) -> None:
     config = configured(model_spec, shards, tmp_path / "run")
     task = gathering(config)
-    job = GatherJob("fit", task, Resources())
+    job = GatherJob("fit", tmp_path, task, Resources())
     job.options = worker_options(Resources())
     size = job.places()
     assert size == 2
@@ -201,6 +202,53 @@ def test_estimators_are_fitted_for_the_operators_that_a_pattern_of_names_means(
     with pytest.raises(UserError, match=r"no operator matches 'convs\.\*'"):
         fit(configured(model_spec, shards, tmp_path / "none", estimators=("convs.*=linear",)), on_cpu(2))
     assert not (tmp_path / "none").exists()
+
+
+def test_merged_fits_are_the_fit_of_all_their_shards(
+    undisturbed: Path, local_ray: None, model_spec: str, shards: list[str], tmp_path: Path
+) -> None:
+    halves = [
+        fit(configured(model_spec, part, tmp_path / name), on_cpu(2)).folder
+        for name, part in (("a", shards[:5]), ("b", shards[5:]))
+    ]
+    merged = merge([str(half) for half in halves], str(tmp_path / "all"))
+    same_patterns(undisturbed, merged.folder)
+    assert merged.manifest()["fit"]["samples"] == 72
+    before = (merged.folder / "patterns.safetensors").stat().st_mtime_ns
+    fit(configured(model_spec, shards, tmp_path / "all"), on_cpu(1))  # it is that fit, and finished
+    assert (merged.folder / "patterns.safetensors").stat().st_mtime_ns == before
+
+
+def test_fits_that_do_not_go_together_are_not_merged(
+    undisturbed: Path, local_ray: None, model_spec: str, shards: list[str], tmp_path: Path
+) -> None:
+    other = fit(configured(model_spec, shards[:2], tmp_path / "b", seed=1), on_cpu(2)).folder
+    with pytest.raises(UserError, match="this fit was done with seed 0, now 1 in comparison with"):
+        merge([str(undisturbed), str(other)], str(tmp_path / "out"))
+    same = fit(configured(model_spec, shards[:2], tmp_path / "c"), on_cpu(2)).folder
+    with pytest.raises(UserError, match=r"train-000\.tar: is in .* and in .*; each needs shards of its own"):
+        merge([str(undisturbed), str(same)], str(tmp_path / "out"))
+    with pytest.raises(UserError, match="holds no finished fit"):
+        merge([str(undisturbed), str(tmp_path)], str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_status_reads_how_far_a_run_is_from_its_files_alone(undisturbed: Path, tmp_path: Path) -> None:
+    now = time.time()
+    (line,) = spoken_status(Run(undisturbed), now)
+    assert line.startswith("fit: complete, 72 samples (")
+    manifest = json.loads((undisturbed / "manifest.json").read_text())
+    manifest["fit"]["status"] = "begun"
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    progress = json.loads((undisturbed / "progress.json").read_text())
+    assert progress["of"] == 12
+    (tmp_path / "progress.json").write_text(json.dumps({**progress, "time": now - 90, "at_work": {"x.tar": 10.0}}))
+    first, work, stale = spoken_status(Run(tmp_path), now)
+    assert first.startswith(f"fit: {progress['shards']}/12 shards, ")
+    assert work == "  at work for 100 s: x.tar"
+    assert stale.startswith("  stale: its driver said nothing for 90 s")
+    with pytest.raises(UserError, match="holds no run"):
+        list(spoken_status(Run(tmp_path / "none"), now))
 
 
 def test_a_limit_takes_the_same_samples_whatever_the_workers(

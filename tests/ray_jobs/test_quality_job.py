@@ -13,7 +13,7 @@ from torch import nn
 
 from patterns import UserError
 from ray_jobs import models
-from ray_jobs.cli import status
+from ray_jobs.cli import exit_status
 from ray_jobs.config import FitConfig, ModelConfig, QualityConfig, Resources
 from ray_jobs.fit import fit, solve
 from ray_jobs.gather import GatherJob
@@ -146,11 +146,11 @@ def test_the_command_parts_the_shards_judges_and_draws(
 ) -> None:
     folder = Path(sets[1][0]).parent
     options = ["--patterns", fitted, "--shards", f"{folder}/*.tar", "--out", tmp_path / "q", "--batch-size", 4]
-    assert status(["quality", *map(str, options), "--gpus-per-worker", "0", "--operators", "0,2.*"]) == 0
+    assert exit_status(["quality", *map(str, options), "--gpus-per-worker", "0", "--operators", "0,2.*"]) == 0
     out = capsys.readouterr().out
     assert [line.split()[0] for line in out.splitlines()[:3]] == ["filter", "linear", "two-component"]
     section = Run(tmp_path / "q").job("quality", "")
-    assert section["samples"] == {"regressed": 16, "evaluated": 8}
+    assert (section["samples"], section["regressed"], section["evaluated"]) == (24, 16, 8)
     with Image.open(tmp_path / "q" / "quality.png") as picture:
         assert picture.width > 600
         assert len(picture.convert("RGB").getcolors(10**6)) > 50  # type: ignore[arg-type]
@@ -161,7 +161,7 @@ def test_shards_of_the_fit_or_of_both_sets_are_refused(
 ) -> None:
     a, b, c = sets
     for wrong in ((a, a, c), (a, b, b)):
-        with pytest.raises(UserError, match=r"is in .* need their own shards\. Name other shards"):
+        with pytest.raises(UserError, match=r"is in .* each needs shards of its own\. Name other shards"):
             measure(configured(model, fitted, wrong, tmp_path / "out"), RESOURCES)
     assert not (tmp_path / "out").exists()
 
