@@ -7,10 +7,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Refused:
-    """A sample that was not used, and why."""
+    """A sample that was not used, at which stage (read, decode, model), and why."""
 
     shard: str
     key: str
+    stage: str
     reason: str
 
 

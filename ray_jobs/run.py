@@ -23,7 +23,7 @@ FORMAT = 1
 PROGRESS = "progress.json"
 Config = FitConfig | QualityConfig | ExplainConfig
 LIBRARIES = ("patternnet-ray", "torch", "torchvision", "ray", "webdataset", "zennit", "pyarrow", "safetensors")
-REFUSED = pa.schema([("shard", pa.string()), ("key", pa.string()), ("reason", pa.string())])
+REFUSED = pa.schema([(name, pa.string()) for name in ("shard", "key", "stage", "reason")])
 QUARANTINE = REFUSED.insert(0, pa.field("job", pa.string()))
 
 

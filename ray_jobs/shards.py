@@ -195,7 +195,7 @@ class ShardReader:
                 self.check(label)
                 taken.append((sample["__key__"], decode(sample, self.preprocessing), label))
             except SampleError as error:
-                self.refused.append(Refused(self.shard, sample["__key__"], str(error)))
+                self.refused.append(Refused(self.shard, sample["__key__"], "decode", str(error)))
             if len(taken) == self.batch_size:
                 yield self.batch(taken)
                 taken = []

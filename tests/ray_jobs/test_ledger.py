@@ -31,7 +31,7 @@ def test_a_shard_counts_at_most_once_whatever_parts_come(offered: list[list[str]
 
 
 def test_the_file_of_a_ledger_gives_it_back() -> None:
-    ledger = Ledger().commit(Part("a", ("1.tar", "2.tar"), 7, (Refused("1.tar", "k", "truncated"),)))
+    ledger = Ledger().commit(Part("a", ("1.tar", "2.tar"), 7, (Refused("1.tar", "k", "decode", "truncated"),)))
     assert Ledger.from_json(json.loads(json.dumps(ledger.to_json()))) == ledger
 
 
