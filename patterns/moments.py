@@ -184,9 +184,13 @@ class Accumulator:
         """Forget everything."""
         self._sums = zero(self._operator, self._wanted)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The sums so far by name: the very tensors that the next batch changes."""
+        return self._sums.tensors()
+
     def moments(self) -> Moments:
         """The moments so far: a copy on the CPU."""
-        return Moments.from_tensors({name: t.to("cpu", copy=True) for name, t in self._sums.tensors().items()})
+        return Moments.from_tensors({name: t.to("cpu", copy=True) for name, t in self.tensors().items()})
 
     @torch.no_grad()
     def update(self, inputs: Inputs, z: Tensor) -> None:

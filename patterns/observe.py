@@ -21,6 +21,8 @@ class Fed(Protocol[M_co]):
 
     def reset(self) -> None: ...
 
+    def tensors(self) -> Mapping[str, Tensor]: ...
+
     def moments(self) -> M_co: ...
 
 
@@ -59,16 +61,30 @@ class Observation(Generic[M_co]):
         for accumulator in self._fed.values():
             accumulator.reset()
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The sums so far as `{operator}/{sum}`: the very tensors that the next batch changes."""
+        return {f"{name}/{field}": t for name, fed in self._fed.items() for field, t in fed.tensors().items()}
+
     def moments(self) -> dict[str, M_co]:
         """The sums so far by operator: copies on the CPU."""
         return {name: accumulator.moments() for name, accumulator in self._fed.items()}
 
 
 class Observer(Observation[Moments]):
-    """Accumulates the moments of every operator of a network over batches."""
+    """Accumulates the moments of a network's operators over batches.
 
-    def __init__(self, network: Network, wanted: Callable[[Operator], Wanted] = lambda _: Wanted()) -> None:
-        super().__init__(network, {name: Accumulator(op, wanted(op)) for name, op in network.operators.items()})
+    wanted: the sums to take of an operator.  operators: the names of those observed; None: all.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        wanted: Callable[[Operator], Wanted] = lambda _: Wanted(),
+        operators: Collection[str] | None = None,
+    ) -> None:
+        names = network.operators if operators is None else operators
+        chosen = [network.operators[name] for name in names]
+        super().__init__(network, {op.name: Accumulator(op, wanted(op)) for op in chosen})
 
 
 class PatchObserver(Observation[PatchMoments]):

@@ -108,9 +108,13 @@ class PatchAccumulator:
         """
         self._generator = generator(self._seed, self._operator.name, source)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The sums so far by name: the very tensors that the next batch changes."""
+        return self._sums.tensors()
+
     def moments(self) -> PatchMoments:
         """The sums so far: a copy on the CPU."""
-        return PatchMoments.from_tensors({name: t.to("cpu", copy=True) for name, t in self._sums.tensors().items()})
+        return PatchMoments.from_tensors({name: t.to("cpu", copy=True) for name, t in self.tensors().items()})
 
     @torch.no_grad()
     def update(self, inputs: Inputs, z: Tensor) -> None:

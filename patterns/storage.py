@@ -6,8 +6,9 @@ Every file is written aside and renamed, so it is wholly there or not there.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import reduce
 from pathlib import Path
 from typing import TypeVar
 from uuid import uuid4
@@ -16,14 +17,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from patterns.errors import UserError
 from patterns.estimators import Choices, Solution, chosen, parsed, selected
 from patterns.graph import Network
 from patterns.moments import Moments
+from patterns.operators import Operator
 from patterns.patches import PatchMoments
+from patterns.tensors import Specs, TensorFile, specs_of, write_tensors
 
 FORMAT = "1"
 ASIDE = ".aside-"  # part of the name of every file still being written
@@ -41,11 +43,38 @@ def digest(model: nn.Module) -> str:
 
 def save(folder: Path, solutions: Mapping[str, Solution], weights_digest: str) -> None:
     """Write patterns.safetensors, patterns.parquet and neurons.parquet."""
-    named = {f"{op}/{name}": p.contiguous() for op, s in solutions.items() for name, p in s.patterns.items()}
-    metadata = {"format": FORMAT, "weights": weights_digest}
-    write_aside(folder / "patterns.safetensors", lambda path: save_file(named, path, metadata))
-    write_table(folder / "patterns.parquet", PATTERN_SCHEMA, map(pattern_table, solutions.items()))
-    write_table(folder / "neurons.parquet", NEURON_SCHEMA, map(neuron_table, solutions.items()))
+    named = {f"{operator}/{row}": p for operator, s in solutions.items() for row, p in s.patterns.items()}
+    save_in_turn(folder, specs_of(named), solutions.items(), weights_digest)
+
+
+def save_in_turn(folder: Path, specs: Specs, solutions: Iterable[tuple[str, Solution]], weights_digest: str) -> None:
+    """As `save`, for solutions that come one by one, given what they will hold: see `solution_specs`."""
+    names = ("patterns.safetensors", "patterns.parquet", "neurons.parquet")
+    with ExitStack() as stack:
+        tensors, patterns, neurons = (stack.enter_context(aside_of(folder / name)) for name in names)
+        pattern_rows = stack.enter_context(pq.ParquetWriter(patterns, PATTERN_SCHEMA))
+        neuron_rows = stack.enter_context(pq.ParquetWriter(neurons, NEURON_SCHEMA))
+
+        def written() -> Iterator[Tensor]:
+            for item in solutions:
+                neuron_rows.write_table(neuron_table(item))
+                if item[1].patterns:
+                    pattern_rows.write_table(pattern_table(item))
+                yield from item[1].patterns.values()
+
+        write_tensors(tensors, specs, written(), {"format": FORMAT, "weights": weights_digest})
+
+
+def solution_specs(operators: Iterable[Operator], choices: Choices) -> Specs:
+    """What the patterns of some choices will be for some operators, before they are solved for."""
+    return {
+        f"{operator.name}/{row}": (
+            torch.promote_types(operator.weight.dtype, torch.float32),
+            tuple(operator.weight.shape),
+        )
+        for operator in operators
+        for row in chosen(operator, choices)
+    }
 
 
 def load(folder: Path, weights_digest: str, operators: Collection[str] | None = None) -> Patterns:
@@ -95,23 +124,33 @@ def choose(network: Network, patterns: Patterns, choices: Choices = "default") -
 M = TypeVar("M", Moments, PatchMoments)
 
 
-def save_moments(path: Path, moments: Mapping[str, M], metadata: Mapping[str, str]) -> None:
-    """Write the moments of some operators as `{operator}/total.xy` and so on."""
-    named = {f"{op}/{field}": t.contiguous() for op, m in moments.items() for field, t in m.tensors().items()}
-    write_aside(path, lambda aside: save_file(named, aside, {"format": FORMAT, **metadata}))
+def save_moments(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write the named sums of some operators, `{operator}/total.xy` and so on: see `Observation.tensors`."""
+    about = {"format": FORMAT, **metadata}
+    write_aside(path, lambda aside: write_tensors(aside, specs_of(tensors), tensors.values(), about))
 
 
-def load_moments(path: Path, operator: str, kind: type[M] = Moments) -> M:  # type: ignore[assignment]
+def load_moments(file: TensorFile, operator: str, kind: type[M] = Moments) -> M:  # type: ignore[assignment]
     """The moments of one operator, of the kind that the file holds; nothing else of the file is read.
 
-    UserError where the file is none or lacks them; KeyError or ValueError for sums of another kind.
+    UserError where it lacks them; KeyError or ValueError for sums of another kind.
     """
-    with open_tensors(path, "Delete the run's folder and fit again") as file:
-        prefix = f"{operator}/"
-        keys = [key for key in file.keys() if key.rpartition("/")[0] == operator]
-        if not keys:
-            raise UserError(str(path), f"no moments of {operator}", "Delete the run's folder and fit again.")
-        return kind.from_tensors({key.removeprefix(prefix): file.get_tensor(key) for key in keys})
+    names = [name for name in file.specs if name.rpartition("/")[0] == operator]
+    if not names:
+        raise UserError(file.where, f"no moments of {operator}", "Delete the run's folder and fit again.")
+    return kind.from_tensors({name.removeprefix(f"{operator}/"): file.get(name) for name in names})
+
+
+def merge_moments(path: Path, files: Sequence[TensorFile], metadata: Mapping[str, str]) -> None:
+    """Write the sums over several files of moments, no more than two tensors in memory at a time.
+
+    Moments are named sums: what merging adds, it adds name by name. ValueError where the names or shapes differ.
+    """
+    specs = files[0].specs
+    if any(file.specs != specs for file in files):
+        raise ValueError("files of moments of different operators or sums")
+    sums = (reduce(Tensor.add_, (file.get(name) for file in files)) for name in specs)
+    write_aside(path, lambda aside: write_tensors(aside, specs, sums, {"format": FORMAT, **metadata}))
 
 
 def open_tensors(path: Path, remedy: str) -> safe_open:

@@ -14,8 +14,36 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from patterns import CHOICES, METHODS, UserError
-from ray_jobs.config import FITTED, ExplainConfig, FitConfig, ModelConfig, QualityConfig, Resources
+from patterns import METHODS, UserError
+from ray_jobs.config import ExplainConfig, FitConfig, ModelConfig, QualityConfig, Resources
+from ray_jobs.files import located
+from ray_jobs.options import (
+    DEFAULT_FIT,
+    DEFAULT_METHODS,
+    Address,
+    BatchSize,
+    Estimators,
+    Fitted,
+    ImageSize,
+    MaxSamples,
+    Mean,
+    Memory,
+    Model,
+    Out,
+    PassThrough,
+    Precision,
+    Resize,
+    RetryQuarantined,
+    RunFolder,
+    Seed,
+    Shards,
+    Std,
+    UntilConverged,
+    Weights,
+    Workers,
+    with_resources,
+)
+from ray_jobs.words import spoken_bytes
 
 app = typer.Typer(
     help="PatternNet and PatternAttribution for large models and datasets, on Ray.",
@@ -23,39 +51,6 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
 )
-
-DEFAULT_FIT, DEFAULT_METHODS = ",".join(FITTED), ",".join(ExplainConfig.methods)
-
-Model = Annotated[str, typer.Option(help="torchvision:NAME, timm:NAME, package.module:factory or file.py:factory.")]
-Weights = Annotated[str, typer.Option(help="File or URL of a state dict; `default`: the library's own; `random`.")]
-Shards = Annotated[list[str], typer.Option(help="Shards: paths or URLs, with {000..015} and globs. Repeatable.")]
-Out = Annotated[Path, typer.Option(help="The run's folder, readable and writable by every worker.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Samples that go through the model at once.")]
-MaxSamples = Annotated[int | None, typer.Option(min=1, help="At most so many samples, an equal share of each shard.")]
-Precision = Annotated[str, typer.Option(help="float32 or float64.")]
-Seed = Annotated[int, typer.Option(help="For everything random.")]
-ImageSize = Annotated[int | None, typer.Option(min=1, help="Input height and width; else as the library has it.")]
-Estimators = Annotated[
-    str,
-    typer.Option(
-        "--estimators",
-        "--estimator",
-        help=f"Some of {', '.join(CHOICES)}; or for operators by name: 'features.*=linear,classifier.*=filter'.",
-    ),
-]
-Resize = Annotated[int | None, typer.Option(min=1, help="Shorter side before the centre crop.")]
-Mean = Annotated[str | None, typer.Option(help="Mean per channel, for pixels in [0, 1]: 0.5,0.5,0.5.")]
-Std = Annotated[str | None, typer.Option(help="Deviation per channel: 0.5,0.5,0.5.")]
-PassThrough = Annotated[str, typer.Option(help="Operations whose usual gradient to take: gelu,layer_norm,…")]
-Workers = Annotated[int | None, typer.Option(min=1, help="Workers at most; else as many as the cluster holds.")]
-Gpus = Annotated[float | None, typer.Option(min=0, help="GPUs of a worker; else 1 where the cluster has any.")]
-Cpus = Annotated[float, typer.Option(min=0, help="CPUs of a worker, and its threads.")]
-MaxLoss = Annotated[float, typer.Option(min=0, help="Seconds of work that the loss of a worker may undo.")]
-MinWorkers = Annotated[int, typer.Option(min=0, help="Workers to ask the cluster for even where it has no room now.")]
-StallTimeout = Annotated[float, typer.Option(min=1, help="Seconds without a batch until a worker is replaced.")]
-Retries = Annotated[int, typer.Option(min=0, help="Further attempts at a shard that failed.")]
-MaxBadShards = Annotated[int, typer.Option(min=0, help="Shards that the job may go on without.")]
-Address = Annotated[str | None, typer.Option(help="The Ray cluster; else RAY_ADDRESS, else Ray is started here.")]
 
 
 @app.command()
@@ -110,13 +105,16 @@ def plan(
     mean: Mean = None,
     std: Std = None,
     pass_through: PassThrough = "",
+    batch_size: BatchSize = 32,
+    memory: Memory = None,
 ) -> None:
-    """What a model needs: operators, gates, bytes of moments."""
+    """What a model needs: operators, gates, bytes of moments, passes over the data for a given memory."""
     from patterns.estimators import parsed, wanted
     from patterns.moments import planned_bytes
     from patterns.operators import KIND_NAMES
     from patterns.patches import bytes_of
     from ray_jobs import models
+    from ray_jobs.plan import model_bytes, passes
 
     choices = words(estimators)
     sizes = image_size, resize, numbers(mean), numbers(std)
@@ -133,13 +131,22 @@ def plan(
         if operator.gate is not None:
             gate = f"{operator.gate.low:g} < z < {operator.gate.high:g}"
         shape = "×".join(map(str, operator.weight.shape))
-        sizes_of = megabytes(size), megabytes(bytes_of(operator))
+        sizes_of = spoken_bytes(size), spoken_bytes(bytes_of(operator))
         table.add_row(operator.name, KIND_NAMES[type(operator.kind)], shape, gate, *sizes_of)
     Console(width=None if sys.stdout.isatty() else 120).print(table)
-    say(f"{len(loaded.network.operators)} operators; moments of {megabytes(total)} in each worker and each part")
+    say(f"{len(loaded.network.operators)} operators; moments of {spoken_bytes(total)} in each worker and each part")
+    beside = model_bytes(loaded.network, batch_size)
+    say(f"beside them a worker holds the model and a batch of {batch_size}: about {spoken_bytes(beside)}")
+    if memory is not None:
+        through = passes(loaded.network, choices, memory, batch_size)
+        say(f"with --memory {spoken_bytes(memory)}: {len(through)} passes over the data")
+        for number, group in enumerate(through, 1):
+            size = sum(planned_bytes(operator, wanted(operator, choices)) for operator in group)
+            say(f"  {number}: {group[0].name} to {group[-1].name}, {spoken_bytes(size)}")
 
 
 @app.command()
+@with_resources
 def fit(
     model: Model,
     shards: Shards,
@@ -155,15 +162,11 @@ def fit(
     mean: Mean = None,
     std: Std = None,
     pass_through: PassThrough = "",
-    workers: Workers = None,
-    gpus_per_worker: Gpus = None,
-    cpus_per_worker: Cpus = 1,
-    max_loss: MaxLoss = 300,
-    min_workers: MinWorkers = 0,
-    stall_timeout: StallTimeout = 900,
-    retries: Retries = 3,
-    max_bad_shards: MaxBadShards = 0,
-    address: Address = None,
+    memory: Memory = None,
+    until_converged: UntilConverged = None,
+    retry_quarantined: RetryQuarantined = False,
+    *,
+    resources: Resources,
 ) -> None:
     """Shards → moments → patterns. The same command on the same --out goes on where an earlier one ended."""
     from ray_jobs.fit import fit as run_fit
@@ -173,15 +176,15 @@ def fit(
     config = FitConfig(
         ModelConfig(model, weights, precision, seed, *sizes, words(pass_through)),
         list_shards(shards),
-        str(out.absolute()),
+        place(out),
         batch_size,
         words(estimators),
         max_samples,
         seed,
+        memory,
+        until_converged,
     )
-    faults = min_workers, stall_timeout, retries, max_bad_shards
-    resources = Resources(workers, gpus_per_worker, cpus_per_worker, max_loss, address, *faults)
-    run = run_fit(config, resources)
+    run = run_fit(config, resources, retry_quarantined)
     done = run.manifest()["fit"]
     say(
         f"fit: {done['samples']} samples of {done['shards']} shards, {done['refused']} refused "
@@ -191,48 +194,50 @@ def fit(
 
 @app.command()
 def merge(
-    runs: Annotated[list[Path], typer.Argument(help="The folders of finished fits of different shards.")],
+    runs: Annotated[list[str], typer.Argument(help="The folders of finished fits of different shards.")],
     out: Out,
     address: Address = None,
 ) -> None:
     """The moments of several fits → one fit of all their data."""
     from ray_jobs.fit import merge as run_merge
 
-    merged = run_merge([str(run.absolute()) for run in runs], str(out.absolute()), Resources(address=address))
+    merged = run_merge([place(run) for run in runs], place(out), Resources(address=address))
     done = merged.manifest()["fit"]
     say(f"merge: {done['samples']} samples of {done['shards']} shards. Patterns: {merged.folder}/patterns.safetensors")
 
 
 @app.command()
-def status(run: Annotated[Path, typer.Argument(help="A run's folder.")]) -> None:
+def status(run: RunFolder) -> None:
     """How far a run is, from its files alone: on any machine that sees them, whatever the cluster says."""
-    from ray_jobs.run import Run, spoken_status
+    from ray_jobs.run import Run
+    from ray_jobs.status import spoken_status
 
-    for line in spoken_status(Run(run.absolute()), time.time()):
+    for line in spoken_status(Run(run), time.time()):
         say(line)
 
 
 @app.command()
 def solve(
-    run: Annotated[Path, typer.Argument(help="The folder of a finished fit.")],
+    run: RunFolder,
     estimators: Estimators,
     address: Address = None,
 ) -> None:
     """Patterns of further estimators from a finished fit's moments, without data."""
     from ray_jobs.fit import solve as run_solve
 
-    solved = run_solve(str(run.absolute()), words(estimators), Resources(address=address))
+    solved = run_solve(place(run), words(estimators), Resources(address=address))
     say(f"solve: {', '.join(solved.manifest()['fit']['solved'])}. Patterns: {solved.folder / 'patterns.safetensors'}")
 
 
 @app.command()
+@with_resources
 def quality(
-    patterns: Annotated[Path, typer.Option(help="The folder of a finished fit.")],
+    patterns: Fitted,
     shards: Shards,
     evaluate: Annotated[
         list[str] | None, typer.Option(help="Shards to evaluate on; by default every second one of --shards.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Where the results go; by default the fit's folder.")] = None,
+    out: Annotated[str | None, typer.Option(help="Where the results go; by default the fit's folder.")] = None,
     operators: Annotated[
         str, typer.Option(help="Those judged: 'features.*,fc'; by default all of moderate size with several inputs.")
     ] = "",
@@ -240,15 +245,8 @@ def quality(
     batch_size: BatchSize = 32,
     max_samples: MaxSamples = None,
     seed: Seed = 0,
-    workers: Workers = None,
-    gpus_per_worker: Gpus = None,
-    cpus_per_worker: Cpus = 1,
-    max_loss: MaxLoss = 300,
-    min_workers: MinWorkers = 0,
-    stall_timeout: StallTimeout = 900,
-    retries: Retries = 3,
-    max_bad_shards: MaxBadShards = 0,
-    address: Address = None,
+    *,
+    resources: Resources,
 ) -> None:
     """Patterns + other shards → how good they are: ρ for each neuron, operator and estimator, and a figure."""
     from ray_jobs.quality import measure, medians
@@ -260,19 +258,17 @@ def quality(
         raise UserError("--shards", "one shard cannot be parted in two", "Give more, or others by --evaluate.")
     regressed, evaluated = (listed, list_shards(evaluate)) if evaluate else (listed[::2], listed[1::2])
     config = QualityConfig(
-        ModelConfig(**Run(patterns.absolute()).fitted_model()),
-        str(patterns.absolute()),
+        ModelConfig(**Run(patterns).fitted_model()),
+        place(patterns),
         regressed,
         evaluated,
-        str((out or patterns).absolute()),
+        place(out or patterns),
         words(operators),
         gram_positions,
         batch_size,
         max_samples,
         seed,
     )
-    faults = min_workers, stall_timeout, retries, max_bad_shards
-    resources = Resources(workers, gpus_per_worker, cpus_per_worker, max_loss, address, *faults)
     run = measure(config, resources)
     for name, value in medians(run).items():
         say(f"{name:>24}  median ρ {value:.3f}")
@@ -280,10 +276,11 @@ def quality(
 
 
 @app.command()
+@with_resources
 def explain(
-    patterns: Annotated[Path, typer.Option(help="The folder of a finished fit.")],
+    patterns: Fitted,
     shards: Shards,
-    out: Annotated[Path | None, typer.Option(help="Where explanations go; by default the fit's folder.")] = None,
+    out: Annotated[str | None, typer.Option(help="Where explanations go; by default the fit's folder.")] = None,
     model: Annotated[str | None, typer.Option(help="The model; by default the fit's.")] = None,
     weights: Annotated[str | None, typer.Option(help="Its weights; by default where the fit found them.")] = None,
     methods: Annotated[str, typer.Option(help=f"Some of {', '.join(METHODS)}.")] = DEFAULT_METHODS,
@@ -291,37 +288,34 @@ def explain(
     target: Annotated[str, typer.Option(help="The class explained: predicted or label.")] = "predicted",
     batch_size: BatchSize = 32,
     max_samples: MaxSamples = None,
-    workers: Workers = None,
-    gpus_per_worker: Gpus = None,
-    cpus_per_worker: Cpus = 1,
-    min_workers: MinWorkers = 0,
-    stall_timeout: StallTimeout = 900,
-    retries: Retries = 3,
-    max_bad_shards: MaxBadShards = 0,
-    address: Address = None,
+    *,
+    resources: Resources,
 ) -> None:
     """Shards + patterns → explanations, one shard for each input shard."""
     from ray_jobs.explain import explain as run_explain
     from ray_jobs.run import Run
     from ray_jobs.shards import list_shards
 
-    fitted = Run(patterns.absolute()).fitted_model()
+    fitted = Run(patterns).fitted_model()
     config = ExplainConfig(
         ModelConfig(**{**fitted, "spec": model or fitted["spec"], "weights": weights or fitted["weights"]}),
-        str(patterns.absolute()),
+        place(patterns),
         list_shards(shards),
-        str((out or patterns).absolute()),
+        place(out or patterns),
         batch_size,
         names(methods, METHODS, "--methods", "method"),
         words(estimator),
         target,
         max_samples,
     )
-    faults = min_workers, stall_timeout, retries, max_bad_shards
-    resources = Resources(workers, gpus_per_worker, cpus_per_worker, 0.0, address, *faults)
     run = run_explain(config, resources)
     done = run.manifest()["explain"]
     say(f"explain: {done['samples']} samples, {done['refused']} refused. Explanations: {run.folder / 'explanations'}")
+
+
+def place(where: str) -> str:
+    """A folder or URL as every process understands it."""
+    return str(located(where))
 
 
 def names(listed: str, table: Any, option: str, thing: str) -> tuple[str, ...]:
@@ -344,11 +338,6 @@ def numbers(listed: str | None) -> tuple[float, ...] | None:
         return None if listed is None else tuple(map(float, listed.split(",")))
     except ValueError as error:
         raise UserError("--mean --std", f"{listed!r} are no numbers", "Write 0.5,0.5,0.5.") from error
-
-
-def megabytes(size: int) -> str:
-    """A size in MiB or GiB."""
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"
 
 
 def say(text: str) -> None:

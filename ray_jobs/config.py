@@ -3,9 +3,12 @@
 import os
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 # They take every sum, so that all other estimators can be solved without data.
 FITTED = ("linear", "two-component", "multivariate")
+
+Log = Literal["plain", "json"]
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,11 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class FitConfig:
-    """A fit: shards → moments → patterns, in the folder `out`."""
+    """A fit: shards → moments → patterns, in the folder `out`.
+
+    memory: bytes that a worker may use for the model, a batch and the moments; None: as many as they take.
+    until_converged: the relative standard error of the patterns at which the fit ends early; None: never.
+    """
 
     model: ModelConfig
     shards: tuple[str, ...]
@@ -59,6 +66,8 @@ class FitConfig:
     estimators: tuple[str, ...] = FITTED
     max_samples: int | None = None
     seed: int = 0
+    memory: int | None = None
+    until_converged: float | None = None
 
 
 @dataclass(frozen=True)
@@ -105,23 +114,31 @@ class ExplainConfig:
 class Resources:
     """What the workers of a job take from the cluster; may change between a run and its resumption.
 
-    None: as many workers as the cluster holds, more and fewer as nodes come and go, and a GPU each where it has any.
-    min_workers: asked of the cluster even where it does not hold them now, so that an autoscaler adds nodes.
+    workers: at most so many; None: as many as the cluster holds, more and fewer as nodes come and go;
+    0: none, the work is done in this process, without Ray.
+    gpus_per_worker: None: one where the cluster has any.
     max_loss: seconds of work that the loss of a worker may undo.
-    stall_timeout: seconds without a batch after which a worker is replaced.
-    retries: further attempts at a shard that failed.  max_bad_shards: how many the job may go on without.
     address: the cluster's; None: RAY_ADDRESS, else Ray is started on this machine.
+    min_workers: asked of the cluster even where it does not hold them now, so that an autoscaler adds nodes.
+    stall_timeout: seconds without a batch after which a worker is replaced.
+    shard_timeout: seconds after which a shard is tried elsewhere, however busy its worker is.
+    retries: further attempts at a shard that failed.  max_bad_shards: how many the job may go on without.
+    max_bad_fraction: the share of refused samples beyond which a job ends.
+    log: plain lines, or json, one object a line.
     """
 
     workers: int | None = None
     gpus_per_worker: float | None = None
     cpus_per_worker: float = 1
-    max_loss: float = 300.0
+    max_loss: float = 900.0
     address: str | None = None
     min_workers: int = 0
     stall_timeout: float = 900.0
+    shard_timeout: float = 6 * 3600.0
     retries: int = 3
     max_bad_shards: int = 0
+    max_bad_fraction: float = 0.5
+    log: Log = "plain"
 
 
 def equal_share(total: int | None, item: int, items: int) -> int | None:

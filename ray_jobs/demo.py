@@ -49,7 +49,7 @@ def demo(out: Path, resources: Resources) -> Path:
         resources,
     )
     picture = out / "grid.png"
-    draw_grid(picture, rows(model, shards, run.folder))
+    draw_grid(picture, rows(model, shards, out / "run"))
     return picture
 
 

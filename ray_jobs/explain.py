@@ -4,27 +4,30 @@ import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
+from upath import UPath
 from webdataset import TarWriter
 
 from patterns import METHODS, Explainer, UserError, choose
 from patterns.explain import Explanation
-from patterns.storage import aside_of, load, write_table
+from patterns.storage import aside_of, write_table
 from ray_jobs import models
 from ray_jobs.config import ExplainConfig, Resources, equal_share
+from ray_jobs.driver import driving
+from ray_jobs.files import located, names, published
+from ray_jobs.gather import read_table
+from ray_jobs.job import ShardJob
 from ray_jobs.ledger import Refused
 from ray_jobs.pictures import picture, png
-from ray_jobs.run import REFUSED, Run
-from ray_jobs.session import ShardJob, connected
+from ray_jobs.run import REFUSED, Run, load_patterns
+from ray_jobs.session import connected
 from ray_jobs.shards import Batch, SampleError, ShardReader
-from ray_jobs.worker import Place, ShardReport, Share
+from ray_jobs.worker import Place, ShardReport, Share, Timed
 
 TARGETS = ("predicted", "label")
 
@@ -33,16 +36,30 @@ TARGETS = ("predicted", "label")
 class Outputs:
     """Where a shard's explanations go: the shard itself, which is written last, and its table's rows."""
 
-    tar: Path
-    rows: Path
-    refused: Path
+    folder: UPath
+    name: str
+
+    @property
+    def tar(self) -> str:
+        """The explanations, written last."""
+        return f"{self.name}.tar"
+
+    @property
+    def rows(self) -> str:
+        """Their rows of explanations.parquet."""
+        return f"{self.name}.parquet"
+
+    @property
+    def refused(self) -> str:
+        """The samples that could not be used."""
+        return f"{self.name}.refused.parquet"
 
 
 def outputs(config: ExplainConfig, shard: str) -> Outputs:
     """The output files of an input shard: its own name, with as many folders as tell the shards apart."""
     name = shard.removeprefix(config.common_folder).lstrip("/").removesuffix(".gz").removesuffix(".tar")
-    folder = Path(config.out) / "explanations"
-    return Outputs(folder / f"{name}.tar", folder / f"{name}.parquet", folder / f"{name}.refused.parquet")
+    path = located(config.out) / "explanations" / name
+    return Outputs(path.parent, path.name)
 
 
 def schema(config: ExplainConfig) -> pa.Schema:
@@ -81,20 +98,23 @@ class ExplainWorker:
         out = outputs(self.config, shard)
         rows: list[dict[str, Any]] = []
         reader = self.reader(shard)
-        with aside_of(out.tar) as aside:
+        batches: Timed[Batch] = Timed(reader)
+        with published(out.folder) as folder, aside_of(folder / out.tar) as aside:
             with open(aside, "wb") as file:
                 # No time of writing, so that the same explanations are the same bytes.
                 tar = TarWriter(file, encoder=False, mtime=0)
-                for batch in reader:
+                for batch in batches:
                     for files, row in self.explain(batch):
                         tar.write(files)
                         rows.append({"shard": shard, **row})
-                    yield ShardReport(len(rows), len(reader.refused))
+                    if batches.due():
+                        yield ShardReport(len(rows), len(reader.refused), batches.count, batches.waited)
                 tar.close()
-            write_table(out.rows, schema(self.config), [pa.Table.from_pylist(rows, schema(self.config))])
-            refused = [vars(r) for r in reader.refused]
-            write_table(out.refused, REFUSED, [pa.Table.from_pylist(refused, REFUSED)])
-        yield ShardReport(len(rows), len(reader.refused))
+            with published(out.folder) as tables:
+                write_table(tables / out.rows, schema(self.config), [pa.Table.from_pylist(rows, schema(self.config))])
+                refused = [vars(r) for r in reader.refused]
+                write_table(tables / out.refused, REFUSED, [pa.Table.from_pylist(refused, REFUSED)])
+        yield ShardReport(len(rows), len(reader.refused), batches.count, batches.waited)
 
     def reader(self, shard: str) -> ShardReader:
         config, loaded = self.config, self.loaded
@@ -131,7 +151,7 @@ def explainer(config: ExplainConfig, loaded: models.Loaded) -> Explainer:
     """The methods of a config over the patterns of its run."""
     chosen = None
     if any(METHODS[m].needs_patterns for m in config.methods if m in METHODS):
-        chosen = choose(loaded.network, load(Path(config.patterns), loaded.digest), config.estimator)
+        chosen = choose(loaded.network, load_patterns(config.patterns, loaded.digest), config.estimator)
     return Explainer(loaded.network, chosen, config.methods)
 
 
@@ -178,20 +198,30 @@ def explain(config: ExplainConfig, resources: Resources = Resources()) -> Run:  
     loaded = models.load(config.model)
     explainer(config, loaded)  # so that wrong patterns are told before anything is written
     run = Run(config.out)
-    section = run.claim("explain", config, loaded)
+    section = run.section("explain", config, loaded)
     if section["status"] == "complete" and not section["missing"]:
         return run
-    left = [s for s in config.shards if not outputs(config, s).tar.exists()]  # what counts is what is there
-    job = ShardJob("explain", run.folder, config.shards, left, resources, commit_after=None)
-    with connected(resources):
+    with driving(run, "explain") as beat, connected(resources):
+        run.record("explain", section, loaded)
+        there = {out.folder: set(names(out.folder)) for out in (outputs(config, s) for s in config.shards)}
+        left = [s for s in config.shards if (o := outputs(config, s)).tar not in there[o.folder]]
+        job = ShardJob("explain", beat, config.shards, left, resources, max_loss=None)
         job.run(ExplainWorker, config, loaded.digest)
-    done = [s for s in config.shards if s not in job.missing]
-    tables = [pq.read_table(outputs(config, s).refused) for s in done]
-    refused = [Refused(**row) for table in tables for row in table.to_pylist()]
-    run.quarantine("explain", refused)
-    rows = (pq.read_table(outputs(config, s).rows) for s in done)
-    write_table(run.folder / "explanations.parquet", schema(config), rows)
-    samples = pq.read_metadata(run.folder / "explanations.parquet").num_rows
-    counted = {"shards": len(done), "missing": job.missing, "samples": samples, "refused": len(refused)}
-    run.record("explain", section | {"status": "complete", **counted}, loaded)
+        done = [outputs(config, s) for s in config.shards if s not in job.missing]
+        rows = (row for out in done for row in read_table(out.folder / out.refused).to_pylist())
+        refused = [Refused(**row) for row in rows]
+        run.quarantine("explain", refused)
+        samples = 0
+
+        def tables() -> Iterator[pa.Table]:
+            nonlocal samples
+            for out in done:
+                table = read_table(out.folder / out.rows)
+                samples += len(table)
+                yield table
+
+        with published(run.folder) as folder:
+            write_table(folder / "explanations.parquet", schema(config), tables())
+        counted = {"shards": len(done), "missing": job.missing, "samples": samples, "refused": len(refused)}
+        run.record("explain", section | {"status": "complete", **counted}, loaded)
     return run

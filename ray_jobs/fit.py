@@ -1,28 +1,56 @@
 """The fit job: shards → moments → parts → patterns, each shard counted exactly once."""
 
-import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from patterns import Network, Observer, UserError, storage
+from upath import UPath
+
+from patterns import Network, Observer, Operator, UserError, storage
 from patterns.estimators import parsed, wanted
-from patterns.storage import write_aside, write_json
-from ray_jobs import models, reduce
+from patterns.storage import write_json
+from ray_jobs import files, models, reduce
 from ray_jobs.config import FitConfig, ModelConfig, Resources
-from ray_jobs.gather import Gathering, GatherJob, apart, part_files, read_ledger
+from ray_jobs.driver import driving
+from ray_jobs.gather import LEDGER, Gathering, GatherJob, apart, beside, read_ledger, read_refused
 from ray_jobs.ledger import Ledger
+from ray_jobs.plan import passes
 from ray_jobs.run import Run, difference
 from ray_jobs.session import connected
+from ray_jobs.tasks import Tasks
 
 
-def observer(estimators: Sequence[str], network: Network) -> Observer:
-    """What takes the moments that some estimators need."""
-    return Observer(network, lambda operator: wanted(operator, estimators))
+@dataclass(frozen=True)
+class Pass:
+    """The operators whose moments were taken together, and where their parts are."""
+
+    operators: tuple[str, ...]
+    folder: UPath
+
+    @property
+    def ledger(self) -> Ledger:
+        """What counts of it."""
+        return read_ledger(self.folder)
 
 
-def fit(config: FitConfig, resources: Resources = Resources()) -> Run:  # noqa: B008 - frozen
+def planned(run: Run, network: Network, config: FitConfig) -> list[Pass]:
+    """The passes over the data that a fit takes: one, unless the workers' memory is too small for all moments."""
+    groups = passes(network, config.estimators, config.memory, config.batch_size)
+    names = [tuple(op.name for op in group) for group in groups]
+    folders = [run.moments] if len(names) == 1 else [run.moments / f"pass-{i:02d}" for i in range(len(names))]
+    return [Pass(group, folder) for group, folder in zip(names, folders)]
+
+
+def observer(estimators: Sequence[str], operators: Collection[str], network: Network) -> Observer:
+    """What takes the moments that some estimators need of some operators."""
+    return Observer(network, lambda op: wanted(op, estimators), operators)
+
+
+def fit(config: FitConfig, resources: Resources = Resources(), retry_quarantined: bool = False) -> Run:  # noqa: B008 - frozen
     """Fit the patterns of a model to some shards, or go on with a fit that ended early.
+
+    retry_quarantined: once all shards count, take up the samples that were refused, and these only.
 
     UserError where the configuration or the data are wrong, StoppedShortError where a signal came.
     """
@@ -30,69 +58,103 @@ def fit(config: FitConfig, resources: Resources = Resources()) -> Run:  # noqa: 
     loaded = models.load(config.model)
     parsed(config.estimators, loaded.network.operators)
     run = Run(config.out)
-    section = run.claim("fit", config, loaded)
-    if section["status"] == "complete" and not section["missing"]:
-        return run
-    task = Gathering(config.model, config.shards, str(run.moments), config.batch_size, config.max_samples)
-    job = GatherJob("fit", run.folder, task, resources)
-    with connected(resources):
-        ledger = job.gather(partial(observer, config.estimators), loaded.digest)
+    through = planned(run, loaded.network, config)
+    section = run.section("fit", config, loaded)
+    finished = section["status"] == "complete" and not section["missing"]
+    begun, done = section.get("rounds", 0), section.get("rounds_done", 0)
+    if finished and begun == done:
+        if not (retry_quarantined and section["refused"]):
+            return run
+        begun += 1
+    with driving(run, "fit") as beat, connected(resources) as tasks:
+        run.record("fit", section | {"rounds": begun, "rounds_done": done}, loaded)
+        missing: dict[str, str] = {}
+        seconds = 0.0
+        for number, one in enumerate(through):
+            name = "fit" if len(through) == 1 else f"fit, pass {number + 1} of {len(through)}"
+            most = config.max_samples
+            task = Gathering(config.model, config.shards, str(one.folder), config.batch_size, most, begun)
+            job = GatherJob(name, beat, task, tasks, resources)
+            job.gather(partial(observer, config.estimators, one.operators), loaded.digest)
+            missing |= job.missing
+            seconds += job.seconds
         job.reporter.line(f"solving for the patterns of {len(loaded.network.operators)} operators")
-        done = {"missing": job.missing, "seconds": round(job.seconds, 3)}
-        finish(run, config, section | done, ledger, loaded)
+        section |= {"missing": missing, "rounds": begun, "rounds_done": begun}
+        section["seconds"] = round(section.get("seconds", 0.0) + seconds, 3)
+        finish(run, config, section, through, loaded, tasks)
     return run
 
 
-def finish(run: Run, config: FitConfig, section: dict[str, Any], ledger: Ledger, loaded: models.Loaded) -> None:
+def finish(
+    run: Run,
+    config: FitConfig,
+    section: dict[str, Any],
+    through: Sequence[Pass],
+    loaded: models.Loaded,
+    tasks: Tasks,
+) -> None:
     """From the parts that count to the patterns, and to a manifest that says so."""
-    run.quarantine("fit", list(ledger.refused))
-    reduce_to_patterns(run, ledger, loaded, config.estimators, config.estimators, config.seed)
-    counted = {"shards": len(ledger.shards), "samples": ledger.samples, "refused": len(ledger.refused)}
+    rows = (row for one in through for row in read_refused(one.folder, one.ledger, config.shards))
+    refused = list(dict.fromkeys(rows))
+    run.quarantine("fit", refused)
+    solved = tuple(section.get("solved", config.estimators))
+    reduce_to_patterns(run, through, loaded, solved, config.estimators, config.seed, tasks)
+    ledgers = [one.ledger for one in through]
+    counted = {
+        "shards": min(len(ledger.counted()) for ledger in ledgers),
+        "samples": min(ledger.samples for ledger in ledgers),
+        "refused": len(refused),
+    }
     run.record("fit", section | {"status": "complete", **counted}, loaded)
 
 
-def merge(folders: Sequence[str], out: str, resources: Resources = Resources()) -> Run:  # noqa: B008 - frozen
-    """One fit of several finished ones of other shards, as if it had seen all their data; no data is read.
+def reduce_to_patterns(
+    run: Run,
+    through: Sequence[Pass],
+    loaded: models.Loaded,
+    choices: Sequence[str],
+    taken: Sequence[str],
+    seed: int,
+    tasks: Tasks,
+) -> None:
+    """Merge the parts that count, whose sums were taken for some estimators, and write the patterns of the choices."""
+    operators = list(loaded.network.operators.values())
 
-    UserError where a fit is not finished, was done with other options or weights, or shares a shard with another.
-    """
-    runs = [Run(folder) for folder in folders]
-    sections = [run.job("fit", "Run `patternnet fit` to the end first.") for run in runs]
-    alike = [{k: v for k, v in s["options"].items() if k not in OF_ONES_OWN} for s in sections]
-    for run, options in zip(runs, alike):
-        if options != alike[0]:
-            what = f"this fit was done with {difference(alike[0], options)} in comparison with {folders[0]}"
-            raise UserError(str(run.folder), what, "Merge fits of the same options only.")
-    apart({folder: section["options"]["shards"] for folder, section in zip(folders, sections)})
-    first = sections[0]["options"]
-    config = FitConfig(
-        ModelConfig(**runs[0].fitted_model()),
-        tuple(shard for section in sections for shard in section["options"]["shards"]),
-        out,
-        first["batch_size"],
-        tuple(first["estimators"]),
-        seed=first["seed"],
-    )
+    def sums(operator: Operator) -> Any:
+        return wanted(operator, taken)
+
+    parts = part_files(through)
+    solutions = reduce.solve_all(parts, operators, sums, choices, seed, tasks)
+    with files.published(run.folder) as folder:
+        storage.save_in_turn(folder, storage.solution_specs(operators, choices), solutions, loaded.digest)
+
+
+def part_files(through: Sequence[Pass]) -> dict[str, list[str]]:
+    """The parts that count for each operator."""
+    found: dict[str, list[str]] = {}
+    for one in through:
+        paths = [str(one.folder / part.file) for part in one.ledger.parts]
+        found |= dict.fromkeys(one.operators, paths)
+    return found
+
+
+def fitted(run: Run) -> FitConfig:
+    """The configuration of this folder's finished fit."""
+    options = run.job("fit", "Run `patternnet fit` to the end first.")["options"]
+    names = ("batch_size", "max_samples", "seed", "memory", "until_converged")
+    same = {name: options[name] for name in names}
+    model = ModelConfig(**run.fitted_model())
+    return FitConfig(model, tuple(options["shards"]), str(run.folder), estimators=tuple(options["estimators"]), **same)
+
+
+def of_the_fit(run: Run, config: FitConfig) -> models.Loaded:
+    """The model of a finished fit. UserError where its weights are not those of the fit any more."""
     loaded = models.load(config.model)
-    if loaded.digest != first["weights"]:
-        what = f"the fits' weights are {first['weights']}, the model now has {loaded.digest}"
-        raise UserError(folders[0], what, "Put the fits' weights back in their place.")
-    merged = Run(out)
-    section = merged.claim("fit", config, loaded)
-    ledger = Ledger()
-    for run in runs:
-        for part in read_ledger(run.moments).parts:
-            write_aside(merged.moments / part.file, partial(shutil.copyfile, run.moments / part.file))
-            ledger = ledger.commit(part)
-    write_json(merged.moments / "ledger.json", ledger.to_json())
-    missing = {shard: reason for s in sections for shard, reason in s["missing"].items()}
-    with connected(resources):
-        finish(merged, config, section | {"missing": missing, "merged": list(folders)}, ledger, loaded)
-    return merged
-
-
-# Options that fits may differ in and still be merged.
-OF_ONES_OWN = {"shards", "max_samples", "batch_size"}
+    weights = run.manifest()["fit"]["options"]["weights"]
+    if loaded.digest != weights:
+        what = f"the fit's weights are {weights}, the model now has {loaded.digest}"
+        raise UserError(str(run.folder), what, "Put the fit's weights back in their place.")
+    return loaded
 
 
 def solve(folder: str, estimators: Sequence[str], resources: Resources = Resources()) -> Run:  # noqa: B008 - frozen
@@ -102,30 +164,63 @@ def solve(folder: str, estimators: Sequence[str], resources: Resources = Resourc
     """
     parsed(estimators)
     run = Run(folder)
-    section = run.job("fit", "Run `patternnet fit` to the end first.")
-    loaded = models.load(ModelConfig(**run.fitted_model()))
+    config = fitted(run)
+    loaded = of_the_fit(run, config)
     parsed(estimators, loaded.network.operators)
-    if loaded.digest != section["options"]["weights"]:
-        what = f"the fit's weights are {section['options']['weights']}, the model now has {loaded.digest}"
-        raise UserError(folder, what, "Put the fit's weights back in their place.")
-    taken = tuple(section["options"]["estimators"])
     for operator in loaded.network.operators.values():
-        if not wanted(operator, estimators) <= wanted(operator, taken):
-            what = f"a fit of {', '.join(taken)} took no sums of {operator.name} for {', '.join(estimators)}"
+        if not wanted(operator, estimators) <= wanted(operator, config.estimators):
+            taken = ", ".join(config.estimators)
+            what = f"a fit of {taken} took no sums of {operator.name} for {', '.join(estimators)}"
             raise UserError(folder, what, f"Fit with --estimators {','.join(estimators)}.")
-    solved = tuple(dict.fromkeys((*section.get("solved", taken), *estimators)))
-    with connected(resources):
-        reduce_to_patterns(run, read_ledger(run.moments), loaded, solved, taken, section["options"]["seed"])
-    run.record("fit", section | {"solved": solved}, loaded)
+    section = run.manifest()["fit"]
+    solved = tuple(dict.fromkeys((*section.get("solved", config.estimators), *estimators)))
+    through = planned(run, loaded.network, config)
+    with driving(run, "solve"), connected(resources) as tasks:
+        reduce_to_patterns(run, through, loaded, solved, config.estimators, config.seed, tasks)
+        run.record("fit", section | {"solved": solved}, loaded)
     return run
 
 
-def reduce_to_patterns(
-    run: Run, ledger: Ledger, loaded: models.Loaded, choices: Sequence[str], taken: Sequence[str], seed: int
-) -> None:
-    """Merge the parts that count, whose sums were taken for some estimators, and write the patterns of the choices."""
-    operators = list(loaded.network.operators.values())
-    solutions = reduce.solve_all(
-        part_files(run.moments, ledger), operators, lambda op: wanted(op, taken), choices, seed
-    )
-    storage.save(run.folder, solutions, loaded.digest)
+# Options that fits may differ in and still be merged.
+OF_ONES_OWN = {"shards", "max_samples", "batch_size", "until_converged"}
+
+
+def merge(folders: Sequence[str], out: str, resources: Resources = Resources()) -> Run:  # noqa: B008 - frozen
+    """One fit of several finished ones of other shards, as if it had seen all their data; no data is read.
+
+    UserError where a fit is not finished, was done with other options or weights, or shares a shard with another.
+    """
+    runs = [Run(folder) for folder in folders]
+    configs = [fitted(run) for run in runs]
+    sections = [run.manifest()["fit"] for run in runs]
+    alike = [{k: v for k, v in s["options"].items() if k not in OF_ONES_OWN} for s in sections]
+    for run, options in zip(runs, alike):
+        if options != alike[0]:
+            what = f"this fit was done with {difference(alike[0], options)} in comparison with {folders[0]}"
+            raise UserError(str(run.folder), what, "Merge fits of the same options only.")
+    apart({folder: config.shards for folder, config in zip(folders, configs)})
+    shards = tuple(shard for config in configs for shard in config.shards)
+    config = replace(configs[0], shards=shards, out=out, max_samples=None, until_converged=None)
+    loaded = of_the_fit(runs[0], config)
+    merged = Run(out)
+    section = merged.section("fit", config, loaded)
+    through = planned(merged, loaded.network, config)
+    missing = {shard: reason for s in sections for shard, reason in s["missing"].items()}
+    rounds = max(s.get("rounds_done", 0) for s in sections)
+    section |= {"missing": missing, "merged": list(folders), "rounds": rounds, "rounds_done": rounds}
+    with driving(merged, "merge"), connected(resources) as tasks:
+        merged.record("fit", section, loaded)
+        for number, one in enumerate(through):
+            ledger, first = Ledger(), 0
+            for run, own in zip(runs, configs):
+                source = planned(run, loaded.network, own)[number]
+                for part in source.ledger.parts:
+                    files.copy(source.folder / part.file, one.folder)
+                    if part.refused:
+                        files.copy(source.folder / beside(part.file), one.folder)
+                    ledger = ledger.commit(replace(part, shards=tuple(first + shard for shard in part.shards)))
+                first += len(own.shards)
+            with files.published(one.folder) as folder:
+                write_json(folder / LEDGER, ledger.to_json())
+        finish(merged, config, section, through, loaded, tasks)
+    return merged

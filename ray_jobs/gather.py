@@ -2,41 +2,75 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from typing import Any
 from uuid import uuid4
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+from upath import UPath
+
 from patterns import Network, UserError
 from patterns.observe import Observation
-from patterns.storage import save_moments, write_json
+from patterns.storage import merge_moments, save_moments, write_json, write_table
+from patterns.tensors import TensorFile
 from ray_jobs.config import ModelConfig, Resources, equal_share
-from ray_jobs.ledger import Ledger, Part, Refused
-from ray_jobs.session import ShardJob
-from ray_jobs.shards import ShardReader
-from ray_jobs.worker import Place, ShardReport, Share
+from ray_jobs.driver import Beat
+from ray_jobs.files import fetched, located, names, published, remove
+from ray_jobs.job import ShardJob
+from ray_jobs.ledger import Ledger, Part, Refused, together
+from ray_jobs.run import REFUSED
+from ray_jobs.shards import Batch, ShardReader
+from ray_jobs.tasks import Pending, Tasks
+from ray_jobs.worker import Place, ShardReport, Share, Timed
 
 Observe = Callable[[Network], Observation[Any]]
+MOST_PARTS = 32  # that lie in a folder; more are merged while the job goes on
+MERGED_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
 class Gathering:
-    """What to take moments of, and the folder for the parts and their ledger."""
+    """What to take moments of, and the folder for the parts and their ledger.
+
+    most: samples at most, an equal share of each shard.
+    round: 0, or which time the samples refused until then are tried again.
+    """
 
     model: ModelConfig
     shards: tuple[str, ...]
     folder: str
     batch_size: int
-    max_samples: int | None
+    most: int | None = None
+    round: int = 0
+
+
+class NotFiniteError(UserError):
+    """Samples for which the model gives no finite output."""
+
+    def __init__(self, shard: str, keys: Sequence[str], *_: str) -> None:
+        self.keys = frozenset(keys)
+        super().__init__(shard, f"the model's output is not finite for {', '.join(keys)}", "They will be left out.")
 
 
 class GatherWorker:
     """Holds the model and the moments not yet committed. Losing it loses nothing that counts."""
 
-    def __init__(self, task: Gathering, observe: Observe, weights: str, share: Share = Share()) -> None:  # noqa: B008 - frozen
-        self.task, self.share = task, share
-        self.loaded = share.load(task.model, weights)
+    def __init__(
+        self,
+        model: ModelConfig,
+        folder: str,
+        batch_size: int,
+        observe: Observe,
+        weights: str,
+        share: Share = Share(),  # noqa: B008 - frozen
+    ) -> None:
+        self.folder, self.batch_size, self.share = located(folder), batch_size, share
+        self.loaded = share.load(model, weights)
         self.observation = observe(self.loaded.network)
         self.forget()
 
@@ -47,88 +81,215 @@ class GatherWorker:
     def forget(self) -> None:
         """Drop the moments not yet committed."""
         self.observation.reset()
-        self.shards: list[str] = []
+        self.shards: list[int] = []
         self.samples = 0
         self.refused: list[Refused] = []
 
-    def work(self, shard: str) -> Iterator[ShardReport]:
-        """Add the moments of a whole shard, telling after each batch how far it is.
+    def work(
+        self, number: int, shard: str, most: int | None = None, only: frozenset[str] | None = None, round_: int = 0
+    ) -> Iterator[ShardReport]:
+        """Add the moments of a shard, or of some of its samples only, telling now and then how far it is.
 
-        On any error, everything not committed is dropped.
+        On any error, everything not committed is dropped. Samples for which the model's output is not finite
+        spoil the sums: the shard is then begun anew without them, or, where other shards' sums would be lost
+        too, fails, and is tried again by a worker that has none.
         """
-        task, loaded = self.task, self.loaded
-        most = equal_share(task.max_samples, task.shards.index(shard), len(task.shards))
-        reader = ShardReader(shard, loaded.preprocessing, task.batch_size, loaded.dtype, most)
-        samples = 0
-        self.observation.begin(shard)
+        self.round = round_
+        spoilt: frozenset[str] = frozenset()
         try:
-            for batch in reader:
-                self.observation.update(batch.images.to(loaded.device, non_blocking=True))
-                samples += len(batch.keys)
-                yield ShardReport(samples, len(reader.refused))
+            while True:
+                reader = ShardReader(
+                    shard, self.loaded.preprocessing, self.batch_size, self.loaded.dtype, most, only=only, skip=spoilt
+                )
+                try:
+                    samples = yield from self.observe(shard, reader)
+                    break
+                except NotFiniteError as error:
+                    if self.shards:
+                        raise
+                    self.observation.reset()
+                    spoilt |= error.keys
         except BaseException:
             self.forget()
             raise
-        self.shards.append(shard)
+        reason = "the model's output is not finite"
+        refused = [*reader.refused, *(Refused(shard, key, "model", reason) for key in sorted(spoilt))]
+        self.shards.append(number)
         self.samples += samples
-        self.refused += reader.refused
-        yield ShardReport(samples, len(reader.refused))
+        self.refused += refused
+        yield ShardReport(samples, len(refused), self.batches.count, self.batches.waited)
+
+    def observe(self, shard: str, reader: ShardReader) -> Generator[ShardReport, None, int]:
+        """Add a shard's batches; gives how many samples they had. NotFiniteError where the model's output is not."""
+        samples = 0
+        self.observation.begin(shard)
+        self.batches: Timed[Batch] = Timed(reader)
+        for batch in self.batches:
+            outputs = self.observation.update(batch.images.to(self.loaded.device, non_blocking=True))
+            finite = outputs.flatten(1).isfinite().all(1)
+            if not finite.all():
+                raise NotFiniteError(shard, [key for key, good in zip(batch.keys, finite.tolist()) if not good])
+            samples += len(batch.keys)
+            if self.batches.due():
+                yield ShardReport(samples, len(reader.refused), self.batches.count, self.batches.waited)
+        return samples
 
     def commit(self) -> Part:
         """Write the moments as a part. It counts once the driver has put it into the ledger."""
-        part = Part(f"part-{uuid4().hex}.safetensors", tuple(self.shards), self.samples, tuple(self.refused))
-        path = Path(self.task.folder) / part.file
-        try:
-            save_moments(path, self.observation.moments(), {"weights": self.loaded.digest})
-        except OSError as error:
-            what = f"cannot be written ({error.strerror or error})"
-            raise UserError(str(path), what, "Make room; the same command goes on where this one ended.") from error
+        part = Part(new_part(), tuple(self.shards), self.samples, len(self.refused), self.round)
+        save_part(self.folder, part, self.observation.tensors(), self.loaded.digest, self.refused)
         self.forget()
         return part
 
 
 class GatherJob(ShardJob):
-    """The driver's side: the ledger and its file."""
+    """The driver's side: the ledger and its file, and the merging of parts where they become many."""
 
-    def __init__(self, name: str, run: Path, task: Gathering, resources: Resources) -> None:
-        self.task, self.folder = task, Path(task.folder)
-        self.path = self.folder / "ledger.json"
-        self.ledger = read_ledger(self.folder)
-        named = {part.file for part in self.ledger.parts}
-        for file in self.folder.glob("part-*.safetensors"):
-            if file.name not in named:  # written by a worker whose driver died before it could count
-                file.unlink()
+    def __init__(self, name: str, beat: Beat, task: Gathering, tasks: Tasks, resources: Resources) -> None:
+        self.gathering, self.tasks, self.parts = task, tasks, located(task.folder)
+        self.ledger = self.flushed = read_ledger(self.parts)
+        self.numbers = {shard: number for number, shard in enumerate(task.shards)}
+        wanted: Sequence[int] = range(len(task.shards))
+        self.refused: dict[str, frozenset[str]] = {}
+        if task.round:
+            self.refused = refused_keys(read_refused(self.parts, self.ledger, task.shards, before=task.round))
+            wanted = [self.numbers[shard] for shard in self.refused]
+        left = [task.shards[number] for number in self.ledger.left(wanted, task.round)]
+        self.clean()
+        self.merging: Pending | None = None
+        self.merged: list[str] = []  # the files that are being merged
         self.seconds = 0.0  # from the first worker's start to the last commit
-        super().__init__(name, run, task.shards, self.ledger.left(task.shards), resources, resources.max_loss)
+        super().__init__(name, beat, [task.shards[n] for n in wanted], left, resources, resources.max_loss)
 
     def gather(self, observe: Observe, weights: str) -> Ledger:
         """Work until every shard counts, or is missing. UserError where no sample of any shard could be used."""
-        self.run(GatherWorker, self.task, observe, weights)
+        task = self.gathering
+        try:
+            self.run(GatherWorker, task.model, task.folder, task.batch_size, observe, weights)
+        finally:
+            self.flush()
+            self.clean()
         if not self.ledger.samples:
-            refused = self.ledger.refused
+            refused = read_refused(self.parts, self.ledger, task.shards)
             if not refused:
-                raise UserError(self.task.shards[0], "no samples in any shard", "Check --shards.")
+                raise UserError(task.shards[0], "no samples in any shard", "Check --shards.")
             what = f"none of the {len(refused)} samples can be used; {refused[0].key}: {refused[0].reason}"
             raise UserError(refused[0].shard, what, "Mend the data, then choose another --out.")
         return self.ledger
 
+    def task(self, item: str) -> tuple[Any, ...]:
+        task, number = self.gathering, self.numbers[item]
+        most = equal_share(task.most, number, len(task.shards))
+        return number, item, most, self.refused.get(item), task.round
+
     def counts(self, items: list[str], told: Part) -> None:
-        if sorted(told.shards) != sorted(items):
+        if sorted(told.shards) != sorted(self.numbers[item] for item in items):
             raise RuntimeError(f"{told.file} holds {told.shards}, not {items}")
         self.ledger = self.ledger.commit(told)
-        write_json(self.path, self.ledger.to_json())
-        self.seconds = time.monotonic() - self.begun
+        self.seconds = time.monotonic() - self.first_ready
+        super().counts(items, told)
+
+    def tick(self) -> None:
+        self.flush()
+        self.merge()
+        super().tick()
+
+    def flush(self) -> None:
+        """Write the ledger, if parts have come since: several at once where they come fast."""
+        if self.ledger is not self.flushed:
+            self.beat.check()
+            with published(self.parts) as folder:
+                write_json(folder / LEDGER, self.ledger.to_json())
+            self.flushed = self.ledger
+
+    def merge(self) -> None:
+        """Merge the smallest parts where there are many, while the workers go on."""
+        if self.merging is not None and self.merging.done():
+            merged, self.merging = self.merging.result(), None
+            self.ledger = self.ledger.merge(self.merged, merged)
+            self.flush()  # before the old ones go
+            for file in self.merged:
+                remove_part(self.parts, file)
+        if self.merging is None:
+            alike = [part for part in self.ledger.parts if part.round == self.gathering.round]
+            if len(alike) > MOST_PARTS:
+                chosen = sorted(alike, key=lambda part: part.samples)[:MERGED_AT_ONCE]
+                self.merged = [part.file for part in chosen]
+                self.merging = self.tasks.start(merge_parts, str(self.parts), chosen)
+
+    def clean(self) -> None:
+        """Delete the parts that do not count: of workers that were lost while, or after, they wrote them."""
+        named = {name for part in self.ledger.parts for name in (part.file, beside(part.file))}
+        for name in names(self.parts, PART):
+            if name not in named:
+                remove(self.parts / name)
 
 
-def read_ledger(folder: Path) -> Ledger:
+LEDGER, PART = "ledger.json", "part-"
+
+
+def new_part() -> str:
+    """A name for a part's file."""
+    return f"{PART}{uuid4().hex}.safetensors"
+
+
+def beside(file: str) -> str:
+    """The name of the table of the samples that a part refused."""
+    return file.replace(".safetensors", ".refused.parquet")
+
+
+def save_part(folder: UPath, part: Part, tensors: dict[str, Tensor], weights: str, refused: Sequence[Refused]) -> None:
+    """Write a part and, where it refused samples, the table of them."""
+    with published(folder) as out:
+        if refused:
+            write_table(out / beside(part.file), REFUSED, [pa.Table.from_pylist(list(map(asdict, refused)), REFUSED)])
+        save_moments(out / part.file, tensors, {"weights": weights})
+
+
+def remove_part(folder: UPath, file: str) -> None:
+    remove(folder / file)
+    remove(folder / beside(file))
+
+
+def merge_parts(where: str, parts: Sequence[Part]) -> Part:
+    """Write one part in the place of several, without having more than two of their tensors in memory."""
+    torch.set_num_threads(1)
+    folder, merged = located(where), together(new_part(), parts)
+    with published(folder) as out, ExitStack() as stack:
+        tables = [read_table(folder / beside(part.file)) for part in parts if part.refused]
+        if tables:
+            write_table(out / beside(merged.file), REFUSED, tables)
+        files = [stack.enter_context(TensorFile(folder / part.file)) for part in parts]
+        merge_moments(out / merged.file, files, files[0].metadata)
+    return merged
+
+
+def read_ledger(folder: UPath) -> Ledger:
     """The ledger of a folder of parts; empty where there is none yet."""
-    path = folder / "ledger.json"
+    path = folder / LEDGER
     return Ledger.from_json(json.loads(path.read_text())) if path.exists() else Ledger()
 
 
-def part_files(folder: Path, ledger: Ledger) -> list[str]:
-    """The paths of the parts that count."""
-    return [str(folder / part.file) for part in ledger.parts]
+def read_table(path: UPath) -> pa.Table:
+    with fetched(path) as file:
+        return pq.read_table(file)
+
+
+def read_refused(folder: UPath, ledger: Ledger, shards: Sequence[str], before: int | None = None) -> list[Refused]:
+    """The samples refused to this day, or before a round: the last word on each shard counts."""
+    parts = sorted((p for p in ledger.parts if before is None or p.round < before), key=lambda part: part.round)
+    last = {shards[number]: part.round for part in parts for number in part.shards}
+    tables = ((part, read_table(folder / beside(part.file))) for part in parts if part.refused)
+    rows = ((part, Refused(**row)) for part, table in tables for row in table.to_pylist())
+    return [row for part, row in rows if part.round == last[row.shard]]
+
+
+def refused_keys(refused: Iterable[Refused]) -> dict[str, frozenset[str]]:
+    """The keys of refused samples by shard."""
+    keys: dict[str, set[str]] = {}
+    for row in refused:
+        keys.setdefault(row.shard, set()).add(row.key)
+    return {shard: frozenset(found) for shard, found in keys.items()}
 
 
 def apart(sets: dict[str, Sequence[str]]) -> None:

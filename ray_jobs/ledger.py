@@ -1,7 +1,11 @@
-"""What counts. Only what the ledger names does; everything else is simply done again."""
+"""What counts. Only what the ledger names does; everything else is simply done again.
 
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+Shards go by their number in the job's list, so that the ledger of 100,000 shards stays small.
+"""
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 
@@ -17,57 +21,87 @@ class Refused:
 
 @dataclass(frozen=True)
 class Part:
-    """Moments of some whole shards, written once to `file`."""
+    """Moments of some shards, written once to `file`.
+
+    round: 0 for whole shards; n for the n-th time that the samples refused until then were tried again.
+    samples, refused: how many it holds, and how many it could not use.
+    """
 
     file: str
-    shards: tuple[str, ...]
+    shards: tuple[int, ...]
     samples: int
-    refused: tuple[Refused, ...] = ()
+    refused: int = 0
+    round: int = 0
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """The parts that count; each shard is in at most one of them."""
+    """The parts that count; in each round, each shard is in at most one of them."""
 
     parts: tuple[Part, ...] = ()
 
     def commit(self, part: Part) -> "Ledger":
-        """The ledger with this part too. ValueError if one of its shards counts already."""
-        counted = self.shards
+        """The ledger with this part too.
+
+        ValueError if one of its shards counts already in its round, or does not yet in the one before.
+        """
+        counted = self.counted(part.round)
         if repeated := [s for s in part.shards if s in counted] or len(set(part.shards)) < len(part.shards):
             raise ValueError(f"{part.file}: shards that count already: {repeated}")
+        if part.round and not self.counted(0).issuperset(part.shards):
+            raise ValueError(f"{part.file}: shards that do not count yet are tried again")
         return Ledger((*self.parts, part))
 
-    @property
-    def shards(self) -> frozenset[str]:
-        """The shards that count."""
-        return frozenset(s for part in self.parts for s in part.shards)
+    def merge(self, files: Collection[str], merged: Part) -> "Ledger":
+        """The ledger with one part in the place of several that hold the same.
+
+        ValueError if it does not name just their shards and samples, or they are not all here.
+        """
+        old = [part for part in self.parts if part.file in files]
+        if len(old) < len(files) or together(merged.file, old) != merged:
+            raise ValueError(f"{merged.file} is not what {len(files)} parts hold")
+        return Ledger((*(part for part in self.parts if part.file not in files), merged))
+
+    def counted(self, round_: int = 0) -> frozenset[int]:
+        """The shards that count in a round."""
+        return frozenset(s for part in self.parts if part.round == round_ for s in part.shards)
+
+    def left(self, shards: Iterable[int], round_: int = 0) -> list[int]:
+        """Those of some shards that do not count in a round yet, in order."""
+        counted = self.counted(round_)
+        return [s for s in shards if s not in counted]
 
     @property
     def samples(self) -> int:
         """The samples that count."""
         return sum(part.samples for part in self.parts)
 
-    @property
-    def refused(self) -> tuple[Refused, ...]:
-        """The refused samples of the shards that count."""
-        return tuple(r for part in self.parts for r in part.refused)
-
-    def left(self, shards: Iterable[str]) -> list[str]:
-        """The shards that do not count yet, in order."""
-        counted = self.shards
-        return [s for s in shards if s not in counted]
-
     def to_json(self) -> dict[str, Any]:
         """For the ledger's file."""
-        return asdict(self)
+        return {"parts": [{**vars(part), "shards": spoken(part.shards)} for part in self.parts]}
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> "Ledger":
         """The inverse of to_json."""
-        return Ledger(
-            tuple(
-                Part(p["file"], tuple(p["shards"]), p["samples"], tuple(Refused(**r) for r in p["refused"]))
-                for p in value["parts"]
-            )
-        )
+        return Ledger(tuple(Part(**{**part, "shards": numbers(part["shards"])}) for part in value["parts"]))
+
+
+def together(file: str, parts: Collection[Part]) -> Part:
+    """What a file of several parts' sums holds. ValueError for parts of different rounds."""
+    (round_,) = {part.round for part in parts}
+    shards = tuple(sorted(s for part in parts for s in part.shards))
+    return Part(file, shards, sum(p.samples for p in parts), sum(p.refused for p in parts), round_)
+
+
+def spoken(shards: Collection[int]) -> str:
+    """Numbers as people write them: `0-4,7`."""
+    ordered = sorted(shards)
+    firsts = [b for a, b in pairwise([-2, *ordered]) if b > a + 1]
+    lasts = [a for a, b in pairwise([*ordered, float("inf")]) if b > a + 1]
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(firsts, lasts))
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """The inverse of `spoken`: the numbers in order."""
+    spans = [span.partition("-") for span in text.split(",") if span]
+    return tuple(n for first, _, last in spans for n in range(int(first), int(last or first) + 1))

@@ -18,19 +18,23 @@ from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, Ray
 STARTS = 3  # failures to start a worker, one after the other, before the pool gives up
 TICK = 0.5  # seconds
 BACK_OFF = 1.0  # seconds until an item is tried again, doubled by each attempt
+COMMIT_SHARE = 200  # a worker works so many times as long as its last commit took, before the next
+FIRST_COMMIT = 30.0  # seconds until then, where none has been measured
 
 
 class Job(Protocol):
     """What the pool works on, and who hears of it.
 
-    commit_after: seconds between the commits of a worker; None: what is worked on counts at once.
+    max_loss: seconds of work that a worker may hold uncommitted; None: what is worked on counts at once.
     stall_timeout: seconds without a word from a worker after which it is given up.
+    item_timeout: seconds after which it is given up although it says something.
     attempts: of an item, before it is given up.
     bad_input: errors of an item that leave its worker whole, which has dropped its uncommitted work.
     """
 
-    commit_after: float | None
+    max_loss: float | None
     stall_timeout: float
+    item_timeout: float
     attempts: int
     bad_input: type[Exception]
 
@@ -38,10 +42,13 @@ class Job(Protocol):
         """How many workers to have now."""
 
     def spawn(self) -> Any:
-        """A new actor with methods `ready()`, `work(item)` and, where the job commits, `commit()`.
+        """A new actor with methods `ready()`, `work(*task)` and, where the job commits, `commit()`.
 
         `work` is a generator that tells now and then how far it is; the last it tells is its result.
         """
+
+    def task(self, item: str) -> tuple[Any, ...]:
+        """What a worker is told of an item."""
 
     def started(self, told: Any) -> None:
         """A worker is ready; `told` is what its `ready()` returned."""
@@ -49,14 +56,20 @@ class Job(Protocol):
     def leaving(self, told: Any) -> bool:
         """Whether the worker that told this when it was ready must leave its node."""
 
-    def began(self, item: str) -> None:
-        """A worker was given an item."""
+    def gone(self, told: Any, error: Exception | None) -> None:
+        """A worker left, or was lost by an error."""
+
+    def began(self, item: str, by: Any) -> None:
+        """A worker, known by what it told when it was ready, was given an item."""
 
     def heard(self, item: str, told: Any) -> None:
         """How far a worker is with an item."""
 
     def worked(self, item: str, told: Any) -> None:
         """A worker worked on an item, which may still be lost; `told` is its result."""
+
+    def failed(self, item: str, error: Exception) -> None:
+        """A worker failed at an item, which may be tried again."""
 
     def lost(self, items: list[str]) -> None:
         """Items that were worked on are lost, and will be worked on again."""
@@ -74,9 +87,11 @@ class Worker:
     doing: str = "ready"
     item: str | None = None
     told: Any = None
+    begun: float = 0.0
     heard: float = 0.0
     uncommitted: list[str] = field(default_factory=list)
     since: float = 0.0
+    commit_cost: float = FIRST_COMMIT / COMMIT_SHARE
 
 
 @dataclass(frozen=True)
@@ -92,7 +107,7 @@ class PoolError(RuntimeError):
 
 
 class StalledError(RuntimeError):
-    """A worker did not say a word for too long."""
+    """A worker did not say a word for too long, or took too long over an item."""
 
 
 def run(items: Iterable[str], job: Job, stop: Callable[[], bool], tick: Callable[[], None]) -> Outcome:
@@ -145,16 +160,17 @@ class _Pool:
         self.later = [(due, item) for due, item in self.later if due > now]
         working, self.idle = self.idle, []
         for worker in working:
-            due = self.job.commit_after is not None and now - worker.since > self.job.commit_after
             leaving = self.job.leaving(worker.place)
             # An item that failed before must not take others' work with it.
             risky = bool(self.queue) and self.attempts[self.queue[0]] > 0
+            due = worker.uncommitted and now - worker.since > self.interval(worker)
             if worker.uncommitted and (due or leaving or risky or not self.queue or self.stopping()):
                 self.call(worker, "commit")
             elif leaving:
                 ray.kill(worker.actor)
+                self.job.gone(worker.place, None)
             elif self.queue and not self.stopping():
-                self.job.began(self.queue[0])
+                self.job.began(self.queue[0], worker.place)
                 self.call(worker, "work", self.queue.popleft())
             else:
                 self.idle.append(worker)
@@ -164,11 +180,18 @@ class _Pool:
             for _ in range(wanted - len(self.calls) - len(self.idle)):
                 self.call(Worker(self.job.spawn()), "ready")
 
-    def call(self, worker: Worker, method: str, *args: str) -> None:
-        worker.doing, worker.item, worker.told = method, args[0] if args else None, None
-        worker.heard = time.monotonic()
+    def interval(self, worker: Worker) -> float:
+        """Seconds between a worker's commits: so many that these cost little, and no more than may be lost."""
+        return min(self.job.max_loss or 0.0, COMMIT_SHARE * worker.commit_cost)
+
+    def call(self, worker: Worker, method: str, item: str | None = None) -> None:
+        worker.doing, worker.item, worker.told = method, item, None
+        worker.begun = worker.heard = time.monotonic()
         told = getattr(worker.actor, method)
-        self.calls[told.options(num_returns="streaming").remote(*args) if args else told.remote()] = worker
+        streamed = item is not None
+        self.calls[
+            told.options(num_returns="streaming").remote(*self.job.task(str(item))) if streamed else told.remote()
+        ] = worker
 
     def collect(self, call: Any) -> None:
         """Take what a call has to tell; its worker is idle again once it is through."""
@@ -199,23 +222,28 @@ class _Pool:
             if worker.doing != "ready" and now - worker.heard > self.job.stall_timeout:
                 del self.calls[call]
                 self.fail(worker, StalledError(f"no progress for {self.job.stall_timeout:.0f} s"))
+            elif worker.item is not None and now - worker.begun > self.job.item_timeout:
+                del self.calls[call]
+                self.fail(worker, StalledError(f"not done after {self.job.item_timeout:.0f} s"))
 
     def take(self, worker: Worker, result: Any) -> None:
+        now = time.monotonic()
         if worker.doing == "ready":
             self.troubles = 0
             worker.place = result
             self.job.started(result)
         elif worker.doing == "commit":
             self.troubles = 0
+            worker.commit_cost = now - worker.begun
             self.job.counts(worker.uncommitted, result)
             worker.uncommitted = []
         elif worker.item is not None:
             self.job.worked(worker.item, result)
-            if self.job.commit_after is None:
+            if self.job.max_loss is None:
                 self.job.counts([worker.item], result)
             else:
                 if not worker.uncommitted:
-                    worker.since = time.monotonic()
+                    worker.since = worker.begun
                 worker.uncommitted.append(worker.item)
 
     def fail(self, worker: Worker, error: Exception) -> None:
@@ -224,6 +252,7 @@ class _Pool:
         self.job.lost(worker.uncommitted)
         worker.uncommitted = []
         if worker.item is not None:
+            self.job.failed(worker.item, error)
             self.retry(worker.item, error)
         elif isinstance(error, self.job.bad_input):
             self.error = self.error or error
@@ -236,6 +265,8 @@ class _Pool:
             self.idle.append(worker)
         else:  # a commit that it may still finish is ignored
             ray.kill(worker.actor)
+            if worker.place is not None:
+                self.job.gone(worker.place, error)
 
     def retry(self, item: str, error: Exception) -> None:
         self.attempts[item] += not getattr(error, "preempted", False)  # by the node's owner, whatever was on it
@@ -248,3 +279,52 @@ class _Pool:
 def plain(error: Exception) -> Exception:
     """The worker's own error, without Ray's wrapping."""
     return error.cause if isinstance(error, RayTaskError) and isinstance(error.cause, Exception) else error
+
+
+def alone(items: Iterable[str], job: Job, worker: Any, stop: Callable[[], bool], tick: Callable[[], None]) -> Outcome:
+    """As `run`, by one worker in this process, without Ray."""
+    queue, uncommitted, since = deque(items), list[str](), 0.0
+    attempts: Counter[str] = Counter()
+    failed: dict[str, Exception] = {}
+    place = worker.ready()
+    job.started(place)
+
+    def commit() -> None:
+        if uncommitted:
+            job.counts(list(uncommitted), worker.commit())
+            uncommitted.clear()
+
+    while queue and not stop():
+        item = queue.popleft()
+        if attempts[item]:
+            commit()
+        job.began(item, place)
+        if not uncommitted:
+            since = time.monotonic()
+        told = None
+        try:
+            for told in worker.work(*job.task(item)):
+                job.heard(item, told)
+                tick()
+        except job.bad_input as error:
+            queue.extendleft(uncommitted)
+            job.lost(list(uncommitted))
+            uncommitted.clear()
+            job.failed(item, error)
+            attempts[item] += 1
+            if attempts[item] < job.attempts:
+                time.sleep(BACK_OFF * 2 ** attempts[item])
+                queue.append(item)
+            else:
+                failed[item] = error
+            continue
+        job.worked(item, told)
+        if job.max_loss is None:
+            job.counts([item], told)
+        else:
+            uncommitted.append(item)
+            if time.monotonic() - since > min(job.max_loss, FIRST_COMMIT):
+                commit()
+        tick()
+    commit()
+    return Outcome(list(queue), failed)

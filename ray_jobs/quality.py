@@ -7,27 +7,28 @@ Three sets of shards, as in the paper: the patterns were fitted on one, v is reg
 from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
-from pathlib import Path
+from itertools import chain
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
 import torch
 from torch import Tensor
 
-from patterns import Network, Operator, PatchMoments, PatchObserver, UserError, storage
+from patterns import Network, Operator, PatchMoments, PatchObserver, UserError
 from patterns.estimators import chosen, selected
 from patterns.patches import bytes_of
 from patterns.quality import CUTOFF, quality, signals
 from patterns.storage import write_table
 from ray_jobs import models
 from ray_jobs.config import QualityConfig, Resources
-from ray_jobs.gather import Gathering, GatherJob, apart, part_files
+from ray_jobs.driver import driving
+from ray_jobs.files import published
+from ray_jobs.gather import Gathering, GatherJob, apart, read_refused, read_table
 from ray_jobs.ledger import Refused
 from ray_jobs.pictures import draw_quality
-from ray_jobs.reduce import grouped, merged
-from ray_jobs.run import Run
+from ray_jobs.reduce import TASK_BYTES, grouped, merged
+from ray_jobs.run import Run, load_patterns
 from ray_jobs.session import connected
 
 # An operator whose Gram matrix takes more is judged only where it is named.
@@ -72,54 +73,41 @@ def measure(config: QualityConfig, resources: Resources = Resources()) -> Run:  
     names = judged(loaded.network, config.operators)
     operators = [loaded.network.operators[name] for name in names]
     choices = tuple(section.get("solved", section["options"]["estimators"]))
-    storage.load(fitted.folder, loaded.digest, [])
+    load_patterns(str(fitted.folder), loaded.digest, [])
     if not any(signals(dict.fromkeys(chosen(operator, choices))) for operator in operators):
         what = "holds patterns of one side of the gate only, which make no estimator"
         raise UserError(config.patterns, what, "Run `patternnet solve RUN --estimators two-component` first.")
     run = Run(config.out)
-    section = run.claim("quality", config, loaded)
+    section = run.section("quality", config, loaded)
     sets = {"regressed": config.shards, "evaluated": config.evaluate}
     parts: list[list[str]] = []
     counted: dict[str, int] = {}
     refused: list[Refused] = []
     missing: dict[str, str] = {}
-    with connected(resources):
+    with driving(run, "quality") as beat, connected(resources) as tasks:
+        run.record("quality", section, loaded)
         for name, shards in sets.items():
             folder = run.folder / "quality" / name
             task = Gathering(config.model, shards, str(folder), config.batch_size, config.max_samples)
-            job = GatherJob(f"quality, {name}", run.folder, task, resources)
+            job = GatherJob(f"quality, {name}", beat, task, tasks, resources)
             observe = partial(observer, names, config.positions, config.seed)
             ledger = job.gather(observe, loaded.digest)
-            parts.append(part_files(folder, ledger))
+            parts.append([str(folder / part.file) for part in ledger.parts])
             counted[name] = ledger.samples
-            refused += ledger.refused
+            refused += read_refused(folder, ledger, shards)
             missing |= job.missing
         run.quarantine("quality", refused)
         job.reporter.line(f"judging the patterns of {len(names)} operators")
-        tables = judge_all(operators, choices, str(fitted.folder), loaded.digest, *parts)
-    about = {"cutoff": CUTOFF, "positions": config.positions, "seed": config.seed, **counted}
-    schema = SCHEMA.with_metadata({key: str(value) for key, value in about.items()})
-    path = run.folder / "quality.parquet"
-    write_table(path, schema, tables)
-    draw_quality(run.folder / "quality.png", pq.read_table(path))
-    done = {"status": "complete", "samples": sum(counted.values()), **counted, "missing": missing, "cutoff": CUTOFF}
-    run.record("quality", section | done, loaded)
+        groups = grouped(operators, [bytes_of(op) for op in operators], TASK_BYTES)
+        calls = ((group, choices, str(fitted.folder), loaded.digest, *parts) for group in groups)
+        about = {"cutoff": CUTOFF, "positions": config.positions, "seed": config.seed, **counted}
+        schema = SCHEMA.with_metadata({key: str(value) for key, value in about.items()})
+        with published(run.folder) as out:
+            write_table(out / "quality.parquet", schema, chain.from_iterable(tasks.each(judge, calls)))
+            draw_quality(out / "quality.png", pq.read_table(out / "quality.parquet"))
+        done = {"status": "complete", "samples": sum(counted.values()), **counted, "missing": missing}
+        run.record("quality", section | done | {"cutoff": CUTOFF}, loaded)
     return run
-
-
-def judge_all(
-    operators: Sequence[Operator],
-    choices: Sequence[str],
-    run: str,
-    weights: str,
-    regressed: Sequence[str],
-    evaluated: Sequence[str],
-) -> list[pa.Table]:
-    """The rows of every operator, from the parts that count, as Ray tasks."""
-    task = ray.remote(judge)
-    groups = grouped(operators, [bytes_of(op) for op in operators])
-    calls = [task.remote(group, choices, run, weights, regressed, evaluated) for group in groups]
-    return [table for call in calls for table in ray.get(call)]
 
 
 def judge(
@@ -132,9 +120,11 @@ def judge(
 ) -> list[pa.Table]:
     """The rows of some operators, one after the other."""
     tables = []
-    for operator in operators:
-        patterns = storage.load(Path(run), weights, [operator.name]).get(operator.name, {})
-        b, c = (merged(parts, operator.name, PatchMoments) for parts in (regressed, evaluated))
+    names = [operator.name for operator in operators]
+    patterns_of = load_patterns(run, weights, names)
+    sets = (merged(parts, names, PatchMoments) for parts in (regressed, evaluated))
+    for operator, b, c in zip(operators, *sets):
+        patterns = patterns_of.get(operator.name, {})
         rho = quality(patterns, operator.weight, b, c)
         if "identity" in selected(operator.name, choices):
             rho["identity"] = torch.full((operator.neurons,), torch.nan)
@@ -154,7 +144,7 @@ def rows_of(operator: str, rho: dict[str, Tensor]) -> pa.Table:
 
 def medians(run: Run) -> dict[str, float]:
     """The median ρ of each estimator over all neurons where it is defined."""
-    table = pq.read_table(run.folder / "quality.parquet").drop_null()
+    table = read_table(run.folder / "quality.parquet").drop_null()
     return {
         name: float(np.median(table.filter(pa.compute.equal(table["estimator"], name))["rho"]))
         for name in table["estimator"].unique().to_pylist()

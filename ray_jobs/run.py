@@ -2,7 +2,7 @@
 
 import json
 import platform
-from collections.abc import Iterator
+from collections.abc import Collection
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -14,13 +14,15 @@ import pyarrow.parquet as pq
 
 from patterns import Operator, UserError
 from patterns.operators import KIND_NAMES
-from patterns.storage import ASIDE, write_json, write_table
+from patterns.storage import ASIDE, Patterns, load, write_json, write_table
+from ray_jobs import files
 from ray_jobs.config import ExplainConfig, FitConfig, QualityConfig
 from ray_jobs.ledger import Refused
 from ray_jobs.models import Loaded
 
 FORMAT = 1
 PROGRESS = "progress.json"
+JOBS = ("fit", "quality", "explain")
 Config = FitConfig | QualityConfig | ExplainConfig
 LIBRARIES = ("patternnet-ray", "torch", "torchvision", "ray", "webdataset", "zennit", "pyarrow", "safetensors")
 REFUSED = pa.schema([(name, pa.string()) for name in ("shard", "key", "stage", "reason")])
@@ -31,7 +33,7 @@ class Run:
     """A run's folder. Its manifest holds a section for each job that wrote to it."""
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        self.folder = files.located(folder)
         self.path = self.folder / "manifest.json"
         self.moments = self.folder / "moments"
 
@@ -48,8 +50,10 @@ class Run:
 
     def progress(self) -> dict[str, Any]:
         """What the last driver noted of how far it was; empty where none has."""
-        path = self.folder / PROGRESS
-        return dict(json.loads(path.read_text())) if path.exists() else {}
+        try:
+            return dict(json.loads((self.folder / PROGRESS).read_text()))
+        except FileNotFoundError:
+            return {}
 
     def job(self, job: str, remedy: str) -> dict[str, Any]:
         """A job's section. UserError with this remedy where the job has not finished here."""
@@ -63,10 +67,10 @@ class Run:
         options = self.job("fit", "Run `patternnet fit` to the end first, or name another --patterns.")["model"]
         return {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
 
-    def claim(self, job: str, config: Config, loaded: Loaded) -> dict[str, Any]:
-        """Begin a job here, or take it up again: its section of the manifest.
+    def section(self, job: str, config: Config, loaded: Loaded) -> dict[str, Any]:
+        """The section of a job that is begun here, or taken up again; nothing is written.
 
-        UserError where the folder cannot be written, or holds the same job with another configuration.
+        UserError where the folder holds the same job with another configuration.
         """
         options = {**options_of(config), "weights": loaded.digest, "preprocessing": asdict(loaded.preprocessing)}
         options = json.loads(json.dumps(options))
@@ -77,20 +81,13 @@ class Run:
                 f"this {job} was begun with {difference(before['options'], options)}",
                 "Use the options it was begun with, or another --out.",
             )
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            section = before or {"options": options, "model": asdict(config.model), "status": "begun"}
-            self.record(job, section, loaded)
-        except OSError as error:
-            raise UserError(
-                str(self.folder), f"cannot be written ({error.strerror})", "Choose another --out."
-            ) from error
-        return section
+        return before or {"options": options, "model": asdict(config.model), "status": "begun", "missing": {}}
 
     def record(self, job: str, section: dict[str, Any], loaded: Loaded) -> None:
         """Write a job's section, and what is the same for all jobs. No worker writes to the folder meanwhile."""
-        for aside in self.folder.rglob(f"{ASIDE}*"):  # of workers and drivers that were killed while writing
-            aside.unlink(missing_ok=True)
+        if files.here(self.folder):
+            for aside in self.folder.rglob(f"{ASIDE}*"):  # of workers and drivers that were killed while writing
+                aside.unlink(missing_ok=True)
         manifest = {
             **self.manifest(),
             "format": FORMAT,
@@ -99,40 +96,25 @@ class Run:
             "versions": {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
             job: {**section, "written": datetime.now(UTC).isoformat(timespec="seconds")},
         }
-        write_json(self.path, manifest)
+        with files.published(self.folder) as folder:
+            write_json(folder / self.path.name, manifest)
 
     def quarantine(self, job: str, refused: list[Refused]) -> None:
         """Write quarantine.parquet: every sample that a job refused, beside those of the folder's other jobs."""
         path = self.folder / "quarantine.parquet"
-        rows = pq.read_table(path).to_pylist() if path.exists() else []
-        rows = [row for row in rows if row["job"] != job] + [{"job": job, **asdict(r)} for r in refused]
-        write_table(path, QUARANTINE, [pa.Table.from_pylist(rows, QUARANTINE)])
+        rows = []
+        if path.exists():
+            with files.fetched(path) as file:
+                rows = [row for row in pq.read_table(file).to_pylist() if row["job"] != job]
+        rows += [{"job": job, **asdict(r)} for r in refused]
+        with files.published(self.folder) as folder:
+            write_table(folder / path.name, QUARANTINE, [pa.Table.from_pylist(rows, QUARANTINE)])
 
 
-def spoken_status(run: Run, now: float) -> Iterator[str]:
-    """What a run's files say of its jobs. UserError where it holds none."""
-    manifest, progress = run.manifest(), run.progress()
-    jobs = [job for job in JOBS if job in manifest]
-    if not jobs:
-        raise UserError(str(run.folder), "holds no run", "Name the folder that was given to --out.")
-    for job in jobs:
-        section = manifest[job]
-        if section["status"] == "complete":
-            missing = f", {len(section['missing'])} shards missing" if section["missing"] else ""
-            yield f"{job}: complete, {section['samples']} samples{missing} ({section['written']})"
-        elif not progress.get("job", "").startswith(job):
-            yield f"{job}: begun, and no shard worked on yet ({section['written']})"
-        else:
-            silent = now - progress["time"]
-            yield f"{job}: {progress['shards']}/{progress['of']} shards, {progress['state']}"
-            for shard, seconds in sorted(progress["at_work"].items(), key=lambda item: -item[1]):
-                yield f"  at work for {seconds + silent:.0f} s: {shard}"
-            if silent > STALE:
-                yield f"  stale: its driver said nothing for {silent:.0f} s; the same command goes on where it ended"
-
-
-JOBS = ("fit", "quality", "explain")
-STALE = 30.0  # seconds of a driver's silence
+def load_patterns(run: str, weights: str, operators: Collection[str] | None = None) -> Patterns:
+    """The patterns of a run, wherever its folder is: see `patterns.storage.load`."""
+    with files.fetched(files.located(run) / "patterns.safetensors") as file:
+        return load(file.parent, weights, operators)
 
 
 def options_of(config: Config) -> dict[str, Any]:

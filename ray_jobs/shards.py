@@ -174,6 +174,7 @@ def label_of(sample: Sample) -> int | None:
 class ShardReader:
     """Streams a shard's samples as batches; samples that cannot be used are put into `refused`.
 
+    only: the keys to take; None: all.  skip: keys to leave out, without a word.
     check: raises SampleError for further samples that the job cannot use, given the label.
     """
 
@@ -183,6 +184,8 @@ class ShardReader:
     dtype: torch.dtype = torch.float32
     max_samples: int | None = None
     check: Callable[[int | None], None] = lambda _: None
+    only: frozenset[str] | None = None
+    skip: frozenset[str] = frozenset()
     refused: list[Refused] = field(default_factory=list)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -190,6 +193,9 @@ class ShardReader:
         for number, sample in enumerate(read_shard(self.shard)):
             if number == self.max_samples:
                 break
+            key = sample["__key__"]
+            if key in self.skip or (self.only is not None and key not in self.only):
+                continue
             try:
                 label = label_of(sample)
                 self.check(label)

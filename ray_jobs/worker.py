@@ -4,7 +4,10 @@ import ctypes
 import os
 import socket
 import sys
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import ray
 import torch
@@ -12,6 +15,8 @@ import torch
 from patterns import UserError
 from ray_jobs import models
 from ray_jobs.config import ModelConfig
+
+TELL_EVERY = 1.0  # seconds between two words of how far a worker is with a shard
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,11 @@ class Place:
     device: str
     gpus: str
     node: str = ""
+
+    @property
+    def name(self) -> str:
+        """Short, for lines that name many."""
+        return f"{self.host}/{self.pid}"
 
     def __str__(self) -> str:
         gpus = f", GPU {self.gpus}" if self.gpus else ""
@@ -58,10 +68,37 @@ class Share:
 
 @dataclass(frozen=True)
 class ShardReport:
-    """How far a worker is with a shard, at last with the whole: samples used, and samples refused."""
+    """How far a worker is with a shard, at last with the whole: samples used and refused, batches, seconds waited."""
 
     samples: int
     refused: int
+    batches: int = 0
+    waited: float = 0.0
+
+
+T = TypeVar("T")
+
+
+class Timed(Generic[T]):
+    """Goes through some items, and knows how many came, how long they were waited for, and when to tell of it."""
+
+    def __init__(self, items: Iterable[T]) -> None:
+        self.items, self.count, self.waited, self.told = items, 0, 0.0, time.monotonic()
+
+    def __iter__(self) -> Iterator[T]:
+        before = time.monotonic()
+        for item in self.items:
+            self.count += 1
+            self.waited += time.monotonic() - before
+            yield item
+            before = time.monotonic()
+
+    def due(self) -> bool:
+        """Whether it is time to tell how far the work is: now and then, since telling costs the driver a while."""
+        now = time.monotonic()
+        due = now - self.told > TELL_EVERY
+        self.told = now if due else self.told
+        return due
 
 
 def keep_freed_memory() -> None:

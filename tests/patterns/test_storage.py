@@ -1,11 +1,15 @@
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from patterns import (
@@ -25,7 +29,8 @@ from patterns import (
 )
 from patterns.moments import Wanted
 from patterns.observe import Observer
-from patterns.storage import load_moments, save_moments, write_aside, write_json
+from patterns.storage import load_moments, merge_moments, save_moments, write_aside, write_json
+from patterns.tensors import TensorFile, specs_of, write_tensors
 
 
 @dataclass(frozen=True)
@@ -194,52 +199,118 @@ def test_a_choice_that_was_not_fitted_is_refused_by_operator_and_estimator(run: 
         choose(run.network, patterns, "default")
 
 
-def test_moments_come_back_as_they_were_saved(run: Run, tmp_path: Path) -> None:
-    path = tmp_path / "part"
-    save_moments(path, run.moments, {"shards": "a b"})
-    for name, moments in run.moments.items():
-        expected, found = moments.tensors(), load_moments(path, name).tensors()
-        assert found.keys() == expected.keys()
-        for field, value in expected.items():
-            assert found[field].dtype == value.dtype
-            assert torch.equal(found[field], value)
-    with safe_open(path, "pt") as file:
-        assert file.metadata()["shards"] == "a b"
+def flat(moments: dict[str, Moments]) -> dict[str, Tensor]:
+    return {f"{name}/{field}": t for name, m in moments.items() for field, t in m.tensors().items()}
+
+
+def saved(path: Path, moments: dict[str, Moments]) -> Path:
+    save_moments(path, flat(moments), {"shards": "a b"})
+    return path
+
+
+def test_moments_come_back_as_they_were_saved_and_the_formats_library_reads_them_too(run: Run, tmp_path: Path) -> None:
+    path = saved(tmp_path / "part", run.moments)
+    with TensorFile(path) as part, safe_open(path, "pt") as librarys:
+        assert part.metadata["shards"] == librarys.metadata()["shards"] == "a b"
+        for name, moments in run.moments.items():
+            expected, found = moments.tensors(), load_moments(part, name).tensors()
+            assert found.keys() == expected.keys()
+            for field, value in expected.items():
+                assert found[field].dtype == value.dtype
+                assert torch.equal(found[field], value)
+                assert torch.equal(librarys.get_tensor(f"{name}/{field}"), value)
+
+
+def test_files_of_the_formats_library_are_read_tensor_by_tensor(tmp_path: Path) -> None:
+    tensors = {"b": torch.arange(6.0).view(2, 3), "a": torch.tensor(7), "none": torch.zeros(0, 4), "c": torch.ones(1)}
+    save_file(tensors, tmp_path / "file", {"from": "the library"})
+    with TensorFile(tmp_path / "file") as file:
+        assert file.metadata == {"from": "the library"}
+        assert file.specs.keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            assert torch.equal(file.get(name), tensor)
+
+
+def test_merged_files_hold_the_sums_of_their_moments(run: Run, tmp_path: Path) -> None:
+    twice = {name: moments + moments for name, moments in run.moments.items()}
+    paths = [saved(tmp_path / "one", run.moments), saved(tmp_path / "two", twice)]
+    with TensorFile(paths[0]) as one, TensorFile(paths[1]) as two:
+        merge_moments(tmp_path / "merged", [one, two], {"shards": "all"})
+    with TensorFile(tmp_path / "merged") as merged:
+        assert merged.metadata["shards"] == "all"
+        for name, moments in run.moments.items():
+            expected = (moments + moments + moments).tensors()
+            for field, value in load_moments(merged, name).tensors().items():
+                torch.testing.assert_close(value, expected[field], rtol=1e-15, atol=0)
+
+
+def test_moments_of_other_operators_are_not_merged(run: Run, tmp_path: Path) -> None:
+    few = {name: moments for name, moments in run.moments.items() if name != "0"}
+    paths = [saved(tmp_path / "a", run.moments), saved(tmp_path / "b", few)]
+    with TensorFile(paths[0]) as a, TensorFile(paths[1]) as b, pytest.raises(ValueError, match="different operators"):
+        merge_moments(tmp_path / "merged", [a, b], {})
+    assert not (tmp_path / "merged").exists()
+
+
+def test_tensors_other_than_announced_are_not_written(tmp_path: Path) -> None:
+    one = torch.ones(2, 3)
+    for tensors in ([one.double()], [one.T], [one, one], []):
+        with pytest.raises(ValueError, match=r"announced|zip\(\)"):
+            write_tensors(tmp_path / "file", specs_of({"one": one}), tensors, {})
 
 
 def test_moments_without_their_large_sums_come_back_without_them(run: Run, tmp_path: Path) -> None:
     observer = Observer(run.network, lambda operator: Wanted(total=False, open=True))
     observer.update(torch.randn(2, 2, 6, 6))
-    moments = observer.moments()
-    save_moments(tmp_path / "part", moments, {})
-    found = load_moments(tmp_path / "part", "0")
+    save_moments(tmp_path / "part", observer.tensors(), {})
+    with TensorFile(tmp_path / "part") as part:
+        found = load_moments(part, "0")
     assert found.total.x is None
     assert found.open is not None
-    assert found.tensors().keys() == moments["0"].tensors().keys()
+    assert found.tensors().keys() == observer.moments()["0"].tensors().keys()
 
 
 def test_operators_whose_names_start_alike_keep_their_own_moments(run: Run, tmp_path: Path) -> None:
     one = run.moments["0"]
     alike = {"layer": one, "layer.0": one + one, "a/layer": one + one + one}
-    save_moments(tmp_path / "part", alike, {})
-    for name, moments in alike.items():
-        assert torch.equal(load_moments(tmp_path / "part", name).total.n, moments.total.n)
+    with TensorFile(saved(tmp_path / "part", alike)) as part:
+        for name, moments in alike.items():
+            assert torch.equal(load_moments(part, name).total.n, moments.total.n)
 
 
 def test_moments_that_a_part_does_not_hold_are_refused_by_name(run: Run, tmp_path: Path) -> None:
-    save_moments(tmp_path / "part", run.moments, {})
-    with pytest.raises(UserError, match=r"part: no moments of features\.7"):
-        load_moments(tmp_path / "part", "features.7")
+    with (
+        TensorFile(saved(tmp_path / "part", run.moments)) as part,
+        pytest.raises(UserError, match=r"part: no moments of features\.7"),
+    ):
+        load_moments(part, "features.7")
     with pytest.raises(UserError, match="missing: no such file"):
-        load_moments(tmp_path / "missing", "0")
+        TensorFile(tmp_path / "missing")
 
 
-def test_a_truncated_part_is_refused(run: Run, tmp_path: Path) -> None:
-    path = tmp_path / "part"
-    save_moments(path, run.moments, {})
-    path.write_bytes(path.read_bytes()[:-8])
-    with pytest.raises(UserError, match="part: not a whole safetensors file"):
-        load_moments(path, "0")
+@pytest.mark.parametrize("kept", [0, 4, 8, 60, -8, -1])
+def test_a_truncated_part_is_refused(run: Run, tmp_path: Path, kept: int) -> None:
+    path = saved(tmp_path / "part", run.moments)
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(UserError, match="part: not a whole file of tensors"):
+        TensorFile(path)
+
+
+@given(st.integers(0, 2**32), st.integers(1, 255))
+def test_a_part_with_a_damaged_header_is_refused_or_read_within_its_bounds(
+    tmp_path_factory: pytest.TempPathFactory, where: int, by: int
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "damaged"
+    whole = {"x": torch.arange(4.0), "y": torch.arange(3)}
+    save_file(whole, path)
+    data = bytearray(path.read_bytes())
+    data[where % (len(data) - 40)] ^= by  # 40 bytes of tensors
+    path.write_bytes(data)
+    with suppress(UserError), TensorFile(path) as file:
+        for name, (dtype, shape) in file.specs.items():
+            found = file.get(name)
+            assert (found.dtype, tuple(found.shape)) == (dtype, shape)
+            assert found.nbytes <= 40
 
 
 @pytest.mark.parametrize("crash", [RuntimeError, KeyboardInterrupt])
@@ -280,11 +351,11 @@ def test_a_crash_while_saving_again_leaves_patterns_that_still_load(
 ) -> None:
     save(tmp_path, run.solutions, "sha256:one")
 
-    def broken(named: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    def broken(path: Path, *_: object) -> None:
         path.write_bytes(b"half")
         raise OSError("no space left")
 
-    monkeypatch.setattr("patterns.storage.save_file", broken)
+    monkeypatch.setattr("patterns.storage.write_tensors", broken)
     with pytest.raises(OSError, match="no space left"):
         save(tmp_path, run.solutions, "sha256:two")
     assert torch.equal(load(tmp_path, "sha256:one")["0"]["linear"], run.solutions["0"].patterns["linear"])

@@ -18,7 +18,7 @@ from ray_jobs import models
 from ray_jobs.config import ExplainConfig, FitConfig, ModelConfig, Resources
 from ray_jobs.explain import explain
 from ray_jobs.fit import fit
-from ray_jobs.session import ShardJob
+from ray_jobs.job import ShardJob
 from ray_jobs.shards import ShardReader, read_shard
 from ray_jobs.worker import Place
 from tests.conftest import jpeg, write_tar

@@ -18,13 +18,17 @@ from safetensors.torch import load_file
 from patterns import CHOICES, UserError, accumulate, solve
 from ray_jobs import models
 from ray_jobs.config import FITTED, FitConfig, ModelConfig, Resources
+from ray_jobs.files import located
 from ray_jobs.fit import fit, merge, observer
 from ray_jobs.fit import solve as solve_more
-from ray_jobs.gather import Gathering, GatherJob, GatherWorker
-from ray_jobs.run import Run, spoken_status
-from ray_jobs.session import StoppedShortError, worker_options
+from ray_jobs.gather import GatherJob, GatherWorker, Observe, read_ledger
+from ray_jobs.ledger import Ledger
+from ray_jobs.progress import spoken
+from ray_jobs.run import Run
+from ray_jobs.session import StoppedShortError, places, worker_options
 from ray_jobs.shards import ShardReader
-from ray_jobs.worker import Place
+from ray_jobs.status import spoken_status
+from ray_jobs.worker import Place, Share
 from tests.conftest import make_shards, write_tar
 
 PREPARED = {"image_size": 16, "resize": 16, "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
@@ -34,11 +38,15 @@ def configured(spec: str, shards: list[str], out: Path, **options: object) -> Fi
     return FitConfig(ModelConfig(spec, **PREPARED), tuple(shards), str(out), batch_size=4, **options)  # type: ignore[arg-type]
 
 
-def gathering(config: FitConfig) -> Gathering:
-    return Gathering(config.model, config.shards, f"{config.out}/moments", config.batch_size, config.max_samples)
+def worker_of(config: FitConfig) -> tuple[ModelConfig, str, int, Observe, str]:
+    """What a worker of a fit is made from."""
+    loaded = models.load(config.model)
+    observe = partial(observer, FITTED, tuple(loaded.network.operators))
+    return config.model, f"{config.out}/moments", config.batch_size, observe, loaded.digest
 
 
-observing = partial(observer, FITTED)
+def ledger_of(folder: Path) -> Ledger:
+    return read_ledger(located(folder))
 
 
 def on_cpu(workers: int, max_loss: float = 300) -> Resources:
@@ -130,33 +138,28 @@ def test_a_stopped_and_then_killed_driver_goes_on_and_changes_no_digit(
     assert status == 3
     assert "of 60 shards undone; the same command goes on where this one ended" in err
     assert until_it_grows(signal.SIGKILL)[0] == -signal.SIGKILL
-    before = json.loads(ledger.read_text())["parts"]
-    assert 0 < sum(len(p["shards"]) for p in before) < len(many), "the driver was not killed midway"
+    before = ledger_of(ledger.parent)
+    assert 0 < len(before.counted()) < len(many), "the driver was not killed midway"
     (out / "moments" / "part-orphan.safetensors").write_bytes(b"of a worker whose driver died")
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    parts = json.loads(ledger.read_text())["parts"]
-    assert parts[: len(before)] == before
-    assert sorted(s for p in parts for s in p["shards"]) == sorted(many)
-    assert sum(p["samples"] for p in parts) == 180
-    assert {p.name for p in (out / "moments").glob("*.safetensors")} == {p["file"] for p in parts}
+    after = ledger_of(ledger.parent)
+    assert sorted(n for part in after.parts for n in part.shards) == list(range(len(many)))
+    assert after.samples == 180
+    assert {p.name for p in (out / "moments").glob("*.safetensors")} == {part.file for part in after.parts}
     whole = fit(configured(model_spec, sorted(many), folder / "whole"), on_cpu(2))
     same_patterns(whole.folder, out)
 
 
 def test_each_worker_has_a_gpu_of_its_own(local_ray: None, model_spec: str, shards: list[str], tmp_path: Path) -> None:
-    config = configured(model_spec, shards, tmp_path / "run")
-    task = gathering(config)
-    job = GatherJob("fit", tmp_path, task, Resources())
-    job.options = worker_options(Resources())
-    size = job.places()
-    assert size == 2
-    job.actor, job.arguments = ray.remote(GatherWorker), (task, observing, models.load(config.model).digest)
-    workers = [job.spawn() for _ in range(size)]
-    places = ray.get([w.ready.remote() for w in workers])
+    options = worker_options(Resources())
+    assert places(options) == 2
+    actor, arguments = ray.remote(GatherWorker), worker_of(configured(model_spec, shards, tmp_path / "run"))
+    workers = [actor.options(**options).remote(*arguments, Share(1, 1)) for _ in range(2)]
+    told = ray.get([w.ready.remote() for w in workers])
     for worker in workers:
         ray.kill(worker)
-    assert sorted(p.gpus for p in places) == ["0", "1"]
+    assert sorted(p.gpus for p in told) == ["0", "1"]
 
 
 def test_more_gpus_than_a_node_has_are_refused(
@@ -241,12 +244,16 @@ def test_status_reads_how_far_a_run_is_from_its_files_alone(undisturbed: Path, t
     manifest["fit"]["status"] = "begun"
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     progress = json.loads((undisturbed / "progress.json").read_text())
-    assert progress["of"] == 12
-    (tmp_path / "progress.json").write_text(json.dumps({**progress, "time": now - 90, "at_work": {"x.tar": 10.0}}))
-    first, work, stale = spoken_status(Run(tmp_path), now)
-    assert first.startswith(f"fit: {progress['shards']}/12 shards, ")
-    assert work == "  at work for 100 s: x.tar"
-    assert stale.startswith("  stale: its driver said nothing for 90 s")
+    assert (progress["of"], progress["ended"]) == (12, True)
+    worker = {"worker": "here/7", "shard": "x.tar", "seconds": 10.0, "rate": 2.5}
+    driver = {"host": "elsewhere", "pid": 1, "begun": "", "token": ""}
+    for ended, silent, last in ((False, 20, None), (False, 90, "stale"), (True, 20, "stopped")):
+        note = {**progress, "time": now - silent, "ended": ended, "workers": [worker], "driver": driver}
+        (tmp_path / "progress.json").write_text(json.dumps(note))
+        first, work, *more = spoken_status(Run(tmp_path), now)
+        assert first.startswith(f"fit: {progress['shards']}/12 shards, ")
+        assert work == f"  here/7: 2.5 samples/s, {spoken(10 + silent)} at x.tar"
+        assert [line.split()[0].rstrip(":") for line in more] == [last] * (last is not None)
     with pytest.raises(UserError, match="holds no run"):
         list(spoken_status(Run(tmp_path / "none"), now))
 
@@ -281,27 +288,26 @@ def test_a_broken_shard_holds_up_no_other_and_is_taken_up_once_mended(
     once = replace(on_cpu(2, max_loss=0.01), retries=0)
     with pytest.raises(StoppedShortError, match=r"1 of 13 shards cannot be used, \S+/broken\.tar the first"):
         fit(config, once)
-    ledger = tmp_path / "run" / "moments" / "ledger.json"
-    done = json.loads(ledger.read_text())["parts"]
-    assert sorted(s for part in done for s in part["shards"]) == shards
+    folder = tmp_path / "run" / "moments"
+    assert ledger_of(folder).left(range(13)) == [12]
     said = fit(config, replace(once, max_bad_shards=1)).manifest()["fit"]
     assert (said["status"], said["shards"], said["samples"]) == ("complete", 12, 72)
     assert "broken.tar: " in said["missing"][str(broken)]
     broken.write_bytes(Path(make_shards(tmp_path / "good", 1, 6, seed=9)[0]).read_bytes())
     mended = fit(config, on_cpu(2)).manifest()["fit"]
     assert (mended["shards"], mended["samples"], mended["missing"]) == (13, 78, {})
-    assert json.loads(ledger.read_text())["parts"][: len(done)] == done
+    assert sorted(n for part in ledger_of(folder).parts for n in part.shards) == list(range(13))
 
 
 def test_a_worker_that_fails_midway_forgets_what_it_had(model_spec: str, shards: list[str], tmp_path: Path) -> None:
     broken = tmp_path / "broken.tar"
     broken.write_bytes(Path(shards[0]).read_bytes()[:-4096])
     config = configured(model_spec, [*shards, str(broken)], tmp_path / "run")
-    worker = GatherWorker(gathering(config), observing, models.load(config.model).digest)
-    list(worker.work(shards[0]))
+    worker = GatherWorker(*worker_of(config))
+    list(worker.work(0, shards[0]))
     with pytest.raises(UserError, match=r"cannot be read|cut short"):
-        list(worker.work(str(broken)))
-    list(worker.work(shards[1]))
+        list(worker.work(12, str(broken)))
+    list(worker.work(1, shards[1]))
     part = worker.commit()
-    assert part.shards == (shards[1],)
+    assert part.shards == (1,)
     assert part.samples == 6

@@ -1,38 +1,140 @@
-"""The ledger: each shard counts at most once, whatever happens."""
+"""The ledger: each shard counts at most once in a round, whatever happens."""
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 
 from ray_jobs.config import equal_share
-from ray_jobs.ledger import Ledger, Part, Refused
+from ray_jobs.ledger import Ledger, Part, numbers, spoken, together
 
-SHARDS = [f"{i}.tar" for i in range(6)]
-parts = st.lists(st.lists(st.sampled_from(SHARDS), min_size=1, max_size=4), max_size=12)
+SHARDS = range(8)
 
 
-@given(parts)
-def test_a_shard_counts_at_most_once_whatever_parts_come(offered: list[list[str]]) -> None:
-    ledger, expected = Ledger(), set[str]()
-    for number, shards in enumerate(offered):
-        part = Part(f"part-{number}", tuple(shards), samples=len(shards))
-        if len(set(shards)) == len(shards) and not expected & set(shards):
-            ledger = ledger.commit(part)
-            expected |= set(shards)
+class Fit(RuleBasedStateMachine):
+    """Workers that take shards, write parts, are lost or late, and a driver that dies: over one ledger and its file.
+
+    A shard has as many samples as twice its number plus one, of which those retried were refused before.
+    """
+
+    parts = Bundle("parts")
+
+    @initialize()
+    def begin(self) -> None:
+        self.ledger, self.file, self.written, self.round = Ledger(), json.dumps(Ledger().to_json()), 0, 0
+
+    def part(self, shards: list[int]) -> Part:
+        self.written += 1
+        return Part(f"part-{self.written}", tuple(shards), sum(2 * s + 1 for s in shards), len(shards), self.round)
+
+    @rule(target=parts, shards=st.lists(st.sampled_from(SHARDS), min_size=1, max_size=4, unique=True))
+    def a_worker_writes_a_part(self, shards: list[int]) -> Part:
+        return self.part(shards)
+
+    @rule(part=parts)
+    def the_driver_commits_a_part_or_refuses_it_since_it_is_late(self, part: Part) -> None:
+        fresh = not self.ledger.counted(part.round) & set(part.shards)
+        if fresh and (part.round == 0 or self.ledger.counted() >= set(part.shards)):
+            self.ledger = self.ledger.commit(part)
         else:
-            with pytest.raises(ValueError, match="count already"):
-                ledger.commit(part)
-    counted = [s for part in ledger.parts for s in part.shards]
-    assert sorted(counted) == sorted(expected)
-    assert ledger.samples == len(counted)
-    assert sorted([*ledger.left(SHARDS), *counted]) == SHARDS
+            with pytest.raises(ValueError, match=r"count already|do not count yet"):
+                self.ledger.commit(part)
+
+    @rule(part=consumes(parts))
+    def a_worker_is_lost_with_its_part(self, part: Part) -> None:
+        pass
+
+    @rule()
+    def the_driver_writes_the_ledger(self) -> None:
+        self.file = json.dumps(self.ledger.to_json())
+
+    @rule()
+    def the_driver_dies_and_another_reads_the_ledger(self) -> None:
+        self.ledger = Ledger.from_json(json.loads(self.file))
+
+    @rule(target=parts, data=st.data())
+    def parts_are_merged(self, data: st.DataObject) -> object:
+        alike = [part for part in self.ledger.parts if part.round == self.round]
+        if len(alike) < 2:
+            return multiple()
+        chosen = data.draw(st.lists(st.sampled_from(alike), min_size=2, unique=True))
+        merged = together(f"merged-{len(self.file)}-{self.written}", chosen)
+        files, before = [part.file for part in chosen], self.ledger
+        with pytest.raises(ValueError, match="is not what"):
+            before.merge(files, replace(merged, samples=merged.samples + 1))
+        with pytest.raises(ValueError, match="is not what"):
+            before.merge([*files, "none"], merged)
+        self.ledger = before.merge(files, merged)
+        assert self.ledger.samples == before.samples
+        assert self.ledger.counted(self.round) == before.counted(self.round)
+        return multiple(*chosen)  # what was merged may come again, late
+
+    @rule()
+    def all_that_is_left_is_done_and_the_refused_are_tried_again(self) -> None:
+        if left := self.ledger.left(SHARDS, self.round):
+            self.ledger = self.ledger.commit(self.part(left))
+        whole = [part for part in self.ledger.parts if part.round == self.round]
+        assert sorted(s for part in whole for s in part.shards) == list(SHARDS)
+        assert sum(part.samples for part in whole) == sum(2 * s + 1 for s in SHARDS)
+        self.the_driver_writes_the_ledger()  # before the manifest says that a round is over
+        self.round += 1
+
+    @invariant()
+    def each_shard_counts_at_most_once_in_each_round(self) -> None:
+        for round_ in range(self.round + 1):
+            parts = [part for part in self.ledger.parts if part.round == round_]
+            counted = [s for part in parts for s in part.shards]
+            assert len(counted) == len(set(counted))
+            assert self.ledger.counted(round_) == set(counted)
+            assert sorted([*self.ledger.left(SHARDS, round_), *counted]) == list(SHARDS)
+            assert sum(part.samples for part in parts) == sum(2 * s + 1 for s in counted)
+
+    @invariant()
+    def its_file_gives_it_back(self) -> None:
+        again = Ledger.from_json(json.loads(json.dumps(self.ledger.to_json())))
+        assert again == Ledger(tuple(replace(p, shards=tuple(sorted(p.shards))) for p in self.ledger.parts))
 
 
-def test_the_file_of_a_ledger_gives_it_back() -> None:
-    ledger = Ledger().commit(Part("a", ("1.tar", "2.tar"), 7, (Refused("1.tar", "k", "decode", "truncated"),)))
-    assert Ledger.from_json(json.loads(json.dumps(ledger.to_json()))) == ledger
+TestFit = Fit.TestCase
+TestFit.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
+
+
+WRONG: dict[str, Callable[[Part], Part]] = {
+    "twice in one part": lambda part: replace(part, shards=(1, 1)),
+    "counted before": lambda part: replace(part, shards=(2, 0)),
+    "tried again before it counts": lambda part: replace(part, round=1, shards=(5,)),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
+def test_a_part_that_would_count_a_shard_twice_is_refused(wrong: Callable[[Part], Part]) -> None:
+    ledger = Ledger().commit(Part("a", (0, 3), 7))
+    with pytest.raises(ValueError, match=r"count already|do not count yet"):
+        ledger.commit(wrong(Part("b", (1,), 1)))
+    assert ledger.commit(Part("b", (1,), 1)).samples == 8
+
+
+@given(st.sets(st.integers(0, 200)))
+def test_numbers_are_written_as_ranges_and_read_back(chosen: set[int]) -> None:
+    assert list(numbers(spoken(chosen))) == sorted(chosen)
+
+
+def test_ranges_are_written_as_people_do() -> None:
+    assert spoken([7, 0, 1, 2, 4, 5]) == "0-2,4-5,7"
+
+
+def test_the_ledger_of_a_hundred_thousand_shards_is_small() -> None:
+    ledger = Ledger()
+    for worker in range(64):
+        ledger = ledger.commit(Part(f"part-{worker:032x}.safetensors", tuple(range(worker, 100_000, 64)), 1_000_000))
+    assert len(json.dumps(ledger.to_json())) < 1_000_000
+    names = tuple(part.file for part in ledger.parts)
+    merged = ledger.merge(names, together("part-merged.safetensors", ledger.parts))
+    assert len(json.dumps(merged.to_json())) < 200
 
 
 @given(st.integers(0, 1000), st.integers(1, 50))

@@ -63,10 +63,11 @@ class Recorded:
     bad_input: type[Exception] = BadItemError
 
     def __init__(self, folder: Path, commit_after: float | None = 0.05, attempts: int = 3, stall: float = 1.5) -> None:
-        self.folder, self.commit_after, self.attempts, self.stall_timeout = folder, commit_after, attempts, stall
+        self.folder, self.max_loss, self.attempts, self.stall_timeout = folder, commit_after, attempts, stall
+        self.item_timeout = 60.0
         self.counted: Counter[str] = Counter()
         self.pids: list[int] = []
-        self.gone: set[int] = set()
+        self.leavers: set[int] = set()
         self.size = 2
 
     def places(self) -> int:
@@ -75,13 +76,20 @@ class Recorded:
     def spawn(self) -> Any:
         return ray.remote(Actor).options(num_cpus=0).remote(self.folder)
 
+    def task(self, item: str) -> tuple[str]:
+        return (item,)
+
     def started(self, told: int) -> None:
         self.pids.append(told)
 
-    def leaving(self, told: int) -> bool:
-        return told in self.gone
+    def gone(self, told: int, error: Exception | None) -> None: ...
 
-    def began(self, item: str) -> None: ...
+    def failed(self, item: str, error: Exception) -> None: ...
+
+    def leaving(self, told: int) -> bool:
+        return told in self.leavers
+
+    def began(self, item: str, by: int) -> None: ...
 
     def heard(self, item: str, told: int) -> None: ...
 
@@ -91,7 +99,7 @@ class Recorded:
     def lost(self, items: list[str]) -> None: ...
 
     def counts(self, items: list[str], told: Any) -> None:
-        if self.commit_after is not None:
+        if self.max_loss is not None:
             assert sorted(items) == sorted(told), "the pool and the worker disagree on what counts"
         self.counted.update(items)
 
@@ -140,8 +148,8 @@ def test_the_pool_grows_and_shrinks_with_its_places(local_ray: None, tmp_path: P
     def tick() -> None:
         if len(job.pids) == 1 and time.monotonic() - begun > 1:
             job.size = 3
-        if len(job.pids) == 3 and not job.gone:
-            job.gone = {job.pids[0]}
+        if len(job.pids) == 3 and not job.leavers:
+            job.leavers = {job.pids[0]}
             job.size = 2
 
     items = [f"slow-{i}" for i in range(6)]

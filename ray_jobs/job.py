@@ -1,0 +1,180 @@
+"""What the driver's side of every job over shards shares: its workers, its pool, its progress."""
+
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+
+from patterns import UserError
+from ray_jobs import metrics, pool
+from ray_jobs.config import Resources
+from ray_jobs.driver import Beat
+from ray_jobs.progress import AtWork, Reporter
+from ray_jobs.session import StoppedShortError, draining, places, stop_signals, worker_options
+from ray_jobs.worker import Place, ShardReport, Share
+
+LOOK_EVERY = 5.0  # seconds between two looks at the cluster's nodes
+SHOW_EVERY = 0.5  # seconds between two looks at how far the job is
+JUDGED = 100  # samples before a job is given up for being mostly refused ones
+
+
+class ShardJob:
+    """The driver's side of a job.
+
+    missing: shards that the job goes on without, and why.
+    """
+
+    bad_input: type[Exception] = UserError
+
+    def __init__(
+        self,
+        name: str,
+        beat: Beat,
+        shards: Sequence[str],
+        left: list[str],
+        resources: Resources,
+        max_loss: float | None,
+    ) -> None:
+        self.name, self.beat, self.folder = name, beat, str(beat.run.folder)
+        self.left, self.resources, self.max_loss = left, resources, max_loss
+        self.stall_timeout, self.item_timeout = resources.stall_timeout, resources.shard_timeout
+        self.attempts = 1 + resources.retries
+        self.missing: dict[str, str] = {}
+        self.enough = ""  # why the job ends early, where it does
+        done = len(shards) - len(left)
+        self.reporter = Reporter(name, self.folder, len(shards), done, as_json=resources.log == "json")
+        self.first_ready = float("inf")
+        self.at_work: dict[str, AtWork] = {}
+        self.ticked = -float("inf")
+        self.looked, self.found, self.leavers = -float("inf"), 0, frozenset[str]()
+
+    def run(self, worker: type, *arguments: object) -> None:
+        """Work on what is left with workers made from these arguments and their share of the machine.
+
+        Raises StoppedShortError where a signal came or more shards failed than may, after all else was committed.
+        """
+        if not self.left:
+            return
+        self.arguments = arguments
+        with stop_signals() as stop:
+
+            def over() -> bool:
+                return stop() or bool(self.enough) or self.mostly_refused(JUDGED)
+
+            try:
+                if self.resources.workers == 0:
+                    outcome = pool.alone(self.left, self, worker(*arguments, Share()), over, self.tick)
+                else:
+                    self.options = worker_options(self.resources)
+                    self.actor: Any = ray.remote(worker)
+                    outcome = pool.run(self.left, self, over, self.tick)
+            finally:
+                self.reporter.close()
+                self.beat.told = self.reporter.told()
+        self.judge(outcome)
+
+    def judge(self, outcome: pool.Outcome) -> None:
+        """Go on without what is missing, or say why not."""
+        self.missing = {shard: " ".join(str(error).split()) for shard, error in outcome.failed.items()}
+        for shard, reason in self.missing.items():
+            self.reporter.line(reason if shard in reason else f"{shard}: {reason}", shard=shard)
+        if self.mostly_refused(1):
+            counts = self.reporter.counts
+            what = f"{counts.refused} of {counts.refused + counts.samples} samples were refused"
+            remedy = "Mend the data, or allow more by --max-bad-fraction."
+            raise UserError(self.folder, f"{what} (see quarantine.parquet)", remedy)
+        if len(self.missing) == self.reporter.total:  # nothing at all to go on with
+            raise next(iter(outcome.failed.values()))
+        if outcome.undone and not self.enough:
+            what = f"stopped with {len(outcome.undone)} of {self.reporter.total} shards undone"
+            raise StoppedShortError(f"{what}; the same command goes on where this one ended")
+        if len(self.missing) > self.resources.max_bad_shards:
+            raise StoppedShortError(
+                f"{len(self.missing)} of {self.reporter.total} shards cannot be used, {next(iter(self.missing))} the "
+                "first. Mend them and give the same command again, or go on without them "
+                f"by --max-bad-shards {len(self.missing)}"
+            )
+
+    def mostly_refused(self, least: int) -> bool:
+        """Whether too many samples were refused, of at least so many."""
+        counts = self.reporter.counts
+        seen = counts.samples + counts.refused
+        return seen >= least and counts.refused > self.resources.max_bad_fraction * seen
+
+    def places(self) -> int:
+        self.look()
+        return min(max(self.found, self.resources.min_workers), self.resources.workers or sys.maxsize)
+
+    def leaving(self, told: Place) -> bool:
+        self.look()
+        return told.node in self.leavers
+
+    def look(self) -> None:
+        """See now and then what the cluster has."""
+        if self.resources.workers != 0 and time.monotonic() - self.looked > LOOK_EVERY:
+            self.found, self.leavers, self.looked = places(self.options), draining(), time.monotonic()
+
+    def spawn(self) -> Any:
+        share = Share(self.options["num_cpus"], self.options["num_gpus"])
+        return self.actor.options(**self.options).remote(*self.arguments, share)
+
+    def task(self, item: str) -> tuple[Any, ...]:
+        return (item,)
+
+    def started(self, told: Place) -> None:
+        now = time.monotonic()
+        self.first_ready = min(self.first_ready, now)
+        self.reporter.workers[told] = AtWork(told.name, now)
+        self.reporter.line(str(told), worker=told.name)
+
+    def gone(self, told: Place, error: Exception | None) -> None:
+        del self.reporter.workers[told]
+        reason = "left its node" if error is None else " ".join(str(error).split())
+        self.reporter.line(f"{told.name} is gone: {reason}", worker=told.name)
+        self.count("lost_workers", error is not None, told.name)
+
+    def began(self, item: str, by: Place) -> None:
+        work = self.at_work[item] = self.reporter.workers[by]
+        work.shard, work.shard_since, work.shard_samples, work.shard_waited = item, time.monotonic(), 0, 0.0
+
+    def heard(self, item: str, told: ShardReport) -> None:
+        work = self.at_work[item]
+        more = told.samples - work.shard_samples
+        self.reporter.counts.samples += more
+        work.samples += more
+        work.waited += told.waited - work.shard_waited
+        work.shard_samples, work.shard_waited = told.samples, told.waited
+
+    def worked(self, item: str, told: ShardReport) -> None:
+        work = self.at_work.pop(item)
+        work.shard = None
+        self.reporter.counts.shards += 1
+        self.reporter.counts.refused += told.refused
+        for name, value in (("samples", told.samples), ("refused", told.refused), ("batches", told.batches),
+                            ("waiting_seconds", told.waited), ("shards", 1)):  # fmt: skip
+            self.count(name, value, work.name)
+
+    def failed(self, item: str, error: Exception) -> None:
+        work = self.at_work.pop(item)
+        work.shard = None
+        self.reporter.line(f"{item} failed: {' '.join(str(error).split())}", shard=item, worker=work.name)
+        self.count("failures", 1, work.name)
+
+    def lost(self, items: list[str]) -> None:
+        self.reporter.counts.shards -= len(items)
+
+    def counts(self, items: list[str], told: Any) -> None:
+        """Items are done for good."""
+        self.count("commits", 1)
+
+    def count(self, name: str, value: float, worker: str = "") -> None:
+        metrics.count(name, value, self.folder, self.name, worker)
+
+    def tick(self) -> None:
+        """Show how far the job is; not at every word of every worker, which may be thousands."""
+        if time.monotonic() - self.ticked > SHOW_EVERY:
+            self.reporter.tick()
+            self.beat.told = self.reporter.told()
+            self.ticked = time.monotonic()

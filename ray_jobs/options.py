@@ -1,0 +1,99 @@
+"""The options of the command line, and their defaults."""
+
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from typing import Annotated, Any
+
+import typer
+
+from patterns import CHOICES
+from ray_jobs.config import FITTED, ExplainConfig, Log, Resources
+from ray_jobs.words import byte_count, duration
+
+DEFAULT_FIT, DEFAULT_METHODS = ",".join(FITTED), ",".join(ExplainConfig.methods)
+
+Model = Annotated[str, typer.Option(help="torchvision:NAME, timm:NAME, package.module:factory or file.py:factory.")]
+Weights = Annotated[str, typer.Option(help="File or URL of a state dict; `default`: the library's own; `random`.")]
+Shards = Annotated[list[str], typer.Option(help="Shards: paths or URLs, with {000..015} and globs. Repeatable.")]
+Out = Annotated[str, typer.Option(help="The run's folder, or its URL, that every worker reads and writes.")]
+RunFolder = Annotated[str, typer.Argument(help="The folder, or URL, of a run.")]
+Fitted = Annotated[str, typer.Option(help="The folder, or URL, of a finished fit.")]
+Memory = Annotated[
+    int | None,
+    typer.Option(
+        parser=byte_count, help="A worker's for model, batch and moments: 16G; what does not fit takes further passes."
+    ),
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="Samples that go through the model at once.")]
+MaxSamples = Annotated[int | None, typer.Option(min=1, help="At most so many samples, an equal share of each shard.")]
+Precision = Annotated[str, typer.Option(help="float32 or float64.")]
+Seed = Annotated[int, typer.Option(help="For everything random.")]
+ImageSize = Annotated[int | None, typer.Option(min=1, help="Input height and width; else as the library has it.")]
+Estimators = Annotated[
+    str,
+    typer.Option(
+        "--estimators",
+        "--estimator",
+        help=f"Some of {', '.join(CHOICES)}; or for operators by name: 'features.*=linear,classifier.*=filter'.",
+    ),
+]
+UntilConverged = Annotated[
+    float | None,
+    typer.Option(min=0, help="End early once the patterns' relative standard error is below this: 0.02."),
+]
+RetryQuarantined = Annotated[
+    bool, typer.Option("--retry-quarantined", help="Take up the samples that were refused, and these only.")
+]
+Resize = Annotated[int | None, typer.Option(min=1, help="Shorter side before the centre crop.")]
+Mean = Annotated[str | None, typer.Option(help="Mean per channel, for pixels in [0, 1]: 0.5,0.5,0.5.")]
+Std = Annotated[str | None, typer.Option(help="Deviation per channel: 0.5,0.5,0.5.")]
+PassThrough = Annotated[str, typer.Option(help="Operations whose usual gradient to take: gelu,layer_norm,…")]
+Address = Annotated[str | None, typer.Option(help="The Ray cluster; else RAY_ADDRESS, else Ray is started here.")]
+Workers = Annotated[
+    int | None, typer.Option(min=0, help="Workers at most; else as many as the cluster holds. 0: here, without Ray.")
+]
+
+# The options of everything in Resources, which all jobs over shards take.
+RESOURCES: dict[str, Any] = {
+    "workers": Workers,
+    "gpus_per_worker": Annotated[
+        float | None, typer.Option(min=0, help="GPUs of a worker; else 1 where the cluster has any.")
+    ],
+    "cpus_per_worker": Annotated[float, typer.Option(min=0, help="CPUs of a worker, and its threads.")],
+    "max_loss": Annotated[
+        float, typer.Option(parser=duration, help="Work that the loss of a worker may undo: 90s, 15m, 2h.")
+    ],
+    "address": Address,
+    "min_workers": Annotated[
+        int, typer.Option(min=0, help="Workers to ask the cluster for even where it has no room now.")
+    ],
+    "stall_timeout": Annotated[
+        float, typer.Option(parser=duration, help="Time without a batch until a worker is replaced.")
+    ],
+    "shard_timeout": Annotated[
+        float,
+        typer.Option(parser=duration, help="Time for a shard until it is tried elsewhere, however busy its worker."),
+    ],
+    "retries": Annotated[int, typer.Option(min=0, help="Further attempts at a shard that failed.")],
+    "max_bad_shards": Annotated[int, typer.Option(min=0, help="Shards that the job may go on without.")],
+    "max_bad_fraction": Annotated[
+        float, typer.Option(min=0, max=1, help="Share of refused samples beyond which the job ends.")
+    ],
+    "log": Annotated[Log, typer.Option(help="Lines for people, or one JSON object a line.")],
+}
+
+
+def with_resources(command: Callable[..., None]) -> Callable[..., None]:
+    """A command that takes `resources`, with an option for each field of it instead."""
+
+    @wraps(command)
+    def taking_options(**options: Any) -> None:
+        command(resources=Resources(**{name: options.pop(name) for name in RESOURCES}), **options)
+
+    own = inspect.signature(command)
+    defaults, keyword = Resources(), inspect.Parameter.KEYWORD_ONLY
+    kept = [p.replace(kind=keyword) for p in own.parameters.values() if p.name != "resources"]
+    more = [inspect.Parameter(n, keyword, default=getattr(defaults, n), annotation=o) for n, o in RESOURCES.items()]
+    taking_options.__signature__ = own.replace(parameters=[*kept, *more])  # type: ignore[attr-defined]
+    return taking_options

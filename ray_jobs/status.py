@@ -1,0 +1,35 @@
+"""How far a run is, from its files alone: on any machine that sees them, whatever the cluster says."""
+
+from collections.abc import Iterator
+
+from patterns import UserError
+from ray_jobs.driver import STALE, Driver
+from ray_jobs.progress import spoken
+from ray_jobs.run import JOBS, Run
+
+
+def spoken_status(run: Run, now: float) -> Iterator[str]:
+    """What a run's files say of its jobs, at a time in seconds since 1970. UserError where it holds none."""
+    manifest, progress = run.manifest(), run.progress()
+    jobs = [job for job in JOBS if job in manifest]
+    if not jobs:
+        raise UserError(str(run.folder), "holds no run", "Name the folder that was given to --out.")
+    for job in jobs:
+        section = manifest[job]
+        if section["status"] == "complete":
+            missing = f", {len(section['missing'])} shards missing" if section["missing"] else ""
+            yield f"{job}: complete, {section['samples']} samples{missing} ({section['written']})"
+        elif not progress.get("job", "").startswith(job) or "state" not in progress:
+            yield f"{job}: begun, and no shard worked on yet ({section['written']})"
+        else:
+            silent = now - progress["time"]
+            yield f"{job}: {progress['shards']}/{progress['of']} shards, {progress['state']}"
+            for worker in sorted(progress["workers"], key=lambda worker: worker["rate"]):
+                shard, seconds = worker["shard"], spoken(worker["seconds"] + silent)
+                at = "waits" if shard is None else f"{seconds} at {shard}"
+                yield f"  {worker['worker']}: {worker['rate']:.1f} samples/s, {at}"
+            go_on = "the same command goes on where it ended"
+            if progress.get("ended"):
+                yield f"  stopped {spoken(silent)} ago; {go_on}"
+            elif silent > STALE or Driver(**progress["driver"]).gone():
+                yield f"  stale: its driver said nothing for {spoken(silent)}; {go_on}"

@@ -1,0 +1,28 @@
+"""Durations and sizes as people write them."""
+
+UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+
+
+def duration(text: str | float) -> float:
+    """Seconds of `90`, `90s`, `15m`, `2h` or `1d`. ValueError for anything else."""
+    if isinstance(text, float | int):
+        return float(text)
+    number, unit = (text, "s") if text[-1:].isdigit() else (text[:-1], text[-1:])
+    if unit not in UNITS or not float(number) >= 0:
+        raise ValueError(f"{text!r} is no duration; write 90s, 15m or 2h")
+    return float(number) * UNITS[unit]
+
+
+def byte_count(text: str) -> int:
+    """Bytes of `16G`, `512M`, `1.5GiB` or `1000000`. ValueError for anything else."""
+    plain = text.upper().removesuffix("B").removesuffix("I")
+    number, unit = (plain, "") if plain[-1:].isdigit() else (plain[:-1], plain[-1:])
+    if unit not in POWERS or not float(number) > 0:
+        raise ValueError(f"{text!r} is no size; write 512M or 16G")
+    return int(float(number) * 1024 ** POWERS[unit])
+
+
+def spoken_bytes(size: int) -> str:
+    """A size in MiB or GiB."""
+    return f"{size / 2**30:.2f} GiB" if abs(size) >= 2**30 else f"{size / 2**20:.2f} MiB"
