@@ -51,7 +51,8 @@ def read_shard(shard: str) -> Generator[Sample, None, None]:
             empty = False
             yield sample
     if empty:
-        raise UserError(shard, "a tar archive without a sample", "Replace it, or leave it out of --shards.")
+        kind = "Parquet file" if tables.is_table(shard) else "tar archive"
+        raise UserError(shard, f"a {kind} without a sample", "Replace it, or leave it out of --shards.")
 
 
 def raw_samples(shard: str) -> Iterator[Sample]:

@@ -136,7 +136,7 @@ def output_names(shards: Sequence[str]) -> dict[str, str]:
 
     It is the shard's own path less the folders that all have in common; never a URL's query, which may be a secret.
     """
-    paths = [re.sub(r"[^\w./=+-]+", "_", path_of(shard)) for shard in shards]
+    paths = [path_of(shard) for shard in shards]
     common = os.path.commonpath([os.path.dirname(path) for path in paths])  # noqa: PTH120 - may be parts of URLs
     names = [re.sub(EXTENSIONS, "", path.removeprefix(common).lstrip("/")) for path in paths]
     taken = Counter(names)
@@ -147,8 +147,13 @@ def output_names(shards: Sequence[str]) -> dict[str, str]:
 
 
 def path_of(shard: str) -> str:
-    """A shard without what is no path in it: scheme, query, the slash at the start."""
-    if not is_url(shard):
-        return shard.removeprefix(PIPE).lstrip("/")
-    split = urlsplit(shard)
-    return f"{split.hostname or ''}{split.path}"
+    """What names a shard: its path, for URLs with the host or bucket; for a pipe its command, as one component."""
+    if shard.startswith(PIPE):
+        path = shard.removeprefix(PIPE).replace("/", "_")
+    elif is_url(shard):
+        split = urlsplit(shard)
+        path = f"{split.hostname or ''}{split.path}"
+    else:
+        path = shard
+    parts = [part for part in path.split("/") if part not in ("", ".", "..")]
+    return re.sub(r"[^\w./=+-]+", "_", "/".join(parts))

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from ray_jobs.samples import IMAGES, MAX_SAMPLE_BYTES, Sample, ShardError, refused, unsafe
 
 ROWS = 16  # read at once
-MAX_GROUP_BYTES = 1 << 32
+MAX_GROUP_BYTES = 1 << 31
 IMAGE_COLUMNS = ("image", "img", *IMAGES, "bytes", "image_bytes", "content")
 LABEL_COLUMNS = ("label", "labels", "cls", "class", "target", "fine_label")
 KEY_COLUMNS = ("__key__", "key")

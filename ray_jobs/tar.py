@@ -70,7 +70,10 @@ class Archive:
             if header.type in PAX_HEADERS:
                 extended |= records(self.extension(header))
             elif header.type == tarfile.GNUTYPE_LONGNAME:
-                extended["path"] = self.extension(header).partition(b"\0")[0].decode("utf-8", "surrogateescape")
+                name, end, _ = self.extension(header).partition(b"\0")
+                if not end:
+                    raise ShardError("a damaged extended header")
+                extended["path"] = name.decode("utf-8", "surrogateescape")
             elif header.type in (tarfile.GNUTYPE_LONGLINK, tarfile.XGLTYPE):
                 self.extension(header)
             else:
