@@ -28,7 +28,10 @@ DEFAULT_FIT, DEFAULT_METHODS = ",".join(FITTED), ",".join(ExplainConfig.methods)
 
 Model = Annotated[str, typer.Option(help="torchvision:NAME, timm:NAME, package.module:factory or file.py:factory.")]
 Weights = Annotated[str, typer.Option(help="File or URL of a state dict; `default`: the library's own; `random`.")]
-Shards = Annotated[list[str], typer.Option(help="Shards: paths or URLs, with {000..015} and globs. Repeatable.")]
+Shards = Annotated[
+    list[str],
+    typer.Option(help="Tars, Parquet files or image folders: paths, URLs, {000..015}, globs, @LIST. Repeatable."),
+]
 Out = Annotated[Path, typer.Option(help="The run's folder, readable and writable by every worker.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Samples that go through the model at once.")]
 MaxSamples = Annotated[int | None, typer.Option(min=1, help="At most so many samples, an equal share of each shard.")]
