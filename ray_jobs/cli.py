@@ -21,6 +21,7 @@ from ray_jobs.options import (
     DEFAULT_FIT,
     DEFAULT_METHODS,
     Address,
+    AllowPipes,
     BatchSize,
     Estimators,
     Fitted,
@@ -165,6 +166,7 @@ def fit(
     memory: Memory = None,
     until_converged: UntilConverged = None,
     retry_quarantined: RetryQuarantined = False,
+    allow_pipes: AllowPipes = False,
     *,
     resources: Resources,
 ) -> None:
@@ -175,7 +177,7 @@ def fit(
     sizes = image_size, resize, numbers(mean), numbers(std)
     config = FitConfig(
         ModelConfig(model, weights, precision, seed, *sizes, words(pass_through)),
-        list_shards(shards),
+        list_shards(shards, allow_pipes),
         place(out),
         batch_size,
         words(estimators),
@@ -245,6 +247,7 @@ def quality(
     batch_size: BatchSize = 32,
     max_samples: MaxSamples = None,
     seed: Seed = 0,
+    allow_pipes: AllowPipes = False,
     *,
     resources: Resources,
 ) -> None:
@@ -253,10 +256,10 @@ def quality(
     from ray_jobs.run import Run
     from ray_jobs.shards import list_shards
 
-    listed = list_shards(shards)
+    listed = list_shards(shards, allow_pipes)
     if not evaluate and len(listed) < 2:
         raise UserError("--shards", "one shard cannot be parted in two", "Give more, or others by --evaluate.")
-    regressed, evaluated = (listed, list_shards(evaluate)) if evaluate else (listed[::2], listed[1::2])
+    regressed, evaluated = (listed, list_shards(evaluate, allow_pipes)) if evaluate else (listed[::2], listed[1::2])
     config = QualityConfig(
         ModelConfig(**Run(patterns).fitted_model()),
         place(patterns),
@@ -288,6 +291,7 @@ def explain(
     target: Annotated[str, typer.Option(help="The class explained: predicted or label.")] = "predicted",
     batch_size: BatchSize = 32,
     max_samples: MaxSamples = None,
+    allow_pipes: AllowPipes = False,
     *,
     resources: Resources,
 ) -> None:
@@ -300,7 +304,7 @@ def explain(
     config = ExplainConfig(
         ModelConfig(**{**fitted, "spec": model or fitted["spec"], "weights": weights or fitted["weights"]}),
         place(patterns),
-        list_shards(shards),
+        list_shards(shards, allow_pipes),
         place(out or patterns),
         batch_size,
         names(methods, METHODS, "--methods", "method"),

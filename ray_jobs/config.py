@@ -1,8 +1,6 @@
 """What a job is told to do, as values: the manifest holds their JSON."""
 
-import os
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal
 
 # They take every sum, so that all other estimators can be solved without data.
@@ -103,11 +101,6 @@ class ExplainConfig:
     estimator: tuple[str, ...] = ("default",)
     target: str = "predicted"
     max_samples: int | None = None
-
-    @cached_property
-    def common_folder(self) -> str:
-        """The folder above all shards; what follows it in a shard's path names its output."""
-        return os.path.commonpath([os.path.dirname(s) for s in self.shards])  # noqa: PTH120 - may be URLs
 
 
 @dataclass(frozen=True)

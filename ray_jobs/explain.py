@@ -27,6 +27,7 @@ from ray_jobs.pictures import picture, png
 from ray_jobs.run import REFUSED, Run, load_patterns
 from ray_jobs.session import connected
 from ray_jobs.shards import Batch, SampleError, ShardReader
+from ray_jobs.sources import output_names
 from ray_jobs.worker import Place, ShardReport, Share, Timed
 
 TARGETS = ("predicted", "label")
@@ -55,11 +56,11 @@ class Outputs:
         return f"{self.name}.refused.parquet"
 
 
-def outputs(config: ExplainConfig, shard: str) -> Outputs:
-    """The output files of an input shard: its own name, with as many folders as tell the shards apart."""
-    name = shard.removeprefix(config.common_folder).lstrip("/").removesuffix(".gz").removesuffix(".tar")
-    path = located(config.out) / "explanations" / name
-    return Outputs(path.parent, path.name)
+def outputs(config: ExplainConfig) -> dict[str, Outputs]:
+    """The output files of each input shard: its own name, with as many folders as tell the shards apart."""
+    folder = located(config.out) / "explanations"
+    paths = {shard: folder / name for shard, name in output_names(config.shards).items()}
+    return {shard: Outputs(path.parent, path.name) for shard, path in paths.items()}
 
 
 def schema(config: ExplainConfig) -> pa.Schema:
@@ -85,6 +86,7 @@ class ExplainWorker:
         self.config, self.share = config, share
         self.loaded = share.load(config.model, weights)
         self.explainer = explainer(config, self.loaded)
+        self.outputs = outputs(config)
 
     def ready(self) -> Place:
         """Where this worker runs, once its model is loaded."""
@@ -95,7 +97,7 @@ class ExplainWorker:
 
         Rows are written first, the shard of explanations last, each aside and renamed.
         """
-        out = outputs(self.config, shard)
+        out = self.outputs[shard]
         rows: list[dict[str, Any]] = []
         reader = self.reader(shard)
         batches: Timed[Batch] = Timed(reader)
@@ -203,11 +205,12 @@ def explain(config: ExplainConfig, resources: Resources = Resources()) -> Run:  
         return run
     with driving(run, "explain") as beat, connected(resources):
         run.record("explain", section, loaded)
-        there = {out.folder: set(names(out.folder)) for out in (outputs(config, s) for s in config.shards)}
-        left = [s for s in config.shards if (o := outputs(config, s)).tar not in there[o.folder]]
+        outs = outputs(config)
+        there = {folder: set(names(folder)) for folder in {out.folder for out in outs.values()}}
+        left = [s for s, out in outs.items() if out.tar not in there[out.folder]]
         job = ShardJob("explain", beat, config.shards, left, resources, max_loss=None)
         job.run(ExplainWorker, config, loaded.digest)
-        done = [outputs(config, s) for s in config.shards if s not in job.missing]
+        done = [out for shard, out in outs.items() if shard not in job.missing]
         rows = (row for out in done for row in read_table(out.folder / out.refused).to_pylist())
         refused = [Refused(**row) for row in rows]
         run.quarantine("explain", refused)

@@ -15,7 +15,11 @@ DEFAULT_FIT, DEFAULT_METHODS = ",".join(FITTED), ",".join(ExplainConfig.methods)
 
 Model = Annotated[str, typer.Option(help="torchvision:NAME, timm:NAME, package.module:factory or file.py:factory.")]
 Weights = Annotated[str, typer.Option(help="File or URL of a state dict; `default`: the library's own; `random`.")]
-Shards = Annotated[list[str], typer.Option(help="Shards: paths or URLs, with {000..015} and globs. Repeatable.")]
+Shards = Annotated[
+    list[str],
+    typer.Option(help="Tars, Parquet files or image folders: paths, URLs, {000..015}, globs, @LIST. Repeatable."),
+]
+AllowPipes = Annotated[bool, typer.Option("--allow-pipes", help="Take shards of the form pipe:COMMAND.")]
 Out = Annotated[str, typer.Option(help="The run's folder, or its URL, that every worker reads and writes.")]
 RunFolder = Annotated[str, typer.Argument(help="The folder, or URL, of a run.")]
 Fitted = Annotated[str, typer.Option(help="The folder, or URL, of a finished fit.")]

@@ -13,7 +13,9 @@ from webdataset import TarWriter
 
 from patterns import UserError
 from patterns.storage import write_aside, write_json
-from ray_jobs.shards import IMAGES
+from ray_jobs.decode import upright
+from ray_jobs.folders import key_of, numbered
+from ray_jobs.samples import IMAGES, SampleError
 
 JPEG_QUALITY = 95
 
@@ -47,7 +49,7 @@ def pack(images: Path, out: Path, per_shard: int = 1000, crops: int = 0, size: i
             with open(aside, "wb") as file:
                 tar = TarWriter(file, encoder=False, mtime=0)
                 for folder, image, crop in chosen:
-                    key = image.relative_to(images).with_suffix("").as_posix().replace(".", "_").replace("/", "-")
+                    key = key_of(image.relative_to(images).as_posix())
                     cls = str(classes[folder]).encode()
                     if crops:
                         tar.write(
@@ -67,10 +69,7 @@ def class_numbers(images: Path) -> dict[str, int]:
     """The class folders of a folder, and their numbers."""
     if not images.is_dir():
         raise UserError(str(images), "no such folder", "Name a folder that holds one folder for each class.")
-    folders = sorted(f.name for f in images.iterdir() if f.is_dir())
-    if folders and all(f.isdigit() for f in folders):
-        return {f: int(f) for f in sorted(folders, key=int)}
-    return {f: number for number, f in enumerate(folders)}
+    return numbered(f.name for f in images.iterdir() if f.is_dir() and not f.name.startswith("."))
 
 
 def random_crop(file: Path, size: int, seed: int) -> bytes:
@@ -89,7 +88,6 @@ def random_crop(file: Path, size: int, seed: int) -> bytes:
 
 def opened(file: Path) -> Image.Image:
     try:
-        with Image.open(file) as image:
-            return image.convert("RGB")
-    except OSError as error:
+        return upright(file.read_bytes(), "RGB")
+    except (OSError, SampleError) as error:
         raise UserError(str(file), f"cannot be read as an image ({error})", "Delete or replace it.") from error

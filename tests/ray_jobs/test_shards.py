@@ -116,7 +116,7 @@ def test_bad_samples_are_refused_with_their_reason_and_good_ones_kept(tmp_path: 
     assert "neither an image" in reasons["text"]
     assert "(1, 16, 16)" in reasons["grey"]
     assert "not finite" in reasons["endless"]
-    assert "allow_pickle" in reasons["pickled"]
+    assert "type object" in reasons["pickled"]
     assert "no class number" in reasons["label"]
 
 
@@ -139,3 +139,44 @@ def test_images_are_prepared_as_timm_says() -> None:
 def test_one_mean_reads_grey_images() -> None:
     grey = Preprocessing(16, 16, "bilinear", (0.0,), (1.0,))
     assert decode({"png": photograph(32, 32)}, grey).shape == (1, 16, 16)
+
+
+def many(folder: Path) -> str:
+    """s0 … s5, of which s1 is no image, s3 a link, and s4 has no good label."""
+    path, rng = folder / "many.tar", np.random.default_rng(0)
+    with tarfile.open(path, "w") as tar:
+        for number in range(6):
+            for extension, data in (("jpg", b"" if number == 1 else jpeg(rng)), ("cls", b"xx"[: number // 4] or b"3")):
+                info = tarfile.TarInfo(f"s{number}.{extension}")
+                info.size = len(data)
+                if number == 3:
+                    info.type, info.linkname, info.size = tarfile.SYMTYPE, "s0.jpg", 0
+                tar.addfile(info, io.BytesIO(data))
+    return str(path)
+
+
+def keys(reader: ShardReader) -> tuple[list[str], list[tuple[str, str]]]:
+    """The keys used, and the keys refused with their stage."""
+    used = [key for batch in reader for key in batch.keys]
+    return used, [(r.key, r.stage) for r in reader.refused]
+
+
+def test_each_refusal_has_the_stage_at_which_it_came(tmp_path: Path) -> None:
+    refusals = [("s1", "decode"), ("s3", "read"), ("s4", "decode"), ("s5", "decode")]
+    assert keys(ShardReader(many(tmp_path), PLAIN, 4)) == (["s0", "s2"], refusals)
+
+
+@pytest.mark.parametrize(("most", "used", "refused"), [(0, [], []), (2, ["s0"], ["s1"]), (3, ["s0", "s2"], ["s1"])])
+def test_the_first_samples_are_taken_whether_they_can_be_used_or_not(
+    tmp_path: Path, most: int, used: list[str], refused: list[str]
+) -> None:
+    found = keys(ShardReader(many(tmp_path), PLAIN, 4, max_samples=most))
+    assert found == (used, [(key, "decode") for key in refused])
+
+
+def test_only_the_samples_that_are_asked_for_are_used_or_refused(tmp_path: Path) -> None:
+    shard = many(tmp_path)
+    assert keys(ShardReader(shard, PLAIN, 1, only=frozenset({"s2", "s3", "none"}))) == (["s2"], [("s3", "read")])
+    assert keys(ShardReader(shard, PLAIN, 1, skip=frozenset({"s0", "s1", "s4", "s5"}))) == (["s2"], [("s3", "read")])
+    both = ShardReader(shard, PLAIN, 1, only=frozenset({"s0", "s2"}), skip=frozenset({"s0"}), max_samples=3)
+    assert keys(both) == (["s2"], [])

@@ -1,0 +1,153 @@
+"""A sample → the model's input. The bytes are anyone's: whatever they are, the worst is a SampleError."""
+
+import io
+import json
+import math
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, UnidentifiedImageError
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as T
+
+from ray_jobs.config import Preprocessing
+from ray_jobs.samples import IMAGES, TENSOR, Sample, SampleError
+
+FORMATS = ("JPEG", "PNG", "WEBP")  # no other of Pillow's many decoders is ever given the bytes
+MAX_PIXELS = 89_478_485  # before and after resizing; where Pillow too begins to warn, 256 MiB of RGB
+MAX_CLASS = 2**31
+UNLABELLED = -1  # as Hugging Face writes it
+
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def decode(sample: Sample, preprocessing: Preprocessing) -> Tensor:
+    """A sample's input, float32 of shape (C, H, W). SampleError where it cannot be used."""
+    try:
+        if TENSOR in sample:
+            return ready_tensor(sample[TENSOR], preprocessing)
+        for extension in IMAGES:
+            if extension in sample:
+                return image_tensor(sample[extension], preprocessing)
+    except SampleError:
+        raise
+    except Exception as error:  # untrusted bytes make Pillow and numpy raise anything, MemoryError too
+        raise SampleError(f"{type(error).__name__}: {error}") from error
+    found = ", ".join(sorted(k for k in sample if not k.startswith("__"))) or "nothing"
+    raise SampleError(f"neither an image ({', '.join(IMAGES)}) nor a tensor ({TENSOR}); it has {found}")
+
+
+def ready_tensor(data: bytes, preprocessing: Preprocessing) -> Tensor:
+    """The tensor of an npy file, checked by its header before anything of its claimed size is made."""
+    file = io.BytesIO(data)
+    header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    version = np.lib.format.read_magic(file)
+    if version not in header:
+        raise SampleError(f"a tensor in npy format {version[0]}.{version[1]}; 1.0 and 2.0 are read")
+    shape, columns_first, dtype = header[version](file)
+    if dtype.kind not in "biuf":
+        raise SampleError(f"a tensor of type {dtype}, not of real numbers; nothing is unpickled")
+    if shape != preprocessing.input_shape:
+        raise SampleError(f"a tensor of shape {shape}, the model takes {preprocessing.input_shape}")
+    if (left := len(data) - file.tell()) < math.prod(shape) * dtype.itemsize:
+        raise SampleError(f"a truncated tensor: {left} of {math.prod(shape) * dtype.itemsize} bytes")
+    array = np.frombuffer(data, dtype, math.prod(shape), file.tell())
+    array = array.reshape(shape, order="F" if columns_first else "C")
+    with np.errstate(over="ignore"):  # told as not finite
+        tensor = torch.from_numpy(array.astype(np.float32, order="C"))
+    if not tensor.isfinite().all():
+        raise SampleError("a tensor that is not finite")
+    return tensor
+
+
+def image_tensor(data: bytes, preprocessing: Preprocessing) -> Tensor:
+    """An image file as the model takes it, float32 of shape (C, H, W). SampleError where it is none."""
+    image = upright(data, "RGB" if len(preprocessing.mean) == 3 else "L")
+    shorter, longer = sorted(image.size)
+    if preprocessing.resize**2 * longer / shorter > MAX_PIXELS:
+        raise SampleError(f"{image.width}×{image.height} pixels: too long and thin to be resized")
+    pixels = T.pil_to_tensor(cropped(image, preprocessing)).float() / 255
+    return T.normalize(pixels, list(preprocessing.mean), list(preprocessing.std))
+
+
+def upright(data: bytes, mode: str) -> Image.Image:
+    """The first frame of a JPEG, PNG or WebP file, whatever its name said, in Pillow's mode RGB or L.
+
+    Turned as its EXIF orientation says. Transparency is dropped, as torchvision and timm do;
+    of 16 bits the upper eight are taken. SampleError for more than MAX_PIXELS, before they are decoded.
+    """
+    if not data:
+        raise SampleError("an empty file")
+    try:
+        opened = Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError as error:
+        raise SampleError(f"not an image in one of the formats {', '.join(FORMATS)}, or a truncated one") from error
+    with opened:
+        if opened.width * opened.height > MAX_PIXELS:
+            raise SampleError(f"{opened.width}×{opened.height} pixels; at most {MAX_PIXELS} are decoded")
+        opened.load()
+        turn = TURNS.get(orientation(opened))
+        opened.info.pop("transparency", None)  # else some modes are converted by way of an alpha channel
+        if opened.mode.startswith("I"):  # Pillow would clip all beyond 255 to white
+            grey = Image.fromarray((np.asarray(opened) >> 8).astype(np.uint8))
+            image = grey.convert(mode)
+        else:
+            image = opened.convert(mode)
+    return image if turn is None else image.transpose(turn)
+
+
+def orientation(image: Image.Image) -> int:
+    """The EXIF orientation; 1, as it stands, where there is none."""
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # damaged EXIF spoils no picture, and has no common error
+        return 1
+
+
+def cropped(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
+    """The part of an image that the model sees, at the model's resolution."""
+    interpolation = InterpolationMode(preprocessing.interpolation)
+    image = T.resize(image, [preprocessing.resize], interpolation)
+    return T.center_crop(image, [preprocessing.image_size, preprocessing.image_size])
+
+
+def label_of(sample: Sample) -> int | None:
+    """The class of a sample: its `cls`, else the `label` of its `json`; None without either, or where it is -1.
+
+    SampleError where it is no class number.
+    """
+    if "cls" in sample:
+        name, value = "cls", sample["cls"]
+    elif "json" in sample:
+        name, value = "json's label", json_label(sample["json"])
+    else:
+        return None
+    if value is None:
+        return None
+    try:
+        label = int(value)
+    except ValueError:
+        label = MAX_CLASS
+    if not UNLABELLED <= label < MAX_CLASS:
+        raise SampleError(f"{name} is no class number: {value[:20] if isinstance(value, bytes) else value!r}")
+    return None if label == UNLABELLED else label
+
+
+def json_label(data: bytes) -> int | None:
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise SampleError(f"json cannot be parsed ({type(error).__name__})") from error
+    label = value.get("label") if isinstance(value, dict) else None
+    if label is not None and type(label) is not int:  # True is an int
+        raise SampleError(f"json's label is no class number: {str(label)[:20]!r}")
+    return label

@@ -1,0 +1,184 @@
+"""Folders of images: the same shards for the same images, their classes as torchvision numbers them."""
+
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+from torchvision.datasets import ImageFolder
+
+from patterns import UserError
+from ray_jobs import folders, samples
+from ray_jobs.shards import list_shards, read_shard
+from tests.conftest import jpeg
+
+
+@pytest.fixture(autouse=True)
+def few_images_per_shard(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folders, "IMAGES_PER_SHARD", 4)
+
+
+def filled(folder: Path, names: list[str]) -> Path:
+    rng = np.random.default_rng(0)
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(jpeg(rng))
+    return folder
+
+
+def class_folders(folder: Path) -> Path:
+    return filled(folder, [f"{c}/{c}_{n}.JPEG" for c in ("n02", "n01", "n10") for n in range(5)])
+
+
+def flat_folder(folder: Path) -> Path:
+    return filled(folder, [f"val_{n:04}.JPEG" for n in range(10)])
+
+
+def labelled(folder: Path) -> dict[str, int | None]:
+    """The label of each image by its key."""
+    found = [s for shard in list_shards([str(folder)]) for s in read_shard(shard)]
+    assert len(found) == len({s["__key__"] for s in found})
+    return {s["__key__"]: int(s["cls"]) if "cls" in s else None for s in found}
+
+
+def test_class_folders_are_what_torchvision_sees(tmp_path: Path) -> None:
+    folder = class_folders(tmp_path / "train")
+    (folder / "n01" / "notes.txt").write_text("no image")
+    (folder / "n01" / ".hidden.jpg").write_bytes(b"no image")
+    expected = {}
+    for path, label in ImageFolder(str(folder)).samples:
+        if "hidden" not in path:
+            expected[f"{Path(path).parent.name}-{Path(path).stem}"] = (Path(path).read_bytes(), str(label).encode())
+    found = [s for shard in list_shards([str(folder)]) for s in read_shard(shard)]
+    assert {s["__key__"]: (s["jpeg"], s["cls"]) for s in found} == expected
+
+
+def test_class_folders_that_are_numbers_are_these_classes(tmp_path: Path) -> None:
+    folder = filled(tmp_path, ["3/a.jpg", "10/b.jpg", "007/c.jpg"])
+    assert labelled(folder) == {"3-a": 3, "10-b": 10, "007-c": 7}
+
+
+def test_an_empty_class_folder_keeps_its_number(tmp_path: Path) -> None:
+    folder = filled(tmp_path, ["a/a.jpg", "c/c.jpg"])
+    (folder / "b").mkdir()
+    assert labelled(folder) == {"a-a": 0, "c-c": 2}
+
+
+def test_shards_are_bounded_stable_and_mixed_in_their_classes(tmp_path: Path) -> None:
+    folder = class_folders(tmp_path / "train")
+    shards = list_shards([f"{folder}/"])
+    assert shards == list_shards([str(folder)]) == list_shards([f"file://{folder}"]) == list_shards([f"{tmp_path}/tr*"])
+    assert len(shards) == 4
+    for shard in shards:
+        classes = [s["cls"] for s in read_shard(shard)]
+        assert len(classes) <= 4
+        assert set(classes) == {b"0", b"1", b"2"}
+
+
+def test_a_changed_folder_has_other_shards_and_its_old_ones_say_so(tmp_path: Path) -> None:
+    folder = class_folders(tmp_path / "train")
+    before = list_shards([str(folder)])
+    added = filled(folder, ["n01/new.jpg"]) / "n01" / "new.jpg"
+    assert not set(before) & set(list_shards([str(folder)]))
+    with pytest.raises(UserError, match="other than when they were listed") as told:
+        list(read_shard(before[0]))
+    assert told.value.where == before[0]
+    added.unlink()
+    assert len(list(read_shard(before[0]))) == 4
+
+
+LABEL_FILES = {
+    "one per line": ("labels.txt", "\n".join(str(n * 3) for n in range(10))),
+    "Caffe's": ("../val.txt", "\n".join(f"val_{n:04}.JPEG {n * 3}" for n in reversed(range(10)))),
+    "without extensions": ("labels.csv", "\n".join(f"val_{n:04},{n * 3}" for n in range(10))),
+    "with a heading": ("../val.csv", "image,label\n" + "\n".join(f"val_{n:04}.JPEG,{n * 3}" for n in range(10))),
+    "with more images": ("labels.txt", "\n".join(f"val_{n:04}.JPEG\t{n * 3}" for n in range(50))),
+}
+
+
+@pytest.mark.parametrize(("name", "text"), LABEL_FILES.values(), ids=LABEL_FILES)
+def test_a_flat_folder_has_the_labels_of_its_file(tmp_path: Path, name: str, text: str) -> None:
+    folder = flat_folder(tmp_path / "val")
+    (folder / name).write_text(text)
+    assert labelled(folder) == {f"val_{n:04}": n * 3 for n in range(10)}
+
+
+def test_class_names_in_a_label_file_are_numbered_in_their_order(tmp_path: Path) -> None:
+    folder = flat_folder(tmp_path / "val")
+    boxes = "".join(
+        f"val_{n:04},{'n09' if n % 2 else 'n03'} 85 1 499 272 {'n09' if n % 2 else 'n03'} 1 1 2 2\n" for n in range(10)
+    )
+    (folder / "labels.csv").write_text(f"ImageId,PredictionString\n{boxes}")
+    assert labelled(folder) == {f"val_{n:04}": n % 2 for n in range(10)}
+
+
+def test_an_image_that_the_label_file_does_not_name_has_no_label(tmp_path: Path) -> None:
+    folder = flat_folder(tmp_path / "val")
+    (folder / "labels.txt").write_text("val_0003.JPEG 5\n")
+    assert labelled(folder) == {f"val_{n:04}": 5 if n == 3 else None for n in range(10)}
+
+
+def test_a_flat_folder_without_labels_is_read_without(tmp_path: Path) -> None:
+    assert set(labelled(flat_folder(tmp_path / "val")).values()) == {None}
+
+
+@pytest.mark.parametrize(("text", "reason"), [("1\n2\n", "2 labels for 10 images"), ("val_0001.JPEG 5\nx\n", "'x'")])
+def test_labels_that_do_not_fit_are_told_before_the_run(tmp_path: Path, text: str, reason: str) -> None:
+    folder = flat_folder(tmp_path / "val")
+    (folder / "labels.txt").write_text(text)
+    with pytest.raises(UserError, match=reason):
+        list_shards([str(folder)])
+
+
+def test_changed_labels_make_other_shards(tmp_path: Path) -> None:
+    folder = flat_folder(tmp_path / "val")
+    before = list_shards([str(folder)])
+    (folder / "labels.txt").write_text("\n".join("0123456789"))
+    assert not set(before) & set(list_shards([str(folder)]))
+
+
+def test_a_folder_of_an_object_store_is_as_one_on_disk(tmp_path: Path) -> None:
+    folder = class_folders(tmp_path / "train")
+    memory = fsspec.filesystem("memory")
+    memory.put(str(folder), "/bucket/train", recursive=True)
+    read = [
+        [s for shard in list_shards([spec]) for s in read_shard(shard)]
+        for spec in (str(folder), "memory://bucket/train/")
+    ]
+    assert read[0] == read[1]
+
+
+def test_bad_files_of_a_folder_are_refused_and_the_others_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folders, "MAX_SAMPLE_BYTES", 5000)
+    folder = filled(tmp_path, ["a/good.jpg", "a/huge.jpg", "a/l\nine.jpg", "a/good.png"])
+    (folder / "a" / "huge.jpg").write_bytes(bytes(6000))
+    found = {s["__key__"]: s.get("__refused__", "") for shard in list_shards([str(folder)]) for s in read_shard(shard)}
+    assert found["a-good"] == ""
+    assert "same key" in found["a-good#2"]
+    assert "more than 5000 bytes" in found["a-huge"]
+    assert "control characters" in found["a-l\nine"]
+    assert samples.MAX_SAMPLE_BYTES > 1 << 26
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    folder = class_folders(tmp_path / "train")
+    shards = list_shards([str(folder)])
+    list(read_shard(shards[0]))
+    (folder / "n01" / "n01_0.JPEG").unlink()
+    with pytest.raises(UserError, match=r"n01_0\.JPEG") as told:
+        list(read_shard(shards[0]))
+    assert told.value.where == shards[0]
+
+
+def test_class_folders_may_be_links_and_links_in_circles_are_not_followed(tmp_path: Path) -> None:
+    elsewhere = filled(tmp_path / "elsewhere", ["x.jpg"])
+    folder = filled(tmp_path / "train", ["a/a.jpg"])
+    (folder / "b").symlink_to(elsewhere)
+    (folder / "a" / "around").symlink_to(folder)
+    (folder / "a" / "nowhere.jpg").symlink_to(tmp_path / "none.jpg")
+    assert labelled(folder) == {"a-a": 0, "b-x": 1}
+
+
+def test_a_folder_without_images_says_how_to_name_shards_in_it(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"without images\. Shards in a folder are named by FOLDER/\*\.tar"):
+        list_shards([str(tmp_path)])

@@ -1,0 +1,222 @@
+"""Streams: over whatever they come, they are whole, or they are told as broken."""
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+import os
+import subprocess
+import sys
+import tarfile
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
+
+import boto3
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from moto.server import ThreadedMotoServer
+
+from patterns import UserError
+from ray_jobs import streams
+from ray_jobs.shards import list_shards, read_shard
+from tests.conftest import make_shards
+from tests.ray_jobs.servers import http_server
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """good.tar and good.parquet with the same eight images, and the tar compressed."""
+    folder = tmp_path_factory.mktemp("served")
+    (path,) = make_shards(folder, 1, 8)
+    data = Path(path).read_bytes()
+    (folder / "good.tar").write_bytes(data)
+    (folder / "good.tar.gz").write_bytes(gzip.compress(data))
+    (folder / "good.tar.bz2").write_bytes(bz2.compress(data))
+    (folder / "good.tar.xz").write_bytes(lzma.compress(data))
+    pq.write_table(pa.table({"image": images(path)}), folder / "good.parquet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[str]:
+    with http_server(folder) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def s3(folder: Path) -> Iterator[str]:
+    """The endpoint of an S3 server that holds the bucket `data`: shards and a folder of images."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    endpoint = f"http://{host}:{port}"
+    keys = {"aws_access_key_id": "anyone", "aws_secret_access_key": "anything", "region_name": "us-east-1"}
+    client = boto3.client("s3", endpoint_url=endpoint, **keys)
+    client.create_bucket(Bucket="data")
+    for name in ("good.tar", "good.tar.gz", "good.parquet"):
+        client.put_object(Bucket="data", Key=f"shards/{name}", Body=(folder / name).read_bytes())
+    for number, image in enumerate(images(str(folder / "good.tar"))):
+        client.put_object(Bucket="data", Key=f"train/class{number % 2}/{number}.jpg", Body=image)
+    yield endpoint
+    server.stop()
+
+
+def images(shard: str) -> list[bytes]:
+    return [sample["jpg"] for sample in read_shard(shard)]
+
+
+@pytest.mark.parametrize("name", ["good.tar", "good.tar.gz", "good.tar.bz2", "good.tar.xz"])
+def test_a_shard_is_decompressed_by_its_content_whatever_its_name(folder: Path, tmp_path: Path, name: str) -> None:
+    misnamed = tmp_path / "train.tar"
+    misnamed.write_bytes((folder / name).read_bytes())
+    assert images(str(misnamed)) == images(str(folder / "good.tar"))
+
+
+@pytest.mark.parametrize("name", ["good.tar.gz", "good.tar.bz2", "good.tar.xz"])
+def test_a_compressed_shard_that_was_cut_short_is_broken(folder: Path, tmp_path: Path, name: str) -> None:
+    cut = tmp_path / name
+    cut.write_bytes((folder / name).read_bytes()[:-20])
+    with pytest.raises(UserError, match="cannot be read"):
+        images(str(cut))
+
+
+def test_a_file_that_grows_while_it_is_read_is_broken(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "growing.tar"
+    path.write_bytes((folder / "good.tar").read_bytes())
+    reading = read_shard(str(path))
+    next(reading)
+    with path.open("ab") as file:
+        file.write(bytes(1 << 20))  # sound as a tar, but not the file that was opened
+    with pytest.raises(UserError, match=r"\d+ bytes came, \d+ were promised"):
+        list(reading)
+
+
+@pytest.mark.parametrize("how", ["plain", "chunked", "unsized", "moved"])
+@pytest.mark.parametrize("name", ["good.tar", "good.tar.gz", "good.parquet"])
+def test_shards_are_read_over_http_from_servers_without_ranges_or_sizes(
+    server: str, folder: Path, how: str, name: str
+) -> None:
+    (shard,) = list_shards([f"{server}/{how}/{name}?signature=a/b*c"])
+    assert images(shard) == images(str(folder / "good.tar"))
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ("404", "404"),
+        ("500", "500"),
+        ("truncated", "cut short|bytes came"),
+        ("chunked-cut", "IncompleteRead"),
+        ("unsized-cut", "cut short"),
+    ],
+)
+def test_a_fault_of_an_http_server_is_told_with_its_reason(server: str, fault: str, reason: str) -> None:
+    shard = f"{server}/{fault}/good.tar"
+    with pytest.raises(UserError, match=reason) as told:
+        images(shard)
+    assert told.value.where == shard
+
+
+@pytest.mark.parametrize("fault", ["truncated", "chunked-cut", "unsized-cut"])
+@pytest.mark.parametrize("name", ["good.tar.gz", "good.parquet"])
+def test_a_cut_transfer_is_no_shard_in_any_format(server: str, fault: str, name: str) -> None:
+    with pytest.raises(UserError, match="cannot be read"):
+        images(f"{server}/{fault}/{name}")
+
+
+def test_a_server_that_stalls_is_given_up(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "READ_TIMEOUT", 0.3)
+    with pytest.raises(UserError, match=r"no byte for 0\.3 s"):
+        images(f"{server}/stalled/good.tar")
+
+
+def test_a_server_that_is_not_there_is_told(server: str) -> None:
+    with pytest.raises(UserError, match="refused"):
+        images("http://127.0.0.1:9/good.tar")
+
+
+def test_a_shard_that_failed_can_be_read_at_the_next_attempt(server: str, folder: Path) -> None:
+    with pytest.raises(UserError, match="500"):
+        images(f"{server}/once/good.tar")
+    assert images(f"{server}/once/good.tar") == images(str(folder / "good.tar"))
+
+
+def test_memory_holds_a_sample_and_not_the_shard(tmp_path: Path) -> None:
+    path = tmp_path / "large.tar"
+    with tarfile.open(path, "w") as tar:
+        for number in range(64):
+            info = tarfile.TarInfo(f"{number}.jpg")
+            info.size = 1 << 20
+            tar.addfile(info, io.BytesIO(bytes(1 << 20)))
+    with http_server(tmp_path) as address:  # its own memory is not counted: it has the file before the count begins
+        for shard in (str(path), f"{address}/plain/large.tar"):
+            reading = read_shard(shard)
+            next(reading)
+            tracemalloc.start()
+            assert sum(1 for _ in reading) == 63
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            assert peak < 8 << 20
+
+
+def test_a_pipe_is_read_where_it_is_allowed(folder: Path) -> None:
+    spec = f"pipe:cat '{folder}/good.tar'"
+    with pytest.raises(UserError, match="runs a shell command"):
+        list_shards([spec])
+    (shard,) = list_shards([spec], allow_pipes=True)
+    assert images(shard) == images(str(folder / "good.tar"))
+
+
+def test_a_pipe_whose_command_fails_is_broken_even_after_whole_output(folder: Path) -> None:
+    with pytest.raises(UserError, match="exit status 3"):
+        images(f"pipe:cat '{folder}/good.tar'; exit 3")
+
+
+def test_any_file_system_of_fsspec_is_read(folder: Path) -> None:
+    memory = fsspec.filesystem("memory")
+    for name in ("good.tar", "good.tar.gz", "good.parquet"):
+        memory.pipe_file(f"/bucket/{name}", (folder / name).read_bytes())
+    shards = list_shards(["memory://bucket/good*"])
+    assert len(shards) == 3
+    for shard in shards:
+        assert images(shard) == images(str(folder / "good.tar"))
+
+
+def test_a_scheme_without_its_package_names_the_package() -> None:
+    with pytest.raises(UserError, match="gcsfs"):
+        images("gs://bucket/a.tar")
+
+
+READ = """
+import json, sys
+from ray_jobs.shards import list_shards, read_shard
+print(json.dumps([[s["__key__"] for s in read_shard(shard)] for shard in list_shards(sys.argv[1:])]))
+"""
+
+
+@pytest.mark.parametrize("variable", ["AWS_ENDPOINT_URL", "FSSPEC_S3_ENDPOINT_URL"])
+def test_s3_is_read_with_what_the_environment_says_alone(s3: str, folder: Path, variable: str) -> None:
+    keys = {"AWS_ACCESS_KEY_ID": "anyone", "AWS_SECRET_ACCESS_KEY": "anything"}
+    specs = ["s3://data/shards/good.{tar,parquet}", "s3://data/shards/*.gz", "s3://data/train/"]
+    command = [sys.executable, "-c", READ, *specs]
+    done = subprocess.run(command, env=os.environ | keys | {variable: s3}, capture_output=True, text=True, check=True)
+    tar = [s["__key__"] for s in read_shard(str(folder / "good.tar"))]
+    assert json.loads(done.stdout) == [
+        tar,
+        [f"{row:08}" for row in range(8)],
+        tar,
+        [f"class{n % 2}-{n}" for n in (0, 2, 4, 6, 1, 3, 5, 7)],
+    ]
+
+
+def test_an_object_that_is_not_there_is_told(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("ACCESS_KEY_ID", "anyone"), ("SECRET_ACCESS_KEY", "anything"), ("ENDPOINT_URL", s3)):
+        monkeypatch.setenv(f"AWS_{name}", value)
+    with pytest.raises(UserError, match=r"s3://data/none\.tar: cannot be read"):
+        images("s3://data/none.tar")
+    with pytest.raises(UserError, match="nothing matches"):
+        list_shards(["s3://data/none/*.tar"])

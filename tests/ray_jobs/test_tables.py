@@ -1,0 +1,115 @@
+"""Parquet with images in it."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from patterns import UserError
+from ray_jobs import tables
+from ray_jobs.config import Preprocessing
+from ray_jobs.shards import ShardReader, list_shards, read_shard
+from tests.conftest import jpeg
+
+PLAIN = Preprocessing(16, 16, "bilinear", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+IMAGES = [jpeg(np.random.default_rng(i)) for i in range(50)]
+
+
+def written(folder: Path, columns: dict[str, Any], groups: int = 20) -> str:
+    path = folder / "train-00000-of-00001.parquet"
+    pq.write_table(pa.table(columns), path, row_group_size=groups)
+    return str(path)
+
+
+def hugging_face(images: list[bytes | None]) -> list[dict[str, Any]]:
+    return [{"bytes": image, "path": f"n01_{i}.JPEG"} for i, image in enumerate(images)]
+
+
+LAYOUTS = {
+    "Hugging Face": {"image": hugging_face(list(IMAGES)), "label": list(range(50))},
+    "bytes": {"jpg": IMAGES, "cls": list(range(50)), "mask": IMAGES},
+    "large bytes": {"img": pa.array(IMAGES, pa.large_binary()), "label": pa.array(range(50), pa.int16())},
+    "one column of bytes": {"scan": IMAGES, "target": [str(i) for i in range(50)]},
+}
+
+
+@pytest.mark.parametrize("columns", LAYOUTS.values(), ids=LAYOUTS)
+def test_images_and_labels_come_in_their_order(tmp_path: Path, columns: dict[str, Any]) -> None:
+    (shard,) = list_shards([f"{tmp_path}/*.parquet"] if written(tmp_path, columns) else [])
+    found = list(read_shard(shard))
+    assert [(s["__key__"], s["jpg"], int(s["cls"])) for s in found] == [(f"{i:08}", IMAGES[i], i) for i in range(50)]
+
+
+def test_a_key_column_names_the_samples(tmp_path: Path) -> None:
+    shard = written(tmp_path, {"__key__": ["a", "b", "a", "../c"], "jpg": IMAGES[:4]})
+    reasons = {s["__key__"]: s.get("__refused__", "") for s in read_shard(shard)}
+    assert list(reasons) == ["a", "b", "a#2", "../c"]
+    assert [bool(reason) for reason in reasons.values()] == [False, False, True, True]
+
+
+def test_bad_rows_are_refused_and_the_others_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "MAX_SAMPLE_BYTES", 3000)
+    images = [IMAGES[0], None, bytes(4000), b"no image", b"", IMAGES[1]]
+    shard = written(tmp_path, {"image": hugging_face(images), "label": [0, 1, 2, 3, 4, None]})
+    reader = ShardReader(shard, PLAIN, 2)
+    (batch,) = reader
+    assert (batch.keys, batch.labels) == (["00000000", "00000005"], [0, None])
+    assert [(r.key[-1], r.stage) for r in reader.refused] == [
+        ("1", "read"),
+        ("2", "read"),
+        ("3", "decode"),
+        ("4", "decode"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("columns", "reason"),
+    [
+        ({"label": [1, 2]}, "no column of image bytes; it has label"),
+        ({"a": IMAGES[:2], "b": IMAGES[:2]}, "no column of image bytes; it has a, b"),
+        ({"jpg": pa.array([], pa.binary())}, "a Parquet file without a sample"),
+    ],
+)
+def test_a_file_without_images_is_told(tmp_path: Path, columns: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        list(read_shard(written(tmp_path, columns)))
+
+
+def test_a_row_group_that_would_fill_memory_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "MAX_GROUP_BYTES", 10_000)
+    with pytest.raises(UserError, match=r"row group 0 has \d+ bytes; at most 10000 are read"):
+        list(read_shard(written(tmp_path, {"jpg": IMAGES})))
+
+
+def test_every_cut_of_a_file_is_found(tmp_path: Path) -> None:
+    path = Path(written(tmp_path, {"jpg": IMAGES}))
+    data = path.read_bytes()
+    for cut in range(1, len(data), len(data) // 50):
+        path.write_bytes(data[:cut])
+        with pytest.raises(UserError, match="cannot be read"):
+            list(read_shard(str(path)))
+
+
+def test_whatever_the_bytes_the_file_is_read_or_told_as_broken(tmp_path: Path) -> None:
+    path = Path(written(tmp_path, {"image": hugging_face(list(IMAGES[:6])), "label": list(range(6))}))
+    data = path.read_bytes()
+    rng = random.Random(0)
+    broken = 0
+    for _ in range(600):
+        changed = bytearray(data)
+        for _ in range(rng.randint(1, 5)):
+            changed[rng.choice([rng.randrange(len(data)), rng.randrange(len(data) - 800, len(data))])] ^= (
+                1 << rng.randrange(8)
+            )
+        path.write_bytes(changed)
+        try:
+            for batch in ShardReader(str(path), PLAIN, 4):
+                assert torch.isfinite(batch.images).all()
+        except UserError:
+            broken += 1
+    assert 0 < broken < 600
