@@ -19,6 +19,7 @@ from ray_jobs.plan import passes
 from ray_jobs.run import Run, difference
 from ray_jobs.session import connected
 from ray_jobs.tasks import Tasks
+from ray_jobs.until import ConvergingJob, Until
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,16 @@ def fit(config: FitConfig, resources: Resources = Resources(), retry_quarantined
             name = "fit" if len(through) == 1 else f"fit, pass {number + 1} of {len(through)}"
             most = config.max_samples
             task = Gathering(config.model, config.shards, str(one.folder), config.batch_size, most, begun)
-            job = GatherJob(name, beat, task, tasks, resources)
-            job.gather(partial(observer, config.estimators, one.operators), loaded.digest)
+            observe = partial(observer, config.estimators, one.operators)
+            if config.until_converged is None:
+                job = GatherJob(name, beat, task, tasks, resources)
+            else:
+                operators = [loaded.network.operators[name] for name in one.operators]
+                until = Until(config.until_converged, operators, config.estimators, config.seed)
+                job = ConvergingJob(name, beat, task, tasks, resources, until)
+            job.gather(observe, loaded.digest)
+            if isinstance(job, ConvergingJob):
+                section |= {"converged": job.sure}
             missing |= job.missing
             seconds += job.seconds
         job.reporter.line(f"solving for the patterns of {len(loaded.network.operators)} operators")

@@ -18,6 +18,7 @@ from patterns import Network, UserError
 from patterns.observe import Observation
 from patterns.storage import merge_moments, save_moments, write_json, write_table
 from patterns.tensors import TensorFile
+from ray_jobs import pool
 from ray_jobs.config import ModelConfig, Resources, equal_share
 from ray_jobs.driver import Beat
 from ray_jobs.files import fetched, located, names, published, remove
@@ -166,6 +167,9 @@ class GatherJob(ShardJob):
         task = self.gathering
         try:
             self.run(GatherWorker, task.model, task.folder, task.batch_size, observe, weights)
+            while not self.idle():
+                self.tick()
+                time.sleep(pool.TICK)
         finally:
             self.flush()
             self.clean()
@@ -194,6 +198,10 @@ class GatherJob(ShardJob):
         self.merge()
         super().tick()
 
+    def mostly_refused(self, least: int) -> bool:
+        """As for any job; samples that were refused before may well be refused again."""
+        return self.gathering.round == 0 and super().mostly_refused(least)
+
     def flush(self) -> None:
         """Write the ledger, if parts have come since: several at once where they come fast."""
         if self.ledger is not self.flushed:
@@ -210,12 +218,16 @@ class GatherJob(ShardJob):
             self.flush()  # before the old ones go
             for file in self.merged:
                 remove_part(self.parts, file)
-        if self.merging is None:
+        if self.idle():
             alike = [part for part in self.ledger.parts if part.round == self.gathering.round]
             if len(alike) > MOST_PARTS:
                 chosen = sorted(alike, key=lambda part: part.samples)[:MERGED_AT_ONCE]
                 self.merged = [part.file for part in chosen]
                 self.merging = self.tasks.start(merge_parts, str(self.parts), chosen)
+
+    def idle(self) -> bool:
+        """Whether no part is being read by what goes on beside the workers, and may be deleted."""
+        return self.merging is None
 
     def clean(self) -> None:
         """Delete the parts that do not count: of workers that were lost while, or after, they wrote them."""

@@ -49,16 +49,16 @@ class Reporter:
     """
 
     def __init__(
-        self, name: str, run: str, total: int, done: int, as_json: bool = False, stream: TextIO = sys.stderr
+        self, name: str, run: str, total: int, done: int, as_json: bool = False, stream: TextIO | None = None
     ) -> None:
         self.name, self.run, self.total, self.first = name, run, total, done
         self.counts, self.workers = Counts(done), dict[Any, AtWork]()
         self.begun = self.last_line = time.monotonic()
-        self.stream, self.as_json, self.remark = stream, as_json, ""
+        self.stream, self.as_json, self.remark = stream or sys.stderr, as_json, ""
         self.bar: Progress | None = None
-        if stream.isatty() and not as_json:
+        if self.stream.isatty() and not as_json:
             columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TextColumn("shards, {task.fields[state]}"))
-            self.bar = Progress(*columns, console=Console(file=stream))
+            self.bar = Progress(*columns, console=Console(file=self.stream))
             self.bar.add_task(name, total=total, completed=done, state="starting")
             self.bar.start()
 

@@ -87,10 +87,12 @@ class ShardReader:
 
     def __iter__(self) -> Iterator[Batch]:
         taken: list[tuple[str, Tensor, int | None]] = []
+        lacking = set(self.only or ())
         with closing(read_shard(self.shard)) as samples:
             for number, sample in enumerate(samples):
                 if number == self.max_samples:
                     break
+                lacking.discard(sample["__key__"])
                 if self.wanted(sample["__key__"]) and (used := self.used(sample)):
                     taken.append(used)
                 if len(taken) == self.batch_size:
@@ -98,6 +100,7 @@ class ShardReader:
                     taken = []
         if taken:
             yield self.batch(taken)
+        self.refused += [Refused(self.shard, key, "read", "the shard has it no more") for key in sorted(lacking)]
 
     def wanted(self, key: str) -> bool:
         return key not in self.skip and (self.only is None or key in self.only)

@@ -44,7 +44,8 @@ class InRay:
             yield ray.get(pending.popleft())
 
     def start(self, function: Callable[..., Any], *arguments: object) -> Pending:
-        return InRay.Call(ray.remote(function).remote(*arguments))
+        # Without a CPU of its own, for which it would wait until the workers are gone.
+        return InRay.Call(ray.remote(function).options(num_cpus=0).remote(*arguments))
 
     class Call:
         def __init__(self, reference: Any) -> None:

@@ -1,0 +1,105 @@
+"""The curve of a fit: its table over looks, and its picture."""
+
+import math
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from patterns import Network, accumulate, trace
+from patterns.convergence import Look, converged, look
+from ray_jobs.convergence import SCHEMA, append, draw_convergence, latest, plain, rows_of
+
+
+def network() -> Network:
+    torch.manual_seed(0)
+    return trace(nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)).double(), torch.zeros(2, 6).double())
+
+
+def looks(network: Network, parts: int) -> dict[str, Look]:
+    held = [accumulate(network, [x]) for x in torch.randn(64, 20, 6, dtype=torch.float64)[:parts]]
+    return {
+        name: look(operator, [partial(part.__getitem__, name) for part in held])
+        for name, operator in network.operators.items()
+    }
+
+
+def test_the_table_has_a_row_for_each_operator_and_look(tmp_path: Path) -> None:
+    traced, path = network(), tmp_path / "convergence.parquet"
+    first, second, third = looks(traced, 2), looks(traced, 8), looks(traced, 32)
+    append(path, [rows_of(40, name, found, None) for name, found in first.items()])
+    append(path, [rows_of(160, name, found, first[name].solution) for name, found in second.items()])
+    table = append(path, [rows_of(640, name, found, second[name].solution) for name, found in third.items()])
+    assert pa.parquet.read_table(path).equals(table)
+    assert table.schema.equals(SCHEMA)
+    rows = table.to_pylist()
+    assert [(r["samples"], r["operator"], r["estimator"]) for r in rows] == [
+        (samples, *row) for samples in (40, 160, 640) for row in (("0", "positive"), ("2", "linear"))
+    ]
+    assert [r["p90"] for r in rows[:2]] == [None, None]  # too few parts
+    assert [r["change"] for r in rows[:2]] == [None, None]  # nothing before
+    error = third["0"].errors["positive"]
+    assert error is not None
+    assert (rows[4]["median"], rows[4]["p90"]) == (error.median, error.p90)
+    assert rows[4]["change"] == third["0"].changes(second["0"].solution)["positive"] > 0
+
+
+def test_a_look_that_is_taken_again_takes_its_place(tmp_path: Path) -> None:
+    traced, path = network(), tmp_path / "convergence.parquet"
+    found = looks(traced, 8)["0"]
+    append(path, [rows_of(80, "0", found, None)])
+    append(path, [rows_of(160, "0", found, None)])
+    assert append(path, [rows_of(160, "0", found, None)])["samples"].to_pylist() == [80, 160]
+
+
+def test_the_last_look_decides(tmp_path: Path) -> None:
+    rows = [
+        {"samples": n, "operator": op, "estimator": "linear", "median": p90 / 2, "p90": p90, "change": None}
+        for n, op, p90 in [(100, "a", 0.2), (100, "b", 0.3), (400, "a", 0.1), (400, "b", 0.15)]
+    ]
+    last = latest(pa.Table.from_pylist(rows, SCHEMA))["p90"].to_pylist()
+    assert last == [0.1, 0.15]
+    assert converged(last, 0.15)
+    assert not converged(last, 0.14)
+
+
+def curve(looks: int, operators: int, known: bool = True) -> pa.Table:
+    rows = [
+        {"samples": n, "operator": f"{k}", "estimator": estimator, "median": None, "p90": p if known else None}
+        for n in (100 * 2**look for look in range(looks))
+        for k in range(operators)
+        for estimator in ("linear", "positive")
+        for p in [(1 + k) / math.sqrt(n)]
+    ]
+    return pa.Table.from_pylist(rows, SCHEMA)
+
+
+@pytest.mark.parametrize("looks", [1, 5])
+@pytest.mark.parametrize("operators", [1, 20])
+@pytest.mark.parametrize("tolerance", [None, 0.01, 5.0])
+def test_every_curve_can_be_drawn(tmp_path: Path, looks: int, operators: int, tolerance: float | None) -> None:
+    path = tmp_path / "convergence.png"
+    draw_convergence(path, curve(looks, operators), tolerance)
+    with Image.open(path) as image:
+        pixels = np.asarray(image.convert("RGB")).astype(int)
+    red = (pixels[..., 0] > 180) & (pixels[..., 1] < 80) & (pixels[..., 2] < 80)
+    assert (red.sum(1).max() > pixels.shape[1] / 2) == (tolerance is not None)  # a line from side to side
+    assert (pixels.sum(2) < 60).sum() > 500
+
+
+@pytest.mark.parametrize("table", [SCHEMA.empty_table(), curve(2, 2, known=False)])
+def test_a_curve_that_knows_nothing_yet_is_drawn_as_that(tmp_path: Path, table: pa.Table) -> None:
+    draw_convergence(tmp_path / "convergence.png", table, 0.1)
+    assert (tmp_path / "convergence.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.003, "0.003"), (1, "1"), (500, "500"), (20_000, "20k"), (1_281_167, "1.28117M")]
+)
+def test_numbers_on_axes_are_short(value: float, text: str) -> None:
+    assert plain(value, 0) == text

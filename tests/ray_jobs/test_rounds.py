@@ -1,0 +1,334 @@
+"""What a fit does beside the plain way, in one process without Ray: passes, rounds, limits, one driver at a time."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from safetensors.torch import load_file
+
+from patterns import UserError
+from ray_jobs import driver, gather
+from ray_jobs.config import FitConfig, ModelConfig, Resources
+from ray_jobs.driver import Driver, TakenOverError, driving
+from ray_jobs.fit import fit, merge
+from ray_jobs.plan import passes
+from ray_jobs.run import Run
+from ray_jobs.session import StoppedShortError
+from tests.conftest import make_shards, write_tar
+
+HERE = Resources(workers=0, max_loss=0.0, retries=0)
+PREPARED = {"image_size": 16, "resize": 16, "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
+OVERFLOWING = """
+import torch
+from torch import nn
+
+
+def overflowing():
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 14 * 14, 2))
+    model[0].weight.data.abs_().mul_(1e36)
+    return model
+"""
+
+
+def configured(spec: str, shards: list[str], out: Path, **options: object) -> FitConfig:
+    return FitConfig(ModelConfig(spec, **PREPARED), tuple(shards), str(out), batch_size=4, **options)  # type: ignore[arg-type]
+
+
+def npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+def tensors(count: int, seed: int = 0) -> list[dict[str, object]]:
+    rng = np.random.default_rng(seed)
+    return [
+        {"__key__": f"t{seed}-{i}", "npy": npy(rng.normal(size=(3, 16, 16)).astype(np.float32))} for i in range(count)
+    ]
+
+
+def same(one: Path, other: Path) -> None:
+    a, b = load_file(one / "patterns.safetensors"), load_file(other / "patterns.safetensors")
+    assert a.keys() == b.keys()
+    for name in a:
+        assert (a[name].double() - b[name].double()).norm() <= 1e-9 * a[name].double().norm(), name
+
+
+def quarantined(run: Path) -> list[tuple[str, str]]:
+    return sorted((row["key"], row["stage"]) for row in pq.read_table(run / "quarantine.parquet").to_pylist())
+
+
+# --- rounds -----------------------------------------------------------------------------------------
+
+
+def test_only_what_was_refused_is_taken_up_again_and_gives_the_fit_of_mended_data(
+    model_spec: str, tmp_path: Path
+) -> None:
+    good = tensors(6)
+    cut = {**good[2], "npy": good[2]["npy"][:100]}  # type: ignore[index]
+    lost = {**good[4], "npy": b""}
+    shard, other = tmp_path / "a.tar", make_shards(tmp_path, 1, 5)[0]
+    write_tar(shard, [*good[:2], cut, good[3], lost, good[5]])
+    config = configured(model_spec, [str(shard), other], tmp_path / "run")
+    config = replace(config, model=replace(config.model, precision="float64"))  # other batches, the same sums
+    assert fit(config, HERE).manifest()["fit"]["samples"] == 9
+    assert quarantined(tmp_path / "run") == [(cut["__key__"], "decode"), (lost["__key__"], "decode")]
+
+    # One of them is mended, and a good one spoilt, which was counted and is not looked at again.
+    spoilt = {**good[0], "npy": b"spoilt"}
+    write_tar(shard, [spoilt, *good[1:4], lost, good[5]])
+    once = fit(config, HERE, retry_quarantined=True).manifest()["fit"]
+    assert (once["samples"], once["refused"], once["rounds_done"]) == (10, 1, 1)
+    assert quarantined(tmp_path / "run") == [(lost["__key__"], "decode")]
+
+    write_tar(shard, good)
+    twice = fit(config, HERE, retry_quarantined=True).manifest()["fit"]
+    assert (twice["samples"], twice["refused"]) == (11, 0)
+    assert quarantined(tmp_path / "run") == []
+    same(tmp_path / "run", Path(str(fit(replace(config, out=str(tmp_path / "whole")), HERE).folder)))
+
+    before = (tmp_path / "run" / "manifest.json").read_bytes()
+    fit(config, HERE, retry_quarantined=True)
+    assert (tmp_path / "run" / "manifest.json").read_bytes() == before, "there was nothing to take up again"
+
+
+def test_a_refused_sample_that_is_no_longer_there_stays_in_the_quarantine(model_spec: str, tmp_path: Path) -> None:
+    good = tensors(3)
+    bad = {**good[1], "npy": b""}
+    shard = write_tar(tmp_path / "a.tar", [good[0], bad, good[2]])
+    config = configured(model_spec, [str(shard)], tmp_path / "run")
+    fit(config, HERE)
+    write_tar(shard, [good[0], good[2]])
+    section = fit(config, HERE, retry_quarantined=True).manifest()["fit"]
+    assert (section["samples"], section["refused"]) == (2, 1)
+    assert quarantined(tmp_path / "run") == [(bad["__key__"], "read")]
+
+
+def test_an_interrupted_round_goes_on_with_or_without_being_asked_again(
+    model_spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = []
+    for number in range(3):
+        good = tensors(3, seed=number)
+        shards.append(str(write_tar(tmp_path / f"{number}.tar", [good[0], {**good[1], "npy": b""}, good[2]])))
+    config = configured(model_spec, shards, tmp_path / "run")
+    fit(config, HERE)
+    for number in range(3):
+        write_tar(tmp_path / f"{number}.tar", tensors(3, seed=number))
+    commit, commits = gather.GatherWorker.commit, []
+
+    def second_fails(self: gather.GatherWorker) -> object:
+        commits.append(self.shards)
+        if len(commits) == 2:
+            raise OSError(28, "No space left on device")
+        return commit(self)
+
+    monkeypatch.setattr(gather.GatherWorker, "commit", second_fails)
+    with pytest.raises(OSError, match="No space left"):
+        fit(config, HERE, retry_quarantined=True)
+    assert Run(tmp_path / "run").manifest()["fit"]["samples"] == 6
+    section = fit(config, HERE).manifest()["fit"]
+    assert (section["samples"], section["refused"]) == (9, 0)
+    assert sum(len(shards) for shards in commits) == 4, "a shard whose samples counted was read again"
+
+
+# --- samples that the model cannot take ---------------------------------------------------------------
+
+
+def test_samples_without_a_finite_output_are_refused_and_spoil_no_sum(tmp_path: Path) -> None:
+    (tmp_path / "m.py").write_text(OVERFLOWING)
+    good, more = tensors(5, seed=1), tensors(4, seed=2)
+    hot = {"__key__": "hot", "npy": npy(np.full((3, 16, 16), 1e3, np.float32))}
+    clean = [str(write_tar(tmp_path / f"clean{i}.tar", s)) for i, s in enumerate((good, more))]
+    mixed = [clean[0], str(write_tar(tmp_path / "mixed.tar", [*more[:2], hot, *more[2:]]))]
+    spec = f"{tmp_path}/m.py:overflowing"
+    patient = replace(HERE, max_loss=900.0, retries=1)
+    run = fit(configured(spec, mixed, tmp_path / "run", estimators=("linear",)), patient)
+    assert run.manifest()["fit"]["samples"] == 9
+    assert quarantined(tmp_path / "run") == [("hot", "model")]
+    same(tmp_path / "run", Path(str(fit(configured(spec, clean, tmp_path / "c", estimators=("linear",)), HERE).folder)))
+
+
+# --- limits -------------------------------------------------------------------------------------------
+
+
+def test_a_run_of_mostly_garbage_ends_and_says_so(model_spec: str, tmp_path: Path) -> None:
+    shards = []
+    for number in range(12):
+        rows = tensors(20, seed=number)
+        garbage = [{**row, "npy": b""} for row in rows[6:]]
+        shards.append(str(write_tar(tmp_path / f"{number:02d}.tar", [*rows[:6], *garbage])))
+    config = configured(model_spec, shards, tmp_path / "run")
+    with pytest.raises(UserError, match=r"\d+ of 100 samples were refused.*--max-bad-fraction"):
+        fit(config, HERE)
+    begun = gather.read_ledger(gather.located(tmp_path / "run" / "moments"))
+    assert begun.samples == 30, "it read on, or lost what it had"
+    assert fit(config, replace(HERE, max_bad_fraction=0.8)).manifest()["fit"]["samples"] == 72
+
+
+def test_passes_over_the_data_give_the_patterns_of_one_pass(model_spec: str, tmp_path: Path) -> None:
+    from ray_jobs import models
+
+    shards = make_shards(tmp_path, 4, 5)
+    config = configured(model_spec, shards, tmp_path / "one")
+    whole = fit(config, HERE)
+    network = models.load(config.model).network
+    enough = next(m for m in range(2**26, 2**28, 512) if fits(network, config, m))
+    few = fit(replace(config, out=str(tmp_path / "few"), memory=enough), HERE)
+    count = len(passes(network, config.estimators, enough, config.batch_size))
+    assert count > 2
+    assert len(list((tmp_path / "few" / "moments").iterdir())) == count
+    same(tmp_path / "one", tmp_path / "few")
+    neurons = [pq.read_table(tmp_path / name / "neurons.parquet") for name in ("one", "few")]
+    assert neurons[0]["n"].equals(neurons[1]["n"])
+    assert whole.manifest()["fit"]["samples"] == few.manifest()["fit"]["samples"] == 20
+    with pytest.raises(UserError, match=r"its moments take .* MiB, and --memory .* leaves .* beside the model"):
+        fit(replace(config, out=str(tmp_path / "none"), memory=2**20), HERE)
+    assert not (tmp_path / "none").exists()
+
+
+def fits(network: object, config: FitConfig, memory: int) -> bool:
+    try:
+        passes(network, config.estimators, memory, config.batch_size)  # type: ignore[arg-type]
+    except UserError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("most", [2, 5])
+def test_parts_that_are_merged_on_the_way_give_the_same_patterns(
+    model_spec: str, tmp_path: Path, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = make_shards(tmp_path / "s", 16, 2)
+    bad = str(write_tar(tmp_path / "s" / "bad.tar", [*tensors(2), {"__key__": "cut", "npy": b""}]))
+    config = configured(model_spec, [*shards, bad], tmp_path / "plain")
+    fit(config, HERE)
+    monkeypatch.setattr(gather, "MOST_PARTS", most)
+    monkeypatch.setattr(gather, "MERGED_AT_ONCE", most)
+    merging = fit(replace(config, out=str(tmp_path / "merging")), HERE)
+    same(tmp_path / "plain", tmp_path / "merging")
+    assert len(list((tmp_path / "merging" / "moments").glob("part-*.safetensors"))) <= most + 1
+    assert merging.manifest()["fit"]["samples"] == 34
+    assert quarantined(tmp_path / "merging") == [("cut", "decode")]
+
+
+def test_a_merged_fit_of_mended_data_keeps_its_quarantine_and_its_rounds(model_spec: str, tmp_path: Path) -> None:
+    folders = []
+    for name in ("a", "b"):
+        good = tensors(3, seed=ord(name))
+        shard = write_tar(tmp_path / f"{name}.tar", [good[0], {**good[1], "npy": b""}, {**good[2], "npy": b""}])
+        config = configured(model_spec, [str(shard)], tmp_path / name)
+        fit(config, replace(HERE, max_bad_fraction=1.0))
+        folders.append(str(config.out))
+        if name == "a":
+            write_tar(shard, [*good[:2], {**good[2], "npy": b""}])
+            fit(config, replace(HERE, max_bad_fraction=1.0), retry_quarantined=True)
+    merged = merge(folders, str(tmp_path / "both"), HERE).manifest()["fit"]
+    assert (merged["samples"], merged["refused"], merged["rounds_done"]) == (3, 3, 1)
+    assert len(quarantined(tmp_path / "both")) == 3
+
+
+# --- one driver ---------------------------------------------------------------------------------------
+
+
+def test_a_second_driver_is_refused_while_the_first_is_alive(
+    model_spec: str, shards: list[str], tmp_path: Path
+) -> None:
+    config = configured(model_spec, shards[:1], tmp_path / "run")
+    run = Run(tmp_path / "run")
+    with (
+        driving(run, "fit"),
+        pytest.raises(UserError, match=rf"process {os.getpid()} on \S+ works on it, and was heard \d+ s ago\. Wait"),
+    ):
+        fit(config, HERE)
+    fit(config, HERE)
+
+
+def test_a_driver_that_is_dead_holds_up_no_other(tmp_path: Path) -> None:
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    gone = replace(Driver.this(), pid=int(dead.stdout))
+    (tmp_path / "progress.json").write_text(json.dumps({"driver": vars(gone), "time": time.time()}))
+    with driving(Run(tmp_path), "fit"):
+        pass
+    elsewhere = replace(gone, host="another machine")
+    for silent, refused in ((1.0, True), (31.0, False)):
+        note = {"driver": vars(elsewhere), "time": time.time() - silent}
+        (tmp_path / "progress.json").write_text(json.dumps(note))
+        if refused:
+            with pytest.raises(UserError, match="another machine works on it"), driving(Run(tmp_path), "fit"):
+                pass
+        else:
+            with driving(Run(tmp_path), "fit"):
+                pass
+
+
+def test_a_process_that_has_the_number_of_a_dead_one_is_not_taken_for_it() -> None:
+    assert not Driver.this().gone()
+    assert replace(Driver.this(), begun="1").gone()
+
+
+def test_a_driver_that_was_taken_over_counts_nothing_more(
+    model_spec: str, shards: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configured(model_spec, shards[:3], tmp_path / "run")
+    commit, taken = gather.GatherWorker.commit, []
+
+    def taken_over(self: gather.GatherWorker) -> object:
+        if taken:
+            driver.Beat(Run(tmp_path / "run"), Driver.this(), "fit").note()
+        taken.append(self.shards)
+        return commit(self)
+
+    monkeypatch.setattr(gather.GatherWorker, "commit", taken_over)
+    with pytest.raises(TakenOverError, match="another driver works on it now"):
+        fit(config, HERE)
+    assert gather.read_ledger(gather.located(tmp_path / "run" / "moments")).counted() == {0}
+
+
+# --- what is said -------------------------------------------------------------------------------------
+
+
+def test_log_lines_for_machines_are_json_with_run_worker_and_shard(
+    model_spec: str, shards: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "broken.tar"
+    broken.write_bytes(b"not a tar")
+    config = configured(model_spec, [*shards[:2], str(broken)], tmp_path / "run")
+    with pytest.raises(StoppedShortError):
+        fit(config, replace(HERE, log="json"))
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert len(lines) >= 4
+    assert all(line["run"] == str(tmp_path / "run") and line["job"] == "fit" and line["time"] for line in lines)
+    failed = next(line for line in lines if line.get("shard") == str(broken))
+    assert failed["worker"] == lines[0]["worker"]
+    assert "broken.tar" in failed["message"]
+    assert lines[-1]["message"] or lines[-1]["samples"] == 12
+
+
+def test_ctrl_c_without_ray_commits_what_is_done(
+    model_spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = make_shards(tmp_path / "s", 6, 2)
+    work, done = gather.GatherWorker.work, []
+
+    def interrupted(self: gather.GatherWorker, *task: object) -> object:
+        done.append(task)
+        if len(done) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return work(self, *task)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(gather.GatherWorker, "work", interrupted)
+    config = configured(model_spec, shards, tmp_path / "run")
+    with pytest.raises(StoppedShortError, match="stopped with 3 of 6 shards undone; the same command goes on"):
+        fit(config, replace(HERE, max_loss=900.0))
+    assert gather.read_ledger(gather.located(tmp_path / "run" / "moments")).counted() == {0, 1, 2}

@@ -1,0 +1,82 @@
+"""A fit that ends once its patterns are sure enough: early, truthfully, and the same when it is taken up again."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from ray_jobs.config import FitConfig, ModelConfig, Resources
+from ray_jobs.fit import fit
+from ray_jobs.session import StoppedShortError
+from tests.conftest import make_shards
+
+HERE = Resources(workers=0, max_loss=0.0)
+PREPARED = {"image_size": 16, "resize": 16, "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
+
+
+@pytest.fixture(scope="module")
+def config(model_spec: str, tmp_path_factory: pytest.TempPathFactory) -> FitConfig:
+    folder = tmp_path_factory.mktemp("until")
+    shards = make_shards(folder / "s", 40, 8, seed=3)
+    model = ModelConfig(model_spec, **PREPARED)  # type: ignore[arg-type]
+    return FitConfig(model, tuple(shards), str(folder / "run"), 8, ("linear",), until_converged=0.4)
+
+
+def test_a_fit_ends_once_its_patterns_are_sure_enough_and_keeps_and_draws_the_curve(config: FitConfig) -> None:
+    section = fit(config, HERE).manifest()["fit"]
+    sure = section["converged"]
+    assert section["status"] == "complete"
+    assert 4 * 8 <= section["samples"] < 40 * 8
+    assert section["samples"] - 8 <= sure["samples"] <= section["samples"], "it took more than the shard it was at"
+    assert sure["error"] <= 0.4
+    folder = Path(config.out)
+    rows = pq.read_table(folder / "convergence.parquet").to_pylist()
+    looks = sorted({row["samples"] for row in rows})
+    worst = [max((row["p90"] or 9.0) for row in rows if row["samples"] == n) for n in looks]
+    assert len(looks) > 3
+    assert worst[-1] == sure["error"]
+    assert all(error > 0.4 for error in worst[:-1]), "it went on although it was sure enough"
+    assert {row["operator"] for row in rows} == {"0", "2.conv1", "2.conv2", "addition.0", "average_pool.0", "6"}
+    assert any(row["change"] for row in rows)
+    with Image.open(folder / "convergence.png") as picture:
+        assert picture.width > 300
+    before = (folder / "patterns.safetensors").stat().st_mtime_ns
+    fit(config, HERE)
+    assert (folder / "patterns.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_fit_that_never_gets_so_sure_takes_all_shards_and_says_how_sure_it_is(
+    config: FitConfig, tmp_path: Path
+) -> None:
+    few = replace(config, shards=config.shards[:6], out=str(tmp_path / "run"), until_converged=1e-6)
+    section = fit(few, HERE).manifest()["fit"]
+    assert section["samples"] == 48
+    assert section["converged"]["error"] > 1e-6
+    assert section["converged"]["samples"] == 48
+
+
+def test_a_fit_that_was_stopped_when_it_was_sure_enough_reads_no_more(
+    config: FitConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    again = replace(config, out=str(tmp_path / "run"))
+    with monkeypatch.context() as patched:
+        patched.setattr("ray_jobs.fit.finish", stopped)
+        with pytest.raises(StoppedShortError):
+            fit(again, HERE)
+    monkeypatch.setattr("ray_jobs.gather.GatherWorker.work", lambda *_: pytest.fail("a shard was read"))
+    section = fit(again, HERE).manifest()["fit"]
+    assert section["converged"]["error"] <= 0.4
+    assert section["samples"] == section["converged"]["samples"]  # the shard it was at is looked at too
+
+
+def stopped(*_: object) -> None:
+    raise StoppedShortError("as a kill would")
+
+
+def test_looks_at_the_parts_of_a_clusters_workers_end_a_fit_too(local_ray: None, config: FitConfig, tmp_path: Path) -> None:
+    out = replace(config, out=str(tmp_path / "run"))
+    section = fit(out, Resources(workers=2, gpus_per_worker=0, max_loss=0.0)).manifest()["fit"]
+    assert section["converged"]["error"] <= 0.4
+    assert 32 <= section["samples"] <= 320
