@@ -19,10 +19,10 @@ from typing import Annotated, Any, Self
 
 import typer
 
-from cluster.processes import LOOK_EVERY, Process, below, end_session, kill, of_session
+from cluster.processes import LOOK_EVERY, Process, below, end_session, of_session, send
 
 ROOT = Path(__file__).parents[1]
-GRACE = 10.0  # seconds that processes have to end by themselves
+GRACE = 2.0  # seconds that the processes of a killed node have to end by themselves
 SETTINGS = {
     "RAY_AUTH_MODE": "disabled",  # explicitly, else Ray goes by what earlier runs left in the home directory
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # listen on 127.0.0.1, rather than on every interface
@@ -91,19 +91,17 @@ class LocalCluster:
         """Lose a node: SIGKILL its raylet, and wait until all of its processes have ended."""
         node = self.nodes.pop(number)
         pids = {node.raylet, *(p.pid for p in below(node.raylet))}
-        kill([node.raylet])
+        send(signal.SIGKILL, [node.raylet])
         deadline = time.monotonic() + GRACE
         while left := pids & {p.pid for p in self.processes()}:
             if time.monotonic() > deadline:  # such as are stopped cannot see that their raylet is gone
-                kill(left)
+                send(signal.SIGKILL, left)
             time.sleep(LOOK_EVERY)
 
     def stop_node(self, number: int) -> None:
         """Let a node hang: SIGSTOP all of its processes. Only `kill_node` does anything to it afterwards."""
         raylet = self.nodes[number].raylet
-        for pid in (raylet, *(p.pid for p in below(raylet))):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGSTOP)
+        send(signal.SIGSTOP, [raylet, *(p.pid for p in below(raylet))])
 
     def processes(self) -> list[Process]:
         """Every process of the cluster."""

@@ -58,12 +58,12 @@ def below(ancestor: int) -> list[Process]:
 def end_session(session: int, but: int = 0) -> None:
     """SIGKILL every process of a session but one, and wait until none is left."""
     while others := [p.pid for p in of_session(session) if p.pid != but]:
-        kill(others)
+        send(signal.SIGKILL, others)
         time.sleep(LOOK_EVERY)
 
 
-def kill(pids: Iterable[int]) -> None:
-    """SIGKILL processes, of which some may have ended meanwhile."""
+def send(number: signal.Signals, pids: Iterable[int]) -> None:
+    """Send a signal to processes, of which some may have ended meanwhile."""
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+            os.kill(pid, number)
