@@ -22,6 +22,7 @@ import typer
 from cluster.processes import LOOK_EVERY, Process, below, end_session, of_session, send
 
 ROOT = Path(__file__).parents[1]
+END_WITHIN = 60.0  # seconds that the keeper has to stop everything
 GRACE = 2.0  # seconds that the processes of a killed node have to end by themselves
 SETTINGS = {
     "RAY_AUTH_MODE": "disabled",  # explicitly, else Ray goes by what earlier runs left in the home directory
@@ -114,8 +115,10 @@ class LocalCluster:
 
     def close(self) -> None:
         """Stop every process of the cluster."""
-        self.keeper.communicate()  # the end of its stdin ends it
-        end_session(self.keeper.pid)  # where it was killed itself
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.keeper.communicate(timeout=END_WITHIN)  # the end of its stdin ends it
+        end_session(self.keeper.pid)  # where it hangs, or was killed itself
+        self.keeper.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
         self.nodes = {}
 
