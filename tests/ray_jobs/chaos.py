@@ -34,7 +34,7 @@ class Fault:
     """One thing to happen.
 
     after: seconds since the last fault of this driver's life, or since its first shard was done.
-    starting: counts the seconds from the driver's start instead, whether a shard was done or not.
+    starting: counts the seconds from the start of a driver instead, the one after a driver that was struck.
     aimed: waits further, for the next file in the run's folder to appear, and so strikes amid writing.
     choice: which of the possible victims, in [0, 1).
     """
@@ -51,7 +51,7 @@ def schedule(seed: int) -> tuple[Fault, ...]:
     rng = random.Random(seed)
     faults: list[Fault] = []
     for kind in rng.choices(list(KINDS), list(KINDS.values()), k=rng.randint(1, 3)):
-        starting = bool(faults) and kind in STARTING and rng.random() < 0.3
+        starting = bool(faults) and faults[-1].kind in DRIVER and kind in STARTING and rng.random() < 0.5
         after = rng.uniform(0, 8) if starting else rng.uniform(0, 0.8)
         faults.append(Fault(kind, after, starting, not starting and rng.random() < 0.4, rng.random()))
     return tuple(faults)
@@ -165,12 +165,16 @@ class Trial:
         try:
             while life.alive():
                 midway = life.working()
-                if left and life.due(left[0]):
+                untouched = all(struck.life < number for struck in self.struck)
+                if left and (untouched or not left[0].starting) and life.due(left[0]):
                     seconds = time.monotonic() - life.began
                     victim = self.strike(left[0], life.driver)
                     if victim is not None:
-                        self.struck.append(Struck(left.popleft(), number, seconds, victim, midway))
+                        fault = left.popleft()
+                        self.struck.append(Struck(fault, number, seconds, victim, midway))
                         life.counted_from = time.monotonic() if midway else None
+                        if fault.kind == "driver-KILL":
+                            break
                 time.sleep(TICK)
         finally:
             self.statuses.append(life.end())
