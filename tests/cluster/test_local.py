@@ -1,0 +1,131 @@
+"""A cluster of several nodes on this machine: what joins, what is lost, and that nothing is left behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster.local import ROOT, LocalCluster, Node
+from cluster.processes import of_session, processes
+
+# Attached drivers, as users have them: each prints one line of JSON.
+# It ends once a node is dead.
+NODES = """
+import json, ray, time
+ray.init()
+while all(n["Alive"] for n in ray.nodes() if n["NodeID"] == "{id}"):
+    time.sleep(0.2)
+print(json.dumps({{n["NodeID"]: n["Alive"] for n in ray.nodes()}}))
+"""
+SPREAD = """
+import json, os, ray
+ray.init()
+
+@ray.remote(num_cpus=2, num_gpus=1)
+class Worker:
+    def node(self):
+        return ray.get_runtime_context().get_node_id(), os.environ["CUDA_VISIBLE_DEVICES"]
+
+workers = [Worker.remote() for _ in range(2)]
+print(json.dumps(ray.get([w.node.remote() for w in workers])))
+"""
+# An owner that says which session its cluster has, and then does nothing more.
+OWNER = """
+import time
+from cluster.local import LocalCluster
+
+with LocalCluster(nodes=2) as cluster:
+    print(cluster.keeper.pid, cluster.folder, flush=True)
+    time.sleep(1000)
+"""
+
+
+def attached(cluster: LocalCluster, code: str) -> object:
+    """What a driver of this code prints."""
+    env = {**os.environ, **cluster.environment}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True, timeout=60)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def wait_until_dead(cluster: LocalCluster, lost: Node) -> None:
+    """Until the cluster holds a node for dead, and only that."""
+    alive = attached(cluster, NODES.format(id=lost.id))
+    assert isinstance(alive, dict)
+    assert not alive[lost.id]
+    assert all(alive[node.id] for node in cluster.nodes.values() if node != lost)
+
+
+def within(seconds: float, holds: Callable[[], bool]) -> bool:
+    """Whether something comes to hold within some time."""
+    deadline = time.monotonic() + seconds
+    while not (held := holds()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return held
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[LocalCluster]:
+    with LocalCluster(nodes=2, cpus=2, gpus=1) as cluster:
+        yield cluster
+
+
+def test_every_node_offers_what_it_claims_to_have(cluster: LocalCluster) -> None:
+    ids = {node.id for node in cluster.nodes.values()}
+    spread = attached(cluster, SPREAD)
+    assert isinstance(spread, list)
+    assert {node for node, _ in spread} == ids
+    assert {gpus for _, gpus in spread} == {"0"}
+
+
+@pytest.mark.parametrize("hangs", [False, True], ids=["killed", "hung"])
+def test_a_lost_node_is_dead_to_the_cluster_and_none_of_its_processes_lives_on(
+    cluster: LocalCluster, hangs: bool
+) -> None:
+    node = cluster.add_node()
+    own = {p.pid for p in cluster.processes() if node.raylet in (p.pid, p.parent)}
+    assert len(own) > 1
+    if hangs:
+        cluster.stop_node(node.number)
+        wait_until_dead(cluster, node)
+    cluster.kill_node(node.number)
+    assert not own & {p.pid for p in processes()}
+    wait_until_dead(cluster, node)
+
+
+def test_nothing_is_left_behind_by_a_keeper_that_is_killed() -> None:
+    with LocalCluster(nodes=2) as cluster:
+        session, folder = cluster.keeper.pid, Path(cluster.folder)
+        assert len(of_session(session)) > 5
+        cluster.keeper.kill()
+    assert not of_session(session)
+    assert not folder.exists()
+
+
+def test_nothing_is_left_behind_by_an_owner_that_is_killed() -> None:
+    with subprocess.Popen([sys.executable, "-c", OWNER], cwd=ROOT, stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout is not None
+        session, folder = owner.stdout.readline().split()
+        assert len(of_session(int(session))) > 5
+        owner.kill()
+    assert within(30, lambda: not of_session(int(session)) and not Path(folder).exists())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_command_says_how_to_use_the_cluster_and_stops_it_on(number: signal.Signals) -> None:
+    command = [sys.executable, "-m", "cluster.local", "--nodes", "1", "--cpus", "1"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout is not None
+        said = [owner.stdout.readline() for _ in range(3)]
+        (keeper,) = [p for p in processes() if p.parent == owner.pid]
+        owner.send_signal(number)
+        assert owner.wait(30) == 0
+    assert not of_session(keeper.session)
+    assert said[0].startswith("1 nodes at 127.0.0.1:")
+    assert "RAY_ADDRESS=127.0.0.1:" in said[1]
+    assert "ray job submit --address http://127.0.0.1:" in said[2]

@@ -1,0 +1,158 @@
+"""Jobs that are struck at random instants, on a real cluster of several nodes: the same results as undisturbed ones.
+
+A trial's seed is in its id, so `pytest -m '' 'tests/ray_jobs/test_chaos.py::NAME[seed-17]'` repeats it.
+"""
+
+import json
+import re
+import signal
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from safetensors.torch import load_file
+
+from cluster.local import LocalCluster
+from tests.conftest import make_shards
+from tests.ray_jobs.chaos import NODES, SlowStorage, Trial, schedule
+
+SHARDS, SAMPLES = 24, 3
+PREPARED = ["--image-size", "16", "--resize", "16", "--mean", "0.5,0.5,0.5", "--std", "0.25,0.25,0.25"]
+FAULTS = ["--stall-timeout", "5", "--retries", "20", "--batch-size", "2", "--gpus-per-worker", "0"]
+SECONDS_PER_SHARD = 0.3  # 24 shards take two workers longer than three faults of a schedule
+
+
+def seeds(first: int, count: int, quick: set[int]) -> list[object]:
+    """Seeds of trials, all but the quick ones for the soak."""
+    return [
+        pytest.param(seed, marks=() if seed in quick else pytest.mark.slow, id=f"seed-{seed}")
+        for seed in range(first, first + count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[LocalCluster]:
+    with LocalCluster(nodes=NODES, cpus=1) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Shards as `--shards` takes them, on a server that takes its time over each."""
+    folder = tmp_path_factory.mktemp("storage")
+    make_shards(folder, SHARDS, SAMPLES)
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(SlowStorage, directory=str(folder))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/train-{{000..{SHARDS - 1:03d}}}.tar"
+        server.shutdown()
+
+
+def fit(model_spec: str, storage: str, out: Path) -> list[str]:
+    options = ["--model", model_spec, "--shards", storage, "--out", str(out), "--max-loss", "0.5"]
+    return ["fit", *options, *PREPARED, *FAULTS]
+
+
+def explain(patterns: Path, storage: str, out: Path) -> list[str]:
+    return ["explain", "--patterns", str(patterns), "--shards", storage, "--out", str(out), *FAULTS]
+
+
+def undisturbed(cluster: LocalCluster, command: list[str], folder: Path) -> Path:
+    """The run's folder of a command that nothing strikes."""
+    trial = Trial(cluster, command, folder, folder.parent, ())
+    trial.run()
+    assert trial.statuses == [0], trial.story()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def fitted(cluster: LocalCluster, model_spec: str, storage: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("fitted") / "run"
+    return undisturbed(cluster, fit(model_spec, storage, out), out)
+
+
+@pytest.fixture(scope="module")
+def explained(cluster: LocalCluster, fitted: Path, storage: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("explained") / "run"
+    return undisturbed(cluster, explain(fitted, storage, out), out)
+
+
+@pytest.fixture
+def slowly() -> Iterator[None]:
+    SlowStorage.delay = SECONDS_PER_SHARD
+    yield
+    SlowStorage.delay = 0.0
+
+
+def survive(trial: Trial) -> None:
+    """Run a trial; it must end, with the right statuses on the way, after it was truly struck, and leave no process."""
+    trial.run()
+    print(trial.story())  # shown where the test fails
+    assert trial.statuses[-1] == 0, "the job never came to its end"
+    for life, status in enumerate(trial.statuses):
+        kinds = {struck.fault.kind for struck in trial.struck if struck.life == life}
+        stopped, killed = kinds & {"driver-TERM", "driver-INT"}, kinds & {"driver-KILL"}
+        expected = {0} | ({3} if stopped else set()) | ({-signal.SIGKILL} if killed else set())
+        assert status in expected, f"life {life} ended with {status} after {kinds or 'no fault'}"
+    assert any(struck.midway for struck in trial.struck), "nothing struck amid the work"
+    assert 2 * len(trial.struck) >= len(trial.faults), "most faults found nothing to strike"
+    assert trial.leaked() == []
+
+
+def kinds_of_files(folder: Path) -> set[str]:
+    """The paths of a run's files, with a star for what is random in their names."""
+    return {re.sub(r"[0-9a-f]{32}", "*", str(p.relative_to(folder))) for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("seed", seeds(0, 55, quick={2, 9, 27, 28, 32}))
+@pytest.mark.usefixtures("slowly")
+def test_a_fit_that_is_struck_has_the_patterns_of_one_that_is_not(
+    cluster: LocalCluster, model_spec: str, storage: str, fitted: Path, tmp_path: Path, seed: int
+) -> None:
+    out = tmp_path / "run"
+    survive(Trial(cluster, fit(model_spec, storage, out), out, tmp_path, schedule(seed)))
+    counted = json.loads((out / "manifest.json").read_text())["fit"]
+    told = {name: counted[name] for name in ("status", "shards", "samples", "refused", "missing")}
+    assert told == {"status": "complete", "shards": SHARDS, "samples": SHARDS * SAMPLES, "refused": 0, "missing": {}}
+    columns = ["operator", "neuron", "n", "n_positive"]
+    ours, theirs = (pq.read_table(folder / "neurons.parquet", columns=columns) for folder in (out, fitted))
+    assert ours.equals(theirs)
+    same_patterns(out, fitted)
+    assert kinds_of_files(out) == kinds_of_files(fitted)
+    assert unnamed_parts(out / "moments") == []
+
+
+def same_patterns(one: Path, other: Path) -> None:
+    """Equal to 1e-9 relative, tensor by tensor."""
+    ours, theirs = load_file(one / "patterns.safetensors"), load_file(other / "patterns.safetensors")
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        difference = (ours[name].double() - theirs[name].double()).norm()
+        assert difference <= 1e-9 * theirs[name].double().norm(), name
+
+
+def unnamed_parts(moments: Path) -> list[str]:
+    """The parts that are named in no other file of their folder, and so count nowhere."""
+    parts = set(moments.glob("*.safetensors"))
+    ledger = b"".join(p.read_bytes() for p in moments.iterdir() if p.is_file() and p not in parts)
+    return [p.name for p in parts if p.name.encode() not in ledger]
+
+
+@pytest.mark.parametrize("seed", seeds(1000, 12, quick={1000, 1003}))
+@pytest.mark.usefixtures("slowly")
+def test_explanations_are_the_same_bytes_whatever_strikes(
+    cluster: LocalCluster, storage: str, fitted: Path, explained: Path, tmp_path: Path, seed: int
+) -> None:
+    out = tmp_path / "run"
+    survive(Trial(cluster, explain(fitted, storage, out), out, tmp_path, schedule(seed)))
+    assert kinds_of_files(out) == kinds_of_files(explained)
+    tars = sorted(explained.rglob("*.tar"))
+    assert len(tars) == SHARDS
+    for tar in tars:
+        assert (out / tar.relative_to(explained)).read_bytes() == tar.read_bytes(), tar.name
+    ours, theirs = (pq.read_table(folder / "explanations.parquet") for folder in (out, explained))
+    assert ours.num_rows == SHARDS * SAMPLES
+    assert ours.equals(theirs)
