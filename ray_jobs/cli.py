@@ -4,6 +4,7 @@ Exit status: 0 done; 2 bad usage or input; 3 stopped short, nothing lost; 1 anyt
 """
 
 import logging
+import signal
 import sys
 import time
 import warnings
@@ -353,7 +354,10 @@ COMMANDS = {command.callback.__name__ for command in app.registered_commands if 
 
 def main() -> None:
     """Run the program and exit with its status."""
-    sys.exit(exit_status(sys.argv[1:]))
+    status = exit_status(sys.argv[1:])
+    for number in (signal.SIGTERM, signal.SIGINT):  # the status is known; nothing may change it on the way out
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit(status)
 
 
 def exit_status(arguments: list[str]) -> int:

@@ -83,14 +83,17 @@ class ExplainWorker:
     """Holds the model and its patterns, and nothing that a lost worker would take along."""
 
     def __init__(self, config: ExplainConfig, weights: str, share: Share = Share()) -> None:  # noqa: B008 - frozen
-        self.config, self.share = config, share
-        self.loaded = share.load(config.model, weights)
-        self.explainer = explainer(config, self.loaded)
-        self.outputs = outputs(config)
+        self.config, self.weights, self.share = config, weights, share
 
-    def ready(self) -> Place:
-        """Where this worker runs, once its model is loaded."""
+    def place(self) -> Place:
+        """Where this worker runs."""
         return self.share.place()
+
+    def ready(self) -> None:
+        """Load the model and its patterns."""
+        self.loaded = self.share.load(self.config.model, self.weights)
+        self.explainer = explainer(self.config, self.loaded)
+        self.outputs = outputs(self.config)
 
     def work(self, shard: str) -> Iterator[ShardReport]:
         """Explain a whole shard, telling after each batch how far it is.

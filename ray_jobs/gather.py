@@ -71,13 +71,17 @@ class GatherWorker:
         share: Share = Share(),  # noqa: B008 - frozen
     ) -> None:
         self.folder, self.batch_size, self.share = located(folder), batch_size, share
-        self.loaded = share.load(model, weights)
-        self.observation = observe(self.loaded.network)
-        self.forget()
+        self.model, self.weights, self.observer = model, weights, observe
 
-    def ready(self) -> Place:
-        """Where this worker runs, once its model is loaded."""
+    def place(self) -> Place:
+        """Where this worker runs."""
         return self.share.place()
+
+    def ready(self) -> None:
+        """Load the model."""
+        self.loaded = self.share.load(self.model, self.weights)
+        self.observation = self.observer(self.loaded.network)
+        self.forget()
 
     def forget(self) -> None:
         """Drop the moments not yet committed."""

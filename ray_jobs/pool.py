@@ -16,6 +16,7 @@ from ray import ObjectRefGenerator
 from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, RayTaskError
 
 STARTS = 3  # failures to start a worker, one after the other, before the pool gives up
+STARTING = ("place", "ready")
 TICK = 0.5  # seconds
 BACK_OFF = 1.0  # seconds until an item is tried again, doubled by each attempt
 COMMIT_SHARE = 200  # a worker works so many times as long as its last commit took, before the next
@@ -42,25 +43,26 @@ class Job(Protocol):
         """How many workers to have now."""
 
     def spawn(self) -> Any:
-        """A new actor with methods `ready()`, `work(*task)` and, where the job commits, `commit()`.
+        """A new actor with methods `place()`, `ready()`, `work(*task)` and, where the job commits, `commit()`.
 
-        `work` is a generator that tells now and then how far it is; the last it tells is its result.
+        `place` answers as soon as the actor has a place, which it may wait for; `ready` prepares it. `work`
+        is a generator that tells now and then how far it is; the last it tells is its result.
         """
 
     def task(self, item: str) -> tuple[Any, ...]:
         """What a worker is told of an item."""
 
     def started(self, told: Any) -> None:
-        """A worker is ready; `told` is what its `ready()` returned."""
+        """A worker is ready; `told` is what its `place()` returned."""
 
     def leaving(self, told: Any) -> bool:
-        """Whether the worker that told this when it was ready must leave its node."""
+        """Whether the worker at this place must leave its node."""
 
     def gone(self, told: Any, error: Exception | None) -> None:
         """A worker left, or was lost by an error."""
 
     def began(self, item: str, by: Any) -> None:
-        """A worker, known by what it told when it was ready, was given an item."""
+        """A worker, known by its place, was given an item."""
 
     def heard(self, item: str, told: Any) -> None:
         """How far a worker is with an item."""
@@ -84,7 +86,7 @@ class Worker:
 
     actor: Any
     place: Any = None
-    doing: str = "ready"
+    doing: str = "place"
     item: str | None = None
     told: Any = None
     begun: float = 0.0
@@ -133,7 +135,7 @@ class _Pool:
         try:
             while True:
                 self.assign()
-                busy = [w for w in self.calls.values() if w.doing != "ready"]
+                busy = [w for w in self.calls.values() if w.doing not in STARTING]
                 if not busy and (not (self.queue or self.later) or self.stopping()):
                     break
                 ready, _ = ray.wait(list(self.calls), num_returns=1, timeout=TICK) if self.calls else ([], [])
@@ -175,10 +177,10 @@ class _Pool:
             else:
                 self.idle.append(worker)
         if not self.stopping():
-            busy = sum(worker.doing != "ready" for worker in self.calls.values())
+            busy = sum(worker.doing not in STARTING for worker in self.calls.values())
             wanted = min(self.job.places(), busy + len(self.idle) + len(self.queue))
             for _ in range(wanted - len(self.calls) - len(self.idle)):
-                self.call(Worker(self.job.spawn()), "ready")
+                self.call(Worker(self.job.spawn()), "place")
 
     def interval(self, worker: Worker) -> float:
         """Seconds between a worker's commits: so many that these cost little, and no more than may be lost."""
@@ -213,13 +215,16 @@ class _Pool:
             self.fail(worker, plain(error))
         else:
             self.take(worker, worker.told)
-            self.idle.append(worker)
+            if worker.doing == "place":
+                self.call(worker, "ready")
+            else:
+                self.idle.append(worker)
 
     def watch(self) -> None:
-        """Give up workers that have not said a word for too long. One that is not ready may be waiting for a place."""
+        """Give up workers that have not said a word for too long, but those that may be waiting for a place."""
         now = time.monotonic()
         for call, worker in list(self.calls.items()):
-            if worker.doing != "ready" and now - worker.heard > self.job.stall_timeout:
+            if worker.doing != "place" and now - worker.heard > self.job.stall_timeout:
                 del self.calls[call]
                 self.fail(worker, StalledError(f"no progress for {self.job.stall_timeout:.0f} s"))
             elif worker.item is not None and now - worker.begun > self.job.item_timeout:
@@ -228,10 +233,11 @@ class _Pool:
 
     def take(self, worker: Worker, result: Any) -> None:
         now = time.monotonic()
-        if worker.doing == "ready":
-            self.troubles = 0
+        if worker.doing == "place":
             worker.place = result
-            self.job.started(result)
+        elif worker.doing == "ready":
+            self.troubles = 0
+            self.job.started(worker.place)
         elif worker.doing == "commit":
             self.troubles = 0
             worker.commit_cost = now - worker.begun
@@ -259,13 +265,13 @@ class _Pool:
         else:
             self.troubles += 1
             if self.troubles >= STARTS and self.error is None:
-                what = "be started" if worker.doing == "ready" else "commit"
+                what = "be started" if worker.doing in STARTING else "commit"
                 self.error = PoolError(f"workers cannot {what}; the last time: {error}")
         if worker.item is not None and isinstance(error, self.job.bad_input):
             self.idle.append(worker)
         else:  # a commit that it may still finish is ignored
             ray.kill(worker.actor)
-            if worker.place is not None:
+            if worker.doing not in STARTING:
                 self.job.gone(worker.place, error)
 
     def retry(self, item: str, error: Exception) -> None:
@@ -286,7 +292,8 @@ def alone(items: Iterable[str], job: Job, worker: Any, stop: Callable[[], bool],
     queue, uncommitted, since = deque(items), list[str](), 0.0
     attempts: Counter[str] = Counter()
     failed: dict[str, Exception] = {}
-    place = worker.ready()
+    place = worker.place()
+    worker.ready()
     job.started(place)
 
     def commit() -> None:

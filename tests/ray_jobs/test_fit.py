@@ -156,7 +156,7 @@ def test_each_worker_has_a_gpu_of_its_own(local_ray: None, model_spec: str, shar
     assert places(options) == 2
     actor, arguments = ray.remote(GatherWorker), worker_of(configured(model_spec, shards, tmp_path / "run"))
     workers = [actor.options(**options).remote(*arguments, Share(1, 1)) for _ in range(2)]
-    told = ray.get([w.ready.remote() for w in workers])
+    told = ray.get([w.place.remote() for w in workers])
     for worker in workers:
         ray.kill(worker)
     assert sorted(p.gpus for p in told) == ["0", "1"]
@@ -304,6 +304,7 @@ def test_a_worker_that_fails_midway_forgets_what_it_had(model_spec: str, shards:
     broken.write_bytes(Path(shards[0]).read_bytes()[:-4096])
     config = configured(model_spec, [*shards, str(broken)], tmp_path / "run")
     worker = GatherWorker(*worker_of(config))
+    worker.ready()
     list(worker.work(0, shards[0]))
     with pytest.raises(UserError, match=r"cannot be read|cut short"):
         list(worker.work(12, str(broken)))

@@ -25,10 +25,15 @@ class Actor:
     def __init__(self, folder: Path) -> None:
         self.folder, self.held = folder, []  # type: ignore[var-annotated]
 
-    def ready(self) -> int:
+    def place(self) -> int:
+        return os.getpid()
+
+    def ready(self) -> None:
         if (self.folder / "no-start").exists():
             raise RuntimeError("no such device")
-        return os.getpid()
+        if (self.folder / "stop-at-start").exists():
+            (self.folder / "stop-at-start").unlink()
+            os.kill(os.getpid(), signal.SIGSTOP)
 
     def work(self, item: str) -> Iterator[int]:
         attempt = len(list(self.folder.glob(f"{item}@*")))
@@ -53,6 +58,8 @@ class Actor:
         yield 2
 
     def commit(self) -> list[str]:
+        if (self.folder / "commit-takes").exists():
+            time.sleep(float((self.folder / "commit-takes").read_text()))
         held, self.held = self.held, []
         return held
 
@@ -64,7 +71,7 @@ class Recorded:
 
     def __init__(self, folder: Path, commit_after: float | None = 0.05, attempts: int = 3, stall: float = 1.5) -> None:
         self.folder, self.max_loss, self.attempts, self.stall_timeout = folder, commit_after, attempts, stall
-        self.item_timeout = 60.0
+        self.item_timeout, self.commits = 60.0, 0
         self.counted: Counter[str] = Counter()
         self.pids: list[int] = []
         self.leavers: set[int] = set()
@@ -101,6 +108,7 @@ class Recorded:
     def counts(self, items: list[str], told: Any) -> None:
         if self.max_loss is not None:
             assert sorted(items) == sorted(told), "the pool and the worker disagree on what counts"
+        self.commits += 1
         self.counted.update(items)
 
 
@@ -157,6 +165,44 @@ def test_the_pool_grows_and_shrinks_with_its_places(local_ray: None, tmp_path: P
     assert len(job.pids) == 3, "one that left was replaced though there was no place, or none was added"
     assert job.counted == Counter(items)
     assert not Path(f"/proc/{job.pids[0]}").exists()
+
+
+def test_a_worker_that_hangs_while_it_starts_is_replaced(local_ray: None, tmp_path: Path) -> None:
+    (tmp_path / "stop-at-start").touch()
+    job = Recorded(tmp_path, stall=1.0)
+    job.size = 1
+    assert run(job, PLAIN) == Outcome([], {})
+    assert job.counted == Counter(PLAIN)
+
+
+def test_an_item_that_takes_for_ever_is_given_up_though_its_worker_goes_on_telling(
+    local_ray: None, tmp_path: Path
+) -> None:
+    job = Recorded(tmp_path, attempts=1, stall=5.0)
+    job.item_timeout = 1.0
+    outcome = run(job, ["slow-1", *PLAIN])
+    assert list(outcome.failed) == ["slow-1"]
+    assert "not done after 1 s" in str(outcome.failed["slow-1"])
+    assert job.counted == Counter(PLAIN)
+
+
+def test_commits_come_as_seldom_as_they_are_dear_and_never_later_than_may_be_lost(
+    local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "COMMIT_SHARE", 20)
+    commits = {}
+    for name, dear, most in (("cheap", 0.0, 60.0), ("dear", 0.1, 60.0), ("bounded", 0.1, 0.3)):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "commit-takes").write_text(str(dear))
+        job = Recorded(folder, commit_after=most)
+        job.size = 1
+        worker = pool.Worker
+        monkeypatch.setattr(pool, "Worker", lambda actor, worker=worker: worker(actor, commit_cost=0.0))
+        assert run(job, [f"slow-{i}" for i in range(3)]) == Outcome([], {})
+        monkeypatch.setattr(pool, "Worker", worker)
+        commits[name] = job.commits
+    assert commits["dear"] < commits["bounded"] <= commits["cheap"] == 3
 
 
 def test_workers_that_never_start_end_the_job_with_the_cause(local_ray: None, tmp_path: Path) -> None:
