@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 import ray
@@ -256,6 +257,29 @@ def test_status_reads_how_far_a_run_is_from_its_files_alone(undisturbed: Path, t
         assert [line.split()[0].rstrip(":") for line in more] == [last] * (last is not None)
     with pytest.raises(UserError, match="holds no run"):
         list(spoken_status(Run(tmp_path / "none"), now))
+
+
+def test_prometheus_reads_how_a_job_goes_from_rays_metrics(
+    local_ray: None, model_spec: str, shards: list[str], tmp_path: Path
+) -> None:
+    fit(configured(model_spec, shards[:3], tmp_path / "run"), on_cpu(2))
+    (node,) = ray.nodes()
+    address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    wanted = {"samples": 18, "shards": 3, "batches": 6}
+    deadline = time.monotonic() + 60  # Ray hands metrics on every few seconds
+    while True:
+        with urlopen(address) as answer:
+            lines = answer.read().decode().splitlines()
+        mine = [line for line in lines if line.startswith("ray_patternnet_") and f'run="{tmp_path}/run"' in line]
+        found = {
+            name: sum(float(line.split()[-1]) for line in mine if line.startswith(f"ray_patternnet_{name}_total"))
+            for name in wanted
+        }
+        if found == wanted or time.monotonic() > deadline:
+            break
+        time.sleep(1)
+    assert found == wanted
+    assert all('job="fit"' in line for line in mine)
 
 
 def test_a_limit_takes_the_same_samples_whatever_the_workers(

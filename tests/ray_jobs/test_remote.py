@@ -1,0 +1,157 @@
+"""Runs on an object store: fit, explain, merge, solve, status and resume with every folder at a URL."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import fsspec
+import pyarrow.parquet as pq
+import pytest
+from moto.server import ThreadedMotoServer
+from safetensors.torch import load as load_tensors
+from safetensors.torch import load_file
+from upath import UPath
+
+from patterns import UserError
+from ray_jobs import gather
+from ray_jobs.cli import exit_status
+from ray_jobs.config import ExplainConfig, FitConfig, ModelConfig, Resources
+from ray_jobs.explain import explain
+from ray_jobs.files import fetched, located, names, published
+from ray_jobs.fit import fit, merge, solve
+from ray_jobs.run import Run
+from tests.conftest import write_tar
+
+HERE = Resources(workers=0, max_loss=0.0, retries=0)
+PREPARED = {"image_size": 16, "resize": 16, "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
+# Ended by the environment, as a cluster's processes would have it.
+STORE = {"AWS_ACCESS_KEY_ID": "none", "AWS_SECRET_ACCESS_KEY": "none", "AWS_DEFAULT_REGION": "us-east-1"}
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    """The URL of a bucket of a real S3 endpoint on loopback."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    before = dict(os.environ)
+    os.environ |= STORE | {"AWS_ENDPOINT_URL": f"http://{host}:{port}"}
+    fsspec.filesystem("s3").clear_instance_cache()
+    fsspec.filesystem("s3").mkdir("bucket")
+    yield "s3://bucket"
+    server.stop()
+    os.environ.clear()
+    os.environ.update(before)
+    fsspec.filesystem("s3").clear_instance_cache()
+
+
+@pytest.fixture(scope="module")
+def uploaded(bucket: str, shards: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Five shards in the bucket, one of them with a bad sample."""
+    local = write_tar(tmp_path_factory.mktemp("bad") / "bad.tar", [{"__key__": "cut", "jpg": b"\xff\xd8\xff"}])
+    for path in (*shards[:4], str(local)):
+        fsspec.filesystem("s3").put_file(path, f"bucket/shards/{Path(path).name}")
+    return [f"{bucket}/shards/{Path(path).name}" for path in (*shards[:4], str(local))]
+
+
+def configured(spec: str, shards: list[str], out: str) -> FitConfig:
+    return FitConfig(ModelConfig(spec, **PREPARED), tuple(shards), out, batch_size=4)  # type: ignore[arg-type]
+
+
+def patterns_of(run: Run) -> dict[str, object]:
+    return load_tensors((run.folder / "patterns.safetensors").read_bytes())
+
+
+def test_a_run_on_an_object_store_is_the_run_on_a_disk(
+    model_spec: str, bucket: str, uploaded: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gather, "MOST_PARTS", 3)
+    monkeypatch.setattr(gather, "MERGED_AT_ONCE", 3)
+    disk = fit(configured(model_spec, uploaded, str(tmp_path / "run")), HERE)
+    store = fit(configured(model_spec, uploaded, f"{bucket}/run"), HERE)
+    expected = load_file(tmp_path / "run" / "patterns.safetensors")
+    found = patterns_of(store)
+    assert found.keys() == expected.keys()
+    assert all((found[name] == expected[name]).all() for name in expected)  # type: ignore[attr-defined]
+    for name in ("samples", "refused", "shards", "status"):
+        assert store.manifest()["fit"][name] == disk.manifest()["fit"][name]
+    parts = names(store.moments, "part-")
+    assert sum(name.endswith(".safetensors") for name in parts) == len(gather.read_ledger(store.moments).parts) < 5
+    with fetched(store.folder / "quarantine.parquet") as file:
+        assert pq.read_table(file)["key"].to_pylist() == ["cut"]
+
+    solve(str(store.folder), ["filter"], HERE)
+    assert "0/filter" in patterns_of(store)
+    config = ExplainConfig(ModelConfig(model_spec, **PREPARED), "", tuple(uploaded[:3]), "", batch_size=4)  # type: ignore[arg-type]
+    outs = [
+        explain(replace(config, patterns=str(run.folder), out=str(run.folder)), HERE).folder / "explanations"
+        for run in (disk, store)
+    ]
+    assert names(outs[0]) == names(outs[1])
+    for name in names(outs[0]):
+        if name.endswith(".tar"):
+            assert (outs[0] / name).read_bytes() == (outs[1] / name).read_bytes()
+
+
+def test_fits_on_an_object_store_resume_and_merge(
+    model_spec: str, bucket: str, uploaded: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configured(model_spec, uploaded[:3], f"{bucket}/a")
+    commit, commits = gather.GatherWorker.commit, []
+
+    def third_fails(self: gather.GatherWorker) -> object:
+        commits.append(self.shards)
+        if len(commits) == 3:
+            raise RuntimeError("the process is lost")
+        return commit(self)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(gather.GatherWorker, "commit", third_fails)
+        with pytest.raises(RuntimeError, match="is lost"):
+            fit(config, HERE)
+    assert gather.read_ledger(located(f"{bucket}/a/moments")).counted() == {0, 1}
+    done = fit(config, HERE)
+    assert done.manifest()["fit"]["samples"] == 18
+    fit(configured(model_spec, uploaded[3:], f"{bucket}/b"), HERE)
+    both = merge([f"{bucket}/a", f"{bucket}/b"], f"{bucket}/both", HERE)
+    assert (both.manifest()["fit"]["samples"], both.manifest()["fit"]["refused"]) == (24, 1)
+
+
+def test_status_reads_a_run_on_an_object_store(
+    model_spec: str, bucket: str, uploaded: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit(configured(model_spec, uploaded[:1], f"{bucket}/seen"), HERE)
+    assert exit_status(["status", f"{bucket}/seen"]) == 0
+    assert capsys.readouterr().out.startswith("fit: complete, 6 samples")
+
+
+def test_a_store_that_takes_nothing_is_told_in_one_line(model_spec: str, uploaded: list[str]) -> None:
+    with pytest.raises(UserError, match=r"s3://no-such-bucket/run: cannot be written \(.+\)\. Make room or give"):
+        fit(configured(model_spec, uploaded[:1], "s3://no-such-bucket/run"), HERE)
+
+
+@pytest.mark.parametrize("where", ["memory://published", "file"])
+def test_files_are_published_whole_or_not_at_all(where: str, tmp_path: Path) -> None:
+    folder = located(tmp_path if where == "file" else where)
+    with published(folder) as out:
+        (out / "a.txt").write_text("whole")
+        (out / "sub").mkdir()
+        (out / "sub" / "b.txt").write_text("too")
+    assert (folder / "a.txt").read_text() == "whole"
+    assert (folder / "sub" / "b.txt").read_text() == "too"
+    assert "a.txt" in names(folder)
+    assert isinstance(folder, UPath)
+
+
+def test_what_was_written_half_when_its_writer_failed_is_not_published() -> None:
+    folder = located("memory://half")
+
+    def write() -> None:
+        with published(folder) as out:
+            (out / "c.txt").write_text("half")
+            raise RuntimeError("on the way")
+
+    with pytest.raises(RuntimeError, match="on the way"):
+        write()
+    assert names(folder) == []

@@ -1,0 +1,136 @@
+"""Many workers and many shards: the driver has little to do, and what it holds is small."""
+
+import os
+import time
+import tracemalloc
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from ray_jobs import gather, pool
+from ray_jobs.config import ModelConfig, Resources
+from ray_jobs.driver import driving
+from ray_jobs.gather import Gathering, GatherJob, read_ledger
+from ray_jobs.ledger import Part
+from ray_jobs.run import Run
+from ray_jobs.tasks import Here, Pending
+from ray_jobs.worker import Place, ShardReport, Share
+
+
+class Stub:
+    """A worker of a fit that takes a realistic time for a shard and a commit, and computes nothing."""
+
+    def __init__(self, seconds: float, share: Share) -> None:
+        self.seconds, self.held = seconds, list[int]()
+
+    def place(self) -> Place:
+        return Place("simulated", os.getpid(), "cpu", "")
+
+    def ready(self) -> None: ...
+
+    def work(self, number: int, *_: object) -> Iterator[ShardReport]:
+        begun = time.monotonic()
+        while (left := begun + self.seconds - time.monotonic()) > 0:
+            time.sleep(min(left, 1.0))
+            if left > 1.0:
+                yield ShardReport(int(100 * (time.monotonic() - begun) / self.seconds), 0)
+        self.held.append(number)
+        yield ShardReport(100, 0, 4, 0.1)
+
+    def commit(self) -> Part:
+        time.sleep(0.05)
+        held, self.held = tuple(self.held), []
+        return Part(gather.new_part(), held, 100 * len(held))
+
+
+class NoMerging(Here):
+    """Stub workers write no files that could be merged."""
+
+    def start(self, function: Any, *arguments: Any) -> Pending:
+        (_, parts) = arguments
+        return Here.Call(gather.together(gather.new_part(), parts))
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """What a simulated run took. busy: share of the time that the driver's thread computed; useful: workers' share."""
+
+    busy: float
+    useful: float
+
+
+def simulate(folder: Path, workers: int, shards: int, seconds: float) -> Simulated:
+    names = tuple(f"s3://bucket/train-{i:06d}.tar" for i in range(shards))
+    task = Gathering(ModelConfig("none"), names, str(folder / "moments"), 32)
+    with driving(Run(folder), "fit") as beat:
+        resources = Resources(workers=workers, cpus_per_worker=0, max_loss=15.0)
+        job = GatherJob("fit", beat, task, NoMerging(), resources)
+        job.options = {"num_cpus": 0, "num_gpus": 0, "max_restarts": 0}
+        job.actor, job.arguments = ray.remote(Stub), (seconds,)
+        job.places = lambda: workers  # type: ignore[method-assign]
+        begun: list[tuple[float, float, int]] = []
+
+        def tick() -> None:
+            job.tick()
+            if not begun and len(job.reporter.workers) == workers:
+                begun.append((time.monotonic(), time.thread_time(), job.reporter.counts.shards))
+
+        ended: list[tuple[float, float, int]] = []
+        worked = job.worked
+
+        def note(item: str, told: ShardReport) -> None:
+            worked(item, told)
+            if job.reporter.counts.shards >= shards - workers and not ended:  # before the last ones wait for each other
+                ended.append((time.monotonic(), time.thread_time(), job.reporter.counts.shards))
+
+        job.worked = note  # type: ignore[method-assign]
+        pool.run(names, job, lambda: False, tick)
+        job.flush()
+    ledger = read_ledger(gather.located(folder / "moments"))
+    assert sorted(s for part in ledger.parts for s in part.shards) == list(range(shards))
+    assert ledger.samples == 100 * shards
+    (start, cpu, first), (end, cpu_end, last) = begun[0], ended[0]
+    return Simulated((cpu_end - cpu) / (end - start), (last - first) * seconds / (workers * (end - start)))
+
+
+def test_a_cluster_of_simulated_workers_is_kept_busy_by_an_idle_driver(local_ray: None, tmp_path: Path) -> None:
+    found = simulate(tmp_path, workers=8, shards=64, seconds=1.0)
+    assert found.busy < 0.1
+    assert found.useful > 0.9
+
+
+@pytest.mark.slow
+def test_sixty_four_workers_and_ten_thousand_shards(local_ray: None, tmp_path: Path) -> None:
+    found = simulate(tmp_path, workers=64, shards=10_000, seconds=2.5)
+    print(f"driver busy {found.busy:.2%}, workers useful {found.useful:.2%}")
+    assert found.busy < 0.05
+    assert found.useful >= 0.97
+
+
+def test_a_driver_of_a_hundred_thousand_shards_stays_small(tmp_path: Path) -> None:
+    names = tuple(f"s3://bucket/imagenet/train-{i:06d}.tar" for i in range(100_000))
+    tracemalloc.start()
+    with driving(Run(tmp_path), "fit") as beat:
+        task = Gathering(ModelConfig("none"), names, str(tmp_path / "moments"), 32)
+        before = tracemalloc.get_traced_memory()[0]
+        job = GatherJob("fit", beat, task, NoMerging(), Resources(workers=0))
+        place = Place("here", 1, "cpu", "")
+        job.started(place)
+        for start in range(0, len(names), 100):
+            items = list(names[start : start + 100])
+            for item in items:
+                job.began(item, place)
+                job.worked(item, ShardReport(1000, 0))
+            job.counts(items, Part(gather.new_part(), tuple(range(start, start + 100)), 100_000))
+            if start % 5000 == 0:
+                job.tick()
+        job.flush()
+        held = tracemalloc.get_traced_memory()[1] - before
+    tracemalloc.stop()
+    assert held < 200 << 20, "the driver may use 1 GiB, of which Python, torch and Ray take a half"
+    assert (tmp_path / "moments" / "ledger.json").stat().st_size < 1 << 20
+    assert len(read_ledger(gather.located(tmp_path / "moments")).counted()) == len(names)
