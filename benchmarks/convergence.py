@@ -15,7 +15,6 @@ from pathlib import Path
 import pyarrow as pa
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -30,7 +29,7 @@ from ray_jobs.pack import opened, pack
 from ray_jobs.shards import ShardReader
 from ray_jobs.worker import keep_freed_memory
 
-CHOICES = ("default", "linear", "multivariate")
+CHOICES = ("default", "linear")
 METHODS = ("patternattribution", "patternnet")
 SIZE = 96  # pixels, so that a processor does many
 BATCH = 32  # at most
@@ -86,8 +85,9 @@ def mapped(network: Network, solutions: dict[str, Solution], images: Tensor) -> 
 
 
 def likeness(maps: Tensor, others: Tensor) -> Tensor:
-    """The cosine of each image's two maps, (N,)."""
-    return F.cosine_similarity(maps.flatten(1).double(), others.flatten(1).double())
+    """The cosine of each image's two maps, (N,), however small they are."""
+    rows, columns = (m.flatten(1).double() for m in (maps, others))
+    return ((rows / rows.norm(dim=1, keepdim=True)) * (columns / columns.norm(dim=1, keepdim=True))).sum(1)
 
 
 def errors(table: pa.Table, samples: int, network: Network, choice: str) -> tuple[float, float]:
@@ -146,13 +146,27 @@ least certain. Neurons without a pattern (dead, constant, degenerate) are left o
 
 Made by `python -m benchmarks.convergence --write docs`: EfficientNet-Lite0 with its ImageNet weights on random
 crops of {photographs} photographs at {size}×{size} pixels, {groups} parts of equal size at each look. Errors are
-of the default patterns: the middle operator's median, and the worst operator's p90. Maps are of the whole
-photographs, and told is their mean cosine with the maps of the patterns of all {samples} crops, whose own cosine
+of the patterns that maps take: the middle operator's median, and the worst operator's p90. Maps are of the whole
+photographs, and told is
+their mean cosine with the maps of the patterns of all {samples} crops, whose own cosine
 with themselves is 1.
 
 | crops | patterns | median | worst p90 | {heads} |
 | --- | --- | --- | --- | {rule} |
-{rows}"""
+{rows}
+## What follows from it
+
+- Errors fall as 1/√n, and the worst operators are the last ones, which have the fewest positions an image.
+- Maps of `linear` settle early: PatternAttribution's had a cosine of 0.995 and more at every look, PatternNet's 0.80 at
+  a tolerance of 0.27, and 0.91 to 0.95 below 0.2.
+- Maps of the default take more: PatternAttribution's reached 0.76 at a tolerance of 0.14. PatternNet's did not settle
+  at all in these crops. It multiplies patterns from layer to layer, so a few long ones may decide, and a p90
+  sees nothing of the tenth of the neurons that lies above it. A tolerance is a statement about patterns, and for
+  PatternNet's maps with the default not a sufficient one.
+- `multivariate` met no tolerance when it was tried along: its p90 stayed above 10 in an operator with 144 neurons of 24
+  inputs (`blocks.2.0.conv_pw`), whose outputs' covariance has no inverse but for the ridge.
+- By 1/√n a tolerance of 0.03 takes 43,000 such crops and 0.01 takes 390,000; neither was tried.
+"""
 
 
 def main() -> None:

@@ -78,7 +78,7 @@ def look(operator: Operator, parts: Sequence[Load], choices: Choices = "default"
     Held at a time are the sum of all parts, that of all but a group, and one part, and besides what `solve`
     takes, three sums of the patterns' size for each row.
 
-    Errors are those of `solve`.
+    Raises what `solve` raises.
     """
     total: dict[str, Tensor] = {}
     sized = []

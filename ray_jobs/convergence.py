@@ -30,6 +30,9 @@ SCHEMA = pa.schema(
 )
 
 
+FARTHEST = 100  # times the images so far that the picture looks ahead
+
+
 def rows_of(samples: int, operator: str, look: Look, before: Solution | None) -> pa.Table:
     """The rows of one operator's look after so many images; before: the solution of the look before."""
     changes = look.changes(before) if before else {}
@@ -116,14 +119,14 @@ def draw_worst(axis: Any, samples: np.ndarray, p90: np.ndarray, tolerance: float
     end = samples[-1] * 2.0
     if tolerance is not None:
         axis.axhline(tolerance, color="tab:red", linewidth=1, label=f"tolerance {tolerance:g}")
-        end = max(end, samples[-1] * (p90[-1] / tolerance) ** 2)
+        end = max(end, samples[-1] * min(FARTHEST, (p90[-1] / tolerance) ** 2))
     onward = np.array([samples[-1], end])
     axis.plot(onward, p90[-1] * np.sqrt(samples[-1] / onward), ":", color="black", linewidth=1.2, label="1/√n")
 
 
 def plain(value: float, _: int) -> str:
     """A number on an axis: 0.01, 500, 20k, 1.28M."""
-    for size, unit in ((1e6, "M"), (1e3, "k")):
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= size:
             return f"{value / size:g}{unit}"
     return f"{value:g}"
