@@ -5,7 +5,7 @@ every live neuron (but `multivariate`), and 0 for a neuron that is dead, constan
 """
 
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -22,6 +22,8 @@ VANISHING = 1e-9
 
 # Added to every output's variance, as a share of it, before Cov[y] is inverted.
 RIDGE = 1e-6
+# Elements of a large operator's patterns that are worked on in float64 at a time.
+BLOCK = 2**23
 
 
 @dataclass(frozen=True)
@@ -110,10 +112,13 @@ def multivariate(problem: Problem) -> Tensor:
     correlation = unit[..., None] * cov_y * unit[:, None]
     # In units in which every output has variance 1; one that tells nothing stands alone, and has pattern 0.
     correlation.diagonal(dim1=1, dim2=2).copy_(torch.full_like(unit, 1 + RIDGE))
-    cov_xy = (total.mean_xy() - total.mean_x() * total.mean_y()[:, None]).unflatten(0, (groups, -1))
-    a = unit[..., None] * torch.linalg.solve(correlation, unit[..., None] * cov_xy)
+    cov_xy = total.mean_xy().sub_(total.mean_x().mul_(total.mean_y()[:, None])).unflatten(0, (groups, -1))
+    factors, pivots = torch.linalg.lu_factor(correlation)
+    for inputs in cov_xy.split(max(1, BLOCK // cov_xy.shape[1]), 2):
+        inputs.copy_(unit[..., None] * torch.linalg.lu_solve(factors, pivots, unit[..., None] * inputs))
+    a = cov_xy
     seen = overlap(problem.operator).expand(1, *problem.operator.weight.shape[1:])
-    return a.flatten(0, 1) / seen.flatten(1)
+    return a.flatten(0, 1).div_(seen.flatten(1))
 
 
 def normalised(direction: Tensor, weight: Tensor, size: Tensor | None = None) -> Tensor:
@@ -129,10 +134,11 @@ def normalised(direction: Tensor, weight: Tensor, size: Tensor | None = None) ->
 
 @dataclass(frozen=True)
 class Estimator:
-    """A row of the table. `sums`: the large sums it needs."""
+    """A row of the table. `sums`: the large sums it needs.  `joint`: whether it takes all neurons at once."""
 
     solve: Callable[[Problem], Tensor]
     sums: Wanted
+    joint: bool = False
 
     @property
     def learns(self) -> bool:
@@ -145,13 +151,13 @@ OPEN, BOTH = Wanted(total=False, outer=False), Wanted(outer=False)
 
 ESTIMATORS: dict[str, Estimator] = {
     "filter": Estimator(filter_, NOTHING),
-    "random": Estimator(random, NOTHING),
+    "random": Estimator(random, NOTHING, joint=True),
     "linear": Estimator(linear, TOTAL),
     "positive": Estimator(positive, OPEN),
     "negative": Estimator(negative, BOTH),
     "positive-own-mean": Estimator(positive_own_mean, OPEN),
     "negative-own-mean": Estimator(negative_own_mean, BOTH),
-    "multivariate": Estimator(multivariate, Wanted(open=False)),
+    "multivariate": Estimator(multivariate, Wanted(open=False), joint=True),
 }
 
 # What a user may ask for: patterns for operators with a gate, and for those without. The identity,
@@ -233,31 +239,35 @@ def solve(operator: Operator, moments: Moments, choices: Choices = "default", se
     Raises UserError for an estimator that is not in CHOICES, ValueError for moments without the sums that
     it needs.
     """
-    shape = operator.weight.shape
     total, opened = moments.total, moments.open
     n_positive, var_y = total.n if opened is None else opened.n, total.var_y()
-    problem = Problem(operator, moments, operator.weight.detach().cpu().double().flatten(1), seed)
     seen = ((n_positive > 0) & (var_y > 0))[:, None]
-    solved = {}
-    for name in chosen(operator, choices):
-        row = ESTIMATORS[name]
-        solved[name] = torch.where(seen, row.solve(problem), 0.0) if row.learns else row.solve(problem)
     dtype = torch.promote_types(operator.weight.dtype, torch.float32)
-    return Solution(
-        {name: pattern.reshape(shape).to(dtype) for name, pattern in solved.items()},
-        flags(operator, n_positive, var_y, solved),
-        total.n,
-        n_positive,
-        total.mean_y(),
-        var_y,
-    )
+    preferred, names = chosen(operator, "default")[0], chosen(operator, choices)
+    judged = preferred if preferred in names else next(iter(names), None)
+    patterns, vanished = {}, torch.zeros_like(var_y, dtype=torch.bool)
+    for name in names:
+        row = ESTIMATORS[name]
+        patterns[name] = torch.empty(operator.weight.shape, dtype=dtype)
+        for rows in [slice(None)] if row.joint else blocks(operator):
+            weight = operator.weight[rows].detach().cpu().double().flatten(1)
+            pattern = row.solve(Problem(operator, moments.rows(rows), weight, seed))
+            if row.learns:
+                pattern = torch.where(seen[rows], pattern, 0.0)
+            if name == judged:
+                vanished[rows] = (pattern == 0).all(1)
+            patterns[name][rows] = pattern.view_as(operator.weight[rows])
+    return Solution(patterns, flags(n_positive, var_y, vanished), total.n, n_positive, total.mean_y(), var_y)
 
 
-def flags(operator: Operator, n_positive: Tensor, var_y: Tensor, solved: Mapping[str, Tensor]) -> list[str]:
-    """Why a neuron has pattern 0, or ok: judged by the default choice where it was solved, else by the first."""
-    preferred = chosen(operator, "default")[0]
-    judged = solved.get(preferred, next(iter(solved.values()), None))
-    vanished = torch.zeros_like(var_y, dtype=torch.bool) if judged is None else (judged == 0).all(1)
+def blocks(operator: Operator) -> list[slice]:
+    """Neurons that are solved for at a time; all where groups of them see different inputs, which are small."""
+    count = operator.neurons if operator.groups > 1 else max(1, BLOCK // operator.inputs_per_neuron)
+    return [slice(start, start + count) for start in range(0, operator.neurons, count)]
+
+
+def flags(n_positive: Tensor, var_y: Tensor, vanished: Tensor) -> list[str]:
+    """Why a neuron has pattern 0, or ok; vanished: those whose default choice, else the first, came out as 0."""
     found = ["ok"] * len(n_positive)
     for neuron in range(len(found)):
         if n_positive[neuron] == 0:

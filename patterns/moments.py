@@ -51,6 +51,13 @@ class Sums:
 
         return Sums(*(combined(getattr(self, f), getattr(other, f)) for f in FIELDS))  # type: ignore[arg-type]
 
+    def rows(self, neurons: slice) -> "Sums":
+        """The sums of some neurons: views, not copies. Those of all see the same inputs, or each its own."""
+        x = self.x if self.x is None or len(self.x) < len(self.n) else self.x[neurons]
+        return Sums(
+            self.n[neurons], self.y[neurons], self.yy[neurons], x, None if self.xy is None else self.xy[neurons]
+        )
+
     def mean_y(self) -> Tensor:
         """E[y], shape (K,); 0 without samples."""
         return self.y / self.n.clamp(min=1)
@@ -104,6 +111,12 @@ class Moments:
         opened = both(self.open, other.open, "one side has a gate, the other has not")
         outer = both(self.outer, other.outer, "one side has Σyyᵀ, the other has not")
         return Moments(self.total + other.total, opened and opened[0] + opened[1], outer and outer[0] + outer[1])
+
+    def rows(self, neurons: slice) -> "Moments":
+        """The moments of some neurons alone, without Σyyᵀ unless they are all; views, not copies."""
+        if neurons == slice(None):
+            return self
+        return Moments(self.total.rows(neurons), self.open and self.open.rows(neurons))
 
     @property
     def nbytes(self) -> int:

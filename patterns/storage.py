@@ -130,26 +130,32 @@ def save_moments(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     write_aside(path, lambda aside: write_tensors(aside, specs_of(tensors), tensors.values(), about))
 
 
-def load_moments(file: TensorFile, operator: str, kind: type[M] = Moments) -> M:  # type: ignore[assignment]
-    """The moments of one operator, of the kind that the file holds; nothing else of the file is read.
+def load_moments(files: Sequence[TensorFile], operator: str, kind: type[M] = Moments) -> M:  # type: ignore[assignment]
+    """The moments of one operator over several files, of the kind that they hold; nothing else of them is read.
 
-    UserError where it lacks them; KeyError or ValueError for sums of another kind.
+    UserError where a file lacks them; KeyError or ValueError for sums of another kind.
     """
-    names = [name for name in file.specs if name.rpartition("/")[0] == operator]
-    if not names:
-        raise UserError(file.where, f"no moments of {operator}", "Delete the run's folder and fit again.")
-    return kind.from_tensors({name.removeprefix(f"{operator}/"): file.get(name) for name in names})
+    names = [name for name in files[0].specs if name.rpartition("/")[0] == operator]
+    for file in files:
+        if not names or not file.specs.keys() >= set(names):
+            raise UserError(file.where, f"no moments of {operator}", "Delete the run's folder and fit again.")
+    return kind.from_tensors({name.removeprefix(f"{operator}/"): summed(files, name) for name in names})
+
+
+def summed(files: Iterable[TensorFile], name: str) -> Tensor:
+    """One of the sums over several files: what merging moments adds, it adds name by name."""
+    return reduce(Tensor.add_, (file.get(name) for file in files))
 
 
 def merge_moments(path: Path, files: Sequence[TensorFile], metadata: Mapping[str, str]) -> None:
     """Write the sums over several files of moments, no more than two tensors in memory at a time.
 
-    Moments are named sums: what merging adds, it adds name by name. ValueError where the names or shapes differ.
+    ValueError where the names or shapes differ.
     """
     specs = files[0].specs
     if any(file.specs != specs for file in files):
         raise ValueError("files of moments of different operators or sums")
-    sums = (reduce(Tensor.add_, (file.get(name) for file in files)) for name in specs)
+    sums = (summed(files, name) for name in specs)
     write_aside(path, lambda aside: write_tensors(aside, specs, sums, {"format": FORMAT, **metadata}))
 
 

@@ -80,7 +80,7 @@ def fit(config: FitConfig, resources: Resources = Resources(), retry_quarantined
                 job = GatherJob(name, beat, task, tasks, resources)
             else:
                 operators = [loaded.network.operators[name] for name in one.operators]
-                until = Until(config.until_converged, operators, config.estimators, config.seed)
+                until = Until(config.until_converged, operators, waited_for(config.estimators), config.seed)
                 job = ConvergingJob(name, beat, task, tasks, resources, until)
             job.gather(observe, loaded.digest)
             if isinstance(job, ConvergingJob):
@@ -92,6 +92,15 @@ def fit(config: FitConfig, resources: Resources = Resources(), retry_quarantined
         section["seconds"] = round(section.get("seconds", 0.0) + seconds, 3)
         finish(run, config, section, through, loaded, tasks)
     return run
+
+
+def waited_for(estimators: Sequence[str]) -> tuple[str, ...]:
+    """Those that `until_converged` looks at: not `multivariate` beside others, which may never be sure.
+
+    Where outputs are nearly dependent, its inverse of Cov[y] is decided by the ridge (see docs/convergence.md).
+    """
+    sure = tuple(choice for choice in estimators if not choice.endswith("multivariate"))
+    return sure or tuple(estimators)
 
 
 def finish(

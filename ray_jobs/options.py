@@ -44,7 +44,7 @@ Estimators = Annotated[
 ]
 UntilConverged = Annotated[
     float | None,
-    typer.Option(min=0, help="End early once the patterns' relative standard error is below this: 0.02."),
+    typer.Option(min=0, help="End early once nine in ten patterns have a relative standard error below this: 0.05."),
 ]
 RetryQuarantined = Annotated[
     bool, typer.Option("--retry-quarantined", help="Take up the samples that were refused, and these only.")

@@ -2,8 +2,6 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from functools import reduce
-from operator import add
 from typing import TypeVar
 
 from patterns import Moments, Operator, Solution, solve
@@ -30,7 +28,7 @@ def merged(parts: Iterable[str], operators: Iterable[str], kind: type[M]) -> Ite
     with ExitStack() as stack:
         files = [stack.enter_context(TensorFile(located(part))) for part in parts]
         for operator in operators:
-            yield reduce(add, (load_moments(file, operator, kind) for file in files))
+            yield load_moments(files, operator, kind)
 
 
 def solve_all(

@@ -141,4 +141,4 @@ def row_of(name: str) -> str:
 
 def load_part(part: str, operator: str) -> Moments:
     with TensorFile(located(part)) as file:
-        return load_moments(file, operator)
+        return load_moments([file], operator)

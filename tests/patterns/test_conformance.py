@@ -248,3 +248,18 @@ def test_saved_moments_load_to_the_last_digit_and_only_under_their_own_names(nam
         else:
             with pytest.raises(KeyError, match=field):
                 Moments.from_tensors(rest)
+
+
+@every
+def test_neurons_solved_in_blocks_have_the_same_patterns(
+    name: str, gate: str, choice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = case_of(name, gate)
+    moments = moments_of(case, choice)
+    whole = solve(case.operator, moments, choice)
+    for block in (1, 20, 60):
+        monkeypatch.setattr("patterns.estimators.BLOCK", block)
+        parted = solve(case.operator, moments, choice)
+        assert parted.flags == whole.flags
+        for row, pattern in whole.patterns.items():
+            torch.testing.assert_close(parted.patterns[row], pattern, rtol=1e-12, atol=1e-13)

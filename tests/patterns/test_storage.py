@@ -213,7 +213,7 @@ def test_moments_come_back_as_they_were_saved_and_the_formats_library_reads_them
     with TensorFile(path) as part, safe_open(path, "pt") as librarys:
         assert part.metadata["shards"] == librarys.metadata()["shards"] == "a b"
         for name, moments in run.moments.items():
-            expected, found = moments.tensors(), load_moments(part, name).tensors()
+            expected, found = moments.tensors(), load_moments([part], name).tensors()
             assert found.keys() == expected.keys()
             for field, value in expected.items():
                 assert found[field].dtype == value.dtype
@@ -240,7 +240,7 @@ def test_merged_files_hold_the_sums_of_their_moments(run: Run, tmp_path: Path) -
         assert merged.metadata["shards"] == "all"
         for name, moments in run.moments.items():
             expected = (moments + moments + moments).tensors()
-            for field, value in load_moments(merged, name).tensors().items():
+            for field, value in load_moments([merged], name).tensors().items():
                 torch.testing.assert_close(value, expected[field], rtol=1e-15, atol=0)
 
 
@@ -264,7 +264,7 @@ def test_moments_without_their_large_sums_come_back_without_them(run: Run, tmp_p
     observer.update(torch.randn(2, 2, 6, 6))
     save_moments(tmp_path / "part", observer.tensors(), {})
     with TensorFile(tmp_path / "part") as part:
-        found = load_moments(part, "0")
+        found = load_moments([part], "0")
     assert found.total.x is None
     assert found.open is not None
     assert found.tensors().keys() == observer.moments()["0"].tensors().keys()
@@ -275,7 +275,7 @@ def test_operators_whose_names_start_alike_keep_their_own_moments(run: Run, tmp_
     alike = {"layer": one, "layer.0": one + one, "a/layer": one + one + one}
     with TensorFile(saved(tmp_path / "part", alike)) as part:
         for name, moments in alike.items():
-            assert torch.equal(load_moments(part, name).total.n, moments.total.n)
+            assert torch.equal(load_moments([part], name).total.n, moments.total.n)
 
 
 def test_moments_that_a_part_does_not_hold_are_refused_by_name(run: Run, tmp_path: Path) -> None:
@@ -283,7 +283,7 @@ def test_moments_that_a_part_does_not_hold_are_refused_by_name(run: Run, tmp_pat
         TensorFile(saved(tmp_path / "part", run.moments)) as part,
         pytest.raises(UserError, match=r"part: no moments of features\.7"),
     ):
-        load_moments(part, "features.7")
+        load_moments([part], "features.7")
     with pytest.raises(UserError, match="missing: no such file"):
         TensorFile(tmp_path / "missing")
 
