@@ -18,6 +18,16 @@ from torch.fx.node import map_arg
 
 from patterns.errors import UserError
 
+# What passes values on as they are, some of them, or in another shape: a gate is seen through it.
+SEEN_THROUGH = {
+    "max_pool1d", "max_pool2d", "max_pool3d", "max_pool2d_with_indices", "max_pool3d_with_indices",
+    "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d",
+    "view", "_unsafe_view", "reshape", "flatten", "unflatten", "permute", "transpose", "t", "squeeze", "unsqueeze",
+    "expand", "contiguous", "clone", "alias", "detach", "cat", "stack", "slice", "select", "split",
+    "split_with_sizes", "chunk", "unbind", "getitem", "_to_copy", "to", "dropout", "roll", "flip",
+    "channel_shuffle", "pixel_shuffle", "pixel_unshuffle",
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Draft:

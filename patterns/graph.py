@@ -7,7 +7,7 @@ computes, and is an ordinary `GraphModule`: print its code, move it, cast it.
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,19 +17,21 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from patterns.draft import (
+    SEEN_THROUGH,
     Draft,
     arguments,
     attribute,
     copy_graph,
     export,
-    is_activation,
     mark_channels,
     opname,
     source,
 )
 from patterns.errors import UserError
-from patterns.lift import fixed_product, lift_operators, unify_pooling, unify_sums, weighted_sum
+from patterns.hold import HELD_NORMS, hold_gates
+from patterns.lift import lift_operators
 from patterns.operators import Convolution, Gate, Linear, Operator, Scale, TransposedConvolution, along
+from patterns.unify import fixed_product, unify_pooling, unify_sums, weighted_sum
 
 aten = torch.ops.aten
 
@@ -49,16 +51,6 @@ RECTIFIERS: dict[Any, Callable[[dict[str, Any]], Gate]] = {
 # Those whose gradient needs their result only.
 IN_PLACE: dict[Any, Any] = {aten.relu.default: aten.relu_.default, aten.hardtanh.default: aten.hardtanh_.default}
 
-# What a gate is seen through: the values that reach the rectifier are the operator's own.
-SEEN_THROUGH = {
-    "max_pool1d", "max_pool2d", "max_pool3d", "max_pool2d_with_indices", "max_pool3d_with_indices",
-    "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d",
-    "view", "_unsafe_view", "reshape", "flatten", "unflatten", "permute", "transpose", "t", "squeeze", "unsqueeze",
-    "expand", "contiguous", "clone", "alias", "detach", "cat", "stack", "slice", "select", "split",
-    "split_with_sizes", "chunk", "unbind", "getitem", "_to_copy", "to", "dropout", "roll", "flip",
-    "channel_shuffle", "pixel_shuffle", "pixel_unshuffle",
-}  # fmt: skip
-
 # Fixed linear maps without a weight of their own: they pass with their usual backward.
 FIXED_LINEAR = {
     "pad", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad2d",
@@ -66,6 +58,7 @@ FIXED_LINEAR = {
     "upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d", "upsample_bicubic2d", "sum",
 }  # fmt: skip
 
+REWRITTEN = {fixed_product, weighted_sum, *HELD_NORMS.values()}
 SYMBOLIC = {"sym_size", "mul", "add", "sub", "floordiv", "mod"}  # arithmetic on the batch size
 SUPPORTED = (
     "convolution, linear, batch norm in inference mode, sums, products with constants, average pooling, "
@@ -148,87 +141,6 @@ def fold_constants(draft: Draft) -> None:
 
 
 FILLED = {"new_zeros", "new_ones", "new_full"}
-
-
-def hold_gates(draft: Draft, pass_through: Collection[str]) -> None:
-    """Linearise what the user lets pass: norms with their statistics held still, products with their gate.
-
-    Of a product of two activations the gate is the factor that comes from a sigmoid, softmax or another
-    of GATES, else the one beside a product of activations (the queries of factorised attention), else the
-    one that is broadcast, else the second; attention is held in its weights, so that its values alone have
-    a gradient.
-    """
-    for node in list(draft.graph.nodes):
-        operation = opname(node)
-        if operation not in pass_through:
-            continue
-        if node.target in HELD_NORMS:
-            a = arguments(node)
-            draft.replace(node, draft.call(node, HELD_NORMS[node.target], *(a[k] for k in NORM_ARGUMENTS[node.target])))
-        elif operation == "scaled_dot_product_attention":
-            node.args = held(draft, node, node.args, 0, 1)
-        elif operation in PRODUCTS_OF_TWO and all(map(is_activation, node.args[:2])):
-            node.args = held(draft, node, node.args, gate_of(*node.args[:2]))
-        elif operation == "einsum" and len(factors := node.args[1]) == 2 and all(map(is_activation, factors)):
-            node.args = node.args[0], held(draft, node, factors, gate_of(*factors))
-
-
-def held(draft: Draft, node: Node, args: Sequence[Any], *numbers: int) -> tuple[Any, ...]:
-    """A call's arguments, some of them without their gradient."""
-    return tuple(draft.call(node, aten.detach.default, a) if i in numbers else a for i, a in enumerate(args))
-
-
-def gate_of(first: Node, second: Node) -> int:
-    """Which of two factors, 0 or 1, is the gate of the other."""
-    origins = [origin(first), origin(second)]
-    gates = [opname(node) in GATES for node in origins]
-    if gates[0] != gates[1]:
-        return gates.index(True)
-    products = [opname(node) in PRODUCTS_OF_TWO and all(map(is_activation, node.args[:2])) for node in origins]
-    if products[0] != products[1]:
-        return products.index(False)
-    return int(first.meta["val"].numel() >= second.meta["val"].numel())
-
-
-def origin(node: Node) -> Node:
-    """What gave a value that was since changed at most in shape."""
-    while opname(node) in SEEN_THROUGH and isinstance(node.args[0], Node):
-        node = node.args[0]
-    return node
-
-
-def held_layer_norm(x: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """Layer norm, linear in x: its mean and variance have no gradient."""
-    dims = list(range(-len(shape), 0))
-    y = standardised(x, dims, eps)
-    y = y if weight is None else y * weight
-    return y if bias is None else y + bias
-
-
-def held_group_norm(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """Group norm, linear in x: its means and variances have no gradient."""
-    y = standardised(x.unflatten(1, (groups, -1)).flatten(2), [-1], eps).view(x.shape)
-    y = y if weight is None else y * along(1, weight, y)
-    return y if bias is None else y + along(1, bias, y)
-
-
-def standardised(x: Tensor, dims: list[int], eps: float) -> Tensor:
-    """x less its mean over some dimensions and divided by its deviation, both held still."""
-    var, mean = torch.var_mean(x.detach(), dims, correction=0, keepdim=True)
-    return (x - mean) * torch.rsqrt(var + eps)
-
-
-HELD_NORMS: dict[Any, Any] = {
-    aten.layer_norm.default: held_layer_norm,
-    aten.group_norm.default: held_group_norm,
-}
-NORM_ARGUMENTS = {
-    aten.layer_norm.default: ("input", "normalized_shape", "weight", "bias", "eps"),
-    aten.group_norm.default: ("input", "num_groups", "weight", "bias", "eps"),
-}
-PRODUCTS_OF_TWO = {"mul", "matmul", "bmm"}
-GATES = {"sigmoid", "hardsigmoid", "softmax", "_softmax", "tanh", "gelu", "silu", "hardswish", "softplus"}
-REWRITTEN = {fixed_product, weighted_sum, held_layer_norm, held_group_norm}
 
 
 def fold_scales(draft: Draft) -> None:

@@ -9,8 +9,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 # Each file of patterns/ may import only those before it.
 ORDER = [
-    "errors", "operators", "draft", "lift", "graph", "moments", "patches", "observe", "estimators", "quality", "scales",
-    "explain", "conservation", "storage", "linear_model",
+    "errors", "operators", "draft", "unify", "lift", "hold", "graph", "moments", "patches", "observe", "estimators",
+    "quality", "scales", "explain", "conservation", "storage", "linear_model",
 ]  # fmt: skip
 FORBIDDEN = {"explain": {"estimators", "moments"}}
 
