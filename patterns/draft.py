@@ -112,6 +112,8 @@ def export(model: nn.Module, example: Tensor, name: str) -> Draft:
     for node in list(graph.nodes):
         if node.op == "get_attr":
             parts[str(node.target)] = attribute(module, str(node.target))
+        elif node.target is torch.ops.aten.view.default:  # what comes before may come to lie otherwise in memory
+            node.target = torch.ops.aten.reshape.default
         elif node.op == "call_module":  # torch.export's guards on shapes
             graph.erase_node(node)
     return Draft(graph, parts)

@@ -55,7 +55,7 @@ IN_PLACE: dict[Any, Any] = {aten.relu.default: aten.relu_.default, aten.hardtanh
 FIXED_LINEAR = {
     "pad", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad2d",
     "index_select", "gather", "repeat", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d",
-    "upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d", "upsample_bicubic2d", "sum",
+    "upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d", "upsample_bicubic2d",
 }  # fmt: skip
 
 REWRITTEN = {fixed_product, weighted_sum, *HELD_NORMS.values()}
@@ -107,8 +107,8 @@ def network_of(draft: Draft, example: Tensor, name: str, pass_through: Collectio
     fold_constants(draft)
     mark_channels(draft)
     hold_gates(draft, pass_through)
-    unify_pooling(draft)
     unify_sums(draft)
+    unify_pooling(draft)
     mark_channels(draft)
     lift_operators(draft)
     fold_scales(draft)

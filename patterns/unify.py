@@ -1,13 +1,15 @@
 """Operations that are written in several ways, brought to one: what the rest of the tracing reads."""
 
+from collections.abc import Callable
 from math import lcm, prod
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 from torch.nn import functional as F
 
-from patterns.draft import Draft, arguments, is_activation, opname, spread
+from patterns.draft import Draft, arguments, constant_of, is_activation, opname, spread
 from patterns.operators import Addition
 
 aten = torch.ops.aten
@@ -22,7 +24,7 @@ def unify_pooling(draft: Draft) -> None:
     """
     for node in list(draft.graph.nodes):
         replacement = None
-        if node.target in (aten.mean.dim, aten.mean.default) and node.op == "call_function":
+        if node.target in (aten.mean.dim, aten.sum.dim_IntList):
             replacement = pool_of_mean(draft, node)
         elif opname(node) in {"adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"}:
             replacement = pool_of_adaptive(draft, node)
@@ -33,7 +35,7 @@ def unify_pooling(draft: Draft) -> None:
 
 
 def pool_of_mean(draft: Draft, node: Node) -> Node | None:
-    """A mean over any dimensions but the batch as pooling with one window.
+    """A mean over any dimensions but the batch as pooling with one window; a sum of k values as the mean of k · value.
 
     The dimensions kept come first, with the channels before all (where they are averaged themselves,
     the first one kept counts as channels), and those averaged last.
@@ -46,6 +48,8 @@ def pool_of_mean(draft: Draft, node: Node) -> Node | None:
     if 0 in dims or not kept or not dims or any(not isinstance(shape[d], int) for d in dims):
         return None
     channels = x.meta["axis"] if x.meta["axis"] in kept else kept[0]
+    if opname(node) == "sum":  # before the pooling, which then has the gate that follows
+        x = draft.call(node, aten.mul.Tensor, x, float(prod(shape[d] for d in dims)))
     others = [d for d in kept if d != channels]
     order = [0, channels, *others, *dims]
     if order != sorted(order):
@@ -113,14 +117,6 @@ def pool_of_ragged(draft: Draft, node: Node) -> Node | None:
     return draft.call(node, fixed_product, pooled, fixed)
 
 
-def part_sum_and_product(draft: Draft, node: Node) -> None:
-    """constant + x · constant as a product and a sum."""
-    a = arguments(node)
-    if a["value"] == 1 and [is_activation(a[k]) for k in ("self", "tensor1", "tensor2")].count(True) == 1:
-        product = draft.call(node, aten.mul.Tensor, a["tensor1"], a["tensor2"])
-        draft.replace(node, draft.call(node, aten.add.Tensor, a["self"], product))
-
-
 def fixed_product(x: Tensor, factor: Tensor) -> Tensor:
     """Each position times its own constant: linear, but no bank of neurons."""
     return x * factor
@@ -134,38 +130,92 @@ def weighted_sum(coefficients: list[float], *inputs: Tensor) -> Tensor:
 def unify_sums(draft: Draft) -> None:
     """Bring sums and differences of activations, in all spellings, to one call for as many terms as they have."""
     for node in list(draft.graph.nodes):
-        if node.target in (aten.sub.Tensor, aten.rsub.Scalar, aten.rsub.Tensor):
-            turn_difference(draft, node)
-        if node.target is aten.addcmul.default:
-            part_sum_and_product(draft, node)
-        if node.target not in (aten.add.Tensor, aten.sub.Tensor) or not all(map(is_activation, node.args[:2])):
+        if node.target in SPELT_OUT:
+            SPELT_OUT[node.target](draft, node)
+    for node in list(draft.graph.nodes):
+        terms = terms_of(node)
+        if not terms or not all(is_activation(term) for _, term in terms):
             continue
-        a, shape = arguments(node), node.meta["val"].shape
-        coefficients, inputs = [], []
-        sign = -1.0 if node.target is aten.sub.Tensor else 1.0
-        for term, factor in ((a["self"], 1.0), (a["other"], sign * float(a["alpha"]))):
+        shape = node.meta["val"].shape
+        coefficients: list[float] = []
+        inputs: list[Any] = []
+        for factor, term in terms:
             if term.target is weighted_sum and len(term.users) == 1 and term.meta["val"].shape == shape:
-                coefficients += [factor * c for c in term.args[0]]
+                coefficients += [factor * c for c in term.args[0]]  # type: ignore[misc, union-attr, operator]
                 inputs += term.args[1:]
                 continue
-            if term.meta["val"].shape != shape:  # broadcasting made visible: every input has the output's shape
-                lacking = len(shape) - term.meta["val"].dim()
-                if lacking:
-                    term = draft.call(node, aten.unflatten.int, term, 0, [1] * lacking + [-1])
-                fixed = [-1 if s == t else s for s, t in zip(shape, term.meta["val"].shape)]
-                if any(not isinstance(s, int) for s in fixed):  # the batch itself: as large as the other term's
-                    fixed[0] = draft.call(node, aten.sym_size.int, a["other" if term is a["self"] else "self"], 0)
-                term = draft.call(node, aten.expand.default, term, fixed)
+            if term.meta["val"].shape != shape:
+                other = next(t for _, t in terms if t is not term)
+                term = broadcast(draft, node, term, other)
             coefficients.append(factor)
             inputs.append(term)
         draft.replace(node, draft.call(node, weighted_sum, coefficients, *inputs))
 
 
-def turn_difference(draft: Draft, node: Node) -> None:
+def terms_of(node: Node) -> list[tuple[float, Node]]:
+    """The terms of a sum, each with its coefficient; none for any other node."""
+    if node.target in (aten.add.Tensor, aten.sub.Tensor):
+        a = arguments(node)
+        sign = -1.0 if node.target is aten.sub.Tensor else 1.0
+        return [(1.0, a["self"]), (sign * float(a["alpha"]), a["other"])]
+    if node.target in (aten.sum.dim_IntList, aten.mean.dim) and opname(arguments(node)["self"]) == "stack":
+        a, stack = arguments(node), arguments(arguments(node)["self"])
+        rank = a["self"].meta["val"].dim()
+        if a["keepdim"] or [d % rank for d in a["dim"] or ()] != [stack["dim"] % rank]:
+            return []
+        factor = 1.0 if opname(node) == "sum" else 1 / len(stack["tensors"])
+        return [(factor, term) for term in stack["tensors"]]
+    return []
+
+
+def broadcast(draft: Draft, node: Node, term: Node, other: Node) -> Node:
+    """A term of a sum in the shape that the sum has; the other is one that has its batch."""
+    shape = node.meta["val"].shape
+    lacking = len(shape) - term.meta["val"].dim()
+    if lacking:
+        term = draft.call(node, aten.unflatten.int, term, 0, [1] * lacking + [-1])
+    fixed = [-1 if s == t else s for s, t in zip(shape, term.meta["val"].shape)]
+    if any(not isinstance(s, int) for s in fixed):
+        fixed[0] = draft.call(node, aten.sym_size.int, other, 0)
+    return draft.call(node, aten.expand.default, term, fixed)
+
+
+def spell_difference(draft: Draft, node: Node) -> None:
     """constant - x as the constant added to -x."""
     a = arguments(node)
     constant, x = (a["self"], a["other"]) if node.target is aten.sub.Tensor else (a["other"], a["self"])
-    if not is_activation(x) or is_activation(constant):
-        return
-    turned = draft.call(node, aten.mul.Tensor, x, -a["alpha"])
-    draft.replace(node, draft.call(node, aten.add.Tensor, turned, constant))
+    if is_activation(x) and not is_activation(constant):
+        turned = draft.call(node, aten.mul.Tensor, x, -a["alpha"])
+        draft.replace(node, draft.call(node, aten.add.Tensor, turned, constant))
+
+
+def spell_sum_and_product(draft: Draft, node: Node) -> None:
+    """constant + x · constant as a product and a sum."""
+    a = arguments(node)
+    if a["value"] == 1 and [is_activation(a[k]) for k in ("self", "tensor1", "tensor2")].count(True) == 1:
+        product = draft.call(node, aten.mul.Tensor, a["tensor1"], a["tensor2"])
+        draft.replace(node, draft.call(node, aten.add.Tensor, a["self"], product))
+
+
+def spell_interpolation(draft: Draft, node: Node) -> None:
+    """x + c · (y - x) with a constant c as the sum of (1 - c) · x and c · y."""
+    a = arguments(node)
+    c = a["weight"]
+    rest: Any = None
+    if isinstance(c, float | int):
+        rest = 1 - c
+    elif (value := constant_of(draft, c)) is not None:
+        rest = draft.constant(node, 1 - value)
+    if rest is not None and is_activation(a["self"]) and is_activation(a["end"]):
+        products = [draft.call(node, aten.mul.Tensor, x, w) for x, w in ((a["self"], rest), (a["end"], c))]
+        draft.replace(node, draft.call(node, aten.add.Tensor, *products))
+
+
+SPELT_OUT: dict[Any, Callable[[Draft, Node], None]] = {
+    aten.sub.Tensor: spell_difference,
+    aten.rsub.Scalar: spell_difference,
+    aten.rsub.Tensor: spell_difference,
+    aten.addcmul.default: spell_sum_and_product,
+    aten.lerp.Scalar: spell_interpolation,
+    aten.lerp.Tensor: spell_interpolation,
+}

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from patterns import Explainer, Network, accumulate, choose, solve, trace
 from patterns.conservation import Loss, conservation
 from tests.patterns.networks import randomise, traced
+from tests.patterns.readings import READINGS, build
 
 
 def fitted(network: Network, batches: Sequence[Tensor], choice: str = "default") -> dict[str, Tensor]:
@@ -87,6 +88,17 @@ def test_the_losses_make_up_what_the_map_lacks(name: str) -> None:
     assert abs(causes["gate"]) > 1e-3
     assert abs(causes["border"]) > 1e-3
     assert abs(causes.get("other", 0.0)) < 1e-10 * largest
+
+
+@pytest.mark.parametrize("name", READINGS)
+def test_an_operation_hands_on_all_that_its_gates_let_through_however_it_is_written(name: str) -> None:
+    model, x = build(name)
+    head = nn.Linear(model(x)[0].numel(), 3)
+    network = trace(nn.Sequential(model, nn.Flatten(), head).double(), x)
+    patterns, targets = fitted(network, [x]), torch.arange(len(x)) % 3
+    losses = conservation(network, patterns, x, targets)
+    largest = max(abs(loss.received) for loss in losses)
+    assert abs(1 - lost(losses).get("gate", 0.0) - shares(network, patterns, x, targets).mean()) < 1e-10 * largest
 
 
 def test_borders_lose_what_explicit_padding_gets() -> None:

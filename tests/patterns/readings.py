@@ -1,0 +1,121 @@
+"""Ways to write linear operations, and the sums, scales and average poolings that each is read as."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from patterns.operators import Addition, AveragePool, Kind, Scale
+
+
+class Calls(nn.Module):
+    """A model of some layers and parameters, and the function that is its forward pass."""
+
+    def __init__(self, forward: Callable[["Calls", Tensor], Tensor], **parts: nn.Module | nn.Parameter) -> None:
+        super().__init__()
+        self.call = forward
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(self, x)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def parameter(*shape: int) -> nn.Parameter:
+    return nn.Parameter(normal(*shape, seed=7) + 0.2)
+
+
+def linear() -> nn.Linear:
+    return nn.Linear(4, 4)
+
+
+def conv() -> nn.Conv2d:
+    return nn.Conv2d(4, 4, 1)
+
+
+IMAGE, TOKENS = (5, 4, 6, 6), (5, 7, 4)
+READINGS: dict[str, tuple[Callable[[Calls, Tensor], Tensor], tuple[int, ...], dict[str, object], list[Kind]]] = {
+    "difference": (lambda m, x: m.a(x) - m.b(x), IMAGE, {"a": conv(), "b": conv()}, [Addition((1.0, -1.0))]),
+    "difference with alpha": (
+        lambda m, x: torch.sub(m.a(x), m.b(x), alpha=2), IMAGE, {"a": conv(), "b": conv()}, [Addition((1.0, -2.0))]
+    ),
+    "sum with alpha, in place": (
+        lambda m, x: m.a(x).add_(m.b(x), alpha=0.5), IMAGE, {"a": conv(), "b": conv()}, [Addition((1.0, 0.5))]
+    ),
+    "several terms": (
+        lambda m, x: m.a(x) + m.b(x) + x + m.a(x).relu(), IMAGE, {"a": conv(), "b": conv()},
+        [Addition((1.0, 1.0, 1.0, 1.0))],
+    ),
+    "a difference of sums": (
+        lambda m, x: m.a(x) - (m.b(x) - 2 * x), IMAGE, {"a": conv(), "b": conv()}, [Scale(), Addition((1.0, -1.0, 1.0))]
+    ),
+    "a sum that others use too": (
+        lambda m, x: (s := m.a(x) + x) + s.relu(), IMAGE, {"a": conv()}, [Addition((1.0, 1.0)), Addition((1.0, 1.0))]
+    ),
+    "sum of tokens": (lambda m, x: m.a(x) + x.relu(), TOKENS, {"a": linear()}, [Addition((1.0, 1.0), 2)]),
+    "sum of permuted": (
+        lambda m, x: (y := x.permute(0, 2, 3, 1)) + m.a(y), IMAGE, {"a": linear()}, [Addition((1.0, 1.0), 3)]
+    ),
+    "sum of permuted back": (
+        lambda m, x: m.a(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) + x, IMAGE, {"a": linear()}, [Addition((1.0, 1.0))]
+    ),
+    "sum of flattened": (
+        lambda m, x: m.a(x).flatten(2).transpose(1, 2) + x.flatten(2).mT.relu(), IMAGE, {"a": conv()},
+        [Addition((1.0, 1.0), 2)],
+    ),
+    "number": (lambda m, x: x * 0.5, IMAGE, {}, [Scale()]),
+    "negative": (lambda m, x: -x, IMAGE, {}, [Scale()]),
+    "constant minus value": (lambda m, x: 1 - x, IMAGE, {}, [Scale()]),
+    "tensor minus value": (lambda m, x: m.p - x, IMAGE, {"p": parameter(4, 1, 1)}, [Scale()]),
+    "quotient": (lambda m, x: x / m.p, TOKENS, {"p": parameter(4)}, [Scale(2)]),
+    "layer scale": (lambda m, x: m.p * x, IMAGE, {"p": parameter(4, 1, 1)}, [Scale()]),
+    "folded": (lambda m, x: m.a(x) * m.p / 2, TOKENS, {"a": linear(), "p": parameter(4)}, []),
+    "affine in one call": (
+        lambda m, x: torch.addcmul(m.q, m.p, x), TOKENS, {"p": parameter(4), "q": parameter(1, 1, 4)}, [Scale(2)]
+    ),
+    "positions": (lambda m, x: x * m.p, IMAGE, {"p": parameter(6, 6)}, []),
+    "mean of tokens": (lambda m, x: x.mean(1), TOKENS, {}, [AveragePool((7,), (7,), (0,))]),
+    "mean of channels last": (
+        lambda m, x: x.permute(0, 2, 3, 1).mean((1, 2)), IMAGE, {}, [AveragePool((6, 6), (6, 6), (0, 0))]
+    ),
+    "mean of rows": (lambda m, x: x.mean(2), IMAGE, {}, [AveragePool((1, 6), (1, 6), (0, 0))]),
+    "mean of columns, kept": (
+        lambda m, x: x.permute(0, 2, 3, 1).mean(2, keepdim=True), IMAGE, {}, [AveragePool((1, 6), (1, 6), (0, 0))]
+    ),
+    "mean of channels": (lambda m, x: x.mean(1), IMAGE, {}, [AveragePool((1, 4), (1, 4), (0, 0))]),
+    "sum of positions": (
+        lambda m, x: x.sum((2, 3)), IMAGE, {}, [Scale(), AveragePool((6, 6), (6, 6), (0, 0))]
+    ),
+    "sum of tokens over their channels": (
+        lambda m, x: x.sum(-1, keepdim=True), TOKENS, {}, [Scale(), AveragePool((4,), (4,), (0,))]
+    ),
+    "sum of a stack": (
+        lambda m, x: torch.stack([m.a(x), x, m.b(x)]).sum(0), IMAGE, {"a": conv(), "b": conv()},
+        [Addition((1.0, 1.0, 1.0))],
+    ),
+    "mean of a stack": (
+        lambda m, x: torch.stack([m.a(x), x], -1).mean(-1) - x, IMAGE, {"a": conv()}, [Addition((0.5, 0.5, -1.0))]
+    ),
+    "sum of a list": (lambda m, x: sum([m.a(x), x]), IMAGE, {"a": conv()}, [Addition((1.0, 1.0))]),  # type: ignore[arg-type, return-value]
+    "between two": (
+        lambda m, x: torch.lerp(m.a(x), x, 0.3), IMAGE, {"a": conv()}, [Scale(), Addition((1.0, 1.0))]
+    ),
+    "between two by channel": (
+        lambda m, x: torch.lerp(m.a(x), x, m.p), TOKENS, {"a": linear(), "p": parameter(4)},
+        [Scale(2), Addition((1.0, 1.0), 2)],
+    ),
+}  # fmt: skip
+
+
+def build(name: str) -> tuple[Calls, Tensor]:
+    """The model of a reading, in float64 with random weights, and inputs for it."""
+    forward, shape, parts, _ = READINGS[name]
+    torch.manual_seed(0)
+    for part in parts.values():
+        if isinstance(part, nn.Conv2d | nn.Linear):
+            part.reset_parameters()
+    return Calls(forward, **parts).double().requires_grad_(False), normal(*shape)  # type: ignore[arg-type]
