@@ -23,7 +23,7 @@ from patterns.operators import (
     TransposedConvolution,
     swapped,
 )
-from patterns.unify import AVERAGE_POOLS, fixed_product, weighted_sum
+from patterns.unify import AVERAGE_POOLS, weighted_sum
 
 aten = torch.ops.aten
 
@@ -153,7 +153,7 @@ def lift_batch_norm(draft: Draft, node: Node) -> Lifted | None:
 
 
 def lift_product(draft: Draft, node: Node) -> Lifted | None:
-    """A value times or divided by a constant; one that is no factor for each channel becomes a fixed product."""
+    """A value times or divided by a constant: a neuron of one input for each number of the constant."""
     a = arguments(node)
     x, constant = a["self"], a.get("other", -1.0)
     if not is_activation(x) and opname(node) == "mul":
@@ -168,16 +168,31 @@ def lift_product(draft: Draft, node: Node) -> Lifted | None:
     factor = torch.as_tensor(factor, dtype=torch.promote_types(value.dtype, torch.float32), device=value.device)
     if opname(node) == "div":
         factor = 1 / factor
-    wide = [d - factor.dim() for d, size in enumerate(factor.shape) if size != 1]  # counted from the last
-    axis = len(shape) + wide[0] if len(wide) == 1 else x.meta["axis"]
-    if len(wide) > 1 or axis < 1 or value.shape != shape or not isinstance(shape[axis], int):
-        fixed = draft.constant(node, factor.to(value.dtype))
-        draft.replace(node, draft.call(node, fixed_product, x, fixed))
+    wide = [len(shape) - factor.dim() + d for d, size in enumerate(factor.shape) if size != 1] or [x.meta["axis"]]
+    first, last = wide[0], wide[-1]
+    if len(shape) != value.dim() or first < 1 or any(not isinstance(s, int) for s in shape[first : last + 1]):
         return None
-    weight = factor.to(value.dtype).reshape(-1, 1).expand(shape[axis], 1).clone()
+    if value.shape != shape:
+        x = draft.call(node, aten.expand.default, x, [-1 if s == t else s for s, t in zip(shape, value.shape)])
+    if first < last:
+        x = flattened(draft, node, x, first, last)
+    once = tuple(slice(None) if first <= d <= last else 0 for d in range(len(shape)))
+    weight = factor.expand([s if isinstance(s, int) else 1 for s in shape])[once].reshape(-1, 1).to(value.dtype)
     if name is None or name.startswith("constants."):
-        return Lifted(Scale(axis), weight, None, (x,))
-    return Lifted(Scale(axis), weight, None, (x,), operator_name(node, name), (name, opname(node)))
+        return Lifted(Scale(first), weight, None, (x,))
+    return Lifted(Scale(first), weight, None, (x,), operator_name(node, name), (name, opname(node)))
+
+
+def flattened(draft: Draft, node: Node, x: Node, first: int, last: int) -> Node:
+    """A node's input with some dimensions as one; the node's users get the shape back that they know."""
+    flat = draft.call(node, aten.flatten.using_ints, x, first, last)
+    with draft.graph.inserting_after(node):
+        restored = draft.graph.call_function(
+            aten.unflatten.int, (node, first, node.meta["val"].shape[first : last + 1])
+        )
+    node.replace_all_uses_with(restored, delete_user_cb=lambda user: user is not restored)
+    restored.meta, node.meta = node.meta, node.meta | {"val": flat.meta["val"]}
+    return flat
 
 
 def lift_addition(draft: Draft, node: Node) -> Lifted | None:

@@ -93,7 +93,11 @@ def pool_of_adaptive(draft: Draft, node: Node) -> Node:
 
 
 def pool_of_ragged(draft: Draft, node: Node) -> Node | None:
-    """Pooling whose border windows average fewer values, as padded pooling times a constant."""
+    """Pooling whose border windows average fewer values, as padded pooling times a constant.
+
+    The constant goes back as it is: the weights of a border window are that much larger, so that what a pattern
+    lacks over the border is shared out over the rest. A divisor of its own is a scale.
+    """
     a = arguments(node)
     value = node.args[0].meta["val"]  # type: ignore[union-attr]
     dims = len(value.shape) - 2
@@ -107,9 +111,12 @@ def pool_of_ragged(draft: Draft, node: Node) -> Node | None:
     # F.pad counts from the last dimension; what is left over on the right is not read.
     pads = [n for o, p in reversed(list(zip(over, padding))) for n in (p, p + max(o, 0))]
     pool, plain = AVERAGE_POOLS[dims - 1], (kernel, stride)
+    padded = draft.call(node, aten.constant_pad_nd.default, node.args[0], pads)
+    if a.get("divisor_override") is not None:
+        scaled = draft.call(node, aten.mul.Tensor, padded, prod(kernel) / a["divisor_override"])
+        return draft.call(node, pool, scaled, *plain)
     ones = torch.ones((1, 1, *sizes), dtype=torch.float64)
     factor = node.target(ones, *node.args[1:], **node.kwargs) / pool(F.pad(ones, pads), *plain)  # type: ignore[operator]
-    padded = draft.call(node, aten.constant_pad_nd.default, node.args[0], pads)
     pooled = draft.call(node, pool, padded, *plain)
     if bool((factor == 1).all()):
         return pooled
@@ -118,7 +125,7 @@ def pool_of_ragged(draft: Draft, node: Node) -> Node | None:
 
 
 def fixed_product(x: Tensor, factor: Tensor) -> Tensor:
-    """Each position times its own constant: linear, but no bank of neurons."""
+    """Each position times its own constant."""
     return x * factor
 
 

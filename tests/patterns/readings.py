@@ -77,7 +77,13 @@ READINGS: dict[str, tuple[Callable[[Calls, Tensor], Tensor], tuple[int, ...], di
     "affine in one call": (
         lambda m, x: torch.addcmul(m.q, m.p, x), TOKENS, {"p": parameter(4), "q": parameter(1, 1, 4)}, [Scale(2)]
     ),
-    "positions": (lambda m, x: x * m.p, IMAGE, {"p": parameter(6, 6)}, []),
+    "positions": (lambda m, x: x * m.p, IMAGE, {"p": parameter(6, 6)}, [Scale(2)]),
+    "every value": (lambda m, x: m.a(x) / m.p, IMAGE, {"a": conv(), "p": parameter(4, 6, 6)}, [Scale()]),
+    "rows of channels": (lambda m, x: m.p * x, IMAGE, {"p": parameter(1, 4, 6, 1)}, [Scale()]),
+    "a channel times several": (lambda m, x: x[:, :1] * m.p, IMAGE, {"p": parameter(3, 1, 6)}, [Scale()]),
+    "a value times several": (
+        lambda m, x: x.mean(1, True) * m.p, TOKENS, {"p": parameter(3, 1)}, [AveragePool((7,), (7,), (0,)), Scale()]
+    ),
     "mean of tokens": (lambda m, x: x.mean(1), TOKENS, {}, [AveragePool((7,), (7,), (0,))]),
     "mean of channels last": (
         lambda m, x: x.permute(0, 2, 3, 1).mean((1, 2)), IMAGE, {}, [AveragePool((6, 6), (6, 6), (0, 0))]
