@@ -168,7 +168,7 @@ def channel_axis(node: Node, value: Tensor) -> int:
     """Where a node's result has its channels, given where its arguments have them."""
     operation, rank = opname(node), value.dim()
     inputs = [n for n in node.all_input_nodes if n.op != "get_attr" and "axis" in n.meta and first_value(n) is not None]
-    if not inputs or operation.startswith(("conv", "max_pool", "avg_pool", "adaptive_", "upsample_")):
+    if not inputs or operation.startswith(("conv", "max_pool", "avg_pool", "adaptive_", "upsample_", "_upsample_")):
         return 1
     if operation in {"linear", "matmul", "bmm", "scaled_dot_product_attention"}:
         return rank - 1

@@ -31,7 +31,7 @@ from patterns.errors import UserError
 from patterns.hold import HELD_NORMS, hold_gates
 from patterns.lift import lift_operators
 from patterns.operators import Convolution, Gate, Linear, Operator, Scale, TransposedConvolution, along
-from patterns.unify import fixed_product, unify_pooling, unify_sums, weighted_sum
+from patterns.unify import fixed_product, unify_maps, unify_pooling, unify_rectifiers, unify_sums, weighted_sum
 
 aten = torch.ops.aten
 
@@ -43,6 +43,7 @@ RECTIFIERS: dict[Any, Callable[[dict[str, Any]], Gate]] = {
     aten.clamp.default: lambda a: Gate(limit(a["min"], "-inf"), limit(a["max"], "inf")),
     aten.clamp_min.default: lambda a: Gate(float(a["min"]), float("inf")),
     aten.clamp_max.default: lambda a: Gate(float("-inf"), float(a["max"])),
+    aten.threshold.default: lambda a: Gate(float(a["threshold"]), float("inf")),
     # Those that let a share of the rest through count as open where their slope is 1.
     aten.leaky_relu.default: lambda _: Gate(0.0, float("inf")),
     aten.prelu.default: lambda _: Gate(0.0, float("inf")),
@@ -54,8 +55,10 @@ IN_PLACE: dict[Any, Any] = {aten.relu.default: aten.relu_.default, aten.hardtanh
 # Fixed linear maps without a weight of their own: they pass with their usual backward.
 FIXED_LINEAR = {
     "pad", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad2d",
-    "index_select", "gather", "repeat", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d",
-    "upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d", "upsample_bicubic2d",
+    "index_select", "gather", "repeat", "im2col", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d",
+    "_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d", "upsample_linear1d",
+    "upsample_bilinear2d", "upsample_trilinear3d", "upsample_bicubic2d", "_upsample_bilinear2d_aa",
+    "_upsample_bicubic2d_aa",
 }  # fmt: skip
 
 REWRITTEN = {fixed_product, weighted_sum, *HELD_NORMS.values()}
@@ -107,8 +110,10 @@ def network_of(draft: Draft, example: Tensor, name: str, pass_through: Collectio
     fold_constants(draft)
     mark_channels(draft)
     hold_gates(draft, pass_through)
+    unify_rectifiers(draft)
     unify_sums(draft)
     unify_pooling(draft)
+    unify_maps(draft)
     mark_channels(draft)
     lift_operators(draft)
     fold_scales(draft)

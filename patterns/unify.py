@@ -226,3 +226,115 @@ SPELT_OUT: dict[Any, Callable[[Draft, Node], None]] = {
     aten.lerp.Scalar: spell_interpolation,
     aten.lerp.Tensor: spell_interpolation,
 }
+
+
+def unify_rectifiers(draft: Draft) -> None:
+    """Bring the larger, or the smaller, of a value and one number to the clamp that it is."""
+    for node in list(draft.graph.nodes):
+        if node.target in CLAMPS:
+            x, bound = node.args
+            if is_activation(bound) and number_of(draft, bound) is None:
+                x, bound = bound, x
+            limit = number_of(draft, bound)
+            if limit is not None and x.meta["val"].shape == node.meta["val"].shape:
+                draft.replace(node, draft.call(node, CLAMPS[node.target], x, limit))
+
+
+CLAMPS = {
+    aten.maximum.default: aten.clamp_min.default,
+    aten.minimum.default: aten.clamp_max.default,
+    aten.max.other: aten.clamp_min.default,
+    aten.min.other: aten.clamp_max.default,
+}
+
+
+def number_of(draft: Draft, node: Node) -> float | None:
+    """The one number that a tensor holds everywhere, if it is known to."""
+    if opname(node) == "zeros_like":
+        return 0.0
+    value = constant_of(draft, node)
+    return None if value is None or value.unique().numel() != 1 else float(value.flatten()[0])
+
+
+def unify_maps(draft: Draft) -> None:
+    """Bring products with constants, on any side and over any dimensions, to convolutions over one position.
+
+    Only x @ matrix, over the last dimension of x, is left: it is a linear layer.
+    """
+    made: dict[tuple[str, str], Node] = {}  # weights, by constant and order: what is used twice is one operator
+    for node in list(draft.graph.nodes):
+        product = product_of(draft, node)
+        if product is None:
+            continue
+        x, constant, (own, fixed, result) = product
+        matrix = draft.parts[str(constant.target)].detach()
+        matrix = matrix.reshape(matrix.shape[matrix.dim() - len(fixed) :])
+        sizes = dict(zip(own + fixed, (*x.meta["val"].shape, *matrix.shape)))
+        groups = "".join(c for c in own if c in fixed and c in result)
+        inputs = "".join(c for c in own if c in fixed and c not in result)
+        others = "".join(c for c in own[1:] if c not in fixed)
+        outputs = "".join(c for c in fixed if c not in own)
+        g, i, o, rest = (prod(sizes[c] for c in letters) for letters in (groups, inputs, outputs, others))
+        key = str(constant.target), f"{fixed}->{groups}{outputs}{inputs}"
+        if key not in made:
+            made[key] = draft.constant(node, torch.einsum(key[1], matrix).reshape(g * o, i, 1))
+        x = draft.call(node, aten.permute.default, x, [own.index(c) for c in own[0] + groups + inputs + others])
+        x = draft.call(node, aten.reshape.default, x, [-1, g * i, rest])
+        x = draft.call(node, aten.conv1d.default, x, made[key], None, [1], [0], [1], g)
+        x = draft.call(node, aten.reshape.default, x, [-1, *(sizes[c] for c in groups + outputs + others)])
+        order = own[0] + groups + outputs + others
+        draft.replace(node, draft.call(node, aten.permute.default, x, [order.index(c) for c in result]))
+
+
+def product_of(draft: Draft, node: Node) -> tuple[Node, Node, tuple[str, str, str]] | None:
+    """A value, a constant, and as in einsum the dimensions of both and of their product.
+
+    None for any other node, and where the product is no bank of neurons for each sample: what mixes samples,
+    sums one factor alone, or has nothing in common.
+    """
+    if node.target is aten.einsum.default:
+        factors: Any = node.args[1]
+        left, _, result = str(node.args[0]).replace(" ", "").partition("->")
+        letters = left.split(",")
+    elif node.target is aten.matmul.default:
+        factors = node.args
+        letters, result = letters_of_matmul(*(rank_of(draft, f) for f in factors))
+    else:
+        return None
+    constants = [constant_of(draft, f) for f in factors]
+    if [c is None for c in constants] not in ([True, False], [False, True]):
+        return None
+    at = constants.index(None)
+    x, constant, own, fixed = factors[at], factors[1 - at], letters[at], letters[1 - at]
+    shape, matrix = x.meta["val"].shape, draft.parts[str(constant.target)]
+    if node.target is aten.matmul.default and at == 0 and matrix.dim() == 2:
+        return None
+    shared = set(own) & set(fixed)
+    sizes, fixed_sizes = dict(zip(own, shape)), dict(zip(fixed[::-1], matrix.shape[::-1]))
+    if (
+        any(len(set(text)) < len(text) or not text.isalpha() for text in (own, fixed, result))
+        or not shared
+        or own[0] in shared
+        or any(c not in result and c not in shared for c in own + fixed)
+        or any(sizes[c] != fixed_sizes[c] for c in shared)
+        or not all(isinstance(size, int) for size in shape[1:])
+    ):
+        return None
+    return x, constant, (own, fixed, result)
+
+
+def letters_of_matmul(first: int, second: int) -> tuple[list[str], str]:
+    """A letter for each dimension of two factors of these ranks, and of their product."""
+    batch = "abcdefgh"[: max(first, second, 2) - 2]
+    of_first, of_second = (batch[len(batch) - max(rank - 2, 0) :] for rank in (first, second))
+    rows, columns = "m" * (first > 1), "n" * (second > 1)
+    return [f"{of_first}{rows}x", f"{of_second}x{columns}"], f"{batch}{rows}{columns}"
+
+
+def rank_of(draft: Draft, node: Node) -> int:
+    """How many dimensions a factor has, without those of one element that a constant has before its last two."""
+    value = constant_of(draft, node)
+    if value is None:
+        return node.meta["val"].dim()
+    leading = next((d for d, size in enumerate(value.shape[:-2]) if size != 1), max(value.dim() - 2, 0))
+    return value.dim() - leading

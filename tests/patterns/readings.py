@@ -1,10 +1,15 @@
 """Ways to write linear operations, and the sums, scales and average poolings that each is read as."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from patterns import Network, trace
 from patterns.operators import Addition, AveragePool, Kind, Scale
 
 
@@ -106,6 +111,17 @@ READINGS: dict[str, tuple[Callable[[Calls, Tensor], Tensor], tuple[int, ...], di
     "mean of a stack": (
         lambda m, x: torch.stack([m.a(x), x], -1).mean(-1) - x, IMAGE, {"a": conv()}, [Addition((0.5, 0.5, -1.0))]
     ),
+    "matrix on the left": (lambda m, x: m.p @ x, IMAGE, {"p": parameter(5, 6)}, []),
+    "a matrix for each channel, on the left": (lambda m, x: m.p @ x, IMAGE, {"p": parameter(4, 5, 6)}, []),
+    "a matrix for each channel, on the right": (lambda m, x: x @ m.p, IMAGE, {"p": parameter(1, 4, 6, 5)}, []),
+    "vector": (lambda m, x: x @ m.p, TOKENS, {"p": parameter(4)}, []),
+    "einsum over a middle dimension": (
+        lambda m, x: torch.einsum("nchw,hk->nwkc", x, m.p), IMAGE, {"p": parameter(6, 5)}, []
+    ),
+    "einsum over two dimensions, in groups": (
+        lambda m, x: torch.einsum("wchk, nchw -> nkw", m.p, x), IMAGE, {"p": parameter(6, 4, 6, 3)}, []
+    ),
+    "patches": (lambda m, x: F.unfold(m.a(x), 2, stride=2), IMAGE, {"a": conv()}, []),
     "sum of a list": (lambda m, x: sum([m.a(x), x]), IMAGE, {"a": conv()}, [Addition((1.0, 1.0))]),  # type: ignore[arg-type, return-value]
     "between two": (
         lambda m, x: torch.lerp(m.a(x), x, 0.3), IMAGE, {"a": conv()}, [Scale(), Addition((1.0, 1.0))]
@@ -115,13 +131,44 @@ READINGS: dict[str, tuple[Callable[[Calls, Tensor], Tensor], tuple[int, ...], di
         [Scale(2), Addition((1.0, 1.0), 2)],
     ),
 }  # fmt: skip
+RESIZED: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
+    "nearest": (IMAGE, {"scale_factor": 2}),
+    "nearest 1d": (TOKENS, {"size": 7, "mode": "nearest"}),
+    "nearest 3d": ((3, 2, 3, 2, 4), {"size": (4, 5, 3), "mode": "nearest"}),
+    "nearest-exact": (IMAGE, {"size": (4, 9), "mode": "nearest-exact"}),
+    "nearest-exact 1d": (TOKENS, {"size": 7, "mode": "nearest-exact"}),
+    "nearest-exact 3d": ((3, 2, 3, 2, 4), {"size": (4, 5, 3), "mode": "nearest-exact"}),
+    "linear": (TOKENS, {"size": 9, "mode": "linear"}),
+    "bilinear": (IMAGE, {"size": (4, 9), "mode": "bilinear"}),
+    "bilinear, corners aligned": (IMAGE, {"scale_factor": 1.5, "mode": "bilinear", "align_corners": True}),
+    "bilinear, smoothed": (IMAGE, {"size": (3, 4), "mode": "bilinear", "antialias": True}),
+    "bicubic": (IMAGE, {"size": (4, 9), "mode": "bicubic"}),
+    "bicubic, smoothed": (IMAGE, {"size": (3, 4), "mode": "bicubic", "antialias": True}),
+    "trilinear": ((3, 2, 3, 2, 4), {"size": (4, 5, 3), "mode": "trilinear"}),
+}
+READINGS |= {
+    f"resized, {name}": (lambda m, x, options=options: F.interpolate(x, **options), shape, {}, [])  # type: ignore[misc]
+    for name, (shape, options) in RESIZED.items()
+}
 
 
-def build(name: str) -> tuple[Calls, Tensor]:
-    """The model of a reading, in float64 with random weights, and inputs for it."""
+@dataclass(frozen=True)
+class Read:
+    """A reading with a linear layer behind it, so that it gives scores: the model, its network, and inputs."""
+
+    model: nn.Module
+    network: Network
+    inputs: Tensor
+
+
+@cache
+def read(name: str) -> Read:
+    """In float64, with random weights; traced once for all tests."""
     forward, shape, parts, _ = READINGS[name]
     torch.manual_seed(0)
     for part in parts.values():
         if isinstance(part, nn.Conv2d | nn.Linear):
             part.reset_parameters()
-    return Calls(forward, **parts).double().requires_grad_(False), normal(*shape)  # type: ignore[arg-type]
+    model, x = Calls(forward, **parts).double(), normal(*shape)  # type: ignore[arg-type]
+    scored = nn.Sequential(model, nn.Flatten(), nn.Linear(model(x)[0].numel(), 3)).double().requires_grad_(False)
+    return Read(scored, trace(scored, x[:2]), x)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from patterns import Explainer, Network, accumulate, choose, solve, trace
 from patterns.conservation import Loss, conservation
 from tests.patterns.networks import randomise, traced
-from tests.patterns.readings import READINGS, build
+from tests.patterns.readings import READINGS, read
 
 
 def fitted(network: Network, batches: Sequence[Tensor], choice: str = "default") -> dict[str, Tensor]:
@@ -92,9 +92,7 @@ def test_the_losses_make_up_what_the_map_lacks(name: str) -> None:
 
 @pytest.mark.parametrize("name", READINGS)
 def test_an_operation_hands_on_all_that_its_gates_let_through_however_it_is_written(name: str) -> None:
-    model, x = build(name)
-    head = nn.Linear(model(x)[0].numel(), 3)
-    network = trace(nn.Sequential(model, nn.Flatten(), head).double(), x)
+    network, x = read(name).network, read(name).inputs
     patterns, targets = fitted(network, [x]), torch.arange(len(x)) % 3
     losses = conservation(network, patterns, x, targets)
     largest = max(abs(loss.received) for loss in losses)

@@ -181,6 +181,12 @@ def test_a_gate_is_seen_through_max_pooling_and_shape_changes() -> None:
         (Calls(lambda m, x: x.clamp(0, 6)), RELU6),
         (Calls(lambda m, x: x.clamp_min(0)), RELU),
         (Calls(lambda m, x: F.relu6(x)), RELU6),
+        (Calls(lambda m, x: F.threshold(x, 0, 0)), RELU),
+        (nn.Threshold(0.5, 0.0), Gate(0.5, float("inf"))),
+        (Calls(lambda m, x: torch.maximum(x, torch.zeros_like(x))), RELU),
+        (Calls(lambda m, x: torch.maximum(torch.tensor(0.0), x)), RELU),
+        (Calls(lambda m, x: torch.max(x, torch.zeros(1))), RELU),
+        (Calls(lambda m, x: torch.minimum(x, torch.tensor(6.0))), Gate(float("-inf"), 6.0)),
     ],
 )
 def test_every_way_to_write_a_rectifier_is_a_gate(rectifier: nn.Module, gate: Gate) -> None:

@@ -13,7 +13,7 @@ from patterns.operators import Addition, AveragePool, Linear, Scale, TransposedC
 from tests.oracles import matrix
 from tests.patterns.cases import STRATEGIES, Case, any_case
 from tests.patterns.networks import relative
-from tests.patterns.readings import IMAGE, READINGS, TOKENS, Calls, build, conv, normal, parameter
+from tests.patterns.readings import IMAGE, READINGS, TOKENS, Calls, conv, normal, parameter, read
 
 cases = settings(max_examples=25, derandomize=True, deadline=None)
 RELU = Gate(0.0, float("inf"))
@@ -124,16 +124,18 @@ def test_the_pass_is_the_product_of_explicit_matrices_with_real_patterns() -> No
 
 @pytest.mark.parametrize("name", READINGS)
 def test_an_operation_is_read_as_its_kind_with_its_channels_and_keeps_outputs_and_gradient(name: str) -> None:
-    model, x = build(name)
-    network = network_of(model, x)
-    found = [op.kind for op in network.operators.values() if isinstance(op.kind, Scale | Addition | AveragePool)]
+    it = read(name)
+    found = [op.kind for op in it.network.operators.values() if isinstance(op.kind, Scale | Addition | AveragePool)]
     assert found == READINGS[name][3]
-    gradients = []
-    for function in (model, network.module):
-        inputs = x.clone().requires_grad_()
-        gradients += torch.autograd.grad(function(inputs).square().sum(), inputs)
+    assert relative(it.network.module(it.inputs[:1]), it.model(it.inputs[:1])) < 1e-10
+    outputs, gradients = [], []
+    for function in (it.model, it.network.module):
+        inputs = it.inputs.clone().requires_grad_()
+        outputs.append(function(inputs))
+        gradients += torch.autograd.grad(outputs[-1].square().sum(), inputs)
+    assert relative(outputs[1], outputs[0]) < 1e-10
     assert relative(gradients[1], gradients[0]) < 1e-10
-    for moments in accumulate(network, [x]).values():
+    for moments in accumulate(it.network, [it.inputs]).values():
         assert moments.total.yy.isfinite().all()
 
 
