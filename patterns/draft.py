@@ -176,11 +176,6 @@ def channel_axis(node: Node, value: Tensor) -> int:
     same = ranks.index(rank) if rank in ranks else 0
     axis, before = inputs[same].meta["axis"], first_value(inputs[same])
     assert before is not None
-    if operation == "permute":
-        return [d % rank for d in node.args[1]].index(axis)  # type: ignore[union-attr, operator]
-    if operation in {"transpose", "t"}:
-        one, other = (d % rank for d in (node.args[1:3] if operation == "transpose" else (0, 1)))  # type: ignore[operator]
-        return {one: other, other: one}.get(axis, axis)
     if operation == "expand":
         return axis + rank - before.dim()
     if operation in {"select", "unbind"}:
@@ -188,15 +183,40 @@ def channel_axis(node: Node, value: Tensor) -> int:
         return axis - (dim < axis)
     if operation == "stack":
         return axis + (arguments(node)["dim"] % rank <= axis)
+    moved = moved_axis(node, axis)
+    if moved is not None:
+        return moved
     if operation in RESHAPES or rank != before.dim():
-        stride = prod(before.shape[axis + 1 :])
-        for dim in range(1, rank):
-            if value.shape[dim] == before.shape[axis] and prod(value.shape[dim + 1 :]) == stride:
-                return dim
         return rank - 1 if axis == before.dim() - 1 else 1
     return axis
 
 
+def moved_axis(node: Node, axis: int) -> int | None:
+    """Where a dimension of a node's input lies in its result.
+
+    None where the node changes more than the order or the number of dimensions, and where it joins this one with
+    others or takes it apart.
+    """
+    operation, value = opname(node), first_value(node)
+    if value is None or operation not in {"permute", "transpose", "t", *RESHAPES, *UNCHANGED}:
+        return None
+    rank = value.dim()
+    if operation == "permute":
+        order: Any = node.args[1]
+        return [d % rank for d in order].index(axis)
+    if operation in {"transpose", "t"}:
+        dims: Any = node.args[1:3] if operation == "transpose" else (0, 1)
+        one, other = (d % rank for d in dims)
+        return {one: other, other: one}.get(axis, axis)
+    if operation in RESHAPES:
+        before = node.all_input_nodes[0].meta["val"].shape
+        stride = prod(before[axis + 1 :])
+        found = [d for d in range(1, rank) if (value.shape[d], prod(value.shape[d + 1 :])) == (before[axis], stride)]
+        return found[0] if found else None
+    return axis
+
+
+UNCHANGED = {"contiguous", "clone", "alias", "dropout", "_to_copy", "to"}
 RESHAPES = {"view", "_unsafe_view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"}
 
 

@@ -24,6 +24,7 @@ from patterns.draft import (
     copy_graph,
     export,
     mark_channels,
+    moved_axis,
     opname,
     source,
 )
@@ -152,15 +153,15 @@ def fold_scales(draft: Draft) -> None:
     """Fold each batch norm into the convolution or linear operator before it, if that has no other use."""
     calls = Counter(node.target for node in draft.graph.nodes if node.op == "call_module")
     for node in list(draft.graph.nodes):
-        before = node.args[0] if node.op == "call_module" else None
-        if not isinstance(before, Node) or before.op != "call_module" or len(before.users) > 1:
+        if node.op != "call_module" or not isinstance(draft.parts[str(node.target)].kind, Scale):
             continue
-        scale, linear = draft.parts[str(node.target)], draft.parts[str(before.target)]
-        rank = node.meta["val"].dim()
+        scale = draft.parts[str(node.target)]
+        before, axis = operator_before(draft, node)
+        if before is None or axis != scale.kind.axis % node.meta["val"].dim():
+            continue
+        linear = draft.parts[str(before.target)]
         if (
-            not isinstance(scale.kind, Scale)
-            or not isinstance(linear.kind, Convolution | TransposedConvolution | Linear)
-            or scale.kind.axis % rank != linear.kind.axis % rank
+            not isinstance(linear.kind, Convolution | TransposedConvolution | Linear)
             or calls[node.target] > 1
             or calls[before.target] > 1
         ):
@@ -174,8 +175,29 @@ def fold_scales(draft: Draft) -> None:
         draft.parts[str(before.target)] = Operator(
             linear.name, linear.kind, weight.to(dtype), bias.to(dtype), (), (), linear.source
         )
-        node.replace_all_uses_with(before)
-        draft.graph.erase_node(node)
+        draft.replace(node, node.args[0])
+
+
+def operator_before(draft: Draft, node: Node) -> tuple[Node | None, int | None]:
+    """The operator's call that a node alone reads, perhaps in another shape, and where its neurons then lie."""
+    path: list[Node] = []
+    before: Any = node.args[0]
+    while before.op == "call_function" and len(readers(before)) == 1 and before.args:
+        path.append(before)
+        before = before.args[0]
+        if not isinstance(before, Node):
+            return None, None
+    if before.op != "call_module" or len(readers(before)) > 1:
+        return None, None
+    axis = draft.parts[str(before.target)].kind.axis % before.meta["val"].dim()
+    for change in reversed(path):
+        axis = None if axis is None else moved_axis(change, axis)
+    return before, axis
+
+
+def readers(node: Node) -> list[Node]:
+    """The users of a value's elements, not of its sizes."""
+    return [user for user in node.users if opname(user) != "sym_size"]
 
 
 def refuse_unknown(draft: Draft, name: str, pass_through: Collection[str]) -> None:
