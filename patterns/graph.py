@@ -243,9 +243,11 @@ def is_shift(node: Node) -> bool:
 def find_gates(module: GraphModule) -> None:
     """Give each operator its gate: the one rectifier that all its calls feed, and nothing else."""
     gates: dict[str, set[Gate | None]] = {}
+    calls = Counter(operator.name for _, operator in operator_calls(module))
     for node, operator in operator_calls(module):
         gates.setdefault(operator.name, set()).update(consumers(node))
     for _, operator in operator_calls(module):
+        operator.calls = calls[operator.name]
         found = gates[operator.name]
         operator.gate = found.copy().pop() if len(found) == 1 else None
         operator.mixed_gates = len(found) > 1
