@@ -90,7 +90,7 @@ METHODS: dict[str, Method] = {
     "deconvnet": Method(Backward(weight, rectified)),
     "guided-backprop": Method(Backward(weight, gated_and_rectified)),
     "patternnet": Method(Backward(lambda w, a: a, needs_patterns=True, starts_from_value=True)),
-    # Σ map = the target's value, less what is lost at gates and borders: patterns/conservation.py.
+    # Σ map = the target's value, less what is lost at gates and borders: patterns/losses.py.
     "patternattribution": Method(
         Backward(lambda w, a: w * a, needs_patterns=True, starts_from_value=True),  # type: ignore[operator]
         attributes=True,

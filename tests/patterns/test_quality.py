@@ -7,7 +7,7 @@ from patterns import Gate, Operator, solve, trace
 from patterns.observe import PatchObserver
 from patterns.operators import Linear, Scale
 from patterns.patches import PatchAccumulator, PatchMoments, draw, generator, zero
-from patterns.quality import quality, rho, signals, whiten
+from patterns.rho import quality, rho, signals, whiten
 from tests.oracles import Neuron, channel_patches, window_patches
 from tests.patterns.gram import ALL, CASES, ESTIMATORS, IMAGES, RELU, Case, case, every_kind, normal
 
