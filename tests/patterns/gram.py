@@ -15,7 +15,7 @@ from tests.oracles import Neuron, channel_patches, linear_patches, neurons, wind
 
 RELU = (0.0, float("inf"))
 ALL = 10**6  # positions: more than any image here has
-ESTIMATORS = ["filter", "random", "linear", "two-component"]
+ESTIMATORS = ["filter", "random", "linear", "two-component", "two-component-own-mean"]
 
 
 @dataclass(frozen=True)
