@@ -120,6 +120,23 @@ def test_borders_lose_what_explicit_padding_gets() -> None:
     assert abs(causes["neuron"]) < 1e-10
 
 
+def test_transposed_convolutions_lose_what_lies_on_the_zeros_between_their_inputs() -> None:
+    torch.manual_seed(11)
+    x = torch.randn(30, 2, 3, 3, dtype=torch.float64)
+    model = nn.Sequential(nn.ConvTranspose2d(2, 3, 2, stride=2), nn.Flatten(), nn.Linear(3 * 36, 4))
+    network = trace(model.double().requires_grad_(False), x)
+    patterns, targets = fitted(network, [x]), torch.zeros(30, dtype=torch.int64)
+    relevance = (model[2].weight[0] * patterns["2"][0]).view(3, 3, 2, 3, 2)  # by neuron, row, phase, column, phase
+    shares_of_phases = (network.operators["0"].weight * patterns["0"]).sum(1)  # over the two inputs that it has
+    torch.testing.assert_close(shares_of_phases.sum((1, 2)), torch.ones(3, dtype=torch.float64))
+    expected = float((relevance * (1 - shares_of_phases)[:, None, :, None, :]).sum())
+    causes = lost(conservation(network, patterns, x, targets))
+    assert abs(expected) > 0.1
+    assert abs(causes["border"] - expected) < 1e-10
+    assert abs(causes["neuron"]) < 1e-10
+    torch.testing.assert_close(shares(network, patterns, x, targets), torch.full((30,), 1 - expected).double())
+
+
 @pytest.mark.parametrize("in_place", [False, True])
 def test_gates_lose_what_reaches_closed_ones(in_place: bool) -> None:
     torch.manual_seed(8)
