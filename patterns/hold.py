@@ -27,7 +27,8 @@ def hold_gates(draft: Draft, pass_through: Collection[str]) -> None:
             continue
         if node.target in HELD_NORMS:
             a = arguments(node)
-            draft.replace(node, draft.call(node, HELD_NORMS[node.target], *(a[k] for k in NORM_ARGUMENTS[node.target])))
+            if a.get("use_input_stats", True):  # else they are numbers of the model
+                draft.replace(node, draft.call(node, HELD_NORMS[node.target], *a.values()))
         elif operation == "scaled_dot_product_attention":
             node.args = held(draft, node, node.args, 0, 1)
         elif operation in PRODUCTS_OF_TWO and all(map(is_activation, node.args[:2])):
@@ -60,19 +61,34 @@ def origin(node: Node) -> Node:
     return node
 
 
-def held_layer_norm(x: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """Layer norm, linear in x: its mean and variance have no gradient."""
-    dims = list(range(-len(shape), 0))
-    y = standardised(x, dims, eps)
+# The norms, linear in x: the statistics that they take of x have no gradient. Their arguments are ATen's.
+
+
+def held_layer_norm(
+    x: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float, _: bool
+) -> Tensor:
+    y = standardised(x, list(range(-len(shape), 0)), eps)
     y = y if weight is None else y * weight
     return y if bias is None else y + bias
 
 
-def held_group_norm(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """Group norm, linear in x: its means and variances have no gradient."""
+def held_rms_norm(x: Tensor, shape: list[int], weight: Tensor | None, eps: float | None) -> Tensor:
+    mean_square = x.detach().square().mean(list(range(-len(shape), 0)), keepdim=True)
+    y = x * torch.rsqrt(mean_square + (torch.finfo(x.dtype).eps if eps is None else eps))
+    return y if weight is None else y * weight
+
+
+def held_group_norm(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, _: bool) -> Tensor:
     y = standardised(x.unflatten(1, (groups, -1)).flatten(2), [-1], eps).view(x.shape)
     y = y if weight is None else y * along(1, weight, y)
     return y if bias is None else y + along(1, bias, y)
+
+
+def held_instance_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, *running: Tensor | float | bool | None
+) -> Tensor:
+    *_, eps, cudnn = running
+    return held_group_norm(x, x.shape[1], weight, bias, float(eps), bool(cudnn))  # type: ignore[arg-type]
 
 
 def standardised(x: Tensor, dims: list[int], eps: float) -> Tensor:
@@ -83,11 +99,9 @@ def standardised(x: Tensor, dims: list[int], eps: float) -> Tensor:
 
 HELD_NORMS: dict[Any, Any] = {
     aten.layer_norm.default: held_layer_norm,
+    aten.rms_norm.default: held_rms_norm,
     aten.group_norm.default: held_group_norm,
-}
-NORM_ARGUMENTS = {
-    aten.layer_norm.default: ("input", "normalized_shape", "weight", "bias", "eps"),
-    aten.group_norm.default: ("input", "num_groups", "weight", "bias", "eps"),
+    aten.instance_norm.default: held_instance_norm,
 }
 PRODUCTS_OF_TWO = {"mul", "matmul", "bmm"}
 GATES = {"sigmoid", "hardsigmoid", "softmax", "_softmax", "tanh", "gelu", "silu", "hardswish", "softplus"}

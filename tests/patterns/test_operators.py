@@ -199,6 +199,14 @@ def held_group_norm(x: Tensor) -> Tensor:
     ], 1)  # fmt: skip
 
 
+SHARES = torch.arange(1.0, 5.0).double()
+
+
+def held_instance_norm(x: Tensor) -> Tensor:
+    centred = x - x.mean((2, 3), keepdim=True).detach()
+    return centred / (x.var((2, 3), correction=0, keepdim=True).detach() + 1e-5).sqrt()
+
+
 def excited(x: Tensor) -> Tensor:
     return x.mean((2, 3), keepdim=True).sigmoid()
 
@@ -206,6 +214,14 @@ def excited(x: Tensor) -> Tensor:
 HELD: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], tuple[int, ...], tuple[str, ...]]] = {
     "layer norm": (layer_norm, held_layer_norm, TOKENS, ("layer_norm",)),
     "group norm": (lambda x: F.group_norm(x, 2), held_group_norm, IMAGE, ("group_norm",)),
+    "rms norm": (
+        lambda x: F.rms_norm(x, (4,), SHARES, 1e-3),
+        lambda x: x / (x.square().mean(-1, keepdim=True).detach() + 1e-3).sqrt() * SHARES, TOKENS, ("rms_norm",),
+    ),
+    "instance norm": (
+        lambda x: F.instance_norm(x, None, None, SHARES, SHARES),
+        lambda x: held_instance_norm(x) * SHARES[:, None, None] + SHARES[:, None, None], IMAGE, ("instance_norm",),
+    ),
     "attention": (
         lambda x: F.scaled_dot_product_attention(2 * x, x, x.flip(1)),
         lambda x: (2 * x @ x.mT / 2).softmax(-1).detach() @ x.flip(1), TOKENS, ("scaled_dot_product_attention",),
