@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from patterns import Network, trace
 from patterns.operators import Addition, AveragePool, Kind, Scale
+from tests.patterns.networks import randomise
 
 
 class Calls(nn.Module):
@@ -122,6 +123,17 @@ READINGS: dict[str, tuple[Callable[[Calls, Tensor], Tensor], tuple[int, ...], di
         lambda m, x: torch.einsum("wchk, nchw -> nkw", m.p, x), IMAGE, {"p": parameter(6, 4, 6, 3)}, []
     ),
     "patches": (lambda m, x: F.unfold(m.a(x), 2, stride=2), IMAGE, {"a": conv()}, []),
+    "split": (
+        lambda m, x: torch.cat([part.relu() for part in m.a(x).split([1, 3], 1)], 1), IMAGE, {"a": conv()}, []
+    ),
+    "chunks": (lambda m, x: torch.cat([x, *m.a(x).chunk(2, 1)[::-1]], 1), IMAGE, {"a": conv()}, []),
+    "channel shuffle": (lambda m, x: F.channel_shuffle(m.a(x), 2)[:, 1:], IMAGE, {"a": conv()}, []),
+    "leaky": (lambda m, x: F.leaky_relu(m.a(x), 0.3), TOKENS, {"a": linear()}, []),
+    "prelu": (lambda m, x: m.b(m.a(x)), IMAGE, {"a": conv(), "b": nn.PReLU(4)}, []),
+    "padded 1d": (lambda m, x: F.pad(m.a(x), (1, 2), "reflect"), TOKENS, {"a": nn.Conv1d(7, 3, 2)}, []),
+    "padded 3d": (lambda m, x: F.pad(x, (1, 0, 0, 1, 2, 0), "replicate"), (3, 2, 3, 2, 4), {}, []),
+    "norm 1d": (lambda m, x: m.a(x), TOKENS, {"a": nn.BatchNorm1d(7)}, [Scale()]),
+    "norm 3d": (lambda m, x: m.a(x), (3, 2, 3, 2, 4), {"a": nn.BatchNorm3d(2)}, [Scale()]),
     "sum of a list": (lambda m, x: sum([m.a(x), x]), IMAGE, {"a": conv()}, [Addition((1.0, 1.0))]),  # type: ignore[arg-type, return-value]
     "between two": (
         lambda m, x: torch.lerp(m.a(x), x, 0.3), IMAGE, {"a": conv()}, [Scale(), Addition((1.0, 1.0))]
@@ -167,8 +179,10 @@ def read(name: str) -> Read:
     forward, shape, parts, _ = READINGS[name]
     torch.manual_seed(0)
     for part in parts.values():
-        if isinstance(part, nn.Conv2d | nn.Linear):
+        if isinstance(part, nn.Conv1d | nn.Conv2d | nn.Linear):
             part.reset_parameters()
+        elif isinstance(part, nn.BatchNorm1d | nn.BatchNorm3d):
+            randomise(part)
     model, x = Calls(forward, **parts).double(), normal(*shape)  # type: ignore[arg-type]
     scored = nn.Sequential(model, nn.Flatten(), nn.Linear(model(x)[0].numel(), 3)).double().requires_grad_(False)
     return Read(scored, trace(scored, x[:2]), x)

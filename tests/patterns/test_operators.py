@@ -168,6 +168,12 @@ GATES: dict[str, tuple[Callable[[Calls, Tensor], Tensor], Gate | None, bool]] = 
     "two unlike": (lambda m, x: (y := m.a(x)).relu() + F.relu6(y), None, True),
     "one and none": (lambda m, x: (y := m.a(x)).relu() + y, None, True),
     "none": (lambda m, x: m.a(x), None, False),
+    "split": (lambda m, x: torch.cat([part.relu() for part in m.a(x).split([1, 3], 1)], 1), RELU, False),
+    "chunks": (lambda m, x: torch.cat([part.relu() for part in m.a(x).chunk(2, 1)], 1), RELU, False),
+    "one chunk of two": (lambda m, x: (y := m.a(x).chunk(2, 1))[0].relu() + y[1], None, True),
+    "chunks unlike": (lambda m, x: (y := m.a(x).chunk(2, 1))[0].relu() + F.relu6(y[1]), None, True),
+    "shuffled": (lambda m, x: F.channel_shuffle(m.a(x), 2).relu(), RELU, False),
+    "shuffled by hand": (lambda m, x: m.a(x).unflatten(1, (2, 2)).transpose(1, 2).flatten(1, 2).relu(), RELU, False),
 }
 
 
