@@ -2,14 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
+from math import prod
 
 import pytest
 import torch
 from torch import Tensor
 
 from patterns import Gate, Operator
-from patterns.operators import Addition, AveragePool, Convolution, Kind, Linear, TransposedConvolution
+from patterns.operators import Addition, AveragePool, Convolution, Kind, Linear, Scale, TransposedConvolution
 from patterns.patches import PatchAccumulator, PatchMoments
 from tests.oracles import Neuron, channel_patches, linear_patches, neurons, window_patches
 
@@ -94,14 +96,15 @@ def transposed(
     return case(TransposedConvolution(stride, padding, more, dilation, groups), weight, shape, unfold=unfold)
 
 
-def average_pool() -> Case:
-    kernel, stride, padding = (2, 3), (2, 1), (1, 0)
-    weight = torch.full((3, 1, *kernel), 1 / 6, dtype=torch.float64)
+def average_pool(
+    kernel: tuple[int, ...], shape: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...]
+) -> Case:
+    weight = torch.full((shape[0], 1, *kernel), 1 / prod(kernel), dtype=torch.float64)
 
     def unfold(x: Tensor) -> list[Tensor]:
-        return window_patches(x, kernel, stride, padding, (1, 1), 3)
+        return window_patches(x, kernel, stride, padding, (1,) * len(kernel), shape[0])
 
-    return case(AveragePool(kernel, stride, padding), weight, (3, 5, 6), unfold=unfold)
+    return case(AveragePool(kernel, stride, padding), weight, shape, unfold=unfold)
 
 
 CASES: dict[str, Callable[[], Case]] = {
@@ -117,7 +120,21 @@ CASES: dict[str, Callable[[], Case]] = {
     "addition": lambda: case(
         Addition((1.0, 0.5)), torch.tensor([[1.0, 0.5]] * 3).double(), (3, 4, 2), (3, 4, 2), unfold=channel_patches
     ),
-    "average pool": average_pool,
+    "average pool": lambda: average_pool((2, 3), (3, 5, 6), (2, 1), (1, 0)),
+    "average pool 1d": lambda: average_pool((3,), (3, 9), (2,), (1,)),
+    "average pool 3d": lambda: average_pool((2, 1, 2), (2, 3, 3, 4), (1, 2, 1), (1, 0, 1)),
+    "transposed 3d": lambda: transposed(
+        normal(2, 1, 2, 1, 2), (1, 2, 2, 2), (1, 2, 1), (0, 0, 1), (0, 1, 0), (2, 1, 1)
+    ),
+    "addition of tokens": lambda: case(
+        Addition((1.0, -2.0), 2), torch.tensor([[1.0, -2.0]] * 3).double(), (4, 3), (4, 3),
+        unfold=partial(channel_patches, axis=2),
+    ),
+}  # fmt: skip
+# Those with a distractor, and these.
+SCALES: dict[str, Callable[[], Case]] = {
+    "scale": lambda: case(Scale(), normal(3, 1), (3, 4), unfold=channel_patches),
+    "scale of tokens": lambda: case(Scale(2), normal(4, 1), (3, 4), unfold=partial(channel_patches, axis=2)),
 }
 IMAGES = {"linear": 120, "linear on tokens": 40}
 every_kind = pytest.mark.parametrize("name", CASES)

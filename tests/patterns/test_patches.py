@@ -5,14 +5,18 @@ from itertools import product
 
 import pytest
 import torch
+from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from patterns import UserError, accumulate, trace
+from patterns import UserError, accumulate, operators, trace
 from patterns.observe import PatchObserver
 from patterns.patches import PatchAccumulator, PatchMoments, bytes_of, draw, generator, zero
 from tests.oracles import Neuron, window_patches
-from tests.patterns.gram import ALL, CASES, every_kind
+from tests.patterns.gram import ALL, CASES, SCALES
+
+KINDS = CASES | SCALES
+every_kind = pytest.mark.parametrize("name", KINDS)
 
 
 def assert_sums(found: PatchMoments, truth: list[Neuron], rtol: float = 1e-9) -> None:
@@ -35,17 +39,17 @@ def assert_sums(found: PatchMoments, truth: list[Neuron], rtol: float = 1e-9) ->
 
 @every_kind
 def test_gram_moments_equal_sums_over_all_unfolded_patches(name: str) -> None:
-    case = CASES[name]()
+    case = KINDS[name]()
     inputs = case.inputs(4, 1)
     found = case.moments(inputs)
     assert {t.dtype for t in found.tensors().values()} == {torch.float64, torch.int64}
     assert_sums(found, case.neurons(inputs))
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != "linear"])
+@pytest.mark.parametrize("name", [name for name in KINDS if name != "linear"])
 @pytest.mark.parametrize("positions", [1, 3])
 def test_sampled_sums_are_those_of_the_drawn_positions_alone(name: str, positions: int) -> None:
-    case = CASES[name]()
+    case = KINDS[name]()
     inputs = case.inputs(5, 1)
     found = case.moments(inputs, positions, seed=7)
     z = case.operator(*inputs)
@@ -90,21 +94,39 @@ def assert_same(a: PatchMoments, b: PatchMoments, rtol: float = 0.0) -> None:
         torch.testing.assert_close(left[name], right[name], rtol=rtol, atol=0.0)
 
 
-def test_gram_moments_are_a_commutative_monoid() -> None:
-    case = CASES["grouped"]()
-    (x,) = case.inputs(7, 1)
-    a, b, c = (case.moments((part,)) for part in x.split([2, 4, 1]))
+def test_the_gram_moments_of_every_kind_of_operator_are_tested() -> None:
+    assert {type(case().operator.kind) for case in KINDS.values()} == set(operators.KINDS.values())
+
+
+@every_kind
+def test_gram_moments_are_a_commutative_monoid(name: str) -> None:
+    case = KINDS[name]()
+    inputs = case.inputs(7, 1)
+    a, b, c = (case.moments(part) for part in zip(*(x.split([2, 4, 1]) for x in inputs)))
     nothing = zero(case.operator)
     assert_same(a + b, b + a)
-    assert_same((a + b) + c, a + (b + c), rtol=1e-12)
+    assert_same((a + b) + c, a + (b + c), rtol=1e-11)
     assert_same(a + nothing, a)
     assert_same(nothing + a, a)
-    assert_same(a + b + c, case.moments((x,)), rtol=1e-11)
+    assert_same(a + b + c, case.moments(inputs), rtol=1e-11)
     kept = {name: t.clone() for name, t in a.tensors().items()}
     for t in (a + b).tensors().values():
         t.zero_()
     assert_same(a, PatchMoments.from_tensors(kept))
     assert PatchMoments.from_tensors(a.tensors()).nbytes == bytes_of(case.operator)
+
+
+@every_kind
+def test_saved_gram_moments_load_to_the_last_digit_and_only_under_their_own_names(name: str) -> None:
+    case = KINDS[name]()
+    moments = case.moments(case.inputs(4, 1))
+    named = load(save(moments.tensors()))
+    assert_same(PatchMoments.from_tensors(named), moments)
+    with pytest.raises(ValueError, match=r"no sums of these names: total\.z"):
+        PatchMoments.from_tensors({**named, "total.z": named["total.y"]})
+    for field in named:
+        with pytest.raises(KeyError, match=field):
+            PatchMoments.from_tensors({other: t for other, t in named.items() if other != field})
 
 
 @pytest.mark.parametrize("cuts", [[1] * 7, [3, 4], [0, 7]])
