@@ -25,7 +25,7 @@ from patterns.estimators import wanted
 from patterns.moments import Wanted
 from patterns.operators import Convolution
 from patterns.patches import PatchAccumulator
-from patterns.quality import cov_xx, quality
+from patterns.rho import cov_xx, quality
 from ray_jobs.config import FITTED, FitConfig, ModelConfig, Resources
 from ray_jobs.fit import fit
 from ray_jobs.shards import list_shards

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchvision.models import vgg11
 
 from patterns import accumulate, choose, solve
-from patterns.conservation import Loss, conservation
+from patterns.losses import Loss, conservation
 from ray_jobs import models
 from ray_jobs.config import ModelConfig
 from ray_jobs.demo import SPEC, prepare_photographs, prepare_weights

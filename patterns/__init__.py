@@ -7,11 +7,12 @@ from patterns.errors import UserError
 from patterns.estimators import CHOICES, ESTIMATORS, Solution, solve
 from patterns.explain import METHODS, Explainer, Explanation
 from patterns.graph import Network, trace
+from patterns.losses import Loss, conservation
 from patterns.moments import Moments, Sums
 from patterns.observe import Observer, PatchObserver, accumulate, accumulate_patches
 from patterns.operators import Gate, Operator
 from patterns.patches import PatchMoments
-from patterns.quality import quality
+from patterns.rho import quality
 from patterns.storage import choose, digest, load, save
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "Explainer",
     "Explanation",
     "Gate",
+    "Loss",
     "Moments",
     "Network",
     "Observer",
@@ -33,6 +35,7 @@ __all__ = [
     "accumulate",
     "accumulate_patches",
     "choose",
+    "conservation",
     "digest",
     "load",
     "quality",

@@ -18,6 +18,16 @@ from torch.fx.node import map_arg
 
 from patterns.errors import UserError
 
+# What passes values on as they are, some of them, or in another shape: a gate is seen through it.
+SEEN_THROUGH = {
+    "max_pool1d", "max_pool2d", "max_pool3d", "max_pool2d_with_indices", "max_pool3d_with_indices",
+    "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d",
+    "view", "_unsafe_view", "reshape", "flatten", "unflatten", "permute", "transpose", "t", "squeeze", "unsqueeze",
+    "expand", "contiguous", "clone", "alias", "detach", "cat", "stack", "slice", "select", "split",
+    "split_with_sizes", "chunk", "unbind", "getitem", "_to_copy", "to", "dropout", "roll", "flip",
+    "channel_shuffle", "pixel_shuffle", "pixel_unshuffle",
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Draft:
@@ -102,6 +112,8 @@ def export(model: nn.Module, example: Tensor, name: str) -> Draft:
     for node in list(graph.nodes):
         if node.op == "get_attr":
             parts[str(node.target)] = attribute(module, str(node.target))
+        elif node.target is torch.ops.aten.view.default:  # what comes before may come to lie otherwise in memory
+            node.target = torch.ops.aten.reshape.default
         elif node.op == "call_module":  # torch.export's guards on shapes
             graph.erase_node(node)
     return Draft(graph, parts)
@@ -156,7 +168,7 @@ def channel_axis(node: Node, value: Tensor) -> int:
     """Where a node's result has its channels, given where its arguments have them."""
     operation, rank = opname(node), value.dim()
     inputs = [n for n in node.all_input_nodes if n.op != "get_attr" and "axis" in n.meta and first_value(n) is not None]
-    if not inputs or operation.startswith(("conv", "max_pool", "avg_pool", "adaptive_", "upsample_")):
+    if not inputs or operation.startswith(("conv", "max_pool", "avg_pool", "adaptive_", "upsample_", "_upsample_")):
         return 1
     if operation in {"linear", "matmul", "bmm", "scaled_dot_product_attention"}:
         return rank - 1
@@ -164,11 +176,6 @@ def channel_axis(node: Node, value: Tensor) -> int:
     same = ranks.index(rank) if rank in ranks else 0
     axis, before = inputs[same].meta["axis"], first_value(inputs[same])
     assert before is not None
-    if operation == "permute":
-        return [d % rank for d in node.args[1]].index(axis)  # type: ignore[union-attr, operator]
-    if operation in {"transpose", "t"}:
-        one, other = (d % rank for d in (node.args[1:3] if operation == "transpose" else (0, 1)))  # type: ignore[operator]
-        return {one: other, other: one}.get(axis, axis)
     if operation == "expand":
         return axis + rank - before.dim()
     if operation in {"select", "unbind"}:
@@ -176,15 +183,40 @@ def channel_axis(node: Node, value: Tensor) -> int:
         return axis - (dim < axis)
     if operation == "stack":
         return axis + (arguments(node)["dim"] % rank <= axis)
+    moved = moved_axis(node, axis)
+    if moved is not None:
+        return moved
     if operation in RESHAPES or rank != before.dim():
-        stride = prod(before.shape[axis + 1 :])
-        for dim in range(1, rank):
-            if value.shape[dim] == before.shape[axis] and prod(value.shape[dim + 1 :]) == stride:
-                return dim
         return rank - 1 if axis == before.dim() - 1 else 1
     return axis
 
 
+def moved_axis(node: Node, axis: int) -> int | None:
+    """Where a dimension of a node's input lies in its result.
+
+    None where the node changes more than the order or the number of dimensions, and where it joins this one with
+    others or takes it apart.
+    """
+    operation, value = opname(node), first_value(node)
+    if value is None or operation not in {"permute", "transpose", "t", *RESHAPES, *UNCHANGED}:
+        return None
+    rank = value.dim()
+    if operation == "permute":
+        order: Any = node.args[1]
+        return [d % rank for d in order].index(axis)
+    if operation in {"transpose", "t"}:
+        dims: Any = node.args[1:3] if operation == "transpose" else (0, 1)
+        one, other = (d % rank for d in dims)
+        return {one: other, other: one}.get(axis, axis)
+    if operation in RESHAPES:
+        before = node.all_input_nodes[0].meta["val"].shape
+        stride = prod(before[axis + 1 :])
+        found = [d for d in range(1, rank) if (value.shape[d], prod(value.shape[d + 1 :])) == (before[axis], stride)]
+        return found[0] if found else None
+    return axis
+
+
+UNCHANGED = {"contiguous", "clone", "alias", "dropout", "_to_copy", "to"}
 RESHAPES = {"view", "_unsafe_view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"}
 
 

@@ -10,7 +10,7 @@ and a rectifier's output is z times its slope (Shrikumar et al. 2016, arXiv 1605
 arXiv 1611.07270).
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,6 +23,7 @@ from patterns import scales
 from patterns.errors import UserError
 from patterns.graph import IN_PLACE, RECTIFIERS, Network
 from patterns.operators import Operator
+from patterns.scales import Step, Values
 
 FUNCTIONAL = {in_place: functional for functional, in_place in IN_PLACE.items()}
 Weights = Mapping[str, Tensor]
@@ -89,7 +90,7 @@ METHODS: dict[str, Method] = {
     "deconvnet": Method(Backward(weight, rectified)),
     "guided-backprop": Method(Backward(weight, gated_and_rectified)),
     "patternnet": Method(Backward(lambda w, a: a, needs_patterns=True, starts_from_value=True)),
-    # Σ map = the target's value, less what is lost at gates and borders: patterns/conservation.py.
+    # Σ map = the target's value, less what is lost at gates and borders: patterns/losses.py.
     "patternattribution": Method(
         Backward(lambda w, a: w * a, needs_patterns=True, starts_from_value=True),  # type: ignore[operator]
         attributes=True,
@@ -115,10 +116,18 @@ class Explainer:
     """Explains a network's scores by several methods that share one forward pass.
 
     `patterns`: by operator name, in the weight's shape; needed by the methods that use them.
+    `scales`: by method, as an earlier explainer of the same network and patterns has them; see `scales` below. Those
+    of the other methods are calibrated, which takes some passes.
     Not to be used from several threads at once.
     """
 
-    def __init__(self, network: Network, patterns: Weights | None, methods: Collection[str]) -> None:
+    def __init__(
+        self,
+        network: Network,
+        patterns: Weights | None,
+        methods: Collection[str],
+        scales: Mapping[str, Sequence[int]] | None = None,
+    ) -> None:
         if unknown := sorted(set(methods) - set(METHODS)):
             raise UserError("--methods", f"no method {unknown[0]!r}", f"Choose from {', '.join(METHODS)}.")
         if len(network.output_shape) != 1:
@@ -134,7 +143,17 @@ class Explainer:
         self._module = network.rewrite(lambda op: Explained(op, lambda: self._current[op.name]))
         if any(backward.rectifier is not gated for backward in passes):
             add_rules(self._module, lambda: self._rule)
-        self._keep_in_range(network)
+        self._potentials = self._keep_in_range(network, scales or {})
+
+    @property
+    def scales(self) -> dict[str, list[int]]:
+        """The potential φ (see `patterns.scales`) of each method's pass, by value of the graph from the output to the
+        input; [] for a pass that needs none.
+
+        It is calibrated on noise, and may differ between kinds of hardware by rounding. Explainers that share it give
+        the same exponents.
+        """
+        return {name: self._potentials[method.backward] for name, method in self._methods.items()}
 
     def __call__(self, inputs: Tensor, targets: Tensor | None = None) -> Explanation:
         """Explain the score of each sample's target, by default its predicted class.
@@ -161,35 +180,41 @@ class Explainer:
             exponents[name] = self._exponents[method.backward]
         return Explanation(maps, exponents, scores.detach(), targets)
 
-    def _keep_in_range(self, network: Network) -> None:
-        """Scale the backward weights of the passes whose gradients would leave the dtype's range.
+    def _keep_in_range(self, network: Network, recorded: Mapping[str, Sequence[int]]) -> dict[Backward, list[int]]:
+        """Scale the backward weights of the passes whose gradients would leave the dtype's range; gives each one's φ.
 
-        Judged by the gradients of noise: only their order of magnitude matters.
+        Judged by the gradients of noise: only their order of magnitude matters. What was recorded is not judged again.
         """
         generator = torch.Generator().manual_seed(0)
         like = next(iter(network.operators.values())).weight
         safe = scales.safe(like.dtype)
         noise = torch.randn((2, *network.input_shape), generator=generator).to(like)
         classes = scales.values(self._module)
-        unscaled = dict.fromkeys(classes.order, 0)
-        beyond = [b for b in self._weights if not scales.in_range(self._largest(b, classes, unscaled, noise), safe)]
-        if not beyond:
-            return
+        potentials = {method.backward: list(recorded[n]) for n, method in self._methods.items() if n in recorded}
+        for backward in self._weights.keys() - potentials.keys():
+            unscaled = dict.fromkeys(classes.order, 0)
+            if scales.in_range(self._largest(backward, classes, unscaled, noise), safe):
+                potentials[backward] = []
+        if len(potentials) == len(self._weights) and not any(potentials.values()):
+            return potentials
         ones = scales.add_crossings(self._module, lambda name: self._current[name])
         classes = scales.values(self._module)
         for backward in self._weights:
             self._weights[backward] = {**self._weights[backward], **{name: one.to(like) for name, one in ones.items()}}
-            phi = dict.fromkeys(classes.order, 0)
-            if backward in beyond:
-                measure = partial(self._largest, backward, classes, noise=noise)
-                phi = scales.calibrate(classes, measure)
+            if backward not in potentials:
+                phi = scales.calibrate(classes, partial(self._largest, backward, classes, noise=noise))
+                potentials[backward] = [phi[c] for c in classes.order]
+            potential = potentials[backward] or [0] * len(classes.order)
+            if len(potential) != len(classes.order):
+                what = f"the scales are of a network of {len(potential)} values, this one has {len(classes.order)}"
+                raise UserError("scales", what, "Use those of an explainer of this very model.")
+            phi = dict(zip(classes.order, potential))
             self._weights[backward] = scales.scaled(self._weights[backward], classes, phi)
             result = phi[classes.source]
             (self._restored if abs(result) <= 2 * safe else self._exponents)[backward] = result
+        return potentials
 
-    def _largest(
-        self, backward: Backward, classes: scales.Values, phi: Mapping[int, int], noise: Tensor
-    ) -> dict[int, float]:
+    def _largest(self, backward: Backward, classes: Values, phi: Mapping[int, int], noise: Tensor) -> dict[int, float]:
         """The largest |gradient| that each class of values carries, under a potential."""
         self._current, self._rule = scales.scaled(self._weights[backward], classes, phi), backward.rectifier
         largest = dict.fromkeys(classes.order, 0.0)
@@ -198,12 +223,12 @@ class Explainer:
             value = float(gradient.abs().max())
             largest[number] = value if not value <= largest[number] else largest[number]
 
-        def follow(part: scales.Step, _: object, output: Tensor) -> None:
+        def follow(part: Step, _: object, output: Tensor) -> None:
             number = classes.outputs[part.name]
             if output.requires_grad:  # what no input reaches, such as a class token alone, has no gradient
                 output.register_hook(lambda gradient: note(number, gradient))
 
-        parts = [part for part in self._module.modules() if isinstance(part, scales.Step)]
+        parts = [part for part in self._module.modules() if isinstance(part, Step)]
         hooks = [part.register_forward_hook(follow) for part in parts]
         noise = noise.requires_grad_()
         scores = self._module(noise)
@@ -233,7 +258,7 @@ def backward_weights(network: Network, patterns: Weights, backward: Backward) ->
     return weights  # type: ignore[return-value]
 
 
-class Explained(scales.Step):
+class Explained(Step):
     """An operator whose input gradient uses another weight."""
 
     def __init__(self, operator: Operator, backward_weight: Callable[[], Tensor]) -> None:

@@ -7,7 +7,7 @@ computes, and is an ordinary `GraphModule`: print its code, move it, cast it.
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,19 +17,22 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from patterns.draft import (
+    SEEN_THROUGH,
     Draft,
     arguments,
     attribute,
     copy_graph,
     export,
-    is_activation,
     mark_channels,
+    moved_axis,
     opname,
     source,
 )
 from patterns.errors import UserError
-from patterns.lift import fixed_product, lift_operators, unify_pooling, unify_sums, weighted_sum
+from patterns.hold import HELD_NORMS, hold_gates
+from patterns.lift import lift_operators
 from patterns.operators import Convolution, Gate, Linear, Operator, Scale, TransposedConvolution, along
+from patterns.unify import fixed_product, unify_maps, unify_pooling, unify_rectifiers, unify_sums, weighted_sum
 
 aten = torch.ops.aten
 
@@ -41,6 +44,7 @@ RECTIFIERS: dict[Any, Callable[[dict[str, Any]], Gate]] = {
     aten.clamp.default: lambda a: Gate(limit(a["min"], "-inf"), limit(a["max"], "inf")),
     aten.clamp_min.default: lambda a: Gate(float(a["min"]), float("inf")),
     aten.clamp_max.default: lambda a: Gate(float("-inf"), float(a["max"])),
+    aten.threshold.default: lambda a: Gate(float(a["threshold"]), float("inf")),
     # Those that let a share of the rest through count as open where their slope is 1.
     aten.leaky_relu.default: lambda _: Gate(0.0, float("inf")),
     aten.prelu.default: lambda _: Gate(0.0, float("inf")),
@@ -49,23 +53,16 @@ RECTIFIERS: dict[Any, Callable[[dict[str, Any]], Gate]] = {
 # Those whose gradient needs their result only.
 IN_PLACE: dict[Any, Any] = {aten.relu.default: aten.relu_.default, aten.hardtanh.default: aten.hardtanh_.default}
 
-# What a gate is seen through: the values that reach the rectifier are the operator's own.
-SEEN_THROUGH = {
-    "max_pool1d", "max_pool2d", "max_pool3d", "max_pool2d_with_indices", "max_pool3d_with_indices",
-    "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d",
-    "view", "_unsafe_view", "reshape", "flatten", "unflatten", "permute", "transpose", "t", "squeeze", "unsqueeze",
-    "expand", "contiguous", "clone", "alias", "detach", "cat", "stack", "slice", "select", "split",
-    "split_with_sizes", "chunk", "unbind", "getitem", "_to_copy", "to", "dropout", "roll", "flip",
-    "channel_shuffle", "pixel_shuffle", "pixel_unshuffle",
-}  # fmt: skip
-
 # Fixed linear maps without a weight of their own: they pass with their usual backward.
 FIXED_LINEAR = {
     "pad", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad2d",
-    "index_select", "gather", "repeat", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d",
-    "upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d", "upsample_bicubic2d", "sum",
+    "index_select", "gather", "repeat", "im2col", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d",
+    "_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d", "upsample_linear1d",
+    "upsample_bilinear2d", "upsample_trilinear3d", "upsample_bicubic2d", "_upsample_bilinear2d_aa",
+    "_upsample_bicubic2d_aa",
 }  # fmt: skip
 
+REWRITTEN = {fixed_product, weighted_sum, *HELD_NORMS.values()}
 SYMBOLIC = {"sym_size", "mul", "add", "sub", "floordiv", "mod"}  # arithmetic on the batch size
 SUPPORTED = (
     "convolution, linear, batch norm in inference mode, sums, products with constants, average pooling, "
@@ -114,8 +111,10 @@ def network_of(draft: Draft, example: Tensor, name: str, pass_through: Collectio
     fold_constants(draft)
     mark_channels(draft)
     hold_gates(draft, pass_through)
-    unify_pooling(draft)
+    unify_rectifiers(draft)
     unify_sums(draft)
+    unify_pooling(draft)
+    unify_maps(draft)
     mark_channels(draft)
     lift_operators(draft)
     fold_scales(draft)
@@ -150,100 +149,19 @@ def fold_constants(draft: Draft) -> None:
 FILLED = {"new_zeros", "new_ones", "new_full"}
 
 
-def hold_gates(draft: Draft, pass_through: Collection[str]) -> None:
-    """Linearise what the user lets pass: norms with their statistics held still, products with their gate.
-
-    Of a product of two activations the gate is the factor that comes from a sigmoid, softmax or another
-    of GATES, else the one beside a product of activations (the queries of factorised attention), else the
-    one that is broadcast, else the second; attention is held in its weights, so that its values alone have
-    a gradient.
-    """
-    for node in list(draft.graph.nodes):
-        operation = opname(node)
-        if operation not in pass_through:
-            continue
-        if node.target in HELD_NORMS:
-            a = arguments(node)
-            draft.replace(node, draft.call(node, HELD_NORMS[node.target], *(a[k] for k in NORM_ARGUMENTS[node.target])))
-        elif operation == "scaled_dot_product_attention":
-            node.args = held(draft, node, node.args, 0, 1)
-        elif operation in PRODUCTS_OF_TWO and all(map(is_activation, node.args[:2])):
-            node.args = held(draft, node, node.args, gate_of(*node.args[:2]))
-        elif operation == "einsum" and len(factors := node.args[1]) == 2 and all(map(is_activation, factors)):
-            node.args = node.args[0], held(draft, node, factors, gate_of(*factors))
-
-
-def held(draft: Draft, node: Node, args: Sequence[Any], *numbers: int) -> tuple[Any, ...]:
-    """A call's arguments, some of them without their gradient."""
-    return tuple(draft.call(node, aten.detach.default, a) if i in numbers else a for i, a in enumerate(args))
-
-
-def gate_of(first: Node, second: Node) -> int:
-    """Which of two factors, 0 or 1, is the gate of the other."""
-    origins = [origin(first), origin(second)]
-    gates = [opname(node) in GATES for node in origins]
-    if gates[0] != gates[1]:
-        return gates.index(True)
-    products = [opname(node) in PRODUCTS_OF_TWO and all(map(is_activation, node.args[:2])) for node in origins]
-    if products[0] != products[1]:
-        return products.index(False)
-    return int(first.meta["val"].numel() >= second.meta["val"].numel())
-
-
-def origin(node: Node) -> Node:
-    """What gave a value that was since changed at most in shape."""
-    while opname(node) in SEEN_THROUGH and isinstance(node.args[0], Node):
-        node = node.args[0]
-    return node
-
-
-def held_layer_norm(x: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """Layer norm, linear in x: its mean and variance have no gradient."""
-    dims = list(range(-len(shape), 0))
-    y = standardised(x, dims, eps)
-    y = y if weight is None else y * weight
-    return y if bias is None else y + bias
-
-
-def held_group_norm(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """Group norm, linear in x: its means and variances have no gradient."""
-    y = standardised(x.unflatten(1, (groups, -1)).flatten(2), [-1], eps).view(x.shape)
-    y = y if weight is None else y * along(1, weight, y)
-    return y if bias is None else y + along(1, bias, y)
-
-
-def standardised(x: Tensor, dims: list[int], eps: float) -> Tensor:
-    """x less its mean over some dimensions and divided by its deviation, both held still."""
-    var, mean = torch.var_mean(x.detach(), dims, correction=0, keepdim=True)
-    return (x - mean) * torch.rsqrt(var + eps)
-
-
-HELD_NORMS: dict[Any, Any] = {
-    aten.layer_norm.default: held_layer_norm,
-    aten.group_norm.default: held_group_norm,
-}
-NORM_ARGUMENTS = {
-    aten.layer_norm.default: ("input", "normalized_shape", "weight", "bias", "eps"),
-    aten.group_norm.default: ("input", "num_groups", "weight", "bias", "eps"),
-}
-PRODUCTS_OF_TWO = {"mul", "matmul", "bmm"}
-GATES = {"sigmoid", "hardsigmoid", "softmax", "_softmax", "tanh", "gelu", "silu", "hardswish", "softplus"}
-REWRITTEN = {fixed_product, weighted_sum, held_layer_norm, held_group_norm}
-
-
 def fold_scales(draft: Draft) -> None:
     """Fold each batch norm into the convolution or linear operator before it, if that has no other use."""
     calls = Counter(node.target for node in draft.graph.nodes if node.op == "call_module")
     for node in list(draft.graph.nodes):
-        before = node.args[0] if node.op == "call_module" else None
-        if not isinstance(before, Node) or before.op != "call_module" or len(before.users) > 1:
+        if node.op != "call_module" or not isinstance(draft.parts[str(node.target)].kind, Scale):
             continue
-        scale, linear = draft.parts[str(node.target)], draft.parts[str(before.target)]
-        rank = node.meta["val"].dim()
+        scale = draft.parts[str(node.target)]
+        before, axis = operator_before(draft, node)
+        if before is None or axis != scale.kind.axis % node.meta["val"].dim():
+            continue
+        linear = draft.parts[str(before.target)]
         if (
-            not isinstance(scale.kind, Scale)
-            or not isinstance(linear.kind, Convolution | TransposedConvolution | Linear)
-            or scale.kind.axis % rank != linear.kind.axis % rank
+            not isinstance(linear.kind, Convolution | TransposedConvolution | Linear)
             or calls[node.target] > 1
             or calls[before.target] > 1
         ):
@@ -257,8 +175,29 @@ def fold_scales(draft: Draft) -> None:
         draft.parts[str(before.target)] = Operator(
             linear.name, linear.kind, weight.to(dtype), bias.to(dtype), (), (), linear.source
         )
-        node.replace_all_uses_with(before)
-        draft.graph.erase_node(node)
+        draft.replace(node, node.args[0])
+
+
+def operator_before(draft: Draft, node: Node) -> tuple[Node | None, int | None]:
+    """The operator's call that a node alone reads, perhaps in another shape, and where its neurons then lie."""
+    path: list[Node] = []
+    before: Any = node.args[0]
+    while before.op == "call_function" and len(readers(before)) == 1 and before.args:
+        path.append(before)
+        before = before.args[0]
+        if not isinstance(before, Node):
+            return None, None
+    if before.op != "call_module" or len(readers(before)) > 1:
+        return None, None
+    axis = draft.parts[str(before.target)].kind.axis % before.meta["val"].dim()
+    for change in reversed(path):
+        axis = None if axis is None else moved_axis(change, axis)
+    return before, axis
+
+
+def readers(node: Node) -> list[Node]:
+    """The users of a value's elements, not of its sizes."""
+    return [user for user in node.users if opname(user) != "sym_size"]
 
 
 def refuse_unknown(draft: Draft, name: str, pass_through: Collection[str]) -> None:
@@ -304,9 +243,11 @@ def is_shift(node: Node) -> bool:
 def find_gates(module: GraphModule) -> None:
     """Give each operator its gate: the one rectifier that all its calls feed, and nothing else."""
     gates: dict[str, set[Gate | None]] = {}
+    calls = Counter(operator.name for _, operator in operator_calls(module))
     for node, operator in operator_calls(module):
         gates.setdefault(operator.name, set()).update(consumers(node))
     for _, operator in operator_calls(module):
+        operator.calls = calls[operator.name]
         found = gates[operator.name]
         operator.gate = found.copy().pop() if len(found) == 1 else None
         operator.mixed_gates = len(found) > 1

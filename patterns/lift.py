@@ -4,13 +4,11 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from math import lcm, prod
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Node
-from torch.nn import functional as F
 
 from patterns.draft import Draft, arguments, constant_of, is_activation, opname, source, spread
 from patterns.operators import (
@@ -25,165 +23,9 @@ from patterns.operators import (
     TransposedConvolution,
     swapped,
 )
+from patterns.unify import AVERAGE_POOLS, weighted_sum
 
 aten = torch.ops.aten
-
-
-def unify_pooling(draft: Draft) -> None:
-    """Bring every average over positions to pooling with one window size and no border cases.
-
-    Adaptive pooling with unequal windows gathers each window into equal ones first; borders that
-    average fewer values (ceil mode, padding left out) become a constant factor behind the pooling.
-    """
-    for node in list(draft.graph.nodes):
-        replacement = None
-        if node.target in (aten.mean.dim, aten.mean.default) and node.op == "call_function":
-            replacement = pool_of_mean(draft, node)
-        elif opname(node) in {"adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"}:
-            replacement = pool_of_adaptive(draft, node)
-        elif opname(node) in {"avg_pool1d", "avg_pool2d", "avg_pool3d"}:
-            replacement = pool_of_ragged(draft, node)
-        if replacement is not None:
-            draft.replace(node, replacement)
-
-
-def pool_of_mean(draft: Draft, node: Node) -> Node | None:
-    """A mean over any dimensions but the batch as pooling with one window.
-
-    The dimensions kept come first, with the channels before all (where they are averaged themselves,
-    the first one kept counts as channels), and those averaged last.
-    """
-    a = arguments(node)
-    x: Node = a["self"]
-    shape = x.meta["val"].shape
-    dims = sorted(d % len(shape) for d in a.get("dim") or range(len(shape)))
-    kept = [d for d in range(1, len(shape)) if d not in dims]
-    if 0 in dims or not kept or not dims or any(not isinstance(shape[d], int) for d in dims):
-        return None
-    channels = x.meta["axis"] if x.meta["axis"] in kept else kept[0]
-    others = [d for d in kept if d != channels]
-    order = [0, channels, *others, *dims]
-    if order != sorted(order):
-        x = draft.call(node, aten.permute.default, x, order)
-    if others or len(dims) > 3:  # as many dimensions as pooling takes: (N, C, others, averaged)
-        x = draft.call(node, aten.flatten.using_ints, x, 2 + len(others), -1)
-        x = draft.call(node, aten.flatten.using_ints, x, 2, 1 + len(others)) if len(others) > 1 else x
-        kernel = [1] * bool(others) + [prod(shape[d] for d in dims)]
-    else:
-        kernel = [shape[d] for d in dims]
-    x = draft.call(node, AVERAGE_POOLS[len(kernel) - 1], x, kernel)
-    x = draft.call(node, aten.squeeze.dims, x, list(range(2 + bool(others), 2 + len(kernel))))
-    if len(others) > 1:
-        x = draft.call(node, aten.unflatten.int, x, 2, [shape[d] for d in others])
-    order = [0, *(1 + [channels, *others].index(d) for d in kept)]
-    if order != sorted(order):
-        x = draft.call(node, aten.permute.default, x, order)
-    for d in dims if a["keepdim"] else ():
-        x = draft.call(node, aten.unsqueeze.default, x, d)
-    return x
-
-
-def pool_of_adaptive(draft: Draft, node: Node) -> Node:
-    """Adaptive pooling as pooling of equal windows."""
-    x: Node = node.args[0]  # type: ignore[assignment]
-    value = x.meta["val"]
-    sizes, outputs = value.shape[2:], node.meta["val"].shape[2:]
-    kernel = []
-    for dim, (size, out) in enumerate(zip(sizes, outputs), start=2):
-        windows = [range(i * size // out, -(-(i + 1) * size // out)) for i in range(out)]
-        window = lcm(*map(len, windows))
-        if size % out:
-            # Each window repeated to the common length: the same mean, now with one weight 1/k everywhere.
-            taps = [t for w in windows for t in w for _ in range(window // len(w))]
-            index = draft.constant(node, torch.tensor(taps, device=value.device))
-            x = draft.call(node, aten.index_select.default, x, dim, index)
-        kernel.append(window)
-    if all(k == 1 for k in kernel):
-        return x
-    return draft.call(node, AVERAGE_POOLS[len(kernel) - 1], x, kernel)
-
-
-def pool_of_ragged(draft: Draft, node: Node) -> Node | None:
-    """Pooling whose border windows average fewer values, as padded pooling times a constant."""
-    a = arguments(node)
-    value = node.args[0].meta["val"]  # type: ignore[union-attr]
-    dims = len(value.shape) - 2
-    kernel, stride, padding = (spread(a[k], dims) for k in ("kernel_size", "stride", "padding"))
-    stride = stride or kernel
-    sizes, outputs = value.shape[2:], node.meta["val"].shape[2:]
-    # Ceil mode lets the last window hang over the padded input by this much.
-    over = [(o - 1) * s + k - n - 2 * p for n, o, k, s, p in zip(sizes, outputs, kernel, stride, padding)]
-    if max(over) <= 0 and a["count_include_pad"] and a.get("divisor_override") is None:
-        return None
-    # F.pad counts from the last dimension; what is left over on the right is not read.
-    pads = [n for o, p in reversed(list(zip(over, padding))) for n in (p, p + max(o, 0))]
-    pool, plain = AVERAGE_POOLS[dims - 1], (kernel, stride)
-    ones = torch.ones((1, 1, *sizes), dtype=torch.float64)
-    factor = node.target(ones, *node.args[1:], **node.kwargs) / pool(F.pad(ones, pads), *plain)  # type: ignore[operator]
-    padded = draft.call(node, aten.constant_pad_nd.default, node.args[0], pads)
-    pooled = draft.call(node, pool, padded, *plain)
-    if bool((factor == 1).all()):
-        return pooled
-    fixed = draft.constant(node, factor.to(value.dtype).to(value.device))
-    return draft.call(node, fixed_product, pooled, fixed)
-
-
-def part_sum_and_product(draft: Draft, node: Node) -> None:
-    """constant + x · constant as a product and a sum."""
-    a = arguments(node)
-    if a["value"] == 1 and [is_activation(a[k]) for k in ("self", "tensor1", "tensor2")].count(True) == 1:
-        product = draft.call(node, aten.mul.Tensor, a["tensor1"], a["tensor2"])
-        draft.replace(node, draft.call(node, aten.add.Tensor, a["self"], product))
-
-
-def fixed_product(x: Tensor, factor: Tensor) -> Tensor:
-    """Each position times its own constant: linear, but no bank of neurons."""
-    return x * factor
-
-
-def weighted_sum(coefficients: list[float], *inputs: Tensor) -> Tensor:
-    """Σ coefficient · input, over inputs of one shape."""
-    return Addition(tuple(coefficients)).forward(inputs, inputs[0], None)
-
-
-def unify_sums(draft: Draft) -> None:
-    """Bring sums and differences of activations, in all spellings, to one call for as many terms as they have."""
-    for node in list(draft.graph.nodes):
-        if node.target in (aten.sub.Tensor, aten.rsub.Scalar, aten.rsub.Tensor):
-            turn_difference(draft, node)
-        if node.target is aten.addcmul.default:
-            part_sum_and_product(draft, node)
-        if node.target not in (aten.add.Tensor, aten.sub.Tensor) or not all(map(is_activation, node.args[:2])):
-            continue
-        a, shape = arguments(node), node.meta["val"].shape
-        coefficients, inputs = [], []
-        sign = -1.0 if node.target is aten.sub.Tensor else 1.0
-        for term, factor in ((a["self"], 1.0), (a["other"], sign * float(a["alpha"]))):
-            if term.target is weighted_sum and len(term.users) == 1 and term.meta["val"].shape == shape:
-                coefficients += [factor * c for c in term.args[0]]
-                inputs += term.args[1:]
-                continue
-            if term.meta["val"].shape != shape:  # broadcasting made visible: every input has the output's shape
-                lacking = len(shape) - term.meta["val"].dim()
-                if lacking:
-                    term = draft.call(node, aten.unflatten.int, term, 0, [1] * lacking + [-1])
-                fixed = [-1 if s == t else s for s, t in zip(shape, term.meta["val"].shape)]
-                if any(not isinstance(s, int) for s in fixed):  # the batch itself: as large as the other term's
-                    fixed[0] = draft.call(node, aten.sym_size.int, a["other" if term is a["self"] else "self"], 0)
-                term = draft.call(node, aten.expand.default, term, fixed)
-            coefficients.append(factor)
-            inputs.append(term)
-        draft.replace(node, draft.call(node, weighted_sum, coefficients, *inputs))
-
-
-def turn_difference(draft: Draft, node: Node) -> None:
-    """constant - x as the constant added to -x."""
-    a = arguments(node)
-    constant, x = (a["self"], a["other"]) if node.target is aten.sub.Tensor else (a["other"], a["self"])
-    if not is_activation(x) or is_activation(constant):
-        return
-    turned = draft.call(node, aten.mul.Tensor, x, -a["alpha"])
-    draft.replace(node, draft.call(node, aten.add.Tensor, turned, constant))
 
 
 def lift_operators(draft: Draft) -> None:
@@ -311,7 +153,7 @@ def lift_batch_norm(draft: Draft, node: Node) -> Lifted | None:
 
 
 def lift_product(draft: Draft, node: Node) -> Lifted | None:
-    """A value times or divided by a constant; one that is no factor for each channel becomes a fixed product."""
+    """A value times or divided by a constant: a neuron of one input for each number of the constant."""
     a = arguments(node)
     x, constant = a["self"], a.get("other", -1.0)
     if not is_activation(x) and opname(node) == "mul":
@@ -326,16 +168,31 @@ def lift_product(draft: Draft, node: Node) -> Lifted | None:
     factor = torch.as_tensor(factor, dtype=torch.promote_types(value.dtype, torch.float32), device=value.device)
     if opname(node) == "div":
         factor = 1 / factor
-    wide = [d - factor.dim() for d, size in enumerate(factor.shape) if size != 1]  # counted from the last
-    axis = len(shape) + wide[0] if len(wide) == 1 else x.meta["axis"]
-    if len(wide) > 1 or axis < 1 or value.shape != shape or not isinstance(shape[axis], int):
-        fixed = draft.constant(node, factor.to(value.dtype))
-        draft.replace(node, draft.call(node, fixed_product, x, fixed))
+    wide = [len(shape) - factor.dim() + d for d, size in enumerate(factor.shape) if size != 1] or [x.meta["axis"]]
+    first, last = wide[0], wide[-1]
+    if len(shape) != value.dim() or first < 1 or any(not isinstance(s, int) for s in shape[first : last + 1]):
         return None
-    weight = factor.to(value.dtype).reshape(-1, 1).expand(shape[axis], 1).clone()
+    if value.shape != shape:
+        x = draft.call(node, aten.expand.default, x, [-1 if s == t else s for s, t in zip(shape, value.shape)])
+    if first < last:
+        x = flattened(draft, node, x, first, last)
+    once = tuple(slice(None) if first <= d <= last else 0 for d in range(len(shape)))
+    weight = factor.expand([s if isinstance(s, int) else 1 for s in shape])[once].reshape(-1, 1).to(value.dtype)
     if name is None or name.startswith("constants."):
-        return Lifted(Scale(axis), weight, None, (x,))
-    return Lifted(Scale(axis), weight, None, (x,), operator_name(node, name), (name, opname(node)))
+        return Lifted(Scale(first), weight, None, (x,))
+    return Lifted(Scale(first), weight, None, (x,), operator_name(node, name), (name, opname(node)))
+
+
+def flattened(draft: Draft, node: Node, x: Node, first: int, last: int) -> Node:
+    """A node's input with some dimensions as one; the node's users get the shape back that they know."""
+    flat = draft.call(node, aten.flatten.using_ints, x, first, last)
+    with draft.graph.inserting_after(node):
+        restored = draft.graph.call_function(
+            aten.unflatten.int, (node, first, node.meta["val"].shape[first : last + 1])
+        )
+    node.replace_all_uses_with(restored, delete_user_cb=lambda user: user is not restored)
+    restored.meta, node.meta = node.meta, node.meta | {"val": flat.meta["val"]}
+    return flat
 
 
 def lift_addition(draft: Draft, node: Node) -> Lifted | None:
@@ -363,7 +220,6 @@ def lift_average_pool(draft: Draft, node: Node) -> Lifted:
 
 
 PRODUCTS = (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten.neg.default)
-AVERAGE_POOLS = (aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default)
 LIFTS: dict[Any, Callable[[Draft, Node], Lifted | None]] = {
     aten.conv1d.default: lift_convolution,
     aten.conv2d.default: lift_convolution,

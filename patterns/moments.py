@@ -184,9 +184,9 @@ def zero(operator: Operator, wanted: Wanted) -> Moments:
 class Accumulator:
     """Moments of one operator, grown in place batch by batch.
 
-    Within a batch (or the images of it that have AT_ONCE positions), sums are taken in the model's precision
-    over outputs centred by their own mean (of the open gate for its sums), and brought back in float64:
-    activations whose mean dwarfs their spread lose no digits. Across batches everything adds up in float64.
+    Within a batch (or the images of it that have AT_ONCE positions), sums are taken in the model's precision,
+    at least float32, over outputs centred by their own mean (of the open gate for its sums), and brought back in
+    float64: activations whose mean dwarfs their spread lose no digits. Across batches everything adds up in float64.
     """
 
     def __init__(self, operator: Operator, wanted: Wanted) -> None:
@@ -213,7 +213,7 @@ class Accumulator:
         images = max(1, AT_ONCE * self._operator.neurons // z[0].numel())
         for start in range(0, len(z), images):
             chosen = slice(start, start + images)
-            self._add(tuple(x[chosen] for x in inputs), z[chosen])
+            self._add(tuple(map(widened, (x[chosen] for x in inputs))), widened(z[chosen]))
 
     def _add(self, inputs: Inputs, z: Tensor) -> None:
         op, kind = self._operator, self._operator.kind
@@ -268,8 +268,13 @@ class Accumulator:
                 add_products(xy[chosen], gradient, y[chosen])
 
 
+def widened(values: Tensor) -> Tensor:
+    """Values in their own dtype or float32, whichever is wider."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 def count_open(mask: Tensor, count: int, axis: int) -> Tensor:
-    """Samples with mask 1, int64, shape (K,)."""
+    """Samples with mask 1, in float32 or float64; int64, shape (K,)."""
     exact = count < 2**24  # float32 holds every whole number up to here
     return mask.sum(positions(mask, axis), dtype=None if exact else torch.float64).long()
 

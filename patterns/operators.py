@@ -251,6 +251,7 @@ class Operator(nn.Module):
     name: the parameter's name less `.weight`, else the kind and its order in the model.
     weight, bias: with any batch norm behind it folded in; the weight has K first.
     gate: the rectifier that directly follows, None where there is none.
+    calls: how often one pass of the model calls it.
     mixed_gates: its output reaches several consumers that are not all the same rectifier; it has no gate then.
     input_shapes, output_shape: without the batch.
     source: where the model's code calls it.
@@ -272,7 +273,7 @@ class Operator(nn.Module):
     ) -> None:
         super().__init__()
         self.name, self.kind, self.gate, self.source = name, kind, gate, source
-        self.mixed_gates = False
+        self.calls, self.mixed_gates = 1, False
         self.input_shapes, self.output_shape = input_shapes, output_shape
         self.register_buffer("weight", weight.detach())
         self.register_buffer("bias", None if bias is None else bias.detach())

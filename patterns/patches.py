@@ -8,7 +8,7 @@ operator is summed over the same patches.
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import product
+from itertools import cycle, product
 from math import prod
 
 import torch
@@ -85,8 +85,9 @@ class PatchAccumulator:
     mean of m deviations lose m² of 2⁵³. The gate alone is the model's own.
 
     positions: how many output positions to draw from each image, without replacement; all where an
-    image has no more. The draw is seeded by `seed`, the operator's name and the source (see `begin`),
-    and goes on image by image, so that it does not depend on how a source is cut into batches.
+    image has no more. The draw is seeded by `seed`, the operator's name, the source (see `begin`) and,
+    where one pass calls the operator several times, by which call it is; and it goes on image by image,
+    so that it does not depend on how a source is cut into batches.
     """
 
     def __init__(self, operator: Operator, positions: int, seed: int = 0) -> None:
@@ -106,7 +107,8 @@ class PatchAccumulator:
 
         So a source's sums are the same whoever takes them, and after whatever else.
         """
-        self._generator = generator(self._seed, self._operator.name, source)
+        calls = range(self._operator.calls)
+        self._generators = cycle([generator(self._seed, self._operator.name, source, call) for call in calls])
 
     def tensors(self) -> dict[str, Tensor]:
         """The sums so far by name: the very tensors that the next batch changes."""
@@ -123,7 +125,7 @@ class PatchAccumulator:
         if not z.numel():
             return
         available = z[0].numel() // op.neurons
-        drawn = draw(self._generator, len(z), available, self._positions).to(z.device)
+        drawn = draw(next(self._generators), len(z), available, self._positions).to(z.device)
         gate = None if op.gate is None else per_image(op.gate.open(z), op.kind.axis)
         images = max(1, PATCH_ELEMENTS // (drawn.shape[1] * op.groups * op.inputs_per_neuron))
         for start in range(0, len(z), images):
@@ -157,9 +159,9 @@ def add(into: sums.Sums, n: Tensor, y: Tensor, y_chosen: Tensor, x_sum: Tensor, 
 # --- which positions ------------------------------------------------------------------------------
 
 
-def generator(seed: int, name: str, source: str = "") -> torch.Generator:
-    """What draws the positions of an operator in a source of images."""
-    digest = hashlib.sha256(f"positions/{seed}/{name}/{source}".encode()).digest()
+def generator(seed: int, name: str, source: str = "", call: int = 0) -> torch.Generator:
+    """What draws the positions of an operator in a source of images, at one of its calls in a pass."""
+    digest = hashlib.sha256(f"positions/{seed}/{name}/{source}/{call}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from patterns import Network, Operator, PatchMoments, PatchObserver, UserError
 from patterns.estimators import chosen, selected
 from patterns.patches import bytes_of
-from patterns.quality import CUTOFF, quality, signals
+from patterns.rho import CUTOFF, quality, signals
 from patterns.storage import write_table
 from ray_jobs import models
 from ray_jobs.config import QualityConfig, Resources

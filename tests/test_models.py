@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from patterns import Explainer, Network, Observer, UserError, choose, solve
 from patterns.draft import export
 from patterns.estimators import wanted
-from patterns.graph import HELD_NORMS, network_of
+from patterns.graph import network_of
+from patterns.hold import HELD_NORMS
 from patterns.moments import Wanted, planned_bytes
 from tests.patterns.networks import relative
 

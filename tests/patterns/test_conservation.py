@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from patterns import Explainer, Network, accumulate, choose, solve, trace
-from patterns.conservation import Loss, conservation
+from patterns.losses import Loss, conservation
 from tests.patterns.networks import randomise, traced
+from tests.patterns.readings import READINGS, read
 
 
 def fitted(network: Network, batches: Sequence[Tensor], choice: str = "default") -> dict[str, Tensor]:
@@ -89,6 +90,15 @@ def test_the_losses_make_up_what_the_map_lacks(name: str) -> None:
     assert abs(causes.get("other", 0.0)) < 1e-10 * largest
 
 
+@pytest.mark.parametrize("name", READINGS)
+def test_an_operation_hands_on_all_that_its_gates_let_through_however_it_is_written(name: str) -> None:
+    network, x = read(name).network, read(name).inputs
+    patterns, targets = fitted(network, [x]), torch.arange(len(x)) % 3
+    losses = conservation(network, patterns, x, targets)
+    largest = max(abs(loss.received) for loss in losses)
+    assert abs(1 - lost(losses).get("gate", 0.0) - shares(network, patterns, x, targets).mean()) < 1e-10 * largest
+
+
 def test_borders_lose_what_explicit_padding_gets() -> None:
     torch.manual_seed(7)
     x = torch.randn(8, 2, 7, 6, dtype=torch.float64)
@@ -108,6 +118,23 @@ def test_borders_lose_what_explicit_padding_gets() -> None:
     assert abs(expected) > 1e-3
     assert abs(causes["border"] - expected) < 1e-10
     assert abs(causes["neuron"]) < 1e-10
+
+
+def test_transposed_convolutions_lose_what_lies_on_the_zeros_between_their_inputs() -> None:
+    torch.manual_seed(11)
+    x = torch.randn(30, 2, 3, 3, dtype=torch.float64)
+    model = nn.Sequential(nn.ConvTranspose2d(2, 3, 2, stride=2), nn.Flatten(), nn.Linear(3 * 36, 4))
+    network = trace(model.double().requires_grad_(False), x)
+    patterns, targets = fitted(network, [x]), torch.zeros(30, dtype=torch.int64)
+    relevance = (model[2].weight[0] * patterns["2"][0]).view(3, 3, 2, 3, 2)  # by neuron, row, phase, column, phase
+    shares_of_phases = (network.operators["0"].weight * patterns["0"]).sum(1)  # over the two inputs that it has
+    torch.testing.assert_close(shares_of_phases.sum((1, 2)), torch.ones(3, dtype=torch.float64))
+    expected = float((relevance * (1 - shares_of_phases)[:, None, :, None, :]).sum())
+    causes = lost(conservation(network, patterns, x, targets))
+    assert abs(expected) > 0.1
+    assert abs(causes["border"] - expected) < 1e-10
+    assert abs(causes["neuron"]) < 1e-10
+    torch.testing.assert_close(shares(network, patterns, x, targets), torch.full((30,), 1 - expected).double())
 
 
 @pytest.mark.parametrize("in_place", [False, True])

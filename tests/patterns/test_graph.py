@@ -114,6 +114,67 @@ def test_batch_norm_behind_a_linear_layer_is_folded_too(affine: bool) -> None:
     assert_same_outputs(model, network, x, x[:1])
 
 
+FOLDED: dict[str, tuple[nn.Module, nn.Module, Callable[[Calls, Tensor], object], tuple[int, ...]]] = {
+    "tokens transposed": (
+        nn.Linear(5, 4), nn.BatchNorm1d(4), lambda m, x: m.norm(m.layer(x).transpose(1, 2)).relu(), (6, 7, 5)
+    ),
+    "tokens as samples": (
+        nn.Linear(5, 4), nn.BatchNorm1d(4),
+        lambda m, x: m.norm(m.layer(x).flatten(0, 1)).view(-1, 28).relu(), (6, 7, 5),
+    ),
+    "flattened": (
+        nn.Conv2d(3, 4, 8), nn.BatchNorm1d(4), lambda m, x: m.norm(m.layer(x).flatten(1)).relu(), (6, 3, 8, 8)
+    ),
+    "positions in a row": (
+        nn.Conv2d(3, 4, 3), nn.BatchNorm1d(4),
+        lambda m, x: F.dropout(m.norm(m.layer(x).flatten(2)), 0.5, m.training).relu(), (6, 3, 8, 8),
+    ),
+    "channels last and back": (
+        nn.Linear(3, 4), nn.BatchNorm2d(4),
+        lambda m, x: m.norm(m.layer(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)).relu(), (6, 3, 8, 8),
+    ),
+    "other code between": (
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4),
+        lambda m, x: ((y := m.layer(x)), (z := x.relu()), m.norm(y).relu() + z.mean(1, True)[:, :, 1:-1, 1:-1])[-1],
+        (6, 3, 8, 8),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FOLDED)
+def test_batch_norm_is_folded_wherever_it_scales_the_operators_channels(name: str) -> None:
+    layer, norm, forward, shape = FOLDED[name]
+    torch.manual_seed(0)
+    model = Calls(forward, norm=norm, layer=layer).double()  # in an order that is not that of the calls
+    randomise(model.norm)
+    x = torch.randn(shape, dtype=torch.float64)
+    network = network_of(model, x[:2])
+    operator = network.operators["layer"]
+    assert "norm" not in network.operators
+    assert operator.gate == RELU
+    assert_same_outputs(model, network, x, x[:1])
+
+
+@pytest.mark.parametrize(
+    ("layer", "features", "forward"),
+    [
+        (conv(), 256, lambda m, x: m.norm(m.layer(x).flatten(1))),
+        (conv(), 8, lambda m, x: m.norm(m.layer(x).transpose(1, 2).flatten(2))),
+        (conv(3, 8), 8, lambda m, x: m.norm(m.layer(x).transpose(1, 2).flatten(2))),
+        (conv(), 4, lambda m, x: m.norm(F.max_pool2d(m.layer(x), 8).flatten(1))),
+    ],
+    ids=["a number for each value", "rows", "as many rows as channels", "the largest"],
+)
+def test_batch_norm_of_anything_but_an_operators_channels_is_a_scale_of_its_own(
+    layer: nn.Module, features: int, forward: Callable[[Calls, Tensor], object]
+) -> None:
+    model = Calls(forward, layer=layer, norm=nn.BatchNorm1d(features)).double()
+    randomise(model.norm)
+    network = network_of(model)
+    assert isinstance(network.operators["norm"].kind, Scale)
+    assert_same_outputs(model, network, image(3), image(1))
+
+
 def test_batch_norm_is_not_folded_into_an_operator_with_another_user() -> None:
     torch.manual_seed(0)
     model = Calls(lambda m, x: m.norm(y := m.conv(x)).relu() + y, conv=conv(), norm=nn.BatchNorm2d(4)).double()
@@ -181,6 +242,12 @@ def test_a_gate_is_seen_through_max_pooling_and_shape_changes() -> None:
         (Calls(lambda m, x: x.clamp(0, 6)), RELU6),
         (Calls(lambda m, x: x.clamp_min(0)), RELU),
         (Calls(lambda m, x: F.relu6(x)), RELU6),
+        (Calls(lambda m, x: F.threshold(x, 0, 0)), RELU),
+        (nn.Threshold(0.5, 0.0), Gate(0.5, float("inf"))),
+        (Calls(lambda m, x: torch.maximum(x, torch.zeros_like(x))), RELU),
+        (Calls(lambda m, x: torch.maximum(torch.tensor(0.0), x)), RELU),
+        (Calls(lambda m, x: torch.max(x, torch.zeros(1))), RELU),
+        (Calls(lambda m, x: torch.minimum(x, torch.tensor(6.0))), Gate(float("-inf"), 6.0)),
     ],
 )
 def test_every_way_to_write_a_rectifier_is_a_gate(rectifier: nn.Module, gate: Gate) -> None:
@@ -287,7 +354,8 @@ def test_average_pooling_keeps_the_outputs_and_every_window_weighs_one_over_k(po
     x = torch.randn(3, 2, 9, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     network = network_of(model, x[:2])
     assert_same_outputs(model, network, x, x[:1])
-    (operator,) = network.operators.values()
+    *scales, operator = network.operators.values()
+    assert [type(scale.kind) for scale in scales] == [Scale] * (pooling == "a divisor of its own")
     assert isinstance(operator.kind, AveragePool)
     sums = operator.weight.flatten(1).sum(1)
     torch.testing.assert_close(sums, torch.ones_like(sums), rtol=1e-12, atol=0)

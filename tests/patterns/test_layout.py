@@ -9,8 +9,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 # Each file of patterns/ may import only those before it.
 ORDER = [
-    "errors", "operators", "draft", "lift", "graph", "moments", "patches", "observe", "estimators", "convergence",
-    "quality", "scales", "explain", "conservation", "tensors", "storage", "linear_model",
+    "errors", "operators", "draft", "unify", "lift", "hold", "graph", "moments", "patches", "observe", "estimators",
+    "convergence", "rho", "scales", "explain", "losses", "tensors", "storage", "linear_model",
 ]  # fmt: skip
 FORBIDDEN = {"explain": {"estimators", "moments"}}
 
@@ -91,3 +91,11 @@ def test_pool_and_ledger_know_nothing_of_torch_nor_of_patterns(name: str) -> Non
         pytest.skip("not written yet")
     heavy = {"torch", "torchvision", "patterns", "safetensors.torch"}
     assert not loaded_with(name) & heavy
+
+
+def test_what_importing_patterns_gives_is_what_it_says() -> None:
+    """No function is hidden by the module that it comes from, nor hides it."""
+    code = "import sys, patterns; print([n for n in patterns.__all__ if f'patterns.{n}' in sys.modules or not callable("
+    code += "getattr(patterns, n))])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "['CHOICES', 'ESTIMATORS', 'METHODS']"

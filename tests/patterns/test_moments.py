@@ -14,6 +14,7 @@ from patterns.moments import Accumulator, Wanted, zero
 from patterns.operators import Convolution, Kind, Linear, Scale
 from tests.oracles import Neuron, channel_patches, linear_patches, neurons, window_patches
 from tests.patterns.cases import STRATEGIES, Case, any_case, fixed
+from tests.patterns.networks import relative
 
 RELU, RELU6 = (0.0, float("inf")), (0.0, 6.0)
 REACH = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -266,6 +267,34 @@ def test_activations_thirty_deviations_from_zero_keep_their_patterns_in_float32(
         reach = 1e-3 if (layer, row) == ("transposed", "multivariate") else 1e-4
         found, truth = solved[0][row].double().flatten(1), exact.flatten(1)
         assert ((found - truth).norm(dim=1) / truth.norm(dim=1)).max() < reach, row
+
+
+HALF: dict[str, tuple[Kind, Shape, Shape]] = {
+    "convolution": (Convolution((1, 1), (1, 1), (1, 1)), (4, 3, 3, 3), (2, 3, 190, 190)),
+    "linear": (Linear(), (4, 6), (70_000, 6)),
+}  # with more positions than float16 has numbers
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", HALF)
+def test_half_precision_loses_no_sample_and_no_digit_of_what_the_model_computed(name: str, dtype: torch.dtype) -> None:
+    kind, weight_shape, shape = HALF[name]
+    generator = torch.Generator().manual_seed(0)
+    weight, x = ((torch.randn(size, generator=generator) + 1).to(dtype) for size in (weight_shape, shape))
+    operator = Operator("it", kind, weight, torch.linspace(-1, 1, 4).to(dtype), (), (), "", Gate(0.0, float("inf")))
+    accumulator, z = Accumulator(operator, Wanted()), operator(x)
+    accumulator.update((x,), z)
+    found = accumulator.moments()
+    patches = window_patches(x, (3, 3), (1, 1), (1, 1), (1, 1))[0] if name == "convolution" else x.double()
+    outputs = z.double().movedim(kind.axis, -1).flatten(0, -2)
+    y = outputs - operator.bias.double()  # type: ignore[union-attr]
+    for sums, mask in ((found.total, torch.ones_like(y)), (found.open, (outputs > 0).double())):
+        assert sums is not None
+        assert torch.equal(sums.n, mask.sum(0).long())
+        truth = {"y": (mask * y).sum(0), "yy": (mask * y * y).sum(0), "xy": (mask * y).mT @ patches}
+        for field, expected in {**truth, "x": (mask.mT @ patches)[: len(sums.x)]}.items():  # type: ignore[arg-type]
+            assert relative(getattr(sums, field), expected) < 1e-5, field
+    assert relative(found.outer[0], y.mT @ y) < 1e-5  # type: ignore[index]
 
 
 # One batch with more positions than float32 can count: sums over them one by one end at 2²⁴.

@@ -9,34 +9,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from patterns import Explainer, Gate, Network, UserError, accumulate, trace
-from patterns.operators import Addition, AveragePool, Kind, Linear, Scale, TransposedConvolution
+from patterns.operators import Addition, AveragePool, Linear, Scale, TransposedConvolution
 from tests.oracles import matrix
 from tests.patterns.cases import STRATEGIES, Case, any_case
 from tests.patterns.networks import relative
+from tests.patterns.readings import IMAGE, READINGS, TOKENS, Calls, conv, normal, parameter, read
 
 cases = settings(max_examples=25, derandomize=True, deadline=None)
 RELU = Gate(0.0, float("inf"))
-
-
-class Calls(nn.Module):
-    """A model of some layers and parameters, and the function that is its forward pass."""
-
-    def __init__(self, forward: Callable[["Calls", Tensor], Tensor], **parts: nn.Module | nn.Parameter) -> None:
-        super().__init__()
-        self.call = forward
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.call(self, x)
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def parameter(*shape: int) -> nn.Parameter:
-    return nn.Parameter(normal(*shape, seed=7) + 0.2)
 
 
 def network_of(model: nn.Module, x: Tensor, *passed: str) -> Network:
@@ -142,80 +122,20 @@ def test_the_pass_is_the_product_of_explicit_matrices_with_real_patterns() -> No
 # --- how operations are read ----------------------------------------------------------------------
 
 
-def linear() -> nn.Linear:
-    return nn.Linear(4, 4)
-
-
-def conv() -> nn.Conv2d:
-    return nn.Conv2d(4, 4, 1)
-
-
-IMAGE, TOKENS = (5, 4, 6, 6), (5, 7, 4)
-READINGS: dict[str, tuple[Callable[[Calls, Tensor], Tensor], tuple[int, ...], dict[str, object], list[Kind]]] = {
-    "difference": (lambda m, x: m.a(x) - m.b(x), IMAGE, {"a": conv(), "b": conv()}, [Addition((1.0, -1.0))]),
-    "difference with alpha": (
-        lambda m, x: torch.sub(m.a(x), m.b(x), alpha=2), IMAGE, {"a": conv(), "b": conv()}, [Addition((1.0, -2.0))]
-    ),
-    "sum with alpha, in place": (
-        lambda m, x: m.a(x).add_(m.b(x), alpha=0.5), IMAGE, {"a": conv(), "b": conv()}, [Addition((1.0, 0.5))]
-    ),
-    "several terms": (
-        lambda m, x: m.a(x) + m.b(x) + x + m.a(x).relu(), IMAGE, {"a": conv(), "b": conv()},
-        [Addition((1.0, 1.0, 1.0, 1.0))],
-    ),
-    "a difference of sums": (
-        lambda m, x: m.a(x) - (m.b(x) - 2 * x), IMAGE, {"a": conv(), "b": conv()}, [Scale(), Addition((1.0, -1.0, 1.0))]
-    ),
-    "a sum that others use too": (
-        lambda m, x: (s := m.a(x) + x) + s.relu(), IMAGE, {"a": conv()}, [Addition((1.0, 1.0)), Addition((1.0, 1.0))]
-    ),
-    "sum of tokens": (lambda m, x: m.a(x) + x.relu(), TOKENS, {"a": linear()}, [Addition((1.0, 1.0), 2)]),
-    "sum of permuted": (
-        lambda m, x: (y := x.permute(0, 2, 3, 1)) + m.a(y), IMAGE, {"a": linear()}, [Addition((1.0, 1.0), 3)]
-    ),
-    "sum of permuted back": (
-        lambda m, x: m.a(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) + x, IMAGE, {"a": linear()}, [Addition((1.0, 1.0))]
-    ),
-    "sum of flattened": (
-        lambda m, x: m.a(x).flatten(2).transpose(1, 2) + x.flatten(2).mT.relu(), IMAGE, {"a": conv()},
-        [Addition((1.0, 1.0), 2)],
-    ),
-    "number": (lambda m, x: x * 0.5, IMAGE, {}, [Scale()]),
-    "negative": (lambda m, x: -x, IMAGE, {}, [Scale()]),
-    "constant minus value": (lambda m, x: 1 - x, IMAGE, {}, [Scale()]),
-    "tensor minus value": (lambda m, x: m.p - x, IMAGE, {"p": parameter(4, 1, 1)}, [Scale()]),
-    "quotient": (lambda m, x: x / m.p, TOKENS, {"p": parameter(4)}, [Scale(2)]),
-    "layer scale": (lambda m, x: m.p * x, IMAGE, {"p": parameter(4, 1, 1)}, [Scale()]),
-    "folded": (lambda m, x: m.a(x) * m.p / 2, TOKENS, {"a": linear(), "p": parameter(4)}, []),
-    "affine in one call": (
-        lambda m, x: torch.addcmul(m.q, m.p, x), TOKENS, {"p": parameter(4), "q": parameter(1, 1, 4)}, [Scale(2)]
-    ),
-    "positions": (lambda m, x: x * m.p, IMAGE, {"p": parameter(6, 6)}, []),
-    "mean of tokens": (lambda m, x: x.mean(1), TOKENS, {}, [AveragePool((7,), (7,), (0,))]),
-    "mean of channels last": (
-        lambda m, x: x.permute(0, 2, 3, 1).mean((1, 2)), IMAGE, {}, [AveragePool((6, 6), (6, 6), (0, 0))]
-    ),
-    "mean of rows": (lambda m, x: x.mean(2), IMAGE, {}, [AveragePool((1, 6), (1, 6), (0, 0))]),
-    "mean of columns, kept": (
-        lambda m, x: x.permute(0, 2, 3, 1).mean(2, keepdim=True), IMAGE, {}, [AveragePool((1, 6), (1, 6), (0, 0))]
-    ),
-    "mean of channels": (lambda m, x: x.mean(1), IMAGE, {}, [AveragePool((1, 4), (1, 4), (0, 0))]),
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("name", READINGS)
 def test_an_operation_is_read_as_its_kind_with_its_channels_and_keeps_outputs_and_gradient(name: str) -> None:
-    forward, shape, parts, kinds = READINGS[name]
-    model, x = Calls(forward, **parts).double().requires_grad_(False), normal(*shape)  # type: ignore[arg-type]
-    network = network_of(model, x)
-    found = [op.kind for op in network.operators.values() if isinstance(op.kind, Scale | Addition | AveragePool)]
-    assert found == kinds
-    gradients = []
-    for function in (model, network.module):
-        inputs = x.clone().requires_grad_()
-        gradients += torch.autograd.grad(function(inputs).square().sum(), inputs)
+    it = read(name)
+    found = [op.kind for op in it.network.operators.values() if isinstance(op.kind, Scale | Addition | AveragePool)]
+    assert found == READINGS[name][3]
+    assert relative(it.network.module(it.inputs[:1]), it.model(it.inputs[:1])) < 1e-10
+    outputs, gradients = [], []
+    for function in (it.model, it.network.module):
+        inputs = it.inputs.clone().requires_grad_()
+        outputs.append(function(inputs))
+        gradients += torch.autograd.grad(outputs[-1].square().sum(), inputs)
+    assert relative(outputs[1], outputs[0]) < 1e-10
     assert relative(gradients[1], gradients[0]) < 1e-10
-    for moments in accumulate(network, [x]).values():
+    for moments in accumulate(it.network, [it.inputs]).values():
         assert moments.total.yy.isfinite().all()
 
 
@@ -248,6 +168,12 @@ GATES: dict[str, tuple[Callable[[Calls, Tensor], Tensor], Gate | None, bool]] = 
     "two unlike": (lambda m, x: (y := m.a(x)).relu() + F.relu6(y), None, True),
     "one and none": (lambda m, x: (y := m.a(x)).relu() + y, None, True),
     "none": (lambda m, x: m.a(x), None, False),
+    "split": (lambda m, x: torch.cat([part.relu() for part in m.a(x).split([1, 3], 1)], 1), RELU, False),
+    "chunks": (lambda m, x: torch.cat([part.relu() for part in m.a(x).chunk(2, 1)], 1), RELU, False),
+    "one chunk of two": (lambda m, x: (y := m.a(x).chunk(2, 1))[0].relu() + y[1], None, True),
+    "chunks unlike": (lambda m, x: (y := m.a(x).chunk(2, 1))[0].relu() + F.relu6(y[1]), None, True),
+    "shuffled": (lambda m, x: F.channel_shuffle(m.a(x), 2).relu(), RELU, False),
+    "shuffled by hand": (lambda m, x: m.a(x).unflatten(1, (2, 2)).transpose(1, 2).flatten(1, 2).relu(), RELU, False),
 }
 
 
@@ -279,6 +205,14 @@ def held_group_norm(x: Tensor) -> Tensor:
     ], 1)  # fmt: skip
 
 
+SHARES = torch.arange(1.0, 5.0).double()
+
+
+def held_instance_norm(x: Tensor) -> Tensor:
+    centred = x - x.mean((2, 3), keepdim=True).detach()
+    return centred / (x.var((2, 3), correction=0, keepdim=True).detach() + 1e-5).sqrt()
+
+
 def excited(x: Tensor) -> Tensor:
     return x.mean((2, 3), keepdim=True).sigmoid()
 
@@ -286,6 +220,14 @@ def excited(x: Tensor) -> Tensor:
 HELD: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], tuple[int, ...], tuple[str, ...]]] = {
     "layer norm": (layer_norm, held_layer_norm, TOKENS, ("layer_norm",)),
     "group norm": (lambda x: F.group_norm(x, 2), held_group_norm, IMAGE, ("group_norm",)),
+    "rms norm": (
+        lambda x: F.rms_norm(x, (4,), SHARES, 1e-3),
+        lambda x: x / (x.square().mean(-1, keepdim=True).detach() + 1e-3).sqrt() * SHARES, TOKENS, ("rms_norm",),
+    ),
+    "instance norm": (
+        lambda x: F.instance_norm(x, None, None, SHARES, SHARES),
+        lambda x: held_instance_norm(x) * SHARES[:, None, None] + SHARES[:, None, None], IMAGE, ("instance_norm",),
+    ),
     "attention": (
         lambda x: F.scaled_dot_product_attention(2 * x, x, x.flip(1)),
         lambda x: (2 * x @ x.mT / 2).softmax(-1).detach() @ x.flip(1), TOKENS, ("scaled_dot_product_attention",),

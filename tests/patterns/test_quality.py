@@ -1,128 +1,15 @@
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from itertools import product
-
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from patterns import Gate, Operator, UserError, accumulate, solve, trace
+from patterns import Gate, Operator, solve, trace
 from patterns.observe import PatchObserver
-from patterns.operators import Addition, AveragePool, Convolution, Kind, Linear, Scale, TransposedConvolution
-from patterns.patches import PatchAccumulator, PatchMoments, bytes_of, draw, generator, zero
-from patterns.quality import quality, rho, signals, whiten
-from tests.oracles import Neuron, channel_patches, linear_patches, neurons, window_patches
-
-RELU = (0.0, float("inf"))
-ALL = 10**6  # positions: more than any image here has
-ESTIMATORS = ["filter", "random", "linear", "two-component"]
-
-
-@dataclass(frozen=True)
-class Case:
-    """An operator with a ReLU behind it, and images for it."""
-
-    operator: Operator
-    shapes: tuple[tuple[int, ...], ...]
-    unfold: Callable[..., list[Tensor]]
-
-    def inputs(self, images: int, seed: int) -> tuple[Tensor, ...]:
-        """Correlated, skewed, away from 0."""
-        generator = torch.Generator().manual_seed(seed)
-        common = torch.randn(images, *self.shapes[0], generator=generator, dtype=torch.float64)
-        noise = [torch.randn(images, *shape, generator=generator, dtype=torch.float64) for shape in self.shapes]
-        return tuple((i + 1) * (common + n).relu() + 0.5 * n.roll(1, -1) + 0.3 for i, n in enumerate(noise))
-
-    def moments(self, inputs: tuple[Tensor, ...], positions: int = ALL, seed: int = 0) -> PatchMoments:
-        accumulator = PatchAccumulator(self.operator, positions, seed)
-        accumulator.update(inputs, self.operator(*inputs))
-        return accumulator.moments()
-
-    def neurons(self, inputs: tuple[Tensor, ...]) -> list[Neuron]:
-        return neurons(self.unfold(*inputs), self.operator.weight, self.operator.bias, RELU)
-
-
-def case(kind: Kind, weight: Tensor, *shapes: tuple[int, ...], unfold: Callable[..., list[Tensor]]) -> Case:
-    bias = None if isinstance(kind, Addition | AveragePool) else torch.linspace(-0.5, 0.5, len(weight)).double()
-    return Case(Operator("it", kind, weight, bias, (), (), "", Gate(*RELU)), shapes, unfold)
-
-
-def normal(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-
-
-def convolution(
-    weight: Tensor,
-    shape: tuple[int, ...],
-    stride: tuple[int, ...],
-    padding: tuple[int, ...],
-    dilation: tuple[int, ...],
-    groups: int = 1,
-) -> Case:
-    def unfold(x: Tensor) -> list[Tensor]:
-        return window_patches(x, tuple(weight.shape[2:]), stride, padding, dilation, groups)
-
-    return case(Convolution(stride, padding, dilation, groups), weight, shape, unfold=unfold)
-
-
-def transposed(
-    weight: Tensor,
-    shape: tuple[int, ...],
-    stride: tuple[int, ...],
-    padding: tuple[int, ...],
-    more: tuple[int, ...],
-    dilation: tuple[int, ...],
-    groups: int = 1,
-) -> Case:
-    kernel = tuple(weight.shape[2:])
-    sizes = [
-        (n - 1) * s - 2 * p + d * (k - 1) + m + 1
-        for n, s, p, d, k, m in zip(shape[1:], stride, padding, dilation, kernel, more)
-    ]
-
-    def unfold(x: Tensor) -> list[Tensor]:
-        """Output position o sees input i through tap k where o = i · stride - padding + k · dilation."""
-        rows = torch.zeros(len(x), *sizes, shape[0], *kernel, dtype=torch.float64)
-        everywhere = [product(range(o), range(k)) for o, k in zip(sizes, kernel)]
-        for pairs in product(*everywhere):
-            spots = [divmod(o + p - k * d, s) for (o, k), p, d, s in zip(pairs, padding, dilation, stride)]
-            if all(rest == 0 and 0 <= i < n for (i, rest), n in zip(spots, shape[1:])):
-                out, tap = zip(*pairs)
-                rows[(slice(None), *out, slice(None), *tap)] = x[(..., *(i for i, _ in spots))]
-        return [g.flatten(len(sizes) + 1).flatten(0, -2) for g in rows.chunk(groups, len(sizes) + 1)]
-
-    return case(TransposedConvolution(stride, padding, more, dilation, groups), weight, shape, unfold=unfold)
-
-
-def average_pool() -> Case:
-    kernel, stride, padding = (2, 3), (2, 1), (1, 0)
-    weight = torch.full((3, 1, *kernel), 1 / 6, dtype=torch.float64)
-
-    def unfold(x: Tensor) -> list[Tensor]:
-        return window_patches(x, kernel, stride, padding, (1, 1), 3)
-
-    return case(AveragePool(kernel, stride, padding), weight, (3, 5, 6), unfold=unfold)
-
-
-CASES: dict[str, Callable[[], Case]] = {
-    "linear": lambda: case(Linear(), normal(4, 7), (7,), unfold=linear_patches),
-    "linear on tokens": lambda: case(Linear(), normal(4, 5), (3, 2, 5), unfold=linear_patches),
-    "conv1d": lambda: convolution(normal(3, 2, 3), (2, 9), (2,), (1,), (2,)),
-    "conv2d": lambda: convolution(normal(4, 2, 2, 3), (2, 6, 5), (2, 1), (1, 2), (1, 2)),
-    "grouped": lambda: convolution(normal(6, 2, 2, 1), (4, 4, 5), (1, 2), (0, 1), (2, 1), 2),
-    "depthwise": lambda: convolution(normal(3, 1, 3, 2), (3, 6, 5), (1, 2), (1, 0), (1, 1), 3),
-    "conv3d": lambda: convolution(normal(3, 1, 2, 1, 2), (1, 3, 4, 4), (1, 2, 1), (0, 1, 1), (2, 1, 1)),
-    "transposed": lambda: transposed(normal(3, 2, 3), (2, 6), (2,), (1,), (1,), (1,)),
-    "transposed in groups": lambda: transposed(normal(4, 1, 2, 3), (2, 3, 3), (1, 2), (0, 1), (0, 1), (2, 1), 2),
-    "addition": lambda: case(
-        Addition((1.0, 0.5)), torch.tensor([[1.0, 0.5]] * 3).double(), (3, 4, 2), (3, 4, 2), unfold=channel_patches
-    ),
-    "average pool": average_pool,
-}
-IMAGES = {"linear": 120, "linear on tokens": 40}
-every_kind = pytest.mark.parametrize("name", CASES)
+from patterns.operators import Linear, Scale
+from patterns.patches import PatchAccumulator, PatchMoments, draw, generator, zero
+from patterns.rho import correlation, quality, rho, signals, whiten
+from tests.oracles import Neuron, channel_patches, window_patches
+from tests.patterns.gram import ALL, CASES, ESTIMATORS, IMAGES, RELU, Case, case, every_kind, normal
 
 
 def patterns_of(case: Case, moments: PatchMoments) -> dict[str, Tensor]:
@@ -163,16 +50,22 @@ def test_quality_equals_least_squares_on_held_out_samples(name: str) -> None:
     a, b, c = (case.inputs(images, seed) for seed in (1, 2, 3))
     patterns = patterns_of(case, case.moments(a))
     assert_rho(case, patterns, b, c)
-    found = quality(patterns, case.operator.weight, case.moments(b), case.moments(c))
-    assert all(((r >= 0) & (r <= 2)).all() for r in found.values())
+    on_b, on_c = whiten(case.moments(b)), case.moments(c)
+    for components in signals(patterns).values():  # before `rho` cuts off the rounding
+        found = correlation(components, case.operator.weight, on_b, on_c)
+        assert (found.abs() <= 1 + 1e-9).all()
 
 
 @every_kind
 def test_on_a_single_set_quality_lies_in_0_1_and_that_of_linear_is_1(name: str) -> None:
     case = CASES[name]()
     moments = case.moments(case.inputs(IMAGES.get(name, 12), 1))
-    found = quality(patterns_of(case, moments), case.operator.weight, moments, moments)
-    assert all(((r >= 0) & (r <= 1)).all() for r in found.values())
+    patterns = patterns_of(case, moments)
+    found = quality(patterns, case.operator.weight, moments, moments)
+    on_b = whiten(moments)
+    for components in signals(patterns).values():
+        corr = correlation(components, case.operator.weight, on_b, moments)
+        assert ((corr >= -1e-9) & (corr <= 1 + 1e-9)).all()
     torch.testing.assert_close(found["linear"], torch.ones_like(found["linear"]), rtol=0, atol=1e-8)
     assert (found["filter"] <= found["linear"] + 1e-8).all()
 
@@ -300,162 +193,6 @@ def test_an_ill_conditioned_covariance_costs_few_digits() -> None:
     spread = torch.logspace(0, -3, 7, dtype=torch.float64)
     a, b, c = ((case.inputs(200, seed)[0] * spread,) for seed in (1, 2, 3))
     assert_rho(case, patterns_of(case, case.moments(a)), b, c)
-
-
-# --- the Gram moments -----------------------------------------------------------------------------
-
-
-def assert_sums(found: PatchMoments, truth: list[Neuron], rtol: float = 1e-9) -> None:
-    """Every sum, against the neurons' samples."""
-    k = len(truth)
-    for which, part in (("total", found.moments.total), ("open", found.moments.open)):
-        assert part is not None
-        assert part.x is not None
-        assert part.xy is not None
-        x = part.x.repeat_interleave(k // len(part.x), 0)
-        for i, neuron in enumerate(truth):
-            expected = neuron.sums(which)
-            assert part.n[i] == expected["n"]
-            for field, value in (("y", part.y), ("yy", part.yy), ("x", x), ("xy", part.xy)):
-                torch.testing.assert_close(value[i], expected[field], rtol=rtol, atol=1e-9)
-    xx = found.xx.repeat_interleave(k // len(found.xx), 0)
-    for i, neuron in enumerate(truth):
-        torch.testing.assert_close(xx[i], neuron.x.mT @ neuron.x, rtol=rtol, atol=1e-9)
-
-
-@every_kind
-def test_gram_moments_equal_sums_over_all_unfolded_patches(name: str) -> None:
-    case = CASES[name]()
-    inputs = case.inputs(4, 1)
-    found = case.moments(inputs)
-    assert {t.dtype for t in found.tensors().values()} == {torch.float64, torch.int64}
-    assert_sums(found, case.neurons(inputs))
-
-
-@pytest.mark.parametrize("name", [name for name in CASES if name != "linear"])
-@pytest.mark.parametrize("positions", [1, 3])
-def test_sampled_sums_are_those_of_the_drawn_positions_alone(name: str, positions: int) -> None:
-    case = CASES[name]()
-    inputs = case.inputs(5, 1)
-    found = case.moments(inputs, positions, seed=7)
-    z = case.operator(*inputs)
-    available = z[0].numel() // case.operator.neurons
-    drawn = draw(generator(7, "it"), 5, available, positions)
-    rows = [image * available + int(p) for image, own in enumerate(drawn) for p in own]
-    assert found.moments.total.n.tolist() == [5 * positions] * case.operator.neurons
-    assert_sums(found, [Neuron(n.x[rows], n.y[rows], n.open[rows]) for n in case.neurons(inputs)])
-
-
-def test_each_position_is_drawn_equally_often_and_never_twice_from_an_image() -> None:
-    images, available, positions = 6000, 12, 4
-    drawn = draw(generator(0, "it"), images, available, positions)
-    assert drawn.shape == (images, positions)
-    assert (drawn.sort(1).values.diff(dim=1) > 0).all()
-    counts = drawn.flatten().bincount(minlength=available)
-    share = positions / available
-    deviation = (images * share * (1 - share)) ** 0.5
-    assert ((counts - images * share).abs() < 4 * deviation).all()
-
-
-@pytest.mark.parametrize("positions", [12, 13])
-def test_all_positions_are_taken_where_an_image_has_no_more(positions: int) -> None:
-    assert draw(generator(0, "it"), 2, 12, positions).tolist() == [list(range(12))] * 2
-
-
-def test_the_draw_depends_on_seed_operator_and_source() -> None:
-    draws = [draw(generator(s, n, o), 3, 1000, 5).tolist() for s, n, o in product((0, 1), ("a", "b"), ("", "c"))]
-    assert len({str(d) for d in draws}) == len(draws)
-    assert draw(generator(0, "a", "c"), 3, 1000, 5).tolist() == draws[1]
-
-
-def test_no_positions_are_refused() -> None:
-    with pytest.raises(UserError, match="0 is no number of positions"):
-        PatchAccumulator(CASES["conv2d"]().operator, 0)
-
-
-def assert_same(a: PatchMoments, b: PatchMoments, rtol: float = 0.0) -> None:
-    left, right = a.tensors(), b.tensors()
-    assert left.keys() == right.keys()
-    for name in left:
-        torch.testing.assert_close(left[name], right[name], rtol=rtol, atol=0.0)
-
-
-def test_gram_moments_are_a_commutative_monoid() -> None:
-    case = CASES["grouped"]()
-    (x,) = case.inputs(7, 1)
-    a, b, c = (case.moments((part,)) for part in x.split([2, 4, 1]))
-    nothing = zero(case.operator)
-    assert_same(a + b, b + a)
-    assert_same((a + b) + c, a + (b + c), rtol=1e-12)
-    assert_same(a + nothing, a)
-    assert_same(nothing + a, a)
-    assert_same(a + b + c, case.moments((x,)), rtol=1e-11)
-    kept = {name: t.clone() for name, t in a.tensors().items()}
-    for t in (a + b).tensors().values():
-        t.zero_()
-    assert_same(a, PatchMoments.from_tensors(kept))
-    assert PatchMoments.from_tensors(a.tensors()).nbytes == bytes_of(case.operator)
-
-
-@pytest.mark.parametrize("cuts", [[1] * 7, [3, 4], [0, 7]])
-def test_a_source_gives_the_same_sums_however_it_is_cut_and_whatever_came_before(cuts: list[int]) -> None:
-    case = CASES["conv2d"]()
-    (x,) = case.inputs(7, 1)
-    whole, cut = PatchAccumulator(case.operator, 3), PatchAccumulator(case.operator, 3)
-    whole.begin("shard")
-    whole.update((x,), case.operator(x))
-    cut.update((x[:2],), case.operator(x[:2]))
-    cut.reset()
-    cut.begin("shard")
-    for part in x.split(cuts):
-        cut.update((part,), case.operator(part))
-    assert_same(cut.moments(), whole.moments(), rtol=1e-11)
-
-
-def test_patches_written_out_in_pieces_give_the_same_sums(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = CASES["grouped"]()
-    inputs = case.inputs(7, 1)
-    whole = case.moments(inputs, 2)
-    monkeypatch.setattr("patterns.patches.PATCH_ELEMENTS", 40)
-    assert_same(case.moments(inputs, 2), whole, rtol=1e-11)
-
-
-class Sample(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(2, 4, 3, stride=2, padding=1)
-        self.branch = nn.Conv2d(4, 4, 3, padding=1, groups=2)
-        self.head = nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.stem(x))
-        return self.head(F.relu(x + self.branch(x)).mean((2, 3)))
-
-
-def test_a_network_feeds_the_chosen_operators_what_the_model_computes_there() -> None:
-    torch.manual_seed(0)
-    model = Sample().double().requires_grad_(False)
-    x = torch.randn(6, 2, 8, 8, dtype=torch.float64)
-    network = trace(model, x[:1])
-    chosen = [name for name in network.operators if name in {"stem", "branch", "head"} or name.startswith("addition")]
-    assert len(chosen) == 4
-    observer = PatchObserver(network, chosen, ALL)
-    torch.testing.assert_close(observer.update(x[:4]), model(x[:4]))
-    observer.update(x[4:])
-    found, expected = observer.moments(), accumulate(network, [x])
-    for name in chosen:
-        left, right = found[name].moments.tensors(), replace(expected[name], outer=None).tensors()
-        assert left.keys() == right.keys()
-        for field in left:
-            torch.testing.assert_close(left[field], right[field], rtol=1e-9, atol=1e-9)
-    one = PatchObserver(network, ["branch"], 2, seed=1)
-    one.update(x)
-    assert list(one.moments()) == ["branch"]
-    assert one.moments()["branch"].moments.total.n.tolist() == [12] * 4
-    one.reset()
-    assert_same(one.moments()["branch"], zero(network.operators["branch"]))
-    with pytest.raises(KeyError):
-        PatchObserver(network, ["nowhere"], 2)
 
 
 def test_activations_far_from_zero_keep_their_quality_in_float32() -> None:

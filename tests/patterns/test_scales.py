@@ -1,10 +1,17 @@
 """Deep backward passes stay in range, and come out as if the range had no end."""
 
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from patterns import METHODS, Explainer, Network, scales, trace
+from patterns import METHODS, Explainer, Network, UserError, scales, trace
 
 DEPTH = 24
 
@@ -12,12 +19,12 @@ DEPTH = 24
 class Deep(nn.Module):
     """Residual, dense and plain layers in turn, each with a rectifier; one layer is called twice."""
 
-    def __init__(self) -> None:
+    def __init__(self, depth: int) -> None:
         super().__init__()
         self.first = nn.Conv2d(3, 4, 3, padding=1)
-        self.plain = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1) for _ in range(DEPTH))
-        self.dense = nn.ModuleList(nn.Conv2d(4, 2, 1) for _ in range(DEPTH))
-        self.back = nn.ModuleList(nn.Conv2d(6, 4, 1) for _ in range(DEPTH))
+        self.plain = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1) for _ in range(depth))
+        self.dense = nn.ModuleList(nn.Conv2d(4, 2, 1) for _ in range(depth))
+        self.back = nn.ModuleList(nn.Conv2d(6, 4, 1) for _ in range(depth))
         self.twice = nn.Conv2d(4, 4, 1)
         self.last = nn.Linear(4, 5)
 
@@ -30,9 +37,9 @@ class Deep(nn.Module):
         return self.last(x.view(x.shape[0], 4, -1).mean(2)[:, :, None, None].flatten(1))
 
 
-def deep() -> tuple[Network, Tensor]:
+def deep(depth: int = DEPTH) -> tuple[Network, Tensor]:
     torch.manual_seed(0)
-    model = Deep().double()
+    model = Deep(depth).double()
     inputs = torch.randn(3, 3, 6, 6, dtype=torch.float64)
     with torch.no_grad():
         for part in model.modules():
@@ -101,3 +108,62 @@ def test_a_map_does_not_depend_on_the_rest_of_its_batch() -> None:
     together = explainer(inputs, torch.tensor([0, 1, 2])).maps["patternnet"][1]
     alone = explainer(inputs[1:2], torch.tensor([1])).maps["patternnet"][0]
     assert (together - alone).norm() <= 1e-12 * alone.norm()
+
+
+# --- scales that were recorded ------------------------------------------------------------------------
+
+BEYOND = "patternnet", "patternattribution", "gradient"
+SHALLOW = 6
+
+
+def explained_in_float32(recorded: Mapping[str, Sequence[int]] | None) -> tuple[Explainer, str]:
+    """An explainer of a network, and a digest of all that it gives: bits and exponents."""
+    network, inputs = deep(SHALLOW)
+    network.module.float()
+    explainer = Explainer(network, patterns_of(network, 1e6), BEYOND, recorded)
+    found = explainer(inputs.float(), torch.tensor([0, 1, 2]))
+    digest = hashlib.sha256(json.dumps(found.exponents).encode())
+    for name in BEYOND:
+        digest.update(found.maps[name].numpy().tobytes())
+    return explainer, digest.hexdigest()
+
+
+def test_another_process_with_recorded_scales_gives_the_same_bits_and_exponents(tmp_path: Path) -> None:
+    explainer, digest = explained_in_float32(None)
+    # As hardware that rounds otherwise may calibrate them.
+    other = {name: [phi + number % 3 for number, phi in enumerate(own)] for name, own in explainer.scales.items()}
+    shifted, digest_of_others = explained_in_float32(other)
+    assert shifted.scales == other
+    assert digest_of_others != digest
+    (tmp_path / "scales.json").write_text(json.dumps(other))
+    code = f"""
+import json, torch
+from tests.patterns.test_scales import explained_in_float32
+torch.set_num_threads({torch.get_num_threads()})
+print(explained_in_float32(json.load(open({str(tmp_path / "scales.json")!r})))[1])
+"""
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == digest_of_others
+
+
+def test_any_recorded_scales_give_the_map_that_calibrated_ones_give() -> None:
+    network, inputs = deep(SHALLOW)
+    patterns, targets = patterns_of(network, 1e6), torch.tensor([0, 1, 2])
+    network.module.float()
+    calibrated = Explainer(network, patterns, BEYOND)
+    assert calibrated.scales["gradient"] == []
+    assert len(set(calibrated.scales["patternnet"])) > 20
+    moved = {"patternnet": [phi + 7 * (number > 0) for number, phi in enumerate(calibrated.scales["patternnet"])]}
+    found, again = (e(inputs.float(), targets) for e in (calibrated, Explainer(network, patterns, BEYOND, moved)))
+    assert again.exponents["patternnet"] == found.exponents["patternnet"] + 7
+    assert torch.equal(again.maps["patternnet"] * 2.0**7, found.maps["patternnet"])
+    for name in ("patternattribution", "gradient"):  # which were calibrated again
+        assert again.exponents[name] == found.exponents[name]
+        assert torch.equal(again.maps[name], found.maps[name])
+
+
+def test_scales_of_another_network_are_refused() -> None:
+    network, _ = deep(SHALLOW)
+    with pytest.raises(UserError, match=r"^scales: the scales are of a network of 3 values, this one has \d+\."):
+        Explainer(network, patterns_of(network, 1e6), ["patternnet"], {"patternnet": [0, 1, 2]})

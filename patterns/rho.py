@@ -136,32 +136,36 @@ def rho(components: Components, weight: Tensor, regressed: Whitening, evaluated:
 
     Raises ValueError for two components and moments without a gate.
     """
+    if not components:
+        return torch.full((len(weight),), torch.nan, dtype=torch.float64)
+    # On a single set a negative correlation is rounding: v and -v were both to be had.
+    lowest = 0 if evaluated is regressed.moments else -1
+    return 1 - correlation(components, weight, regressed, evaluated).clamp(lowest, 1)
+
+
+def correlation(components: Components, weight: Tensor, regressed: Whitening, evaluated: PatchMoments) -> Tensor:
+    """corr(y, vᵀd) of one estimator for each neuron, in [-1, 1] to rounding; NaN where `rho` is."""
     groups = len(regressed.scale)
     w = weight.detach().cpu().double().flatten(1).unflatten(0, (groups, -1))
-    if not components:
-        return w.new_full((len(weight),), torch.nan)
     a, live = normalised(components, w, regressed.moments, evaluated)
     q = len(components)
     on_b, on_c = covariances(regressed.moments, q), covariances(evaluated, q)
     v = regression(a, w, regressed, on_b)
-    single = evaluated is regressed.moments
 
     inner = (a * v[:, :, None]).sum(-1)  # Aᵀv
     along_v = (v * on_c.sx.sum(2)).sum(-1) - (inner * on_c.sy).sum(-1)
-    x_v = (v * along_groups(v, regressed.cov if single else cov_xx(evaluated))).sum(-1)
+    x_v = (v * along_groups(v, regressed.cov if evaluated is regressed.moments else cov_xx(evaluated))).sum(-1)
     cross = (inner * (on_c.sx * v[:, :, None]).sum(-1)).sum(-1)
     var_v = x_v - 2 * cross + quadratic(on_c.ss, inner)
     # No variance along v is no correlation either: v = 0 where d and y are uncorrelated on B.
     found = var_v > 0
     corr = torch.where(found, along_v / (torch.where(found, var_v, 1.0) * on_c.yy).sqrt(), 0.0)
-    # On a single set a negative correlation is rounding: v and -v were both to be had.
-    corr = corr.clamp(0 if single else -1, 1)
 
     var_x, var_s = regressed.cov.diagonal(dim1=1, dim2=2).sum(1)[:, None], (on_b.ss * (a @ a.mT)).sum((2, 3))
     var_d = var_x - 2 * (a * on_b.sx).sum((2, 3)) + var_s
     varies = [m.moments.total.var_y().view(groups, -1) > 0 for m in (regressed.moments, evaluated)]
     defined = live & varies[0] & varies[1] & (var_d > regressed.cutoff * (var_x + var_s))
-    return torch.where(defined, 1 - corr, torch.nan).flatten()
+    return torch.where(defined, corr, torch.nan).flatten()
 
 
 def regression(a: Tensor, w: Tensor, whitening: Whitening, cov: "Covariances") -> Tensor:

@@ -4,7 +4,8 @@ On the way back, a neuron of relevance R gives w_i a_i R to its i-th input, and 
 of its bias too. So the sum over the input equals the target's value, except for what is lost
 
 - at gates, which give nothing back where they are closed: what reaches a value that is 0, or 6, from above;
-- at borders, where a neuron's window leaves the image: the share Σ w_i a_i over its padding;
+- at borders, where a neuron's window leaves the image: the share Σ w_i a_i over its padding; and in transposed
+  convolutions of a stride, whose windows lie on zeros between their inputs: the share over these;
 - in neurons whose pattern is 0 (dead, constant or degenerate) or otherwise not wᵀa = 1.
 
 Max pooling, changes of shape, concatenations and values with several readers pass on all that they get.

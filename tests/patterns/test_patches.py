@@ -1,0 +1,225 @@
+"""The moments with Σxxᵀ, over all patches and over sampled ones."""
+
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+from safetensors.torch import load, save
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from patterns import UserError, accumulate, operators, trace
+from patterns.observe import PatchObserver
+from patterns.patches import PatchAccumulator, PatchMoments, bytes_of, draw, generator, zero
+from tests.oracles import Neuron, window_patches
+from tests.patterns.gram import ALL, CASES, SCALES
+
+KINDS = CASES | SCALES
+every_kind = pytest.mark.parametrize("name", KINDS)
+
+
+def assert_sums(found: PatchMoments, truth: list[Neuron], rtol: float = 1e-9) -> None:
+    """Every sum, against the neurons' samples."""
+    k = len(truth)
+    for which, part in (("total", found.moments.total), ("open", found.moments.open)):
+        assert part is not None
+        assert part.x is not None
+        assert part.xy is not None
+        x = part.x.repeat_interleave(k // len(part.x), 0)
+        for i, neuron in enumerate(truth):
+            expected = neuron.sums(which)
+            assert part.n[i] == expected["n"]
+            for field, value in (("y", part.y), ("yy", part.yy), ("x", x), ("xy", part.xy)):
+                torch.testing.assert_close(value[i], expected[field], rtol=rtol, atol=1e-9)
+    xx = found.xx.repeat_interleave(k // len(found.xx), 0)
+    for i, neuron in enumerate(truth):
+        torch.testing.assert_close(xx[i], neuron.x.mT @ neuron.x, rtol=rtol, atol=1e-9)
+
+
+@every_kind
+def test_gram_moments_equal_sums_over_all_unfolded_patches(name: str) -> None:
+    case = KINDS[name]()
+    inputs = case.inputs(4, 1)
+    found = case.moments(inputs)
+    assert {t.dtype for t in found.tensors().values()} == {torch.float64, torch.int64}
+    assert_sums(found, case.neurons(inputs))
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if name != "linear"])
+@pytest.mark.parametrize("positions", [1, 3])
+def test_sampled_sums_are_those_of_the_drawn_positions_alone(name: str, positions: int) -> None:
+    case = KINDS[name]()
+    inputs = case.inputs(5, 1)
+    found = case.moments(inputs, positions, seed=7)
+    z = case.operator(*inputs)
+    available = z[0].numel() // case.operator.neurons
+    drawn = draw(generator(7, "it"), 5, available, positions)
+    rows = [image * available + int(p) for image, own in enumerate(drawn) for p in own]
+    assert found.moments.total.n.tolist() == [5 * positions] * case.operator.neurons
+    assert_sums(found, [Neuron(n.x[rows], n.y[rows], n.open[rows]) for n in case.neurons(inputs)])
+
+
+def test_each_position_is_drawn_equally_often_and_never_twice_from_an_image() -> None:
+    images, available, positions = 6000, 12, 4
+    drawn = draw(generator(0, "it"), images, available, positions)
+    assert drawn.shape == (images, positions)
+    assert (drawn.sort(1).values.diff(dim=1) > 0).all()
+    counts = drawn.flatten().bincount(minlength=available)
+    share = positions / available
+    deviation = (images * share * (1 - share)) ** 0.5
+    assert ((counts - images * share).abs() < 4 * deviation).all()
+
+
+@pytest.mark.parametrize("positions", [12, 13])
+def test_all_positions_are_taken_where_an_image_has_no_more(positions: int) -> None:
+    assert draw(generator(0, "it"), 2, 12, positions).tolist() == [list(range(12))] * 2
+
+
+def test_the_draw_depends_on_seed_operator_and_source() -> None:
+    draws = [draw(generator(s, n, o), 3, 1000, 5).tolist() for s, n, o in product((0, 1), ("a", "b"), ("", "c"))]
+    assert len({str(d) for d in draws}) == len(draws)
+    assert draw(generator(0, "a", "c"), 3, 1000, 5).tolist() == draws[1]
+
+
+def test_no_positions_are_refused() -> None:
+    with pytest.raises(UserError, match="0 is no number of positions"):
+        PatchAccumulator(CASES["conv2d"]().operator, 0)
+
+
+def assert_same(a: PatchMoments, b: PatchMoments, rtol: float = 0.0) -> None:
+    left, right = a.tensors(), b.tensors()
+    assert left.keys() == right.keys()
+    for name in left:
+        torch.testing.assert_close(left[name], right[name], rtol=rtol, atol=0.0)
+
+
+def test_the_gram_moments_of_every_kind_of_operator_are_tested() -> None:
+    assert {type(case().operator.kind) for case in KINDS.values()} == set(operators.KINDS.values())
+
+
+@every_kind
+def test_gram_moments_are_a_commutative_monoid(name: str) -> None:
+    case = KINDS[name]()
+    inputs = case.inputs(7, 1)
+    a, b, c = (case.moments(part) for part in zip(*(x.split([2, 4, 1]) for x in inputs)))
+    nothing = zero(case.operator)
+    assert_same(a + b, b + a)
+    assert_same((a + b) + c, a + (b + c), rtol=1e-11)
+    assert_same(a + nothing, a)
+    assert_same(nothing + a, a)
+    assert_same(a + b + c, case.moments(inputs), rtol=1e-11)
+    kept = {name: t.clone() for name, t in a.tensors().items()}
+    for t in (a + b).tensors().values():
+        t.zero_()
+    assert_same(a, PatchMoments.from_tensors(kept))
+    assert PatchMoments.from_tensors(a.tensors()).nbytes == bytes_of(case.operator)
+
+
+@every_kind
+def test_saved_gram_moments_load_to_the_last_digit_and_only_under_their_own_names(name: str) -> None:
+    case = KINDS[name]()
+    moments = case.moments(case.inputs(4, 1))
+    named = load(save(moments.tensors()))
+    assert_same(PatchMoments.from_tensors(named), moments)
+    with pytest.raises(ValueError, match=r"no sums of these names: total\.z"):
+        PatchMoments.from_tensors({**named, "total.z": named["total.y"]})
+    for field in named:
+        with pytest.raises(KeyError, match=field):
+            PatchMoments.from_tensors({other: t for other, t in named.items() if other != field})
+
+
+@pytest.mark.parametrize("cuts", [[1] * 7, [3, 4], [0, 7]])
+def test_a_source_gives_the_same_sums_however_it_is_cut_and_whatever_came_before(cuts: list[int]) -> None:
+    case = CASES["conv2d"]()
+    (x,) = case.inputs(7, 1)
+    whole, cut = PatchAccumulator(case.operator, 3), PatchAccumulator(case.operator, 3)
+    whole.begin("shard")
+    whole.update((x,), case.operator(x))
+    cut.update((x[:2],), case.operator(x[:2]))
+    cut.reset()
+    cut.begin("shard")
+    for part in x.split(cuts):
+        cut.update((part,), case.operator(part))
+    assert_same(cut.moments(), whole.moments(), rtol=1e-11)
+
+
+class Twice(nn.Module):
+    """One layer called at two resolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(2, 2, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(F.relu(self.layer(x))[:, :, ::2]).flatten(1)
+
+
+@pytest.mark.parametrize("cuts", [[2, 2, 2], [1, 0, 5]])
+def test_a_layer_that_is_called_twice_draws_the_same_positions_however_a_source_is_cut(cuts: list[int]) -> None:
+    torch.manual_seed(0)
+    model = Twice().double().requires_grad_(False)
+    x = torch.randn(6, 2, 8, 8, dtype=torch.float64)
+    network = trace(model, x[:1])
+    whole, cut = (PatchObserver(network, ["layer"], 3, seed=7) for _ in range(2))
+    whole.update(x)
+    for part in x.split(cuts):
+        cut.update(part)
+    assert_same(cut.moments()["layer"], whole.moments()["layer"], rtol=1e-11)
+    # At each call, other positions.
+    first = window_patches(x, (3, 3), (1, 1), (1, 1), (1, 1))[0].unflatten(0, (6, -1))
+    middle = model.layer(x).relu()[:, :, ::2]
+    second = window_patches(middle, (3, 3), (1, 1), (1, 1), (1, 1))[0].unflatten(0, (6, -1))
+    images = torch.arange(6)[:, None]
+    taken = [
+        patches[images, draw(generator(7, "layer", call=call), 6, patches.shape[1], 3)].flatten(0, 1)
+        for call, patches in enumerate((first, second))
+    ]
+    rows = torch.cat(taken)
+    torch.testing.assert_close(whole.moments()["layer"].xx[0], rows.mT @ rows, rtol=1e-10, atol=1e-10)
+
+
+def test_patches_written_out_in_pieces_give_the_same_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = CASES["grouped"]()
+    inputs = case.inputs(7, 1)
+    whole = case.moments(inputs, 2)
+    monkeypatch.setattr("patterns.patches.PATCH_ELEMENTS", 40)
+    assert_same(case.moments(inputs, 2), whole, rtol=1e-11)
+
+
+class Sample(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(2, 4, 3, stride=2, padding=1)
+        self.branch = nn.Conv2d(4, 4, 3, padding=1, groups=2)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        return self.head(F.relu(x + self.branch(x)).mean((2, 3)))
+
+
+def test_a_network_feeds_the_chosen_operators_what_the_model_computes_there() -> None:
+    torch.manual_seed(0)
+    model = Sample().double().requires_grad_(False)
+    x = torch.randn(6, 2, 8, 8, dtype=torch.float64)
+    network = trace(model, x[:1])
+    chosen = [name for name in network.operators if name in {"stem", "branch", "head"} or name.startswith("addition")]
+    assert len(chosen) == 4
+    observer = PatchObserver(network, chosen, ALL)
+    torch.testing.assert_close(observer.update(x[:4]), model(x[:4]))
+    observer.update(x[4:])
+    found, expected = observer.moments(), accumulate(network, [x])
+    for name in chosen:
+        left, right = found[name].moments.tensors(), replace(expected[name], outer=None).tensors()
+        assert left.keys() == right.keys()
+        for field in left:
+            torch.testing.assert_close(left[field], right[field], rtol=1e-9, atol=1e-9)
+    one = PatchObserver(network, ["branch"], 2, seed=1)
+    one.update(x)
+    assert list(one.moments()) == ["branch"]
+    assert one.moments()["branch"].moments.total.n.tolist() == [12] * 4
+    one.reset()
+    assert_same(one.moments()["branch"], zero(network.operators["branch"]))
+    with pytest.raises(KeyError):
+        PatchObserver(network, ["nowhere"], 2)
