@@ -34,7 +34,7 @@ from ray_jobs.worker import keep_freed_memory
 THREADS = 2
 BATCH = 4
 SIZE = 224
-JOB_SHARDS, JOB_IMAGES = 3, 16
+JOB_SHARDS, JOB_IMAGES = 6, 12
 D, K = 4608, 512  # of VGG-16's largest convolutions
 
 
@@ -147,14 +147,25 @@ def patch_moments(operator: Operator, generator: torch.Generator) -> PatchMoment
     return accumulator.moments()
 
 
-def job() -> tuple[str, str, str, str]:
-    """The fit job's throughput with one worker, against its inner loop over tensors in memory."""
+def throughput(workers: int, threads: int) -> float:
+    """Samples a second of the fit job, from the first worker's start to the last commit."""
     with tempfile.TemporaryDirectory() as folder:
         shards = write_shards(Path(folder))
         spec = ModelConfig("benchmarks.__main__:vgg16_features")
         config = FitConfig(spec, list_shards(shards), f"{folder}/run", BATCH, ("default",))
-        run = fit(config, Resources(workers=1, cpus_per_worker=THREADS))
-        done = run.manifest()["fit"]
+        done = fit(config, Resources(workers=workers, cpus_per_worker=threads)).manifest()["fit"]
+    return float(done["samples"] / done["seconds"])
+
+
+def two_workers() -> tuple[str, str, str, str]:
+    """The fit job's throughput with two workers of one thread, against one such worker."""
+    ratio = throughput(2, 1) / throughput(1, 1)
+    return "fit job, two workers of one thread: images/s", "one such worker", f"{ratio:.2f}", "≥ 1.8"
+
+
+def job() -> tuple[str, str, str, str]:
+    """The fit job's throughput with one worker, against its inner loop over tensors in memory."""
+    rate = throughput(1, THREADS)
     network = trace(vgg16_features(), torch.zeros(2, 3, SIZE, SIZE))
     update = observing(network, "default")
     batches = torch.randn(JOB_SHARDS * JOB_IMAGES // BATCH, BATCH, 3, SIZE, SIZE).unbind()
@@ -163,8 +174,7 @@ def job() -> tuple[str, str, str, str]:
     for batch in batches:
         update(batch)
     inner = len(batches) * BATCH / (time.perf_counter() - begun)
-    share = done["samples"] / done["seconds"] / inner
-    return "fit job, one worker, JPEG shards: images/s", "its inner loop in memory", f"{share:.2f}", "≥ 0.9"
+    return "fit job, one worker, JPEG shards: images/s", "its inner loop in memory", f"{rate / inner:.2f}", "≥ 0.9"
 
 
 def write_shards(folder: Path) -> list[str]:
@@ -189,7 +199,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(THREADS)
     keep_freed_memory()  # as the workers do; for every variant alike
-    rows = [*fit_and_explain(options.rounds), judging(min(3, options.rounds)), job()]
+    rows = [*fit_and_explain(options.rounds), judging(min(3, options.rounds)), job(), two_workers()]
     text = f"""# Benchmarks
 
 VGG-16's features, {SIZE}×{SIZE}, batches of {BATCH}, float32, {THREADS} threads; median of {options.rounds} rounds

@@ -31,6 +31,7 @@ from ray_jobs.sources import output_names
 from ray_jobs.worker import Place, ShardReport, Share, Timed
 
 TARGETS = ("predicted", "label")
+Scales = dict[str, list[int]]  # the potential of each method's pass: see `Explainer.scales`
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,8 @@ def schema(config: ExplainConfig) -> pa.Schema:
 class ExplainWorker:
     """Holds the model and its patterns, and nothing that a lost worker would take along."""
 
-    def __init__(self, config: ExplainConfig, weights: str, share: Share = Share()) -> None:  # noqa: B008 - frozen
-        self.config, self.weights, self.share = config, weights, share
+    def __init__(self, config: ExplainConfig, weights: str, scales: Scales, share: Share = Share()) -> None:  # noqa: B008 - frozen
+        self.config, self.weights, self.scales, self.share = config, weights, scales, share
 
     def place(self) -> Place:
         """Where this worker runs."""
@@ -92,7 +93,7 @@ class ExplainWorker:
     def ready(self) -> None:
         """Load the model and its patterns."""
         self.loaded = self.share.load(self.config.model, self.weights)
-        self.explainer = explainer(self.config, self.loaded)
+        self.explainer = explainer(self.config, self.loaded, self.scales)
         self.outputs = outputs(self.config)
 
     def work(self, shard: str) -> Iterator[ShardReport]:
@@ -152,12 +153,12 @@ class ExplainWorker:
             yield files, {"key": key, **row, **{f"{m}_centre": float(c[number]) for m, c in centres.items()}}
 
 
-def explainer(config: ExplainConfig, loaded: models.Loaded) -> Explainer:
-    """The methods of a config over the patterns of its run."""
+def explainer(config: ExplainConfig, loaded: models.Loaded, scales: Scales) -> Explainer:
+    """The methods of a config over the patterns of its run; scales: those calibrated before, by method."""
     chosen = None
     if any(METHODS[m].needs_patterns for m in config.methods if m in METHODS):
         chosen = choose(loaded.network, load_patterns(config.patterns, loaded.digest), config.estimator)
-    return Explainer(loaded.network, chosen, config.methods)
+    return Explainer(loaded.network, chosen, config.methods, scales=scales)
 
 
 def rows_of(batch: Batch, explanation: Explanation) -> list[dict[str, Any]]:
@@ -201,18 +202,20 @@ def explain(config: ExplainConfig, resources: Resources = Resources()) -> Run:  
     if config.target not in TARGETS:
         raise UserError("--target", f"no target {config.target!r}", f"Choose from {', '.join(TARGETS)}.")
     loaded = models.load(config.model)
-    explainer(config, loaded)  # so that wrong patterns are told before anything is written
     run = Run(config.out)
     section = run.section("explain", config, loaded)
+    # Before anything is written, so that wrong patterns are told; once for all workers and resumptions.
+    scales = explainer(config, loaded, section.get("scales", {})).scales
     if section["status"] == "complete" and not section["missing"]:
         return run
     with driving(run, "explain") as beat, connected(resources):
+        section |= {"scales": scales}
         run.record("explain", section, loaded)
         outs = outputs(config)
         there = {folder: set(names(folder)) for folder in {out.folder for out in outs.values()}}
         left = [s for s, out in outs.items() if out.tar not in there[out.folder]]
         job = ShardJob("explain", beat, config.shards, left, resources, max_loss=None)
-        job.run(ExplainWorker, config, loaded.digest)
+        job.run(ExplainWorker, config, loaded.digest, scales)
         done = [out for shard, out in outs.items() if shard not in job.missing]
         rows = (row for out in done for row in read_table(out.folder / out.refused).to_pylist())
         refused = [Refused(**row) for row in rows]

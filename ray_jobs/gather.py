@@ -32,6 +32,7 @@ from ray_jobs.worker import Place, ShardReport, Share, Timed
 Observe = Callable[[Network], Observation[Any]]
 MOST_PARTS = 32  # that lie in a folder; more are merged while the job goes on
 MERGED_AT_ONCE = 16
+FLUSH_SHARE = 100  # the ledger is left alone so many times as long as writing it took
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,9 @@ class GatherJob(ShardJob):
 
     def __init__(self, name: str, beat: Beat, task: Gathering, tasks: Tasks, resources: Resources) -> None:
         self.gathering, self.tasks, self.parts = task, tasks, located(task.folder)
-        self.ledger = self.flushed = read_ledger(self.parts)
+        self.ledger = read_ledger(self.parts)
+        self.fresh: list[Part] = []  # parts that are to be put into the ledger
+        self.flushed = self.flush_cost = 0.0  # when the ledger was last written, and how long that took
         self.numbers = {shard: number for number, shard in enumerate(task.shards)}
         wanted: Sequence[int] = range(len(task.shards))
         self.refused: dict[str, frozenset[str]] = {}
@@ -193,12 +196,13 @@ class GatherJob(ShardJob):
     def counts(self, items: list[str], told: Part) -> None:
         if sorted(told.shards) != sorted(self.numbers[item] for item in items):
             raise RuntimeError(f"{told.file} holds {told.shards}, not {items}")
-        self.ledger = self.ledger.commit(told)
+        self.fresh.append(told)
         self.seconds = time.monotonic() - self.first_ready
         super().counts(items, told)
 
     def tick(self) -> None:
-        self.flush()
+        if time.monotonic() - self.flushed > FLUSH_SHARE * self.flush_cost:
+            self.flush()
         self.merge()
         super().tick()
 
@@ -206,20 +210,31 @@ class GatherJob(ShardJob):
         """As for any job; samples that were refused before may well be refused again."""
         return self.gathering.round == 0 and super().mostly_refused(least)
 
+    @property
+    def samples(self) -> int:
+        """The samples that count, or will once the ledger is written."""
+        return self.ledger.samples + sum(part.samples for part in self.fresh)
+
     def flush(self) -> None:
-        """Write the ledger, if parts have come since: several at once where they come fast."""
-        if self.ledger is not self.flushed:
-            self.beat.check()
-            with published(self.parts) as folder:
-                write_json(folder / LEDGER, self.ledger.to_json())
-            self.flushed = self.ledger
+        """Put the parts that have come into the ledger: several at once where they come fast."""
+        if self.fresh:
+            self.write(self.ledger.commit(*self.fresh))
+            self.fresh = []
+
+    def write(self, ledger: Ledger) -> None:
+        """Make a ledger the one that counts."""
+        begun = time.monotonic()
+        self.beat.check()
+        with published(self.parts) as folder:
+            write_json(folder / LEDGER, ledger.to_json())
+        self.ledger, self.flushed = ledger, time.monotonic()
+        self.flush_cost = self.flushed - begun
 
     def merge(self) -> None:
         """Merge the smallest parts where there are many, while the workers go on."""
         if self.merging is not None and self.merging.done():
             merged, self.merging = self.merging.result(), None
-            self.ledger = self.ledger.merge(self.merged, merged)
-            self.flush()  # before the old ones go
+            self.write(self.ledger.merge(self.merged, merged))  # before the old ones go
             for file in self.merged:
                 remove_part(self.parts, file)
         if self.idle():

@@ -40,17 +40,20 @@ class Ledger:
 
     parts: tuple[Part, ...] = ()
 
-    def commit(self, part: Part) -> "Ledger":
-        """The ledger with this part too.
+    def commit(self, *parts: Part) -> "Ledger":
+        """The ledger with these parts too.
 
-        ValueError if one of its shards counts already in its round, or does not yet in the one before.
+        ValueError if a shard of one counts already in its round, or is tried again before it counts.
         """
-        counted = self.counted(part.round)
-        if repeated := [s for s in part.shards if s in counted] or len(set(part.shards)) < len(part.shards):
-            raise ValueError(f"{part.file}: shards that count already: {repeated}")
-        if part.round and not self.counted(0).issuperset(part.shards):
-            raise ValueError(f"{part.file}: shards that do not count yet are tried again")
-        return Ledger((*self.parts, part))
+        counted = {round_: set(self.counted(round_)) for round_ in {0, *(part.round for part in parts)}}
+        for part in parts:
+            there = counted[part.round]
+            if repeated := [s for s in part.shards if s in there] or len(set(part.shards)) < len(part.shards):
+                raise ValueError(f"{part.file}: shards that count already: {repeated}")
+            if part.round and not counted[0].issuperset(part.shards):
+                raise ValueError(f"{part.file}: shards that do not count yet are tried again")
+            there.update(part.shards)
+        return Ledger((*self.parts, *parts))
 
     def merge(self, files: Collection[str], merged: Part) -> "Ledger":
         """The ledger with one part in the place of several that hold the same.

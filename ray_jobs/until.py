@@ -72,7 +72,7 @@ class ConvergingJob(GatherJob):
         if self.looking is not None and self.looking.done():
             tables, self.looking = self.looking.result(), None
             self.judge_look(tables)
-        if self.idle() and not self.enough and self.ledger.samples > growth * self.seen:
+        if self.idle() and not self.enough and self.samples > growth * self.seen:
             self.flush()
             self.seen = self.ledger.samples
             files = [part.file for part in self.ledger.parts]
@@ -106,7 +106,7 @@ class ConvergingJob(GatherJob):
 
     def look_at_all(self) -> None:
         """Look at all that counts now, and wait for what is seen."""
-        while self.looking is not None or (not self.enough and self.ledger.samples > self.seen):
+        while self.looking is not None or (not self.enough and self.samples > self.seen):
             self.look_again(1.0)
             time.sleep(0 if self.looking is None else WAIT)
 

@@ -127,6 +127,7 @@ def test_a_driver_of_a_hundred_thousand_shards_stays_small(tmp_path: Path) -> No
                 job.worked(item, ShardReport(1000, 0))
             job.counts(items, Part(gather.new_part(), tuple(range(start, start + 100)), 100_000))
             if start % 5000 == 0:
+                job.flush()
                 job.tick()
         job.flush()
         held = tracemalloc.get_traced_memory()[1] - before
