@@ -216,7 +216,7 @@ def merge(folders: Sequence[str], out: str, resources: Resources = Resources()) 
         if options != alike[0]:
             what = f"this fit was done with {difference(alike[0], options)} in comparison with {folders[0]}"
             raise UserError(str(run.folder), what, "Merge fits of the same options only.")
-    apart({folder: config.shards for folder, config in zip(folders, configs)})
+    apart((folder, config.shards) for folder, config in zip(folders, configs))
     shards = tuple(shard for config in configs for shard in config.shards)
     config = replace(configs[0], shards=shards, out=out, max_samples=None, until_converged=None)
     loaded = of_the_fit(runs[0], config)

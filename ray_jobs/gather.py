@@ -323,10 +323,10 @@ def refused_keys(refused: Iterable[Refused]) -> dict[str, frozenset[str]]:
     return {shard: frozenset(found) for shard, found in keys.items()}
 
 
-def apart(sets: dict[str, Sequence[str]]) -> None:
-    """UserError where two sets of shards share one."""
+def apart(sets: Iterable[tuple[str, Sequence[str]]]) -> None:
+    """UserError where two named sets of shards share one."""
     seen: dict[str, str] = {}
-    for name, shards in sets.items():
+    for name, shards in sets:
         for shard in shards:
             if shard in seen:
                 what = f"is in {seen[shard]} and in {name}; each needs shards of its own"

@@ -33,6 +33,7 @@ from ray_jobs.session import connected
 
 # An operator whose Gram matrix takes more is judged only where it is named.
 GRAM_BYTES = 512 << 20
+INVERSE = "pseudo-inverse: eigenvalues of Cov[x] below the cutoff times the largest are left out (docs/quality.md)"
 SCHEMA = pa.schema(
     [("operator", pa.string()), ("neuron", pa.int32()), ("estimator", pa.string()), ("rho", pa.float64())]
 )
@@ -68,7 +69,7 @@ def measure(config: QualityConfig, resources: Resources = Resources()) -> Run:  
     """
     fitted = Run(config.patterns)
     section = fitted.job("fit", "Run `patternnet fit` to the end first, or name another --patterns.")
-    apart({"the fit": section["options"]["shards"], "--shards": config.shards, "--evaluate": config.evaluate})
+    apart([("the fit", section["options"]["shards"]), ("--shards", config.shards), ("--evaluate", config.evaluate)])
     loaded = models.load(config.model)
     names = judged(loaded.network, config.operators)
     operators = [loaded.network.operators[name] for name in names]
@@ -100,7 +101,7 @@ def measure(config: QualityConfig, resources: Resources = Resources()) -> Run:  
         job.reporter.line(f"judging the patterns of {len(names)} operators")
         groups = grouped(operators, [bytes_of(op) for op in operators], TASK_BYTES)
         calls = ((group, choices, str(fitted.folder), loaded.digest, *parts) for group in groups)
-        about = {"cutoff": CUTOFF, "positions": config.positions, "seed": config.seed, **counted}
+        about = {"inverse": INVERSE, "cutoff": CUTOFF, "positions": config.positions, "seed": config.seed, **counted}
         schema = SCHEMA.with_metadata({key: str(value) for key, value in about.items()})
         with published(run.folder) as out:
             write_table(out / "quality.parquet", schema, chain.from_iterable(tasks.each(judge, calls)))

@@ -147,5 +147,6 @@ def described(operator: Operator) -> dict[str, Any]:
         "input": [list(s) for s in operator.input_shapes],
         "output": list(operator.output_shape),
         "gate": None if gate is None else [gate.low, None if gate.high == float("inf") else gate.high],
+        "mixed_gates": operator.mixed_gates,
         "source": operator.source,
     }

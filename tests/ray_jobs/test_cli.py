@@ -132,6 +132,35 @@ def test_the_program_of_a_shell_ends_with_status_2_and_no_traceback() -> None:
     assert done.stderr.startswith("patternnet: ")
 
 
+def test_solve_and_merge_are_commands(
+    local_ray: None, fit: list[object], model_spec: str, shards: list[str], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], complaint: Complaint,
+) -> None:  # fmt: skip
+    run, other = str(tmp_path / "run"), str(tmp_path / "other")
+    assert exit_status([str(a) for a in fit]) == 0
+    assert exit_status(["solve", run, "--estimators", "filter"]) == 0
+    assert "filter. Patterns: " in capsys.readouterr().out
+    assert "no estimator 'none'" in complaint("solve", run, "--estimators", "none")
+    options = ["--model", model_spec, "--shards", shards[1], "--out", other, *WORKERS, *PREPARED]
+    assert exit_status(["fit", *map(str, options)]) == 0
+    assert exit_status(["merge", run, other, "--out", str(tmp_path / "both")]) == 0
+    assert "merge: 12 samples of 2 shards" in capsys.readouterr().out
+    assert "each needs shards of its own" in complaint("merge", run, run, "--out", tmp_path / "no")
+
+
+def test_plan_says_where_several_gates_make_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "m.py").write_text(
+        "import torch\nfrom torch import nn\n\n\nclass Fork(nn.Module):\n    def __init__(self):\n"
+        "        super().__init__()\n        self.conv = nn.Conv2d(3, 4, 3)\n        self.fc = nn.Linear(4, 2)\n\n"
+        "    def forward(self, x):\n        y = self.conv(x)\n"
+        "        return self.fc((y.relu() + nn.functional.relu6(y)).mean((2, 3)))\n"
+    )
+    assert exit_status(["plan", "--model", f"{tmp_path}/m.py:Fork", *PREPARED]) == 0
+    rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.strip()}
+    assert "several, so none" in rows["conv"]
+    assert "several" not in rows["fc"]
+
+
 def test_plan_says_what_a_model_needs_before_data_is_read(model_spec: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_status(["plan", "--model", model_spec, *PREPARED]) == 0
     out = capsys.readouterr().out

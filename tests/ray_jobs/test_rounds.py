@@ -19,7 +19,7 @@ from patterns import UserError
 from ray_jobs import driver, gather
 from ray_jobs.config import FitConfig, ModelConfig, Resources
 from ray_jobs.driver import Driver, TakenOverError, driving
-from ray_jobs.fit import fit, merge
+from ray_jobs.fit import fit, merge, solve
 from ray_jobs.plan import passes
 from ray_jobs.run import Run
 from ray_jobs.session import StoppedShortError
@@ -100,6 +100,20 @@ def test_only_what_was_refused_is_taken_up_again_and_gives_the_fit_of_mended_dat
     before = (tmp_path / "run" / "manifest.json").read_bytes()
     fit(config, HERE, retry_quarantined=True)
     assert (tmp_path / "run" / "manifest.json").read_bytes() == before, "there was nothing to take up again"
+
+
+def test_estimators_that_were_solved_since_stay_when_a_fit_is_completed(model_spec: str, tmp_path: Path) -> None:
+    shards = make_shards(tmp_path / "s", 3, 4)
+    whole = Path(shards[2]).read_bytes()
+    Path(shards[2]).write_bytes(whole[:3000])
+    config = configured(model_spec, shards, tmp_path / "run")
+    fit(config, replace(HERE, max_bad_shards=1))
+    solve(str(tmp_path / "run"), ["filter"], HERE)
+    Path(shards[2]).write_bytes(whole)
+    section = fit(config, HERE).manifest()["fit"]
+    assert (section["samples"], section["missing"]) == (12, {})
+    assert "0/filter" in load_file(tmp_path / "run" / "patterns.safetensors")
+    assert "filter" in section["solved"]
 
 
 def test_a_refused_sample_that_is_no_longer_there_stays_in_the_quarantine(model_spec: str, tmp_path: Path) -> None:
