@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from patterns import CHOICES, UserError, accumulate, solve
-from ray_jobs import models
+from ray_jobs import models, reduce
 from ray_jobs.config import FITTED, FitConfig, ModelConfig, Resources
 from ray_jobs.files import located
 from ray_jobs.fit import fit, merge, observer
@@ -150,6 +150,23 @@ def test_a_stopped_and_then_killed_driver_goes_on_and_changes_no_digit(
     assert {p.name for p in (out / "moments").glob("*.safetensors")} == {part.file for part in after.parts}
     whole = fit(configured(model_spec, sorted(many), folder / "whole"), on_cpu(2))
     same_patterns(whole.folder, out)
+
+
+def test_a_killed_reducer_changes_no_digit(
+    undisturbed: Path, model_spec: str, shards: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed, solve_group = tmp_path / "killed", reduce.solve_group
+
+    def killed_once(*arguments: object) -> object:
+        if not killed.exists():
+            killed.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return solve_group(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(reduce, "solve_group", killed_once)
+    run = fit(configured(model_spec, shards, tmp_path / "run"), on_cpu(2))
+    assert killed.exists()
+    same_patterns(undisturbed, Path(str(run.folder)))
 
 
 def test_each_worker_has_a_gpu_of_its_own(local_ray: None, model_spec: str, shards: list[str], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -250,6 +251,26 @@ def test_a_merged_fit_of_mended_data_keeps_its_quarantine_and_its_rounds(model_s
     merged = merge(folders, str(tmp_path / "both"), HERE).manifest()["fit"]
     assert (merged["samples"], merged["refused"], merged["rounds_done"]) == (3, 3, 1)
     assert len(quarantined(tmp_path / "both")) == 3
+
+
+def test_a_full_disk_is_told_in_one_line_and_loses_nothing(model_spec: str, tmp_path: Path) -> None:
+    make_shards(tmp_path / "s", 3, 2)
+    command = [sys.executable, "-m", "ray_jobs", "fit", "--model", model_spec, "--shards", f"{tmp_path}/s/*.tar"]
+    command += ["--out", str(tmp_path / "run"), "--workers", "0", "--max-loss", "0", "--batch-size", "4"]
+    command += ["--image-size", "16", "--resize", "16", "--mean", "0.5,0.5,0.5", "--std", "0.25,0.25,0.25"]
+
+    def no_large_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000))
+
+    full = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=no_large_files)
+    assert full.returncode == 2, full.stderr
+    (line,) = [line for line in full.stderr.splitlines() if line.startswith("patternnet: ")]
+    assert "cannot be written (File too large). Make room" in line
+    assert "Traceback" not in full.stderr
+    assert not [path for path in (tmp_path / "run").rglob("*") if ".aside-" in path.name]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "fit: 6 samples of 3 shards, 0 refused" in done.stdout
 
 
 # --- one driver ---------------------------------------------------------------------------------------
