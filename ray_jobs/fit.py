@@ -82,7 +82,10 @@ def fit(config: FitConfig, resources: Resources = Resources(), retry_quarantined
                 operators = [loaded.network.operators[name] for name in one.operators]
                 until = Until(config.until_converged, operators, waited_for(config.estimators), config.seed)
                 job = ConvergingJob(name, beat, task, tasks, resources, until)
-            job.gather(observe, loaded.digest)
+            try:
+                job.gather(observe, loaded.digest)
+            finally:
+                refused = quarantine(run, through, config.shards)
             if isinstance(job, ConvergingJob):
                 section |= {"converged": job.sure}
             missing |= job.missing
@@ -90,8 +93,16 @@ def fit(config: FitConfig, resources: Resources = Resources(), retry_quarantined
         job.reporter.line(f"solving for the patterns of {len(loaded.network.operators)} operators")
         section |= {"missing": missing, "rounds": begun, "rounds_done": begun}
         section["seconds"] = round(section.get("seconds", 0.0) + seconds, 3)
-        finish(run, config, section, through, loaded, tasks)
+        finish(run, config, section | {"refused": refused}, through, loaded, tasks)
     return run
+
+
+def quarantine(run: Run, through: Sequence[Pass], shards: Sequence[str]) -> int:
+    """Write quarantine.parquet by what counts now; gives how many samples are refused."""
+    rows = (row for one in through for row in read_refused(one.folder, one.ledger, shards))
+    refused = list(dict.fromkeys(rows))
+    run.quarantine("fit", refused)
+    return len(refused)
 
 
 def waited_for(estimators: Sequence[str]) -> tuple[str, ...]:
@@ -112,16 +123,12 @@ def finish(
     tasks: Tasks,
 ) -> None:
     """From the parts that count to the patterns, and to a manifest that says so."""
-    rows = (row for one in through for row in read_refused(one.folder, one.ledger, config.shards))
-    refused = list(dict.fromkeys(rows))
-    run.quarantine("fit", refused)
     solved = tuple(section.get("solved", config.estimators))
     reduce_to_patterns(run, through, loaded, solved, config.estimators, config.seed, tasks)
     ledgers = [one.ledger for one in through]
     counted = {
         "shards": min(len(ledger.counted()) for ledger in ledgers),
         "samples": min(ledger.samples for ledger in ledgers),
-        "refused": len(refused),
     }
     run.record("fit", section | {"status": "complete", **counted}, loaded)
 
@@ -240,5 +247,6 @@ def merge(folders: Sequence[str], out: str, resources: Resources = Resources()) 
                 first += len(own.shards)
             with files.published(one.folder) as folder:
                 write_json(folder / LEDGER, ledger.to_json())
-        finish(merged, config, section, through, loaded, tasks)
+        refused = quarantine(merged, through, config.shards)
+        finish(merged, config, section | {"refused": refused}, through, loaded, tasks)
     return merged

@@ -18,7 +18,6 @@ from patterns import Network, UserError
 from patterns.observe import Observation
 from patterns.storage import merge_moments, save_moments, write_json, write_table
 from patterns.tensors import TensorFile
-from ray_jobs import pool
 from ray_jobs.config import ModelConfig, Resources, equal_share
 from ray_jobs.driver import Beat
 from ray_jobs.files import fetched, located, names, published, remove
@@ -32,6 +31,7 @@ from ray_jobs.worker import Place, ShardReport, Share, Timed
 Observe = Callable[[Network], Observation[Any]]
 MOST_PARTS = 32  # that lie in a folder; more are merged while the job goes on
 MERGED_AT_ONCE = 16
+WAIT = 0.05  # seconds between two questions whether a merge is over
 FLUSH_SHARE = 100  # the ledger is left alone so many times as long as writing it took
 
 
@@ -174,9 +174,11 @@ class GatherJob(ShardJob):
         task = self.gathering
         try:
             self.run(GatherWorker, task.model, task.folder, task.batch_size, observe, weights)
+            self.flush()
+            self.tick()  # parts may still be many
             while not self.idle():
                 self.tick()
-                time.sleep(pool.TICK)
+                time.sleep(WAIT)
         finally:
             self.flush()
             self.clean()
@@ -209,6 +211,11 @@ class GatherJob(ShardJob):
     def mostly_refused(self, least: int) -> bool:
         """As for any job; samples that were refused before may well be refused again."""
         return self.gathering.round == 0 and super().mostly_refused(least)
+
+    def for_example(self) -> str:
+        self.flush()
+        rows = read_refused(self.parts, self.ledger, self.gathering.shards)
+        return f"; {rows[0].shard}, {rows[0].key}: {rows[0].reason}" if rows else ""
 
     @property
     def samples(self) -> int:

@@ -82,9 +82,8 @@ class ShardJob:
             self.reporter.line(reason if shard in reason else f"{shard}: {reason}", shard=shard)
         if self.mostly_refused(1):
             counts = self.reporter.counts
-            what = f"{counts.refused} of {counts.refused + counts.samples} samples were refused"
-            remedy = "Mend the data, or allow more by --max-bad-fraction."
-            raise UserError(self.folder, f"{what} (see quarantine.parquet)", remedy)
+            what = f"{counts.refused} of {counts.refused + counts.samples} samples were refused{self.for_example()}"
+            raise UserError(self.folder, what, "Mend the data, or allow more by --max-bad-fraction.")
         if len(self.missing) == self.reporter.total:  # nothing at all to go on with
             raise next(iter(outcome.failed.values()))
         if outcome.undone and not self.enough:
@@ -102,6 +101,10 @@ class ShardJob:
         counts = self.reporter.counts
         seen = counts.samples + counts.refused
         return seen >= least and counts.refused > self.resources.max_bad_fraction * seen
+
+    def for_example(self) -> str:
+        """One of the refused samples and why, to be said of them all; or nothing."""
+        return ""
 
     def places(self) -> int:
         self.look()

@@ -54,6 +54,9 @@ def on_cpu(workers: int, max_loss: float = 300) -> Resources:
     return Resources(workers=workers, gpus_per_worker=0, max_loss=max_loss)
 
 
+HERE = Resources(workers=0)
+
+
 def same_patterns(one: Path, other: Path) -> None:
     """Equal to 1e-9 relative, tensor by tensor; the tensors are float32, so that is to the bit or nearly so."""
     a, b = load_file(one / "patterns.safetensors"), load_file(other / "patterns.safetensors")
@@ -196,14 +199,14 @@ def test_a_finished_run_is_not_done_again(undisturbed: Path, model_spec: str, sh
 def test_further_estimators_are_solved_from_the_moments_alone(
     local_ray: None, model_spec: str, shards: list[str], tmp_path: Path
 ) -> None:
-    whole = fit(configured(model_spec, shards, tmp_path / "whole", estimators=tuple(CHOICES)), on_cpu(2))
-    run = fit(configured(model_spec, shards, tmp_path / "run"), on_cpu(2))
+    whole = fit(configured(model_spec, shards, tmp_path / "whole", estimators=tuple(CHOICES)), HERE)
+    run = fit(configured(model_spec, shards, tmp_path / "run"), HERE)
     assert "0/filter" not in load_file(run.folder / "patterns.safetensors")
     further = ["two-component-own-mean", "*=filter", "random"]
-    solve_more(str(run.folder), further)
+    solve_more(str(run.folder), further, HERE)
     same_patterns(whole.folder, run.folder)
     assert run.manifest()["fit"]["solved"] == [*FITTED, *further]
-    few = fit(configured(model_spec, shards, tmp_path / "few", estimators=("default",)), on_cpu(2))
+    few = fit(configured(model_spec, shards, tmp_path / "few", estimators=("default",)), HERE)
     with pytest.raises(UserError, match=r"a fit of default took no sums of 0 for linear\. Fit with"):
         solve_more(str(few.folder), ["linear"])
 
@@ -211,7 +214,7 @@ def test_further_estimators_are_solved_from_the_moments_alone(
 def test_estimators_are_fitted_for_the_operators_that_a_pattern_of_names_means(
     local_ray: None, model_spec: str, shards: list[str], tmp_path: Path
 ) -> None:
-    run = fit(configured(model_spec, shards, tmp_path / "run", estimators=("2.conv*=linear", "6=filter")), on_cpu(2))
+    run = fit(configured(model_spec, shards, tmp_path / "run", estimators=("2.conv*=linear", "6=filter")), HERE)
     rows: dict[str, set[str]] = {}
     for key in load_file(run.folder / "patterns.safetensors"):
         operator, _, row = key.rpartition("/")
@@ -221,7 +224,7 @@ def test_estimators_are_fitted_for_the_operators_that_a_pattern_of_names_means(
         "average_pool.0": {"linear"}, "6": {"filter"},
     }  # fmt: skip
     with pytest.raises(UserError, match=r"no operator matches 'convs\.\*'"):
-        fit(configured(model_spec, shards, tmp_path / "none", estimators=("convs.*=linear",)), on_cpu(2))
+        fit(configured(model_spec, shards, tmp_path / "none", estimators=("convs.*=linear",)), HERE)
     assert not (tmp_path / "none").exists()
 
 
@@ -229,24 +232,24 @@ def test_merged_fits_are_the_fit_of_all_their_shards(
     undisturbed: Path, local_ray: None, model_spec: str, shards: list[str], tmp_path: Path
 ) -> None:
     halves = [
-        fit(configured(model_spec, part, tmp_path / name), on_cpu(2)).folder
+        fit(configured(model_spec, part, tmp_path / name), HERE).folder
         for name, part in (("a", shards[:5]), ("b", shards[5:]))
     ]
-    merged = merge([str(half) for half in halves], str(tmp_path / "all"))
+    merged = merge([str(half) for half in halves], str(tmp_path / "all"), HERE)
     same_patterns(undisturbed, merged.folder)
     assert merged.manifest()["fit"]["samples"] == 72
     before = (merged.folder / "patterns.safetensors").stat().st_mtime_ns
-    fit(configured(model_spec, shards, tmp_path / "all"), on_cpu(1))  # it is that fit, and finished
+    fit(configured(model_spec, shards, tmp_path / "all"), HERE)  # it is that fit, and finished
     assert (merged.folder / "patterns.safetensors").stat().st_mtime_ns == before
 
 
 def test_fits_that_do_not_go_together_are_not_merged(
     undisturbed: Path, local_ray: None, model_spec: str, shards: list[str], tmp_path: Path
 ) -> None:
-    other = fit(configured(model_spec, shards[:2], tmp_path / "b", seed=1), on_cpu(2)).folder
+    other = fit(configured(model_spec, shards[:2], tmp_path / "b", seed=1), HERE).folder
     with pytest.raises(UserError, match="this fit was done with seed 0, now 1 in comparison with"):
         merge([str(undisturbed), str(other)], str(tmp_path / "out"))
-    same = fit(configured(model_spec, shards[:2], tmp_path / "c"), on_cpu(2)).folder
+    same = fit(configured(model_spec, shards[:2], tmp_path / "c"), HERE).folder
     with pytest.raises(UserError, match=r"train-000\.tar: is in .* and in .*; each needs shards of its own"):
         merge([str(undisturbed), str(same)], str(tmp_path / "out"))
     with pytest.raises(UserError, match="holds no finished fit"):
@@ -313,7 +316,7 @@ def test_a_refused_sample_is_listed_and_the_run_goes_on(
     import pyarrow.parquet as pq
 
     bad = str(write_tar(tmp_path / "bad.tar", [{"__key__": "cut", "jpg": b"\xff\xd8\xff\xe0 no more"}]))
-    run = fit(configured(model_spec, [*shards, bad], tmp_path / "run"), on_cpu(2))
+    run = fit(configured(model_spec, [*shards, bad], tmp_path / "run"), HERE)
     (row,) = pq.read_table(run.folder / "quarantine.parquet").to_pylist()
     assert (row["job"], row["shard"], row["key"]) == ("fit", bad, "cut")
     counted = run.manifest()["fit"]

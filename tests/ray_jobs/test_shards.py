@@ -176,7 +176,10 @@ def test_the_first_samples_are_taken_whether_they_can_be_used_or_not(
 
 def test_only_the_samples_that_are_asked_for_are_used_or_refused(tmp_path: Path) -> None:
     shard = many(tmp_path)
-    assert keys(ShardReader(shard, PLAIN, 1, only=frozenset({"s2", "s3", "none"}))) == (["s2"], [("s3", "read")])
+    assert keys(ShardReader(shard, PLAIN, 1, only=frozenset({"s2", "s3", "none"}))) == (
+        ["s2"],
+        [("s3", "read"), ("none", "read")],
+    )
     assert keys(ShardReader(shard, PLAIN, 1, skip=frozenset({"s0", "s1", "s4", "s5"}))) == (["s2"], [("s3", "read")])
     both = ShardReader(shard, PLAIN, 1, only=frozenset({"s0", "s2"}), skip=frozenset({"s0"}), max_samples=3)
     assert keys(both) == (["s2"], [])
