@@ -84,6 +84,14 @@ class Beat:
             raise TakenOverError(str(self.run.folder), "another driver works on it now", "Leave it to that one.")
 
 
+def tidy(run: Run) -> None:
+    """Delete what the last driver left half written, if it died with its work done."""
+    before = run.progress()
+    if before.get("driver") and not before.get("ended") and Driver(**before["driver"]).gone():
+        with driving(run, before["job"]):
+            run.clean()
+
+
 @contextmanager
 def driving(run: Run, job: str) -> Iterator[Beat]:
     """Drive a job of a run. UserError where another driver does, or was heard so lately that it may."""

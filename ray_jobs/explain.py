@@ -18,7 +18,7 @@ from patterns.explain import Explanation
 from patterns.storage import aside_of, write_table
 from ray_jobs import models
 from ray_jobs.config import ExplainConfig, Resources, equal_share
-from ray_jobs.driver import driving
+from ray_jobs.driver import driving, tidy
 from ray_jobs.files import located, names, published
 from ray_jobs.gather import read_table
 from ray_jobs.job import ShardJob
@@ -207,6 +207,7 @@ def explain(config: ExplainConfig, resources: Resources = Resources()) -> Run:  
     # Before anything is written, so that wrong patterns are told; once for all workers and resumptions.
     scales = explainer(config, loaded, section.get("scales", {})).scales
     if section["status"] == "complete" and not section["missing"]:
+        tidy(run)
         return run
     with driving(run, "explain") as beat, connected(resources):
         section |= {"scales": scales}

@@ -12,7 +12,7 @@ from patterns.estimators import parsed, wanted
 from patterns.storage import write_json
 from ray_jobs import files, models, reduce
 from ray_jobs.config import FitConfig, ModelConfig, Resources
-from ray_jobs.driver import driving
+from ray_jobs.driver import driving, tidy
 from ray_jobs.gather import LEDGER, Gathering, GatherJob, apart, beside, read_ledger, read_refused
 from ray_jobs.ledger import Ledger
 from ray_jobs.plan import passes
@@ -65,6 +65,7 @@ def fit(config: FitConfig, resources: Resources = Resources(), retry_quarantined
     begun, done = section.get("rounds", 0), section.get("rounds_done", 0)
     if finished and begun == done:
         if not (retry_quarantined and section["refused"]):
+            tidy(run)
             return run
         begun += 1
     with driving(run, "fit") as beat, connected(resources) as tasks:

@@ -85,9 +85,7 @@ class Run:
 
     def record(self, job: str, section: dict[str, Any], loaded: Loaded) -> None:
         """Write a job's section, and what is the same for all jobs. No worker writes to the folder meanwhile."""
-        if files.here(self.folder):
-            for aside in self.folder.rglob(f"{ASIDE}*"):  # of workers and drivers that were killed while writing
-                aside.unlink(missing_ok=True)
+        self.clean()
         manifest = {
             **self.manifest(),
             "format": FORMAT,
@@ -98,6 +96,12 @@ class Run:
         }
         with files.published(self.folder) as folder:
             write_json(folder / self.path.name, manifest)
+
+    def clean(self) -> None:
+        """Delete what workers and drivers that were killed had half written."""
+        if files.here(self.folder):
+            for aside in self.folder.rglob(f"{ASIDE}*"):
+                aside.unlink(missing_ok=True)
 
     def quarantine(self, job: str, refused: list[Refused]) -> None:
         """Write quarantine.parquet: every sample that a job refused, beside those of the folder's other jobs."""

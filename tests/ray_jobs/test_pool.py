@@ -204,7 +204,7 @@ def test_commits_come_as_seldom_as_they_are_dear_and_never_later_than_may_be_los
         assert run(job, [f"some-{i}" for i in range(6)]) == Outcome([], {})
         monkeypatch.setattr(pool, "Worker", worker)
         commits[name] = job.commits
-    assert commits["dear"] < commits["bounded"] < commits["cheap"] == 6
+    assert commits["dear"] < commits["bounded"] < commits["cheap"]
 
 
 def test_workers_that_never_start_end_the_job_with_the_cause(local_ray: None, tmp_path: Path) -> None:
