@@ -1,9 +1,7 @@
 """Many workers and many shards: the driver has little to do, and what it holds is small."""
 
-import os
 import time
 import tracemalloc
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,33 +16,8 @@ from ray_jobs.gather import Gathering, GatherJob, read_ledger
 from ray_jobs.ledger import Part
 from ray_jobs.run import Run
 from ray_jobs.tasks import Here, Pending
-from ray_jobs.worker import Place, ShardReport, Share
-
-
-class Stub:
-    """A worker of a fit that takes a realistic time for a shard and a commit, and computes nothing."""
-
-    def __init__(self, seconds: float, share: Share) -> None:
-        self.seconds, self.held = seconds, list[int]()
-
-    def place(self) -> Place:
-        return Place("simulated", os.getpid(), "cpu", "")
-
-    def ready(self) -> None: ...
-
-    def work(self, number: int, *_: object) -> Iterator[ShardReport]:
-        begun = time.monotonic()
-        while (left := begun + self.seconds - time.monotonic()) > 0:
-            time.sleep(min(left, 1.0))
-            if left > 1.0:
-                yield ShardReport(int(100 * (time.monotonic() - begun) / self.seconds), 0)
-        self.held.append(number)
-        yield ShardReport(100, 0, 4, 0.1)
-
-    def commit(self) -> Part:
-        time.sleep(0.05)
-        held, self.held = tuple(self.held), []
-        return Part(gather.new_part(), held, 100 * len(held))
+from ray_jobs.worker import Place, ShardReport
+from tests.ray_jobs.stub import Stub
 
 
 class NoMerging(Here):
@@ -70,7 +43,8 @@ def simulate(folder: Path, workers: int, shards: int, seconds: float) -> Simulat
         resources = Resources(workers=workers, cpus_per_worker=0, max_loss=15.0)
         job = GatherJob("fit", beat, task, NoMerging(), resources)
         job.options = {"num_cpus": 0, "num_gpus": 0, "max_restarts": 0}
-        job.actor, job.arguments = ray.remote(Stub), (seconds,)
+        actor = ray.remote(Stub).options(num_cpus=0)
+        job.spawn = lambda: actor.remote(seconds)  # type: ignore[method-assign]
         job.places = lambda: workers  # type: ignore[method-assign]
         begun: list[tuple[float, float, int]] = []
 

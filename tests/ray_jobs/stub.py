@@ -1,0 +1,53 @@
+"""A worker of a fit that takes a realistic time and computes nothing. Without torch, so that 64 fit one machine."""
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from uuid import uuid4
+
+from ray_jobs.ledger import Part
+
+
+@dataclass(frozen=True)
+class Place:
+    """As of ray_jobs.worker."""
+
+    name: str
+    node: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """As ShardReport of ray_jobs.worker."""
+
+    samples: int
+    refused: int = 0
+    batches: int = 4
+    waited: float = 0.1
+
+
+class Stub:
+    """seconds: for a shard of 100 samples."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.held = seconds, list[int]()
+
+    def place(self) -> Place:
+        return Place(f"simulated/{os.getpid()}")
+
+    def ready(self) -> None: ...
+
+    def work(self, number: int, *_: object) -> Iterator[Report]:
+        begun = time.monotonic()
+        while (left := begun + self.seconds - time.monotonic()) > 0:
+            time.sleep(min(left, 1.0))
+            if left > 1.0:
+                yield Report(int(100 * (time.monotonic() - begun) / self.seconds))
+        self.held.append(number)
+        yield Report(100)
+
+    def commit(self) -> Part:
+        time.sleep(0.05)
+        held, self.held = tuple(self.held), []
+        return Part(f"part-{uuid4().hex}.safetensors", held, 100 * len(held))
