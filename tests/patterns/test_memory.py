@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from patterns import Observer, trace
+from patterns import Observer, PatchObserver, trace
 
 
 def peak(run: Callable[[], object]) -> int:
@@ -71,3 +71,19 @@ def test_accumulating_needs_at_most_a_third_more_than_forward_and_backward_besid
     assert activations < plain < 2.5 * activations
     assert accumulating <= 1.3 * plain  # the moments were there before, and stay
     assert observer.moments().keys() == moments.keys()
+
+
+def test_sampling_patches_needs_at_most_a_third_more_than_a_forward_pass(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    at_a_time = 2**16
+    monkeypatch.setattr("patterns.patches.PATCH_ELEMENTS", at_a_time)
+    torch.manual_seed(0)
+    model = nn.Sequential(*convolutions(), *small_head()).eval().requires_grad_(False)
+    x = torch.randn(8, 3, 64, 64)
+    network = trace(model, x[:2])
+    observer = PatchObserver(network, network.operators, positions=1024)
+    assert 70 * at_a_time < 8 * 1024 * 64 * 9  # the last convolutions' patches, which never are there all at once
+    with torch.no_grad():
+        plain = peak(lambda: network.module(x))
+    assert peak(lambda: observer.update(x)) <= 1.3 * plain
