@@ -13,7 +13,7 @@ from ray_jobs.config import Resources
 from ray_jobs.driver import Beat
 from ray_jobs.progress import AtWork, Reporter
 from ray_jobs.session import StoppedShortError, draining, places, stop_signals, worker_options
-from ray_jobs.worker import Place, ShardReport, Share
+from ray_jobs.worker import TELL_EVERY, Place, ShardReport, Share
 
 LOOK_EVERY = 5.0  # seconds between two looks at the cluster's nodes
 SHOW_EVERY = 0.5  # seconds between two looks at how far the job is
@@ -39,7 +39,8 @@ class ShardJob:
     ) -> None:
         self.name, self.beat, self.folder = name, beat, str(beat.run.folder)
         self.left, self.resources, self.max_loss = left, resources, max_loss
-        self.stall_timeout, self.item_timeout = resources.stall_timeout, resources.shard_timeout
+        self.stall_timeout = max(resources.stall_timeout, 2 * TELL_EVERY)  # one that works is no longer silent
+        self.item_timeout = resources.shard_timeout
         self.attempts = 1 + resources.retries
         self.missing: dict[str, str] = {}
         self.enough = ""  # why the job ends early, where it does

@@ -16,7 +16,7 @@ from patterns import UserError
 from ray_jobs import models
 from ray_jobs.config import ModelConfig
 
-TELL_EVERY = 1.0  # seconds between two words of how far a worker is with a shard
+TELL_EVERY = 3.0  # seconds between two words of how far a worker is with a shard
 
 
 @dataclass(frozen=True)

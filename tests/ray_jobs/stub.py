@@ -8,6 +8,8 @@ from uuid import uuid4
 
 from ray_jobs.ledger import Part
 
+TELL_EVERY = 3.0  # as in ray_jobs.worker
+
 
 @dataclass(frozen=True)
 class Place:
@@ -41,8 +43,8 @@ class Stub:
     def work(self, number: int, *_: object) -> Iterator[Report]:
         begun = time.monotonic()
         while (left := begun + self.seconds - time.monotonic()) > 0:
-            time.sleep(min(left, 1.0))
-            if left > 1.0:
+            time.sleep(min(left, TELL_EVERY))
+            if left > TELL_EVERY:
                 yield Report(int(100 * (time.monotonic() - begun) / self.seconds))
         self.held.append(number)
         yield Report(100)
