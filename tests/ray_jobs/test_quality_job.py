@@ -91,6 +91,7 @@ def test_the_job_finds_what_regression_over_the_images_finds(
             a = [patterns[f"0/{side}"].double().flatten(1)[k].numpy() for side in sides]
             assert found[name, k] == pytest.approx(regressed(a, b, c), abs=1e-5), (name, k)
     said = {k.decode(): v.decode() for k, v in table.schema.metadata.items() if not k.startswith(b"ARROW")}
+    assert said.pop("inverse").startswith("pseudo-inverse")
     assert said == {"cutoff": "1e-10", "positions": "1000000", "seed": "0", "regressed": "24", "evaluated": "24"}
 
 
