@@ -116,7 +116,7 @@ class Resources:
     stall_timeout: seconds without a batch after which a worker is replaced.
     shard_timeout: seconds after which a shard is tried elsewhere, however busy its worker is.
     retries: further attempts at a shard that failed.  max_bad_shards: how many the job may go on without.
-    max_bad_fraction: the share of refused samples beyond which a job ends.
+    max_bad_fraction: the share of refused samples, of a hundred or more, beyond which a job ends.
     log: plain lines, or json, one object a line.
     """
 

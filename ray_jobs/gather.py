@@ -208,9 +208,9 @@ class GatherJob(ShardJob):
         self.merge()
         super().tick()
 
-    def mostly_refused(self, least: int) -> bool:
+    def mostly_refused(self) -> bool:
         """As for any job; samples that were refused before may well be refused again."""
-        return self.gathering.round == 0 and super().mostly_refused(least)
+        return self.gathering.round == 0 and super().mostly_refused()
 
     def for_example(self) -> str:
         self.flush()

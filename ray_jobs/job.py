@@ -62,7 +62,7 @@ class ShardJob:
         with stop_signals() as stop:
 
             def over() -> bool:
-                return stop() or bool(self.enough) or self.mostly_refused(JUDGED)
+                return stop() or bool(self.enough) or self.mostly_refused()
 
             try:
                 if self.resources.workers == 0:
@@ -81,7 +81,7 @@ class ShardJob:
         self.missing = {shard: " ".join(str(error).split()) for shard, error in outcome.failed.items()}
         for shard, reason in self.missing.items():
             self.reporter.line(reason if shard in reason else f"{shard}: {reason}", shard=shard)
-        if self.mostly_refused(1):
+        if self.mostly_refused():
             counts = self.reporter.counts
             what = f"{counts.refused} of {counts.refused + counts.samples} samples were refused{self.for_example()}"
             raise UserError(self.folder, what, "Mend the data, or allow more by --max-bad-fraction.")
@@ -97,11 +97,11 @@ class ShardJob:
                 f"by --max-bad-shards {len(self.missing)}"
             )
 
-    def mostly_refused(self, least: int) -> bool:
-        """Whether too many samples were refused, of at least so many."""
+    def mostly_refused(self) -> bool:
+        """Whether too many samples were refused, of so many that their share means something."""
         counts = self.reporter.counts
         seen = counts.samples + counts.refused
-        return seen >= least and counts.refused > self.resources.max_bad_fraction * seen
+        return seen >= JUDGED and counts.refused > self.resources.max_bad_fraction * seen
 
     def for_example(self) -> str:
         """One of the refused samples and why, to be said of them all; or nothing."""
