@@ -19,12 +19,10 @@ from patterns.storage import aside_of, write_table
 from ray_jobs import models
 from ray_jobs.config import ExplainConfig, Resources, equal_share
 from ray_jobs.driver import driving, tidy
-from ray_jobs.files import located, names, published
-from ray_jobs.gather import read_table
+from ray_jobs.files import located, names, published, read_table
 from ray_jobs.job import ShardJob
-from ray_jobs.ledger import Refused
 from ray_jobs.pictures import picture, png
-from ray_jobs.run import REFUSED, Run, load_patterns
+from ray_jobs.run import Run, load_patterns, refused_in, write_refused
 from ray_jobs.session import connected
 from ray_jobs.shards import Batch, SampleError, ShardReader
 from ray_jobs.sources import output_names
@@ -118,8 +116,7 @@ class ExplainWorker:
                 tar.close()
             with published(out.folder) as tables:
                 write_table(tables / out.rows, schema(self.config), [pa.Table.from_pylist(rows, schema(self.config))])
-                refused = [vars(r) for r in reader.refused]
-                write_table(tables / out.refused, REFUSED, [pa.Table.from_pylist(refused, REFUSED)])
+                write_refused(tables / out.refused, reader.refused)
         yield ShardReport(len(rows), len(reader.refused), batches.count, batches.waited)
 
     def reader(self, shard: str) -> ShardReader:
@@ -218,8 +215,7 @@ def explain(config: ExplainConfig, resources: Resources = Resources()) -> Run:  
         job = ShardJob("explain", beat, config.shards, left, resources, max_loss=None)
         job.run(ExplainWorker, config, loaded.digest, scales)
         done = [out for shard, out in outs.items() if shard not in job.missing]
-        rows = (row for out in done for row in read_table(out.folder / out.refused).to_pylist())
-        refused = [Refused(**row) for row in rows]
+        refused = [row for out in done for row in refused_in(out.folder / out.refused)]
         run.quarantine("explain", refused)
         samples = 0
 

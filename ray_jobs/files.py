@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from upath import UPath
 
 from patterns import UserError
@@ -61,6 +63,12 @@ def fetched(path: UPath) -> Iterator[Path]:
         copy_ = Path(local) / path.name
         path.fs.get_file(path.path, str(copy_))
         yield copy_
+
+
+def read_table(path: UPath) -> pa.Table:
+    """A Parquet file, wherever it is. FileNotFoundError without one."""
+    with fetched(path) as file:
+        return pq.read_table(file)
 
 
 def copy(source: UPath, folder: UPath) -> None:

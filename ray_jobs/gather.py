@@ -4,26 +4,25 @@ import json
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 from uuid import uuid4
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 from upath import UPath
 
 from patterns import Network, UserError
 from patterns.observe import Observation
-from patterns.storage import merge_moments, save_moments, write_json, write_table
+from patterns.storage import merge_moments, save_moments, write_json
 from patterns.tensors import TensorFile
 from ray_jobs.config import ModelConfig, Resources, equal_share
 from ray_jobs.driver import Beat
-from ray_jobs.files import fetched, located, names, published, remove
+from ray_jobs.files import located, names, published, remove
 from ray_jobs.job import ShardJob
 from ray_jobs.ledger import Ledger, Part, Refused, together
-from ray_jobs.run import REFUSED
+from ray_jobs.run import refused_in, write_refused
 from ray_jobs.shards import Batch, ShardReader
 from ray_jobs.tasks import Pending, Tasks
 from ray_jobs.worker import Place, ShardReport, Share, Timed
@@ -280,7 +279,7 @@ def save_part(folder: UPath, part: Part, tensors: dict[str, Tensor], weights: st
     """Write a part and, where it refused samples, the table of them."""
     with published(folder) as out:
         if refused:
-            write_table(out / beside(part.file), REFUSED, [pa.Table.from_pylist(list(map(asdict, refused)), REFUSED)])
+            write_refused(out / beside(part.file), refused)
         save_moments(out / part.file, tensors, {"weights": weights})
 
 
@@ -294,9 +293,9 @@ def merge_parts(where: str, parts: Sequence[Part]) -> Part:
     torch.set_num_threads(1)
     folder, merged = located(where), together(new_part(), parts)
     with published(folder) as out, ExitStack() as stack:
-        tables = [read_table(folder / beside(part.file)) for part in parts if part.refused]
-        if tables:
-            write_table(out / beside(merged.file), REFUSED, tables)
+        if merged.refused:
+            tables = (refused_in(folder / beside(part.file)) for part in parts if part.refused)
+            write_refused(out / beside(merged.file), chain.from_iterable(tables))
         files = [stack.enter_context(TensorFile(folder / part.file)) for part in parts]
         merge_moments(out / merged.file, files, files[0].metadata)
     return merged
@@ -308,17 +307,11 @@ def read_ledger(folder: UPath) -> Ledger:
     return Ledger.from_json(json.loads(path.read_text())) if path.exists() else Ledger()
 
 
-def read_table(path: UPath) -> pa.Table:
-    with fetched(path) as file:
-        return pq.read_table(file)
-
-
 def read_refused(folder: UPath, ledger: Ledger, shards: Sequence[str], before: int | None = None) -> list[Refused]:
     """The samples refused to this day, or before a round: the last word on each shard counts."""
     parts = sorted((p for p in ledger.parts if before is None or p.round < before), key=lambda part: part.round)
     last = {shards[number]: part.round for part in parts for number in part.shards}
-    tables = ((part, read_table(folder / beside(part.file))) for part in parts if part.refused)
-    rows = ((part, Refused(**row)) for part, table in tables for row in table.to_pylist())
+    rows = ((part, row) for part in parts if part.refused for row in refused_in(folder / beside(part.file)))
     return [row for part, row in rows if part.round == last[row.shard]]
 
 

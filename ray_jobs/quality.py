@@ -23,8 +23,8 @@ from patterns.storage import write_table
 from ray_jobs import models
 from ray_jobs.config import QualityConfig, Resources
 from ray_jobs.driver import driving
-from ray_jobs.files import published
-from ray_jobs.gather import Gathering, GatherJob, apart, read_refused, read_table
+from ray_jobs.files import published, read_table
+from ray_jobs.gather import Gathering, GatherJob, apart, read_refused
 from ray_jobs.ledger import Refused
 from ray_jobs.pictures import draw_quality
 from ray_jobs.reduce import TASK_BYTES, grouped, merged

@@ -2,7 +2,7 @@
 
 import json
 import platform
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
+from upath import UPath
 
 from patterns import Operator, UserError
 from patterns.operators import KIND_NAMES
@@ -106,13 +106,21 @@ class Run:
     def quarantine(self, job: str, refused: list[Refused]) -> None:
         """Write quarantine.parquet: every sample that a job refused, beside those of the folder's other jobs."""
         path = self.folder / "quarantine.parquet"
-        rows = []
-        if path.exists():
-            with files.fetched(path) as file:
-                rows = [row for row in pq.read_table(file).to_pylist() if row["job"] != job]
+        earlier = files.read_table(path).to_pylist() if path.exists() else []
+        rows = [row for row in earlier if row["job"] != job]
         rows += [{"job": job, **asdict(r)} for r in refused]
         with files.published(self.folder) as folder:
             write_table(folder / path.name, QUARANTINE, [pa.Table.from_pylist(rows, QUARANTINE)])
+
+
+def write_refused(path: Path, refused: Iterable[Refused]) -> None:
+    """Write a table of refused samples."""
+    write_table(path, REFUSED, [pa.Table.from_pylist(list(map(asdict, refused)), REFUSED)])
+
+
+def refused_in(path: UPath) -> list[Refused]:
+    """The inverse of write_refused, wherever the table is."""
+    return [Refused(**row) for row in files.read_table(path).to_pylist()]
 
 
 def load_patterns(run: str, weights: str, operators: Collection[str] | None = None) -> Patterns:
