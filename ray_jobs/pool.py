@@ -165,7 +165,7 @@ class _Pool:
             leaving = self.job.leaving(worker.place)
             # An item that failed before must not take others' work with it.
             risky = bool(self.queue) and self.attempts[self.queue[0]] > 0
-            due = worker.uncommitted and now - worker.since > self.interval(worker)
+            due = worker.uncommitted and now - worker.since > interval(self.job, worker.commit_cost)
             if worker.uncommitted and (due or leaving or risky or not self.queue or self.stopping()):
                 self.call(worker, "commit")
             elif leaving:
@@ -181,10 +181,6 @@ class _Pool:
             wanted = min(self.job.places(), busy + len(self.idle) + len(self.queue))
             for _ in range(wanted - len(self.calls) - len(self.idle)):
                 self.call(Worker(self.job.spawn()), "place")
-
-    def interval(self, worker: Worker) -> float:
-        """Seconds between a worker's commits: so many that these cost little, and no more than may be lost."""
-        return min(self.job.max_loss or 0.0, COMMIT_SHARE * worker.commit_cost)
 
     def call(self, worker: Worker, method: str, item: str | None = None) -> None:
         worker.doing, worker.item, worker.told = method, item, None
@@ -282,6 +278,11 @@ class _Pool:
             self.failed[item] = error
 
 
+def interval(job: Job, commit_cost: float) -> float:
+    """Seconds between a worker's commits: so many that these cost little, and no more than may be lost."""
+    return min(job.max_loss or 0.0, COMMIT_SHARE * commit_cost)
+
+
 def plain(error: Exception) -> Exception:
     """The worker's own error, without Ray's wrapping."""
     return error.cause if isinstance(error, RayTaskError) and isinstance(error.cause, Exception) else error
@@ -296,9 +297,15 @@ def alone(items: Iterable[str], job: Job, worker: Any, stop: Callable[[], bool],
     worker.ready()
     job.started(place)
 
+    commit_cost = FIRST_COMMIT / COMMIT_SHARE
+
     def commit() -> None:
+        nonlocal commit_cost
         if uncommitted:
-            job.counts(list(uncommitted), worker.commit())
+            begun = time.monotonic()
+            part = worker.commit()
+            commit_cost = time.monotonic() - begun
+            job.counts(list(uncommitted), part)
             uncommitted.clear()
 
     while queue and not stop():
@@ -330,7 +337,7 @@ def alone(items: Iterable[str], job: Job, worker: Any, stop: Callable[[], bool],
             job.counts([item], told)
         else:
             uncommitted.append(item)
-            if time.monotonic() - since > min(job.max_loss, FIRST_COMMIT):
+            if time.monotonic() - since > interval(job, commit_cost):
                 commit()
         tick()
     commit()
