@@ -28,7 +28,7 @@ from patterns.patches import PatchAccumulator
 from patterns.rho import cov_xx, quality
 from ray_jobs.config import FITTED, FitConfig, ModelConfig, Resources
 from ray_jobs.fit import fit
-from ray_jobs.shards import list_shards
+from ray_jobs.sources import list_shards
 from ray_jobs.worker import keep_freed_memory
 
 THREADS = 2

@@ -173,7 +173,7 @@ def fit(
 ) -> None:
     """Shards → moments → patterns. The same command on the same --out goes on where an earlier one ended."""
     from ray_jobs.fit import fit as run_fit
-    from ray_jobs.shards import list_shards
+    from ray_jobs.sources import list_shards
 
     sizes = image_size, resize, numbers(mean), numbers(std)
     config = FitConfig(
@@ -255,7 +255,7 @@ def quality(
     """Patterns + other shards → how good they are: ρ for each neuron, operator and estimator, and a figure."""
     from ray_jobs.quality import measure, medians
     from ray_jobs.run import Run
-    from ray_jobs.shards import list_shards
+    from ray_jobs.sources import list_shards
 
     listed = list_shards(shards, allow_pipes)
     if not evaluate and len(listed) < 2:
@@ -299,7 +299,7 @@ def explain(
     """Shards + patterns → explanations, one shard for each input shard."""
     from ray_jobs.explain import explain as run_explain
     from ray_jobs.run import Run
-    from ray_jobs.shards import list_shards
+    from ray_jobs.sources import list_shards
 
     fitted = Run(patterns).fitted_model()
     config = ExplainConfig(

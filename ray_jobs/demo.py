@@ -16,12 +16,14 @@ from patterns import METHODS, UserError
 from patterns.storage import write_aside
 from ray_jobs import models
 from ray_jobs.config import FITTED, ExplainConfig, FitConfig, ModelConfig, QualityConfig, Resources
+from ray_jobs.decode import cropped
 from ray_jobs.explain import explain
 from ray_jobs.fit import fit
 from ray_jobs.pack import pack
 from ray_jobs.pictures import Row, draw_grid
 from ray_jobs.quality import measure
-from ray_jobs.shards import IMAGES, cropped, list_shards
+from ray_jobs.samples import IMAGES
+from ray_jobs.sources import list_shards
 
 SPEC = "timm:tf_efficientnet_lite0"
 CROPS = 16  # of each photograph, so that the statistics are not those of 20 images

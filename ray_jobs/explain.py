@@ -23,8 +23,9 @@ from ray_jobs.files import located, names, published, read_table
 from ray_jobs.job import ShardJob
 from ray_jobs.pictures import picture, png
 from ray_jobs.run import Run, load_patterns, refused_in, write_refused
+from ray_jobs.samples import SampleError
 from ray_jobs.session import connected
-from ray_jobs.shards import Batch, SampleError, ShardReader
+from ray_jobs.shards import Batch, ShardReader
 from ray_jobs.sources import output_names
 from ray_jobs.worker import Place, ShardReport, Share, Timed
 

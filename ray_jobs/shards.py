@@ -10,24 +10,10 @@ from torch import Tensor
 from patterns import UserError
 from ray_jobs import folders, tables, tar
 from ray_jobs.config import Preprocessing
-from ray_jobs.decode import cropped, decode, image_tensor, label_of
+from ray_jobs.decode import decode, label_of
 from ray_jobs.ledger import Refused
-from ray_jobs.samples import IMAGES, Sample, SampleError, distinct
-from ray_jobs.sources import list_shards
+from ray_jobs.samples import Sample, SampleError, distinct
 from ray_jobs.streams import blamed, opened, seekable
-
-__all__ = [
-    "IMAGES",
-    "Batch",
-    "Sample",
-    "SampleError",
-    "ShardReader",
-    "cropped",
-    "decode",
-    "image_tensor",
-    "list_shards",
-    "read_shard",
-]
 
 
 @dataclass(frozen=True)

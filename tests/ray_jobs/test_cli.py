@@ -192,7 +192,7 @@ def test_packed_folders_keep_images_and_classes(tmp_path: Path) -> None:
 def test_the_demos_model_knows_its_photographs(tmp_path: Path) -> None:
     from ray_jobs import models
     from ray_jobs.config import ModelConfig
-    from ray_jobs.shards import image_tensor
+    from ray_jobs.decode import image_tensor
 
     weights = prepare_weights(tmp_path / "weights.safetensors")
     files = sorted(prepare_photographs(tmp_path / "photographs").rglob("*.jpg"))

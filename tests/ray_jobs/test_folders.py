@@ -9,7 +9,8 @@ from torchvision.datasets import ImageFolder
 
 from patterns import UserError
 from ray_jobs import folders, samples
-from ray_jobs.shards import list_shards, read_shard
+from ray_jobs.shards import read_shard
+from ray_jobs.sources import list_shards
 from tests.conftest import jpeg
 
 

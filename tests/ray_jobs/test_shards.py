@@ -14,7 +14,9 @@ from torchvision.models import ResNet50_Weights
 from patterns import UserError
 from ray_jobs import models
 from ray_jobs.config import ModelConfig, Preprocessing
-from ray_jobs.shards import ShardReader, decode, list_shards, read_shard
+from ray_jobs.decode import decode
+from ray_jobs.shards import ShardReader, read_shard
+from ray_jobs.sources import list_shards
 from tests.conftest import jpeg, make_shards, write_tar
 
 PLAIN = Preprocessing(16, 16, "bilinear", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))

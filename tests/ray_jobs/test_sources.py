@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 
 from patterns import UserError
-from ray_jobs.shards import list_shards
-from ray_jobs.sources import output_names
+from ray_jobs.sources import list_shards, output_names
 from tests.conftest import make_shards
 from tests.ray_jobs.servers import http_server
 

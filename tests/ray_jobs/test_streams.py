@@ -22,7 +22,8 @@ from moto.server import ThreadedMotoServer
 
 from patterns import UserError
 from ray_jobs import streams
-from ray_jobs.shards import list_shards, read_shard
+from ray_jobs.shards import read_shard
+from ray_jobs.sources import list_shards
 from tests.conftest import make_shards
 from tests.ray_jobs.servers import http_server
 
@@ -193,7 +194,8 @@ def test_a_scheme_without_its_package_names_the_package() -> None:
 
 READ = """
 import json, sys
-from ray_jobs.shards import list_shards, read_shard
+from ray_jobs.shards import read_shard
+from ray_jobs.sources import list_shards
 print(json.dumps([[s["__key__"] for s in read_shard(shard)] for shard in list_shards(sys.argv[1:])]))
 """
 

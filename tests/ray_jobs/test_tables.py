@@ -13,7 +13,8 @@ import torch
 from patterns import UserError
 from ray_jobs import tables
 from ray_jobs.config import Preprocessing
-from ray_jobs.shards import ShardReader, list_shards, read_shard
+from ray_jobs.shards import ShardReader, read_shard
+from ray_jobs.sources import list_shards
 from tests.conftest import jpeg
 
 PLAIN = Preprocessing(16, 16, "bilinear", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
