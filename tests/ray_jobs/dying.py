@@ -21,6 +21,7 @@ from torch import Tensor
 from ray_jobs import driver, gather, models
 from ray_jobs.config import FitConfig, ModelConfig, Resources
 from ray_jobs.fit import fit
+from tests.ray_jobs.runs import PREPARED
 
 DEAD = 77
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.copyfile"}
@@ -100,9 +101,8 @@ def state(folder: Path, reference: dict[str, Tensor]) -> dict[str, Any]:
 def main() -> None:
     told = json.loads(sys.argv[1])
     folder = Path(told["folder"])
-    sizes = {"image_size": 16, "resize": 16, "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
     # In float64, so that patterns that were rounded to float32 hide nothing.
-    config = FitConfig(ModelConfig(told["model"], precision="float64", **sizes), tuple(told["shards"]), str(folder))
+    config = FitConfig(ModelConfig(told["model"], precision="float64", **PREPARED), tuple(told["shards"]), str(folder))
     torch.set_num_threads(1)  # a fork has no other threads
     loaded = models.load(config.model)
     models.load = lambda *_: loaded  # type: ignore[assignment]

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from safetensors.torch import load_file
 
 from cluster.local import LocalCluster
 from tests.conftest import make_shards
 from tests.ray_jobs.chaos import NODES, SlowStorage, Trial, schedule
+from tests.ray_jobs.runs import same_patterns
 
 SHARDS, SAMPLES = 24, 3
 PREPARED = ["--image-size", "16", "--resize", "16", "--mean", "0.5,0.5,0.5", "--std", "0.25,0.25,0.25"]
@@ -123,15 +123,6 @@ def test_a_fit_that_is_struck_has_the_patterns_of_one_that_is_not(
     same_patterns(out, fitted)
     assert kinds_of_files(out) == kinds_of_files(fitted)
     assert unnamed_parts(out / "moments") == []
-
-
-def same_patterns(one: Path, other: Path) -> None:
-    """Equal to 1e-9 relative, tensor by tensor."""
-    ours, theirs = load_file(one / "patterns.safetensors"), load_file(other / "patterns.safetensors")
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        difference = (ours[name].double() - theirs[name].double()).norm()
-        assert difference <= 1e-9 * theirs[name].double().norm(), name
 
 
 def unnamed_parts(moments: Path) -> list[str]:

@@ -31,12 +31,7 @@ from ray_jobs.shards import ShardReader
 from ray_jobs.status import spoken_status
 from ray_jobs.worker import Place, Share
 from tests.conftest import make_shards, write_tar
-
-PREPARED = {"image_size": 16, "resize": 16, "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
-
-
-def configured(spec: str, shards: list[str], out: Path, **options: object) -> FitConfig:
-    return FitConfig(ModelConfig(spec, **PREPARED), tuple(shards), str(out), batch_size=4, **options)  # type: ignore[arg-type]
+from tests.ray_jobs.runs import PREPARED, configured, same_patterns
 
 
 def worker_of(config: FitConfig) -> tuple[ModelConfig, str, int, Observe, str]:
@@ -55,14 +50,6 @@ def on_cpu(workers: int, max_loss: float = 300) -> Resources:
 
 
 HERE = Resources(workers=0)
-
-
-def same_patterns(one: Path, other: Path) -> None:
-    """Equal to 1e-9 relative, tensor by tensor; the tensors are float32, so that is to the bit or nearly so."""
-    a, b = load_file(one / "patterns.safetensors"), load_file(other / "patterns.safetensors")
-    assert a.keys() == b.keys()
-    for name in a:
-        assert (a[name].double() - b[name].double()).norm() <= 1e-9 * a[name].double().norm(), name
 
 
 @pytest.fixture(scope="module")

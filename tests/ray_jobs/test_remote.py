@@ -16,15 +16,15 @@ from upath import UPath
 from patterns import UserError
 from ray_jobs import gather
 from ray_jobs.cli import exit_status
-from ray_jobs.config import ExplainConfig, FitConfig, ModelConfig, Resources
+from ray_jobs.config import ExplainConfig, ModelConfig, Resources
 from ray_jobs.explain import explain
 from ray_jobs.files import fetched, located, names, published
 from ray_jobs.fit import fit, merge, solve
 from ray_jobs.run import Run
 from tests.conftest import write_tar
+from tests.ray_jobs.runs import PREPARED, configured
 
 HERE = Resources(workers=0, max_loss=0.0, retries=0)
-PREPARED = {"image_size": 16, "resize": 16, "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
 # Ended by the environment, as a cluster's processes would have it.
 STORE = {"AWS_ACCESS_KEY_ID": "none", "AWS_SECRET_ACCESS_KEY": "none", "AWS_DEFAULT_REGION": "us-east-1"}
 
@@ -53,10 +53,6 @@ def uploaded(bucket: str, shards: list[str], tmp_path_factory: pytest.TempPathFa
     for path in (*shards[:4], str(local)):
         fsspec.filesystem("s3").put_file(path, f"bucket/shards/{Path(path).name}")
     return [f"{bucket}/shards/{Path(path).name}" for path in (*shards[:4], str(local))]
-
-
-def configured(spec: str, shards: list[str], out: str) -> FitConfig:
-    return FitConfig(ModelConfig(spec, **PREPARED), tuple(shards), out, batch_size=4)  # type: ignore[arg-type]
 
 
 def patterns_of(run: Run) -> dict[str, object]:

@@ -18,16 +18,16 @@ from safetensors.torch import load_file
 
 from patterns import UserError
 from ray_jobs import driver, gather
-from ray_jobs.config import FitConfig, ModelConfig, Resources
+from ray_jobs.config import FitConfig, Resources
 from ray_jobs.driver import Driver, TakenOverError, driving
 from ray_jobs.fit import fit, merge, solve
 from ray_jobs.plan import passes
 from ray_jobs.run import Run
 from ray_jobs.session import StoppedShortError
 from tests.conftest import make_shards, write_tar
+from tests.ray_jobs.runs import configured, same_patterns
 
 HERE = Resources(workers=0, max_loss=0.0, retries=0)
-PREPARED = {"image_size": 16, "resize": 16, "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
 OVERFLOWING = """
 import torch
 from torch import nn
@@ -41,10 +41,6 @@ def overflowing():
 """
 
 
-def configured(spec: str, shards: list[str], out: Path, **options: object) -> FitConfig:
-    return FitConfig(ModelConfig(spec, **PREPARED), tuple(shards), str(out), batch_size=4, **options)  # type: ignore[arg-type]
-
-
 def npy(array: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, array)
@@ -56,13 +52,6 @@ def tensors(count: int, seed: int = 0) -> list[dict[str, object]]:
     return [
         {"__key__": f"t{seed}-{i}", "npy": npy(rng.normal(size=(3, 16, 16)).astype(np.float32))} for i in range(count)
     ]
-
-
-def same(one: Path, other: Path) -> None:
-    a, b = load_file(one / "patterns.safetensors"), load_file(other / "patterns.safetensors")
-    assert a.keys() == b.keys()
-    for name in a:
-        assert (a[name].double() - b[name].double()).norm() <= 1e-9 * a[name].double().norm(), name
 
 
 def quarantined(run: Path) -> list[tuple[str, str]]:
@@ -96,7 +85,7 @@ def test_only_what_was_refused_is_taken_up_again_and_gives_the_fit_of_mended_dat
     twice = fit(config, HERE, retry_quarantined=True).manifest()["fit"]
     assert (twice["samples"], twice["refused"]) == (11, 0)
     assert quarantined(tmp_path / "run") == []
-    same(tmp_path / "run", Path(str(fit(replace(config, out=str(tmp_path / "whole")), HERE).folder)))
+    same_patterns(tmp_path / "run", Path(str(fit(replace(config, out=str(tmp_path / "whole")), HERE).folder)))
 
     before = (tmp_path / "run" / "manifest.json").read_bytes()
     fit(config, HERE, retry_quarantined=True)
@@ -171,7 +160,9 @@ def test_samples_without_a_finite_output_are_refused_and_spoil_no_sum(tmp_path: 
     run = fit(configured(spec, mixed, tmp_path / "run", estimators=("linear",)), patient)
     assert run.manifest()["fit"]["samples"] == 9
     assert quarantined(tmp_path / "run") == [("hot", "model")]
-    same(tmp_path / "run", Path(str(fit(configured(spec, clean, tmp_path / "c", estimators=("linear",)), HERE).folder)))
+    same_patterns(
+        tmp_path / "run", Path(str(fit(configured(spec, clean, tmp_path / "c", estimators=("linear",)), HERE).folder))
+    )
 
 
 # --- limits -------------------------------------------------------------------------------------------
@@ -203,7 +194,7 @@ def test_passes_over_the_data_give_the_patterns_of_one_pass(model_spec: str, tmp
     count = len(passes(network, config.estimators, enough, config.batch_size))
     assert count > 2
     assert len(list((tmp_path / "few" / "moments").iterdir())) == count
-    same(tmp_path / "one", tmp_path / "few")
+    same_patterns(tmp_path / "one", tmp_path / "few")
     neurons = [pq.read_table(tmp_path / name / "neurons.parquet") for name in ("one", "few")]
     assert neurons[0]["n"].equals(neurons[1]["n"])
     assert whole.manifest()["fit"]["samples"] == few.manifest()["fit"]["samples"] == 20
@@ -231,7 +222,7 @@ def test_parts_that_are_merged_on_the_way_give_the_same_patterns(
     monkeypatch.setattr(gather, "MOST_PARTS", most)
     monkeypatch.setattr(gather, "MERGED_AT_ONCE", most)
     merging = fit(replace(config, out=str(tmp_path / "merging")), HERE)
-    same(tmp_path / "plain", tmp_path / "merging")
+    same_patterns(tmp_path / "plain", tmp_path / "merging")
     assert len(list((tmp_path / "merging" / "moments").glob("part-*.safetensors"))) <= most + 1
     assert merging.manifest()["fit"]["samples"] == 34
     assert quarantined(tmp_path / "merging") == [("cut", "decode")]

@@ -11,9 +11,9 @@ from ray_jobs.config import FitConfig, ModelConfig, Resources
 from ray_jobs.fit import fit
 from ray_jobs.session import StoppedShortError
 from tests.conftest import make_shards
+from tests.ray_jobs.runs import PREPARED
 
 HERE = Resources(workers=0, max_loss=0.0)
-PREPARED = {"image_size": 16, "resize": 16, "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
 
 
 @pytest.fixture(scope="module")
