@@ -3,11 +3,8 @@
 import math
 import random
 import weakref
-from collections.abc import Callable, Sequence
-from copy import copy
 from dataclasses import replace
-from functools import partial, reduce
-from operator import add
+from functools import partial
 
 import numpy as np
 import pytest
@@ -20,98 +17,27 @@ from patterns import Gate, Moments, Operator, solve
 from patterns.convergence import (
     FEWEST_GROUPS,
     GROUPS,
-    Error,
     Jackknife,
     Size,
-    change,
-    converged,
     grouped,
     look,
-    samples_needed,
 )
-from patterns.moments import Accumulator, Wanted
-from patterns.operators import Convolution
-
-D, K = 6, 5
-ROWS = ("linear", "positive", "negative", "multivariate")
-CHOICES = ("linear", "two-component", "multivariate")
-
-
-def normal(*shape: int, seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-# Inputs are normal, with covariance MIXING MIXINGᵀ, and not about 0.
-MIXING, MEAN = normal(D, D, seed=1), normal(D, seed=2)
-
-
-def layer(neurons: int = K, draws: int = 1, *, gated: bool = True) -> Operator:
-    """Neurons that are open for a half of the samples, some for more and some for less.
-
-    draws: the same neurons so often, each time over inputs of their own: independent experiments side by side.
-    """
-    weight = normal(neurons, D, seed=3)
-    bias = normal(neurons, seed=4) - weight @ MEAN
-    return over(weight.repeat(draws, 1), bias.repeat(draws), draws, Gate(0.0, math.inf) if gated else None)
-
-
-def over(weight: Tensor, bias: Tensor, groups: int = 1, gate: Gate | None = None) -> Operator:
-    """Neurons with these weights (K, D), each group of them over D inputs of its own."""
-    kind = Convolution((1,), (0,), (1,), groups)
-    return Operator("it", kind, weight[..., None], bias, ((groups * D, 1),), (len(weight), 1), "", gate)
-
-
-def data(n: int, seed: int = 0, draws: int = 1) -> Tensor:
-    """Samples (n, draws × D, 1)."""
-    return (normal(n, draws, D, seed=1000 + seed) @ MIXING.T + MEAN).view(n, draws * D, 1)
-
-
-def moments(operator: Operator, x: Tensor) -> Moments:
-    accumulator = Accumulator(operator, Wanted())
-    accumulator.update((x,), operator(x))
-    return accumulator.moments()
-
-
-def parts(operator: Operator, x: Tensor, sizes: Sequence[int] | int) -> list[Moments]:
-    return [moments(operator, part) for part in x.split(sizes)]
-
-
-def loads(held: Sequence[Moments]) -> list[Callable[[], Moments]]:
-    return [partial(copy, part) for part in held]
-
-
-def solved(operator: Operator, held: Sequence[Moments], choices: Sequence[str] = CHOICES) -> dict[str, Tensor]:
-    """Patterns of the sum of some parts, each (K, D)."""
-    return {row: a.flatten(1) for row, a in solve(operator, reduce(add, held), choices).patterns.items()}
-
-
-def errors(operator: Operator, held: Sequence[Moments], choices: Sequence[str] = CHOICES) -> dict[str, Error]:
-    found = look(operator, loads(held), choices).errors
-    assert None not in found.values()
-    return {row: error for row, error in found.items() if error is not None}
-
-
-def truth(operator: Operator, row: str) -> Tensor:
-    """The pattern of endlessly many samples, by the moments of a normal y cut at 0; (K, D)."""
-    w = operator.weight.flatten(1)
-    cov = w @ MIXING @ MIXING.T
-    var = (cov * w).sum(1, keepdim=True)
-    if row == "linear":
-        return cov / var
-    assert operator.bias is not None
-    sd, centre = var.sqrt(), operator.bias[:, None] + (w @ MEAN)[:, None]
-    at = -centre / sd  # where the gate is, in standard deviations of y
-    density = torch.exp(-at.square() / 2) / math.sqrt(2 * math.pi)
-    is_open = 0.5 * torch.erfc(at / math.sqrt(2))
-    first, second = sd * density / is_open, var * (1 + at * density / is_open)  # of y - E[y], over the open gate
-    direction = MEAN * first + cov / var * second
-    return direction / (direction * w).sum(1, keepdim=True)
-
-
-def distance(found: Tensor, true: Tensor) -> Tensor:
-    """‖a - a'‖ / ‖a'‖, (K,)."""
-    return (found - true).norm(dim=1) / true.norm(dim=1)
-
+from tests.patterns.drawn import (
+    CHOICES,
+    MEAN,
+    ROWS,
+    D,
+    K,
+    data,
+    errors,
+    layer,
+    loads,
+    moments,
+    normal,
+    over,
+    parts,
+    solved,
+)
 
 # --- standard errors ----------------------------------------------------------------------------------
 
@@ -330,78 +256,3 @@ def test_rows_that_look_at_no_data_have_no_error() -> None:
 def test_an_operator_without_a_gate_has_errors_of_its_own_rows() -> None:
     operator = layer(gated=False)
     assert errors(operator, parts(operator, data(400), 20), ["default"]).keys() == {"linear"}
-
-
-# --- when it is enough ----------------------------------------------------------------------------------
-
-
-def test_a_fit_that_stopped_is_as_near_the_truth_as_was_asked() -> None:
-    draws, neurons, tolerance, choices = 60, 16, 0.08, ("linear", "two-component")
-    operator, one = layer(neurons, draws), layer(neurons)
-    held: list[Moments] = []
-    ends: dict[str, dict[int, float]] = {"linear": {}, "positive": {}}
-    while any(len(ended) < draws for ended in ends.values()):
-        # Half as much again from look to look.
-        size = max(20, sum(int(part.total.n[0]) for part in held) // 32)
-        for part in range(GROUPS):
-            held.append(moments(operator, data(size, len(held) + part, draws)))
-        found, patterns = errors(operator, held, choices), solved(operator, held, choices)
-        for row, ended in ends.items():
-            away = distance(patterns[row], truth(one, row).repeat(draws, 1)).view(draws, neurons).quantile(0.9, 1)
-            for draw, of_one in enumerate(found[row].neurons.view(draws, neurons)):
-                if draw not in ended and converged([Error(of_one).p90], tolerance):
-                    ended[draw] = float(away[draw]) / tolerance
-    for ended in ends.values():
-        # The neurons of an operator err together, so what nine in ten stay below varies from draw to draw.
-        assert np.quantile(list(ended.values()), 0.9) <= 2
-        assert 0.7 <= np.median(list(ended.values())) <= 1.5
-
-
-def test_the_truth_of_these_tests_is_what_patterns_tend_to() -> None:
-    operator = layer()
-    found = solved(operator, parts(operator, data(400_000), 400_000))
-    for row in ("linear", "positive"):
-        assert distance(found[row], truth(operator, row)).max() < 0.02
-
-
-@pytest.mark.parametrize(
-    ("found", "enough"),
-    [([0.01, 0.02], True), ([0.01, 0.03], False), ([0.01, None], False), ([None], False), ([], False)],
-)
-def test_a_fit_stops_when_every_error_is_known_and_within_the_tolerance(
-    found: list[float | None], enough: bool
-) -> None:
-    assert converged(found, 0.02) is enough
-
-
-def test_the_samples_needed_follow_from_the_root_law() -> None:
-    assert samples_needed([0.01, 0.1], 500, 0.05) == 2000
-    assert samples_needed([0.01], 500, 0.05) == 500
-    assert samples_needed([0.01, None], 500, 0.05) is None
-    assert samples_needed([], 500, 0.05) is None
-
-
-def test_the_projection_meets_what_further_samples_show() -> None:
-    operator, n = layer(draws=100), 800
-    x = data(16 * n, draws=100)
-    now = errors(operator, parts(operator, x[:n], n // GROUPS))["positive"].p90
-    later = errors(operator, parts(operator, x, n))["positive"].p90
-    assert samples_needed([now], n, later) == pytest.approx(len(x), rel=0.2)
-
-
-def test_the_change_is_the_median_over_neurons_that_have_a_pattern() -> None:
-    before = torch.tensor([[3.0, 4.0], [1.0, 0.0], [0.0, 2.0], [7.0, 7.0]])
-    now = torch.tensor([[3.0, 4.5], [2.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
-    moved = [0.5 / math.hypot(3, 4.5), 0.5, 0.0]
-    assert change(now, before) == pytest.approx(sorted(moved)[1])
-    assert change(torch.zeros(3, 2), before[:3]) == 0
-
-
-def test_a_look_tells_what_changed_since_the_one_before() -> None:
-    operator = layer()
-    held = parts(operator, data(800), 50)
-    first, second = look(operator, loads(held[:8]), CHOICES), look(operator, loads(held), CHOICES)
-    assert second.changes(second.solution) == dict.fromkeys(ROWS, 0.0)
-    found, a, b = second.changes(first.solution), solved(operator, held), solved(operator, held[:8])
-    for row in ROWS:
-        assert found[row] == pytest.approx(float(distance(b[row], a[row]).median()))

@@ -1,0 +1,98 @@
+"""Parts of data that are drawn from a known distribution, and what patterns of endlessly many are."""
+
+import math
+from collections.abc import Callable, Sequence
+from copy import copy
+from functools import partial, reduce
+from operator import add
+
+import torch
+from torch import Tensor
+
+from patterns import Gate, Moments, Operator, solve
+from patterns.convergence import (
+    Error,
+    look,
+)
+from patterns.moments import Accumulator, Wanted
+from patterns.operators import Convolution
+
+D, K = 6, 5
+ROWS = ("linear", "positive", "negative", "multivariate")
+CHOICES = ("linear", "two-component", "multivariate")
+
+
+def normal(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# Inputs are normal, with covariance MIXING MIXINGᵀ, and not about 0.
+MIXING, MEAN = normal(D, D, seed=1), normal(D, seed=2)
+
+
+def layer(neurons: int = K, draws: int = 1, *, gated: bool = True) -> Operator:
+    """Neurons that are open for a half of the samples, some for more and some for less.
+
+    draws: the same neurons so often, each time over inputs of their own: independent experiments side by side.
+    """
+    weight = normal(neurons, D, seed=3)
+    bias = normal(neurons, seed=4) - weight @ MEAN
+    return over(weight.repeat(draws, 1), bias.repeat(draws), draws, Gate(0.0, math.inf) if gated else None)
+
+
+def over(weight: Tensor, bias: Tensor, groups: int = 1, gate: Gate | None = None) -> Operator:
+    """Neurons with these weights (K, D), each group of them over D inputs of its own."""
+    kind = Convolution((1,), (0,), (1,), groups)
+    return Operator("it", kind, weight[..., None], bias, ((groups * D, 1),), (len(weight), 1), "", gate)
+
+
+def data(n: int, seed: int = 0, draws: int = 1) -> Tensor:
+    """Samples (n, draws × D, 1)."""
+    return (normal(n, draws, D, seed=1000 + seed) @ MIXING.T + MEAN).view(n, draws * D, 1)
+
+
+def moments(operator: Operator, x: Tensor) -> Moments:
+    accumulator = Accumulator(operator, Wanted())
+    accumulator.update((x,), operator(x))
+    return accumulator.moments()
+
+
+def parts(operator: Operator, x: Tensor, sizes: Sequence[int] | int) -> list[Moments]:
+    return [moments(operator, part) for part in x.split(sizes)]
+
+
+def loads(held: Sequence[Moments]) -> list[Callable[[], Moments]]:
+    return [partial(copy, part) for part in held]
+
+
+def solved(operator: Operator, held: Sequence[Moments], choices: Sequence[str] = CHOICES) -> dict[str, Tensor]:
+    """Patterns of the sum of some parts, each (K, D)."""
+    return {row: a.flatten(1) for row, a in solve(operator, reduce(add, held), choices).patterns.items()}
+
+
+def errors(operator: Operator, held: Sequence[Moments], choices: Sequence[str] = CHOICES) -> dict[str, Error]:
+    found = look(operator, loads(held), choices).errors
+    assert None not in found.values()
+    return {row: error for row, error in found.items() if error is not None}
+
+
+def truth(operator: Operator, row: str) -> Tensor:
+    """The pattern of endlessly many samples, by the moments of a normal y cut at 0; (K, D)."""
+    w = operator.weight.flatten(1)
+    cov = w @ MIXING @ MIXING.T
+    var = (cov * w).sum(1, keepdim=True)
+    if row == "linear":
+        return cov / var
+    assert operator.bias is not None
+    sd, centre = var.sqrt(), operator.bias[:, None] + (w @ MEAN)[:, None]
+    at = -centre / sd  # where the gate is, in standard deviations of y
+    density = torch.exp(-at.square() / 2) / math.sqrt(2 * math.pi)
+    is_open = 0.5 * torch.erfc(at / math.sqrt(2))
+    first, second = sd * density / is_open, var * (1 + at * density / is_open)  # of y - E[y], over the open gate
+    direction = MEAN * first + cov / var * second
+    return direction / (direction * w).sum(1, keepdim=True)
+
+
+def distance(found: Tensor, true: Tensor) -> Tensor:
+    """‖a - a'‖ / ‖a'‖, (K,)."""
+    return (found - true).norm(dim=1) / true.norm(dim=1)

@@ -1,0 +1,102 @@
+"""When a fit has seen enough: its stopping rule against the truth, and how it projects what is to come."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from patterns import Moments
+from patterns.convergence import (
+    GROUPS,
+    Error,
+    change,
+    converged,
+    look,
+    samples_needed,
+)
+from tests.patterns.drawn import (
+    CHOICES,
+    ROWS,
+    data,
+    distance,
+    errors,
+    layer,
+    loads,
+    moments,
+    parts,
+    solved,
+    truth,
+)
+
+
+def test_a_fit_that_stopped_is_as_near_the_truth_as_was_asked() -> None:
+    draws, neurons, tolerance, choices = 60, 16, 0.08, ("linear", "two-component")
+    operator, one = layer(neurons, draws), layer(neurons)
+    held: list[Moments] = []
+    ends: dict[str, dict[int, float]] = {"linear": {}, "positive": {}}
+    while any(len(ended) < draws for ended in ends.values()):
+        # Half as much again from look to look.
+        size = max(20, sum(int(part.total.n[0]) for part in held) // 32)
+        for part in range(GROUPS):
+            held.append(moments(operator, data(size, len(held) + part, draws)))
+        found, patterns = errors(operator, held, choices), solved(operator, held, choices)
+        for row, ended in ends.items():
+            away = distance(patterns[row], truth(one, row).repeat(draws, 1)).view(draws, neurons).quantile(0.9, 1)
+            for draw, of_one in enumerate(found[row].neurons.view(draws, neurons)):
+                if draw not in ended and converged([Error(of_one).p90], tolerance):
+                    ended[draw] = float(away[draw]) / tolerance
+    for ended in ends.values():
+        # The neurons of an operator err together, so what nine in ten stay below varies from draw to draw.
+        assert np.quantile(list(ended.values()), 0.9) <= 2
+        assert 0.7 <= np.median(list(ended.values())) <= 1.5
+
+
+def test_the_truth_of_these_tests_is_what_patterns_tend_to() -> None:
+    operator = layer()
+    found = solved(operator, parts(operator, data(400_000), 400_000))
+    for row in ("linear", "positive"):
+        assert distance(found[row], truth(operator, row)).max() < 0.02
+
+
+@pytest.mark.parametrize(
+    ("found", "enough"),
+    [([0.01, 0.02], True), ([0.01, 0.03], False), ([0.01, None], False), ([None], False), ([], False)],
+)
+def test_a_fit_stops_when_every_error_is_known_and_within_the_tolerance(
+    found: list[float | None], enough: bool
+) -> None:
+    assert converged(found, 0.02) is enough
+
+
+def test_the_samples_needed_follow_from_the_root_law() -> None:
+    assert samples_needed([0.01, 0.1], 500, 0.05) == 2000
+    assert samples_needed([0.01], 500, 0.05) == 500
+    assert samples_needed([0.01, None], 500, 0.05) is None
+    assert samples_needed([], 500, 0.05) is None
+
+
+def test_the_projection_meets_what_further_samples_show() -> None:
+    operator, n = layer(draws=100), 800
+    x = data(16 * n, draws=100)
+    now = errors(operator, parts(operator, x[:n], n // GROUPS))["positive"].p90
+    later = errors(operator, parts(operator, x, n))["positive"].p90
+    assert samples_needed([now], n, later) == pytest.approx(len(x), rel=0.2)
+
+
+def test_the_change_is_the_median_over_neurons_that_have_a_pattern() -> None:
+    before = torch.tensor([[3.0, 4.0], [1.0, 0.0], [0.0, 2.0], [7.0, 7.0]])
+    now = torch.tensor([[3.0, 4.5], [2.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
+    moved = [0.5 / math.hypot(3, 4.5), 0.5, 0.0]
+    assert change(now, before) == pytest.approx(sorted(moved)[1])
+    assert change(torch.zeros(3, 2), before[:3]) == 0
+
+
+def test_a_look_tells_what_changed_since_the_one_before() -> None:
+    operator = layer()
+    held = parts(operator, data(800), 50)
+    first, second = look(operator, loads(held[:8]), CHOICES), look(operator, loads(held), CHOICES)
+    assert second.changes(second.solution) == dict.fromkeys(ROWS, 0.0)
+    found, a, b = second.changes(first.solution), solved(operator, held), solved(operator, held[:8])
+    for row in ROWS:
+        assert found[row] == pytest.approx(float(distance(b[row], a[row]).median()))
