@@ -18,7 +18,7 @@ from patterns.explain import Explanation
 from patterns.storage import aside_of, write_table
 from ray_jobs import models
 from ray_jobs.config import ExplainConfig, Resources, equal_share
-from ray_jobs.driver import driving, tidy
+from ray_jobs.driver import Beat, driving, tidy
 from ray_jobs.files import located, names, published, read_table
 from ray_jobs.job import ShardJob
 from ray_jobs.pictures import picture, png
@@ -93,16 +93,14 @@ class ExplainWorker:
         """Load the model and its patterns."""
         self.loaded = self.share.load(self.config.model, self.weights)
         self.explainer = explainer(self.config, self.loaded, self.scales)
-        self.outputs = outputs(self.config)
 
-    def work(self, shard: str) -> Iterator[ShardReport]:
-        """Explain a whole shard, telling after each batch how far it is.
+    def work(self, shard: str, out: Outputs, most: int | None) -> Iterator[ShardReport]:
+        """Explain a shard, or its first samples, telling now and then how far it is.
 
         Rows are written first, the shard of explanations last, each aside and renamed.
         """
-        out = self.outputs[shard]
         rows: list[dict[str, Any]] = []
-        reader = self.reader(shard)
+        reader = self.reader(shard, most)
         batches: Timed[Batch] = Timed(reader)
         with published(out.folder) as folder, aside_of(folder / out.tar) as aside:
             with open(aside, "wb") as file:
@@ -120,9 +118,8 @@ class ExplainWorker:
                 write_refused(tables / out.refused, reader.refused)
         yield ShardReport(len(rows), len(reader.refused), batches.count, batches.waited)
 
-    def reader(self, shard: str) -> ShardReader:
+    def reader(self, shard: str, most: int | None) -> ShardReader:
         config, loaded = self.config, self.loaded
-        most = equal_share(config.max_samples, config.shards.index(shard), len(config.shards))
         (classes,) = loaded.network.output_shape
 
         def has_target(label: int | None) -> None:
@@ -149,6 +146,20 @@ class ExplainWorker:
                 files[f"{method}.npy"] = buffer.getvalue()
                 files[f"{method}.png"] = png(picture(method, arrays[number]))
             yield files, {"key": key, **row, **{f"{m}_centre": float(c[number]) for m, c in centres.items()}}
+
+
+class ExplainJob(ShardJob):
+    """The driver's side: where the explanations of each shard go, and of how many samples they are."""
+
+    def __init__(
+        self, beat: Beat, config: ExplainConfig, outs: dict[str, Outputs], left: list[str], resources: Resources
+    ) -> None:
+        shares = (equal_share(config.max_samples, number, len(outs)) for number in range(len(outs)))
+        self.told = {shard: (shard, out, most) for (shard, out), most in zip(outs.items(), shares)}
+        super().__init__("explain", beat, config.shards, left, resources, max_loss=None)
+
+    def task(self, item: str) -> tuple[str, Outputs, int | None]:
+        return self.told[item]
 
 
 def explainer(config: ExplainConfig, loaded: models.Loaded, scales: Scales) -> Explainer:
@@ -213,7 +224,7 @@ def explain(config: ExplainConfig, resources: Resources = Resources()) -> Run:  
         outs = outputs(config)
         there = {folder: set(names(folder)) for folder in {out.folder for out in outs.values()}}
         left = [s for s, out in outs.items() if out.tar not in there[out.folder]]
-        job = ShardJob("explain", beat, config.shards, left, resources, max_loss=None)
+        job = ExplainJob(beat, config, outs, left, resources)
         job.run(ExplainWorker, config, loaded.digest, scales)
         done = [out for shard, out in outs.items() if shard not in job.missing]
         refused = [row for out in done for row in refused_in(out.folder / out.refused)]
