@@ -21,12 +21,13 @@ from patterns import Explainer, Gate, Network, Observer, accumulate, choose, sol
 from patterns.estimators import wanted
 from patterns.moments import Moments
 from patterns.operators import Addition, Operator
+from patterns.pictures import COLOUR_MAP, centred
 from ray_jobs import models
 from ray_jobs.config import ModelConfig
 from ray_jobs.demo import CROPS, SPEC, prepare_photographs, prepare_weights
 from ray_jobs.models import Loaded
 from ray_jobs.pack import pack
-from ray_jobs.pictures import COLOUR_MAP, centred, save_figure
+from ray_jobs.pictures import save_figure
 from ray_jobs.shards import ShardReader
 
 PATCH = 16

@@ -3,11 +3,13 @@
 trace a model → accumulate its moments over data → solve for patterns → judge their quality → explain.
 """
 
+from patterns.adapters import PatternAttribution, PatternNet
 from patterns.errors import UserError
 from patterns.estimators import CHOICES, ESTIMATORS, Solution, solve
-from patterns.explain import METHODS, Explainer, Explanation
+from patterns.explain import Explainer, Explanation
 from patterns.graph import Network, trace
 from patterns.losses import Loss, conservation
+from patterns.methods import METHODS
 from patterns.moments import Moments, Sums
 from patterns.observe import Observer, PatchObserver, accumulate, accumulate_patches
 from patterns.operators import Gate, Operator
@@ -29,6 +31,8 @@ __all__ = [
     "Operator",
     "PatchMoments",
     "PatchObserver",
+    "PatternAttribution",
+    "PatternNet",
     "Solution",
     "Sums",
     "UserError",

@@ -6,6 +6,8 @@ folded into the operator before it, gates are read off the users. The result com
 computes, and is an ordinary `GraphModule`: print its code, move it, cast it.
 """
 
+import difflib
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -92,6 +94,34 @@ class Network:
         for name, module in self.operators.items():
             parts[name] = replace(module)
         return GraphModule(parts, copy_graph(self.module.graph), type(self.module).__name__)
+
+    def until(self, operator: str) -> "Network":
+        """The network that ends at an operator, with what comes out behind its gate: (N, K, *positions).
+
+        At its last call, where it is called several times. UserError for a name that is no operator's.
+        """
+        if operator not in self.operators:
+            close = difflib.get_close_matches(operator, self.operators) or list(self.operators)[-3:]
+            raise UserError(operator, "the model has no such operator", f"It has {', '.join(close)}, …")
+        module = self.rewrite(lambda op: op)
+        last, found = [(node, op) for node, op in operator_calls(module) if op.name == operator][-1]
+        (end,) = module.graph.find_nodes(op="output")
+        with module.graph.inserting_before(end):
+            out = last
+            if (gate := found.gate) is not None:
+                limits = (None if math.isinf(bound) else bound for bound in (gate.low, gate.high))
+                out = module.graph.call_function(aten.clamp.default, (out, *limits))
+            if found.kind.axis != 1:
+                out = module.graph.call_function(torch.movedim, (out, found.kind.axis, 1))
+        end.args = (out,)
+        wanted = {end, *ancestors(end)}
+        for node in reversed(module.graph.nodes):
+            if node not in wanted and node.op != "placeholder":
+                module.graph.erase_node(node)
+        module.recompile()
+        shape = list(found.output_shape)
+        shape.insert(0, shape.pop(found.kind.axis - 1 if found.kind.axis > 0 else found.kind.axis))
+        return Network(module, self.input_shape, tuple(shape))
 
 
 def trace(model: nn.Module, example: Tensor, *, name: str = "model", pass_through: Collection[str] = ()) -> Network:
@@ -295,6 +325,17 @@ def operator_calls(module: GraphModule) -> Iterator[tuple[Node, Operator]]:
             operator = module.get_submodule(str(node.target))
             assert isinstance(operator, Operator)
             yield node, operator
+
+
+def ancestors(node: Node) -> set[Node]:
+    """All that a node is computed from."""
+    found: set[Node] = set()
+    todo = [node]
+    while todo:
+        new = set(todo.pop().all_input_nodes) - found
+        found |= new
+        todo += new
+    return found
 
 
 def limit(value: float | None, unlimited: str) -> float:

@@ -22,9 +22,11 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from patterns.draft import opname
-from patterns.explain import METHODS, Explained, Weights, backward_weights, rectifier
+from patterns.explain import Explained, Weights, backward_weights
 from patterns.graph import Network
+from patterns.methods import ATTRIBUTION
 from patterns.operators import along
+from patterns.rules import rectifier
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -53,7 +55,7 @@ def conservation(network: Network, patterns: Weights, inputs: Tensor, targets: T
     its neurons', then its borders'.  inputs: (N, *input_shape); targets: int64 (N,).
     """
     operators = network.operators
-    weights = backward_weights(network, patterns, METHODS["patternattribution"].backward)
+    weights = backward_weights(network, patterns, ATTRIBUTION)
     module = network.rewrite(lambda op: Explained(op, lambda: weights[op.name]))
     losses: list[Loss] = []
 

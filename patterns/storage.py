@@ -77,15 +77,17 @@ def solution_specs(operators: Iterable[Operator], choices: Choices) -> Specs:
     }
 
 
-def load(folder: Path, weights_digest: str, operators: Collection[str] | None = None) -> Patterns:
+def load(folder: Path, weights_digest: str | None, operators: Collection[str] | None = None) -> Patterns:
     """The patterns of a run, for the model of this digest; of some operators only, where they are named.
+
+    weights_digest: None takes them whatever weights they were fitted for.
 
     Raises UserError where there are none, or where they were fitted for other weights.
     """
     path = folder / "patterns.safetensors"
     with open_tensors(path, "Run `patternnet fit` first, or name a run that has finished") as file:
         fitted_for = (file.metadata() or {}).get("weights")
-        if fitted_for != weights_digest:
+        if weights_digest is not None and fitted_for != weights_digest:
             raise UserError(
                 str(path),
                 f"these patterns were fitted for weights {fitted_for}, the model has {weights_digest}",
@@ -119,6 +121,20 @@ def choose(network: Network, patterns: Patterns, choices: Choices = "default") -
             raise UserError(name, f"the run holds no pattern {row!r} for this operator", remedy)
         picked[name] = patterns[name][row]
     return picked
+
+
+def traced_as(folder: Path) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """The input's shape without the batch, and what passes through, of the model that a run's manifest describes.
+
+    UserError where the folder has none of ours.
+    """
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text())
+        return tuple(manifest["model"]["input_shape"]), tuple(manifest["fit"]["model"]["pass_through"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        remedy = "Name the folder of a finished fit, or give an example input."
+        raise UserError(str(path), "no manifest of a fit", remedy) from error
 
 
 M = TypeVar("M", Moments, PatchMoments)

@@ -9,37 +9,46 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from patterns import METHODS, UserError
+from patterns import UserError
+from patterns.methods import method_of, settings_of
 from ray_jobs.config import ExplainConfig, FitConfig, ModelConfig, QualityConfig, Resources
-from ray_jobs.files import located
+from ray_jobs.files import here, located
 from ray_jobs.options import (
     DEFAULT_FIT,
     DEFAULT_METHODS,
+    DEFAULT_OUTPUTS,
     Address,
     AllowPipes,
     BatchSize,
+    Classes,
     Estimators,
     Fitted,
     ImageSize,
+    MapSize,
     MaxSamples,
     Mean,
     Memory,
+    Methods,
     Model,
     Out,
+    OutputKinds,
     PassThrough,
     Precision,
+    Reduction,
     Resize,
     RetryQuarantined,
     RunFolder,
     Seed,
+    Settings,
     Shards,
     Std,
+    TargetSpec,
     UntilConverged,
     Weights,
     Workers,
@@ -287,35 +296,103 @@ def explain(
     out: Annotated[str | None, typer.Option(help="Where explanations go; by default the fit's folder.")] = None,
     model: Annotated[str | None, typer.Option(help="The model; by default the fit's.")] = None,
     weights: Annotated[str | None, typer.Option(help="Its weights; by default where the fit found them.")] = None,
-    methods: Annotated[str, typer.Option(help=f"Some of {', '.join(METHODS)}.")] = DEFAULT_METHODS,
+    methods: Methods = DEFAULT_METHODS,
     estimator: Estimators = "default",
-    target: Annotated[str, typer.Option(help="The class explained: predicted or label.")] = "predicted",
+    set_: Settings = None,
+    target: TargetSpec = "predicted",
+    classes: Classes = None,
+    output: OutputKinds = DEFAULT_OUTPUTS,
+    resize: MapSize = None,
+    reduce_channels: Reduction = "none",
     batch_size: BatchSize = 32,
     max_samples: MaxSamples = None,
+    seed: Seed = 0,
     allow_pipes: AllowPipes = False,
     *,
     resources: Resources,
 ) -> None:
     """Shards + patterns → explanations, one shard for each input shard."""
     from ray_jobs.explain import explain as run_explain
+    from ray_jobs.models import class_names
     from ray_jobs.run import Run
     from ray_jobs.sources import list_shards
+    from ray_jobs.targets import named
 
     fitted = Run(patterns).fitted_model()
+    spec = model or fitted["spec"]
+    chosen = {name: method_of(name) for name in words(methods) or ("",)}
     config = ExplainConfig(
-        ModelConfig(**{**fitted, "spec": model or fitted["spec"], "weights": weights or fitted["weights"]}),
+        ModelConfig(**{**fitted, "spec": spec, "weights": weights or fitted["weights"]}),
         place(patterns),
         list_shards(shards, allow_pipes),
         place(out or patterns),
         batch_size,
-        names(methods, METHODS, "--methods", "method"),
+        tuple(chosen),
         words(estimator),
+        tuple(settings_of(chosen, assignments(set_ or [])).items()),
         target,
+        tuple(class_names(spec, classes).items()) if named(target) else (),
+        words(output),
+        reduce_channels,
+        resize,
         max_samples,
+        seed,
     )
     run = run_explain(config, resources)
     done = run.manifest()["explain"]
     say(f"explain: {done['samples']} samples, {done['refused']} refused. Explanations: {run.folder / 'explanations'}")
+
+
+@app.command()
+def grid(
+    run: RunFolder,
+    keys: Annotated[str, typer.Option(help="These samples, in this order: KEY,KEY.")] = "",
+    worst: Annotated[int, typer.Option(min=0, help="So many wrong predictions, the surest first.")] = 0,
+    random: Annotated[int, typer.Option(min=0, help="So many samples drawn at random.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="A PNG or PDF; by default grid.png in the run's folder.")] = None,
+    columns: Annotated[int, typer.Option(min=1, help="Photographs side by side.")] = 1,
+    classes: Classes = None,
+    seed: Seed = 0,
+) -> None:
+    """Draw photographs × methods, with captions: label → prediction and its probability."""
+    from ray_jobs.grid import gallery
+    from ray_jobs.pictures import draw_grid
+
+    if (bool(keys) + bool(worst) + bool(random)) != 1:
+        raise UserError("grid", "one way to choose samples is needed", "Give --keys, --worst N or --random N.")
+    explained = gallery(run, classes)
+    rows = explained.named(words(keys)) if keys else explained.worst(worst) if worst else explained.drawn(random, seed)
+    if not rows:
+        raise UserError("--worst", "no prediction is wrong", "Choose by --keys or --random.")
+    path = out or beside(run, "grid.png")
+    draw_grid(path, explained.shown(rows), columns)
+    say(f"grid: {len(rows)} samples in {path}")
+
+
+@app.command()
+def show(
+    run: RunFolder,
+    key: Annotated[str, typer.Argument(help="The sample's key.")],
+    out: Annotated[Path | None, typer.Option(help="A PNG or PDF; by default KEY.png in the run's folder.")] = None,
+    classes: Classes = None,
+) -> None:
+    """Draw one sample large."""
+    from ray_jobs.grid import gallery
+    from ray_jobs.pictures import draw_sample
+
+    explained = gallery(run, classes)
+    rows = explained.named([key])
+    path = out or beside(run, f"{key.replace('/', '_')}.png")
+    draw_sample(path, explained.shown(rows)[0])
+    for name, value in explained.said(rows[0]).items():
+        say(f"{name:>40}  {value}")
+    say(f"show: {path}")
+
+
+def beside(run: str, name: str) -> Path:
+    """A file of a run's folder; of a run at a URL, in this directory."""
+    folder = located(run)
+    return Path(str(folder)) / name if here(folder) else Path(name)
 
 
 def place(where: str) -> str:
@@ -323,13 +400,16 @@ def place(where: str) -> str:
     return str(located(where))
 
 
-def names(listed: str, table: Any, option: str, thing: str) -> tuple[str, ...]:
-    """A comma-separated option whose words must stand in a table."""
-    chosen = words(listed)
-    unknown = [word for word in chosen if word not in table]
-    if unknown or not chosen:
-        raise UserError(option, f"no {thing} {(unknown or [''])[0]!r}", f"Choose from {', '.join(table)}.")
-    return chosen
+def assignments(listed: list[str]) -> dict[str, float]:
+    """Options of the form NAME=NUMBER."""
+    found = {}
+    for text in listed:
+        name, _, value = text.partition("=")
+        try:
+            found[name.strip()] = float(value)
+        except ValueError as error:
+            raise UserError("--set", f"{text!r} sets nothing", "Write METHOD.SETTING=NUMBER.") from error
+    return found
 
 
 def words(listed: str) -> tuple[str, ...]:

@@ -90,7 +90,12 @@ class QualityConfig:
 
 @dataclass(frozen=True)
 class ExplainConfig:
-    """An explanation of whole shards by the patterns of the run in `patterns`; target: predicted or label."""
+    """An explanation of whole shards by the patterns of the run in `patterns`.
+
+    estimator: of the methods that name none.  settings: all that is set of the methods, `{method}.{setting}`.
+    target: see `ray_jobs.targets`.  classes: the numbers of the model's classes by name.
+    outputs: see `ray_jobs.outputs`.  reduction, size: of the maps' channels, and of their height and width.
+    """
 
     model: ModelConfig
     patterns: str
@@ -99,8 +104,14 @@ class ExplainConfig:
     batch_size: int = 32
     methods: tuple[str, ...] = ("gradient", "patternnet", "patternattribution")
     estimator: tuple[str, ...] = ("default",)
+    settings: tuple[tuple[str, float], ...] = ()
     target: str = "predicted"
+    classes: tuple[tuple[str, int], ...] = ()
+    outputs: tuple[str, ...] = ("npy", "png")
+    reduction: str = "none"
+    size: int | None = None
     max_samples: int | None = None
+    seed: int = 0
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as T
 
 from ray_jobs.config import Preprocessing
-from ray_jobs.samples import IMAGES, TENSOR, Sample, SampleError
+from ray_jobs.samples import IMAGES, TENSOR, Box, Sample, SampleError
 
 FORMATS = ("JPEG", "PNG", "WEBP")  # no other of Pillow's many decoders is ever given the bytes
 MAX_PIXELS = 89_478_485  # before and after resizing; where Pillow too begins to warn, 256 MiB of RGB
@@ -142,12 +143,48 @@ def label_of(sample: Sample) -> int | None:
     return None if label == UNLABELLED else label
 
 
-def json_label(data: bytes) -> int | None:
+def boxes_of(sample: Sample, preprocessing: Preprocessing) -> list[Box] | None:
+    """Where a sample's objects are in the model's input: the `boxes` of its `json`, [x0, y0, x1, y1] each, in pixels of
+    the upright image; of a ready tensor, in its own. None where it has none.
+
+    SampleError where they are no boxes.
+    """
+    found = json_value(sample["json"], "boxes") if "json" in sample else None
+    if found is None:
+        return None
+    try:
+        boxes = np.asarray(found, np.float64).reshape(-1, 4)
+    except (ValueError, TypeError) as error:
+        raise SampleError("json's boxes are no lists of four numbers") from error
+    if not np.isfinite(boxes).all():
+        raise SampleError("json's boxes are not finite")
+    extension = next((e for e in IMAGES if e in sample), None)
+    if TENSOR in sample or extension is None:
+        return [(x0, y0, x1, y1) for x0, y0, x1, y1 in boxes.tolist()]
+    try:
+        with Image.open(io.BytesIO(sample[extension]), formats=FORMATS) as image:
+            turned = orientation(image) >= 5
+            width, height = image.size[::-1] if turned else image.size
+    except Exception as error:  # untrusted bytes make Pillow raise anything
+        raise SampleError(f"{type(error).__name__}: {error}") from error
+    scale = preprocessing.resize / min(width, height)
+    resized = np.array([int(width * scale), int(height * scale)])
+    offset = np.round((resized - preprocessing.image_size) / 2)
+    boxes = boxes * np.tile(resized / (width, height), 2) - np.tile(offset, 2)
+    return [(x0, y0, x1, y1) for x0, y0, x1, y1 in boxes.tolist()]
+
+
+def json_value(data: bytes, name: str) -> Any:
+    """One value of a sample's json. SampleError where it cannot be parsed."""
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise SampleError(f"json cannot be parsed ({type(error).__name__})") from error
-    label = value.get("label") if isinstance(value, dict) else None
+    return value.get(name) if isinstance(value, dict) else None
+
+
+def json_label(data: bytes) -> int | None:
+    label = json_value(data, "label")
     if label is not None and type(label) is not int:  # True is an int
         raise SampleError(f"json's label is no class number: {str(label)[:20]!r}")
     return label

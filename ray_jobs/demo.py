@@ -1,33 +1,32 @@
 """The whole way on packaged weights and photographs: shards, fit, explain, quality, a picture."""
 
 import importlib.util
-import io
 import shutil
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import torch
-import webdataset
-from PIL import Image
 from safetensors.torch import save_file
 
-from patterns import METHODS, UserError
+from patterns import UserError
 from patterns.storage import write_aside
-from ray_jobs import models
 from ray_jobs.config import FITTED, ExplainConfig, FitConfig, ModelConfig, QualityConfig, Resources
-from ray_jobs.decode import cropped
 from ray_jobs.explain import explain
 from ray_jobs.fit import fit
+from ray_jobs.grid import Gallery
+from ray_jobs.models import class_names
 from ray_jobs.pack import pack
-from ray_jobs.pictures import Row, draw_grid
+from ray_jobs.pictures import draw_grid
 from ray_jobs.quality import measure
-from ray_jobs.samples import IMAGES
 from ray_jobs.sources import list_shards
 
 SPEC = "timm:tf_efficientnet_lite0"
 CROPS = 16  # of each photograph, so that the statistics are not those of 20 images
 SHARDS = 8
+SHOWN = (
+    "gradient", "guided-backprop", "lrp-epsilon-plus-flat", "smoothgrad", "patternnet", "patternattribution",
+    "patternattribution:multivariate",
+)  # fmt: skip
 JUDGED = ("conv_stem", "blocks.*")  # a class score has one sample an image: too few to regress on
 
 
@@ -42,8 +41,7 @@ def demo(out: Path, resources: Resources) -> Path:
     estimators = "random", "filter", *FITTED
     run = fit(FitConfig(model, list_shards(map(str, crops)), str(out / "run"), 20, estimators), resources)
     shards = list_shards(map(str, whole))
-    methods = tuple(METHODS)
-    explain(ExplainConfig(model, str(run.folder), shards, str(run.folder), batch_size=5, methods=methods), resources)
+    explain(ExplainConfig(model, str(run.folder), shards, str(run.folder), batch_size=5, methods=SHOWN), resources)
     others = pack(photographs, out / "shards" / "judge", per_shard=count * CROPS // SHARDS, crops=CROPS // 2, seed=1)
     judging = list_shards(map(str, others))
     measure(
@@ -51,7 +49,9 @@ def demo(out: Path, resources: Resources) -> Path:
         resources,
     )
     picture = out / "grid.png"
-    draw_grid(picture, rows(model, shards, out / "run"))
+    explained = Gallery(run, class_names("torchvision:resnet18", None))
+    rows = sorted(explained.rows(), key=lambda row: (row["label"] != row["prediction"], -row["probability"]))
+    draw_grid(picture, explained.shown(rows), columns=2)
     return picture
 
 
@@ -88,25 +88,3 @@ def prepare_photographs(folder: Path) -> Path:
 def needs(package: str) -> None:
     if importlib.util.find_spec(package) is None:
         raise UserError("demo", f"{package} is not installed", "Run pip install 'patternnet-ray[demo]'.")
-
-
-def rows(model: ModelConfig, shards: tuple[str, ...], run: Path) -> list[Row]:
-    """The photographs of some shards with their explanations, right predictions and sure ones first."""
-    from torchvision.models import ResNet18_Weights
-
-    names = ResNet18_Weights.DEFAULT.meta["categories"]
-    preprocessing = models.load(model).preprocessing
-    found: list[tuple[Any, Row]] = []
-    for shard in shards:
-        inputs = webdataset.WebDataset(shard, shardshuffle=False)
-        outputs = webdataset.WebDataset(str(run / "explanations" / Path(shard).name), shardshuffle=False).decode("pil")
-        for sample, explained in zip(inputs, outputs):
-            said = explained["json"]
-            data = next(sample[e] for e in IMAGES if e in sample)
-            with Image.open(io.BytesIO(data)) as image:
-                photograph = cropped(image.convert("RGB"), preprocessing)
-            maps = {method: explained[f"{method}.png"] for method in METHODS}
-            right = said["label"] == said["prediction"]
-            caption = f"{names[said['label']]} → {names[said['prediction']]} {said['probability']:.0%}"
-            found.append(((not right, -said["probability"]), Row(photograph, caption, maps)))
-    return [row for _, row in sorted(found, key=lambda pair: pair[0])]

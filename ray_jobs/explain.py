@@ -1,70 +1,45 @@
 """The explain job: one shard of explanations for each input shard, wholly there or not there."""
 
-import io
-import json
+import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from hashlib import blake2b
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
-from upath import UPath
-from webdataset import TarWriter
 
-from patterns import METHODS, Explainer, UserError, choose
+from patterns import Explainer, UserError, choose
 from patterns.explain import Explanation
-from patterns.storage import aside_of, write_table
+from patterns.methods import method_of, settings_of
+from patterns.storage import write_table
 from ray_jobs import models
 from ray_jobs.config import ExplainConfig, Resources, equal_share
 from ray_jobs.driver import Beat, driving, tidy
-from ray_jobs.files import located, names, published, read_table
+from ray_jobs.files import here, located, names, published, read_table
 from ray_jobs.job import ShardJob
-from ray_jobs.pictures import picture, png
+from ray_jobs.outputs import OUTPUTS, Explained, Outputs, bytes_per_sample, import_zarr, outputs, writers
 from ray_jobs.run import Run, load_patterns, refused_in, write_refused
 from ray_jobs.samples import SampleError
 from ray_jobs.session import connected
 from ray_jobs.shards import Batch, ShardReader
-from ray_jobs.sources import output_names
-from ray_jobs.worker import Place, ShardReport, Share, Timed
+from ray_jobs.summaries import COLUMNS, REDUCTIONS, shaped, summaries
+from ray_jobs.targets import Target, target_of
+from ray_jobs.words import spoken_bytes
+from ray_jobs.worker import Behind, Place, ShardReport, Share, Timed, ahead
 
-TARGETS = ("predicted", "label")
 Scales = dict[str, list[int]]  # the potential of each method's pass: see `Explainer.scales`
 
 
-@dataclass(frozen=True)
-class Outputs:
-    """Where a shard's explanations go: the shard itself, which is written last, and its table's rows."""
+def schema(config: ExplainConfig, target: Target) -> pa.Schema:
+    """The columns of explanations.parquet: what the model says of a sample, and for each method its map's summary.
 
-    folder: UPath
-    name: str
-
-    @property
-    def tar(self) -> str:
-        """The explanations, written last."""
-        return f"{self.name}.tar"
-
-    @property
-    def rows(self) -> str:
-        """Their rows of explanations.parquet."""
-        return f"{self.name}.parquet"
-
-    @property
-    def refused(self) -> str:
-        """The samples that could not be used."""
-        return f"{self.name}.refused.parquet"
-
-
-def outputs(config: ExplainConfig) -> dict[str, Outputs]:
-    """The output files of each input shard: its own name, with as many folders as tell the shards apart."""
-    folder = located(config.out) / "explanations"
-    paths = {shard: folder / name for shard, name in output_names(config.shards).items()}
-    return {shard: Outputs(path.parent, path.name) for shard, path in paths.items()}
-
-
-def schema(config: ExplainConfig) -> pa.Schema:
-    """The columns of explanations.parquet: for each method, the share of |map| in the central quarter of the area."""
+    Of several maps a sample, the first is summarised, and target and score are lists.
+    """
+    meant, scores = len(target.picks) > 1, target.maps > 1
     return pa.schema(
         [
             ("shard", pa.string()),
@@ -72,9 +47,9 @@ def schema(config: ExplainConfig) -> pa.Schema:
             ("label", pa.int64()),
             ("prediction", pa.int64()),
             ("probability", pa.float32()),
-            ("target", pa.int64()),
-            ("score", pa.float32()),
-            *((f"{method}_centre", pa.float32()) for method in config.methods),
+            ("target", pa.list_(pa.int64()) if meant else pa.int64()),
+            ("score", pa.list_(pa.float32()) if scores else pa.float32()),
+            *((f"{method}_{name}", kind) for method in config.methods for name, kind in COLUMNS.items()),
         ]
     )
 
@@ -92,60 +67,89 @@ class ExplainWorker:
     def ready(self) -> None:
         """Load the model and its patterns."""
         self.loaded = self.share.load(self.config.model, self.weights)
-        self.explainer = explainer(self.config, self.loaded, self.scales)
+        self.target = target_of(self.config.target, self.loaded.network, dict(self.config.classes))
+        self.explainer = explainer(self.config, self.loaded, self.target, self.scales)
 
     def work(self, shard: str, out: Outputs, most: int | None) -> Iterator[ShardReport]:
         """Explain a shard, or its first samples, telling now and then how far it is.
 
-        Rows are written first, the shard of explanations last, each aside and renamed.
+        Batches are decoded before and written after the one at work, in threads of their own. The table of rows is
+        written last, after the other files are where they belong.
         """
         rows: list[dict[str, Any]] = []
         reader = self.reader(shard, most)
-        batches: Timed[Batch] = Timed(reader)
-        with published(out.folder) as folder, aside_of(folder / out.tar) as aside:
-            with open(aside, "wb") as file:
-                # No time of writing, so that the same explanations are the same bytes.
-                tar = TarWriter(file, encoder=False, mtime=0)
-                for batch in batches:
-                    for files, row in self.explain(batch):
-                        tar.write(files)
-                        rows.append({"shard": shard, **row})
-                    if batches.due():
-                        yield ShardReport(len(rows), len(reader.refused), batches.count, batches.waited)
-                tar.close()
-            with published(out.folder) as tables:
-                write_table(tables / out.rows, schema(self.config), [pa.Table.from_pylist(rows, schema(self.config))])
-                write_refused(tables / out.refused, reader.refused)
+        batches: Timed[Batch] = Timed(ahead(self.pinned(batch) for batch in reader))
+        told = schema(self.config, self.target)
+        with published(out.folder) as folder, writers(folder, out, self.config.outputs) as written, Behind() as behind:
+            for batch in batches:
+                explained = self.explain(batch)
+                for writer in written:
+                    behind.do(writer.write, explained)
+                rows += [{"shard": shard, "key": key, **row} for key, row in zip(explained.keys, explained.summaries)]
+                if batches.due():
+                    yield ShardReport(len(rows), len(reader.refused), batches.count, batches.waited)
+            behind.done()
+        with published(out.folder) as folder:
+            write_refused(folder / out.refused, reader.refused)
+        with published(out.folder) as folder:
+            write_table(folder / out.rows, told, [pa.Table.from_pylist(rows, told)])
         yield ShardReport(len(rows), len(reader.refused), batches.count, batches.waited)
 
     def reader(self, shard: str, most: int | None) -> ShardReader:
         config, loaded = self.config, self.loaded
-        (classes,) = loaded.network.output_shape
+        (classes, *_) = loaded.network.output_shape
 
         def has_target(label: int | None) -> None:
-            if config.target == "label" and (label is None or not 0 <= label < classes):
+            if self.target.needs_label and (label is None or not 0 <= label < classes):
                 raise SampleError(f"the label {label} is none of the model's {classes} classes")
 
-        return ShardReader(shard, loaded.preprocessing, config.batch_size, loaded.dtype, most, has_target)
+        return ShardReader(
+            shard, loaded.preprocessing, config.batch_size, loaded.dtype, most, has_target, with_boxes=True
+        )
 
-    def explain(self, batch: Batch) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-        """For each sample: the files of its explanation, and its row of the table."""
-        targets = None
-        if self.config.target == "label":
-            targets = torch.tensor(batch.labels, device=self.loaded.device)
-        explanation = self.explainer(batch.images.to(self.loaded.device, non_blocking=True), targets)
-        described = rows_of(batch, explanation)
-        scaled = {m: to_float16(maps, explanation.exponents[m]) for m, maps in explanation.maps.items()}
-        centres = {method: centre_share(maps) for method, maps in explanation.maps.items()}
-        for number, (key, row) in enumerate(zip(batch.keys, described)):
-            exponents = {method: int(exponent[number]) for method, (_, exponent) in scaled.items()}
-            files: dict[str, Any] = {"__key__": key, "json": json.dumps(row | {"exponents": exponents}).encode()}
-            for method, (arrays, _) in scaled.items():
-                buffer = io.BytesIO()
-                np.save(buffer, arrays[number], allow_pickle=False)
-                files[f"{method}.npy"] = buffer.getvalue()
-                files[f"{method}.png"] = png(picture(method, arrays[number]))
-            yield files, {"key": key, **row, **{f"{m}_centre": float(c[number]) for m, c in centres.items()}}
+    def pinned(self, batch: Batch) -> Batch:
+        """A batch in memory that a GPU can copy from while it computes."""
+        if self.loaded.device.type != "cuda":
+            return batch
+        return Batch(batch.images.pin_memory(), batch.keys, batch.labels, batch.boxes)
+
+    def explain(self, batch: Batch) -> Explained:
+        """The maps of a batch as they are written, and what is said of each sample."""
+        images = batch.images.to(self.loaded.device, non_blocking=True)
+        seeds = [seed_of(self.config.seed, key) for key in batch.keys]
+        explanation = self.explainer(images, lambda scores: self.target.targets(scores, batch.labels), seeds)
+        rows = self.rows(batch, images, explanation)
+        first = {m: maps[:, 0] if self.target.maps > 1 else maps for m, maps in explanation.maps.items()}
+        described = zip(*(summaries(method, maps, batch.boxes) for method, maps in first.items()))
+        arrays, exponents = {}, {}
+        for method, maps in explanation.maps.items():
+            several = maps.dim() > 4
+            flat = shaped(maps.flatten(0, 1) if several else maps, self.config.reduction, self.config.size)
+            array, exponent = to_float16(flat, explanation.exponents[method])
+            shape = maps.shape[:2] if several else maps.shape[:1]
+            arrays[method] = array.reshape(*shape, *array.shape[1:])
+            exponents[method] = exponent.reshape(shape)
+        told = [row | dict(chain.from_iterable(d.items() for d in columns)) for row, columns in zip(rows, described)]
+        return Explained(batch.keys, rows, told, arrays, exponents)
+
+    def rows(self, batch: Batch, images: Tensor, explanation: Explanation) -> list[dict[str, Any]]:
+        """What the model says of each sample of a batch."""
+        target, values = self.target, explanation.scores.float()
+        scores = values
+        if target.operator is not None:
+            with torch.inference_mode():
+                scores = self.loaded.network.module(images).float()
+        probability, prediction = scores.softmax(1).max(1)
+        classes = target.classes(values, batch.labels)
+        score = target.score(values, classes)
+        columns = {
+            "label": batch.labels,
+            "prediction": prediction.tolist(),
+            "probability": probability.tolist(),
+            "target": classes.tolist() if len(target.picks) > 1 else classes[:, 0].tolist(),
+            "score": score.tolist() if target.maps > 1 else score[:, 0].tolist(),
+        }
+        return [dict(zip(columns, row)) for row in zip(*columns.values())]
 
 
 class ExplainJob(ShardJob):
@@ -162,45 +166,63 @@ class ExplainJob(ShardJob):
         return self.told[item]
 
 
-def explainer(config: ExplainConfig, loaded: models.Loaded, scales: Scales) -> Explainer:
+def explainer(config: ExplainConfig, loaded: models.Loaded, target: Target, scales: Scales) -> Explainer:
     """The methods of a config over the patterns of its run; scales: those calibrated before, by method."""
-    chosen = None
-    if any(METHODS[m].needs_patterns for m in config.methods if m in METHODS):
-        chosen = choose(loaded.network, load_patterns(config.patterns, loaded.digest), config.estimator)
-    return Explainer(loaded.network, chosen, config.methods, scales=scales)
+    network = loaded.network if target.operator is None else loaded.network.until(target.operator)
+    passes = [b for name in config.methods if (b := method_of(name).backward) is not None and b.needs_patterns]
+    chosen, estimators = None, {}
+    if passes:
+        patterns = load_patterns(config.patterns, loaded.digest)
+        if any(not b.estimator for b in passes):
+            chosen = choose(network, patterns, config.estimator)
+        estimators = {b.estimator: choose(network, patterns, b.estimator) for b in passes if b.estimator}
+    return Explainer(network, chosen, config.methods, scales, estimators, dict(config.settings))
 
 
-def rows_of(batch: Batch, explanation: Explanation) -> list[dict[str, Any]]:
-    """What the model says of each sample of a batch."""
-    scores = explanation.scores.float().cpu()
-    probability, prediction = scores.softmax(1).max(1)
-    targets = explanation.targets.cpu()
-    score = scores.gather(1, targets[:, None])[:, 0]
-    return [
-        {"label": label, "prediction": p, "probability": q, "target": t, "score": s}
-        for label, p, q, t, s in zip(
-            batch.labels, prediction.tolist(), probability.tolist(), targets.tolist(), score.tolist()
-        )
-    ]
+def seed_of(seed: int, key: str) -> int:
+    """A seed for a sample that depends on no other."""
+    return int.from_bytes(blake2b(f"{seed}/{key}".encode(), digest_size=7).digest())
 
 
-def to_float16(maps: Tensor, exponent: int) -> tuple[np.ndarray, list[int]]:
+def to_float16(maps: Tensor, exponent: int) -> tuple[np.ndarray, np.ndarray]:
     """Explanations map · 2^exponent (N, …) as float16 arrays, the largest in [½, 1), and each one's exponent.
 
     A power of two for each sample keeps what float16's narrow range would lose, and is exact.
     """
     exponents = torch.frexp(maps.abs().flatten(1).amax(1)).exponent
     scaled = torch.ldexp(maps, -exponents.view(-1, *[1] * (maps.dim() - 1)))
-    return scaled.half().cpu().numpy(), (exponents + exponent).tolist()
+    return scaled.half().cpu().numpy(), (exponents + exponent).cpu().numpy()
 
 
-def centre_share(maps: Tensor) -> Tensor:
-    """The share of |map| in the middle half of height and width, shape (N,); 0 for a map of zeros."""
-    mass = maps.abs().sum(1)
-    height, width = mass.shape[-2:]
-    centre = mass[:, height // 4 : height - height // 4, width // 4 : width - width // 4]
-    total = mass.flatten(1).sum(1)
-    return torch.where(total > 0, centre.flatten(1).sum(1) / torch.where(total > 0, total, 1.0), 0.0)
+def cost(config: ExplainConfig, loaded: models.Loaded, target: Target) -> str:
+    """What the explanations will take, in words."""
+    channels, *sides = loaded.preprocessing.input_shape
+    shape = (channels if config.reduction == "none" else 1, *([config.size] * 2 if config.size else sides))
+    several = (target.maps,) if target.maps > 1 else ()
+    each = bytes_per_sample(dict.fromkeys(config.methods, (*several, *shape)), config.outputs)
+    total = sum(each.values())
+    by_kind = ", ".join(f"{kind} {spoken_bytes(size)}" for kind, size in each.items())
+    line = f"a sample takes at most {spoken_bytes(total)} ({by_kind}), 1000 samples {spoken_bytes(1000 * total)}"
+    if config.max_samples is not None:
+        line += f", all {config.max_samples} at most {spoken_bytes(config.max_samples * total)}"
+    folder = located(config.out)
+    if here(folder):
+        there = next(p for p in (Path(str(folder)), *Path(str(folder)).parents) if p.exists())
+        line += f"; {spoken_bytes(shutil.disk_usage(there).free)} are free at {config.out}"
+    return line
+
+
+def checked(config: ExplainConfig) -> None:
+    """UserError for outputs and reductions that there are not."""
+    for kind in config.outputs or ("",):
+        if kind not in OUTPUTS:
+            raise UserError("--output", f"no output {kind!r}", f"Choose from {', '.join(OUTPUTS)}.")
+    if config.reduction not in REDUCTIONS:
+        what = f"no reduction {config.reduction!r}"
+        raise UserError("--reduce-channels", what, f"Choose from {', '.join(REDUCTIONS)}.")
+    if "zarr" in config.outputs:
+        import_zarr()
+    settings_of({name: method_of(name) for name in config.methods}, dict(config.settings))
 
 
 def explain(config: ExplainConfig, resources: Resources = Resources()) -> Run:  # noqa: B008 - frozen
@@ -208,23 +230,26 @@ def explain(config: ExplainConfig, resources: Resources = Resources()) -> Run:  
 
     UserError where the configuration or the data are wrong, StoppedShortError where a signal came.
     """
-    if config.target not in TARGETS:
-        raise UserError("--target", f"no target {config.target!r}", f"Choose from {', '.join(TARGETS)}.")
+    checked(config)
     loaded = models.load(config.model)
+    target = target_of(config.target, loaded.network, dict(config.classes))
     run = Run(config.out)
     section = run.section("explain", config, loaded)
     # Before anything is written, so that wrong patterns are told; once for all workers and resumptions.
-    scales = explainer(config, loaded, section.get("scales", {})).scales
+    made = explainer(config, loaded, target, section.get("scales", {}))
+    scales = made.scales
     if section["status"] == "complete" and not section["missing"]:
         tidy(run)
         return run
     with driving(run, "explain") as beat, connected(resources):
-        section |= {"scales": scales}
+        section |= {"scales": scales, "settings": made.settings}
         run.record("explain", section, loaded)
-        outs = outputs(config)
+        outs = outputs(config.out, config.shards)
         there = {folder: set(names(folder)) for folder in {out.folder for out in outs.values()}}
-        left = [s for s, out in outs.items() if out.tar not in there[out.folder]]
+        left = [s for s, out in outs.items() if out.rows not in there[out.folder]]
         job = ExplainJob(beat, config, outs, left, resources)
+        if left:
+            job.reporter.line(f"{cost(config, loaded, target)}")
         job.run(ExplainWorker, config, loaded.digest, scales)
         done = [out for shard, out in outs.items() if shard not in job.missing]
         refused = [row for out in done for row in refused_in(out.folder / out.refused)]
@@ -239,7 +264,7 @@ def explain(config: ExplainConfig, resources: Resources = Resources()) -> Run:  
                 yield table
 
         with published(run.folder) as folder:
-            write_table(folder / "explanations.parquet", schema(config), tables())
+            write_table(folder / "explanations.parquet", schema(config, target), tables())
         counted = {"shards": len(done), "missing": job.missing, "samples": samples, "refused": len(refused)}
         run.record("explain", section | {"status": "complete", **counted}, loaded)
     return run

@@ -3,6 +3,7 @@
 import difflib
 import importlib
 import importlib.util
+import json
 import sys
 from dataclasses import dataclass
 from io import BytesIO
@@ -11,6 +12,7 @@ from typing import Any
 
 import fsspec
 import torch
+import torchvision
 from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
@@ -100,6 +102,34 @@ def timm_model(name: str, own_weights: bool) -> tuple[nn.Module, Preprocessing]:
     return model, Preprocessing(
         size, int(size / data["crop_pct"]), data["interpolation"], tuple(data["mean"]), tuple(data["std"])
     )
+
+
+def class_names(spec: str, file: str | None) -> dict[str, int]:
+    """The numbers of a model's classes by name: from a file, or as torchvision has them; empty where nobody says.
+
+    file: a JSON list, a JSON object from number to name, or a text with one name a line; a path or URL.
+    UserError where it is none of these.
+    """
+    if file is None:
+        kind, _, name = spec.rpartition(":")
+        known = kind == "torchvision" and name in torchvision.models.list_models(module=torchvision.models)
+        listed = torchvision.models.get_model_weights(name).DEFAULT.meta.get("categories", []) if known else []
+        return {name: number for number, name in reversed(list(enumerate(listed)))}
+    try:
+        with fsspec.open(file, "rt", encoding="utf-8") as text:
+            content = text.read()
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"--classes {file}", f"cannot be read ({error})", "Give a file or URL that exists.") from error
+    try:
+        read = json.loads(content)
+    except ValueError:
+        read = [line.strip() for line in content.splitlines() if line.strip()]
+    pairs = read.items() if isinstance(read, dict) else enumerate(read if isinstance(read, list) else [])
+    try:
+        return {str(name): int(number) for number, name in pairs}
+    except ValueError as error:
+        what = "an object that is not from number to name"
+        raise UserError(f"--classes {file}", what, 'Write {"0": "tench", "1": "goldfish", …}.') from error
 
 
 def factory(spec: str, where: str, name: str) -> Any:

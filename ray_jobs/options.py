@@ -7,11 +7,15 @@ from typing import Annotated, Any
 
 import typer
 
-from patterns import CHOICES
+from patterns import CHOICES, METHODS
+from patterns.methods import WITH_PATTERNS
 from ray_jobs.config import FITTED, ExplainConfig, Log, Resources
+from ray_jobs.outputs import OUTPUTS
+from ray_jobs.summaries import REDUCTIONS
 from ray_jobs.words import byte_count, duration
 
 DEFAULT_FIT, DEFAULT_METHODS = ",".join(FITTED), ",".join(ExplainConfig.methods)
+DEFAULT_OUTPUTS = ",".join(ExplainConfig.outputs)
 
 Model = Annotated[str, typer.Option(help="torchvision:NAME, timm:NAME, package.module:factory or file.py:factory.")]
 Weights = Annotated[str, typer.Option(help="File or URL of a state dict; `default`: the library's own; `random`.")]
@@ -53,6 +57,23 @@ Resize = Annotated[int | None, typer.Option(min=1, help="Shorter side before the
 Mean = Annotated[str | None, typer.Option(help="Mean per channel, for pixels in [0, 1]: 0.5,0.5,0.5.")]
 Std = Annotated[str | None, typer.Option(help="Deviation per channel: 0.5,0.5,0.5.")]
 PassThrough = Annotated[str, typer.Option(help="Operations whose usual gradient to take: gelu,layer_norm,…")]
+Methods = Annotated[
+    str, typer.Option(help=f"Some of {', '.join(METHODS)}; {' and '.join(WITH_PATTERNS)} also as METHOD:ESTIMATOR.")
+]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", help="A method's setting: smoothgrad.samples=50. Repeatable.")
+]
+TargetSpec = Annotated[
+    str,
+    typer.Option(help="predicted, second, label, top-K, a class by number or name, A-vs-B, or OPERATOR:NEURON."),
+]
+Classes = Annotated[
+    str | None,
+    typer.Option(help="The classes' names: a JSON list, a JSON object by number (as `pack` writes), or one a line."),
+]
+OutputKinds = Annotated[str, typer.Option("--output", help=f"Some of {', '.join(OUTPUTS)}.")]
+MapSize = Annotated[int | None, typer.Option("--resize", min=1, help="Height and width of the maps that are written.")]
+Reduction = Annotated[str, typer.Option("--reduce-channels", help=f"One of {', '.join(REDUCTIONS)}.")]
 Address = Annotated[str | None, typer.Option(help="The Ray cluster; else RAY_ADDRESS, else Ray is started here.")]
 Workers = Annotated[
     int | None, typer.Option(min=0, help="Workers at most; else as many as the cluster holds. 0: here, without Ray.")

@@ -6,6 +6,8 @@ from typing import Any
 # `__key__`; the bytes of each file by its extension in lower case; `__refused__`, where it must not be used: why.
 Sample = dict[str, Any]
 
+Box = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels
+
 IMAGES = ("jpg", "jpeg", "png", "webp")
 TENSOR = "npy"
 MAX_SAMPLE_BYTES = 1 << 27  # of all files of a sample; a ready tensor of 3×1024×1024 has 12 MB

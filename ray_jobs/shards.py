@@ -10,19 +10,26 @@ from torch import Tensor
 from patterns import UserError
 from ray_jobs import folders, tables, tar
 from ray_jobs.config import Preprocessing
-from ray_jobs.decode import decode, label_of
+from ray_jobs.decode import boxes_of, decode, label_of
 from ray_jobs.ledger import Refused
-from ray_jobs.samples import Sample, SampleError, distinct
+from ray_jobs.samples import Box, Sample, SampleError, distinct
 from ray_jobs.streams import blamed, opened, seekable
 
 
 @dataclass(frozen=True)
 class Batch:
-    """images: (N, C, H, W) in the model's dtype, on the CPU. labels: None where a sample has none."""
+    """images: (N, C, H, W) in the model's dtype, on the CPU.
+
+    labels, boxes: None where a sample has none; boxes are in the model's input, and read where they are asked for.
+    """
 
     images: Tensor
     keys: list[str]
     labels: list[int | None]
+    boxes: list[list[Box] | None]
+
+
+Used = tuple[str, Tensor, int | None, list[Box] | None]
 
 
 def read_shard(shard: str) -> Generator[Sample, None, None]:
@@ -58,6 +65,7 @@ class ShardReader:
 
     max_samples: the first so many samples of the shard are looked at, whether they can be used or not.
     check: raises SampleError for further samples that the job cannot use, given the label.
+    with_boxes: whether boxes are wanted.
     only: of these, the samples of these keys; None: all.  skip: but not those of these keys.
     """
 
@@ -67,12 +75,13 @@ class ShardReader:
     dtype: torch.dtype = torch.float32
     max_samples: int | None = None
     check: Callable[[int | None], None] = lambda _: None
+    with_boxes: bool = False
     only: frozenset[str] | None = None
     skip: frozenset[str] = frozenset()
     refused: list[Refused] = field(default_factory=list)
 
     def __iter__(self) -> Iterator[Batch]:
-        taken: list[tuple[str, Tensor, int | None]] = []
+        taken: list[Used] = []
         lacking = set(self.only or ())
         with closing(read_shard(self.shard)) as samples:
             for number, sample in enumerate(samples):
@@ -91,8 +100,8 @@ class ShardReader:
     def wanted(self, key: str) -> bool:
         return key not in self.skip and (self.only is None or key in self.only)
 
-    def used(self, sample: Sample) -> tuple[str, Tensor, int | None] | None:
-        """A sample's key, input and label; None where it is refused."""
+    def used(self, sample: Sample) -> Used | None:
+        """A sample's key, input, label and boxes; None where it is refused."""
         key = sample["__key__"]
         if reason := sample.get("__refused__"):
             self.refused.append(Refused(self.shard, key, "read", reason))
@@ -100,11 +109,12 @@ class ShardReader:
         try:
             label = label_of(sample)
             self.check(label)
-            return key, decode(sample, self.preprocessing), label
+            boxes = boxes_of(sample, self.preprocessing) if self.with_boxes else None
+            return key, decode(sample, self.preprocessing), label, boxes
         except SampleError as error:
             self.refused.append(Refused(self.shard, key, "decode", str(error)))
             return None
 
-    def batch(self, taken: list[tuple[str, Tensor, int | None]]) -> Batch:
-        keys, images, labels = zip(*taken)
-        return Batch(torch.stack(images).to(self.dtype), list(keys), list(labels))
+    def batch(self, taken: list[Used]) -> Batch:
+        keys, images, labels, boxes = zip(*taken)
+        return Batch(torch.stack(images).to(self.dtype), list(keys), list(labels), list(boxes))

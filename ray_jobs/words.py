@@ -24,5 +24,8 @@ def byte_count(text: str) -> int:
 
 
 def spoken_bytes(size: int) -> str:
-    """A size in MiB or GiB."""
-    return f"{size / 2**30:.2f} GiB" if abs(size) >= 2**30 else f"{size / 2**20:.2f} MiB"
+    """A size in KiB, MiB or GiB."""
+    for power, unit in ((30, "GiB"), (20, "MiB")):
+        if abs(size) >= 2**power:
+            return f"{size / 2**power:.2f} {unit}"
+    return f"{size / 2**10:.2f} KiB"

@@ -8,7 +8,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from patterns import Network, trace
+from patterns import METHODS, Network, trace
 
 SIZE = 64
 
@@ -60,6 +60,9 @@ def randomise(norm: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d) -> None:
         with torch.no_grad():
             norm.weight.copy_(signs * (torch.rand(k) + 0.5))
             norm.bias.copy_(torch.randn(k) * 0.3)
+
+
+PASSES = [name for name, method in METHODS.items() if method.backward is not None]
 
 
 def relative(found: Tensor, expected: Tensor) -> float:

@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from zennit.attribution import Gradient
 
-from patterns import METHODS, Explainer, Network, UserError, accumulate, choose, solve, trace
+from patterns import Explainer, Network, UserError, accumulate, choose, solve, trace
 from tests.oracles import Value, explanation
-from tests.patterns.networks import randomise, relative, traced
+from tests.patterns.networks import PASSES, randomise, relative, traced
 
 ARCHITECTURES = ["vgg11", "resnet18", "densenet121", "tf_efficientnet_lite0"]
-EVERY_METHOD = tuple(METHODS)
+EVERY_METHOD = tuple(PASSES)
 LINEAR = "gradient", "patternnet", "patternattribution"
 Weights = Mapping[str, Tensor]
 
@@ -362,5 +362,5 @@ def test_a_pattern_of_another_shape_is_refused_by_its_operators_name() -> None:
 
 def test_an_unknown_method_is_refused_by_name() -> None:
     it = small("residual")
-    with pytest.raises(UserError, match=r"no method 'lrp'\. Choose from gradient, .*, patternattribution\."):
+    with pytest.raises(UserError, match=r"no method 'lrp'\. Choose from gradient, .* also as patternnet:ESTIMATOR\."):
         Explainer(it.network, it.patterns, ["patternnet", "lrp"])

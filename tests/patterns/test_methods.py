@@ -167,4 +167,6 @@ def test_a_method_that_keeps_the_rectifiers_leaves_the_graph_alone(monkeypatch: 
 
 
 def test_only_contributions_are_called_attributions() -> None:
-    assert [m for m, row in METHODS.items() if row.attributes] == ["gradient-x-input", "patternattribution"]
+    assert [m for m, row in METHODS.items() if row.attributes] == [
+        "gradient-x-input", "patternattribution", "lrp-z", "lrp-epsilon-plus-flat", "integrated-gradients", "random",
+    ]  # fmt: skip

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from patterns import (
-    METHODS,
     Explainer,
     Explanation,
     Moments,
@@ -21,7 +20,7 @@ from patterns import (
     solve,
     trace,
 )
-from tests.patterns.networks import build, randomise, relative
+from tests.patterns.networks import PASSES, build, randomise, relative
 from tests.patterns.test_scales import deep, patterns_of
 
 FOUND_FROM_DATA = "patternnet", "patternattribution"
@@ -71,9 +70,9 @@ def test_scaling_changes_no_bit_of_any_method(monkeypatch: pytest.MonkeyPatch) -
     network, inputs = signed()
     patterns = patterns_of(network, 3.0)
     monkeypatch.setattr(scales, "SAFE", 10_000)
-    unscaled = Explainer(network, patterns, list(METHODS))(inputs)
+    unscaled = Explainer(network, patterns, PASSES)(inputs)
     monkeypatch.setattr(scales, "SAFE", 1)
-    scaled = Explainer(network, patterns, list(METHODS))(inputs)
+    scaled = Explainer(network, patterns, PASSES)(inputs)
     for method, maps in scaled.maps.items():
         assert unscaled.exponents[method] == 0
         assert scaled.exponents[method] != 0
@@ -185,6 +184,6 @@ def test_without_flipping_gates_every_method_in_half_precision_is_that_in_float6
     network = trace(Shallow().to(dtype), inputs[:2])
     wide = cast(network, torch.float64)  # to fit: in half precision, outputs far from 0 hardly vary
     patterns = linear_patterns(wide, inputs.double())
-    found = Explainer(network, patterns, list(METHODS))(inputs[:3], TARGETS)
-    expected = Explainer(wide, patterns, list(METHODS))(inputs[:3].double(), TARGETS)
+    found = Explainer(network, patterns, PASSES)(inputs[:3], TARGETS)
+    expected = Explainer(wide, patterns, PASSES)(inputs[:3].double(), TARGETS)
     assert_same_maps(found, expected, cosine=0.999, size=0.05)

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from patterns import METHODS, Explainer, Network, UserError, scales, trace
+from patterns import Explainer, Network, UserError, scales, trace
+from tests.patterns.networks import PASSES
 
 DEPTH = 24
 
@@ -88,7 +89,7 @@ def test_scaling_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_magnitudes_in_range_are_left_as_they_are() -> None:
     network, inputs = deep()
-    explainer = Explainer(network, patterns_of(network, 1.0), list(METHODS))
+    explainer = Explainer(network, patterns_of(network, 1.0), PASSES)
     assert set(explainer(inputs).exponents.values()) == {0}
 
 

@@ -16,10 +16,11 @@ from patterns import METHODS, Explainer, choose
 from patterns.storage import load
 from ray_jobs import models
 from ray_jobs.config import ExplainConfig, FitConfig, ModelConfig, Resources
-from ray_jobs.explain import explain
+from ray_jobs.explain import explain, seed_of
 from ray_jobs.fit import fit
 from ray_jobs.job import ShardJob
 from ray_jobs.shards import ShardReader, read_shard
+from ray_jobs.summaries import summaries
 from ray_jobs.worker import Place
 from tests.conftest import jpeg, write_tar
 
@@ -40,16 +41,23 @@ def fitted(local_ray: None, model: ModelConfig, shards: list[str], tmp_path_fact
 def test_explanations_line_up_with_their_shards_and_are_the_librarys(
     fitted: Path, model: ModelConfig, shards: list[str], tmp_path: Path
 ) -> None:
-    config = ExplainConfig(model, str(fitted), tuple(shards), str(tmp_path), batch_size=4, methods=tuple(METHODS))
+    methods = (*METHODS, "patternattribution:linear")
+    config = ExplainConfig(model, str(fitted), tuple(shards), str(tmp_path), batch_size=4, methods=methods)
     run = explain(config, RESOURCES)
     loaded = models.load(model)
-    explainer = Explainer(loaded.network, choose(loaded.network, load(fitted, loaded.digest)), list(METHODS))
+    patterns = load(fitted, loaded.digest)
+    explainer = Explainer(
+        loaded.network,
+        choose(loaded.network, patterns),
+        methods,
+        estimators={"linear": choose(loaded.network, patterns, "linear")},
+    )
     table = pq.read_table(run.folder / "explanations.parquet").to_pylist()
     assert len(table) == 72
     rows = {(r["shard"], r["key"]): r for r in table}
     for shard in shards:
         (batch,) = ShardReader(shard, loaded.preprocessing, batch_size=100)
-        expected = explainer(batch.images)
+        expected = explainer(batch.images, seeds=[seed_of(0, key) for key in batch.keys])
         written = list(read_shard(str(tmp_path / "explanations" / Path(shard).name)))
         assert [s["__key__"] for s in written] == [s["__key__"] for s in read_shard(shard)]
         for i, sample in enumerate(written):
@@ -58,14 +66,16 @@ def test_explanations_line_up_with_their_shards_and_are_the_librarys(
             assert said["target"] == said["prediction"] == int(expected.targets[i]) == row["target"]
             assert said["label"] == batch.labels[i] == row["label"]
             assert said["score"] == pytest.approx(float(expected.scores[i].max()), rel=1e-5)
-            for method in METHODS:
+            for method in methods:
                 array = np.load(io.BytesIO(sample[f"{method}.npy"]))
                 assert array.dtype == np.float16
                 found = torch.from_numpy(array.astype(np.float32)) * 2.0 ** said["exponents"][method]
                 true = expected.maps[method][i]
                 assert (found - true).abs().max() <= 1e-3 * true.abs().max()
                 assert Image.open(io.BytesIO(sample[f"{method}.png"])).size == (16, 16)
-                assert 0 <= row[f"{method}_centre"] <= 1
+                (told,) = summaries(method, true[None], [None])
+                for name, value in told.items():
+                    assert row[name] == (None if value is None else pytest.approx(value, rel=1e-4)), name
 
 
 def test_only_what_is_missing_is_done_again_and_gives_the_same_bytes(

@@ -1,0 +1,139 @@
+"""Fitted patterns for those who use other libraries: the ways in which captum, zennit and Quantus ask for maps."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from zennit.canonizers import Canonizer
+from zennit.core import Composite
+
+from patterns.errors import UserError
+from patterns.explain import Explainer
+from patterns.storage import digest
+
+
+class Attribution:
+    """A method in captum's manner: `PatternAttribution(model, run).attribute(inputs, target=3)`.
+
+    run: the folder of a fit of this model. The other arguments are those of `Explainer.load`.
+    """
+
+    method: str
+
+    def __init__(
+        self,
+        model: nn.Module,
+        run: str | Path,
+        estimator: str = "default",
+        example: Tensor | None = None,
+        strict: bool = True,
+    ) -> None:
+        self.explainer = Explainer.load(run, model, [self.method], estimator, example, strict)
+
+    def attribute(self, inputs: Tensor, target: int | Sequence[int] | Tensor | None = None) -> Tensor:
+        """A map of each sample for its target, of the inputs' shape (N, …).
+
+        target: one class for all, one for each sample, or None for those predicted.
+        """
+        targets = None
+        if target is not None:
+            targets = torch.as_tensor(target, dtype=torch.int64, device=inputs.device).expand(len(inputs))
+        explanation = self.explainer(inputs, targets)
+        return explanation.maps[self.method] * 2.0 ** explanation.exponents[self.method]
+
+
+class PatternNet(Attribution):
+    """The signal that the patterns of a run find for a target (Kindermans et al. 2018)."""
+
+    method = "patternnet"
+
+
+class PatternAttribution(Attribution):
+    """What each input contributes to a target's score through the signal (Kindermans et al. 2018)."""
+
+    method = "patternattribution"
+
+
+class Replaced(Canonizer):  # type: ignore[misc] # zennit has no types
+    """While it is applied, a model computes what another module computes, gradients included."""
+
+    def __init__(self, model: nn.Module, by: nn.Module) -> None:
+        super().__init__()
+        self.model, self.by = model, by
+
+    def apply(self, root_module: nn.Module) -> list[Canonizer]:
+        if root_module is not self.model:
+            what = "the composite is registered to another model than it was made for"
+            raise UserError(type(root_module).__name__, what, "Make a composite for this one.")
+        self.register()
+        return [self]
+
+    def register(self) -> None:
+        self.model.forward = self.by.forward
+
+    def remove(self) -> None:
+        self.model.__dict__.pop("forward", None)
+
+    def copy(self) -> "Replaced":
+        return Replaced(self.model, self.by)
+
+
+class PatternComposite(Composite):  # type: ignore[misc] # zennit has no types
+    """A zennit composite: what it is registered to has a method's pass for its gradient.
+
+    As with zennit's own, the relevance that an attributor starts from is the user's to say; PatternNet and
+    PatternAttribution start from the target's value.
+    """
+
+    method: str
+
+    def __init__(
+        self,
+        model: nn.Module,
+        run: str | Path,
+        estimator: str = "default",
+        example: Tensor | None = None,
+        strict: bool = True,
+    ) -> None:
+        explainer = Explainer.load(run, model, [self.method], estimator, example, strict)
+        super().__init__(canonizers=[Replaced(model, explainer.module())])
+
+
+class PatternNetComposite(PatternComposite):
+    """PatternNet as a zennit composite."""
+
+    method = "patternnet"
+
+
+class PatternAttributionComposite(PatternComposite):
+    """PatternAttribution as a zennit composite."""
+
+    method = "patternattribution"
+
+
+def quantus_explain(
+    run: str | Path, method: str = "patternattribution", estimator: str = "default", strict: bool = True
+) -> Callable[..., np.ndarray]:
+    """An `explain_func` for Quantus' metrics, of model, inputs (N, C, H, W) and targets (N,): (N, 1, H, W).
+
+    That is the sum of a map's channels.
+
+    strict: refuse a model of other weights than the patterns'; Quantus' randomisation tests need False, which
+    carries the patterns over to the randomised model.
+    """
+    explainers: dict[str, Explainer] = {}  # of the last model; Quantus asks for many batches of one
+
+    def explain_func(model: nn.Module, inputs: Any, targets: Any, **_: Any) -> np.ndarray:
+        weights = digest(model)
+        if weights not in explainers:
+            explainers.clear()
+            explainers[weights] = Explainer.load(run, model, [method], estimator, strict=strict)
+        like = next(model.parameters())
+        x = torch.as_tensor(inputs).to(like)
+        explanation = explainers[weights](x, torch.as_tensor(targets, dtype=torch.int64, device=like.device))
+        return explanation.maps[method].sum(1, keepdim=True).cpu().numpy()
+
+    return explain_func

@@ -1,0 +1,166 @@
+"""Methods that zennit computes on a traced network: what zennit and captum give for the model itself."""
+
+from collections.abc import Callable
+from typing import Any
+
+import captum.attr
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+from zennit.attribution import Gradient, IntegratedGradients, SmoothGrad
+from zennit.canonizers import Canonizer
+from zennit.composites import EpsilonPlusFlat
+from zennit.torchvision import ResNetCanonizer, VGGCanonizer
+
+from patterns import METHODS, Explainer, UserError, trace
+from tests.patterns.networks import randomise, relative
+
+ONES = torch.eye(10, dtype=torch.float64)
+TARGETS = torch.tensor([3, 7, 0])
+
+
+def model_of(name: str) -> nn.Module:
+    torch.manual_seed(2)
+    model = getattr(torchvision.models, name)(num_classes=10).double().eval()
+    for part in model.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            randomise(part)
+            # zennit leaves this in the norms that it has merged, which then shrink what passes them.
+            part.eps = 0.0
+    return model
+
+
+def images() -> Tensor:
+    return torch.randn(3, 3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+
+def only(method: str, model: nn.Module, x: Tensor, settings: dict[str, float] | None = None) -> Tensor:
+    return Explainer(trace(model, x), None, [method], settings=settings)(x, TARGETS).maps[method]
+
+
+@pytest.mark.parametrize(("name", "canonizer"), [("resnet18", ResNetCanonizer), ("vgg11_bn", VGGCanonizer)])
+def test_lrp_on_the_traced_network_is_zennits_on_the_model(name: str, canonizer: Callable[[], Canonizer]) -> None:
+    model, x = model_of(name), images()
+    found = only("lrp-epsilon-plus-flat", model, x, {"lrp-epsilon-plus-flat.epsilon": 1e-4})
+    with Gradient(model, EpsilonPlusFlat(epsilon=1e-4, canonizers=[canonizer()])) as attributor:
+        _, expected = attributor(x.clone(), lambda scores: scores * ONES[TARGETS])
+    assert relative(found, expected) < 1e-10
+
+
+def test_lrp_z_without_its_stabiliser_is_gradient_times_input() -> None:
+    model, x = model_of("resnet18"), images()
+    found = only("lrp-z", model, x, {"lrp-z.epsilon": 1e-300})
+    assert relative(found, only("gradient-x-input", model, x)) < 1e-8
+
+
+def test_integrated_gradients_are_zennits_and_captums() -> None:
+    model, x = model_of("resnet18"), images()
+    found = only("integrated-gradients", model, x, {"integrated-gradients.steps": 7})
+    _, direct = IntegratedGradients(model, n_iter=7)(x.clone(), ONES[TARGETS])
+    assert relative(found, direct) < 1e-10
+    # Their steps are float32's sevenths and differ in the last digit.
+    captums = captum.attr.IntegratedGradients(model).attribute(x, target=TARGETS, n_steps=7, method="riemann_right")
+    assert relative(found, captums) < 1e-6
+
+
+def test_smoothgrad_is_zennits_with_the_noise_of_the_samples_own_seed() -> None:
+    model, x = model_of("resnet18"), images()
+    settings = {"smoothgrad.samples": 3, "smoothgrad.noise": 0.2}
+    explainer = Explainer(trace(model, x), None, ["smoothgrad"], settings=settings)
+    found = explainer(x, TARGETS, [5, 6, 7]).maps["smoothgrad"]
+    for k, seed in enumerate([5, 6, 7]):
+        generator = torch.Generator().manual_seed(seed)
+        noises = [torch.randn(3, 64, 64, generator=generator).double() for _ in range(2)]
+        scale = 0.2 * (x[k].max() - x[k].min())
+        gradients = []
+        for step in (noises[0], noises[1], torch.zeros(3, 64, 64)):
+            noisy = (x[k] + scale * step)[None].requires_grad_()
+            gradients.append(torch.autograd.grad(model(noisy)[0, TARGETS[k]], noisy)[0][0])
+        assert relative(found[k], torch.stack(gradients).mean(0)) < 1e-10
+
+
+def test_smoothgrad_of_one_sample_has_no_noise() -> None:
+    model, x = model_of("resnet18"), images()
+    settings = {"smoothgrad.samples": 1}
+    network = trace(model, x)
+    found = Explainer(network, None, ["smoothgrad", "gradient"], settings=settings)(x, TARGETS).maps
+    assert relative(found["smoothgrad"], found["gradient"]) < 1e-10
+    _, direct = SmoothGrad(model, n_iter=1)(x.clone(), ONES[TARGETS])
+    assert relative(found["smoothgrad"], direct) < 1e-10
+
+
+class CalledTwice(nn.Module):
+    """One layer that is called twice, a difference, a product with a constant and a batch norm on its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twice, self.norm, self.head = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.Linear(3, 10)
+        randomise(self.norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        once = torch.relu(self.twice(x))
+        x = torch.relu(0.5 * self.twice(once) - 2 * once + x)
+        return self.head(self.norm(x).mean((2, 3)))
+
+
+def test_lrp_reaches_what_has_no_layer_of_its_own() -> None:
+    torch.manual_seed(4)
+    model, x = CalledTwice().double().eval(), images()
+    found = only("lrp-z", model, x, {"lrp-z.epsilon": 1e-300})
+    assert relative(found, only("gradient-x-input", model, x)) < 1e-8
+
+
+RANDOM = ("random", "smoothgrad")
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if not METHODS[m].needs_patterns])
+def test_a_sample_alone_has_the_map_that_it_has_in_a_batch(method: str) -> None:
+    x, settings = images(), {"smoothgrad.samples": 2} if method == "smoothgrad" else {}
+    explainer = Explainer(trace(model_of("resnet18"), x), None, [method], settings=settings)
+    seeds = [11, 12, 13]
+    together = explainer(x, TARGETS, seeds).maps[method]
+    for k in range(3):
+        alone = explainer(x[k : k + 1], TARGETS[k : k + 1], seeds[k : k + 1]).maps[method][0]
+        assert relative(alone, together[k]) < 1e-10
+    if method in RANDOM:
+        assert relative(explainer(x, TARGETS, [21, 22, 23]).maps[method], together) > 1e-3
+
+
+def test_the_random_map_is_standard_normal() -> None:
+    x = torch.zeros(50, 3, 64, 64, dtype=torch.float64)
+    network = trace(nn.Sequential(nn.Flatten(), nn.Linear(3 * 64 * 64, 10)).double(), x)
+    maps = Explainer(network, None, ["random"])(x, seeds=range(50)).maps["random"].flatten(1)
+    deviation = maps.numel() ** -0.5
+    assert abs(maps.mean()) < 5 * deviation
+    assert abs(maps.var() - 1) < 5 * 2**0.5 * deviation
+    assert abs(torch.corrcoef(maps) - torch.eye(50)).max() < 6 * maps.shape[1] ** -0.5
+
+
+def test_no_hook_and_no_graph_is_left_behind() -> None:
+    x, network = images(), trace(model_of("resnet18"), images())
+    explainer = Explainer(network, None, ["lrp-z", "lrp-epsilon-plus-flat", "guided-backprop"])
+    explanation = explainer(x, TARGETS)
+    assert not any(m.requires_grad for m in explanation.maps.values())
+    assert not explanation.scores.requires_grad
+    hooked: list[Any] = [explainer.network.module, *explainer.network.operators.values()]
+    assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in hooked)
+
+
+@pytest.mark.parametrize(
+    ("methods", "settings", "line"),
+    [
+        (["lrp-q"], {}, "--methods: no method 'lrp-q'. Choose from gradient"),
+        (["gradient:linear"], {}, "--methods: no method 'gradient:linear'"),
+        (["patternnet:"], {}, "--methods: no method 'patternnet:'"),
+        (["lrp-z"], {"smoothgrad.noise": 1}, "--set: no setting 'smoothgrad.noise' of these methods. There are lrp-z"),
+        (["smoothgrad"], {"smoothgrad.samples": 2.5}, "--set: smoothgrad.samples=2.5. Give a whole number above 0."),
+        (["smoothgrad"], {"smoothgrad.noise": float("nan")}, "--set: smoothgrad.noise=nan. Give a number above 0."),
+        (["lrp-z"], {"lrp-z.epsilon": -1}, "--set: lrp-z.epsilon=-1. Give a number above 0."),
+    ],
+)
+def test_wrong_methods_and_settings_are_told(methods: list[str], settings: dict[str, float], line: str) -> None:
+    x = torch.zeros(1, 4)
+    with pytest.raises(UserError) as caught:
+        Explainer(trace(nn.Linear(4, 2), x), None, methods, settings=settings)
+    assert str(caught.value).startswith(line)
