@@ -4,23 +4,18 @@ Every variant is timed in turn, round after round, so that a slow moment of the 
 """
 
 import argparse
-import io
 import platform
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor, nn
-from torchvision.models import vgg16
-from webdataset import TarWriter
+from torch import Tensor
 
-from patterns import Explainer, Gate, Network, Observer, Operator, PatchMoments, solve, trace
+from benchmarks.explaining import explaining
+from benchmarks.timing import BATCH, JOB_IMAGES, JOB_SHARDS, SIZE, THREADS, timed, vgg16_features, write_shards
+from patterns import Gate, Network, Observer, Operator, PatchMoments, solve, trace
 from patterns.estimators import wanted
 from patterns.moments import Wanted
 from patterns.operators import Convolution
@@ -31,43 +26,7 @@ from ray_jobs.fit import fit
 from ray_jobs.sources import list_shards
 from ray_jobs.worker import keep_freed_memory
 
-THREADS = 2
-BATCH = 4
-SIZE = 224
-JOB_SHARDS, JOB_IMAGES = 6, 12
 D, K = 4608, 512  # of VGG-16's largest convolutions
-
-
-def vgg16_features() -> nn.Module:
-    """VGG-16's convolutions, and a score for each of its last channels."""
-    torch.manual_seed(0)
-    return nn.Sequential(vgg16().features, nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
-
-
-@dataclass(frozen=True)
-class Timed:
-    """Seconds of a variant, round by round."""
-
-    name: str
-    seconds: list[float]
-
-    def ratio(self, base: "Timed") -> str:
-        """Median ratio to a base of the same rounds, and the middle half's spread."""
-        ratios = sorted(a / b for a, b in zip(self.seconds, base.seconds))
-        low, _, high = statistics.quantiles(ratios, n=4)
-        return f"{statistics.median(ratios):.2f} ({low:.2f} to {high:.2f})"
-
-
-def timed(rounds: int, variants: dict[str, Callable[[], object]]) -> dict[str, Timed]:
-    """Time each variant once a round, after one round that does not count."""
-    found = {name: Timed(name, []) for name in variants}
-    for number in range(rounds + 1):
-        for name, variant in variants.items():
-            begun = time.perf_counter()
-            variant()
-            if number:
-                found[name].seconds.append(time.perf_counter() - begun)
-    return found
 
 
 def observing(network: Network, *choices: str) -> Callable[[Tensor], Tensor]:
@@ -77,41 +36,28 @@ def observing(network: Network, *choices: str) -> Callable[[Tensor], Tensor]:
     return Observer(network, wants).update
 
 
-def fit_and_explain(rounds: int) -> list[tuple[str, str, str, str]]:
-    """The inner loops: statistics against a forward, explanations against a plain input gradient."""
+def fitting(rounds: int) -> list[tuple[str, str, str, str]]:
+    """The inner loop: statistics against a forward."""
     model = vgg16_features()
     network = trace(model, torch.zeros(2, 3, SIZE, SIZE))
     images = torch.randn(BATCH, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
-    patterns = {name: torch.randn_like(op.weight) for name, op in network.operators.items()}
     both = observing(network, "default"), observing(network, *FITTED)
-    explainers = {m: Explainer(network, patterns, [m]) for m in ("patternnet", "patternattribution")}
 
     def forward() -> Tensor:
         with torch.inference_mode():
             return model(images)
 
-    def gradient() -> Tensor:
-        inputs = images.clone().requires_grad_()
-        scores = model(inputs)
-        start = torch.zeros_like(scores).scatter_(1, scores.argmax(1, keepdim=True), 1.0)
-        return torch.autograd.grad(scores, inputs, start)[0]
-
-    model.requires_grad_(False)
     t = timed(
         rounds,
         {
             "forward": forward,
             "default": lambda: both[0](images),
             "all": lambda: both[1](images),
-            "gradient": gradient,
-            **{name: lambda e=e: e(images) for name, e in explainers.items()},
         },
     )
     return [
         ("fit, default (two-component's positive part)", "plain forward", t["default"].ratio(t["forward"]), "≤ 3.8"),
         ("fit, all estimators", "plain forward", t["all"].ratio(t["forward"]), "≤ 5.2"),
-        ("PatternNet", "plain input gradient", t["patternnet"].ratio(t["gradient"]), "≤ 1.10"),
-        ("PatternAttribution", "plain input gradient", t["patternattribution"].ratio(t["gradient"]), "≤ 1.10"),
     ]
 
 
@@ -151,7 +97,7 @@ def throughput(workers: int, threads: int) -> float:
     """Samples a second of the fit job, from the first worker's start to the last commit."""
     with tempfile.TemporaryDirectory() as folder:
         shards = write_shards(Path(folder))
-        spec = ModelConfig("benchmarks.__main__:vgg16_features")
+        spec = ModelConfig("benchmarks.timing:vgg16_features")
         config = FitConfig(spec, list_shards(shards), f"{folder}/run", BATCH, ("default",))
         done = fit(config, Resources(workers=workers, cpus_per_worker=threads)).manifest()["fit"]
     return float(done["samples"] / done["seconds"])
@@ -177,21 +123,6 @@ def job() -> tuple[str, str, str, str]:
     return "fit job, one worker, JPEG shards: images/s", "its inner loop in memory", f"{rate / inner:.2f}", "≥ 0.9"
 
 
-def write_shards(folder: Path) -> list[str]:
-    rng = np.random.default_rng(0)
-    paths = []
-    for number in range(JOB_SHARDS):
-        paths.append(f"{folder}/{number}.tar")
-        tar = TarWriter(paths[-1], encoder=False)
-        for key in range(JOB_IMAGES):
-            coarse = Image.fromarray(rng.integers(0, 256, (28, 28, 3), np.uint8))
-            buffer = io.BytesIO()
-            coarse.resize((SIZE, SIZE), Image.Resampling.BICUBIC).save(buffer, "jpeg", quality=90)
-            tar.write({"__key__": f"{number}-{key}", "jpg": buffer.getvalue()})
-        tar.close()
-    return paths
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", type=Path)
@@ -199,11 +130,12 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(THREADS)
     keep_freed_memory()  # as the workers do; for every variant alike
-    rows = [*fit_and_explain(options.rounds), judging(min(3, options.rounds)), job(), two_workers()]
+    fits = [*fitting(options.rounds), judging(min(3, options.rounds)), job(), two_workers()]
+    rows = [*fits, *explaining(options.rounds)]
     text = f"""# Benchmarks
 
-VGG-16's features, {SIZE}×{SIZE}, batches of {BATCH}, float32, {THREADS} threads; median of {options.rounds} rounds
-and the middle half's spread, each a ratio within one round. Made by `make bench`
+VGG-16's features where no other model is named, {SIZE}×{SIZE}, batches of {BATCH}, float32, {THREADS} threads where no
+other number is named; median of {options.rounds} rounds and the middle half's spread, each a ratio within one round. Made by `make bench`
 (torch {torch.__version__.partition("+")[0]}, {platform.machine()}, CPU).
 
 | what | against | ratio | wanted |

@@ -85,7 +85,8 @@ class PatternComposite(Composite):  # type: ignore[misc] # zennit has no types
     """A zennit composite: what it is registered to has a method's pass for its gradient.
 
     As with zennit's own, the relevance that an attributor starts from is the user's to say; PatternNet and
-    PatternAttribution start from the target's value.
+    PatternAttribution start from the target's value. Where a pass leaves the dtype's range, the result is the
+    explanation times a power of two, the same one for all samples.
     """
 
     method: str

@@ -159,7 +159,7 @@ class Explainer:
 
     def module(self) -> nn.Module:
         """The network with an input gradient that is the explainer's only method, from any start: for libraries that
-        take gradients of models. Nothing in it may be differentiated twice.
+        take gradients of models. Times 2^exponents[method] it is the explanation. Not to be differentiated twice.
         """
         (method,) = self._methods.values()
         assert method.backward is not None

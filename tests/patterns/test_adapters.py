@@ -1,0 +1,214 @@
+"""Fitted patterns in other libraries' hands: the maps of the explanation pass, whoever asks."""
+
+import base64
+import io
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.transforms import functional as T
+from zennit.attribution import Gradient
+from zennit.composites import EpsilonPlusFlat
+
+from patterns import (
+    Explainer,
+    Explanation,
+    PatternAttribution,
+    PatternNet,
+    UserError,
+    accumulate,
+    digest,
+    save,
+    solve,
+    trace,
+)
+from patterns.adapters import PatternAttributionComposite, PatternComposite, PatternNetComposite, quantus_explain
+from patterns.pictures import Shown
+from tests.patterns.networks import build, randomise, relative
+
+CALLERS = {
+    "patternnet": (PatternNet, PatternNetComposite),
+    "patternattribution": (PatternAttribution, PatternAttributionComposite),
+}
+TARGETS = torch.tensor([4, 0])
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    torch.manual_seed(6)
+    model = build("resnet18").double().eval()
+    for part in model.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            randomise(part)
+    return model
+
+
+@pytest.fixture(scope="module")
+def images() -> Tensor:
+    return torch.randn(2, 3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def run(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of patterns with a manifest as `patternnet fit` writes it."""
+    folder = tmp_path_factory.mktemp("run")
+    network = trace(model, torch.zeros(1, 3, 64, 64, dtype=torch.float64))
+    moments = accumulate(network, [torch.randn(3, 3, 64, 64, dtype=torch.float64)])
+    estimators = "linear,two-component"
+    solutions = {name: solve(op, moments[name], estimators) for name, op in network.operators.items()}
+    save(folder, solutions, digest(model))
+    manifest = {"model": {"input_shape": [3, 64, 64]}, "fit": {"model": {"pass_through": []}}}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def expected(run: Path, model: nn.Module, method: str, x: Tensor, estimator: str = "default") -> Tensor:
+    explanation = Explainer.load(run, model, [method], estimator)(x, TARGETS)
+    return explanation.maps[method] * 2.0 ** explanation.exponents[method]
+
+
+@pytest.mark.parametrize("method", CALLERS)
+@pytest.mark.parametrize("estimator", ["default", "linear"])
+def test_attribute_is_the_explanation_pass(
+    run: Path, model: nn.Module, images: Tensor, method: str, estimator: str
+) -> None:
+    asked = CALLERS[method][0](model, run, estimator)
+    found = asked.attribute(images, target=TARGETS)
+    assert relative(found, expected(run, model, method, images, estimator)) < 1e-12
+    assert relative(asked.attribute(images, [4, 0]), found) < 1e-12
+    assert relative(asked.attribute(images[:1], 4), found[:1]) < 1e-10
+    predicted = asked.attribute(images)
+    assert relative(predicted, asked.attribute(images, model(images).argmax(1))) < 1e-12
+
+
+def attributed(composite: PatternComposite | EpsilonPlusFlat, model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The lines of a user of zennit."""
+    one_hot = torch.eye(10, dtype=torch.float64)[TARGETS]
+    with Gradient(model=model, composite=composite) as attributor:
+        output, relevance = attributor(x.clone(), lambda scores: scores * one_hot)
+    return output, relevance
+
+
+@pytest.mark.parametrize("method", CALLERS)
+def test_a_composite_is_the_explanation_pass(run: Path, model: nn.Module, images: Tensor, method: str) -> None:
+    before = model(images)
+    output, relevance = attributed(CALLERS[method][1](model, run), model, images)
+    torch.testing.assert_close(output, before, rtol=1e-10, atol=1e-12)
+    truth = expected(run, model, method, images)
+    beyond = round(float((truth.norm() / relevance.norm()).log2()))  # a power of two is left to the explainer
+    assert relative(relevance * 2.0**beyond, truth) < 1e-10
+    assert beyond == Explainer.load(run, model, [method])(images).exponents[method]
+
+
+def test_a_composite_leaves_nothing_behind(run: Path, model: nn.Module, images: Tensor) -> None:
+    x = images.clone().requires_grad_()
+    (before,) = torch.autograd.grad(model(x)[0, 4], x)
+    composite = PatternNetComposite(model, run)
+    for _ in range(2):
+        attributed(composite, model, images)
+    assert "forward" not in vars(model)
+    (after,) = torch.autograd.grad(model(x)[0, 4], x)
+    assert torch.equal(before, after)
+    attributed(EpsilonPlusFlat(), model, images)
+
+
+def test_a_composite_is_for_the_model_it_was_made_for(run: Path, model: nn.Module, images: Tensor) -> None:
+    with pytest.raises(UserError, match="registered to another model"):
+        attributed(PatternNetComposite(model, run), nn.Sequential(model), images)
+
+
+def test_quantus_gets_the_sum_over_channels(run: Path, model: nn.Module, images: Tensor) -> None:
+    explain = quantus_explain(run)
+    found = explain(model, images.numpy(), TARGETS.numpy(), device="cpu")
+    assert isinstance(found, np.ndarray)
+    assert found.shape == (2, 1, 64, 64)
+    truth = expected(run, model, "patternattribution", images).sum(1, keepdim=True)
+    assert relative(torch.from_numpy(found), truth) < 1e-12
+    randomised = build("resnet18").double().eval()
+    with pytest.raises(UserError, match="fitted for weights"):
+        explain(randomised, images.numpy(), TARGETS.numpy())
+    carried = quantus_explain(run, strict=False)(randomised, images.numpy(), TARGETS.numpy())
+    assert relative(torch.from_numpy(carried), torch.from_numpy(found)) > 1e-2
+
+
+def test_a_metric_of_quantus_takes_the_maps_as_its_own(run: Path, images: Tensor) -> None:
+    import quantus
+
+    model = build("resnet18").eval()  # Quantus works in float32
+    x, y = images.float().numpy(), TARGETS.numpy()
+    explain = quantus_explain(run, strict=False)
+
+    def score(**given: object) -> list[float]:
+        metric = quantus.Sparseness(disable_warnings=True, normalise=True, abs=True)
+        return metric(model=model, x_batch=x, y_batch=y, channel_first=True, device="cpu", **given)
+
+    assert score(explain_func=explain) == pytest.approx(score(a_batch=explain(model, x, y)))
+
+
+def test_patterns_are_loaded_for_a_model_in_its_own_precision(run: Path, model: nn.Module, images: Tensor) -> None:
+    import copy
+
+    narrow = copy.deepcopy(model).float()
+    with pytest.raises(UserError, match="fitted for weights"):  # float32 copies are other bytes
+        Explainer.load(run, narrow)
+    found = Explainer.load(run, narrow, strict=False)(images.float(), TARGETS).maps["patternattribution"]
+    assert found.dtype == torch.float32
+    assert relative(found.double(), expected(run, model, "patternattribution", images)) < 1e-3
+
+
+def test_a_folder_without_a_manifest_needs_an_example(run: Path, model: nn.Module, tmp_path: Path) -> None:
+    (tmp_path / "patterns.safetensors").write_bytes((run / "patterns.safetensors").read_bytes())
+    with pytest.raises(UserError, match=r"no manifest of a fit\. Name the folder of a finished fit, or give an exampl"):
+        Explainer.load(tmp_path, model)
+    example = torch.zeros(1, 3, 64, 64, dtype=torch.float64)
+    assert Explainer.load(tmp_path, model, example=example).network.input_shape == (3, 64, 64)
+
+
+# --- in a notebook --------------------------------------------------------------------------------
+
+
+def pictures(shown: Shown) -> list[Image.Image]:
+    found = re.findall(r'src="data:image/png;base64,([^"]+)" alt', shown._repr_html_())
+    return [Image.open(io.BytesIO(base64.b64decode(data))) for data in found]
+
+
+def test_a_notebook_shows_a_photograph_beside_its_maps(run: Path, model: nn.Module) -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (80, 100, 3), np.uint8))
+
+    def preprocess(photograph: Image.Image) -> Tensor:
+        return T.to_tensor(photograph.resize((64, 64)))
+
+    explainer = Explainer.load(run, model, ["gradient", "patternattribution"])
+    shown = explainer.show(image, preprocess=preprocess)
+    assert [p.size for p in pictures(shown)] == [(64, 64)] * 3
+    scores = model(preprocess(image)[None].double())[0]
+    assert shown.caption == f"{int(scores.argmax())}: {float(scores.softmax(0).max()):.0%}"
+    assert list(shown.maps) == ["gradient", "patternattribution"]
+    as_tensor = explainer.show(preprocess(image), target=3)
+    assert as_tensor.caption.startswith("3: ")
+    with pytest.raises(UserError, match="a photograph is no input for the model"):
+        explainer.show(image)
+
+
+def test_reprs_say_what_things_are(run: Path, model: nn.Module, images: Tensor) -> None:
+    explainer = Explainer.load(run, model, ["gradient", "patternnet"])
+    assert repr(explainer) == "Explainer of 30 operators for (3, 64, 64) by gradient, patternnet"
+    assert repr(explainer(images, TARGETS)) == "Explanation of 2 samples by gradient, patternnet; targets [4, 0]"
+
+
+def test_what_a_notebook_shows_is_escaped() -> None:
+    nothing = Image.new("RGB", (2, 2))
+    shown = Shown(nothing, '<script>alert("x")</script>', {'"><b>': nothing})
+    text = shown._repr_html_()
+    assert "<script>" not in text
+    assert "<b>" not in text
+
+
+def test_of_several_maps_a_notebook_shows_the_first(run: Path, model: nn.Module, images: Tensor) -> None:
+    explanation: Explanation = Explainer.load(run, model, ["gradient"])(images, torch.tensor([[1, 2], [3, 4]]))
+    assert explanation.shown(1, Image.new("RGB", (1, 1))).caption.startswith("3: ")

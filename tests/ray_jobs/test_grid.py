@@ -1,0 +1,133 @@
+"""`grid` and `show`: the right photographs beside the right maps, whatever kind of file holds them."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from patterns import UserError
+from ray_jobs.cli import exit_status
+from ray_jobs.config import ExplainConfig, FitConfig, ModelConfig, Preprocessing, Resources
+from ray_jobs.decode import cropped, upright
+from ray_jobs.explain import explain
+from ray_jobs.fit import fit
+from ray_jobs.grid import Gallery, gallery
+from ray_jobs.run import Run
+from ray_jobs.shards import read_shard
+from tests.conftest import jpeg, write_tar
+from tests.ray_jobs.runs import PREPARED
+
+HERE = Resources(workers=0)
+METHODS = ("gradient", "patternattribution")
+NAMES = {0: "ant", 1: "bee"}
+
+
+@pytest.fixture(scope="module")
+def model(model_spec: str) -> ModelConfig:
+    return ModelConfig(model_spec, **PREPARED)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def fitted(model: ModelConfig, shards: list[str], tmp_path_factory: pytest.TempPathFactory) -> str:
+    out = str(tmp_path_factory.mktemp("fitted") / "run")
+    return str(fit(FitConfig(model, tuple(shards), out), HERE).folder)
+
+
+def explained(fitted: str, model: ModelConfig, shards: list[str], out: Path, **options: Any) -> Run:
+    return explain(ExplainConfig(model, fitted, tuple(shards), str(out), methods=METHODS, **options), HERE)
+
+
+@pytest.fixture(scope="module")
+def run(fitted: str, model: ModelConfig, shards: list[str], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return explained(fitted, model, shards[:3], tmp_path_factory.mktemp("explained") / "run")
+
+
+def same(one: Image.Image, other: Image.Image) -> bool:
+    return np.array_equal(np.asarray(one.convert("RGB")), np.asarray(other.convert("RGB")))
+
+
+@pytest.mark.parametrize("outputs", [("npy",), ("parquet",)])
+def test_pictures_are_those_of_the_job_from_every_kind_of_file(
+    run: Run, fitted: str, model: ModelConfig, shards: list[str], tmp_path: Path, outputs: tuple[str, ...]
+) -> None:
+    other = explained(fitted, model, shards[:3], tmp_path, outputs=outputs)
+    rows = Gallery(run, {}).rows()[::5]
+    for one, two in zip(Gallery(run, {}).shown(rows), Gallery(other, {}).shown(rows)):
+        assert one.caption == two.caption
+        assert same(one.photograph, two.photograph)
+        for method in METHODS:
+            assert same(one.maps[method], two.maps[method])
+
+
+def test_each_photograph_is_its_own_samples_as_the_model_sees_it(run: Run, shards: list[str]) -> None:
+    preprocessing = Preprocessing(16, 16, "bilinear", (0.5,) * 3, (0.25,) * 3)
+    found = Gallery(run, {})
+    rows = found.rows()
+    assert len(rows) == 18
+    images = {s["__key__"]: s["jpg"] for shard in shards[:3] for s in read_shard(shard)}
+    for row, shown in zip(rows[::-1], found.shown(rows[::-1])):  # in the order asked for
+        assert same(shown.photograph, cropped(upright(images[row["key"]], "RGB"), preprocessing))
+
+
+def test_the_worst_are_the_surest_of_the_wrong(run: Run) -> None:
+    found = Gallery(run, {})
+    worst = found.worst(5)
+    assert 0 < len(worst) <= 5
+    assert all(row["label"] != row["prediction"] for row in worst)
+    probabilities = [row["probability"] for row in worst]
+    assert probabilities == sorted(probabilities, reverse=True)
+    others = [r for r in found.rows() if r["label"] != r["prediction"] and r not in worst]
+    assert max((r["probability"] for r in others), default=0) <= probabilities[-1]
+
+
+def test_random_samples_are_the_same_for_the_same_seed(run: Run) -> None:
+    found = Gallery(run, {})
+    assert found.drawn(4, 1) == found.drawn(4, 1) != found.drawn(4, 2)
+    assert len(found.drawn(1000, 1)) == 18
+
+
+def test_captions_name_classes_where_their_names_are_known(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "classes.json"
+    file.write_text('["ant", "bee"]')
+    for row in (found := gallery(str(run.folder), str(file))).rows():
+        label, prediction = (NAMES.get(row[c], str(row[c])) for c in ("label", "prediction"))
+        assert found.caption(row) == f"{label} → {prediction} {row['probability']:.0%}"
+
+
+def test_the_commands_draw_and_say_where(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, *_, last = pq.read_table(run.folder / "explanations.parquet")["key"].to_pylist()
+    folder = str(run.folder)
+    assert exit_status(["grid", folder, "--keys", f"{last},{first}"]) == 0
+    assert f"grid: 2 samples in {folder}/grid.png" in capsys.readouterr().out
+    assert Image.open(run.folder / "grid.png").width > 300
+    for choice in (["--worst", "3"], ["--random", "3"]):
+        assert exit_status(["grid", folder, *choice, "--out", str(tmp_path / "x.png")]) == 0
+    assert (tmp_path / "x.png").stat().st_size > 1000
+    assert exit_status(["show", folder, first, "--out", str(tmp_path / "one.pdf")]) == 0
+    said = capsys.readouterr().out
+    assert "patternattribution_entropy" in said
+    assert (tmp_path / "one.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_what_cannot_be_shown_is_told(
+    run: Run, fitted: str, model: ModelConfig, shards: list[str], tmp_path: Path, complaint: Any
+) -> None:
+    folder = str(run.folder)
+    assert complaint("grid", folder) == (
+        "patternnet: grid: one way to choose samples is needed. Give --keys, --worst N or --random N."
+    )
+    assert complaint("grid", folder, "--keys", "a", "--worst", 1).startswith("patternnet: grid: one way")
+    assert complaint("show", folder, "nobody").startswith("patternnet: nobody: no explanation of a sample with this")
+    assert "holds no finished explain" in complaint("grid", fitted, "--worst", 1)
+    only_zarr = explained(fitted, model, shards[:1], tmp_path / "zarr", outputs=("zarr",))
+    assert "holds explanations as zarr only" in complaint("grid", str(only_zarr.folder), "--random", 1)
+    rng = np.random.default_rng(0)
+    shard = write_tar(tmp_path / "x.tar", [{"__key__": "a", "jpg": jpeg(rng)}])
+    unlabelled = explained(fitted, model, [str(shard)], tmp_path / "unlabelled")
+    assert "--worst: no sample has a label" in complaint("grid", str(unlabelled.folder), "--worst", 1)
+    write_tar(shard, [{"__key__": "b", "jpg": jpeg(rng)}])
+    with pytest.raises(UserError, match="has no sample 'a' any more"):
+        Gallery(unlabelled, {}).shown(Gallery(unlabelled, {}).rows())

@@ -1,0 +1,161 @@
+"""Explanations outside of the job: Ray Data and Ray Serve give what the job writes."""
+
+import base64
+import io
+import json
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import ray
+from PIL import Image
+from ray import serve
+
+from cluster.serve import app
+from patterns import UserError
+from ray_jobs.config import ExplainConfig, FitConfig, ModelConfig, Resources
+from ray_jobs.explain import explain
+from ray_jobs.fit import fit
+from ray_jobs.online import ExplainBatch, OnlineExplainer
+from ray_jobs.shards import read_shard
+from tests.ray_jobs.runs import PREPARED
+
+METHODS = ("gradient", "patternattribution")
+Sample = dict[str, bytes]
+
+
+@pytest.fixture(scope="module")
+def fitted(model_spec: str, shards: list[str], tmp_path_factory: pytest.TempPathFactory) -> str:
+    out = str(tmp_path_factory.mktemp("fitted") / "run")
+    model = ModelConfig(model_spec, **PREPARED)  # type: ignore[arg-type]
+    run = fit(FitConfig(model, tuple(shards), out), Resources(workers=0))
+    explain(ExplainConfig(model, out, (shards[0],), out, methods=METHODS), Resources(workers=0))
+    return str(run.folder)
+
+
+@pytest.fixture(scope="module")
+def written(fitted: str, shards: list[str]) -> list[tuple[Sample, Sample]]:
+    """The samples of a shard beside what the job wrote of them."""
+    maps = read_shard(str(Path(fitted) / "explanations" / Path(shards[0]).name))
+    return list(zip(read_shard(shards[0]), maps))
+
+
+def same(array: np.ndarray, exponent: int, sample: Sample, method: str) -> None:
+    expected = np.load(io.BytesIO(sample[f"{method}.npy"])).astype(np.float64)
+    expected = np.ldexp(expected, json.loads(sample["json"])["exponents"][method])
+    found = np.ldexp(array.astype(np.float64), exponent)
+    assert np.abs(found - expected).max() <= 2e-3 * np.abs(expected).max()
+
+
+def test_ray_data_gets_the_maps_of_the_job(local_ray: None, fitted: str, written: list[tuple[Sample, Sample]]) -> None:
+    rows = [{"bytes": sample["jpg"], "number": i} for i, (sample, _) in enumerate(written)]
+    rows.insert(2, {"bytes": b"no image", "number": -1})
+    found = ray.data.from_items(rows).map_batches(
+        ExplainBatch, fn_constructor_kwargs={"run": fitted, "methods": METHODS}, batch_size=4, concurrency=1, num_cpus=1
+    )
+    met = sorted(found.take_all(), key=lambda row: row["number"])
+    assert [row["number"] for row in met] == [-1, *range(len(written))]
+    for row, (_, sample) in zip(met[1:], written):
+        said = json.loads(sample["json"])
+        assert (row["prediction"], row["target"], row["refused"]) == (said["prediction"], said["target"], "")
+        assert row["probability"] == pytest.approx(said["probability"], rel=1e-4)
+        for method in METHODS:
+            same(row[method], row[f"{method}_exponent"], sample, method)
+    assert met[0]["refused"].startswith("not an image")
+    assert met[0]["prediction"] == met[0]["target"] == -1
+    assert not met[0]["gradient"].any()
+
+
+def test_images_come_as_files_pixels_and_tensors(fitted: str, written: list[tuple[Sample, Sample]]) -> None:
+    explainer = OnlineExplainer(fitted, METHODS)
+    file = written[0][0]["jpg"]
+    pixels = np.asarray(Image.open(io.BytesIO(file)).convert("RGB"))
+    inputs, reasons = explainer.inputs([file, pixels])
+    assert reasons == ["", ""]
+    assert np.array_equal(inputs[0], inputs[1])
+    again, _ = explainer.inputs([inputs[0].numpy()])
+    assert np.array_equal(again[0], inputs[0])
+    grey, reasons = explainer.inputs([pixels[..., 0], pixels[..., :1], pixels[..., :2], np.zeros((2, 2))])
+    assert reasons[:2] == ["", ""]
+    assert reasons[2].startswith("pixels of shape (16, 16, 2)")
+    assert "a tensor of shape (2, 2), the model takes (3, 16, 16)" in reasons[3]
+    assert np.array_equal(grey[0], grey[1])
+
+
+def test_a_batch_of_nothing_usable_is_told_row_by_row(fitted: str) -> None:
+    found = ExplainBatch(fitted, METHODS)({"bytes": np.array([b"x", b""], dtype=object)})
+    assert [bool(reason) for reason in found["refused"]] == [True, True]
+    assert found["gradient"].shape == (2, 3, 16, 16)
+    with pytest.raises(UserError, match="no column image or bytes among picture"):
+        ExplainBatch(fitted, METHODS)({"picture": np.zeros(1)})
+
+
+def test_a_target_that_needs_labels_is_refused(fitted: str) -> None:
+    with pytest.raises(UserError, match="images from elsewhere have no label"):
+        OnlineExplainer(fitted, METHODS, target="label")
+
+
+# --- over HTTP ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def endpoint(local_ray: None, fitted: str) -> Iterator[str]:
+    serve.start(http_options={"host": "127.0.0.1", "port": 8765})
+    serve.run(app({"run": fitted, "methods": ",".join(METHODS), "max_bytes": "100K"}), name="patterns")
+    yield "http://127.0.0.1:8765"
+    serve.shutdown()
+
+
+def test_an_uploaded_image_gets_the_maps_of_the_job(endpoint: str, written: list[tuple[Sample, Sample]]) -> None:
+    assert httpx.get(f"{endpoint}/health").json() == {"methods": list(METHODS), "max_bytes": 100 * 1024}
+    image, sample = written[0]
+    found = httpx.post(f"{endpoint}/explain", content=image["jpg"], timeout=60)
+    assert found.status_code == 200
+    told, said = found.json(), json.loads(sample["json"])
+    assert (told["prediction"], told["target"]) == (said["prediction"], said["target"])
+    for method in METHODS:
+        array = np.load(io.BytesIO(base64.b64decode(told["maps"][method]["npy"])))
+        same(array, told["maps"][method]["exponent"], sample, method)
+    picture = httpx.post(f"{endpoint}/explain?picture=gradient", content=image["jpg"], timeout=60)
+    assert picture.headers["content-type"] == "image/png"
+    assert picture.content == base64.b64decode(told["maps"]["gradient"]["png"])
+
+
+def test_images_that_come_together_get_each_their_own_maps(endpoint: str, written: list[tuple[Sample, Sample]]) -> None:
+    barrier = threading.Barrier(len(written))
+
+    def ask(image: Sample) -> httpx.Response:
+        barrier.wait()
+        return httpx.post(f"{endpoint}/explain", content=image["jpg"], timeout=60)
+
+    with ThreadPoolExecutor(len(written)) as pool:
+        answers = list(pool.map(ask, [image for image, _ in written]))
+    for answer, (_, sample) in zip(answers, written):
+        array = np.load(io.BytesIO(base64.b64decode(answer.json()["maps"]["gradient"]["npy"])))
+        same(array, answer.json()["maps"]["gradient"]["exponent"], sample, "gradient")
+
+
+@pytest.mark.parametrize(
+    ("query", "body", "status", "detail"),
+    [
+        ("", b"no image", 422, "not an image"),
+        ("", b"", 422, "an empty file"),
+        ("", b"x" * 200_000, 413, "more than 102400 bytes"),
+        ("?picture=lrp", b"", 422, "no method 'lrp'; there are gradient, patternattribution"),
+    ],
+)
+def test_what_cannot_be_explained_is_told(endpoint: str, query: str, body: bytes, status: int, detail: str) -> None:
+    found = httpx.post(f"{endpoint}/explain{query}", content=body, timeout=60)
+    assert found.status_code == status
+    assert found.json()["detail"].startswith(detail)
+
+
+def test_arguments_that_are_none_are_told(fitted: str) -> None:
+    with pytest.raises(UserError, match=r"run: is missing\. Write run=FOLDER"):
+        app({})
+    with pytest.raises(UserError, match=r"runs: no argument of this application\. There are classes"):
+        app({"runs": fitted})
