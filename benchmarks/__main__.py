@@ -135,7 +135,8 @@ def main() -> None:
     text = f"""# Benchmarks
 
 VGG-16's features where no other model is named, {SIZE}×{SIZE}, batches of {BATCH}, float32, {THREADS} threads where no
-other number is named; median of {options.rounds} rounds and the middle half's spread, each a ratio within one round. Made by `make bench`
+other number is named; median of {options.rounds} rounds and the middle half's spread, each a ratio within one round.
+Made by `make bench`
 (torch {torch.__version__.partition("+")[0]}, {platform.machine()}, CPU).
 
 | what | against | ratio | wanted |

@@ -304,6 +304,7 @@ def explain(
     output: OutputKinds = DEFAULT_OUTPUTS,
     resize: MapSize = None,
     reduce_channels: Reduction = "none",
+    precision: Annotated[str | None, typer.Option(help="float32, float64 or bfloat16; by default the fit's.")] = None,
     batch_size: BatchSize = 32,
     max_samples: MaxSamples = None,
     seed: Seed = 0,
@@ -322,7 +323,14 @@ def explain(
     spec = model or fitted["spec"]
     chosen = {name: method_of(name) for name in words(methods) or ("",)}
     config = ExplainConfig(
-        ModelConfig(**{**fitted, "spec": spec, "weights": weights or fitted["weights"]}),
+        ModelConfig(
+            **fitted
+            | {
+                "spec": spec,
+                "weights": weights or fitted["weights"],
+                "precision": precision or fitted["precision"],
+            }
+        ),
         place(patterns),
         list_shards(shards, allow_pipes),
         place(out or patterns),

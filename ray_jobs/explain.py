@@ -189,6 +189,7 @@ def to_float16(maps: Tensor, exponent: int) -> tuple[np.ndarray, np.ndarray]:
 
     A power of two for each sample keeps what float16's narrow range would lose, and is exact.
     """
+    maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
     exponents = torch.frexp(maps.abs().flatten(1).amax(1)).exponent
     scaled = torch.ldexp(maps, -exponents.view(-1, *[1] * (maps.dim() - 1)))
     return scaled.half().cpu().numpy(), (exponents + exponent).cpu().numpy()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from patterns import Network, UserError, digest, trace
 from ray_jobs.config import ModelConfig, Preprocessing
 
-PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
+PRECISIONS = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 IMAGENET = Preprocessing(224, 256, "bilinear", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 

@@ -14,6 +14,15 @@ from webdataset import TarWriter
 # Ray otherwise turns token authentication on or off by what earlier runs left in the home directory.
 os.environ["RAY_AUTH_MODE"] = "disabled"
 
+# The order in which files are given to workers: those that take minutes first, so that none is left alone with one.
+FIRST = ("ray_jobs", "cluster")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Jobs before numerics."""
+    items.sort(key=lambda item: item.path.parent.name not in FIRST)
+
+
 MODEL = """
 import torch
 from torch import nn

@@ -1,9 +1,16 @@
-"""The README's notebook runs as it stands."""
+"""The code in the documents runs as it stands."""
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from ray_jobs.config import ExplainConfig, FitConfig, ModelConfig, Resources
+from ray_jobs.explain import explain
+from ray_jobs.fit import fit
+from ray_jobs.models import factory
+from tests.ray_jobs.runs import PREPARED
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -18,3 +25,22 @@ def test_the_notebook_of_the_readme_runs(tmp_path: Path) -> None:
     exec(code, scope)
     assert scope["explanation"].maps["patternattribution"].shape == (2, 3, 32, 32)  # type: ignore[attr-defined]
     assert set(scope["rho"]) == {"linear", "two-component"}  # type: ignore[call-overload]
+
+
+def test_the_code_of_the_page_on_explanations_runs(model_spec: str, shards: list[str], tmp_path: Path) -> None:
+    model_config = ModelConfig(model_spec, **PREPARED)  # type: ignore[arg-type]
+    run = fit(FitConfig(model_config, tuple(shards[:2]), str(tmp_path)), Resources(workers=0)).folder
+    explain(ExplainConfig(model_config, str(run), (shards[0],), str(run)), Resources(workers=0))
+    blocks = re.findall(r"```python\n(.*?)```", (README.parent / "docs" / "explanations.md").read_text(), re.DOTALL)
+    assert len(blocks) == 3
+    scope: dict[str, Any] = {
+        "shard": shards[0],
+        "explanations": str(run / "explanations" / Path(shards[0]).name),
+        "run": run,
+        "model": factory(model_spec, *model_spec.rsplit(":", 1))(),
+        "images": torch.randn(2, 3, 16, 16),
+    }
+    exec("\n".join(blocks), scope)
+    assert scope["image"].shape == (16, 16, 3)
+    assert scope["attribution"].shape == scope["relevance"].shape == (2, 3, 16, 16)
+    assert scope["explain_func"](scope["model"], scope["images"], [3, 3]).shape == (2, 1, 16, 16)

@@ -184,10 +184,16 @@ def test_methods_options_are_recorded_and_refused_when_changed(
         explain(replace(asked, settings=(("smoothgrad.samples", 3),)), HERE)
 
 
-def test_a_training_job_finds_each_sample_beside_its_maps(fitted: Path, model: ModelConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("samples_of_shard", [100, pytest.param(1000, marks=pytest.mark.slow)])
+def test_a_training_job_finds_each_sample_beside_its_maps(
+    fitted: Path, model: ModelConfig, tmp_path: Path, samples_of_shard: int
+) -> None:
+    each = samples_of_shard
     rng = np.random.default_rng(8)
-    samples = [{"__key__": f"{i:05d}", "jpg": jpeg(rng) if i % 100 else b"broken", "cls": b"1"} for i in range(1000)]
-    paths = [str(write_tar(tmp_path / f"in-{n}.tar", samples[100 * n : 100 * n + 100])) for n in range(10)]
+    samples = [
+        {"__key__": f"{i:05d}", "jpg": jpeg(rng) if i % 100 else b"broken", "cls": b"1"} for i in range(10 * each)
+    ]
+    paths = [str(write_tar(tmp_path / f"in-{n}.tar", samples[each * n : each * n + each])) for n in range(10)]
     run = explain(replace(config(fitted, model, paths, tmp_path / "out"), outputs=("npy",), reduction="sum"), HERE)
     met = []
     for path in paths:
@@ -280,6 +286,23 @@ def test_patterns_of_the_named_estimator_are_used(
         assert one != other
     assert {"linear", "multivariate"} <= load(fitted, None)["0"].keys()
     assert torch.isfinite(load(fitted, None)["0"]["multivariate"]).all()
+
+
+def test_half_precision_gives_nearly_the_same_maps(
+    fitted: Path, model: ModelConfig, shards: list[str], tmp_path: Path
+) -> None:
+    methods = ("gradient", "patternattribution", "lrp-epsilon-plus-flat")
+    asked = replace(config(fitted, model, shards[:1], tmp_path / "float32"), methods=methods, target="1")
+    wide = explain(asked, HERE)
+    half = replace(model, precision="bfloat16")
+    narrow = explain(replace(asked, model=half, out=str(tmp_path / "bfloat16")), HERE)
+    name = Path(shards[0]).with_suffix(".tar").name
+    one, other = (read_shard(str(run.folder / "explanations" / name)) for run in (wide, narrow))
+    for a, b in zip(one, other):
+        for method in methods:
+            x, y = (np.load(io.BytesIO(s[f"{method}.npy"])).astype(np.float64).ravel() for s in (a, b))
+            assert x @ y / np.sqrt((x @ x) * (y @ y)) > 0.97
+            assert not np.array_equal(x, y)
 
 
 PEAKS = """
