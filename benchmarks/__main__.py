@@ -8,6 +8,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -126,12 +127,18 @@ def job() -> tuple[str, str, str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", type=Path)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     torch.set_num_threads(THREADS)
     keep_freed_memory()  # as the workers do; for every variant alike
-    fits = [*fitting(options.rounds), judging(min(3, options.rounds)), job(), two_workers()]
-    rows = [*fits, *explaining(options.rounds)]
+    rows = []
+    for row in chain(
+        fitting(options.rounds),
+        (make() for make in (lambda: judging(min(3, options.rounds)), job, two_workers)),
+        explaining(options.rounds),
+    ):
+        print(f"| {' | '.join(row)} |", flush=True)
+        rows.append(row)
     text = f"""# Benchmarks
 
 VGG-16's features where no other model is named, {SIZE}×{SIZE}, batches of {BATCH}, float32, {THREADS} threads where no
@@ -143,7 +150,6 @@ Made by `make bench`
 | --- | --- | --- | --- |
 """
     text += "".join(f"| {' | '.join(row)} |\n" for row in rows)
-    print(text)
     if options.write:
         options.write.write_text(text)
 
