@@ -25,8 +25,7 @@ LARGE = 30_000_000  # parameters
 TOO_LARGE_FOR_FLOAT64 = 400_000_000  # parameters
 MOMENTS = 2**30  # bytes of moments taken in one pass over the batches
 NOTHING = Wanted(total=False, open=False, outer=False)
-SMALL = ["torchvision:squeezenet1_1", "torchvision:shufflenet_v2_x0_5", "torchvision:mobilenet_v3_small",
-         "timm:resnet10t", "timm:vit_tiny_patch16_224", "timm:convnext_atto"]  # fmt: skip
+SMALL = ["torchvision:squeezenet1_1", "timm:resnet10t", "timm:vit_tiny_patch16_224", "timm:convnext_atto"]
 
 # Where 64×64, or 32×32 for large models, does not do.
 SIZES = {"torchvision:inception_v3": 96, "timm:inception_v3": 96, "timm:inception_v4": 96,

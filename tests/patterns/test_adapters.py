@@ -29,7 +29,7 @@ from patterns import (
 )
 from patterns.adapters import PatternAttributionComposite, PatternComposite, PatternNetComposite, quantus_explain
 from patterns.pictures import Shown
-from tests.patterns.networks import build, randomise, relative
+from tests.patterns.networks import randomise, relative
 
 CALLERS = {
     "patternnet": (PatternNet, PatternNetComposite),
@@ -38,31 +38,40 @@ CALLERS = {
 TARGETS = torch.tensor([4, 0])
 
 
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 6, 3, stride=2, padding=1), nn.BatchNorm2d(6)
+        self.branch, self.head = nn.Conv2d(6, 6, 3, padding=1), nn.Linear(6, 10)
+        randomise(self.norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.stem(x)))
+        x = torch.relu(self.branch(x) + x)
+        return self.head(x.mean((2, 3)))
+
+
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
     torch.manual_seed(6)
-    model = build("resnet18").double().eval()
-    for part in model.modules():
-        if isinstance(part, nn.BatchNorm2d):
-            randomise(part)
-    return model
+    return Small().double().eval()
 
 
 @pytest.fixture(scope="module")
 def images() -> Tensor:
-    return torch.randn(2, 3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    return torch.randn(2, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture(scope="module")
 def run(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of patterns with a manifest as `patternnet fit` writes it."""
     folder = tmp_path_factory.mktemp("run")
-    network = trace(model, torch.zeros(1, 3, 64, 64, dtype=torch.float64))
-    moments = accumulate(network, [torch.randn(3, 3, 64, 64, dtype=torch.float64)])
+    network = trace(model, torch.zeros(1, 3, 16, 16, dtype=torch.float64))
+    moments = accumulate(network, [torch.randn(3, 3, 16, 16, dtype=torch.float64)])
     estimators = "linear,two-component"
     solutions = {name: solve(op, moments[name], estimators) for name, op in network.operators.items()}
     save(folder, solutions, digest(model))
-    manifest = {"model": {"input_shape": [3, 64, 64]}, "fit": {"model": {"pass_through": []}}}
+    manifest = {"model": {"input_shape": [3, 16, 16]}, "fit": {"model": {"pass_through": []}}}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
 
@@ -126,10 +135,10 @@ def test_quantus_gets_the_sum_over_channels(run: Path, model: nn.Module, images:
     explain = quantus_explain(run)
     found = explain(model, images.numpy(), TARGETS.numpy(), device="cpu")
     assert isinstance(found, np.ndarray)
-    assert found.shape == (2, 1, 64, 64)
+    assert found.shape == (2, 1, 16, 16)
     truth = expected(run, model, "patternattribution", images).sum(1, keepdim=True)
     assert relative(torch.from_numpy(found), truth) < 1e-12
-    randomised = build("resnet18").double().eval()
+    randomised = Small().double().eval()
     with pytest.raises(UserError, match="fitted for weights"):
         explain(randomised, images.numpy(), TARGETS.numpy())
     carried = quantus_explain(run, strict=False)(randomised, images.numpy(), TARGETS.numpy())
@@ -139,7 +148,7 @@ def test_quantus_gets_the_sum_over_channels(run: Path, model: nn.Module, images:
 def test_a_metric_of_quantus_takes_the_maps_as_its_own(run: Path, images: Tensor) -> None:
     import quantus
 
-    model = build("resnet18").eval()  # Quantus works in float32
+    model = Small().eval()  # Quantus works in float32
     x, y = images.float().numpy(), TARGETS.numpy()
     explain = quantus_explain(run, strict=False)
 
@@ -165,8 +174,8 @@ def test_a_folder_without_a_manifest_needs_an_example(run: Path, model: nn.Modul
     (tmp_path / "patterns.safetensors").write_bytes((run / "patterns.safetensors").read_bytes())
     with pytest.raises(UserError, match=r"no manifest of a fit\. Name the folder of a finished fit, or give an exampl"):
         Explainer.load(tmp_path, model)
-    example = torch.zeros(1, 3, 64, 64, dtype=torch.float64)
-    assert Explainer.load(tmp_path, model, example=example).network.input_shape == (3, 64, 64)
+    example = torch.zeros(1, 3, 16, 16, dtype=torch.float64)
+    assert Explainer.load(tmp_path, model, example=example).network.input_shape == (3, 16, 16)
 
 
 # --- in a notebook --------------------------------------------------------------------------------
@@ -181,11 +190,11 @@ def test_a_notebook_shows_a_photograph_beside_its_maps(run: Path, model: nn.Modu
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (80, 100, 3), np.uint8))
 
     def preprocess(photograph: Image.Image) -> Tensor:
-        return T.to_tensor(photograph.resize((64, 64)))
+        return T.to_tensor(photograph.resize((16, 16)))
 
     explainer = Explainer.load(run, model, ["gradient", "patternattribution"])
     shown = explainer.show(image, preprocess=preprocess)
-    assert [p.size for p in pictures(shown)] == [(64, 64)] * 3
+    assert [p.size for p in pictures(shown)] == [(16, 16)] * 3
     scores = model(preprocess(image)[None].double())[0]
     assert shown.caption == f"{int(scores.argmax())}: {float(scores.softmax(0).max()):.0%}"
     assert list(shown.maps) == ["gradient", "patternattribution"]
@@ -197,7 +206,7 @@ def test_a_notebook_shows_a_photograph_beside_its_maps(run: Path, model: nn.Modu
 
 def test_reprs_say_what_things_are(run: Path, model: nn.Module, images: Tensor) -> None:
     explainer = Explainer.load(run, model, ["gradient", "patternnet"])
-    assert repr(explainer) == "Explainer of 30 operators for (3, 64, 64) by gradient, patternnet"
+    assert repr(explainer) == "Explainer of 5 operators for (3, 16, 16) by gradient, patternnet"
     assert repr(explainer(images, TARGETS)) == "Explanation of 2 samples by gradient, patternnet; targets [4, 0]"
 
 

@@ -1,6 +1,7 @@
 """Methods that zennit computes on a traced network: what zennit and captum give for the model itself."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import captum.attr
@@ -13,13 +14,14 @@ from zennit.canonizers import Canonizer
 from zennit.composites import EpsilonPlusFlat
 from zennit.torchvision import ResNetCanonizer, VGGCanonizer
 
-from patterns import METHODS, Explainer, UserError, trace
+from patterns import METHODS, Explainer, Network, UserError, trace
 from tests.patterns.networks import randomise, relative
 
 ONES = torch.eye(10, dtype=torch.float64)
 TARGETS = torch.tensor([3, 7, 0])
 
 
+@cache
 def model_of(name: str) -> nn.Module:
     torch.manual_seed(2)
     model = getattr(torchvision.models, name)(num_classes=10).double().eval()
@@ -31,18 +33,25 @@ def model_of(name: str) -> nn.Module:
     return model
 
 
-def images() -> Tensor:
-    return torch.randn(3, 3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+def images(size: int = 32) -> Tensor:
+    return torch.randn(3, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+
+@cache
+def network_of(model: nn.Module) -> Network:
+    return trace(model, images())
 
 
 def only(method: str, model: nn.Module, x: Tensor, settings: dict[str, float] | None = None) -> Tensor:
-    return Explainer(trace(model, x), None, [method], settings=settings)(x, TARGETS).maps[method]
+    return Explainer(network_of(model), None, [method], settings=settings)(x, TARGETS).maps[method]
 
 
 @pytest.mark.parametrize(("name", "canonizer"), [("resnet18", ResNetCanonizer), ("vgg11_bn", VGGCanonizer)])
 def test_lrp_on_the_traced_network_is_zennits_on_the_model(name: str, canonizer: Callable[[], Canonizer]) -> None:
-    model, x = model_of(name), images()
-    found = only("lrp-epsilon-plus-flat", model, x, {"lrp-epsilon-plus-flat.epsilon": 1e-4})
+    model, x = model_of(name), images(64)
+    settings = {"lrp-epsilon-plus-flat.epsilon": 1e-4}
+    explainer = Explainer(trace(model, x), None, ["lrp-epsilon-plus-flat"], settings=settings)
+    found = explainer(x, TARGETS).maps["lrp-epsilon-plus-flat"]
     with Gradient(model, EpsilonPlusFlat(epsilon=1e-4, canonizers=[canonizer()])) as attributor:
         _, expected = attributor(x.clone(), lambda scores: scores * ONES[TARGETS])
     assert relative(found, expected) < 1e-10
@@ -67,14 +76,14 @@ def test_integrated_gradients_are_zennits_and_captums() -> None:
 def test_smoothgrad_is_zennits_with_the_noise_of_the_samples_own_seed() -> None:
     model, x = model_of("resnet18"), images()
     settings = {"smoothgrad.samples": 3, "smoothgrad.noise": 0.2}
-    explainer = Explainer(trace(model, x), None, ["smoothgrad"], settings=settings)
+    explainer = Explainer(network_of(model), None, ["smoothgrad"], settings=settings)
     found = explainer(x, TARGETS, [5, 6, 7]).maps["smoothgrad"]
     for k, seed in enumerate([5, 6, 7]):
         generator = torch.Generator().manual_seed(seed)
-        noises = [torch.randn(3, 64, 64, generator=generator).double() for _ in range(2)]
+        noises = [torch.randn(3, 32, 32, generator=generator).double() for _ in range(2)]
         scale = 0.2 * (x[k].max() - x[k].min())
         gradients = []
-        for step in (noises[0], noises[1], torch.zeros(3, 64, 64)):
+        for step in (noises[0], noises[1], torch.zeros(3, 32, 32)):
             noisy = (x[k] + scale * step)[None].requires_grad_()
             gradients.append(torch.autograd.grad(model(noisy)[0, TARGETS[k]], noisy)[0][0])
         assert relative(found[k], torch.stack(gradients).mean(0)) < 1e-10
@@ -83,7 +92,7 @@ def test_smoothgrad_is_zennits_with_the_noise_of_the_samples_own_seed() -> None:
 def test_smoothgrad_of_one_sample_has_no_noise() -> None:
     model, x = model_of("resnet18"), images()
     settings = {"smoothgrad.samples": 1}
-    network = trace(model, x)
+    network = network_of(model)
     found = Explainer(network, None, ["smoothgrad", "gradient"], settings=settings)(x, TARGETS).maps
     assert relative(found["smoothgrad"], found["gradient"]) < 1e-10
     _, direct = SmoothGrad(model, n_iter=1)(x.clone(), ONES[TARGETS])
@@ -112,12 +121,13 @@ def test_lrp_reaches_what_has_no_layer_of_its_own() -> None:
 
 
 RANDOM = ("random", "smoothgrad")
+FEW = {"smoothgrad": {"smoothgrad.samples": 2}, "integrated-gradients": {"integrated-gradients.steps": 2}}
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if not METHODS[m].needs_patterns])
 def test_a_sample_alone_has_the_map_that_it_has_in_a_batch(method: str) -> None:
-    x, settings = images(), {"smoothgrad.samples": 2} if method == "smoothgrad" else {}
-    explainer = Explainer(trace(model_of("resnet18"), x), None, [method], settings=settings)
+    x, settings = images(), FEW.get(method, {})
+    explainer = Explainer(network_of(model_of("resnet18")), None, [method], settings=settings)
     seeds = [11, 12, 13]
     together = explainer(x, TARGETS, seeds).maps[method]
     for k in range(3):
@@ -138,7 +148,7 @@ def test_the_random_map_is_standard_normal() -> None:
 
 
 def test_no_hook_and_no_graph_is_left_behind() -> None:
-    x, network = images(), trace(model_of("resnet18"), images())
+    x, network = images(), network_of(model_of("resnet18"))
     explainer = Explainer(network, None, ["lrp-z", "lrp-epsilon-plus-flat", "guided-backprop"])
     explanation = explainer(x, TARGETS)
     assert not any(m.requires_grad for m in explanation.maps.values())

@@ -1,5 +1,7 @@
 """What a pass starts from: classes, several of them, sums of scores, and neurons inside the network."""
 
+from functools import cache
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,10 +13,11 @@ from tests.patterns.networks import PASSES, relative, traced
 METHODS_OF_ALL = (*PASSES, "lrp-z", "integrated-gradients")
 
 
+@cache
 def explainer(network_of: str = "resnet18") -> tuple[Explainer, Tensor]:
     it = traced(network_of)
     patterns = {name: op.weight + 0.1 for name, op in it.network.operators.items()}
-    return Explainer(it.network, patterns, METHODS_OF_ALL), it.inputs
+    return Explainer(it.network, patterns, METHODS_OF_ALL, settings={"integrated-gradients.steps": 2}), it.inputs
 
 
 def test_several_targets_are_each_what_it_is_alone() -> None:

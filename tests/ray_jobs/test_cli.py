@@ -120,7 +120,7 @@ def test_patterns_of_other_weights_are_refused(
     line = complaint(*explain, "--weights", tmp_path / "other.safetensors")
     assert "these patterns were fitted for weights sha256:" in line
     assert "no method 'saliency'" in complaint(*explain, "--methods", "saliency")
-    assert "no target 'best'" in complaint(*explain, "--target", "best")
+    assert "'best' is no class" in complaint(*explain, "--target", "best")
     assert not (tmp_path / "run" / "explanations").exists()
 
 
