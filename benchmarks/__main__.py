@@ -90,6 +90,7 @@ def patch_moments(operator: Operator, generator: torch.Generator) -> PatchMoment
     accumulator = PatchAccumulator(operator, 1)
     for _ in range(2):
         images = torch.randn(D, *operator.input_shapes[0], generator=generator, dtype=torch.float64) + 0.5
+        accumulator.begin(torch.arange(D))
         accumulator.update((images,), operator(images))
     return accumulator.moments()
 

@@ -1,6 +1,7 @@
 """A network that takes its operators' moments while it runs."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from math import prod
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -10,6 +11,7 @@ from patterns.graph import Network
 from patterns.moments import Accumulator, Moments, Wanted
 from patterns.operators import Inputs, Operator
 from patterns.patches import PatchAccumulator, PatchMoments
+from patterns.sampled import SampledAccumulator
 
 M_co = TypeVar("M_co", covariant=True)
 
@@ -17,9 +19,13 @@ M_co = TypeVar("M_co", covariant=True)
 class Fed(Protocol[M_co]):
     """What takes an operator's inputs and outputs, and makes moments of them."""
 
+    def begin(self, seeds: Tensor) -> None: ...
+
     def update(self, inputs: Inputs, z: Tensor) -> None: ...
 
     def reset(self) -> None: ...
+
+    def settle(self) -> None: ...
 
     def tensors(self) -> Mapping[str, Tensor]: ...
 
@@ -43,18 +49,29 @@ class Observation(Generic[M_co]):
     """A network some of whose operators feed accumulators while it runs."""
 
     def __init__(self, network: Network, accumulators: Mapping[str, Fed[M_co]]) -> None:
-        self._fed = accumulators
+        self._fed, self._seen = accumulators, 0
         self._module = network.rewrite(
             lambda op: Observed(op, accumulators[op.name]) if op.name in accumulators else op
         )
 
     @torch.inference_mode()
-    def update(self, batch: Tensor) -> Tensor:
-        """Add a batch (N, *input_shape), on the network's device and in its dtype; gives the model's output."""
+    def update(self, batch: Tensor, seeds: Sequence[int] | None = None) -> Tensor:
+        """Add a batch (N, *input_shape), on the network's device and in its dtype; gives the model's output.
+
+        seeds: of each image, for what draws positions from it, so that the sums depend neither on the order of images
+        nor on their batches; without any, images are numbered as they come.
+        """
+        numbers = range(self._seen, self._seen + len(batch)) if seeds is None else seeds
+        told = torch.tensor(numbers, dtype=torch.int64, device=batch.device)
+        for fed in self._fed.values():
+            fed.begin(told)
+        self._seen += len(batch)
         return self._module(batch)
 
-    def begin(self, source: str) -> None:
-        """Tell which source of images (a shard) the next batches come from."""
+    def settle(self) -> None:
+        """Sum what was gathered and waits for more, as at the end of a shard: so its sums depend on the shard alone."""
+        for accumulator in self._fed.values():
+            accumulator.settle()
 
     def reset(self) -> None:
         """Forget all sums."""
@@ -74,6 +91,8 @@ class Observer(Observation[Moments]):
     """Accumulates the moments of a network's operators over batches.
 
     wanted: the sums to take of an operator.  operators: the names of those observed; None: all.
+    positions: drawn from each image for each operator; None: all, as for an operator that has no more.
+    seed: with each image's own, it says which.
     """
 
     def __init__(
@@ -81,17 +100,23 @@ class Observer(Observation[Moments]):
         network: Network,
         wanted: Callable[[Operator], Wanted] = lambda _: Wanted(),
         operators: Collection[str] | None = None,
+        positions: int | None = None,
+        seed: int = 0,
     ) -> None:
+        def accumulator(op: Operator) -> Fed[Moments]:
+            if positions is None or prod(op.output_shape) // op.neurons <= positions:
+                return Accumulator(op, wanted(op))
+            return SampledAccumulator(op, wanted(op), positions, seed)
+
         names = network.operators if operators is None else operators
-        chosen = [network.operators[name] for name in names]
-        super().__init__(network, {op.name: Accumulator(op, wanted(op)) for op in chosen})
+        super().__init__(network, {name: accumulator(network.operators[name]) for name in names})
 
 
 class PatchObserver(Observation[PatchMoments]):
     """Accumulates the Gram moments of chosen operators over batches, from sampled positions of each image.
 
     operators: names in the network.  positions: drawn from each image, all where it has no more.
-    seed: with each operator's name and the source of the images, it says which; see `begin`.
+    seed: with each operator's name and each image's own, it says which.
 
     Raises KeyError for a name that is no operator of the network, UserError for an operator whose
     patches cannot be sampled and for no positions.
@@ -99,16 +124,7 @@ class PatchObserver(Observation[PatchMoments]):
 
     def __init__(self, network: Network, operators: Collection[str], positions: int, seed: int = 0) -> None:
         chosen = {name: network.operators[name] for name in operators}
-        self._draws = {name: PatchAccumulator(op, positions, seed) for name, op in chosen.items()}
-        super().__init__(network, self._draws)
-
-    def begin(self, source: str) -> None:
-        """Draw positions from here on as at the start of this source of images (a shard).
-
-        So a shard's sums depend on the shard alone: not on who takes it, after what, or in what batches.
-        """
-        for accumulator in self._draws.values():
-            accumulator.begin(source)
+        super().__init__(network, {name: PatchAccumulator(op, positions, seed) for name, op in chosen.items()})
 
 
 def accumulate(network: Network, batches: Iterable[Tensor]) -> dict[str, Moments]:

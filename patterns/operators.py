@@ -233,6 +233,30 @@ KIND_NAMES: dict[type[Kind], str] = {kind: name for name, kind in KINDS.items()}
 
 
 @dataclass(frozen=True)
+class Gathered:
+    """Patches that were gathered already: inputs (n, G, D), outputs (n, K). No model has it; see `patterns.sampled`."""
+
+    groups: int
+    axis: int = 1
+
+    def forward(self, inputs: Inputs, weight: Tensor, bias: Tensor | None) -> Tensor:
+        z = torch.einsum("ngd,gkd->ngk", inputs[0], self._by_group(weight)).flatten(1)
+        return z if bias is None else z + bias
+
+    def weight_gradient(self, inputs: Inputs, grad: Tensor, weight_shape: Shape) -> Tensor:
+        return (grad.T.unflatten(0, (self.groups, -1)) @ inputs[0].movedim(1, 0)).reshape(weight_shape)
+
+    def input_sum(self, inputs: Inputs, output_shape: Shape, weight_shape: Shape) -> Tensor:
+        return inputs[0].sum(0)
+
+    def input_gradient(self, grad: Tensor, weight: Tensor, input_shapes: tuple[Shape, ...]) -> Inputs:
+        return (torch.einsum("ngk,gkd->ngd", grad.unflatten(1, (self.groups, -1)), self._by_group(weight)),)
+
+    def _by_group(self, weight: Tensor) -> Tensor:
+        return weight.flatten(1).unflatten(0, (self.groups, -1))
+
+
+@dataclass(frozen=True)
 class Gate:
     """A rectifier seen by the operator before it: open where low < z < high."""
 
@@ -295,7 +319,7 @@ class Operator(nn.Module):
     def groups(self) -> int:
         """G: neurons of one group see the same inputs."""
         match self.kind:
-            case Convolution(groups=groups) | TransposedConvolution(groups=groups):
+            case Convolution(groups=groups) | TransposedConvolution(groups=groups) | Gathered(groups=groups):
                 return groups
             case Linear():
                 return 1

@@ -8,7 +8,7 @@ operator is summed over the same patches.
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import cycle, product
+from itertools import product
 from math import prod
 
 import torch
@@ -85,9 +85,8 @@ class PatchAccumulator:
     mean of m deviations lose m² of 2⁵³. The gate alone is the model's own.
 
     positions: how many output positions to draw from each image, without replacement; all where an
-    image has no more. The draw is seeded by `seed`, the operator's name, the source (see `begin`) and,
-    where one pass calls the operator several times, by which call it is; and it goes on image by image,
-    so that it does not depend on how a source is cut into batches.
+    image has no more. The image's seed (see `begin`), the operator's name, `seed` and, where one pass calls the
+    operator several times, by which call it is, say which: neither the order of images nor their batches.
     """
 
     def __init__(self, operator: Operator, positions: int, seed: int = 0) -> None:
@@ -96,19 +95,17 @@ class PatchAccumulator:
         check_supported(operator)
         self._operator, self._positions, self._seed = operator, positions, seed
         self.reset()
-        self.begin("")
 
     def reset(self) -> None:
-        """Forget all sums; the draw of positions goes on."""
+        """Forget all sums."""
         self._sums = zero(self._operator)
 
-    def begin(self, source: str) -> None:
-        """Draw from here on as at the start of this source of images (a shard), whatever came before.
+    def begin(self, seeds: Tensor) -> None:
+        """The next pass is of images with these seeds, int64 (N,)."""
+        self._seeds, self._calls = seeds, 0
 
-        So a source's sums are the same whoever takes them, and after whatever else.
-        """
-        calls = range(self._operator.calls)
-        self._generators = cycle([generator(self._seed, self._operator.name, source, call) for call in calls])
+    def settle(self) -> None:
+        """Sum what waits: nothing does."""
 
     def tensors(self) -> dict[str, Tensor]:
         """The sums so far by name: the very tensors that the next batch changes."""
@@ -125,7 +122,8 @@ class PatchAccumulator:
         if not z.numel():
             return
         available = z[0].numel() // op.neurons
-        drawn = draw(next(self._generators), len(z), available, self._positions).to(z.device)
+        drawn = drawn_positions(self._seeds, salt_of(self._seed, op.name, self._calls), available, self._positions)
+        self._calls += 1
         gate = None if op.gate is None else per_image(op.gate.open(z), op.kind.axis)
         images = max(1, PATCH_ELEMENTS // (drawn.shape[1] * op.groups * op.inputs_per_neuron))
         for start in range(0, len(z), images):
@@ -158,23 +156,51 @@ def add(into: sums.Sums, n: Tensor, y: Tensor, y_chosen: Tensor, x_sum: Tensor, 
 
 # --- which positions ------------------------------------------------------------------------------
 
+# splitmix64 (Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators"): a number for each counter,
+# the same on every device. As int64, in which torch wraps as C does.
+STEP = 0x9E3779B97F4A7C15 - 2**64
+FACTORS = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
+SHIFTS = (30, 27, 31)
 
-def generator(seed: int, name: str, source: str = "", call: int = 0) -> torch.Generator:
-    """What draws the positions of an operator in a source of images, at one of its calls in a pass."""
-    digest = hashlib.sha256(f"positions/{seed}/{name}/{source}/{call}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+def salt_of(seed: int, name: str, call: int) -> int:
+    """What tells an operator's draw from others'."""
+    digest = hashlib.sha256(f"positions/{seed}/{name}/{call}".encode()).digest()
+    return int.from_bytes(digest[:8], "big", signed=True)
 
 
-def draw(generator: torch.Generator, images: int, available: int, positions: int) -> Tensor:
-    """For each image, which of its available positions to take: int64 (images, ≤ positions), no one twice."""
+def mixed(values: Tensor) -> Tensor:
+    """splitmix64's finaliser, int64 to int64, one to one."""
+    for shift, factor in zip(SHIFTS, (*FACTORS, 1)):
+        values = (values ^ shifted(values, shift)) * factor
+    return values
+
+
+def shifted(values: Tensor, by: int) -> Tensor:
+    """int64 as 64 bits, shifted right, zeros coming in."""
+    return (values >> by) & (2 ** (64 - by) - 1)
+
+
+def uniform(seeds: Tensor, salt: int, count: int) -> Tensor:
+    """Numbers in [0, 1), float64 (N, count), for seeds int64 (N,); other salts give others."""
+    counters = torch.arange(1, count + 1, device=seeds.device) * STEP
+    states = mixed(seeds + salt)[:, None] + counters
+    return shifted(mixed(states), 11).double() * 2.0**-53
+
+
+def drawn_positions(seeds: Tensor, salt: int, available: int, positions: int) -> Tensor:
+    """For each image, which of its available positions to take: int64 (N, ≤ positions), no one twice, in any order.
+
+    All where there are no more. seeds: of the images, int64 (N,); salt: what tells one draw for them from others.
+    """
     if positions >= available:
-        return torch.arange(available).expand(images, -1)
+        return torch.arange(available, device=seeds.device).expand(len(seeds), -1)
     # Floyd's algorithm (Bentley & Floyd 1987): every subset is equally likely, and an image costs `positions`
     # numbers rather than `available`, whatever batch it is in.
-    uniform = torch.rand((images, positions), generator=generator, dtype=torch.float64)
-    drawn = torch.empty((images, positions), dtype=torch.int64)
+    numbers = uniform(seeds, salt, positions)
+    drawn = torch.empty((len(seeds), positions), dtype=torch.int64, device=seeds.device)
     for i, last in enumerate(range(available - positions, available)):
-        candidate = (uniform[:, i] * (last + 1)).long().clamp(max=last)
+        candidate = (numbers[:, i] * (last + 1)).long().clamp(max=last)
         taken = (drawn[:, :i] == candidate[:, None]).any(1)
         drawn[:, i] = torch.where(taken, last, candidate)
     return drawn

@@ -39,6 +39,7 @@ from ray_jobs.options import (
     Out,
     OutputKinds,
     PassThrough,
+    Positions,
     Precision,
     Reduction,
     Resize,
@@ -175,6 +176,7 @@ def fit(
     pass_through: PassThrough = "",
     memory: Memory = None,
     until_converged: UntilConverged = None,
+    positions: Positions = None,
     retry_quarantined: RetryQuarantined = False,
     allow_pipes: AllowPipes = False,
     *,
@@ -195,6 +197,7 @@ def fit(
         seed,
         memory,
         until_converged,
+        positions,
     )
     run = run_fit(config, resources, retry_quarantined)
     done = run.manifest()["fit"]

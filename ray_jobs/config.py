@@ -55,6 +55,7 @@ class FitConfig:
 
     memory: bytes that a worker may use for the model, a batch and the moments; None: as many as they take.
     until_converged: the relative standard error of the patterns at which the fit ends early; None: never.
+    positions: of each image, that count for each operator; None: all.
     """
 
     model: ModelConfig
@@ -66,6 +67,7 @@ class FitConfig:
     seed: int = 0
     memory: int | None = None
     until_converged: float | None = None
+    positions: int | None = None
 
 
 @dataclass(frozen=True)

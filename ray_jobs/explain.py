@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Iterator
-from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from ray_jobs.files import here, located, names, published, read_table
 from ray_jobs.job import ShardJob
 from ray_jobs.outputs import OUTPUTS, Explained, Outputs, bytes_per_sample, import_zarr, outputs, writers
 from ray_jobs.run import Run, load_patterns, refused_in, write_refused
-from ray_jobs.samples import SampleError
+from ray_jobs.samples import SampleError, seed_of
 from ray_jobs.session import connected
 from ray_jobs.shards import Batch, ShardReader
 from ray_jobs.summaries import COLUMNS, REDUCTIONS, shaped, summaries
@@ -116,7 +115,7 @@ class ExplainWorker:
     def explain(self, batch: Batch) -> Explained:
         """The maps of a batch as they are written, and what is said of each sample."""
         images = batch.images.to(self.loaded.device, non_blocking=True)
-        seeds = [seed_of(self.config.seed, key) for key in batch.keys]
+        seeds = [seed_of(f"{self.config.seed}/{key}") for key in batch.keys]
         explanation = self.explainer(images, lambda scores: self.target.targets(scores, batch.labels), seeds)
         rows = self.rows(batch, images, explanation)
         first = {m: maps[:, 0] if self.target.maps > 1 else maps for m, maps in explanation.maps.items()}
@@ -177,11 +176,6 @@ def explainer(config: ExplainConfig, loaded: models.Loaded, target: Target, scal
             chosen = choose(network, patterns, config.estimator)
         estimators = {b.estimator: choose(network, patterns, b.estimator) for b in passes if b.estimator}
     return Explainer(network, chosen, config.methods, scales, estimators, dict(config.settings))
-
-
-def seed_of(seed: int, key: str) -> int:
-    """A seed for a sample that depends on no other."""
-    return int.from_bytes(blake2b(f"{seed}/{key}".encode(), digest_size=7).digest())
 
 
 def to_float16(maps: Tensor, exponent: int) -> tuple[np.ndarray, np.ndarray]:

@@ -43,9 +43,9 @@ def planned(run: Run, network: Network, config: FitConfig) -> list[Pass]:
     return [Pass(group, folder) for group, folder in zip(names, folders)]
 
 
-def observer(estimators: Sequence[str], operators: Collection[str], network: Network) -> Observer:
+def observer(config: FitConfig, operators: Collection[str], network: Network) -> Observer:
     """What takes the moments that some estimators need of some operators."""
-    return Observer(network, lambda op: wanted(op, estimators), operators)
+    return Observer(network, lambda op: wanted(op, config.estimators), operators, config.positions, config.seed)
 
 
 def fit(config: FitConfig, resources: Resources = Resources(), retry_quarantined: bool = False) -> Run:  # noqa: B008 - frozen
@@ -76,7 +76,7 @@ def fit(config: FitConfig, resources: Resources = Resources(), retry_quarantined
             name = "fit" if len(through) == 1 else f"fit, pass {number + 1} of {len(through)}"
             most = config.max_samples
             task = Gathering(config.model, config.shards, str(one.folder), config.batch_size, most, begun)
-            observe = partial(observer, config.estimators, one.operators)
+            observe = partial(observer, config, one.operators)
             if config.until_converged is None:
                 job = GatherJob(name, beat, task, tasks, resources)
             else:

@@ -23,6 +23,7 @@ from ray_jobs.files import located, names, published, remove
 from ray_jobs.job import ShardJob
 from ray_jobs.ledger import Ledger, Part, Refused, together
 from ray_jobs.run import refused_in, write_refused
+from ray_jobs.samples import seed_of
 from ray_jobs.shards import Batch, ShardReader
 from ray_jobs.tasks import Pending, Tasks
 from ray_jobs.worker import Place, ShardReport, Share, Timed
@@ -127,16 +128,17 @@ class GatherWorker:
     def observe(self, shard: str, reader: ShardReader) -> Generator[ShardReport, None, int]:
         """Add a shard's batches; gives how many samples they had. NotFiniteError where the model's output is not."""
         samples = 0
-        self.observation.begin(shard)
         self.batches: Timed[Batch] = Timed(reader)
         for batch in self.batches:
-            outputs = self.observation.update(batch.images.to(self.loaded.device, non_blocking=True))
+            images = batch.images.to(self.loaded.device, non_blocking=True)
+            outputs = self.observation.update(images, [seed_of(key) for key in batch.keys])
             finite = outputs.flatten(1).isfinite().all(1)
             if not finite.all():
                 raise NotFiniteError(shard, [key for key, good in zip(batch.keys, finite.tolist()) if not good])
             samples += len(batch.keys)
             if self.batches.due():
                 yield ShardReport(samples, len(reader.refused), self.batches.count, self.batches.waited)
+        self.observation.settle()
         return samples
 
     def commit(self) -> Part:

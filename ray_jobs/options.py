@@ -12,7 +12,7 @@ from patterns.methods import WITH_PATTERNS
 from ray_jobs.config import FITTED, ExplainConfig, Log, Resources
 from ray_jobs.outputs import OUTPUTS
 from ray_jobs.summaries import REDUCTIONS
-from ray_jobs.words import byte_count, duration
+from ray_jobs.words import byte_count, duration, position_count
 
 DEFAULT_FIT, DEFAULT_METHODS = ",".join(FITTED), ",".join(ExplainConfig.methods)
 DEFAULT_OUTPUTS = ",".join(ExplainConfig.outputs)
@@ -49,6 +49,12 @@ Estimators = Annotated[
 UntilConverged = Annotated[
     float | None,
     typer.Option(min=0, help="End early once nine in ten patterns have a relative standard error below this: 0.05."),
+]
+Positions = Annotated[
+    int | None,
+    typer.Option(
+        parser=position_count, metavar="N|all", help="How many positions of each image count, drawn at random."
+    ),
 ]
 RetryQuarantined = Annotated[
     bool, typer.Option("--retry-quarantined", help="Take up the samples that were refused, and these only.")

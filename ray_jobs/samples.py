@@ -1,6 +1,7 @@
 """A sample: its key and its files, and why it may be refused before anything is decoded."""
 
 from collections.abc import Iterable, Iterator
+from hashlib import blake2b
 from typing import Any
 
 # `__key__`; the bytes of each file by its extension in lower case; `__refused__`, where it must not be used: why.
@@ -11,6 +12,11 @@ Box = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels
 IMAGES = ("jpg", "jpeg", "png", "webp")
 TENSOR = "npy"
 MAX_SAMPLE_BYTES = 1 << 27  # of all files of a sample; a ready tensor of 3×1024×1024 has 12 MB
+
+
+def seed_of(name: str) -> int:
+    """A seed for what is random about a sample, from a name of it alone."""
+    return int.from_bytes(blake2b(name.encode("utf-8", "surrogateescape"), digest_size=7).digest())
 
 
 class SampleError(Exception):

@@ -23,6 +23,15 @@ def byte_count(text: str) -> int:
     return int(float(number) * 1024 ** POWERS[unit])
 
 
+def position_count(text: str) -> int | None:
+    """Positions of `16`; None of `all`. ValueError for anything else."""
+    if text == "all":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"{text!r} is no number of positions; write 16, or all")
+    return int(text)
+
+
 def spoken_bytes(size: int) -> str:
     """A size in KiB, MiB or GiB."""
     for power, unit in ((30, "GiB"), (20, "MiB")):

@@ -37,6 +37,7 @@ class Case:
 
     def moments(self, inputs: tuple[Tensor, ...], positions: int = ALL, seed: int = 0) -> PatchMoments:
         accumulator = PatchAccumulator(self.operator, positions, seed)
+        accumulator.begin(torch.arange(len(inputs[0])))
         accumulator.update(inputs, self.operator(*inputs))
         return accumulator.moments()
 

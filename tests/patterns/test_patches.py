@@ -11,7 +11,17 @@ from torch.nn import functional as F
 
 from patterns import UserError, accumulate, operators, trace
 from patterns.observe import PatchObserver
-from patterns.patches import PatchAccumulator, PatchMoments, bytes_of, draw, generator, zero
+from patterns.patches import (
+    STEP,
+    PatchAccumulator,
+    PatchMoments,
+    bytes_of,
+    drawn_positions,
+    mixed,
+    salt_of,
+    uniform,
+    zero,
+)
 from tests.oracles import Neuron, window_patches
 from tests.patterns.gram import ALL, CASES, SCALES
 
@@ -54,7 +64,7 @@ def test_sampled_sums_are_those_of_the_drawn_positions_alone(name: str, position
     found = case.moments(inputs, positions, seed=7)
     z = case.operator(*inputs)
     available = z[0].numel() // case.operator.neurons
-    drawn = draw(generator(7, "it"), 5, available, positions)
+    drawn = drawn_positions(torch.arange(5), salt_of(7, "it", 0), available, positions)
     rows = [image * available + int(p) for image, own in enumerate(drawn) for p in own]
     assert found.moments.total.n.tolist() == [5 * positions] * case.operator.neurons
     assert_sums(found, [Neuron(n.x[rows], n.y[rows], n.open[rows]) for n in case.neurons(inputs)])
@@ -62,7 +72,7 @@ def test_sampled_sums_are_those_of_the_drawn_positions_alone(name: str, position
 
 def test_each_position_is_drawn_equally_often_and_never_twice_from_an_image() -> None:
     images, available, positions = 6000, 12, 4
-    drawn = draw(generator(0, "it"), images, available, positions)
+    drawn = drawn_positions(torch.arange(images), salt_of(0, "it", 0), available, positions)
     assert drawn.shape == (images, positions)
     assert (drawn.sort(1).values.diff(dim=1) > 0).all()
     counts = drawn.flatten().bincount(minlength=available)
@@ -73,13 +83,31 @@ def test_each_position_is_drawn_equally_often_and_never_twice_from_an_image() ->
 
 @pytest.mark.parametrize("positions", [12, 13])
 def test_all_positions_are_taken_where_an_image_has_no_more(positions: int) -> None:
-    assert draw(generator(0, "it"), 2, 12, positions).tolist() == [list(range(12))] * 2
+    assert drawn_positions(torch.arange(2), 0, 12, positions).tolist() == [list(range(12))] * 2
 
 
-def test_the_draw_depends_on_seed_operator_and_source() -> None:
-    draws = [draw(generator(s, n, o), 3, 1000, 5).tolist() for s, n, o in product((0, 1), ("a", "b"), ("", "c"))]
-    assert len({str(d) for d in draws}) == len(draws)
-    assert draw(generator(0, "a", "c"), 3, 1000, 5).tolist() == draws[1]
+def test_the_draw_depends_on_seed_operator_call_and_image_alone() -> None:
+    images = torch.tensor([3, 8, -5])
+    salts = [salt_of(s, n, call) for s, n, call in product((0, 1), ("a", "b"), (0, 1))]
+    draws = [drawn_positions(images, salt, 1000, 5) for salt in salts]
+    assert len({tuple(row) for d in draws for row in d.tolist()}) == len(salts) * len(images)
+    for drawn, salt in zip(draws, salts):
+        for image, row in zip(images, drawn):
+            assert torch.equal(drawn_positions(image[None], salt, 1000, 5)[0], row)
+
+
+def test_numbers_are_uniform_and_independent_and_those_of_splitmix64() -> None:
+    numbers = uniform(torch.arange(2000), 5, 50)
+    assert ((numbers >= 0) & (numbers < 1)).all()
+    counts = torch.histc(numbers, 20, 0, 1)
+    assert ((counts - 5000).abs() < 5 * (5000 * 0.95) ** 0.5).all()
+    between = torch.corrcoef(numbers.T) - torch.eye(50)
+    assert between.abs().max() < 6 * 2000**-0.5
+    along = torch.corrcoef(numbers[:200]) - torch.eye(200)
+    assert along.abs().max() < 6 * 50**-0.5
+    # The published first outputs of splitmix64 from seed 1234567.
+    states = torch.tensor(1234567) + torch.tensor([1, 2]) * STEP
+    assert [value % 2**64 for value in mixed(states).tolist()] == [6457827717110365317, 3203168211198807973]
 
 
 def test_no_positions_are_refused() -> None:
@@ -130,16 +158,15 @@ def test_saved_gram_moments_load_to_the_last_digit_and_only_under_their_own_name
 
 
 @pytest.mark.parametrize("cuts", [[1] * 7, [3, 4], [0, 7]])
-def test_a_source_gives_the_same_sums_however_it_is_cut_and_whatever_came_before(cuts: list[int]) -> None:
+def test_images_give_the_same_sums_in_any_order_and_batches(cuts: list[int]) -> None:
     case = CASES["conv2d"]()
-    (x,) = case.inputs(7, 1)
+    (x,), seeds = case.inputs(7, 1), torch.arange(7) * 5
     whole, cut = PatchAccumulator(case.operator, 3), PatchAccumulator(case.operator, 3)
-    whole.begin("shard")
+    whole.begin(seeds)
     whole.update((x,), case.operator(x))
-    cut.update((x[:2],), case.operator(x[:2]))
-    cut.reset()
-    cut.begin("shard")
-    for part in x.split(cuts):
+    order = torch.tensor([4, 2, 6, 0, 1, 5, 3])
+    for part, told in zip(x[order].split(cuts), seeds[order].split(cuts)):
+        cut.begin(told)
         cut.update((part,), case.operator(part))
     assert_same(cut.moments(), whole.moments(), rtol=1e-11)
 
@@ -172,7 +199,7 @@ def test_a_layer_that_is_called_twice_draws_the_same_positions_however_a_source_
     second = window_patches(middle, (3, 3), (1, 1), (1, 1), (1, 1))[0].unflatten(0, (6, -1))
     images = torch.arange(6)[:, None]
     taken = [
-        patches[images, draw(generator(7, "layer", call=call), 6, patches.shape[1], 3)].flatten(0, 1)
+        patches[images, drawn_positions(torch.arange(6), salt_of(7, "layer", call), patches.shape[1], 3)].flatten(0, 1)
         for call, patches in enumerate((first, second))
     ]
     rows = torch.cat(taken)

@@ -16,9 +16,10 @@ from patterns import METHODS, Explainer, choose
 from patterns.storage import load
 from ray_jobs import models
 from ray_jobs.config import ExplainConfig, FitConfig, ModelConfig, Resources
-from ray_jobs.explain import explain, seed_of
+from ray_jobs.explain import explain
 from ray_jobs.fit import fit
 from ray_jobs.job import ShardJob
+from ray_jobs.samples import seed_of
 from ray_jobs.shards import ShardReader, read_shard
 from ray_jobs.summaries import summaries
 from ray_jobs.worker import Place
@@ -57,7 +58,7 @@ def test_explanations_line_up_with_their_shards_and_are_the_librarys(
     rows = {(r["shard"], r["key"]): r for r in table}
     for shard in shards:
         (batch,) = ShardReader(shard, loaded.preprocessing, batch_size=100)
-        expected = explainer(batch.images, seeds=[seed_of(0, key) for key in batch.keys])
+        expected = explainer(batch.images, seeds=[seed_of(f"0/{key}") for key in batch.keys])
         written = list(read_shard(str(tmp_path / "explanations" / Path(shard).name)))
         assert [s["__key__"] for s in written] == [s["__key__"] for s in read_shard(shard)]
         for i, sample in enumerate(written):

@@ -1,0 +1,87 @@
+"""Moments from positions sampled in each image: a fit for little more than a forward pass.
+
+Neighbouring positions of an image see nearly the same, so a few of them, drawn uniformly, tell nearly as much of E[x],
+E[xy] and the rest as all: every sum is n/N of the whole in expectation, and the estimators are ratios of them. Their
+patches are gathered by index, so no input is unfolded, and what is then summed is a matrix product.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from patterns.moments import Accumulator, Moments, Wanted, widened
+from patterns.operators import Gathered, Inputs, Operator
+from patterns.patches import check_supported, drawn_positions, patches, per_image, salt_of
+
+# Samples that are gathered before they are summed: matrix products of fewer are slow, and each brings sums as
+# large as the weights to float64.
+BLOCK = 1024
+BLOCK_ELEMENTS = 2**23  # of gathered patches, 32 MiB in float32, whatever their number
+
+
+class SampledAccumulator:
+    """Moments of one operator from some positions of each image, grown batch by batch.
+
+    positions: how many to draw from each image, without replacement; the image's seed, the operator's name, `seed`
+    and, where one pass calls the operator several times, by which call it is, say which. So they depend neither on
+    the order of images nor on their batches.
+    """
+
+    def __init__(self, operator: Operator, wanted: Wanted, positions: int, seed: int = 0) -> None:
+        check_supported(operator)
+        self._operator, self._positions, self._seed = operator, positions, seed
+        size = operator.groups * operator.inputs_per_neuron
+        self._block = max(1, min(BLOCK, BLOCK_ELEMENTS // size))
+        self._sums = Accumulator(gathered(operator), wanted)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._sums.reset()
+        self._waiting: list[tuple[Tensor, Tensor]] = []
+        self._count = 0
+
+    def begin(self, seeds: Tensor) -> None:
+        """The next pass is of images with these seeds, int64 (N,)."""
+        self._seeds, self._calls = seeds, 0
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The sums so far by name: the very tensors that later batches change."""
+        self.settle()
+        return self._sums.tensors()
+
+    def moments(self) -> Moments:
+        """The moments so far: a copy on the CPU."""
+        self.settle()
+        return self._sums.moments()
+
+    @torch.no_grad()
+    def update(self, inputs: Inputs, z: Tensor) -> None:
+        """Add a batch: the operator's inputs, and its outputs z = y + b in the model's own layout."""
+        op = self._operator
+        if not z.numel():
+            return
+        outputs = per_image(z, op.kind.axis)
+        salt = salt_of(self._seed, op.name, self._calls)
+        self._calls += 1
+        drawn = drawn_positions(self._seeds, salt, outputs.shape[1], self._positions)
+        x = widened(patches(op, inputs, drawn)).movedim(1, 0)  # (n, G, D)
+        self._waiting.append((x, widened(outputs.take_along_dim(drawn[..., None], 1).flatten(0, 1))))
+        self._count += len(x)
+        if self._count >= self._block:
+            self.settle()
+
+    def settle(self) -> None:
+        """Sum what was gathered."""
+        if self._waiting:
+            x, z = (torch.cat(parts) for parts in zip(*self._waiting))
+            self._waiting, self._count = [], 0
+            self._sums.update((x,), z)
+
+
+def gathered(operator: Operator) -> Operator:
+    """An operator that takes the patches of another."""
+    shapes = ((operator.groups, operator.inputs_per_neuron),), (operator.neurons,)
+    kind = Gathered(operator.groups)
+    return Operator(operator.name, kind, operator.weight, operator.bias, *shapes, operator.source, operator.gate)

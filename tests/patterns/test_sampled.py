@@ -1,0 +1,154 @@
+"""Moments from sampled positions: those of the drawn ones exactly, of all of them in expectation."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from patterns import Observer, accumulate, sampled, solve, trace
+from patterns.moments import Wanted
+from patterns.patches import drawn_positions, salt_of
+from patterns.sampled import SampledAccumulator
+from tests.oracles import Neuron
+from tests.patterns.gram import CASES, SCALES, Case
+
+KINDS = CASES | SCALES
+
+
+def of_drawn(case: Case, inputs: tuple[Tensor, ...], positions: int) -> list[Neuron]:
+    """The neurons' samples at the drawn positions."""
+    z = case.operator(*inputs)
+    available = z[0].numel() // case.operator.neurons
+    drawn = drawn_positions(torch.arange(len(z)), salt_of(7, "it", 0), available, positions)
+    rows = [image * available + int(p) for image, own in enumerate(drawn) for p in own]
+    return [Neuron(n.x[rows], n.y[rows], n.open[rows]) for n in case.neurons(inputs)]
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("block", [1, 5, 10**6])
+def test_sums_are_those_of_the_drawn_positions(name: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampled, "BLOCK", block)
+    case = KINDS[name]()
+    inputs = case.inputs(5, 1)
+    accumulator = SampledAccumulator(case.operator, Wanted(), 2, seed=7)
+    for at in (slice(0, 3), slice(3, 5)):
+        part = tuple(x[at] for x in inputs)
+        accumulator.begin(torch.arange(5)[at])
+        accumulator.update(part, case.operator(*part))
+    found, truth = accumulator.moments(), of_drawn(case, inputs, 2)
+    assert {name: t.dtype for name, t in found.tensors().items() if t.dtype != torch.float64}.keys() <= {
+        "total.n",
+        "open.n",
+    }
+    for which, sums in (("total", found.total), ("open", found.open)):
+        assert sums is not None
+        assert sums.x is not None
+        assert sums.xy is not None
+        x = sums.x.repeat_interleave(len(truth) // len(sums.x), 0)
+        for k, neuron in enumerate(truth):
+            expected = neuron.sums(which)
+            assert sums.n[k] == expected["n"]
+            for field, value in (("y", sums.y), ("yy", sums.yy), ("x", x), ("xy", sums.xy)):
+                torch.testing.assert_close(value[k], expected[field], rtol=1e-9, atol=1e-9)
+    assert found.outer is not None
+    y = torch.stack([neuron.y for neuron in truth]).unflatten(0, (len(found.outer), -1))
+    torch.testing.assert_close(found.outer, y @ y.mT, rtol=1e-9, atol=1e-9)
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.next = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 6, 3, padding=1)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.next(F.relu(self.stem(x)))).mean((2, 3)))
+
+
+def images(count: int) -> Tensor:
+    """Smooth ones, as photographs are: neighbouring positions tell much the same."""
+    coarse = torch.randn(count, 3, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return F.interpolate(coarse, size=(16, 16), mode="bilinear") + 0.3
+
+
+def patterns_of(positions: int | None, x: Tensor, seed: int = 0) -> dict[str, Tensor]:
+    torch.manual_seed(3)
+    network = trace(Small().double(), x[:1])
+    observer = Observer(network, positions=positions, seed=seed)
+    for batch in x.split(16):
+        observer.update(batch)
+    moments = observer.moments()
+    choices = ["linear", "two-component"]
+    return {
+        f"{name}/{row}": pattern.double()
+        for name, op in network.operators.items()
+        for row, pattern in solve(op, moments[name], choices).patterns.items()
+        if name in {"stem", "next"}
+    }
+
+
+def of_neurons(found: Tensor, expected: Tensor) -> Tensor:
+    """Each neuron's relative error; one whose denominator nearly vanishes has a large one, which says nothing."""
+    return (found - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
+
+
+def test_errors_fall_as_an_unbiased_estimates_do() -> None:
+    x = images(256)
+    exact = patterns_of(None, x)
+    errors: dict[int, dict[str, float]] = {}
+    for positions in (4, 16, 64):
+        found = [patterns_of(positions, x, seed) for seed in range(6)]
+        errors[positions] = {
+            name: float(torch.stack([of_neurons(f[name], pattern) for f in found]).median())
+            for name, pattern in exact.items()
+        }
+        if positions == 16:  # the mean over draws is nearer than each draw, as that of an unbiased estimate is
+            for name, pattern in exact.items():
+                mean = torch.stack([f[name] for f in found]).mean(0)
+                assert of_neurons(mean, pattern).median() < 0.7 * errors[positions][name], name
+    for name in exact:
+        few, some, many = (errors[p][name] for p in (4, 16, 64))
+        # Four times the positions, half the error; drawing without replacement from 256 does better still.
+        assert 0.3 * few < some < 0.75 * few, (name, errors)
+        assert 0.2 * some < many < 0.6 * some, (name, errors)
+
+
+def test_all_positions_sampled_are_all_positions_counted() -> None:
+    x = images(8)
+    exact, found = patterns_of(None, x), patterns_of(256, x)
+    for name, pattern in exact.items():
+        assert torch.equal(found[name], pattern)
+
+
+def test_neither_order_nor_batches_change_more_than_the_last_digits() -> None:
+    x = images(24)
+    network = trace(Small().double(), x[:1])
+    seeds, order = list(range(100, 124)), torch.randperm(24, generator=torch.Generator().manual_seed(0))
+    whole, cut = Observer(network, positions=5), Observer(network, positions=5)
+    whole.update(x, seeds)
+    for part in order.split(7):
+        cut.update(x[part], [seeds[i] for i in part])
+    for name, moments in whole.moments().items():
+        for field, value in moments.tensors().items():
+            torch.testing.assert_close(cut.moments()[name].tensors()[field], value, rtol=1e-10, atol=1e-9)
+
+
+def test_layers_without_more_positions_are_summed_exactly() -> None:
+    x = images(8)
+    network = trace(Small().double(), x[:1])
+    exact = accumulate(network, [x])["head"]
+    observer = Observer(network, positions=3)
+    observer.update(x)
+    for field, value in replace(exact).tensors().items():
+        assert torch.equal(observer.moments()["head"].tensors()[field], value)
+
+
+def test_a_reset_forgets_what_was_gathered_but_not_summed() -> None:
+    x = images(4)
+    network = trace(Small().double(), x[:1])
+    observer = Observer(network, positions=3)
+    observer.update(x)
+    observer.reset()
+    assert int(observer.moments()["stem"].total.n.sum()) == 0
