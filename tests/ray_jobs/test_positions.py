@@ -31,7 +31,8 @@ def test_the_job_draws_what_the_library_draws(model_spec: str, shards: list[str]
     found, moments = load_file(run.folder / "patterns.safetensors"), observer.moments()
     for name, operator in loaded.network.operators.items():
         for row, pattern in solve(operator, moments[name], config.estimators).patterns.items():
-            assert relative(found[f"{name}/{row}"], pattern) < 1e-5
+            # In float32, in other batches, and some neurons' denominators nearly vanish.
+            assert relative(found[f"{name}/{row}"], pattern) < 2e-3
     assert run.manifest()["fit"]["options"]["positions"] == 3
 
 
