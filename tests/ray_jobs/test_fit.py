@@ -37,7 +37,7 @@ from tests.ray_jobs.runs import PREPARED, configured, same_patterns
 def worker_of(config: FitConfig) -> tuple[ModelConfig, str, int, Observe, str]:
     """What a worker of a fit is made from."""
     loaded = models.load(config.model)
-    observe = partial(observer, FITTED, tuple(loaded.network.operators))
+    observe = partial(observer, config, tuple(loaded.network.operators))
     return config.model, f"{config.out}/moments", config.batch_size, observe, loaded.digest
 
 

@@ -36,6 +36,7 @@ def test_the_job_draws_what_the_library_draws(model_spec: str, shards: list[str]
     assert run.manifest()["fit"]["options"]["positions"] == 3
 
 
+@pytest.mark.slow
 def test_neither_workers_nor_order_change_a_digit(
     local_ray: None, model_spec: str, shards: list[str], tmp_path: Path
 ) -> None:
