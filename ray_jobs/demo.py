@@ -24,7 +24,7 @@ SPEC = "timm:tf_efficientnet_lite0"
 CROPS = 16  # of each photograph, so that the statistics are not those of 20 images
 SHARDS = 8
 SHOWN = (
-    "gradient", "guided-backprop", "lrp-epsilon-plus-flat", "smoothgrad", "patternnet", "patternattribution",
+    "gradient", "guided-backprop", "lrp-epsilon-plus-flat", "patternnet", "patternattribution",
     "patternattribution:multivariate",
 )  # fmt: skip
 JUDGED = ("conv_stem", "blocks.*")  # a class score has one sample an image: too few to regress on
