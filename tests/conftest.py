@@ -13,6 +13,8 @@ from webdataset import TarWriter
 
 # Ray otherwise turns token authentication on or off by what earlier runs left in the home directory.
 os.environ["RAY_AUTH_MODE"] = "disabled"
+# Serve kills a proxy that has not started within 5 s, as on two cores with four test processes it may not.
+os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "60"
 
 # The order in which files are given to workers: those that take minutes first, so that none is left alone with one.
 FIRST = ("ray_jobs", "cluster")
