@@ -26,6 +26,7 @@ from ray_jobs.worker import Place
 from tests.conftest import jpeg, write_tar
 
 RESOURCES = Resources(workers=2, gpus_per_worker=0)
+HERE = Resources(workers=0)
 
 
 @pytest.fixture(scope="module")
@@ -34,13 +35,13 @@ def model(model_spec: str) -> ModelConfig:
 
 
 @pytest.fixture(scope="module")
-def fitted(local_ray: None, model: ModelConfig, shards: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def fitted(model: ModelConfig, shards: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = str(tmp_path_factory.mktemp("fitted") / "run")
-    return fit(FitConfig(model, tuple(shards), out), RESOURCES).folder
+    return fit(FitConfig(model, tuple(shards), out), HERE).folder
 
 
 def test_explanations_line_up_with_their_shards_and_are_the_librarys(
-    fitted: Path, model: ModelConfig, shards: list[str], tmp_path: Path
+    local_ray: None, fitted: Path, model: ModelConfig, shards: list[str], tmp_path: Path
 ) -> None:
     methods = (*METHODS, "patternattribution:linear")
     config = ExplainConfig(model, str(fitted), tuple(shards), str(tmp_path), batch_size=4, methods=methods)
@@ -80,7 +81,12 @@ def test_explanations_line_up_with_their_shards_and_are_the_librarys(
 
 
 def test_only_what_is_missing_is_done_again_and_gives_the_same_bytes(
-    fitted: Path, model: ModelConfig, shards: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    local_ray: None,
+    fitted: Path,
+    model: ModelConfig,
+    shards: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = ExplainConfig(model, str(fitted), tuple(shards), str(tmp_path))
     pids: list[int] = []
@@ -105,7 +111,7 @@ def test_only_what_is_missing_is_done_again_and_gives_the_same_bytes(
     assert len(list(folder.glob("*.tar"))) == 12
     assert not [p for p in tmp_path.rglob("*") if "aside" in p.name]
     again = tmp_path / "again"
-    explain(ExplainConfig(model, str(fitted), tuple(shards), str(again)), Resources(workers=1, gpus_per_worker=0))
+    explain(ExplainConfig(model, str(fitted), tuple(shards), str(again)), HERE)
     for tar in folder.glob("*.tar"):
         assert tar.read_bytes() == (again / "explanations" / tar.name).read_bytes()
 
@@ -121,7 +127,7 @@ def test_labels_are_explained_where_asked_and_missing_ones_refused(
     ]
     shard = str(write_tar(tmp_path / "x.tar", samples))
     config = ExplainConfig(model, str(fitted), (shard,), str(tmp_path / "out"), target="label")
-    run = explain(config, RESOURCES)
+    run = explain(config, HERE)
     (row,) = pq.read_table(run.folder / "explanations.parquet").to_pylist()
     assert (row["key"], row["target"]) == ("a", 2)
     refused = pq.read_table(run.folder / "quarantine.parquet").to_pylist()
@@ -136,6 +142,6 @@ def test_shards_of_one_name_in_two_folders_keep_apart(fitted: Path, model: Model
     paths = [
         str(write_tar(tmp_path / name / "0.tar", [{"__key__": name, "jpg": jpeg(rng)}])) for name in ("one", "two")
     ]
-    run = explain(ExplainConfig(model, str(fitted), tuple(paths), str(tmp_path / "out")), RESOURCES)
+    run = explain(ExplainConfig(model, str(fitted), tuple(paths), str(tmp_path / "out")), HERE)
     found = {p.parent.name: next(iter(read_shard(str(p))))["__key__"] for p in run.folder.rglob("*.tar")}
     assert found == {"one": "one", "two": "two"}

@@ -25,6 +25,7 @@ from tests.conftest import make_shards
 from tests.oracles import Neuron, neurons, window_patches
 
 RESOURCES = Resources(workers=2, gpus_per_worker=0)
+HERE = Resources(workers=0)
 EVERYWHERE = 10**6
 
 
@@ -41,9 +42,9 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], ...]:
 
 
 @pytest.fixture(scope="module")
-def fitted(local_ray: None, model: ModelConfig, sets: tuple[list[str], ...], tmp_path_factory: object) -> Path:
+def fitted(model: ModelConfig, sets: tuple[list[str], ...], tmp_path_factory: object) -> Path:
     out = tmp_path_factory.mktemp("fitted") / "run"  # type: ignore[attr-defined]
-    return fit(FitConfig(model, tuple(sets[0]), str(out), 4, ("linear", "two-component", "filter")), RESOURCES).folder
+    return fit(FitConfig(model, tuple(sets[0]), str(out), 4, ("linear", "two-component", "filter")), HERE).folder
 
 
 def configured(
@@ -79,7 +80,7 @@ def regressed(a: list[np.ndarray], b: Neuron, c: Neuron) -> float:
 def test_the_job_finds_what_regression_over_the_images_finds(
     fitted: Path, model: ModelConfig, sets: tuple[list[str], ...], tmp_path: Path
 ) -> None:
-    run = measure(configured(model, fitted, sets, tmp_path, operators=("0",), positions=EVERYWHERE), RESOURCES)
+    run = measure(configured(model, fitted, sets, tmp_path, operators=("0",), positions=EVERYWHERE), HERE)
     table = pq.read_table(run.folder / "quality.parquet")
     found = {(r["estimator"], r["neuron"]): r["rho"] for r in table.to_pylist()}
     patterns = load_file(fitted / "patterns.safetensors")
@@ -96,10 +97,15 @@ def test_the_job_finds_what_regression_over_the_images_finds(
 
 
 def test_neither_workers_nor_losses_nor_resuming_change_a_digit(
-    fitted: Path, model: ModelConfig, sets: tuple[list[str], ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    local_ray: None,
+    fitted: Path,
+    model: ModelConfig,
+    sets: tuple[list[str], ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = configured(model, fitted, sets, tmp_path / "one", positions=3)
-    whole = measure(config, Resources(workers=1, gpus_per_worker=0))
+    whole = measure(config, HERE)
     pids: list[int] = []
     worked: list[str] = []
     started, heard = GatherJob.started, GatherJob.worked
@@ -118,7 +124,7 @@ def test_neither_workers_nor_losses_nor_resuming_change_a_digit(
     monkeypatch.setattr(GatherJob, "worked", kill_the_first_worker)
     other = measure(configured(model, fitted, sets, tmp_path / "two", positions=3), RESOURCES)
     assert len(worked) > 6, "no shard was done again: the killed worker had nothing to lose"
-    again = measure(configured(model, fitted, sets, tmp_path / "two", positions=3), RESOURCES)
+    again = measure(configured(model, fitted, sets, tmp_path / "two", positions=3), HERE)
     expected = pq.read_table(whole.folder / "quality.parquet")
     for run in (other, again):
         table = pq.read_table(run.folder / "quality.parquet")
@@ -128,14 +134,14 @@ def test_neither_workers_nor_losses_nor_resuming_change_a_digit(
 
 
 def test_estimators_solved_since_are_judged_without_data(
-    model: ModelConfig, sets: tuple[list[str], ...], tmp_path: Path, local_ray: None, monkeypatch: pytest.MonkeyPatch
+    model: ModelConfig, sets: tuple[list[str], ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    a = fit(FitConfig(model, tuple(sets[0]), str(tmp_path / "run"), 4, ("linear", "multivariate")), RESOURCES)
+    a = fit(FitConfig(model, tuple(sets[0]), str(tmp_path / "run"), 4, ("linear", "multivariate")), HERE)
     config = configured(model, a.folder, sets, a.folder)
-    measure(config, RESOURCES)
-    solve(str(a.folder), ["random", "identity"], RESOURCES)
+    measure(config, HERE)
+    solve(str(a.folder), ["random", "identity"], HERE)
     monkeypatch.setattr(GatherJob, "worked", lambda *_: pytest.fail("read data again"))
-    measure(config, RESOURCES)
+    measure(config, HERE)
     rows = pq.read_table(a.folder / "quality.parquet").to_pylist()
     assert {r["estimator"] for r in rows} == {"linear", "random", "identity"}
     assert {r["rho"] for r in rows if r["estimator"] == "identity"} == {None}
@@ -147,7 +153,7 @@ def test_the_command_parts_the_shards_judges_and_draws(
 ) -> None:
     folder = Path(sets[1][0]).parent
     options = ["--patterns", fitted, "--shards", f"{folder}/*.tar", "--out", tmp_path / "q", "--batch-size", 4]
-    assert exit_status(["quality", *map(str, options), "--gpus-per-worker", "0", "--operators", "0,2.*"]) == 0
+    assert exit_status(["quality", *map(str, options), "--workers", "0", "--operators", "0,2.*"]) == 0
     out = capsys.readouterr().out
     assert [line.split()[0] for line in out.splitlines()[:3]] == ["filter", "linear", "two-component"]
     section = Run(tmp_path / "q").job("quality", "")
@@ -163,18 +169,18 @@ def test_shards_of_the_fit_or_of_both_sets_are_refused(
     a, b, c = sets
     for wrong in ((a, a, c), (a, b, b)):
         with pytest.raises(UserError, match=r"is in .* each needs shards of its own\. Name other shards"):
-            measure(configured(model, fitted, wrong, tmp_path / "out"), RESOURCES)
+            measure(configured(model, fitted, wrong, tmp_path / "out"), HERE)
     assert not (tmp_path / "out").exists()
 
 
 def test_what_cannot_be_judged_is_said_before_data_is_read(
-    fitted: Path, model: ModelConfig, sets: tuple[list[str], ...], tmp_path: Path, local_ray: None
+    fitted: Path, model: ModelConfig, sets: tuple[list[str], ...], tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=r"no operator matches 'conv\*'"):
-        measure(configured(model, fitted, sets, tmp_path / "out", operators=("conv*",)), RESOURCES)
-    half = fit(FitConfig(model, tuple(sets[0]), str(tmp_path / "half"), 4, ("default",)), RESOURCES)
+        measure(configured(model, fitted, sets, tmp_path / "out", operators=("conv*",)), HERE)
+    half = fit(FitConfig(model, tuple(sets[0]), str(tmp_path / "half"), 4, ("default",)), HERE)
     with pytest.raises(UserError, match="patterns of one side of the gate only"):
-        measure(configured(model, half.folder, sets, tmp_path / "out", operators=("0",)), RESOURCES)
+        measure(configured(model, half.folder, sets, tmp_path / "out", operators=("0",)), HERE)
     with pytest.raises(UserError, match=r"holds no finished fit\. Run `patternnet fit`"):
-        measure(configured(model, tmp_path / "nowhere", sets, tmp_path / "out"), RESOURCES)
+        measure(configured(model, tmp_path / "nowhere", sets, tmp_path / "out"), HERE)
     assert not (tmp_path / "out").exists()
