@@ -45,12 +45,22 @@ class Crops:
     photographs: Sequence[Tensor]
     mean: Tensor
     std: Tensor
+    size: int
 
     def draw(self, count: int) -> Tensor:
-        """(count, C, SIZE, SIZE)."""
-        crop = RandomResizedCrop(SIZE, (0.25, 1.0), antialias=True)
+        """(count, C, size, size)."""
+        crop = RandomResizedCrop(self.size, (0.25, 1.0), antialias=True)
         chosen = torch.randint(len(self.photographs), (count,)).tolist()
         return (torch.stack([crop(self.photographs[i]) for i in chosen]) - self.mean) / self.std
+
+
+def prepared(folder: Path, size: int) -> tuple[models.Loaded, Crops]:
+    """EfficientNet-Lite0 with its ImageNet weights, and crops of photographs, which are put into the folder."""
+    weights = prepare_weights(folder / "weights.safetensors")
+    loaded = models.load(ModelConfig(SPEC, str(weights), image_size=size, resize=size))
+    files = sorted(prepare_photographs(folder / "photographs").rglob("*.jpg"))
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (loaded.preprocessing.mean, loaded.preprocessing.std))
+    return loaded, Crops([pil_to_tensor(opened(file)).float() / 255 for file in files], mean, std, size)
 
 
 def gathered(network: Network, crops: Crops, count: int) -> dict[str, Moments]:
@@ -178,15 +188,10 @@ def main() -> None:
     keep_freed_memory()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        weights = prepare_weights(folder / "weights.safetensors")
-        loaded = models.load(ModelConfig(SPEC, str(weights), image_size=SIZE, resize=SIZE))
+        loaded, crops = prepared(folder, SIZE)
         network = loaded.network
-        originals = prepare_photographs(folder / "photographs")
-        photographs = [pil_to_tensor(opened(file)).float() / 255 for file in sorted(originals.rglob("*.jpg"))]
-        (shard,) = pack(originals, folder / "whole")
+        (shard,) = pack(folder / "photographs", folder / "whole")
         whole = torch.cat([b.images for b in ShardReader(str(shard), loaded.preprocessing, BATCH, loaded.dtype)])
-        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (loaded.preprocessing.mean, loaded.preprocessing.std))
-        crops = Crops(photographs, mean, std)
         curve = folder / "convergence.parquet"
         found: dict[int, dict[str, Tensor]] = {}
         before: dict[str, Solution] = {}
@@ -210,8 +215,8 @@ def main() -> None:
             cells = [str(n), f"`{choice}`", f"{median:.3f}", f"{worst:.2f}", *(f"{value:.2f}" for value in alike)]
             rows += f"| {' | '.join(cells)} |\n"
     text = PAGE.format(
-        photographs=len(photographs), size=SIZE, groups=GROUPS, more=GROUPS + 1, fewest=FEWEST_GROUPS, samples=samples,
-        rows=rows, heads=" | ".join(METHODS), rule=" | ".join("---" for _ in METHODS),
+        photographs=len(crops.photographs), size=SIZE, groups=GROUPS, more=GROUPS + 1, fewest=FEWEST_GROUPS,
+        samples=samples, rows=rows, heads=" | ".join(METHODS), rule=" | ".join("---" for _ in METHODS),
     )  # fmt: skip
     print(text)
     if options.write:

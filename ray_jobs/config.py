@@ -55,7 +55,7 @@ class FitConfig:
 
     memory: bytes that a worker may use for the model, a batch and the moments; None: as many as they take.
     until_converged: the relative standard error of the patterns at which the fit ends early; None: never.
-    positions: of each image, that count for each operator; None: all.
+    positions: of each image, that count for each operator; None: all; `auto`: as many as a few images say it needs.
     """
 
     model: ModelConfig
@@ -67,7 +67,7 @@ class FitConfig:
     seed: int = 0
     memory: int | None = None
     until_converged: float | None = None
-    positions: int | None = None
+    positions: int | Literal["auto"] | None = None
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,17 @@
 import io
 import json
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import simplejpeg
 import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as T
+from torchvision.transforms.v2.functional import resize as resized
 
 from ray_jobs.config import Preprocessing
 from ray_jobs.samples import IMAGES, TENSOR, Box, Sample, SampleError
@@ -20,15 +23,31 @@ MAX_PIXELS = 89_478_485  # before and after resizing; where Pillow too begins to
 MAX_CLASS = 2**31
 UNLABELLED = -1  # as Hugging Face writes it
 
+# An EXIF orientation as a transposition and what is flipped after it.
 TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+    2: (False, (2,)),
+    3: (False, (1, 2)),
+    4: (False, (1,)),
+    5: (True, ()),
+    6: (True, (2,)),
+    7: (True, (1, 2)),
+    8: (True, (1,)),
 }
+# A JPEG is decoded at a part of its size where that leaves so many pixels for one of the model's.
+PIXELS_EACH = 2
+PARTS = (8, 4, 2)  # by which libjpeg-turbo divides fast
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An upright image. pixels: uint8 (1 or 3, H, W), perhaps at a part of its size.  size: its own (H, W)."""
+
+    pixels: Tensor
+    size: tuple[int, int]
+
+    def image(self) -> Image.Image:
+        """The pixels as Pillow has them."""
+        return T.to_pil_image(self.pixels)
 
 
 def decode(sample: Sample, preprocessing: Preprocessing) -> Tensor:
@@ -72,19 +91,17 @@ def ready_tensor(data: bytes, preprocessing: Preprocessing) -> Tensor:
 
 def image_tensor(data: bytes, preprocessing: Preprocessing) -> Tensor:
     """An image file as the model takes it, float32 of shape (C, H, W). SampleError where it is none."""
-    image = upright(data, "RGB" if len(preprocessing.mean) == 3 else "L")
-    shorter, longer = sorted(image.size)
-    if preprocessing.resize**2 * longer / shorter > MAX_PIXELS:
-        raise SampleError(f"{image.width}×{image.height} pixels: too long and thin to be resized")
-    pixels = T.pil_to_tensor(cropped(image, preprocessing)).float() / 255
-    return T.normalize(pixels, list(preprocessing.mean), list(preprocessing.std))
+    picture = upright(data, "RGB" if len(preprocessing.mean) == 3 else "L", PIXELS_EACH * preprocessing.resize)
+    pixels = cropped(picture, preprocessing).float().div_(255)
+    return T.normalize(pixels, list(preprocessing.mean), list(preprocessing.std), inplace=True)
 
 
-def upright(data: bytes, mode: str) -> Image.Image:
+def upright(data: bytes, mode: str, enough: int | None = None) -> Picture:
     """The first frame of a JPEG, PNG or WebP file, whatever its name said, in Pillow's mode RGB or L.
 
     Turned as its EXIF orientation says. Transparency is dropped, as torchvision and timm do;
     of 16 bits the upper eight are taken. SampleError for more than MAX_PIXELS, before they are decoded.
+    enough: pixels of the shorter side that are as good as all.
     """
     if not data:
         raise SampleError("an empty file")
@@ -93,17 +110,41 @@ def upright(data: bytes, mode: str) -> Image.Image:
     except UnidentifiedImageError as error:
         raise SampleError(f"not an image in one of the formats {', '.join(FORMATS)}, or a truncated one") from error
     with opened:
-        if opened.width * opened.height > MAX_PIXELS:
-            raise SampleError(f"{opened.width}×{opened.height} pixels; at most {MAX_PIXELS} are decoded")
-        opened.load()
-        turn = TURNS.get(orientation(opened))
-        opened.info.pop("transparency", None)  # else some modes are converted by way of an alpha channel
-        if opened.mode.startswith("I"):  # Pillow would clip all beyond 255 to white
-            grey = Image.fromarray((np.asarray(opened) >> 8).astype(np.uint8))
-            image = grey.convert(mode)
-        else:
-            image = opened.convert(mode)
-    return image if turn is None else image.transpose(turn)
+        width, height = opened.size
+        if width * height > MAX_PIXELS:
+            raise SampleError(f"{width}×{height} pixels; at most {MAX_PIXELS} are decoded")
+        pixels = None
+        if opened.format == "JPEG" and opened.mode in ("RGB", "L") and mode == "RGB":
+            part = next((n for n in PARTS if enough and min(width, height) >= n * enough), 1)
+            pixels = sound_jpeg(data, height, width, part)
+        if pixels is None:
+            pixels = by_pillow(opened, mode)
+        transposed, flipped = TURNS.get(orientation(opened), (False, ()))
+    if transposed:
+        pixels, height, width = pixels.mT, width, height
+    return Picture(pixels.flip(flipped) if flipped else pixels, (height, width))
+
+
+def sound_jpeg(data: bytes, height: int, width: int, part: int) -> Tensor | None:
+    """A JPEG of this size by libjpeg-turbo, its sides divided by 1, 2, 4 or 8, as uint8 (3, H, W).
+
+    None where something about it is unusual, or wrong.
+    """
+    size = (-(-height // part), -(-width // part))
+    try:
+        array = simplejpeg.decode_jpeg(data, "RGB", min_height=size[0], min_width=size[1], min_factor=part)
+    except ValueError:
+        return None
+    return torch.from_numpy(array).permute(2, 0, 1) if array.shape[:2] == size else None
+
+
+def by_pillow(opened: Image.Image, mode: str) -> Tensor:
+    """An opened file's pixels, uint8 (C, H, W)."""
+    opened.load()
+    opened.info.pop("transparency", None)  # else some modes are converted by way of an alpha channel
+    if opened.mode.startswith("I"):  # Pillow would clip all beyond 255 to white
+        opened = Image.fromarray((np.asarray(opened) >> 8).astype(np.uint8))
+    return T.pil_to_tensor(opened.convert(mode))
 
 
 def orientation(image: Image.Image) -> int:
@@ -114,11 +155,22 @@ def orientation(image: Image.Image) -> int:
         return 1
 
 
-def cropped(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
-    """The part of an image that the model sees, at the model's resolution."""
-    interpolation = InterpolationMode(preprocessing.interpolation)
-    image = T.resize(image, [preprocessing.resize], interpolation)
-    return T.center_crop(image, [preprocessing.image_size, preprocessing.image_size])
+def cropped(picture: Picture, preprocessing: Preprocessing) -> Tensor:
+    """The part of an image that the model sees, at the model's resolution: uint8 (C, S, S).
+
+    SampleError where it is too thin to be resized.
+    """
+    (height, width), resize = picture.size, preprocessing.resize
+    shorter, longer = sorted(picture.size)
+    if resize**2 * longer / shorter > MAX_PIXELS:
+        raise SampleError(f"{width}×{height} pixels: too long and thin to be resized")
+    size = [resize if side == shorter else int(resize * side / shorter) for side in picture.size]
+    pixels, interpolation = picture.pixels, InterpolationMode(preprocessing.interpolation)
+    if interpolation in (InterpolationMode.BILINEAR, InterpolationMode.BICUBIC):
+        pixels = resized(pixels, size, interpolation, antialias=True)
+    else:  # Pillow's alone, or another of the same name
+        pixels = T.pil_to_tensor(T.resize(T.to_pil_image(pixels), size, interpolation))
+    return T.center_crop(pixels, [preprocessing.image_size, preprocessing.image_size])
 
 
 def label_of(sample: Sample) -> int | None:

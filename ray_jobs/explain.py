@@ -27,8 +27,9 @@ from ray_jobs.session import connected
 from ray_jobs.shards import Batch, ShardReader
 from ray_jobs.summaries import COLUMNS, REDUCTIONS, shaped, summaries
 from ray_jobs.targets import Target, target_of
+from ray_jobs.threads import Behind
 from ray_jobs.words import spoken_bytes
-from ray_jobs.worker import Behind, Place, ShardReport, Share, Timed, ahead
+from ray_jobs.worker import Place, ShardReport, Share, streamed
 
 Scales = dict[str, list[int]]  # the potential of each method's pass: see `Explainer.scales`
 
@@ -77,7 +78,7 @@ class ExplainWorker:
         """
         rows: list[dict[str, Any]] = []
         reader = self.reader(shard, most)
-        batches: Timed[Batch] = Timed(ahead(self.pinned(batch) for batch in reader))
+        batches = streamed(reader, self.loaded.device)
         told = schema(self.config, self.target)
         with published(out.folder) as folder, writers(folder, out, self.config.outputs) as written, Behind() as behind:
             for batch in batches:
@@ -103,14 +104,15 @@ class ExplainWorker:
                 raise SampleError(f"the label {label} is none of the model's {classes} classes")
 
         return ShardReader(
-            shard, loaded.preprocessing, config.batch_size, loaded.dtype, most, has_target, with_boxes=True
+            shard,
+            loaded.preprocessing,
+            config.batch_size,
+            loaded.dtype,
+            most,
+            has_target,
+            with_boxes=True,
+            threads=self.share.decoders,
         )
-
-    def pinned(self, batch: Batch) -> Batch:
-        """A batch in memory that a GPU can copy from while it computes."""
-        if self.loaded.device.type != "cuda":
-            return batch
-        return Batch(batch.images.pin_memory(), batch.keys, batch.labels, batch.boxes)
 
     def explain(self, batch: Batch) -> Explained:
         """The maps of a batch as they are written, and what is said of each sample."""

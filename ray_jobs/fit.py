@@ -16,10 +16,11 @@ from ray_jobs.driver import driving, tidy
 from ray_jobs.gather import LEDGER, Gathering, GatherJob, apart, beside, read_ledger, read_refused
 from ray_jobs.ledger import Ledger
 from ray_jobs.plan import passes
+from ray_jobs.positions import settled
 from ray_jobs.run import Run, difference
 from ray_jobs.session import connected
 from ray_jobs.tasks import Tasks
-from ray_jobs.until import ConvergingJob, Until
+from ray_jobs.until import ConvergingJob, Until, waited_for
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ def planned(run: Run, network: Network, config: FitConfig) -> list[Pass]:
 
 def observer(config: FitConfig, operators: Collection[str], network: Network) -> Observer:
     """What takes the moments that some estimators need of some operators."""
+    assert config.positions != "auto", "settled before"
     return Observer(network, lambda op: wanted(op, config.estimators), operators, config.positions, config.seed)
 
 
@@ -59,6 +61,7 @@ def fit(config: FitConfig, resources: Resources = Resources(), retry_quarantined
     loaded = models.load(config.model)
     parsed(config.estimators, loaded.network.operators)
     run = Run(config.out)
+    config, why = settled(run, config, loaded)
     through = planned(run, loaded.network, config)
     section = run.section("fit", config, loaded)
     finished = section["status"] == "complete" and not section["missing"]
@@ -83,6 +86,8 @@ def fit(config: FitConfig, resources: Resources = Resources(), retry_quarantined
                 operators = [loaded.network.operators[name] for name in one.operators]
                 until = Until(config.until_converged, operators, waited_for(config.estimators), config.seed)
                 job = ConvergingJob(name, beat, task, tasks, resources, until)
+            if why is not None and number == 0:
+                job.reporter.line(why)
             try:
                 job.gather(observe, loaded.digest)
             finally:
@@ -104,15 +109,6 @@ def quarantine(run: Run, through: Sequence[Pass], shards: Sequence[str]) -> int:
     refused = list(dict.fromkeys(rows))
     run.quarantine("fit", refused)
     return len(refused)
-
-
-def waited_for(estimators: Sequence[str]) -> tuple[str, ...]:
-    """Those that `until_converged` looks at: not `multivariate` beside others, which may never be sure.
-
-    Where outputs are nearly dependent, its inverse of Cov[y] is decided by the ridge (see docs/convergence.md).
-    """
-    sure = tuple(choice for choice in estimators if not choice.endswith("multivariate"))
-    return sure or tuple(estimators)
 
 
 def finish(
@@ -167,8 +163,8 @@ def part_files(through: Sequence[Pass]) -> dict[str, list[str]]:
 def fitted(run: Run) -> FitConfig:
     """The configuration of this folder's finished fit."""
     options = run.job("fit", "Run `patternnet fit` to the end first.")["options"]
-    names = ("batch_size", "max_samples", "seed", "memory", "until_converged")
-    same = {name: options[name] for name in names}
+    names = ("batch_size", "max_samples", "seed", "memory", "until_converged", "positions")
+    same = {name: options.get(name) for name in names}
     model = ModelConfig(**run.fitted_model())
     return FitConfig(model, tuple(options["shards"]), str(run.folder), estimators=tuple(options["estimators"]), **same)
 

@@ -24,9 +24,9 @@ from ray_jobs.job import ShardJob
 from ray_jobs.ledger import Ledger, Part, Refused, together
 from ray_jobs.run import refused_in, write_refused
 from ray_jobs.samples import seed_of
-from ray_jobs.shards import Batch, ShardReader
+from ray_jobs.shards import ShardReader
 from ray_jobs.tasks import Pending, Tasks
-from ray_jobs.worker import Place, ShardReport, Share, Timed
+from ray_jobs.worker import Place, ShardReport, Share, streamed
 
 Observe = Callable[[Network], Observation[Any]]
 MOST_PARTS = 32  # that lie in a folder; more are merged while the job goes on
@@ -105,7 +105,14 @@ class GatherWorker:
         try:
             while True:
                 reader = ShardReader(
-                    shard, self.loaded.preprocessing, self.batch_size, self.loaded.dtype, most, only=only, skip=spoilt
+                    shard,
+                    self.loaded.preprocessing,
+                    self.batch_size,
+                    self.loaded.dtype,
+                    most,
+                    only=only,
+                    skip=spoilt,
+                    threads=self.share.decoders,
                 )
                 try:
                     samples = yield from self.observe(shard, reader)
@@ -128,7 +135,7 @@ class GatherWorker:
     def observe(self, shard: str, reader: ShardReader) -> Generator[ShardReport, None, int]:
         """Add a shard's batches; gives how many samples they had. NotFiniteError where the model's output is not."""
         samples = 0
-        self.batches: Timed[Batch] = Timed(reader)
+        self.batches = streamed(reader, self.loaded.device)
         for batch in self.batches:
             images = batch.images.to(self.loaded.device, non_blocking=True)
             outputs = self.observation.update(images, [seed_of(key) for key in batch.keys])

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
+from torchvision.transforms.functional import to_pil_image
 
 from patterns import UserError
 from patterns.pictures import Shown, photograph, picture
@@ -162,5 +163,5 @@ def as_seen(sample: dict[str, Any], preprocessing: Preprocessing) -> Image.Image
     """A sample as a picture: the part of its image that the model sees, or its ready tensor."""
     for extension in IMAGES:
         if extension in sample and "npy" not in sample:
-            return cropped(upright(sample[extension], "RGB"), preprocessing)
+            return to_pil_image(cropped(upright(sample[extension], "RGB"), preprocessing))
     return photograph(decode(sample, preprocessing).numpy())

@@ -53,7 +53,7 @@ UntilConverged = Annotated[
 Positions = Annotated[
     int | None,
     typer.Option(
-        parser=position_count, metavar="N|all", help="How many positions of each image count, drawn at random."
+        parser=position_count, metavar="N|all|auto", help="How many positions of each image count, drawn at random."
     ),
 ]
 RetryQuarantined = Annotated[

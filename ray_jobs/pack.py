@@ -88,6 +88,6 @@ def random_crop(file: Path, size: int, seed: int) -> bytes:
 
 def opened(file: Path) -> Image.Image:
     try:
-        return upright(file.read_bytes(), "RGB")
+        return upright(file.read_bytes(), "RGB").image()
     except (OSError, SampleError) as error:
         raise UserError(str(file), f"cannot be read as an image ({error})", "Delete or replace it.") from error

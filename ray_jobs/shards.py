@@ -3,6 +3,7 @@
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from ray_jobs.decode import boxes_of, decode, label_of
 from ray_jobs.ledger import Refused
 from ray_jobs.samples import Box, Sample, SampleError, distinct
 from ray_jobs.streams import blamed, opened, seekable
+from ray_jobs.threads import in_order
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class ShardReader:
     check: raises SampleError for further samples that the job cannot use, given the label.
     with_boxes: whether boxes are wanted.
     only: of these, the samples of these keys; None: all.  skip: but not those of these keys.
+    threads: how many decode.
     """
 
     shard: str
@@ -78,42 +81,48 @@ class ShardReader:
     with_boxes: bool = False
     only: frozenset[str] | None = None
     skip: frozenset[str] = frozenset()
+    threads: int = 1
     refused: list[Refused] = field(default_factory=list)
 
     def __iter__(self) -> Iterator[Batch]:
         taken: list[Used] = []
-        lacking = set(self.only or ())
-        with closing(read_shard(self.shard)) as samples:
-            for number, sample in enumerate(samples):
-                if number == self.max_samples:
-                    break
-                lacking.discard(sample["__key__"])
-                if self.wanted(sample["__key__"]) and (used := self.used(sample)):
+        self.lacking = set(self.only or ())
+        with (
+            closing(read_shard(self.shard)) as samples,
+            closing(in_order(self.used, self.wanted(samples), self.threads)) as found,
+        ):
+            for used in found:
+                if isinstance(used, Refused):
+                    self.refused.append(used)
+                else:
                     taken.append(used)
                 if len(taken) == self.batch_size:
                     yield self.batch(taken)
                     taken = []
         if taken:
             yield self.batch(taken)
-        self.refused += [Refused(self.shard, key, "read", "the shard has it no more") for key in sorted(lacking)]
+        self.refused += [Refused(self.shard, key, "read", "the shard has it no more") for key in sorted(self.lacking)]
 
-    def wanted(self, key: str) -> bool:
-        return key not in self.skip and (self.only is None or key in self.only)
+    def wanted(self, samples: Iterator[Sample]) -> Iterator[Sample]:
+        """Those of a shard's samples that are asked for."""
+        for sample in islice(samples, self.max_samples):
+            key = sample["__key__"]
+            self.lacking.discard(key)
+            if key not in self.skip and (self.only is None or key in self.only):
+                yield sample
 
-    def used(self, sample: Sample) -> Used | None:
-        """A sample's key, input, label and boxes; None where it is refused."""
+    def used(self, sample: Sample) -> Used | Refused:
+        """A sample's key, input, label and boxes, or why it is refused."""
         key = sample["__key__"]
         if reason := sample.get("__refused__"):
-            self.refused.append(Refused(self.shard, key, "read", reason))
-            return None
+            return Refused(self.shard, key, "read", reason)
         try:
             label = label_of(sample)
             self.check(label)
             boxes = boxes_of(sample, self.preprocessing) if self.with_boxes else None
             return key, decode(sample, self.preprocessing), label, boxes
         except SampleError as error:
-            self.refused.append(Refused(self.shard, key, "decode", str(error)))
-            return None
+            return Refused(self.shard, key, "decode", str(error))
 
     def batch(self, taken: list[Used]) -> Batch:
         keys, images, labels, boxes = zip(*taken)

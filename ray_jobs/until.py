@@ -142,3 +142,12 @@ def row_of(name: str) -> str:
 def load_part(part: str, operator: str) -> Moments:
     with TensorFile(located(part)) as file:
         return load_moments([file], operator)
+
+
+def waited_for(estimators: Sequence[str]) -> tuple[str, ...]:
+    """Those that `until_converged` looks at: not `multivariate` beside others, which may never be sure.
+
+    Where outputs are nearly dependent, its inverse of Cov[y] is decided by the ridge (see docs/convergence.md).
+    """
+    sure = tuple(choice for choice in estimators if not choice.endswith("multivariate"))
+    return sure or tuple(estimators)

@@ -1,5 +1,7 @@
 """Durations and sizes as people write them."""
 
+from typing import Literal
+
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
@@ -23,12 +25,14 @@ def byte_count(text: str) -> int:
     return int(float(number) * 1024 ** POWERS[unit])
 
 
-def position_count(text: str) -> int | None:
-    """Positions of `16`; None of `all`. ValueError for anything else."""
+def position_count(text: str) -> int | Literal["auto"] | None:
+    """Positions of `16`; None of `all`; `auto` as it stands. ValueError for anything else."""
+    if text == "auto":
+        return "auto"
     if text == "all":
         return None
     if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"{text!r} is no number of positions; write 16, or all")
+        raise ValueError(f"{text!r} is no number of positions; write 16, all or auto")
     return int(text)
 
 

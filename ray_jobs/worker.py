@@ -4,15 +4,10 @@ import ctypes
 import os
 import socket
 import sys
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass
-from queue import Full, Queue
-from typing import Any, Generic, TypeVar
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
 
 import ray
 import torch
@@ -20,6 +15,8 @@ import torch
 from patterns import UserError
 from ray_jobs import models
 from ray_jobs.config import ModelConfig
+from ray_jobs.shards import Batch, ShardReader
+from ray_jobs.threads import ahead
 
 TELL_EVERY = 3.0  # seconds between two words of how far a worker is with a shard
 
@@ -60,9 +57,14 @@ class Share:
         """The GPU that Ray gave this process, or the CPU where it gave none or there is none in truth."""
         return "cuda" if self.gpus > 0 and torch.cuda.is_available() else "cpu"
 
+    @property
+    def decoders(self) -> int:
+        """Threads that decode; on a CPU the model needs the cores itself."""
+        return max(1, int(self.cpus)) if self.device() == "cuda" else 1
+
     def load(self, config: ModelConfig, weights: str) -> models.Loaded:
         """The model, on this worker's device. UserError where its weights are not the driver's."""
-        torch.set_num_threads(max(1, int(self.cpus)))
+        torch.set_num_threads(1 if self.decoders > 1 else max(1, int(self.cpus)))
         keep_freed_memory()
         loaded = models.load(config, self.device())
         if loaded.digest != weights:  # a file that differs from node to node
@@ -82,72 +84,6 @@ class ShardReport:
 
 
 T = TypeVar("T")
-
-
-AHEAD = 2  # batches that lie ready while one is worked on, and results that wait to be written
-
-
-def ahead(items: Iterable[T], count: int = AHEAD) -> Iterator[T]:
-    """The same items, made in a thread of their own while those before are worked on.
-
-    At most `count` lie ready; an error comes where the item would have come.
-    """
-    ready: Queue[tuple[bool, Any]] = Queue(count)
-    stopped = threading.Event()
-
-    def put(told: tuple[bool, Any]) -> bool:
-        while not stopped.is_set():
-            with suppress(Full):
-                ready.put(told, timeout=0.1)
-                return True
-        return False
-
-    def make() -> None:
-        try:
-            with ExitStack() as stack:
-                made = iter(items)
-                if isinstance(made, Generator):
-                    stack.callback(made.close)
-                for item in made:
-                    if not put((True, item)):
-                        return
-            put((False, None))
-        except BaseException as error:
-            put((False, error))
-
-    thread = threading.Thread(target=make, daemon=True)
-    thread.start()
-    try:
-        while (told := ready.get())[0]:
-            yield told[1]
-        if told[1] is not None:
-            raise told[1]
-    finally:
-        stopped.set()
-        thread.join()
-
-
-class Behind:
-    """Does things in order in a thread of its own, while the next are prepared; at most a few wait."""
-
-    def __enter__(self) -> "Behind":
-        self.pool = ThreadPoolExecutor(1)
-        self.waiting: deque[Future[None]] = deque()
-        return self
-
-    def do(self, work: Callable[..., None], *arguments: object) -> None:
-        """Do this after all before. Raises what an earlier one raised."""
-        while len(self.waiting) >= AHEAD:
-            self.waiting.popleft().result()
-        self.waiting.append(self.pool.submit(work, *arguments))
-
-    def done(self) -> None:
-        """Wait for all. Raises what one of them raised."""
-        while self.waiting:
-            self.waiting.popleft().result()
-
-    def __exit__(self, *_: object) -> None:
-        self.pool.shutdown(cancel_futures=True)
 
 
 class Timed(Generic[T]):
@@ -170,6 +106,15 @@ class Timed(Generic[T]):
         due = now - self.told > TELL_EVERY
         self.told = now if due else self.told
         return due
+
+
+def streamed(reader: ShardReader, device: torch.device) -> Timed[Batch]:
+    """A shard's batches, decoded while those before are worked on, in memory that a GPU copies from by itself."""
+
+    def pinned(batch: Batch) -> Batch:
+        return replace(batch, images=batch.images.pin_memory()) if device.type == "cuda" else batch
+
+    return Timed(ahead(map(pinned, reader)))
 
 
 def keep_freed_memory() -> None:

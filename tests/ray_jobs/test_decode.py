@@ -11,10 +11,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import simplejpeg
 import torch
 from PIL import Image, ImageOps
 from torchvision.io import ImageReadMode, decode_image
-from torchvision.transforms.functional import pil_to_tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
 from ray_jobs import decode as decoding
 from ray_jobs.config import Preprocessing
@@ -63,7 +65,7 @@ def torchvisions(data: bytes) -> torch.Tensor:
 
 
 def ours(data: bytes) -> torch.Tensor:
-    return pil_to_tensor(upright(data, "RGB"))
+    return upright(data, "RGB").pixels
 
 
 CMYK = saved(smooth("CMYK"), "jpeg")
@@ -135,6 +137,49 @@ def test_of_16_bits_the_upper_eight_are_seen(shape: tuple[int, ...]) -> None:
 def test_the_first_frame_of_an_animation_is_seen(form: str) -> None:
     frames = [smooth("RGB", seed=i) for i in range(3)]
     assert torch.equal(ours(saved(frames[0], form, frames=frames[1:])), pil_to_tensor(frames[0]))
+
+
+LARGE = [(2051, 1547), (1030, 1999), (1024, 1024), (700, 513)]
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", LARGE)
+def test_a_jpeg_decoded_at_a_part_of_its_size_is_seen_as_if_it_were_not(
+    size: tuple[int, int], interpolation: str, orientation: int
+) -> None:
+    image = smooth("RGB", *size)
+    noise = np.random.default_rng(1).normal(0, 20, (size[1], size[0], 3))
+    image = Image.fromarray((np.asarray(image) + noise).clip(0, 255).astype(np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = saved(image, "jpeg", exif=exif)
+    preprocessing = Preprocessing(112, 128, interpolation, (0.0,) * 3, (1.0,) * 3)
+    whole = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    way = InterpolationMode(interpolation)
+    expected = pil_to_tensor(center_crop(resize(whole, [128], way), [112])).float()
+    differences = (decode({"jpg": data}, preprocessing) * 255 - expected).abs()
+    assert differences.mean() < 1.25
+    assert differences.max() <= 8
+    seen = upright(data, "RGB", 256)
+    assert min(seen.pixels.shape[1:]) < 512
+    assert seen.size == whole.size[::-1]
+
+
+def test_a_jpeg_of_a_usual_size_has_pillows_very_pixels() -> None:
+    data = saved(smooth("RGB", 500, 375), "jpeg")
+    expected = pil_to_tensor(Image.open(io.BytesIO(data)))
+    assert torch.equal(upright(data, "RGB", 2 * 256).pixels, expected)
+
+
+def test_a_jpeg_that_is_not_sound_but_can_be_read_is_read() -> None:
+    """Some encoders leave bytes between a JPEG's segments; libjpeg-turbo only warns of them."""
+    data = saved(smooth("RGB", 500, 375), "jpeg")
+    at = data.index(b"\xff\xda")
+    unsound = data[:at] + b"\0\0\0" + data[at:]
+    with pytest.raises(ValueError, match=r"extraneous|corrupt|Corrupt"):
+        simplejpeg.decode_jpeg(unsound)
+    assert torch.equal(ours(unsound), ours(data))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

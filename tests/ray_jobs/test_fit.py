@@ -112,12 +112,15 @@ def test_a_stopped_and_then_killed_driver_goes_on_and_changes_no_digit(
     command = [sys.executable, "-m", "ray_jobs", "fit", "--model", model_spec, "--shards", f"{folder}/shards/*.tar"]
     command += ["--out", str(out), "--workers", "2", "--gpus-per-worker", "0", "--max-loss", "0", "--batch-size", "4"]
     command += ["--image-size", "16", "--resize", "16", "--mean", "0.5,0.5,0.5", "--std", "0.25,0.25,0.25"]
+    environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     ledger = out / "moments" / "ledger.json"
 
     def until_it_grows(number: signal.Signals) -> tuple[int, str]:
         """Run until the ledger grows, then send a signal: exit status and stderr."""
         size = len(json.loads(ledger.read_text())["parts"]) if ledger.exists() else 0
-        with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as driver:
+        with subprocess.Popen(
+            command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        ) as driver:
             while driver.poll() is None and (
                 not ledger.exists() or len(json.loads(ledger.read_text())["parts"]) == size
             ):
@@ -132,7 +135,7 @@ def test_a_stopped_and_then_killed_driver_goes_on_and_changes_no_digit(
     before = ledger_of(ledger.parent)
     assert 0 < len(before.counted()) < len(many), "the driver was not killed midway"
     (out / "moments" / "part-orphan.safetensors").write_bytes(b"of a worker whose driver died")
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     after = ledger_of(ledger.parent)
     assert sorted(n for part in after.parts for n in part.shards) == list(range(len(many)))

@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from torchvision.transforms.functional import to_pil_image
 
 from patterns import UserError
 from ray_jobs.cli import exit_status
@@ -69,7 +70,7 @@ def test_each_photograph_is_its_own_samples_as_the_model_sees_it(run: Run, shard
     assert len(rows) == 18
     images = {s["__key__"]: s["jpg"] for shard in shards[:3] for s in read_shard(shard)}
     for row, shown in zip(rows[::-1], found.shown(rows[::-1])):  # in the order asked for
-        assert same(shown.photograph, cropped(upright(images[row["key"]], "RGB"), preprocessing))
+        assert same(shown.photograph, to_pil_image(cropped(upright(images[row["key"]], "RGB"), preprocessing)))
 
 
 def test_the_worst_are_the_surest_of_the_wrong(run: Run) -> None:

@@ -9,13 +9,14 @@ from safetensors.torch import load_file
 from patterns import Observer, solve
 from ray_jobs import models
 from ray_jobs.config import Resources
-from ray_jobs.fit import fit
+from ray_jobs.fit import fit, merge
 from ray_jobs.samples import seed_of
 from ray_jobs.shards import ShardReader
 from tests.patterns.networks import relative
 from tests.ray_jobs.runs import configured, same_patterns
 
 HERE = Resources(workers=0)
+Capsys = pytest.CaptureFixture[str]
 
 
 def test_the_job_draws_what_the_library_draws(model_spec: str, shards: list[str], tmp_path: Path) -> None:
@@ -51,7 +52,43 @@ def test_neither_workers_nor_order_change_a_digit(
 @pytest.mark.parametrize("positions", ["0", "-1", "some", "1.5"])
 def test_what_is_no_number_of_positions_is_refused(complaint, positions: str) -> None:  # type: ignore[no-untyped-def]
     line = complaint("fit", "--model", "torchvision:vgg11", "--shards", "x.tar", "--out", "x", "--positions", positions)
-    assert f"'{positions}' is no number of positions; write 16, or all" in line
+    assert f"'{positions}' is no number of positions; write 16, all or auto" in line
+
+
+def test_merged_fits_of_some_positions_are_the_fit_of_all_their_shards(
+    model_spec: str, shards: list[str], tmp_path: Path
+) -> None:
+    halves = [
+        str(fit(configured(model_spec, part, tmp_path / name, positions=3), HERE).folder)
+        for name, part in (("a", shards[:5]), ("b", shards[5:]))
+    ]
+    whole = fit(configured(model_spec, shards, tmp_path / "whole", positions=3), HERE)
+    merged = merge(halves, str(tmp_path / "all"), HERE)
+    same_patterns(whole.folder, merged.folder)
+    assert merged.manifest()["fit"]["options"]["positions"] == 3
+
+
+@pytest.mark.parametrize(("tolerance", "expected"), [(100.0, 4), (1e-6, None)])
+def test_auto_takes_as_many_positions_as_the_tolerance_needs_and_keeps_to_them(
+    model_spec: str, shards: list[str], tmp_path: Path, tolerance: float, expected: int | None, capsys: Capsys
+) -> None:
+    config = configured(model_spec, shards, tmp_path / "run", positions="auto", until_converged=tolerance)
+    run = fit(config, HERE)
+    assert run.manifest()["fit"]["options"]["positions"] == expected
+    told = "all" if expected is None else str(expected)
+    assert (
+        f"{told} positions of each image: for patterns sure to {tolerance:g} after about 72 images"
+        in capsys.readouterr().err
+    )
+    fit(replace(config, shards=config.shards), HERE)
+    assert "positions of each image" not in capsys.readouterr().err
+
+
+def test_auto_takes_all_where_there_are_too_few_images_to_tell(
+    model_spec: str, shards: list[str], tmp_path: Path
+) -> None:
+    run = fit(configured(model_spec, shards[:1], tmp_path / "run", positions="auto"), HERE)
+    assert run.manifest()["fit"]["options"]["positions"] is None
 
 
 def test_all_positions_are_all_positions(model_spec: str, shards: list[str], tmp_path: Path) -> None:

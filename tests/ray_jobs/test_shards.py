@@ -122,12 +122,17 @@ def test_bad_samples_are_refused_with_their_reason_and_good_ones_kept(tmp_path: 
     assert "no class number" in reasons["label"]
 
 
+def steps(difference: torch.Tensor, preprocessing: Preprocessing) -> int:
+    """The largest difference between two inputs, in steps of 8-bit pixels."""
+    return round(float((difference.abs().amax((1, 2)) * torch.tensor(preprocessing.std)).max()) * 255)
+
+
 @pytest.mark.parametrize("size", [(320, 256), (200, 500)])
 def test_images_are_prepared_as_torchvision_says(size: tuple[int, int]) -> None:
     data = photograph(*size)
     loaded = models.overridden(models.torchvision_model("resnet50", own_weights=False)[1], ModelConfig("x"))
     expected = ResNet50_Weights.DEFAULT.transforms()(Image.open(io.BytesIO(data)))
-    assert torch.equal(decode({"png": data}, loaded), expected)
+    assert steps(decode({"png": data}, loaded) - expected, loaded) <= 1
 
 
 def test_images_are_prepared_as_timm_says() -> None:
@@ -135,7 +140,7 @@ def test_images_are_prepared_as_timm_says() -> None:
     model, preprocessing = models.timm_model("tf_efficientnet_lite0", own_weights=False)
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
     expected = transform(Image.open(io.BytesIO(data)))
-    assert (decode({"png": data}, preprocessing) - expected).abs().max() < 1e-6
+    assert steps(decode({"png": data}, preprocessing) - expected, preprocessing) <= 2
 
 
 def test_one_mean_reads_grey_images() -> None:
@@ -185,3 +190,17 @@ def test_only_the_samples_that_are_asked_for_are_used_or_refused(tmp_path: Path)
     assert keys(ShardReader(shard, PLAIN, 1, skip=frozenset({"s0", "s1", "s4", "s5"}))) == (["s2"], [("s3", "read")])
     both = ShardReader(shard, PLAIN, 1, only=frozenset({"s0", "s2"}), skip=frozenset({"s0"}), max_samples=3)
     assert keys(both) == (["s2"], [])
+
+
+def test_several_threads_decode_what_one_does(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    samples = [
+        {"__key__": f"{i}", "jpg": jpeg(rng) if i % 5 else b"no image", "cls": str(i).encode()} for i in range(40)
+    ]
+    path = str(write_tar(tmp_path / "x.tar", samples))
+    one, four = (ShardReader(path, PLAIN, batch_size=7, max_samples=33, threads=n) for n in (1, 4))
+    for a, b in zip(one, four, strict=True):
+        assert (a.keys, a.labels) == (b.keys, b.labels)
+        assert torch.equal(a.images, b.images)
+    assert one.refused == four.refused
+    assert [r.key for r in one.refused] == [str(i) for i in range(0, 33, 5)]

@@ -1,0 +1,85 @@
+"""The input pipeline of one core, against what people write by hand, and JPEG decoders against each other."""
+
+import io
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import cv2
+import numpy as np
+import simplejpeg
+import torch
+import webdataset
+from PIL import Image
+from torchvision import transforms
+from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.transforms import InterpolationMode
+
+from benchmarks.timing import SIZE, Bench, Row, photographs, write_photographs
+from ray_jobs.config import Preprocessing
+from ray_jobs.models import IMAGENET
+from ray_jobs.shards import ShardReader
+
+BATCH = 32
+RGB = ImageReadMode.RGB
+SIZES = {"500×375": (500, 375), "2000×1500": (2000, 1500)}
+
+
+def reading(bench: Bench) -> Iterator[Row]:
+    """Shards → batches: ours, and WebDataset with Pillow and torchvision's transforms."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        for size, pixels in SIZES.items():
+            shard = write_photographs(Path(folder) / f"{size}.tar", *pixels)
+            for interpolation in ("bilinear", "bicubic"):
+                ways = {"ours": partial(ours, shard, interpolation), "plain": partial(plain, shard, interpolation)}
+                t = bench.timed(ways, measured=False)
+                what = f"JPEGs of {size} → {SIZE}×{SIZE}, {interpolation}, one core: images/s"
+                wanted = "≥ 2" if interpolation == "bilinear" else ""
+                yield bench.row(what, t["plain"], "WebDataset, Pillow, torchvision's transforms", t["ours"], wanted)
+        yield from decoders(bench)
+    torch.set_num_threads(threads)
+
+
+def ours(shard: str, interpolation: str) -> int:
+    preprocessing = Preprocessing(SIZE, 256, interpolation, IMAGENET.mean, IMAGENET.std)
+    return sum(len(batch.keys) for batch in ShardReader(shard, preprocessing, BATCH))
+
+
+def plain(shard: str, interpolation: str) -> int:
+    transform = transforms.Compose(
+        [
+            transforms.Resize(256, InterpolationMode(interpolation)),
+            transforms.CenterCrop(SIZE),
+            transforms.ToTensor(),
+            transforms.Normalize(IMAGENET.mean, IMAGENET.std),
+        ]
+    )
+    samples = webdataset.WebDataset(shard, shardshuffle=False).decode("pilrgb").to_tuple("jpg", "cls")
+    return sum(len(images) for images, _ in samples.map_tuple(transform, int).batched(BATCH))
+
+
+def each(way: Callable[[bytes], object], images: list[bytes]) -> None:
+    for data in images:
+        way(data)
+
+
+def decoders(bench: Bench) -> Iterator[Row]:
+    """One JPEG after the other, at full size."""
+    images = []
+    for photograph in photographs():
+        buffer = io.BytesIO()
+        photograph.resize((500, 375)).save(buffer, "jpeg", quality=92)
+        images.append(buffer.getvalue())
+    ways: dict[str, Callable[[bytes], object]] = {
+        "simplejpeg": lambda data: simplejpeg.decode_jpeg(data, "RGB"),
+        "torchvision": lambda data: decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), RGB),
+        "OpenCV": lambda data: cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB),
+        "Pillow": lambda data: np.asarray(Image.open(io.BytesIO(data)).convert("RGB")),
+    }
+    t = bench.timed({name: partial(each, way, images) for name, way in ways.items()}, measured=False)
+    for name in list(ways)[1:]:
+        yield bench.row(f"decoding a JPEG of 500×375 by {name}", t[name], "simplejpeg (what we use)", t["simplejpeg"])

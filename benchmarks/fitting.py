@@ -1,0 +1,120 @@
+"""Moments against a plain forward pass, and the fit job against its inner loop."""
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.timing import JOB_BATCH, JOB_IMAGES, JOB_SHARDS, SIZE, THREADS, Bench, Row, vgg16_features, write_shards
+from patterns import Gate, Network, Observer, Operator, PatchMoments, solve, trace
+from patterns.estimators import wanted
+from patterns.moments import Wanted
+from patterns.operators import Convolution
+from patterns.patches import PatchAccumulator
+from patterns.rho import cov_xx, quality
+from ray_jobs.config import FITTED, FitConfig, ModelConfig, Resources
+from ray_jobs.fit import fit
+from ray_jobs.sources import list_shards
+
+D, K = 4608, 512  # of VGG-16's largest convolutions
+
+FITS = {
+    "two-component's positive part (the default)": ("default",),
+    "two-component": ("two-component",),
+    "linear": ("linear",),
+    "all estimators": FITTED,
+}
+WANTED = {
+    ("VGG-16", "two-component's positive part (the default)"): "≤ 3.2",
+    ("VGG-16", "all estimators"): "≤ 4.5",
+    ("VGG-16", "all estimators, 16 positions"): "≤ 1.15",
+    ("ResNet-50", "all estimators, 16 positions"): "≤ 1.3",
+}
+
+
+def observing(network: Network, *choices: str, positions: int | None = None) -> Callable[[Tensor], Tensor]:
+    def wants(operator: Operator) -> Wanted:
+        return wanted(operator, choices)
+
+    return Observer(network, wants, positions=positions).update
+
+
+def infer(model: nn.Module, images: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return model(images)
+
+
+def passes(bench: Bench) -> Iterator[Row]:
+    """The inner loop: statistics against a forward."""
+    for name, model, images in bench.models():
+        network = trace(model, images[:2])
+        updates = {what: observing(network, *choices) for what, choices in FITS.items()}
+        updates["all estimators, 16 positions"] = observing(network, *FITTED, positions=16)
+
+        forward = partial(infer, model)
+        t = bench.timed({w: partial(v, images) for w, v in {"forward": forward, **updates}.items()})
+        yield bench.row(f"{name}: forward", t["forward"], "itself", t["forward"])
+        for what in updates:
+            yield bench.row(f"{name}: fit, {what}", t[what], "forward", t["forward"], WANTED.get((name, what), ""))
+
+
+def judging(bench: Bench) -> Row:
+    """ρ of all neurons of VGG-16's largest convolution, three estimators, against one eigendecomposition."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(K, D // 9, 3, 3, generator=generator, dtype=torch.float64)
+    kind, gate = Convolution((1, 1), (0, 0), (1, 1)), Gate(0.0, float("inf"))
+    operator = Operator("conv", kind, weight, None, ((D // 9, 3, 3),), (K, 1, 1), "", gate)
+    sets = [patch_moments(operator, generator) for _ in range(2)]
+    patterns = solve(operator, sets[0].moments, ["filter", "linear", "two-component"]).patterns
+    variants: dict[str, Callable[[], object]] = {
+        "quality": lambda: quality(patterns, operator.weight, *sets),
+        "eigh": lambda: torch.linalg.eigh(cov_xx(sets[0])),
+    }
+    t = bench.timed(variants, min(3, bench.rounds), measured=False)
+    what = f"ρ, D = {D}, K = {K}, three estimators"
+    return bench.row(what, t["quality"], "one symmetric eigendecomposition", t["eigh"], "≤ 3")
+
+
+def patch_moments(operator: Operator, generator: torch.Generator) -> PatchMoments:
+    """Moments of 2 D random patches, each an image of one position."""
+    accumulator = PatchAccumulator(operator, 1)
+    for _ in range(2):
+        images = torch.randn(D, *operator.input_shapes[0], generator=generator, dtype=torch.float64) + 0.5
+        accumulator.begin(torch.arange(D))
+        accumulator.update((images,), operator(images))
+    return accumulator.moments()
+
+
+def throughput(workers: int, threads: int) -> float:
+    """Samples a second of the fit job, from the first worker's start to the last commit."""
+    with tempfile.TemporaryDirectory() as folder:
+        shards = write_shards(Path(folder))
+        spec = ModelConfig("benchmarks.timing:vgg16_features")
+        config = FitConfig(spec, list_shards(shards), f"{folder}/run", JOB_BATCH, ("default",))
+        done = fit(config, Resources(workers=workers, cpus_per_worker=threads)).manifest()["fit"]
+    return float(done["samples"] / done["seconds"])
+
+
+def two_workers() -> Row:
+    """The fit job's throughput with two workers of one thread, against one such worker."""
+    ratio = throughput(2, 1) / throughput(1, 1)
+    return Row("fit job, two workers of one thread: images/s", "one such worker", f"{ratio:.2f}", "≥ 1.8")
+
+
+def job() -> Row:
+    """The fit job's throughput with one worker, against its inner loop over tensors in memory."""
+    rate = throughput(1, THREADS)
+    network = trace(vgg16_features(), torch.zeros(2, 3, SIZE, SIZE))
+    update = observing(network, "default")
+    batches = torch.randn(JOB_SHARDS * JOB_IMAGES // JOB_BATCH, JOB_BATCH, 3, SIZE, SIZE).unbind()
+    update(batches[0])
+    begun = time.perf_counter()
+    for batch in batches:
+        update(batch)
+    inner = len(batches) * JOB_BATCH / (time.perf_counter() - begun)
+    what = "fit job, one worker, JPEG shards: images/s"
+    return Row(what, "its inner loop in memory", f"{rate / inner:.2f}", "≥ 0.95")

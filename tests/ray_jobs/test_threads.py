@@ -1,0 +1,107 @@
+"""Threads beside the main path: everything in order, nothing held without bound, no error and no thread lost."""
+
+import random
+import threading
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator
+
+import pytest
+
+from ray_jobs.threads import AHEAD, Behind, ahead, in_order
+
+Stream = Callable[[Iterable[int]], Iterator[int]]
+STREAMS: dict[str, tuple[Stream, int]] = {
+    "ahead": (ahead, AHEAD + 1),
+    "in order, one thread": (lambda items: in_order(lambda i: i, items, 1), 1),
+    "in order, three threads": (lambda items: in_order(lambda i: i, items, 3), 6),
+}
+
+
+class Source:
+    """Numbers from 0 on, which knows how many were taken and whether it was closed."""
+
+    def __init__(self, count: int, broken: bool = False) -> None:
+        self.count, self.broken, self.taken, self.closed = count, broken, 0, False
+
+    def items(self) -> Generator[int, None, None]:
+        try:
+            for number in range(self.count):
+                self.taken += 1
+                yield number
+            if self.broken:
+                raise OSError("the source broke")
+        finally:
+            self.closed = True
+
+
+@pytest.mark.parametrize(("stream", "held"), STREAMS.values(), ids=STREAMS)
+def test_items_come_in_order_and_few_are_held(stream: Stream, held: int) -> None:
+    source = Source(50)
+    for number, item in enumerate(stream(source.items())):
+        assert item == number
+        time.sleep(0.002)
+        assert source.taken <= number + 1 + held
+    assert number == 49
+
+
+@pytest.mark.parametrize(("stream", "held"), STREAMS.values(), ids=STREAMS)
+def test_an_error_of_the_source_comes_after_its_items(stream: Stream, held: int) -> None:
+    found: list[int] = []
+    with pytest.raises(OSError, match="the source broke"):
+        found.extend(stream(Source(5, broken=True).items()))
+    assert found == list(range(len(found)))
+    assert len(found) >= 5 - held
+
+
+def test_a_reader_that_stops_early_closes_the_source_and_ends_its_thread() -> None:
+    before, source = threading.active_count(), Source(10**6)
+    stream = ahead(source.items())
+    assert next(stream) == 0
+    stream.close()  # type: ignore[attr-defined]
+    assert source.closed
+    assert threading.active_count() == before
+
+
+def test_results_keep_the_order_of_their_items_however_long_each_takes() -> None:
+    rng = random.Random(0)
+    seconds = [rng.random() / 100 for _ in range(60)]
+
+    def work(number: int) -> int:
+        time.sleep(seconds[number])
+        return -number
+
+    begun = time.monotonic()
+    assert list(in_order(work, range(60), 6)) == [-n for n in range(60)]
+    assert time.monotonic() - begun < sum(seconds), "they were done one after the other"
+
+
+def test_an_error_comes_where_its_result_would_have() -> None:
+    def work(number: int) -> int:
+        if number == 7:
+            raise ValueError("the eighth")
+        return number
+
+    found: list[int] = []
+    with pytest.raises(ValueError, match="the eighth"):
+        found.extend(in_order(work, range(100), 3))
+    assert found == list(range(7))
+
+
+def test_what_is_done_behind_is_done_in_order_and_its_error_is_told() -> None:
+    done: list[int] = []
+
+    def work(number: int) -> None:
+        time.sleep(0.001)
+        if number == 5:
+            raise OSError("the disk is full")
+        done.append(number)
+
+    def do_all(behind: Behind) -> None:
+        for number in range(100):
+            behind.do(work, number)
+        behind.done()
+
+    with Behind() as behind, pytest.raises(OSError, match="the disk is full"):
+        do_all(behind)
+    assert done[:5] == [0, 1, 2, 3, 4]
+    assert len(done) < 5 + 2 + AHEAD
