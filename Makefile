@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # The pair is pinned together: other pairs of torch and torchvision break.
 TORCH := torch==2.14.1 torchvision==0.29.1
 
-.PHONY: demo test soak bench clean
+.PHONY: demo test test-gpu soak bench bench-gpu clean
 
 demo: $(READY)
 	$(BIN)/patternnet demo --out demo-run
@@ -17,11 +17,17 @@ test: $(READY)
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 4 --dist loadfile --no-loadscope-reorder
 
+test-gpu: $(READY)
+	$(BIN)/python -m pytest tests/gpu
+
 soak: $(READY)
 	$(BIN)/python -m pytest -m slow
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks --write docs/benchmarks.md
+
+bench-gpu: $(READY)
+	$(BIN)/python -m benchmarks --device cuda --write docs/benchmarks-gpu.md
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

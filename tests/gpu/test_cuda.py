@@ -1,0 +1,130 @@
+"""On a GPU: the same moments, draws, patterns and maps as on the CPU, by the library and by the jobs.
+
+`make test-gpu` runs these; everywhere else they are skipped.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import ray
+import torch
+from torch import nn
+from torchvision.models import mobilenet_v2, resnet18
+
+from benchmarks.machine import peak
+from patterns import METHODS, Explainer, Network, Observer, PatchObserver, choose, solve, trace
+from ray_jobs.config import ExplainConfig, Resources
+from ray_jobs.explain import explain
+from ray_jobs.fit import fit
+from tests.patterns.networks import relative
+from tests.ray_jobs.runs import configured, same_patterns
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+
+PASSES = [name for name, method in METHODS.items() if method.backward is not None]
+MODELS = {"resnet18": resnet18, "mobilenet_v2": mobilenet_v2}
+CHOICES = ("linear", "two-component", "filter")
+
+
+@pytest.fixture(autouse=True)
+def exact_products() -> None:
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+
+@pytest.fixture(params=MODELS)
+def model(request: pytest.FixtureRequest) -> nn.Module:
+    torch.manual_seed(0)
+    return MODELS[request.param](num_classes=10).double().eval().requires_grad_(False)
+
+
+def on(device: str, model: nn.Module) -> Network:
+    model = model.to(device)
+    return trace(model, torch.zeros(2, 3, 64, 64, device=device, dtype=torch.float64))
+
+
+def images(count: int = 8) -> torch.Tensor:
+    return torch.randn(count, 3, 64, 64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("positions", [None, 4])
+def test_moments_are_those_of_the_cpu(model: nn.Module, positions: int | None) -> None:
+    found = []
+    for device in ("cpu", "cuda"):
+        observer = Observer(on(device, model), positions=positions)
+        observer.update(images().to(device), range(8))
+        observer.settle()
+        found.append(observer.moments())
+    for name, expected in found[0].items():
+        for field, sums in expected.tensors().items():
+            torch.testing.assert_close(found[1][name].tensors()[field], sums, rtol=1e-7, atol=1e-7)
+
+
+def test_gram_moments_are_those_of_the_cpu(model: nn.Module) -> None:
+    found = []
+    for device in ("cpu", "cuda"):
+        network = on(device, model)
+        observer = PatchObserver(network, list(network.operators)[:3], 4)
+        observer.update(images().to(device), range(8))
+        found.append(observer.moments())
+    for name, expected in found[0].items():
+        torch.testing.assert_close(found[1][name].xx, expected.xx, rtol=1e-7, atol=1e-7)
+
+
+def test_maps_are_those_of_the_cpu(model: nn.Module) -> None:
+    network = on("cpu", model)
+    observer = Observer(network)
+    observer.update(images())
+    moments = observer.moments()
+    solved = {name: solve(op, moments[name], CHOICES).patterns for name, op in network.operators.items()}
+    patterns = choose(network, solved, "linear")
+    expected = Explainer(network, patterns, PASSES)(images())
+    there = {name: pattern.cuda() for name, pattern in patterns.items()}
+    found = Explainer(on("cuda", model), there, PASSES)(images().cuda())
+    for method in PASSES:
+        assert relative(found.maps[method].cpu(), expected.maps[method]) < 1e-6, method
+
+
+def test_float32_sums_keep_their_digits_beside_float64_ones() -> None:
+    """Blocks in float32, added in float64: the error is that of a block, and does not grow with their number."""
+    torch.manual_seed(0)
+    model = resnet18(num_classes=10).eval().requires_grad_(False)
+    truth = Observer(on("cuda", model.double()))
+    observer = Observer(trace(model.float().cuda(), torch.zeros(2, 3, 64, 64, device="cuda")))
+    for batch in images(512).cuda().split(64):
+        truth.update(batch)
+        observer.update(batch.float())
+    expected = truth.moments()
+    for name, moments in observer.moments().items():
+        assert relative(moments.total.mean_xy(), expected[name].total.mean_xy()) < 1e-4, name
+
+
+def test_sampled_moments_take_little_more_memory_than_a_forward_pass() -> None:
+    torch.manual_seed(0)
+    model = resnet18().eval().requires_grad_(False).cuda()
+    batch = torch.randn(64, 3, 224, 224, device="cuda")
+    observer = Observer(trace(model, batch[:2]), positions=16)
+    observer.update(batch)
+    with torch.inference_mode():
+        forward = peak(lambda: model(batch), "cuda")
+    assert peak(lambda: observer.update(batch), "cuda") < 1.5 * forward
+
+
+def test_jobs_with_a_gpu_find_what_those_without_find(model_spec: str, shards: list[str], tmp_path: Path) -> None:
+    torch.backends.cudnn.deterministic = True
+    here = fit(configured(model_spec, shards, tmp_path / "here", positions=3), Resources(workers=0))
+    ray.init(address="local", include_dashboard=False, log_to_driver=False)
+    try:
+        resources = Resources(workers=1, gpus_per_worker=1, cpus_per_worker=4)
+        there = fit(configured(model_spec, shards, tmp_path / "there", positions=3), resources)
+        again = fit(configured(model_spec, shards, tmp_path / "again", positions=3), resources)
+        same_patterns(there.folder, again.folder)
+        config = ExplainConfig(configured(model_spec, shards, "").model, str(here.folder), tuple(shards), str(tmp_path))
+        explain(config, resources)
+        explain(replace(config, out=str(tmp_path / "cpu")), Resources(workers=0))
+    finally:
+        ray.shutdown()
+    one, other = (pq.read_table(tmp_path / name / "explanations.parquet") for name in ("", "cpu"))
+    assert one["key"].equals(other["key"])
+    assert one["prediction"].equals(other["prediction"])
