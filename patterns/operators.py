@@ -244,7 +244,10 @@ class Gathered:
         return z if bias is None else z + bias
 
     def weight_gradient(self, inputs: Inputs, grad: Tensor, weight_shape: Shape) -> Tensor:
-        return (grad.T.unflatten(0, (self.groups, -1)) @ inputs[0].movedim(1, 0)).reshape(weight_shape)
+        (x,) = inputs
+        if grad.shape[1] == self.groups:  # many products of a vector and a thin matrix, each slower than its numbers
+            return (grad[..., None] * x).sum(0).reshape(weight_shape)
+        return (grad.T.unflatten(0, (self.groups, -1)) @ x.movedim(1, 0)).reshape(weight_shape)
 
     def input_sum(self, inputs: Inputs, output_shape: Shape, weight_shape: Shape) -> Tensor:
         return inputs[0].sum(0)

@@ -13,7 +13,6 @@ from math import prod
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from patterns import moments as sums
 from patterns.errors import UserError
@@ -127,10 +126,9 @@ class PatchAccumulator:
         gate = None if op.gate is None else per_image(op.gate.open(z), op.kind.axis)
         images = max(1, PATCH_ELEMENTS // (drawn.shape[1] * op.groups * op.inputs_per_neuron))
         for start in range(0, len(z), images):
-            chosen = slice(start, start + images)
-            x = patches(op, tuple(i[chosen] for i in inputs), drawn[chosen]).double()
-            index = drawn[chosen, :, None]
-            mask = None if gate is None else gate[chosen].take_along_dim(index, 1).flatten(0, 1).mT.double()
+            part = slice(start, start + images)
+            x = patches(op, tuple(i[part] for i in inputs), drawn[part]).double()
+            mask = None if gate is None else chosen(gate[part], drawn[part]).flatten(0, 1).mT.double()
             self._add(x, mask)
 
     def _add(self, x: Tensor, mask: Tensor | None) -> None:
@@ -191,19 +189,17 @@ def uniform(seeds: Tensor, salt: int, count: int) -> Tensor:
 def drawn_positions(seeds: Tensor, salt: int, available: int, positions: int) -> Tensor:
     """For each image, which of its available positions to take: int64 (N, ≤ positions), no one twice, in any order.
 
-    All where there are no more. seeds: of the images, int64 (N,); salt: what tells one draw for them from others.
+    Each is taken with the same probability, so that sums are unbiased; all where there are no more. The draw is
+    stratified: one from each of as many stretches of about equal length, laid round the image from a random start.
+    seeds: of the images, int64 (N,); salt: what tells one draw for them from others.
     """
     if positions >= available:
         return torch.arange(available, device=seeds.device).expand(len(seeds), -1)
-    # Floyd's algorithm (Bentley & Floyd 1987): every subset is equally likely, and an image costs `positions`
-    # numbers rather than `available`, whatever batch it is in.
-    numbers = uniform(seeds, salt, positions)
-    drawn = torch.empty((len(seeds), positions), dtype=torch.int64, device=seeds.device)
-    for i, last in enumerate(range(available - positions, available)):
-        candidate = (numbers[:, i] * (last + 1)).long().clamp(max=last)
-        taken = (drawn[:, :i] == candidate[:, None]).any(1)
-        drawn[:, i] = torch.where(taken, last, candidate)
-    return drawn
+    edges = torch.arange(positions + 1, device=seeds.device) * available // positions
+    numbers = uniform(seeds, salt, positions + 1)
+    # Rounding up to the next whole number is the one thing that could leave a stretch.
+    inside = torch.minimum((numbers[:, :-1] * edges.diff()).long(), edges.diff() - 1)
+    return (edges[:-1] + inside + (numbers[:, -1:] * available).long()) % available
 
 
 # --- patches at positions -------------------------------------------------------------------------
@@ -217,35 +213,44 @@ def check_supported(operator: Operator) -> None:
 
 
 def patches(operator: Operator, inputs: Inputs, positions: Tensor) -> Tensor:
-    """The inputs of each group of neurons at some output positions of each image.
+    """The inputs of each group of neurons at some output positions of each image: (G, N·P, D), image by image."""
+    return gathered(operator, inputs, positions).flatten(3).flatten(0, 1).movedim(1, 0)
+
+
+def gathered(operator: Operator, inputs: Inputs, positions: Tensor) -> Tensor:
+    """The same as (N, P, G, D/T, T), T being the taps of a window, not written out in this order.
 
     inputs: the operator's, batch first.  positions: int64 (N, P), each an index into the output's
-    positions of its image, flattened.  Gives (G, N·P, D) in the inputs' dtype, image by image.
+    positions of its image, flattened.
     """
     x, kind = inputs[0], operator.kind
     match kind:
         case Convolution(stride, padding, dilation, groups):
             taps = list(product(*(range(k) for k in operator.weight.shape[2:])))
-            return windows(padded(x, padding, padding), positions, taps, stride, dilation, groups)
+            return windows(x, positions, Window(taps, stride, dilation, padding, padding), groups)
         case TransposedConvolution(stride, padding, more, dilation, groups):
             # A convolution of stride 1 over the input with zeros between, its weights back to front.
             kernel = operator.weight.shape[2:]
             taps = list(product(*(reversed(range(k)) for k in kernel)))
             before = tuple(d * (k - 1) - p for d, k, p in zip(dilation, kernel, padding))
             after = tuple(b + m for b, m in zip(before, more))
-            apart = padded(spread(x, stride), before, after)
-            return windows(apart, positions, taps, (1,) * len(kernel), dilation, groups)
+            return windows(x, positions, Window(taps, (1,) * len(kernel), dilation, before, after, stride), groups)
         case AveragePool(kernel, stride, padding):
             taps = list(product(*(range(k) for k in kernel)))
-            ones = (1,) * len(kernel)
-            return windows(padded(x, padding, padding), positions, taps, stride, ones, operator.groups)
+            window = Window(taps, stride, (1,) * len(kernel), padding, padding)
+            return windows(x, positions, window, operator.groups)
         case Linear():
-            return per_image(x, -1).take_along_dim(positions[..., None], 1).flatten(0, 1)[None]
+            return chosen(per_image(x, -1), positions)[:, :, None, :, None]
         case Scale() | Addition():
             shape = torch.broadcast_shapes(*(i.shape for i in inputs))
-            values = torch.stack([per_image(i.expand(shape), kind.axis) for i in inputs], -1)
-            return values.take_along_dim(positions[..., None, None], 1).flatten(0, 1).movedim(1, 0)
+            terms = [chosen(per_image(i.expand(shape), kind.axis), positions) for i in inputs]
+            return torch.stack(terms, -1)[..., None]
     raise TypeError(f"no patches of {type(kind).__name__}")
+
+
+def chosen(values: Tensor, positions: Tensor) -> Tensor:
+    """Values (N, positions, …) at some positions (N, P) of each image: (N, P, …)."""
+    return values[torch.arange(len(values), device=values.device)[:, None], positions]
 
 
 def per_image(values: Tensor, axis: int) -> Tensor:
@@ -254,33 +259,45 @@ def per_image(values: Tensor, axis: int) -> Tensor:
     return moved.reshape(len(moved), prod(moved.shape[1:-1]), moved.shape[-1])
 
 
-def windows(x: Tensor, positions: Tensor, taps: list[Shape], stride: Shape, dilation: Shape, groups: int) -> Tensor:
-    """Patches of padded x (N, C, *sizes) at window positions (N, P): (groups, N·P, C/groups · taps).
+@dataclass(frozen=True)
+class Window:
+    """Where a neuron looks, along each dimension.
 
     taps: where in the window each weight looks, in units of the dilation and in the weights' order.
+    before, after: zeros around the input; negative numbers crop.  apart: how far its values are, zeros being between.
     """
-    sizes = x.shape[2:]
-    reach = [d * max(t) for d, t in zip(dilation, zip(*taps))]
-    counts = [(n - r - 1) // s + 1 for n, r, s in zip(sizes, reach, stride)]
-    steps = [prod(sizes[i + 1 :]) for i in range(len(sizes))]  # of the flattened sizes, one along each dimension
-    corners = torch.zeros_like(positions)
-    for i, (s, step) in enumerate(zip(stride, steps)):
-        corners = corners + positions // prod(counts[i + 1 :]) % counts[i] * s * step
-    offsets = [sum(t * d * step for t, d, step in zip(tap, dilation, steps)) for tap in taps]
-    index = corners[..., None] + torch.tensor(offsets, device=positions.device)
-    image = torch.arange(len(x), device=positions.device)[:, None, None]
-    values = x.flatten(2)[image, :, index]  # (N, P, taps, C)
-    return values.mT.unflatten(2, (groups, -1)).flatten(3).flatten(0, 1).movedim(1, 0)
+
+    taps: list[Shape]
+    stride: Shape
+    dilation: Shape
+    before: Shape
+    after: Shape
+    apart: Shape | None = None
 
 
-def padded(x: Tensor, before: Shape, after: Shape) -> Tensor:
-    """x (N, C, *sizes) with zeros around it; negative numbers crop."""
-    return F.pad(x, [p for pair in zip(reversed(before), reversed(after)) for p in pair])
+def windows(x: Tensor, positions: Tensor, window: Window, groups: int) -> Tensor:
+    """Patches of x (N, C, *sizes) at window positions (N, P): (N, P, groups, C/groups, taps).
 
-
-def spread(x: Tensor, stride: Shape) -> Tensor:
-    """x (N, C, *sizes) with stride - 1 zeros between its positions."""
-    sizes = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], stride)]
-    apart = x.new_zeros((*x.shape[:2], *sizes))
-    apart[:, :, *[slice(None, None, s) for s in stride]] = x
-    return apart
+    What lies outside is known by its place, so no input is written out with zeros around it.
+    """
+    sizes, w = x.shape[2:], window
+    apart = w.apart or (1,) * len(sizes)
+    reach = [d * max(t) for d, t in zip(w.dilation, zip(*w.taps))]
+    whole = [(n - 1) * a + 1 for n, a in zip(sizes, apart)]
+    counts = [(n + b + e - r - 1) // s + 1 for n, b, e, r, s in zip(whole, w.before, w.after, reach, w.stride)]
+    index, outside = positions.new_zeros(1), None
+    for i, size in enumerate(sizes):
+        corner = positions // prod(counts[i + 1 :]) % counts[i] * w.stride[i] - w.before[i]
+        at = corner[..., None] + torch.tensor([t[i] * w.dilation[i] for t in w.taps], device=x.device)
+        if w.before[i] or w.after[i] or w.apart:
+            beyond = (at < 0) | (at >= whole[i])
+            if w.apart:
+                beyond |= at % apart[i] != 0
+                at = at.div_(apart[i], rounding_mode="floor")
+            at = at.clamp_(0, size - 1)
+            outside = beyond if outside is None else outside | beyond
+        index = index + at * prod(sizes[i + 1 :])
+    values = chosen(x.flatten(2).mT, index.flatten(1)).unflatten(1, (positions.shape[1], -1))  # (N, P, taps, C)
+    if outside is not None:
+        values.masked_fill_(outside[..., None], 0)
+    return values.mT.unflatten(2, (groups, -1))

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from patterns.moments import Accumulator, Moments, Wanted, widened
+from patterns.moments import Accumulator, Moments, Wanted
 from patterns.operators import Gathered, Inputs, Operator
-from patterns.patches import check_supported, drawn_positions, patches, per_image, salt_of
+from patterns.patches import check_supported, chosen, drawn_positions, gathered, per_image, salt_of
 
 # Samples that are gathered before they are summed: matrix products of fewer are slow, and each brings sums as
 # large as the weights to float64.
@@ -33,13 +33,13 @@ class SampledAccumulator:
         self._operator, self._positions, self._seed = operator, positions, seed
         size = operator.groups * operator.inputs_per_neuron
         self._block = max(1, min(BLOCK, BLOCK_ELEMENTS // size))
-        self._sums = Accumulator(gathered(operator), wanted)
+        self._sums = Accumulator(of_patches(operator), wanted)
+        self._x = self._z = operator.weight.new_empty(0)
         self.reset()
 
     def reset(self) -> None:
         """Forget everything."""
         self._sums.reset()
-        self._waiting: list[tuple[Tensor, Tensor]] = []
         self._count = 0
 
     def begin(self, seeds: Tensor) -> None:
@@ -66,21 +66,34 @@ class SampledAccumulator:
         salt = salt_of(self._seed, op.name, self._calls)
         self._calls += 1
         drawn = drawn_positions(self._seeds, salt, outputs.shape[1], self._positions)
-        x = widened(patches(op, inputs, drawn)).movedim(1, 0)  # (n, G, D)
-        self._waiting.append((x, widened(outputs.take_along_dim(drawn[..., None], 1).flatten(0, 1))))
-        self._count += len(x)
+        rows = drawn.numel()
+        if self._count + rows > len(self._x):
+            self.settle()
+            self._make_room(max(rows, self._block), outputs.dtype)
+        taken = slice(self._count, self._count + rows)
+        x = gathered(op, inputs, drawn)
+        self._x[taken].view(x.shape).copy_(x)
+        self._z[taken].view(*drawn.shape, -1).copy_(chosen(outputs, drawn))
+        self._count += rows
         if self._count >= self._block:
             self.settle()
 
+    def _make_room(self, rows: int, dtype: torch.dtype) -> None:
+        """Memory for so many samples, of this dtype or float32, whichever is wider."""
+        if len(self._x) < rows:
+            op, dtype = self._operator, torch.promote_types(dtype, torch.float32)
+            device = op.weight.device
+            self._x = torch.empty(rows, op.groups, op.inputs_per_neuron, dtype=dtype, device=device)
+            self._z = torch.empty(rows, op.neurons, dtype=dtype, device=device)
+
     def settle(self) -> None:
         """Sum what was gathered."""
-        if self._waiting:
-            x, z = (torch.cat(parts) for parts in zip(*self._waiting))
-            self._waiting, self._count = [], 0
-            self._sums.update((x,), z)
+        if self._count:
+            self._sums.update((self._x[: self._count],), self._z[: self._count])
+            self._count = 0
 
 
-def gathered(operator: Operator) -> Operator:
+def of_patches(operator: Operator) -> Operator:
     """An operator that takes the patches of another."""
     shapes = ((operator.groups, operator.inputs_per_neuron),), (operator.neurons,)
     kind = Gathered(operator.groups)

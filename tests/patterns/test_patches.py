@@ -70,8 +70,9 @@ def test_sampled_sums_are_those_of_the_drawn_positions_alone(name: str, position
     assert_sums(found, [Neuron(n.x[rows], n.y[rows], n.open[rows]) for n in case.neurons(inputs)])
 
 
-def test_each_position_is_drawn_equally_often_and_never_twice_from_an_image() -> None:
-    images, available, positions = 6000, 12, 4
+@pytest.mark.parametrize(("available", "positions"), [(12, 4), (13, 5), (49, 16), (7, 6), (5, 1)])
+def test_each_position_is_drawn_equally_often_and_never_twice_from_an_image(available: int, positions: int) -> None:
+    images = 6000
     drawn = drawn_positions(torch.arange(images), salt_of(0, "it", 0), available, positions)
     assert drawn.shape == (images, positions)
     assert (drawn.sort(1).values.diff(dim=1) > 0).all()
