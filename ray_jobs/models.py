@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from patterns import Network, UserError, digest, trace
 from ray_jobs.config import ModelConfig, Preprocessing
 
-PRECISIONS = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+PRECISIONS = {"float32": torch.float32, "tf32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 IMAGENET = Preprocessing(224, 256, "bilinear", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
@@ -35,9 +35,13 @@ class Loaded:
 
 
 def load(config: ModelConfig, device: str = "cpu") -> Loaded:
-    """The traced network of a config. UserError for whatever in the config is wrong."""
+    """The traced network of a config. UserError for whatever in the config is wrong.
+
+    Says for this process whether products of float32 numbers may be taken in TF32, which cuDNN would do unasked.
+    """
     if config.precision not in PRECISIONS:
         raise UserError("--precision", f"no precision {config.precision!r}", f"Choose from {', '.join(PRECISIONS)}.")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model, preprocessing = build(config)
