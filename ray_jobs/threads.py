@@ -2,7 +2,7 @@
 
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from queue import Full, Queue
@@ -14,7 +14,7 @@ U = TypeVar("U")
 AHEAD = 2  # batches that lie ready while one is worked on, and results that wait to be written
 
 
-def ahead(items: Iterable[T], count: int = AHEAD) -> Iterator[T]:
+def ahead(items: Iterable[T], count: int = AHEAD) -> Generator[T, None, None]:
     """The same items, made in a thread of their own while those before are worked on.
 
     At most `count` lie ready; an error comes where the item would have come.

@@ -5,7 +5,8 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
@@ -89,16 +90,17 @@ T = TypeVar("T")
 class Timed(Generic[T]):
     """Goes through some items, and knows how many came, how long they were waited for, and when to tell of it."""
 
-    def __init__(self, items: Iterable[T]) -> None:
+    def __init__(self, items: Generator[T, None, None]) -> None:
         self.items, self.count, self.waited, self.told = items, 0, 0.0, time.monotonic()
 
     def __iter__(self) -> Iterator[T]:
         before = time.monotonic()
-        for item in self.items:
-            self.count += 1
-            self.waited += time.monotonic() - before
-            yield item
-            before = time.monotonic()
+        with closing(self.items) as items:  # also where what is done with an item fails
+            for item in items:
+                self.count += 1
+                self.waited += time.monotonic() - before
+                yield item
+                before = time.monotonic()
 
     def due(self) -> bool:
         """Whether it is time to tell how far the work is: now and then, since telling costs the driver a while."""

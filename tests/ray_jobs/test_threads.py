@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 import pytest
 
 from ray_jobs.threads import AHEAD, Behind, ahead, in_order
+from ray_jobs.worker import Timed
 
 Stream = Callable[[Iterable[int]], Iterator[int]]
 STREAMS: dict[str, tuple[Stream, int]] = {
@@ -60,6 +61,22 @@ def test_a_reader_that_stops_early_closes_the_source_and_ends_its_thread() -> No
     stream.close()  # type: ignore[attr-defined]
     assert source.closed
     assert threading.active_count() == before
+
+
+def test_a_worker_that_fails_amid_a_shard_ends_its_reading_thread() -> None:
+    before, source = threading.active_count(), Source(10**6)
+    batches = Timed(ahead(source.items()))
+
+    def work() -> None:
+        for number in batches:
+            if number == 3:
+                raise ValueError("a batch that cannot be used")
+
+    with pytest.raises(ValueError, match="cannot be used"):
+        work()
+    assert source.closed
+    assert threading.active_count() == before
+    assert batches.count == 4
 
 
 def test_results_keep_the_order_of_their_items_however_long_each_takes() -> None:
