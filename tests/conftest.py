@@ -16,13 +16,14 @@ os.environ["RAY_AUTH_MODE"] = "disabled"
 # Serve kills a proxy that has not started within 5 s, as on two cores with four test processes it may not.
 os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "60"
 
-# The order in which files are given to workers: those that take minutes first, so that none is left alone with one.
+# What is given to workers first, for it takes minutes or waits much: so that none is left alone with it.
 FIRST = ("ray_jobs", "cluster")
+NEXT = ("test_range", "test_models", "test_explain", "test_scales", "test_memory", "test_targets", "test_reference")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Jobs before numerics."""
-    items.sort(key=lambda item: item.path.parent.name not in FIRST)
+    """Jobs before numerics, and large files before small ones."""
+    items.sort(key=lambda item: (item.path.parent.name not in FIRST, item.path.stem not in NEXT))
 
 
 MODEL = """

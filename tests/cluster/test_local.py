@@ -83,7 +83,7 @@ def test_every_node_offers_what_it_claims_to_have(cluster: LocalCluster) -> None
     assert {gpus for _, gpus in spread} == {"0"}
 
 
-@pytest.mark.parametrize("hangs", [False, True], ids=["killed", "hung"])
+@pytest.mark.parametrize("hangs", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["killed", "hung"])
 def test_a_lost_node_is_dead_to_the_cluster_and_none_of_its_processes_lives_on(
     cluster: LocalCluster, hangs: bool
 ) -> None:
@@ -116,7 +116,7 @@ def test_nothing_is_left_behind_by_an_owner_that_is_killed() -> None:
     assert within(30, lambda: not of_session(int(session)) and not Path(folder).exists())
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_the_command_says_how_to_use_the_cluster_and_stops_it_on(number: signal.Signals) -> None:
     command = [sys.executable, "-m", "cluster.local", "--nodes", "1", "--cpus", "1"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as owner:

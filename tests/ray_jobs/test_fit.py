@@ -53,8 +53,8 @@ HERE = Resources(workers=0)
 
 
 @pytest.fixture(scope="module")
-def undisturbed(local_ray: None, model_spec: str, shards: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return fit(configured(model_spec, shards, tmp_path_factory.mktemp("runs") / "one"), on_cpu(1)).folder
+def undisturbed(model_spec: str, shards: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fit(configured(model_spec, shards, tmp_path_factory.mktemp("runs") / "one"), HERE).folder
 
 
 def test_the_job_computes_what_one_process_computes(undisturbed: Path, model_spec: str, shards: list[str]) -> None:
@@ -70,7 +70,7 @@ def test_the_job_computes_what_one_process_computes(undisturbed: Path, model_spe
 
 @pytest.mark.parametrize("workers", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_neither_workers_nor_order_change_a_digit(
-    undisturbed: Path, model_spec: str, shards: list[str], tmp_path: Path, workers: int
+    local_ray: None, undisturbed: Path, model_spec: str, shards: list[str], tmp_path: Path, workers: int
 ) -> None:
     order = torch.randperm(len(shards), generator=torch.Generator().manual_seed(workers)).tolist()
     run = fit(configured(model_spec, [shards[i] for i in order], tmp_path / "run"), on_cpu(workers, max_loss=0.01))
@@ -79,7 +79,12 @@ def test_neither_workers_nor_order_change_a_digit(
 
 
 def test_a_killed_worker_changes_no_digit(
-    undisturbed: Path, model_spec: str, shards: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    local_ray: None,
+    undisturbed: Path,
+    model_spec: str,
+    shards: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pids: list[int] = []
     worked: list[str] = []
@@ -146,7 +151,12 @@ def test_a_stopped_and_then_killed_driver_goes_on_and_changes_no_digit(
 
 
 def test_a_killed_reducer_changes_no_digit(
-    undisturbed: Path, model_spec: str, shards: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    local_ray: None,
+    undisturbed: Path,
+    model_spec: str,
+    shards: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     killed, solve_group = tmp_path / "killed", reduce.solve_group
 
@@ -157,7 +167,7 @@ def test_a_killed_reducer_changes_no_digit(
         return solve_group(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(reduce, "solve_group", killed_once)
-    run = fit(configured(model_spec, shards, tmp_path / "run"), on_cpu(2))
+    run = fit(configured(model_spec, shards, tmp_path / "run"), on_cpu(1))
     assert killed.exists()
     same_patterns(undisturbed, Path(str(run.folder)))
 
@@ -182,7 +192,7 @@ def test_more_gpus_than_a_node_has_are_refused(
 
 def test_a_finished_run_is_not_done_again(undisturbed: Path, model_spec: str, shards: list[str]) -> None:
     before = (undisturbed / "patterns.safetensors").stat().st_mtime_ns
-    fit(configured(model_spec, shards, undisturbed), on_cpu(1))
+    fit(configured(model_spec, shards, undisturbed), HERE)
     assert (undisturbed / "patterns.safetensors").stat().st_mtime_ns == before
 
 
@@ -272,7 +282,7 @@ def test_status_reads_how_far_a_run_is_from_its_files_alone(undisturbed: Path, t
 def test_prometheus_reads_how_a_job_goes_from_rays_metrics(
     local_ray: None, model_spec: str, shards: list[str], tmp_path: Path
 ) -> None:
-    fit(configured(model_spec, shards[:3], tmp_path / "run"), on_cpu(2))
+    fit(configured(model_spec, shards[:3], tmp_path / "run"), on_cpu(1))
     (node,) = ray.nodes()
     address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
     wanted = {"samples": 18, "shards": 3, "batches": 6}
@@ -292,6 +302,7 @@ def test_prometheus_reads_how_a_job_goes_from_rays_metrics(
     assert all('job="fit"' in line for line in mine)
 
 
+@pytest.mark.slow
 def test_a_limit_takes_the_same_samples_whatever_the_workers(
     local_ray: None, model_spec: str, shards: list[str], tmp_path: Path
 ) -> None:
@@ -321,7 +332,7 @@ def test_a_broken_shard_holds_up_no_other_and_is_taken_up_once_mended(
     config = configured(model_spec, [*shards, str(broken)], tmp_path / "run")
     once = replace(HERE, retries=0)
     with pytest.raises(StoppedShortError, match=r"1 of 13 shards cannot be used, \S+/broken\.tar the first"):
-        fit(config, replace(on_cpu(2, max_loss=0.01), retries=0))
+        fit(config, replace(on_cpu(1, max_loss=0.01), retries=0))
     folder = tmp_path / "run" / "moments"
     assert ledger_of(folder).left(range(13)) == [12]
     said = fit(config, replace(once, max_bad_shards=1)).manifest()["fit"]

@@ -75,6 +75,7 @@ def stopped(*_: object) -> None:
     raise StoppedShortError("as a kill would")
 
 
+@pytest.mark.slow
 def test_looks_at_what_several_workers_did_end_a_fit_too(local_ray: None, config: FitConfig, tmp_path: Path) -> None:
     out = replace(config, out=str(tmp_path / "run"))
     section = fit(out, Resources(workers=2, gpus_per_worker=0, max_loss=0.0)).manifest()["fit"]
