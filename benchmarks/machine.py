@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 SIDE = 2048  # of the square matrices that are multiplied, and a tenth of a second on a slow core
 COPIED = 2**26  # float32 numbers that are copied, 256 MiB
@@ -43,30 +43,47 @@ class Cost:
     bytes: int
 
 
-class Traffic(TorchDispatchMode):
-    """Counts the bytes of all tensors that operations read and write; views cost nothing."""
+def backward_flops(grad: Tensor, x: Tensor, weight: Tensor, *more: Any, out_val: Any) -> int:
+    """Of a convolution's gradients. torch's own count takes each group for the whole."""
+    *_, transposed, _, _, wanted = more
+    return sum(wanted[:2]) * 2 * (x if transposed else grad).numel() * weight[0].numel()
+
+
+FLOPS: dict[Any, Callable[..., int]] = {**flop_registry, torch.ops.aten.convolution_backward: backward_flops}
+
+
+class Counted(TorchDispatchMode):
+    """Counts products, and the bytes of all tensors that operations read and write; views cost nothing."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.bytes = 0
+        self.flops = self.bytes = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        found = func(*args, **(kwargs or {}))
-        if not func.is_view:
-            tensors = [t for t in tree_leaves((args, kwargs, found)) if isinstance(t, Tensor)]
-            self.bytes += sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
+        kwargs = kwargs or {}
+        count = FLOPS.get(func.overloadpacket)
+        if count is None:
+            with self:
+                found = func.decompose(*args, **kwargs)
+            if found is not NotImplemented:
+                return found
+        found = func(*args, **kwargs)
+        if count is not None:
+            self.flops += count(*args, **kwargs, out_val=found)
+        given, made = ([t for t in tree_leaves(x) if isinstance(t, Tensor)] for x in ((args, kwargs), found))
+        places = {t.untyped_storage().data_ptr() for t in given}
+        if func._schema.is_mutable or not all(t.untyped_storage().data_ptr() in places for t in made):
+            self.bytes += sum(t.numel() * t.element_size() for t in {id(t): t for t in (*given, *made)}.values())
         return found
 
 
 def cost(work: Callable[[], object]) -> Cost:
     """What some work needs."""
-    with FlopCounterMode(display=False) as flops:
+    with Counted() as counted:
         work()
-    with Traffic() as traffic:
-        work()
-    return Cost(flops.get_total_flops(), traffic.bytes)
+    return Cost(counted.flops, counted.bytes)
 
 
 @dataclass(frozen=True)
