@@ -92,8 +92,9 @@ def ready_tensor(data: bytes, preprocessing: Preprocessing) -> Tensor:
 def image_tensor(data: bytes, preprocessing: Preprocessing) -> Tensor:
     """An image file as the model takes it, float32 of shape (C, H, W). SampleError where it is none."""
     picture = upright(data, "RGB" if len(preprocessing.mean) == 3 else "L", PIXELS_EACH * preprocessing.resize)
-    pixels = cropped(picture, preprocessing).float().div_(255)
-    return T.normalize(pixels, list(preprocessing.mean), list(preprocessing.std), inplace=True)
+    mean, std = (torch.tensor(v, dtype=torch.float64).view(-1, 1, 1) for v in (preprocessing.mean, preprocessing.std))
+    # (x / 255 - mean) / std in two passes over the numbers
+    return cropped(picture, preprocessing).float().mul_((1 / (255 * std)).float()).sub_((mean / std).float())
 
 
 def upright(data: bytes, mode: str, enough: int | None = None) -> Picture:
