@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch import nn
 from torchvision.models import resnet18
 
 from patterns import METHODS, Explainer, Network, Observer, PatchObserver, trace
@@ -10,23 +9,21 @@ from patterns import METHODS, Explainer, Network, Observer, PatchObserver, trace
 PASSES = [name for name, method in METHODS.items() if method.backward is not None]
 
 
-@pytest.fixture(scope="module")
-def model() -> nn.Module:
+def traced(device: str) -> Network:
     torch.manual_seed(0)
-    return resnet18(num_classes=10).eval().requires_grad_(False)
+    model = resnet18(num_classes=10).eval().requires_grad_(False).to(device)
+    return trace(model, torch.zeros(2, 3, 64, 64, device=device))
 
 
 @pytest.fixture(scope="module")
-def network(model: nn.Module) -> Network:
-    return trace(model, torch.zeros(2, 3, 64, 64))
+def network() -> Network:
+    return traced("cpu")
 
 
 @pytest.fixture(scope="module")
 def elsewhere() -> Network:
     """The network on the meta device, on which an operation with a tensor from elsewhere fails."""
-    return trace(
-        resnet18(num_classes=10).eval().requires_grad_(False).to("meta"), torch.zeros(2, 3, 64, 64, device="meta")
-    )
+    return traced("meta")
 
 
 @pytest.mark.parametrize("positions", [None, 4])

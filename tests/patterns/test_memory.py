@@ -5,22 +5,9 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.machine import peak
 from patterns import Observer, PatchObserver, trace
-
-
-def peak(run: Callable[[], object]) -> int:
-    """The most bytes allocated at once while it runs, above those of before; what operations need inside too."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    results = profiler.profiler.kineto_results  # type: ignore[union-attr]
-    changes = [event for event in results.events() if event.name() == "[memory]"]
-    now = most = 0
-    for change in sorted(changes, key=lambda event: event.start_ns()):
-        now += change.nbytes()
-        most = max(most, now)
-    return most
 
 
 def test_the_measure_sees_what_operations_make_and_what_they_need_inside() -> None:
