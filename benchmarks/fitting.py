@@ -14,7 +14,7 @@ from patterns import Gate, Network, Observer, Operator, PatchMoments, solve, tra
 from patterns.estimators import wanted
 from patterns.moments import Wanted
 from patterns.operators import Convolution
-from patterns.patches import PatchAccumulator
+from patterns.patches import Draw, PatchAccumulator
 from patterns.rho import cov_xx, quality
 from ray_jobs.config import FITTED, FitConfig, ModelConfig, Resources
 from ray_jobs.fit import fit
@@ -81,10 +81,11 @@ def judging(bench: Bench) -> Row:
 
 def patch_moments(operator: Operator, generator: torch.Generator) -> PatchMoments:
     """Moments of 2 D random patches, each an image of one position."""
-    accumulator = PatchAccumulator(operator, 1)
+    draw = Draw(1)
+    accumulator = PatchAccumulator(operator, draw)
     for _ in range(2):
         images = torch.randn(D, *operator.input_shapes[0], generator=generator, dtype=torch.float64) + 0.5
-        accumulator.begin(torch.arange(D))
+        draw.begin(torch.arange(D))
         accumulator.update((images,), operator(images))
     return accumulator.moments()
 

@@ -197,9 +197,6 @@ class Accumulator:
         """Forget everything."""
         self._sums = zero(self._operator, self._wanted)
 
-    def begin(self, seeds: Tensor) -> None:
-        """The next pass is of images with these seeds, which say nothing where all positions count."""
-
     def settle(self) -> None:
         """Sum what waits: nothing does."""
 

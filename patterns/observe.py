@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from patterns.graph import Network
 from patterns.moments import Accumulator, Moments, Wanted
 from patterns.operators import Inputs, Operator
-from patterns.patches import PatchAccumulator, PatchMoments
+from patterns.patches import Draw, PatchAccumulator, PatchMoments
 from patterns.sampled import SampledAccumulator
 
 M_co = TypeVar("M_co", covariant=True)
@@ -18,8 +18,6 @@ M_co = TypeVar("M_co", covariant=True)
 
 class Fed(Protocol[M_co]):
     """What takes an operator's inputs and outputs, and makes moments of them."""
-
-    def begin(self, seeds: Tensor) -> None: ...
 
     def update(self, inputs: Inputs, z: Tensor) -> None: ...
 
@@ -48,8 +46,8 @@ class Observed(nn.Module):
 class Observation(Generic[M_co]):
     """A network some of whose operators feed accumulators while it runs."""
 
-    def __init__(self, network: Network, accumulators: Mapping[str, Fed[M_co]]) -> None:
-        self._fed, self._seen = accumulators, 0
+    def __init__(self, network: Network, accumulators: Mapping[str, Fed[M_co]], draw: Draw | None = None) -> None:
+        self._fed, self._draw, self._seen = accumulators, draw, 0
         self._module = network.rewrite(
             lambda op: Observed(op, accumulators[op.name]) if op.name in accumulators else op
         )
@@ -61,10 +59,9 @@ class Observation(Generic[M_co]):
         seeds: of each image, for what draws positions from it, so that the sums depend neither on the order of images
         nor on their batches; without any, images are numbered as they come.
         """
-        numbers = range(self._seen, self._seen + len(batch)) if seeds is None else seeds
-        told = torch.tensor(numbers, dtype=torch.int64, device=batch.device)
-        for fed in self._fed.values():
-            fed.begin(told)
+        if self._draw is not None:
+            numbers = range(self._seen, self._seen + len(batch)) if seeds is None else seeds
+            self._draw.begin(torch.tensor(numbers, dtype=torch.int64).to(batch.device))
         self._seen += len(batch)
         return self._module(batch)
 
@@ -103,13 +100,15 @@ class Observer(Observation[Moments]):
         positions: int | None = None,
         seed: int = 0,
     ) -> None:
+        draw = None if positions is None else Draw(positions, seed)
+
         def accumulator(op: Operator) -> Fed[Moments]:
-            if positions is None or prod(op.output_shape) // op.neurons <= positions:
+            if draw is None or positions is None or prod(op.output_shape) // op.neurons <= positions:
                 return Accumulator(op, wanted(op))
-            return SampledAccumulator(op, wanted(op), positions, seed)
+            return SampledAccumulator(op, wanted(op), draw)
 
         names = network.operators if operators is None else operators
-        super().__init__(network, {name: accumulator(network.operators[name]) for name in names})
+        super().__init__(network, {name: accumulator(network.operators[name]) for name in names}, draw)
 
 
 class PatchObserver(Observation[PatchMoments]):
@@ -123,8 +122,8 @@ class PatchObserver(Observation[PatchMoments]):
     """
 
     def __init__(self, network: Network, operators: Collection[str], positions: int, seed: int = 0) -> None:
-        chosen = {name: network.operators[name] for name in operators}
-        super().__init__(network, {name: PatchAccumulator(op, positions, seed) for name, op in chosen.items()})
+        chosen, draw = {name: network.operators[name] for name in operators}, Draw(positions, seed)
+        super().__init__(network, {name: PatchAccumulator(op, draw) for name, op in chosen.items()}, draw)
 
 
 def accumulate(network: Network, batches: Iterable[Tensor]) -> dict[str, Moments]:

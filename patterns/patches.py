@@ -6,6 +6,7 @@ operator is summed over the same patches.
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
@@ -83,25 +84,16 @@ class PatchAccumulator:
     Cov[d] (wᵀd = 0) survive neither float32 sums nor outputs rounded to float32. Activations with a
     mean of m deviations lose m² of 2⁵³. The gate alone is the model's own.
 
-    positions: how many output positions to draw from each image, without replacement; all where an
-    image has no more. The image's seed (see `begin`), the operator's name, `seed` and, where one pass calls the
-    operator several times, by which call it is, say which: neither the order of images nor their batches.
+    draw: which positions count.
     """
 
-    def __init__(self, operator: Operator, positions: int, seed: int = 0) -> None:
-        if positions < 1:
-            raise UserError("--gram-positions", f"{positions} is no number of positions", "Give at least 1.")
-        check_supported(operator)
-        self._operator, self._positions, self._seed = operator, positions, seed
+    def __init__(self, operator: Operator, draw: "Draw") -> None:
+        self._operator, self._draw, self._gather = operator, draw, Gatherer(operator)
         self.reset()
 
     def reset(self) -> None:
         """Forget all sums."""
         self._sums = zero(self._operator)
-
-    def begin(self, seeds: Tensor) -> None:
-        """The next pass is of images with these seeds, int64 (N,)."""
-        self._seeds, self._calls = seeds, 0
 
     def settle(self) -> None:
         """Sum what waits: nothing does."""
@@ -120,14 +112,12 @@ class PatchAccumulator:
         op = self._operator
         if not z.numel():
             return
-        available = z[0].numel() // op.neurons
-        drawn = drawn_positions(self._seeds, salt_of(self._seed, op.name, self._calls), available, self._positions)
-        self._calls += 1
+        drawn = self._draw.of(op.name, z[0].numel() // op.neurons)
         gate = None if op.gate is None else per_image(op.gate.open(z), op.kind.axis)
         images = max(1, PATCH_ELEMENTS // (drawn.shape[1] * op.groups * op.inputs_per_neuron))
         for start in range(0, len(z), images):
             part = slice(start, start + images)
-            x = patches(op, tuple(i[part] for i in inputs), drawn[part]).double()
+            x = self._gather.by_group(tuple(i[part] for i in inputs), drawn[part]).double()
             mask = None if gate is None else chosen(gate[part], drawn[part]).flatten(0, 1).mT.double()
             self._add(x, mask)
 
@@ -179,73 +169,131 @@ def shifted(values: Tensor, by: int) -> Tensor:
     return (values >> by) & (2 ** (64 - by) - 1)
 
 
-def uniform(seeds: Tensor, salt: int, count: int) -> Tensor:
-    """Numbers in [0, 1), float64 (N, count), for seeds int64 (N,); other salts give others."""
+def uniform(seeds: Tensor, salts: Tensor, count: int) -> Tensor:
+    """Numbers in [0, 1), float64 (R, N, count), for seeds int64 (N,) and salts int64 (R,); others give others."""
     counters = torch.arange(1, count + 1, device=seeds.device) * STEP
-    states = mixed(seeds + salt)[:, None] + counters
+    states = mixed(seeds + salts[:, None])[..., None] + counters
     return shifted(mixed(states), 11).double() * 2.0**-53
 
 
-def drawn_positions(seeds: Tensor, salt: int, available: int, positions: int) -> Tensor:
-    """For each image, which of its available positions to take: int64 (N, ≤ positions), no one twice, in any order.
+def drawn_positions(seeds: Tensor, salts: Tensor, available: Tensor, positions: int) -> Tensor:
+    """For each draw and image, which positions to take: int64 (R, N, positions), no one twice, in any order.
 
-    Each is taken with the same probability, so that sums are unbiased; all where there are no more. The draw is
-    stratified: one from each of as many stretches of about equal length, laid round the image from a random start.
-    seeds: of the images, int64 (N,); salt: what tells one draw for them from others.
+    Each is taken with the same probability, so that sums are unbiased. The draw is stratified: one from each of as
+    many stretches of about equal length, laid round the image from a random start.
+    seeds: of the images, int64 (N,).  salts, available: of each draw what tells it from others, and of how many
+    positions it is, more than are drawn; int64 (R,).
     """
-    if positions >= available:
-        return torch.arange(available, device=seeds.device).expand(len(seeds), -1)
-    edges = torch.arange(positions + 1, device=seeds.device) * available // positions
-    numbers = uniform(seeds, salt, positions + 1)
+    edges = torch.arange(positions + 1, device=seeds.device) * available[:, None] // positions
+    numbers, lengths = uniform(seeds, salts, positions + 1), edges.diff()[:, None]
     # Rounding up to the next whole number is the one thing that could leave a stretch.
-    inside = torch.minimum((numbers[:, :-1] * edges.diff()).long(), edges.diff() - 1)
-    return (edges[:-1] + inside + (numbers[:, -1:] * available).long()) % available
+    inside = torch.minimum((numbers[..., :-1] * lengths).long(), lengths - 1)
+    of = available[:, None, None]
+    return (edges[:, None, :-1] + inside + (numbers[..., -1:] * of).long()) % of
+
+
+class Draw:
+    """Which positions of each image count, for one operator's call others than for another's.
+
+    An image's seed, the operator's name, `seed` and, where one pass calls the operator several times, by which call
+    it is, say which: neither the order of images nor their batches. All draws of a pass are made at once, as far as
+    the passes before told of them: they are of few numbers, and each alone would cost as many small operations.
+
+    positions: of each image, without replacement; all where an image has no more.  UserError for none.
+    """
+
+    def __init__(self, positions: int, seed: int = 0) -> None:
+        if positions < 1:
+            raise UserError("--gram-positions", f"{positions} is no number of positions", "Give at least 1.")
+        self._positions, self._seed = positions, seed
+        self._rows: dict[tuple[str, int, int], int] = {}  # by name, call and available positions: a number
+        self._constants = torch.empty(2, 0, dtype=torch.int64)  # salt and available positions of each row
+
+    def begin(self, seeds: Tensor) -> None:
+        """The next pass is of images with these seeds, int64 (N,)."""
+        self._seeds, self._calls = seeds, Counter[str]()
+        self._constants = self._constants.to(seeds.device)
+        self._drawn = list(self._draws(self._constants))
+
+    def of(self, name: str, available: int) -> Tensor:
+        """The positions for the next call of an operator, which has so many: int64 (N, ≤ positions)."""
+        key = (name, self._calls[name], available)
+        self._calls[name] += 1
+        if self._positions >= available:
+            return torch.arange(available, device=self._seeds.device).expand(len(self._seeds), -1)
+        if key not in self._rows:
+            self._rows[key] = len(self._rows)
+            constants = torch.tensor([[salt_of(self._seed, *key[:2])], [available]], device=self._seeds.device)
+            self._constants = torch.cat([self._constants, constants], 1)
+            self._drawn += self._draws(constants)
+        return self._drawn[self._rows[key]]
+
+    def _draws(self, constants: Tensor) -> Tensor:
+        salts, available = constants
+        return drawn_positions(self._seeds, salts, available, self._positions)
 
 
 # --- patches at positions -------------------------------------------------------------------------
 
 
-def check_supported(operator: Operator) -> None:
-    """UserError where this kind's patches cannot be gathered."""
-    if not isinstance(operator.kind, Convolution | TransposedConvolution | Linear | Scale | Addition | AveragePool):
-        kind = type(operator.kind).__name__
-        raise UserError(operator.name, f"the patches of {kind} cannot be sampled", "Leave it out of the operators.")
+class Gatherer:
+    """An operator's inputs at some of its output positions. UserError for a kind whose patches cannot be gathered."""
+
+    def __init__(self, operator: Operator) -> None:
+        self._operator, self._window = operator, window_of(operator)
+        self._looks: dict[Shape, tuple[Tensor, Tensor | None]] = {}  # by the input's sizes
+
+    def __call__(self, inputs: Inputs, positions: Tensor) -> Tensor:
+        """(N, P, G, D/T, T), T being the taps of a window, not written out in this order.
+
+        inputs: the operator's, batch first.  positions: int64 (N, P), each an index into the output's positions of
+        its image, flattened.
+        """
+        kind, x = self._operator.kind, inputs[0]
+        if self._window is not None:
+            return self._windows(x, positions)
+        if isinstance(kind, Linear):
+            return chosen(per_image(x, -1), positions)[:, :, None, :, None]
+        shape = torch.broadcast_shapes(*(i.shape for i in inputs))
+        terms = [chosen(per_image(i.expand(shape), kind.axis), positions) for i in inputs]
+        return torch.stack(terms, -1)[..., None]
+
+    def by_group(self, inputs: Inputs, positions: Tensor) -> Tensor:
+        """The same as (G, N·P, D), image by image."""
+        return self(inputs, positions).flatten(3).flatten(0, 1).movedim(1, 0)
+
+    def _windows(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Of x (N, C, *sizes), written out without zeros around it: what lies outside is known by its place."""
+        assert self._window is not None
+        sizes = tuple(x.shape[2:])
+        if sizes not in self._looks:
+            index, outside = self._window.looks(sizes)
+            self._looks[sizes] = index.to(x.device), None if outside is None else outside.to(x.device)
+        index, outside = self._looks[sizes]
+        values = chosen(x.flatten(2).mT, index[positions].flatten(1)).unflatten(1, (positions.shape[1], -1))
+        if outside is not None:
+            values.masked_fill_(outside[positions][..., None], 0)
+        return values.mT.unflatten(2, (self._operator.groups, -1))
 
 
-def patches(operator: Operator, inputs: Inputs, positions: Tensor) -> Tensor:
-    """The inputs of each group of neurons at some output positions of each image: (G, N·P, D), image by image."""
-    return gathered(operator, inputs, positions).flatten(3).flatten(0, 1).movedim(1, 0)
-
-
-def gathered(operator: Operator, inputs: Inputs, positions: Tensor) -> Tensor:
-    """The same as (N, P, G, D/T, T), T being the taps of a window, not written out in this order.
-
-    inputs: the operator's, batch first.  positions: int64 (N, P), each an index into the output's
-    positions of its image, flattened.
-    """
-    x, kind = inputs[0], operator.kind
-    match kind:
-        case Convolution(stride, padding, dilation, groups):
-            taps = list(product(*(range(k) for k in operator.weight.shape[2:])))
-            return windows(x, positions, Window(taps, stride, dilation, padding, padding), groups)
-        case TransposedConvolution(stride, padding, more, dilation, groups):
+def window_of(operator: Operator) -> "Window | None":
+    """Where an operator's neurons look, None where at their own position. UserError where nobody can say."""
+    kernel, ones = operator.weight.shape[2:], (1,) * len(operator.weight.shape[2:])
+    taps = list(product(*(range(k) for k in kernel)))
+    match operator.kind:
+        case Convolution(stride, padding, dilation):
+            return Window(taps, stride, dilation, padding, padding)
+        case TransposedConvolution(stride, padding, more, dilation):
             # A convolution of stride 1 over the input with zeros between, its weights back to front.
-            kernel = operator.weight.shape[2:]
-            taps = list(product(*(reversed(range(k)) for k in kernel)))
             before = tuple(d * (k - 1) - p for d, k, p in zip(dilation, kernel, padding))
             after = tuple(b + m for b, m in zip(before, more))
-            return windows(x, positions, Window(taps, (1,) * len(kernel), dilation, before, after, stride), groups)
-        case AveragePool(kernel, stride, padding):
-            taps = list(product(*(range(k) for k in kernel)))
-            window = Window(taps, stride, (1,) * len(kernel), padding, padding)
-            return windows(x, positions, window, operator.groups)
-        case Linear():
-            return chosen(per_image(x, -1), positions)[:, :, None, :, None]
-        case Scale() | Addition():
-            shape = torch.broadcast_shapes(*(i.shape for i in inputs))
-            terms = [chosen(per_image(i.expand(shape), kind.axis), positions) for i in inputs]
-            return torch.stack(terms, -1)[..., None]
-    raise TypeError(f"no patches of {type(kind).__name__}")
+            return Window(taps[::-1], ones, dilation, before, after, stride)
+        case AveragePool(_, stride, padding):
+            return Window(taps, stride, ones, padding, padding)
+        case Linear() | Scale() | Addition():
+            return None
+    kind = type(operator.kind).__name__
+    raise UserError(operator.name, f"the patches of {kind} cannot be sampled", "Leave it out of the operators.")
 
 
 def chosen(values: Tensor, positions: Tensor) -> Tensor:
@@ -274,30 +322,19 @@ class Window:
     after: Shape
     apart: Shape | None = None
 
-
-def windows(x: Tensor, positions: Tensor, window: Window, groups: int) -> Tensor:
-    """Patches of x (N, C, *sizes) at window positions (N, P): (N, P, groups, C/groups, taps).
-
-    What lies outside is known by its place, so no input is written out with zeros around it.
-    """
-    sizes, w = x.shape[2:], window
-    apart = w.apart or (1,) * len(sizes)
-    reach = [d * max(t) for d, t in zip(w.dilation, zip(*w.taps))]
-    whole = [(n - 1) * a + 1 for n, a in zip(sizes, apart)]
-    counts = [(n + b + e - r - 1) // s + 1 for n, b, e, r, s in zip(whole, w.before, w.after, reach, w.stride)]
-    index, outside = positions.new_zeros(1), None
-    for i, size in enumerate(sizes):
-        corner = positions // prod(counts[i + 1 :]) % counts[i] * w.stride[i] - w.before[i]
-        at = corner[..., None] + torch.tensor([t[i] * w.dilation[i] for t in w.taps], device=x.device)
-        if w.before[i] or w.after[i] or w.apart:
-            beyond = (at < 0) | (at >= whole[i])
-            if w.apart:
-                beyond |= at % apart[i] != 0
-                at = at.div_(apart[i], rounding_mode="floor")
-            at = at.clamp_(0, size - 1)
-            outside = beyond if outside is None else outside | beyond
-        index = index + at * prod(sizes[i + 1 :])
-    values = chosen(x.flatten(2).mT, index.flatten(1)).unflatten(1, (positions.shape[1], -1))  # (N, P, taps, C)
-    if outside is not None:
-        values.masked_fill_(outside[..., None], 0)
-    return values.mT.unflatten(2, (groups, -1))
+    def looks(self, sizes: Shape) -> tuple[Tensor, Tensor | None]:
+        """Of every position, flattened: an index into an input of these sizes, flattened, for each tap, int64
+        (positions, taps), and whether it lies outside, bool; None where none does.
+        """
+        apart = self.apart or (1,) * len(sizes)
+        index = torch.zeros(1, len(self.taps), dtype=torch.int64)
+        outside = torch.zeros(1, len(self.taps), dtype=torch.bool)
+        for i, size in enumerate(sizes):
+            taps, whole = [t[i] * self.dilation[i] for t in self.taps], (size - 1) * apart[i] + 1
+            count = (whole + self.before[i] + self.after[i] - max(taps) - 1) // self.stride[i] + 1
+            at = torch.arange(count)[:, None] * self.stride[i] - self.before[i] + torch.tensor(taps)
+            beyond = (at < 0) | (at >= whole) | (at % apart[i] != 0)
+            at = at.div(apart[i], rounding_mode="floor").clamp(0, size - 1)
+            index = (index[:, None] * size + at).flatten(0, 1)
+            outside = (outside[:, None] | beyond).flatten(0, 1)
+        return index, outside if bool(outside.any()) else None

@@ -12,27 +12,21 @@ from torch import Tensor
 
 from patterns.moments import Accumulator, Moments, Wanted
 from patterns.operators import Gathered, Inputs, Operator
-from patterns.patches import check_supported, chosen, drawn_positions, gathered, per_image, salt_of
+from patterns.patches import Draw, Gatherer, chosen, per_image
 
-# Samples that are gathered before they are summed: matrix products of fewer are slow, and each brings sums as
-# large as the weights to float64.
-BLOCK = 1024
-BLOCK_ELEMENTS = 2**23  # of gathered patches, 32 MiB in float32, whatever their number
+# Samples that are gathered before they are summed, and elements of patches at most, on a CPU and on a GPU: matrix
+# products of fewer are slow, each brings sums as large as the weights to float64, and on a GPU the launches count.
+BLOCK = ((1024, 2**23), (8192, 2**25))
 
 
 class SampledAccumulator:
-    """Moments of one operator from some positions of each image, grown batch by batch.
+    """Moments of one operator from some positions of each image, those of `draw`, grown batch by batch."""
 
-    positions: how many to draw from each image, without replacement; the image's seed, the operator's name, `seed`
-    and, where one pass calls the operator several times, by which call it is, say which. So they depend neither on
-    the order of images nor on their batches.
-    """
-
-    def __init__(self, operator: Operator, wanted: Wanted, positions: int, seed: int = 0) -> None:
-        check_supported(operator)
-        self._operator, self._positions, self._seed = operator, positions, seed
+    def __init__(self, operator: Operator, wanted: Wanted, draw: Draw) -> None:
+        self._operator, self._draw, self._gather = operator, draw, Gatherer(operator)
         size = operator.groups * operator.inputs_per_neuron
-        self._block = max(1, min(BLOCK, BLOCK_ELEMENTS // size))
+        rows, elements = BLOCK[operator.weight.device.type == "cuda"]
+        self._block = max(1, min(rows, elements // size))
         self._sums = Accumulator(of_patches(operator), wanted)
         self._x = self._z = operator.weight.new_empty(0)
         self.reset()
@@ -41,10 +35,6 @@ class SampledAccumulator:
         """Forget everything."""
         self._sums.reset()
         self._count = 0
-
-    def begin(self, seeds: Tensor) -> None:
-        """The next pass is of images with these seeds, int64 (N,)."""
-        self._seeds, self._calls = seeds, 0
 
     def tensors(self) -> Mapping[str, Tensor]:
         """The sums so far by name: the very tensors that later batches change."""
@@ -63,15 +53,13 @@ class SampledAccumulator:
         if not z.numel():
             return
         outputs = per_image(z, op.kind.axis)
-        salt = salt_of(self._seed, op.name, self._calls)
-        self._calls += 1
-        drawn = drawn_positions(self._seeds, salt, outputs.shape[1], self._positions)
+        drawn = self._draw.of(op.name, outputs.shape[1])
         rows = drawn.numel()
         if self._count + rows > len(self._x):
             self.settle()
             self._make_room(max(rows, self._block), outputs.dtype)
         taken = slice(self._count, self._count + rows)
-        x = gathered(op, inputs, drawn)
+        x = self._gather(inputs, drawn)
         self._x[taken].view(x.shape).copy_(x)
         self._z[taken].view(*drawn.shape, -1).copy_(chosen(outputs, drawn))
         self._count += rows

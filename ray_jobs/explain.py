@@ -229,15 +229,15 @@ def explain(config: ExplainConfig, resources: Resources = Resources()) -> Run:  
     """
     checked(config)
     loaded = models.load(config.model)
-    target = target_of(config.target, loaded.network, dict(config.classes))
     run = Run(config.out)
     section = run.section("explain", config, loaded)
-    # Before anything is written, so that wrong patterns are told; once for all workers and resumptions.
-    made = explainer(config, loaded, target, section.get("scales", {}))
-    scales = made.scales
     if section["status"] == "complete" and not section["missing"]:
         tidy(run)
         return run
+    target = target_of(config.target, loaded.network, dict(config.classes))
+    # Before anything is written, so that wrong patterns are told; once for all workers and resumptions.
+    made = explainer(config, loaded, target, section.get("scales", {}))
+    scales = made.scales
     with driving(run, "explain") as beat, connected(resources):
         section |= {"scales": scales, "settings": made.settings}
         run.record("explain", section, loaded)

@@ -59,10 +59,8 @@ def fit(config: FitConfig, resources: Resources = Resources(), retry_quarantined
     """
     parsed(config.estimators)
     loaded = models.load(config.model)
-    parsed(config.estimators, loaded.network.operators)
     run = Run(config.out)
     config, why = settled(run, config, loaded)
-    through = planned(run, loaded.network, config)
     section = run.section("fit", config, loaded)
     finished = section["status"] == "complete" and not section["missing"]
     begun, done = section.get("rounds", 0), section.get("rounds_done", 0)
@@ -71,6 +69,8 @@ def fit(config: FitConfig, resources: Resources = Resources(), retry_quarantined
             tidy(run)
             return run
         begun += 1
+    parsed(config.estimators, loaded.network.operators)
+    through = planned(run, loaded.network, config)
     with driving(run, "fit") as beat, connected(resources) as tasks:
         run.record("fit", section | {"rounds": begun, "rounds_done": done}, loaded)
         missing: dict[str, str] = {}

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import sys
 from dataclasses import dataclass
+from functools import cached_property
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -27,15 +28,22 @@ IMAGENET = Preprocessing(224, 256, "bilinear", (0.485, 0.456, 0.406), (0.229, 0.
 class Loaded:
     """A model ready for work. digest: of its weights, as they were loaded."""
 
-    network: Network
+    config: ModelConfig
+    model: nn.Module
     preprocessing: Preprocessing
     digest: str
     device: torch.device
     dtype: torch.dtype
 
+    @cached_property
+    def network(self) -> Network:
+        """The model traced, once it is asked for: a finished job is known by its digest. UserError as `trace`'s."""
+        example = torch.zeros((2, *self.preprocessing.input_shape), device=self.device, dtype=self.dtype)
+        return trace(self.model, example, name=self.config.spec, pass_through=self.config.pass_through)
+
 
 def load(config: ModelConfig, device: str = "cpu") -> Loaded:
-    """The traced network of a config. UserError for whatever in the config is wrong.
+    """The model of a config. UserError for whatever in the config is wrong.
 
     Says for this process whether products of float32 numbers may be taken in TF32, which cuDNN would do unasked.
     """
@@ -49,10 +57,7 @@ def load(config: ModelConfig, device: str = "cpu") -> Loaded:
     if config.weights not in ("default", "random"):
         load_weights(model, config.weights, config.spec)
     dtype, weights_digest = PRECISIONS[config.precision], digest(model)
-    model = model.to(device, dtype)
-    example = torch.zeros((2, *preprocessing.input_shape), device=device, dtype=dtype)
-    network = trace(model, example, name=config.spec, pass_through=config.pass_through)
-    return Loaded(network, preprocessing, weights_digest, torch.device(device), dtype)
+    return Loaded(config, model.to(device, dtype), preprocessing, weights_digest, torch.device(device), dtype)
 
 
 def build(config: ModelConfig) -> tuple[nn.Module, Preprocessing]:

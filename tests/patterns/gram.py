@@ -12,7 +12,7 @@ from torch import Tensor
 
 from patterns import Gate, Operator
 from patterns.operators import Addition, AveragePool, Convolution, Kind, Linear, Scale, TransposedConvolution
-from patterns.patches import PatchAccumulator, PatchMoments
+from patterns.patches import Draw, PatchAccumulator, PatchMoments
 from tests.oracles import Neuron, channel_patches, linear_patches, neurons, window_patches
 
 RELU = (0.0, float("inf"))
@@ -36,13 +36,21 @@ class Case:
         return tuple((i + 1) * (common + n).relu() + 0.5 * n.roll(1, -1) + 0.3 for i, n in enumerate(noise))
 
     def moments(self, inputs: tuple[Tensor, ...], positions: int = ALL, seed: int = 0) -> PatchMoments:
-        accumulator = PatchAccumulator(self.operator, positions, seed)
-        accumulator.begin(torch.arange(len(inputs[0])))
+        draw = Draw(positions, seed)
+        accumulator = PatchAccumulator(self.operator, draw)
+        draw.begin(torch.arange(len(inputs[0])))
         accumulator.update(inputs, self.operator(*inputs))
         return accumulator.moments()
 
     def neurons(self, inputs: tuple[Tensor, ...]) -> list[Neuron]:
         return neurons(self.unfold(*inputs), self.operator.weight, self.operator.bias, RELU)
+
+
+def drawn(seeds: Tensor, name: str, available: int, positions: int, seed: int = 0, call: int = 0) -> Tensor:
+    """The positions that count at one call of an operator."""
+    draw = Draw(positions, seed)
+    draw.begin(seeds)
+    return [draw.of(name, available) for _ in range(call + 1)][-1]
 
 
 def case(kind: Kind, weight: Tensor, *shapes: tuple[int, ...], unfold: Callable[..., list[Tensor]]) -> Case:

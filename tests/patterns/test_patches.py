@@ -13,17 +13,16 @@ from patterns import UserError, accumulate, operators, trace
 from patterns.observe import PatchObserver
 from patterns.patches import (
     STEP,
+    Draw,
     PatchAccumulator,
     PatchMoments,
     bytes_of,
-    drawn_positions,
     mixed,
-    salt_of,
     uniform,
     zero,
 )
 from tests.oracles import Neuron, window_patches
-from tests.patterns.gram import ALL, CASES, SCALES
+from tests.patterns.gram import ALL, CASES, SCALES, drawn
 
 KINDS = CASES | SCALES
 every_kind = pytest.mark.parametrize("name", KINDS)
@@ -64,8 +63,8 @@ def test_sampled_sums_are_those_of_the_drawn_positions_alone(name: str, position
     found = case.moments(inputs, positions, seed=7)
     z = case.operator(*inputs)
     available = z[0].numel() // case.operator.neurons
-    drawn = drawn_positions(torch.arange(5), salt_of(7, "it", 0), available, positions)
-    rows = [image * available + int(p) for image, own in enumerate(drawn) for p in own]
+    taken = drawn(torch.arange(5), "it", available, positions, seed=7)
+    rows = [image * available + int(p) for image, own in enumerate(taken) for p in own]
     assert found.moments.total.n.tolist() == [5 * positions] * case.operator.neurons
     assert_sums(found, [Neuron(n.x[rows], n.y[rows], n.open[rows]) for n in case.neurons(inputs)])
 
@@ -73,10 +72,10 @@ def test_sampled_sums_are_those_of_the_drawn_positions_alone(name: str, position
 @pytest.mark.parametrize(("available", "positions"), [(12, 4), (13, 5), (49, 16), (7, 6), (5, 1)])
 def test_each_position_is_drawn_equally_often_and_never_twice_from_an_image(available: int, positions: int) -> None:
     images = 6000
-    drawn = drawn_positions(torch.arange(images), salt_of(0, "it", 0), available, positions)
-    assert drawn.shape == (images, positions)
-    assert (drawn.sort(1).values.diff(dim=1) > 0).all()
-    counts = drawn.flatten().bincount(minlength=available)
+    taken = drawn(torch.arange(images), "it", available, positions)
+    assert taken.shape == (images, positions)
+    assert (taken.sort(1).values.diff(dim=1) > 0).all()
+    counts = taken.flatten().bincount(minlength=available)
     share = positions / available
     deviation = (images * share * (1 - share)) ** 0.5
     assert ((counts - images * share).abs() < 4 * deviation).all()
@@ -84,21 +83,31 @@ def test_each_position_is_drawn_equally_often_and_never_twice_from_an_image(avai
 
 @pytest.mark.parametrize("positions", [12, 13])
 def test_all_positions_are_taken_where_an_image_has_no_more(positions: int) -> None:
-    assert drawn_positions(torch.arange(2), 0, 12, positions).tolist() == [list(range(12))] * 2
+    assert drawn(torch.arange(2), "it", 12, positions).tolist() == [list(range(12))] * 2
 
 
 def test_the_draw_depends_on_seed_operator_call_and_image_alone() -> None:
     images = torch.tensor([3, 8, -5])
-    salts = [salt_of(s, n, call) for s, n, call in product((0, 1), ("a", "b"), (0, 1))]
-    draws = [drawn_positions(images, salt, 1000, 5) for salt in salts]
-    assert len({tuple(row) for d in draws for row in d.tolist()}) == len(salts) * len(images)
-    for drawn, salt in zip(draws, salts):
-        for image, row in zip(images, drawn):
-            assert torch.equal(drawn_positions(image[None], salt, 1000, 5)[0], row)
+    told = list(product(("a", "b"), (1000,), (5,), (0, 1), (0, 1)))
+    draws = [drawn(images, *one) for one in told]
+    assert len({tuple(row) for d in draws for row in d.tolist()}) == len(told) * len(images)
+    for taken, one in zip(draws, told):
+        for image, row in zip(images, taken):
+            assert torch.equal(drawn(image[None], *one)[0], row)
+
+
+def test_draws_made_at_once_are_those_made_one_by_one() -> None:
+    draw, calls = Draw(5), [("a", 1000), ("b", 77), ("a", 9), ("c", 5), ("b", 77)]
+    for seeds in (torch.tensor([3, 8, -5]), torch.tensor([4]), torch.tensor([3, 8])):
+        draw.begin(seeds)
+        seen: list[str] = []
+        for name, available in calls:
+            assert torch.equal(draw.of(name, available), drawn(seeds, name, available, 5, call=seen.count(name)))
+            seen.append(name)
 
 
 def test_numbers_are_uniform_and_independent_and_those_of_splitmix64() -> None:
-    numbers = uniform(torch.arange(2000), 5, 50)
+    numbers = uniform(torch.arange(2000), torch.tensor([5]), 50)[0]
     assert ((numbers >= 0) & (numbers < 1)).all()
     counts = torch.histc(numbers, 20, 0, 1)
     assert ((counts - 5000).abs() < 5 * (5000 * 0.95) ** 0.5).all()
@@ -113,7 +122,7 @@ def test_numbers_are_uniform_and_independent_and_those_of_splitmix64() -> None:
 
 def test_no_positions_are_refused() -> None:
     with pytest.raises(UserError, match="0 is no number of positions"):
-        PatchAccumulator(CASES["conv2d"]().operator, 0)
+        Draw(0)
 
 
 def assert_same(a: PatchMoments, b: PatchMoments, rtol: float = 0.0) -> None:
@@ -162,12 +171,13 @@ def test_saved_gram_moments_load_to_the_last_digit_and_only_under_their_own_name
 def test_images_give_the_same_sums_in_any_order_and_batches(cuts: list[int]) -> None:
     case = CASES["conv2d"]()
     (x,), seeds = case.inputs(7, 1), torch.arange(7) * 5
-    whole, cut = PatchAccumulator(case.operator, 3), PatchAccumulator(case.operator, 3)
-    whole.begin(seeds)
+    draws = Draw(3), Draw(3)
+    whole, cut = (PatchAccumulator(case.operator, draw) for draw in draws)
+    draws[0].begin(seeds)
     whole.update((x,), case.operator(x))
     order = torch.tensor([4, 2, 6, 0, 1, 5, 3])
     for part, told in zip(x[order].split(cuts), seeds[order].split(cuts)):
-        cut.begin(told)
+        draws[1].begin(told)
         cut.update((part,), case.operator(part))
     assert_same(cut.moments(), whole.moments(), rtol=1e-11)
 
@@ -200,7 +210,7 @@ def test_a_layer_that_is_called_twice_draws_the_same_positions_however_a_source_
     second = window_patches(middle, (3, 3), (1, 1), (1, 1), (1, 1))[0].unflatten(0, (6, -1))
     images = torch.arange(6)[:, None]
     taken = [
-        patches[images, drawn_positions(torch.arange(6), salt_of(7, "layer", call), patches.shape[1], 3)].flatten(0, 1)
+        patches[images, drawn(torch.arange(6), "layer", patches.shape[1], 3, 7, call)].flatten(0, 1)
         for call, patches in enumerate((first, second))
     ]
     rows = torch.cat(taken)

@@ -6,10 +6,10 @@ from torch import Tensor, nn
 from patterns import Gate, Operator, solve, trace
 from patterns.observe import PatchObserver
 from patterns.operators import Linear, Scale
-from patterns.patches import PatchAccumulator, PatchMoments, drawn_positions, salt_of, zero
+from patterns.patches import Draw, PatchAccumulator, PatchMoments, zero
 from patterns.rho import correlation, quality, rho, signals, whiten
 from tests.oracles import Neuron, channel_patches, window_patches
-from tests.patterns.gram import ALL, CASES, ESTIMATORS, IMAGES, RELU, Case, case, every_kind, normal
+from tests.patterns.gram import ALL, CASES, ESTIMATORS, IMAGES, RELU, Case, case, drawn, every_kind, normal
 
 
 def patterns_of(case: Case, moments: PatchMoments) -> dict[str, Tensor]:
@@ -127,8 +127,9 @@ def test_quality_does_not_depend_on_the_bias_but_through_the_gate() -> None:
 
 def test_the_two_component_quality_needs_the_gates_sums() -> None:
     operator = Operator("it", Linear(), normal(2, 3), None, (), (), "")
-    accumulator = PatchAccumulator(operator, ALL)
-    accumulator.begin(torch.arange(9))
+    draw = Draw(ALL)
+    accumulator = PatchAccumulator(operator, draw)
+    draw.begin(torch.arange(9))
     accumulator.update((normal(9, 3),), operator(normal(9, 3)))
     moments = accumulator.moments()
     with pytest.raises(ValueError, match="taken without the sums that this needs"):
@@ -214,8 +215,8 @@ def test_activations_far_from_zero_keep_their_quality_in_float32() -> None:
         patterns = {n: p.double() for n, p in solve(operator, a.moments, ["filter", "linear"]).patterns.items()}
         found.append(quality(patterns, operator.weight, b, c))
         patches = window_patches(x[8:16], (3, 3), (1, 1), (1, 1), (1, 1))[0].unflatten(0, (8, -1))
-        drawn = drawn_positions(torch.arange(8, 16), salt_of(0, name, 0), 144, 20)
-        taken = patches[torch.arange(8)[:, None], drawn].flatten(0, 1)
+        where = drawn(torch.arange(8, 16), name, 144, 20)
+        taken = patches[torch.arange(8)[:, None], where].flatten(0, 1)
         torch.testing.assert_close(whiten(b).cov[0], taken.mT.cov(correction=0), rtol=1e-9, atol=1e-10)
     for name, r in found[1].items():
         torch.testing.assert_close(found[0][name], r, rtol=0, atol=1e-4)

@@ -9,10 +9,10 @@ from torch.nn import functional as F
 
 from patterns import Observer, accumulate, sampled, solve, trace
 from patterns.moments import Wanted
-from patterns.patches import drawn_positions, salt_of
+from patterns.patches import Draw
 from patterns.sampled import SampledAccumulator
 from tests.oracles import Neuron
-from tests.patterns.gram import CASES, SCALES, Case
+from tests.patterns.gram import CASES, SCALES, Case, drawn
 
 KINDS = CASES | SCALES
 
@@ -21,21 +21,22 @@ def of_drawn(case: Case, inputs: tuple[Tensor, ...], positions: int) -> list[Neu
     """The neurons' samples at the drawn positions."""
     z = case.operator(*inputs)
     available = z[0].numel() // case.operator.neurons
-    drawn = drawn_positions(torch.arange(len(z)), salt_of(7, "it", 0), available, positions)
-    rows = [image * available + int(p) for image, own in enumerate(drawn) for p in own]
+    taken = drawn(torch.arange(len(z)), "it", available, positions, seed=7)
+    rows = [image * available + int(p) for image, own in enumerate(taken) for p in own]
     return [Neuron(n.x[rows], n.y[rows], n.open[rows]) for n in case.neurons(inputs)]
 
 
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("block", [1, 5, 10**6])
 def test_sums_are_those_of_the_drawn_positions(name: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampled, "BLOCK", block)
+    monkeypatch.setattr(sampled, "BLOCK", ((block, 2**23),) * 2)
     case = KINDS[name]()
     inputs = case.inputs(5, 1)
-    accumulator = SampledAccumulator(case.operator, Wanted(), 2, seed=7)
+    draw = Draw(2, seed=7)
+    accumulator = SampledAccumulator(case.operator, Wanted(), draw)
     for at in (slice(0, 3), slice(3, 5)):
         part = tuple(x[at] for x in inputs)
-        accumulator.begin(torch.arange(5)[at])
+        draw.begin(torch.arange(5)[at])
         accumulator.update(part, case.operator(*part))
     found, truth = accumulator.moments(), of_drawn(case, inputs, 2)
     assert {name: t.dtype for name, t in found.tensors().items() if t.dtype != torch.float64}.keys() <= {
