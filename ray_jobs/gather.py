@@ -59,6 +59,12 @@ class NotFiniteError(UserError):
         super().__init__(shard, f"the model's output is not finite for {', '.join(keys)}", "They will be left out.")
 
 
+def check_finite(shard: str, keys: Sequence[str], finite: Tensor) -> None:
+    """NotFiniteError where the output of one of some samples is not finite; `finite` says which are."""
+    if bad := [key for key, good in zip(keys, finite.tolist()) if not good]:
+        raise NotFiniteError(shard, bad)
+
+
 class GatherWorker:
     """Holds the model and the moments not yet committed. Losing it loses nothing that counts."""
 
@@ -133,18 +139,22 @@ class GatherWorker:
         yield ShardReport(samples, len(refused), self.batches.count, self.batches.waited)
 
     def observe(self, shard: str, reader: ShardReader) -> Generator[ShardReport, None, int]:
-        """Add a shard's batches; gives how many samples they had. NotFiniteError where the model's output is not."""
-        samples = 0
+        """Add a shard's batches; gives how many samples they had. NotFiniteError where the model's output is not.
+
+        Each batch's outputs are looked at after the next was begun, so that a GPU never waits for the question.
+        """
+        samples, before = 0, (list[str](), torch.ones(0, dtype=torch.bool))
         self.batches = streamed(reader, self.loaded.device)
         for batch in self.batches:
             images = batch.images.to(self.loaded.device, non_blocking=True)
             outputs = self.observation.update(images, [seed_of(key) for key in batch.keys])
-            finite = outputs.flatten(1).isfinite().all(1)
-            if not finite.all():
-                raise NotFiniteError(shard, [key for key, good in zip(batch.keys, finite.tolist()) if not good])
+            now = batch.keys, outputs.flatten(1).isfinite().all(1)
+            check_finite(shard, *before)
+            before = now
             samples += len(batch.keys)
             if self.batches.due():
                 yield ShardReport(samples, len(reader.refused), self.batches.count, self.batches.waited)
+        check_finite(shard, *before)
         self.observation.settle()
         return samples
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from patterns import UserError
 from ray_jobs import folders, tables, tar
 from ray_jobs.config import Preprocessing
-from ray_jobs.decode import boxes_of, decode, label_of
+from ray_jobs.decode import boxes_of, inputs, label_of, seen
 from ray_jobs.ledger import Refused
 from ray_jobs.samples import Box, Sample, SampleError, distinct
 from ray_jobs.streams import blamed, opened, seekable
@@ -120,10 +120,10 @@ class ShardReader:
             label = label_of(sample)
             self.check(label)
             boxes = boxes_of(sample, self.preprocessing) if self.with_boxes else None
-            return key, decode(sample, self.preprocessing), label, boxes
+            return key, seen(sample, self.preprocessing), label, boxes
         except SampleError as error:
             return Refused(self.shard, key, "decode", str(error))
 
     def batch(self, taken: list[Used]) -> Batch:
         keys, images, labels, boxes = zip(*taken)
-        return Batch(torch.stack(images).to(self.dtype), list(keys), list(labels), list(boxes))
+        return Batch(inputs(images, self.preprocessing).to(self.dtype), list(keys), list(labels), list(boxes))

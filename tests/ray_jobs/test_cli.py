@@ -192,12 +192,12 @@ def test_packed_folders_keep_images_and_classes(tmp_path: Path) -> None:
 def test_the_demos_model_knows_its_photographs(tmp_path: Path) -> None:
     from ray_jobs import models
     from ray_jobs.config import ModelConfig
-    from ray_jobs.decode import image_tensor
+    from ray_jobs.decode import decode
 
     weights = prepare_weights(tmp_path / "weights.safetensors")
     files = sorted(prepare_photographs(tmp_path / "photographs").rglob("*.jpg"))
     loaded = models.load(ModelConfig("timm:tf_efficientnet_lite0", str(weights)))
-    images = torch.stack([image_tensor(f.read_bytes(), loaded.preprocessing) for f in files])
+    images = torch.stack([decode({"jpg": f.read_bytes()}, loaded.preprocessing) for f in files])
     with torch.no_grad():
         predicted = loaded.network.module(images).argmax(1).tolist()
     assert sum(p == int(f.parent.name) for p, f in zip(predicted, files)) == 18
