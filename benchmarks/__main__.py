@@ -29,9 +29,11 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--only", type=lambda text: text.split(","), help=", ".join(PARTS))
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--precision", choices=["float32", "tf32"], default="float32")
     parser.add_argument("--batch", type=int, help="4 on a CPU, 64 on a GPU")
     options = parser.parse_args()
     torch.set_num_threads(THREADS)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.precision == "tf32"
     keep_freed_memory()  # as the workers do; for every variant alike
     batch = options.batch or (4 if options.device == "cpu" else 64)
     bench = Bench(Machine.measured(options.device), options.rounds, batch)
@@ -46,10 +48,10 @@ def main() -> None:
 Made by `make bench{"" if options.device == "cpu" else "-gpu"}` on: {bench.machine.name()} ({platform.machine()}), torch
 {torch.__version__.partition("+")[0]}.
 
-{SIZE}×{SIZE} pixels, batches of {batch}, float32, random weights; VGG-16 without its large linear layers. Each ratio is
+{SIZE}×{SIZE} pixels, batches of {batch}, {options.precision}, random weights; VGG-16 without its large linear layers. Each ratio is
 the median of {options.rounds} rounds, within a round, and the middle half's spread.
 
-*Of the roofline*: the least time that this machine needs for the products, at the rate of a plain float32 matrix
+*Of the roofline*: the least time that this machine needs for the products, at the rate of a plain {options.precision} matrix
 product ({bench.machine.flops / 1e9:.0f} GFLOP/s), or for what operations read and write, each by itself, at the rate
 of a plain copy ({bench.machine.bytes / 1e9:.1f} GB/s), whichever is more, as a share of the time it took.
 

@@ -20,6 +20,7 @@ from ray_jobs.shards import Batch, ShardReader
 from ray_jobs.threads import ahead
 
 TELL_EVERY = 3.0  # seconds between two words of how far a worker is with a shard
+MOST_DECODERS = 4  # more wait for Python's lock: fifteen decoded no more than four (docs/data.md)
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Share:
     @property
     def decoders(self) -> int:
         """Threads that decode; on a CPU the model needs the cores itself."""
-        return max(1, int(self.cpus)) if self.device() == "cuda" else 1
+        return max(1, min(MOST_DECODERS, int(self.cpus))) if self.device() == "cuda" else 1
 
     def load(self, config: ModelConfig, weights: str) -> models.Loaded:
         """The model, on this worker's device. UserError where its weights are not the driver's."""
