@@ -48,12 +48,12 @@ def main() -> None:
 Made by `make bench{"" if options.device == "cpu" else "-gpu"}` on: {bench.machine.name()} ({platform.machine()}), torch
 {torch.__version__.partition("+")[0]}.
 
-{SIZE}×{SIZE} pixels, batches of {batch}, {options.precision}, random weights; VGG-16 without its large linear layers. Each ratio is
-the median of {options.rounds} rounds, within a round, and the middle half's spread.
+{SIZE}×{SIZE} pixels, batches of {batch}, {options.precision}, random weights; VGG-16 without its large linear layers.
+Each ratio is the median of {options.rounds} rounds, within a round, and the middle half's spread.
 
-*Of the roofline*: the least time that this machine needs for the products, at the rate of a plain {options.precision} matrix
-product ({bench.machine.flops / 1e9:.0f} GFLOP/s), or for what operations read and write, each by itself, at the rate
-of a plain copy ({bench.machine.bytes / 1e9:.1f} GB/s), whichever is more, as a share of the time it took.
+*Of the roofline*: the least time that this machine needs for the products, at the rate of a plain {options.precision}
+matrix product ({bench.machine.flops / 1e9:.0f} GFLOP/s), or for what operations read and write, each by itself, at the
+rate of a plain copy ({bench.machine.bytes / 1e9:.1f} GB/s), whichever is more, as a share of the time it took.
 
 *Peak memory*: the most that is allocated at once beside what was there before, against that of the variant it is
 compared with.

@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.table import Table
 
 from patterns import UserError
+from patterns.degradation import PATCH, REPLACEMENTS, STEPS
 from patterns.methods import method_of, settings_of
-from ray_jobs.config import ExplainConfig, FitConfig, ModelConfig, QualityConfig, Resources
+from ray_jobs.config import DegradeConfig, ExplainConfig, FitConfig, ModelConfig, QualityConfig, Resources
 from ray_jobs.files import here, located
 from ray_jobs.options import (
     DEFAULT_FIT,
@@ -28,7 +29,10 @@ from ray_jobs.options import (
     BatchSize,
     Classes,
     Estimators,
+    FitModel,
+    FitPrecision,
     Fitted,
+    FitWeights,
     ImageSize,
     MapSize,
     MaxSamples,
@@ -297,8 +301,8 @@ def explain(
     patterns: Fitted,
     shards: Shards,
     out: Annotated[str | None, typer.Option(help="Where explanations go; by default the fit's folder.")] = None,
-    model: Annotated[str | None, typer.Option(help="The model; by default the fit's.")] = None,
-    weights: Annotated[str | None, typer.Option(help="Its weights; by default where the fit found them.")] = None,
+    model: FitModel = None,
+    weights: FitWeights = None,
     methods: Methods = DEFAULT_METHODS,
     estimator: Estimators = "default",
     set_: Settings = None,
@@ -307,7 +311,7 @@ def explain(
     output: OutputKinds = DEFAULT_OUTPUTS,
     resize: MapSize = None,
     reduce_channels: Reduction = "none",
-    precision: Annotated[str | None, typer.Option(help="float32, float64 or bfloat16; by default the fit's.")] = None,
+    precision: FitPrecision = None,
     batch_size: BatchSize = 32,
     max_samples: MaxSamples = None,
     seed: Seed = 0,
@@ -318,22 +322,13 @@ def explain(
     """Shards + patterns → explanations, one shard for each input shard."""
     from ray_jobs.explain import explain as run_explain
     from ray_jobs.models import class_names
-    from ray_jobs.run import Run
     from ray_jobs.sources import list_shards
     from ray_jobs.targets import named
 
-    fitted = Run(patterns).fitted_model()
-    spec = model or fitted["spec"]
     chosen = {name: method_of(name) for name in words(methods) or ("",)}
+    of_fit = fitted(patterns, model, weights, precision)
     config = ExplainConfig(
-        ModelConfig(
-            **fitted
-            | {
-                "spec": spec,
-                "weights": weights or fitted["weights"],
-                "precision": precision or fitted["precision"],
-            }
-        ),
+        of_fit,
         place(patterns),
         list_shards(shards, allow_pipes),
         place(out or patterns),
@@ -341,17 +336,77 @@ def explain(
         tuple(chosen),
         words(estimator),
         tuple(settings_of(chosen, assignments(set_ or [])).items()),
+        max_samples,
+        seed,
         target,
-        tuple(class_names(spec, classes).items()) if named(target) else (),
+        tuple(class_names(of_fit.spec, classes).items()) if named(target) else (),
         words(output),
         reduce_channels,
         resize,
-        max_samples,
-        seed,
     )
     run = run_explain(config, resources)
     done = run.manifest()["explain"]
     say(f"explain: {done['samples']} samples, {done['refused']} refused. Explanations: {run.folder / 'explanations'}")
+
+
+@app.command()
+@with_resources
+def degrade(
+    patterns: Fitted,
+    shards: Shards,
+    out: Annotated[str | None, typer.Option(help="Where the results go; by default the fit's folder.")] = None,
+    model: FitModel = None,
+    weights: FitWeights = None,
+    methods: Methods = DEFAULT_METHODS,
+    estimator: Estimators = "default",
+    set_: Settings = None,
+    patch_size: Annotated[int, typer.Option(min=1, help="Height and width of a patch in pixels.")] = PATCH,
+    steps: Annotated[int, typer.Option(min=1, help="Patches that are replaced, one after the other.")] = STEPS,
+    replacement: Annotated[str, typer.Option(help=f"What by: {', '.join(REPLACEMENTS)}.")] = "mean",
+    least_first: Annotated[bool, typer.Option("--least-first", help="The least relevant patches first.")] = False,
+    precision: FitPrecision = None,
+    batch_size: BatchSize = 32,
+    max_samples: MaxSamples = None,
+    seed: Seed = 0,
+    allow_pipes: AllowPipes = False,
+    *,
+    resources: Resources,
+) -> None:
+    """Shards + patterns → how soon predictions fall when what a map says matters is taken away (Figure 4)."""
+    from ray_jobs.degrade import degrade as run_degrade
+    from ray_jobs.degrade import spoken_areas
+    from ray_jobs.sources import list_shards
+
+    chosen = {name: method_of(name) for name in words(methods) or ("",)}
+    config = DegradeConfig(
+        fitted(patterns, model, weights, precision),
+        place(patterns),
+        list_shards(shards, allow_pipes),
+        place(out or patterns),
+        batch_size,
+        tuple(chosen),
+        words(estimator),
+        tuple(settings_of(chosen, assignments(set_ or [])).items()),
+        max_samples,
+        seed,
+        patch_size,
+        steps,
+        replacement,
+        least_first,
+    )
+    run = run_degrade(config, resources)
+    for line in spoken_areas(run):
+        say(line)
+    done = run.manifest()["degrade"]
+    say(f"degrade: {done['samples']} samples, {done['refused']} refused. Curves: {run.folder / 'degradation.png'}")
+
+
+def fitted(patterns: str, model: str | None, weights: str | None, precision: str | None) -> ModelConfig:
+    """The model of a finished fit, with what is said otherwise of it."""
+    from ray_jobs.run import Run
+
+    said = {"spec": model, "weights": weights, "precision": precision}
+    return ModelConfig(**Run(patterns).fitted_model() | {k: v for k, v in said.items() if v is not None})
 
 
 @app.command()
@@ -378,6 +433,22 @@ def grid(
     path = out or beside(run, "grid.png")
     draw_grid(path, explained.shown(rows), columns)
     say(f"grid: {len(rows)} samples in {path}")
+
+
+@app.command()
+def report(
+    runs: Annotated[list[str], typer.Argument(help="The folders, or URLs, of runs; several are set side by side.")],
+    out: Annotated[Path | None, typer.Option(help="The file; by default report.html in the first run's folder.")] = None,
+    samples: Annotated[int, typer.Option(min=0, help="Explained samples of each run, drawn at random.")] = 200,
+    classes: Classes = None,
+    seed: Seed = 0,
+) -> None:
+    """Runs → one page of HTML to look at and pass on, which needs no network."""
+    from ray_jobs.report import write_report
+
+    path = out or beside(runs[0], "report.html")
+    write_report(path, runs, samples, classes, seed)
+    say(f"report: {path}, {spoken_bytes(path.stat().st_size)}")
 
 
 @app.command()

@@ -91,12 +91,10 @@ class QualityConfig:
 
 
 @dataclass(frozen=True)
-class ExplainConfig:
-    """An explanation of whole shards by the patterns of the run in `patterns`.
+class MethodsConfig:
+    """Methods by the patterns of the run in `patterns`, on whole shards.
 
     estimator: of the methods that name none.  settings: all that is set of the methods, `{method}.{setting}`.
-    target: see `ray_jobs.targets`.  classes: the numbers of the model's classes by name.
-    outputs: see `ray_jobs.outputs`.  reduction, size: of the maps' channels, and of their height and width.
     """
 
     model: ModelConfig
@@ -107,13 +105,37 @@ class ExplainConfig:
     methods: tuple[str, ...] = ("gradient", "patternnet", "patternattribution")
     estimator: tuple[str, ...] = ("default",)
     settings: tuple[tuple[str, float], ...] = ()
+    max_samples: int | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class ExplainConfig(MethodsConfig):
+    """An explanation of whole shards.
+
+    target: see `ray_jobs.targets`.  classes: the numbers of the model's classes by name.
+    outputs: see `ray_jobs.outputs`.  reduction, size: of the maps' channels, and of their height and width.
+    """
+
     target: str = "predicted"
     classes: tuple[tuple[str, int], ...] = ()
     outputs: tuple[str, ...] = ("npy", "png")
     reduction: str = "none"
     size: int | None = None
-    max_samples: int | None = None
-    seed: int = 0
+
+
+@dataclass(frozen=True)
+class DegradeConfig(MethodsConfig):
+    """The degradation of every image of some shards, patch after patch, in the order of each method's map.
+
+    patch: its height and width in pixels.  steps: patches that are replaced at most.  replacement: what by; see
+    `patterns.degradation`.  least_first: the least relevant patches first.
+    """
+
+    patch: int = 9
+    steps: int = 100
+    replacement: str = "mean"
+    least_first: bool = False
 
 
 @dataclass(frozen=True)

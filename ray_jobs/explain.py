@@ -16,15 +16,15 @@ from patterns.explain import Explanation
 from patterns.methods import method_of, settings_of
 from patterns.storage import write_table
 from ray_jobs import models
-from ray_jobs.config import ExplainConfig, Resources, equal_share
-from ray_jobs.driver import Beat, driving, tidy
-from ray_jobs.files import here, located, names, published, read_table
-from ray_jobs.job import ShardJob
-from ray_jobs.outputs import OUTPUTS, Explained, Outputs, bytes_per_sample, import_zarr, outputs, writers
-from ray_jobs.run import Run, load_patterns, refused_in, write_refused
+from ray_jobs.config import ExplainConfig, MethodsConfig, Resources
+from ray_jobs.driver import driving, tidy
+from ray_jobs.files import here, located, published, read_table
+from ray_jobs.outputs import OUTPUTS, Explained, Outputs, bytes_per_sample, import_zarr, writers
+from ray_jobs.run import Run, load_patterns, write_refused
 from ray_jobs.samples import SampleError, seed_of
 from ray_jobs.session import connected
 from ray_jobs.shards import Batch, ShardReader
+from ray_jobs.shardwise import shard_by_shard
 from ray_jobs.summaries import COLUMNS, REDUCTIONS, shaped, summaries
 from ray_jobs.targets import Target, target_of
 from ray_jobs.threads import Behind
@@ -68,7 +68,7 @@ class ExplainWorker:
         """Load the model and its patterns."""
         self.loaded = self.share.load(self.config.model, self.weights)
         self.target = target_of(self.config.target, self.loaded.network, dict(self.config.classes))
-        self.explainer = explainer(self.config, self.loaded, self.target, self.scales)
+        self.explainer = explainer(self.config, self.loaded, self.target.operator, self.scales)
 
     def work(self, shard: str, out: Outputs, most: int | None) -> Iterator[ShardReport]:
         """Explain a shard, or its first samples, telling now and then how far it is.
@@ -153,23 +153,12 @@ class ExplainWorker:
         return [dict(zip(columns, row)) for row in zip(*columns.values())]
 
 
-class ExplainJob(ShardJob):
-    """The driver's side: where the explanations of each shard go, and of how many samples they are."""
+def explainer(config: MethodsConfig, loaded: models.Loaded, operator: str | None, scales: Scales) -> Explainer:
+    """The methods of a config over the patterns of its run, of the network to an operator, None: to its classes.
 
-    def __init__(
-        self, beat: Beat, config: ExplainConfig, outs: dict[str, Outputs], left: list[str], resources: Resources
-    ) -> None:
-        shares = (equal_share(config.max_samples, number, len(outs)) for number in range(len(outs)))
-        self.told = {shard: (shard, out, most) for (shard, out), most in zip(outs.items(), shares)}
-        super().__init__("explain", beat, config.shards, left, resources, max_loss=None)
-
-    def task(self, item: str) -> tuple[str, Outputs, int | None]:
-        return self.told[item]
-
-
-def explainer(config: ExplainConfig, loaded: models.Loaded, target: Target, scales: Scales) -> Explainer:
-    """The methods of a config over the patterns of its run; scales: those calibrated before, by method."""
-    network = loaded.network if target.operator is None else loaded.network.until(target.operator)
+    scales: those calibrated before, by method.
+    """
+    network = loaded.network if operator is None else loaded.network.until(operator)
     passes = [b for name in config.methods if (b := method_of(name).backward) is not None and b.needs_patterns]
     chosen, estimators = None, {}
     if passes:
@@ -236,21 +225,15 @@ def explain(config: ExplainConfig, resources: Resources = Resources()) -> Run:  
         return run
     target = target_of(config.target, loaded.network, dict(config.classes))
     # Before anything is written, so that wrong patterns are told; once for all workers and resumptions.
-    made = explainer(config, loaded, target, section.get("scales", {}))
+    made = explainer(config, loaded, target.operator, section.get("scales", {}))
     scales = made.scales
     with driving(run, "explain") as beat, connected(resources):
         section |= {"scales": scales, "settings": made.settings}
         run.record("explain", section, loaded)
-        outs = outputs(config.out, config.shards)
-        there = {folder: set(names(folder)) for folder in {out.folder for out in outs.values()}}
-        left = [s for s, out in outs.items() if out.rows not in there[out.folder]]
-        job = ExplainJob(beat, config, outs, left, resources)
-        if left:
-            job.reporter.line(f"{cost(config, loaded, target)}")
-        job.run(ExplainWorker, config, loaded.digest, scales)
-        done = [out for shard, out in outs.items() if shard not in job.missing]
-        refused = [row for out in done for row in refused_in(out.folder / out.refused)]
-        run.quarantine("explain", refused)
+        line = cost(config, loaded, target)
+        done, counted = shard_by_shard(
+            "explain", beat, config, resources, "explanations", line, ExplainWorker, loaded.digest, scales
+        )
         samples = 0
 
         def tables() -> Iterator[pa.Table]:
@@ -262,6 +245,5 @@ def explain(config: ExplainConfig, resources: Resources = Resources()) -> Run:  
 
         with published(run.folder) as folder:
             write_table(folder / "explanations.parquet", schema(config, target), tables())
-        counted = {"shards": len(done), "missing": job.missing, "samples": samples, "refused": len(refused)}
-        run.record("explain", section | {"status": "complete", **counted}, loaded)
+        run.record("explain", section | {"status": "complete", **counted, "samples": samples}, loaded)
     return run

@@ -27,6 +27,9 @@ AllowPipes = Annotated[bool, typer.Option("--allow-pipes", help="Take shards of 
 Out = Annotated[str, typer.Option(help="The run's folder, or its URL, that every worker reads and writes.")]
 RunFolder = Annotated[str, typer.Argument(help="The folder, or URL, of a run.")]
 Fitted = Annotated[str, typer.Option(help="The folder, or URL, of a finished fit.")]
+FitModel = Annotated[str | None, typer.Option(help="The model; by default the fit's.")]
+FitWeights = Annotated[str | None, typer.Option(help="Its weights; by default where the fit found them.")]
+FitPrecision = Annotated[str | None, typer.Option(help="float32, tf32, float64 or bfloat16; by default the fit's.")]
 Memory = Annotated[
     int | None,
     typer.Option(

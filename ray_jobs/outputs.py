@@ -59,9 +59,9 @@ class Outputs:
         return f"{self.name}.parquet"
 
 
-def outputs(run: str, shards: Sequence[str]) -> dict[str, Outputs]:
+def outputs(run: str, shards: Sequence[str], kind: str = "explanations") -> dict[str, Outputs]:
     """The output files of each input shard: its own name, with as many folders as tell the shards apart."""
-    folder = located(run) / "explanations"
+    folder = located(run) / kind
     paths = {shard: folder / name for shard, name in output_names(shards).items()}
     return {shard: Outputs(path.parent, path.name) for shard, path in paths.items()}
 

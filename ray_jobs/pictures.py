@@ -86,6 +86,31 @@ def draw_quality(path: Path, table: pa.Table) -> None:
     save_figure(path, figure)
 
 
+def draw_degradation(path: Path, curves: pa.Table) -> None:
+    """Draw the paper's Figure 4: each method's mean curve and its confidence band.
+
+    curves: of degradation-curves.parquet.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.5, 4.5), dpi=130, layout="constrained")
+    axis = figure.subplots()
+    for number, method in enumerate(curves["method"].unique().to_pylist()):
+        own = curves.filter(pa.compute.equal(curves["method"], method)).to_pydict()
+        baseline = method == "random"
+        colour = "0.45" if baseline else matplotlib.colormaps["tab10"](number % 10)
+        style = "--" if baseline else "-"
+        axis.plot(own["step"], own["mean"], style, color=colour, label=method, linewidth=1.4)
+        axis.fill_between(own["step"], own["low"], own["high"], color=colour, alpha=0.15, linewidth=0)
+    axis.set_xlabel("patches replaced")
+    axis.set_ylabel("probability of the first prediction")
+    axis.set_xlim(0, max(curves["step"].to_pylist()))
+    axis.set_ylim(bottom=0)
+    axis.grid(linewidth=0.3)
+    axis.legend(fontsize=7, frameon=False)
+    save_figure(path, figure)
+
+
 def save_figure(path: Path, figure: Any) -> None:
     """Write a figure of matplotlib's, its kind by the file's name."""
     with matplotlib.rc_context({"savefig.facecolor": "white"}):

@@ -16,14 +16,14 @@ from patterns import Operator, UserError
 from patterns.operators import KIND_NAMES
 from patterns.storage import ASIDE, Patterns, load, write_json, write_table
 from ray_jobs import files
-from ray_jobs.config import ExplainConfig, FitConfig, QualityConfig
+from ray_jobs.config import FitConfig, MethodsConfig, QualityConfig
 from ray_jobs.ledger import Refused
 from ray_jobs.models import Loaded
 
 FORMAT = 1
 PROGRESS = "progress.json"
-JOBS = ("fit", "quality", "explain")
-Config = FitConfig | QualityConfig | ExplainConfig
+JOBS = ("fit", "quality", "explain", "degrade")
+Config = FitConfig | QualityConfig | MethodsConfig
 LIBRARIES = ("patternnet-ray", "torch", "torchvision", "ray", "webdataset", "zennit", "pyarrow", "safetensors")
 REFUSED = pa.schema([(name, pa.string()) for name in ("shard", "key", "stage", "reason")])
 QUARANTINE = REFUSED.insert(0, pa.field("job", pa.string()))

@@ -12,10 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from patterns.methods import method_of
+from patterns.degradation import PATCH, spoken_for
 from ray_jobs.samples import Box
-
-PATCH = 9  # pixels: the height and width of a patch in the paper's §5
 
 # The columns of a method: `{method}_{name}`.
 COLUMNS: dict[str, pa.DataType] = {
@@ -32,7 +30,7 @@ def summaries(method: str, maps: Tensor, boxes: Sequence[Sequence[Box] | None]) 
     """For each map of (N, C, H, W), its columns. boxes: of each sample, in the map's pixels, None where it has
     none."""
     mass = maps.float().abs().sum(1)
-    spoken = maps.float().sum(1) if method_of(method).attributes else mass
+    spoken = spoken_for(method, maps)
     total = mass.flatten(1).sum(1)
     shares = mass / torch.where(total > 0, total, 1.0)[:, None, None]
     height, width = mass.shape[-2:]

@@ -1,0 +1,140 @@
+"""The figures of docs/critics.md."""
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from benchmarks.critics.photographs import BACKWARD, CARRIED, METHODS, NORMALS, REFITTED, Stage
+from ray_jobs.pictures import save_figure
+
+COLOURS = {
+    "gradient": "#5a5a5a", "gradient-x-input": "#a0a0a0", "deconvnet": "#c9a227", "guided-backprop": "#d1570a",
+    "patternnet": "#1b8a4b", "patternattribution": "#0b3c6f", NORMALS: "#c06bb0",
+}  # fmt: skip
+TITLES = {
+    CARRIED: "weights drawn anew,\npatterns carried over",
+    BACKWARD: "only the w of w⊙a drawn anew,\nthe network as trained",
+    REFITTED: "weights drawn anew,\npatterns fitted again",
+}
+SHOWN_ROWS = (
+    (CARRIED, "gradient"), (CARRIED, "guided-backprop"), (CARRIED, "patternnet:default"),
+    (CARRIED, "patternattribution:default"), (CARRIED, "patternattribution:linear"),
+    (BACKWARD, "patternattribution:linear"), (REFITTED, "patternattribution:linear"),
+)  # fmt: skip
+
+
+def line_of(method: str) -> dict[str, Any]:
+    """The style of a method's line: a colour for the method, dashes for its estimator."""
+    name, _, estimator = method.partition(":")
+    return {"color": COLOURS[name], "ls": "--" if estimator == "linear" else "-", "lw": 1.6, "label": method}
+
+
+def draw_cascade(
+    path: Path, stages: Sequence[Stage], baselines: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]]
+) -> None:
+    """SSIM and rank correlation with the trained network's map as the cascade goes down, in each variant."""
+    figure = Figure(figsize=(12, 6.4), layout="constrained")
+    rows = figure.subplots(2, 3, sharex=True, sharey="row")
+    beside = baselines["patternattribution:linear"]
+    for number, (axes_row, measure) in enumerate(zip(rows, ("SSIM", "rank correlation"))):
+        for axes, (variant, title) in zip(axes_row, TITLES.items()):
+            for method in METHODS:
+                if (variant, method) in stages[0].likeness:
+                    values = [float(s.likeness[variant, method][number].mean()) for s in stages]
+                    axes.plot(range(1, len(stages) + 1), values, **line_of(method))
+                    axes.plot([0, 1], [1, values[0]], **{**line_of(method), "label": None})
+            grounds = {name: float(pair[number].mean()) for name, pair in beside.items()}
+            for (name, value), place in zip(grounds.items(), apart(list(grounds.values()), 0.06)):
+                axes.axhline(value, color="#999999", lw=0.8, ls=":")
+                if variant == REFITTED:
+                    axes.text(len(stages) + 0.35, place, name, fontsize=7, color="#777777", va="center")
+            axes.grid(alpha=0.2)
+            axes.spines[["top", "right"]].set_visible(False)
+            if number == 0:
+                axes.set_title(title, fontsize=10)
+        axes_row[0].set_ylabel(f"{measure} with the trained network's map")
+    for axes in rows[1]:
+        axes.set_xticks(range(len(stages) + 1), ["trained", *(s.part for s in stages)], rotation=60, fontsize=8)
+    handles, labels = rows[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    save_figure(path, figure)
+
+
+def apart(values: list[float], least: float) -> list[float]:
+    """Places near some values for labels that do not run into each other."""
+    order = sorted(range(len(values)), key=values.__getitem__)
+    places = list(values)
+    for below, above in pairwise(order):
+        places[above] = max(places[above], places[below] + least)
+    return places
+
+
+def draw_maps(path: Path, photograph: Tensor, before: Mapping[str, Tensor], stages: Sequence[Stage]) -> None:
+    """A photograph's heat by some methods, down the cascade. photograph: (3, H, W); before: (H, W) by method."""
+    titles = ["photograph", "trained", *(s.part for s in stages)]
+    figure = Figure(figsize=(1.05 * len(titles) + 1.3, 1.12 * len(SHOWN_ROWS) + 0.3), dpi=110)
+    grid = figure.subplots(len(SHOWN_ROWS), len(titles), squeeze=False)
+    figure.subplots_adjust(left=0.115, right=0.998, top=0.955, bottom=0.005, wspace=0.04, hspace=0.04)
+    low, high = float(photograph.min()), float(photograph.max())
+    for line, (variant, method) in zip(grid, SHOWN_ROWS):
+        for axes in line:
+            axes.axis("off")
+        line[0].imshow(((photograph - low) / (high - low)).permute(1, 2, 0).numpy())
+        name, _, estimator = method.partition(":")
+        label = f"{name}\n{estimator}\n{variant}" if estimator else f"{name}\n{variant}"
+        line[0].text(-0.08, 0.5, label, transform=line[0].transAxes, fontsize=6.5, ha="right", va="center")
+        for axes, values in zip(line[1:], [before[method], *(s.heats[variant, method][0] for s in stages)]):
+            show_heat(axes, values)
+    for axes, title in zip(grid[0], titles):
+        axes.set_title(title, fontsize=7, pad=3)
+    save_figure(path, figure)
+
+
+def show_heat(axes: Axes, values: Tensor) -> None:
+    """A heat, its brightest hundredth white."""
+    array = values.numpy()
+    axes.imshow(array, cmap="inferno", vmin=0, vmax=max(float(np.quantile(array, 0.99)), 1e-12))
+
+
+def draw_ways_back(path: Path, ways: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """How alike two random starts are at each operator's input, from the scores to the image."""
+    figure = Figure(figsize=(10, 4.4), layout="constrained")
+    axes = figure.subplots()
+    for name, way in ways.items():
+        axes.plot([float(values.mean()) for values in way.values()], **line_of(name))
+    operators = list(next(iter(ways.values())))
+    ticks = [k for k, name in enumerate(operators) if k in (0, len(operators) - 1) or name.endswith("conv_pwl")]
+    axes.set_xticks(ticks, [operators[k] for k in ticks], rotation=60, fontsize=7, ha="right")
+    axes.set(ylabel="|cosine| of two random starts", ylim=(0, 1.03))
+    axes.grid(alpha=0.2)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right center", frameon=False, fontsize=8)
+    save_figure(path, figure)
+
+
+def draw_shapes(path: Path, rows: Mapping[str, tuple[Tensor, Mapping[str, Tensor]]], mask: Tensor) -> None:
+    """One image of each scenario and model: what it is, where its class is, and each method's heat, (H, W)."""
+    methods = list(next(iter(rows.values()))[1])
+    titles = ["image", "mask", *(m.replace(":", "\n").replace("gradient-x-", "gradient\n⊙ ") for m in methods)]
+    figure = Figure(figsize=(0.95 * len(titles) + 0.9, 1.0 * len(rows) + 0.45), dpi=110)
+    grid = figure.subplots(len(rows), len(titles), squeeze=False)
+    figure.subplots_adjust(left=0.065, right=0.998, top=0.915, bottom=0.005, wspace=0.06, hspace=0.06)
+    for line, (label, (image, heats)) in zip(grid, rows.items()):
+        for axes in line:
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
+        largest = float(image.abs().max())
+        line[0].imshow(image.numpy(), cmap="RdBu_r", vmin=-largest, vmax=largest)
+        line[0].set_ylabel(label, fontsize=7.5)
+        line[1].imshow(mask.numpy(), cmap="gray")
+        for axes, heat in zip(line[2:], heats.values()):
+            axes.imshow(heat.numpy(), cmap="inferno", vmin=0, vmax=1)
+    for axes, title in zip(grid[0], titles):
+        axes.set_title(title.replace("patternattribution", "pattern-\nattribution"), fontsize=6.5, pad=3)
+    save_figure(path, figure)

@@ -1,0 +1,246 @@
+"""The degrade job: images, patch by patch taken away in the order of each method's map → how soon predictions fall."""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from patterns import UserError
+from patterns.degradation import REPLACEMENTS, area_over, degraded, patch_of, patch_sums, spoken_for, turns
+from patterns.methods import method_of, settings_of
+from patterns.storage import write_table
+from ray_jobs import models
+from ray_jobs.config import DegradeConfig, Preprocessing, Resources
+from ray_jobs.driver import driving, tidy
+from ray_jobs.explain import Scales, explainer
+from ray_jobs.files import published, read_table
+from ray_jobs.outputs import Outputs
+from ray_jobs.pictures import draw_degradation
+from ray_jobs.run import Run, write_refused
+from ray_jobs.samples import seed_of
+from ray_jobs.session import connected
+from ray_jobs.shards import Batch, ShardReader
+from ray_jobs.shardwise import shard_by_shard
+from ray_jobs.worker import Place, ShardReport, Share, Timed, streamed
+
+BASELINE = "random"  # patches in random order: what a map that knows nothing scores
+SURE = 1.959964  # standard errors that a confidence band of 95 % reaches to each side
+
+ROWS = pa.schema(
+    [
+        ("shard", pa.string()),
+        ("key", pa.string()),
+        ("label", pa.int64()),
+        ("prediction", pa.int64()),
+        ("method", pa.string()),
+        ("area", pa.float32()),
+        ("curve", pa.list_(pa.float32())),
+    ]
+)
+CURVES = pa.schema(
+    [
+        ("method", pa.string()),
+        ("step", pa.int32()),
+        ("mean", pa.float64()),
+        ("low", pa.float64()),
+        ("high", pa.float64()),
+    ]
+)
+
+
+class DegradeWorker:
+    """Holds the model and its patterns, and nothing that a lost worker would take along."""
+
+    def __init__(self, config: DegradeConfig, weights: str, scales: Scales, share: Share = Share()) -> None:  # noqa: B008 - frozen
+        self.config, self.weights, self.scales, self.share = config, weights, scales, share
+
+    def place(self) -> Place:
+        """Where this worker runs."""
+        return self.share.place()
+
+    def ready(self) -> None:
+        """Load the model and its patterns."""
+        self.loaded = self.share.load(self.config.model, self.weights)
+        self.explainer = explainer(self.config, self.loaded, None, self.scales)
+
+    def work(self, shard: str, out: Outputs, most: int | None) -> Iterator[ShardReport]:
+        """Degrade the images of a shard, or its first samples, telling now and then how far it is."""
+        rows: list[dict[str, Any]] = []
+        loaded, size = self.loaded, self.config.batch_size
+        reader = ShardReader(shard, loaded.preprocessing, size, loaded.dtype, most, threads=self.share.decoders)
+        batches, samples = streamed(reader, loaded.device), 0
+
+        def report() -> ShardReport:
+            return ShardReport(samples, len(reader.refused), batches.count, batches.waited)
+
+        for batch in batches:
+            for found in self.degrade(batch, batches):
+                if found is None:
+                    yield report()
+                else:
+                    rows += [{"shard": shard, **row} for row in found]
+            samples += len(batch.keys)
+        with published(out.folder) as folder:
+            write_refused(folder / out.refused, reader.refused)
+        with published(out.folder) as folder:
+            write_table(folder / out.rows, ROWS, [pa.Table.from_pylist(rows, ROWS)])
+        yield report()
+
+    def degrade(self, batch: Batch, batches: Timed[Batch]) -> Iterator[list[dict[str, Any]] | None]:
+        """The rows of a batch, method by method; None now and then between, when it is time to tell."""
+        config = self.config
+        images = batch.images.to(self.loaded.device, non_blocking=True)
+        explanation = self.explainer(images, None, [seed_of(f"{config.seed}/{key}") for key in batch.keys])
+        probability, prediction = explanation.scores.float().softmax(1).max(1)
+        replaced = REPLACEMENTS[config.replacement](images, config.patch, black(self.loaded.preprocessing))
+        where = patch_of(images.shape[2], images.shape[3], config.patch).to(images.device)
+        for method, maps in explanation.maps.items():
+            turn = turns(patch_sums(spoken_for(method, maps), config.patch), config.least_first)[:, where]
+            curve = [probability[:, None]]
+            for steps in torch.arange(1, config.steps + 1).split(max(1, config.batch_size // len(images))):
+                curve.append(self.probabilities(degraded(images, replaced, turn, steps.to(images.device)), prediction))
+                if batches.due():
+                    yield None
+            curves = torch.cat(curve, 1)
+            columns = {
+                "key": batch.keys,
+                "label": batch.labels,
+                "prediction": prediction.tolist(),
+                "method": [method] * len(batch.keys),
+                "area": area_over(curves.double()).tolist(),
+                "curve": curves.tolist(),
+            }
+            yield [dict(zip(columns, row)) for row in zip(*columns.values())]
+
+    @torch.inference_mode()
+    def probabilities(self, images: Tensor, classes: Tensor) -> Tensor:
+        """Of images (N, S, C, H, W), the probability of one class for each of N: float32 (N, S)."""
+        scores = self.loaded.network.module(images.flatten(0, 1)).float()
+        return scores.softmax(1).unflatten(0, images.shape[:2]).take_along_dim(classes[:, None, None], 2)[..., 0]
+
+
+def black(preprocessing: Preprocessing) -> Tensor:
+    """A black pixel as the model takes it, (C, 1, 1)."""
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (preprocessing.mean, preprocessing.std))
+    return -mean / std
+
+
+def checked(config: DegradeConfig) -> DegradeConfig:
+    """The same with the baseline among the methods. UserError for a method or replacement that there is not."""
+    if config.replacement not in REPLACEMENTS:
+        what = f"no replacement {config.replacement!r}"
+        raise UserError("--replacement", what, f"Choose from {', '.join(REPLACEMENTS)}.")
+    methods = tuple(dict.fromkeys((*config.methods, BASELINE)))
+    settings_of({name: method_of(name) for name in methods}, dict(config.settings))
+    return DegradeConfig(**{**vars(config), "methods": methods})
+
+
+def fits(config: DegradeConfig, loaded: models.Loaded) -> None:
+    """UserError where images have fewer patches than are to be replaced, or the model gives no classes."""
+    size = loaded.preprocessing.image_size
+    patches = math.ceil(size / config.patch) ** 2
+    if config.steps > patches:
+        what = f"images of {size}×{size} pixels have {patches} patches of {config.patch}×{config.patch}"
+        raise UserError(f"--steps {config.steps}", what, "Give fewer steps or a smaller --patch-size.")
+    if len(loaded.network.output_shape) != 1:
+        what = f"the model gives outputs of shape {loaded.network.output_shape}, not a score for each class"
+        raise UserError("--model", what, "Degrade images for a model whose output is (N, classes).")
+
+
+def degrade(config: DegradeConfig, resources: Resources = Resources()) -> Run:  # noqa: B008 - frozen
+    """Degrade every image of some shards by each method, or go on with a job that ended early.
+
+    UserError where the configuration or the data are wrong, StoppedShortError where a signal came.
+    """
+    config = checked(config)
+    loaded, run = models.load(config.model), Run(config.out)
+    section = run.section("degrade", config, loaded)
+    if section["status"] == "complete" and not section["missing"]:
+        tidy(run)
+        return run
+    fits(config, loaded)
+    made = explainer(config, loaded, None, section.get("scales", {}))
+    with driving(run, "degrade") as beat, connected(resources):
+        section |= {"scales": made.scales, "settings": made.settings}
+        run.record("degrade", section, loaded)
+        passes = config.steps * len(config.methods)
+        line = f"each image goes through the model {passes} times: {len(config.methods)} methods, {config.steps} steps"
+        done, counted = shard_by_shard(
+            "degrade", beat, config, resources, "degradation", line, DegradeWorker, loaded.digest, made.scales
+        )
+        means = {method: Mean(config.steps + 1) for method in config.methods}
+        with published(run.folder) as folder:
+            tables = (read_table(out.folder / out.rows) for out in done)
+            write_table(folder / "degradation.parquet", ROWS, added(tables, means))
+            curves = pa.concat_tables(mean.table(method) for method, mean in means.items())
+            write_table(folder / "degradation-curves.parquet", CURVES, [curves])
+            draw_degradation(folder / "degradation.png", curves)
+        areas = {method: mean.area() for method, mean in means.items()}
+        samples = next(iter(means.values())).count
+        run.record("degrade", section | {"status": "complete", **counted, "samples": samples, "areas": areas}, loaded)
+    return run
+
+
+@dataclass
+class Mean:
+    """The mean of one method's curves and of the areas over them, and how sure they are."""
+
+    length: int
+    count: int = 0
+    sums: np.ndarray = field(init=False)
+    squares: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.sums, self.squares = np.zeros((2, self.length + 1))  # of each step, then of the area
+
+    def add(self, curves: np.ndarray, areas: np.ndarray) -> None:
+        """Add some samples' curves (n, length) and areas (n,)."""
+        values = np.column_stack([curves, areas]).astype(np.float64)
+        self.count += len(values)
+        self.sums += values.sum(0)
+        self.squares += (values**2).sum(0)
+
+    def bands(self) -> tuple[np.ndarray, np.ndarray]:
+        """The means, and how far their confidence bands of 95 % reach to each side; nan for a single sample."""
+        mean = self.sums / self.count
+        with np.errstate(divide="ignore", invalid="ignore"):
+            variance = np.maximum(self.squares / self.count - mean**2, 0) * (self.count / np.float64(self.count - 1))
+        return mean, SURE * np.sqrt(variance / self.count)
+
+    def table(self, method: str) -> pa.Table:
+        """The curve, in the schema CURVES."""
+        mean, reach = (values[:-1] for values in self.bands())
+        steps = np.arange(self.length, dtype=np.int32)
+        return pa.table([[method] * self.length, steps, mean, mean - reach, mean + reach], schema=CURVES)
+
+    def area(self) -> dict[str, float | None]:
+        """The area over the curve and its band, whose ends are None for a single sample."""
+        mean, reach = (float(values[-1]) for values in self.bands())
+        low, high = (None, None) if math.isnan(reach) else (mean - reach, mean + reach)
+        return {"area": mean, "low": low, "high": high}
+
+
+def added(tables: Iterable[pa.Table], means: dict[str, Mean]) -> Iterator[pa.Table]:
+    """The same tables, each added to the means of its methods."""
+    for table in tables:
+        for method, mean in means.items():
+            own = table.filter(pa.compute.equal(table["method"], method))
+            if len(own):
+                mean.add(np.stack(own["curve"].to_numpy()), own["area"].to_numpy())
+        yield table
+
+
+def spoken_areas(run: Run) -> list[str]:
+    """A finished job's areas in words, the largest first."""
+    areas: dict[str, dict[str, float | None]] = run.manifest()["degrade"]["areas"]
+
+    def words(method: str, found: dict[str, float | None]) -> str:
+        band = "" if found["low"] is None else f" ({found['low']:.4f} to {found['high']:.4f})"
+        return f"{method:>32}  area over the curve {found['area']:.4f}{band}"
+
+    return [words(*item) for item in sorted(areas.items(), key=lambda item: -(item[1]["area"] or 0.0))]

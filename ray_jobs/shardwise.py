@@ -1,0 +1,51 @@
+"""Jobs that write files for each input shard: a shard is wholly there or not there, and worked on once."""
+
+from ray_jobs.config import MethodsConfig, Resources, equal_share
+from ray_jobs.driver import Beat
+from ray_jobs.files import names
+from ray_jobs.job import ShardJob
+from ray_jobs.outputs import Outputs, outputs
+from ray_jobs.run import refused_in
+
+
+class ShardwiseJob(ShardJob):
+    """The driver's side: where the files of each shard go, and of how many samples they are."""
+
+    def __init__(
+        self, name: str, beat: Beat, config: MethodsConfig, outs: dict[str, Outputs], resources: Resources
+    ) -> None:
+        there = {folder: set(names(folder)) for folder in {out.folder for out in outs.values()}}
+        left = [shard for shard, out in outs.items() if out.rows not in there[out.folder]]
+        shares = (equal_share(config.max_samples, number, len(outs)) for number in range(len(outs)))
+        self.told = {shard: (shard, out, most) for (shard, out), most in zip(outs.items(), shares)}
+        super().__init__(name, beat, config.shards, left, resources, max_loss=None)
+
+    def task(self, item: str) -> tuple[str, Outputs, int | None]:
+        return self.told[item]
+
+
+def shard_by_shard(
+    name: str,
+    beat: Beat,
+    config: MethodsConfig,
+    resources: Resources,
+    kind: str,
+    line: str,
+    worker: type,
+    *more: object,
+) -> tuple[list[Outputs], dict[str, object]]:
+    """Have workers, made from the config and more, write what is left of a kind of files.
+
+    line: said before, where anything is left.
+    Gives the files of the shards that are done, and what the manifest says of them; the samples that were refused
+    are put in quarantine. Raises what a job raises.
+    """
+    outs = outputs(config.out, config.shards, kind)
+    job = ShardwiseJob(name, beat, config, outs, resources)
+    if job.left:
+        job.reporter.line(line)
+    job.run(worker, config, *more)
+    done = [out for shard, out in outs.items() if shard not in job.missing]
+    refused = [row for out in done for row in refused_in(out.folder / out.refused)]
+    beat.run.quarantine(name, refused)
+    return done, {"shards": len(done), "missing": job.missing, "refused": len(refused)}

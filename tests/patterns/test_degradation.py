@@ -1,0 +1,96 @@
+"""Image degradation: patches, their order and what replaces them, each against a slow loop."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.ndimage import gaussian_filter
+from torch import Tensor
+
+from patterns.degradation import (
+    REPLACEMENTS,
+    area_over,
+    degraded,
+    patch_of,
+    patch_sums,
+    spoken_for,
+    turns,
+)
+
+BLACK = torch.tensor([-1.0, -2.0, -3.0]).view(-1, 1, 1)
+
+
+def images(count: int = 3, height: int = 11, width: int = 14) -> Tensor:
+    return torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def boxes(height: int, width: int, size: int) -> list[tuple[slice, slice]]:
+    """The patches, row by row."""
+    return [
+        (slice(y, min(y + size, height)), slice(x, min(x + size, width)))
+        for y in range(0, height, size)
+        for x in range(0, width, size)
+    ]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 13))
+def test_every_pixel_is_in_one_patch_and_patches_are_summed(height: int, width: int, size: int) -> None:
+    values = images(2, height, width)[:, 0]
+    sums, where = patch_sums(values, size), patch_of(height, width, size)
+    for number, (rows, columns) in enumerate(boxes(height, width, size)):
+        torch.testing.assert_close(sums[:, number], values[:, rows, columns].sum((1, 2)))
+        assert (where[rows, columns] == number).all()
+    assert sums.shape[1] == len(boxes(height, width, size)) == int(where.max()) + 1
+
+
+@pytest.mark.parametrize("least_first", [False, True])
+def test_patches_have_their_turns_by_their_sums_and_of_equal_ones_the_first_comes_first(least_first: bool) -> None:
+    sums = torch.tensor([[3.0, -1.0, 7.0, 3.0], [0.0, 0.0, 0.0, 0.0]])
+    found = turns(sums, least_first)
+    for row, told in zip(sums.tolist(), found.tolist()):
+        order = sorted(range(4), key=lambda i: (row[i] if least_first else -row[i], i))
+        assert [told[i] for i in order] == [0, 1, 2, 3]
+
+
+def test_the_sign_counts_for_attributions_and_not_for_signals() -> None:
+    maps = torch.tensor([1.0, -3.0]).view(1, 2, 1, 1)
+    assert spoken_for("patternattribution", maps).item() == -2
+    assert spoken_for("patternnet", maps).item() == 4
+
+
+def replaced_by_hand(kind: str, x: np.ndarray, size: int) -> np.ndarray:
+    """What replaces each pixel of images (N, C, H, W)."""
+    if kind == "zero":
+        return np.broadcast_to(BLACK.numpy(), x.shape)
+    if kind == "dataset-mean":
+        return np.zeros_like(x)
+    if kind == "blur":
+        return gaussian_filter(x, (0, 0, size, size), mode="nearest", radius=(0, 0, 2 * size, 2 * size))
+    found = np.empty_like(x)
+    for rows, columns in boxes(*x.shape[2:], size):
+        found[:, :, rows, columns] = x[:, :, rows, columns].mean((2, 3), keepdims=True)
+    return found
+
+
+@pytest.mark.parametrize("kind", REPLACEMENTS)
+def test_images_are_degraded_as_by_a_loop_over_patches(kind: str) -> None:
+    x, size = images(), 4
+    values = images(3)[:, 1]
+    turn = turns(patch_sums(values, size))
+    steps = [0, 1, 5, 12]
+    replaced = REPLACEMENTS[kind](x, size, BLACK)
+    found = degraded(x, replaced, turn[:, patch_of(11, 14, size)], torch.tensor(steps)).numpy()
+    other = replaced_by_hand(kind, x.numpy(), size)
+    for n in range(len(x)):
+        order = sorted(boxes(11, 14, size), key=lambda box: -float(values[n][box].sum()))
+        for at, step in enumerate(steps):
+            expected = x[n].numpy().copy()
+            for rows, columns in order[:step]:
+                expected[:, rows, columns] = other[n, :, rows, columns]
+            np.testing.assert_allclose(found[n, at], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_area_over_a_curve_is_the_mean_fall_from_its_beginning() -> None:
+    assert area_over(torch.tensor([[0.8, 0.8, 0.8], [0.9, 0.3, 0.0]])).tolist() == pytest.approx([0.0, 0.5])
