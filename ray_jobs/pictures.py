@@ -51,6 +51,23 @@ def draw_sample(path: Path, sample: Shown, columns: int = 3) -> None:
     save_figure(path, figure)
 
 
+def draw_estimators(path: Path, sample: Shown, signals: Sequence[str], attributions: Sequence[str]) -> None:
+    """Draw one photograph by every estimator as the paper's Figure 5: signals above attributions."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1.9 * (1 + len(signals)), 4.2), dpi=130, layout="constrained")
+    axes = figure.subplots(2, 1 + len(signals), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    axes[0][0].imshow(sample.photograph)
+    axes[0][0].set_title(sample.caption, fontsize=8)
+    for line, methods in zip(axes, (signals, attributions)):
+        for axis, method in zip(line[1:], methods):
+            axis.imshow(sample.maps[method])
+            axis.set_title(method.replace(":", "\n"), fontsize=8)
+    save_figure(path, figure)
+
+
 def draw_quality(path: Path, table: pa.Table) -> None:
     """Draw ρ by operator and estimator as the paper's Figure 3: the distribution over neurons, side by side.
 
@@ -99,9 +116,9 @@ def draw_degradation(path: Path, curves: pa.Table) -> None:
         own = curves.filter(pa.compute.equal(curves["method"], method)).to_pydict()
         baseline = method == "random"
         colour = "0.45" if baseline else matplotlib.colormaps["tab10"](number % 10)
-        style = "--" if baseline else "-"
+        style = "--" if baseline else ("-", "-.", ":")[number // 10 % 3]
         axis.plot(own["step"], own["mean"], style, color=colour, label=method, linewidth=1.4)
-        axis.fill_between(own["step"], own["low"], own["high"], color=colour, alpha=0.15, linewidth=0)
+        axis.fill_between(own["step"], own["low"], own["high"], color=colour, alpha=0.1, linewidth=0)
     axis.set_xlabel("patches replaced")
     axis.set_ylabel("probability of the first prediction")
     axis.set_xlim(0, max(curves["step"].to_pylist()))
