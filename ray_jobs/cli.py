@@ -6,20 +6,19 @@ Exit status: 0 done; 2 bad usage or input; 3 stopped short, nothing lost; 1 anyt
 import logging
 import signal
 import sys
-import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from patterns import UserError
 from patterns.degradation import PATCH, REPLACEMENTS, STEPS
 from patterns.methods import method_of, settings_of
+from ray_jobs import commands
+from ray_jobs.arguments import assignments, fitted, numbers, place, say, words
 from ray_jobs.config import DegradeConfig, ExplainConfig, FitConfig, ModelConfig, QualityConfig, Resources
-from ray_jobs.files import here, located
 from ray_jobs.options import (
     DEFAULT_FIT,
     DEFAULT_METHODS,
@@ -48,7 +47,6 @@ from ray_jobs.options import (
     Reduction,
     Resize,
     RetryQuarantined,
-    RunFolder,
     Seed,
     Settings,
     Shards,
@@ -59,7 +57,6 @@ from ray_jobs.options import (
     Workers,
     with_resources,
 )
-from ray_jobs.words import spoken_bytes
 
 app = typer.Typer(
     help="PatternNet and PatternAttribution for large models and datasets, on Ray.",
@@ -91,74 +88,6 @@ Next, the same on your own images:
   patternnet fit --model torchvision:resnet50 --shards 'SHARDS/*.tar' --out RUN
   patternnet explain --patterns RUN --shards 'SHARDS/*.tar' --methods patternattribution"""
     )
-
-
-@app.command()
-def pack(
-    images: Annotated[Path, typer.Argument(help="A folder that holds one folder for each class.")],
-    out: Annotated[Path, typer.Argument(help="The folder for the shards.")],
-    per_shard: Annotated[int, typer.Option(min=1, help="Samples of a shard.")] = 1000,
-    crops: Annotated[int, typer.Option(min=0, help="Random crops and flips in place of each image.")] = 0,
-    size: Annotated[int, typer.Option(min=1, help="Height and width of a crop.")] = 256,
-    seed: Seed = 0,
-) -> None:
-    """A folder of images → WebDataset shards."""
-    from ray_jobs.pack import pack as run_pack
-
-    shards = run_pack(images, out, per_shard, crops, size, seed)
-    say(f"{len(shards)} shards in {out}, their classes in {out / 'classes.json'}")
-
-
-@app.command()
-def plan(
-    model: Model,
-    weights: Weights = "default",
-    estimators: Estimators = DEFAULT_FIT,
-    precision: Precision = "float32",
-    seed: Seed = 0,
-    image_size: ImageSize = None,
-    resize: Resize = None,
-    mean: Mean = None,
-    std: Std = None,
-    pass_through: PassThrough = "",
-    batch_size: BatchSize = 32,
-    memory: Memory = None,
-) -> None:
-    """What a model needs: operators, gates, bytes of moments, passes over the data for a given memory."""
-    from patterns.estimators import parsed, wanted
-    from patterns.moments import planned_bytes
-    from patterns.operators import KIND_NAMES
-    from patterns.patches import bytes_of
-    from ray_jobs import models
-    from ray_jobs.plan import model_bytes, passes
-
-    choices = words(estimators)
-    sizes = image_size, resize, numbers(mean), numbers(std)
-    config = ModelConfig(model, weights, precision, seed, *sizes, words(pass_through))
-    parsed(choices)
-    loaded = models.load(config)
-    parsed(choices, loaded.network.operators)
-    table = Table("operator", "kind", "weight", "gate", "moments", "for quality", box=None)
-    total = 0
-    for operator in loaded.network.operators.values():
-        size = planned_bytes(operator, wanted(operator, choices))
-        total += size
-        gate = "several, so none" if operator.mixed_gates else ""
-        if operator.gate is not None:
-            gate = f"{operator.gate.low:g} < z < {operator.gate.high:g}"
-        shape = "×".join(map(str, operator.weight.shape))
-        sizes_of = spoken_bytes(size), spoken_bytes(bytes_of(operator))
-        table.add_row(operator.name, KIND_NAMES[type(operator.kind)], shape, gate, *sizes_of)
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
-    say(f"{len(loaded.network.operators)} operators; moments of {spoken_bytes(total)} in each worker and each part")
-    beside = model_bytes(loaded.network, batch_size)
-    say(f"beside them a worker holds the model and a batch of {batch_size}: about {spoken_bytes(beside)}")
-    if memory is not None:
-        through = passes(loaded.network, choices, memory, batch_size)
-        say(f"with --memory {spoken_bytes(memory)}: {len(through)} passes over the data")
-        for number, group in enumerate(through, 1):
-            size = sum(planned_bytes(operator, wanted(operator, choices)) for operator in group)
-            say(f"  {number}: {group[0].name} to {group[-1].name}, {spoken_bytes(size)}")
 
 
 @app.command()
@@ -209,43 +138,6 @@ def fit(
         f"fit: {done['samples']} samples of {done['shards']} shards, {done['refused']} refused "
         f"(quarantine.parquet). Patterns: {run.folder / 'patterns.safetensors'}"
     )
-
-
-@app.command()
-def merge(
-    runs: Annotated[list[str], typer.Argument(help="The folders of finished fits of different shards.")],
-    out: Out,
-    address: Address = None,
-) -> None:
-    """The moments of several fits → one fit of all their data."""
-    from ray_jobs.fit import merge as run_merge
-
-    merged = run_merge([place(run) for run in runs], place(out), Resources(address=address))
-    done = merged.manifest()["fit"]
-    say(f"merge: {done['samples']} samples of {done['shards']} shards. Patterns: {merged.folder}/patterns.safetensors")
-
-
-@app.command()
-def status(run: RunFolder) -> None:
-    """How far a run is, from its files alone: on any machine that sees them, whatever the cluster says."""
-    from ray_jobs.run import Run
-    from ray_jobs.status import spoken_status
-
-    for line in spoken_status(Run(run), time.time()):
-        say(line)
-
-
-@app.command()
-def solve(
-    run: RunFolder,
-    estimators: Estimators,
-    address: Address = None,
-) -> None:
-    """Patterns of further estimators from a finished fit's moments, without data."""
-    from ray_jobs.fit import solve as run_solve
-
-    solved = run_solve(place(run), words(estimators), Resources(address=address))
-    say(f"solve: {', '.join(solved.manifest()['fit']['solved'])}. Patterns: {solved.folder / 'patterns.safetensors'}")
 
 
 @app.command()
@@ -401,115 +293,67 @@ def degrade(
     say(f"degrade: {done['samples']} samples, {done['refused']} refused. Curves: {run.folder / 'degradation.png'}")
 
 
-def fitted(patterns: str, model: str | None, weights: str | None, precision: str | None) -> ModelConfig:
-    """The model of a finished fit, with what is said otherwise of it."""
-    from ray_jobs.run import Run
-
-    said = {"spec": model, "weights": weights, "precision": precision}
-    return ModelConfig(**Run(patterns).fitted_model() | {k: v for k, v in said.items() if v is not None})
-
-
 @app.command()
-def grid(
-    run: RunFolder,
-    keys: Annotated[str, typer.Option(help="These samples, in this order: KEY,KEY.")] = "",
-    worst: Annotated[int, typer.Option(min=0, help="So many wrong predictions, the surest first.")] = 0,
-    random: Annotated[int, typer.Option(min=0, help="So many samples drawn at random.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="A PNG or PDF; by default grid.png in the run's folder.")] = None,
-    columns: Annotated[int, typer.Option(min=1, help="Photographs side by side.")] = 1,
-    classes: Classes = None,
+@with_resources
+def reproduce(
+    out: Annotated[Path, typer.Option(help="Where everything goes.")],
+    dataset: Annotated[str, typer.Option(help="mnist, fashion-mnist, or folder.")] = "folder",
+    data: Annotated[
+        Path | None, typer.Option(help="Of digits: the folder of their four idx files; else one with train/ and test/.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="The model; for digits a small one is trained.")] = None,
+    weights: Weights = "default",
+    shards: Annotated[list[str] | None, typer.Option(help="Training data, in place of --data. Repeatable.")] = None,
+    evaluate: Annotated[list[str] | None, typer.Option(help="Test data, in place of --data. Repeatable.")] = None,
+    image_size: ImageSize = None,
+    resize: Resize = None,
+    mean: Mean = None,
+    std: Std = None,
+    patch_size: Annotated[
+        int | None, typer.Option(min=1, help="Of the degradation; by default 9, of small images 4.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Of the degradation; by default 100, or all patches.")
+    ] = None,
+    replacement: Annotated[
+        str | None, typer.Option(help="Of the degradation; by default mean, of small images zero.")
+    ] = None,
+    degraded: Annotated[int, typer.Option(min=1, help="Test images that are degraded.")] = 1000,
+    batch_size: BatchSize = 32,
+    max_samples: MaxSamples = None,
     seed: Seed = 0,
+    allow_pipes: AllowPipes = False,
+    *,
+    resources: Resources,
 ) -> None:
-    """Draw photographs × methods, with captions: label → prediction and its probability."""
-    from ray_jobs.grid import gallery
-    from ray_jobs.pictures import draw_grid
+    """The paper's experiments in one go: patterns, their quality, image degradation, figures 3 to 6, results.md."""
+    from ray_jobs.datasets import NAMES
+    from ray_jobs.reproduce import Experiment, digits
+    from ray_jobs.reproduce import reproduce as run_reproduce
+    from ray_jobs.sources import list_shards
 
-    if (bool(keys) + bool(worst) + bool(random)) != 1:
-        raise UserError("grid", "one way to choose samples is needed", "Give --keys, --worst N or --random N.")
-    explained = gallery(run, classes)
-    rows = explained.named(words(keys)) if keys else explained.worst(worst) if worst else explained.drawn(random, seed)
-    if not rows:
-        raise UserError("--worst", "no prediction is wrong", "Choose by --keys or --random.")
-    path = out or beside(run, "grid.png")
-    draw_grid(path, explained.shown(rows), columns)
-    say(f"grid: {len(rows)} samples in {path}")
-
-
-@app.command()
-def report(
-    runs: Annotated[list[str], typer.Argument(help="The folders, or URLs, of runs; several are set side by side.")],
-    out: Annotated[Path | None, typer.Option(help="The file; by default report.html in the first run's folder.")] = None,
-    samples: Annotated[int, typer.Option(min=0, help="Explained samples of each run, drawn at random.")] = 200,
-    classes: Classes = None,
-    seed: Seed = 0,
-) -> None:
-    """Runs → one page of HTML to look at and pass on, which needs no network."""
-    from ray_jobs.report import write_report
-
-    path = out or beside(runs[0], "report.html")
-    write_report(path, runs, samples, classes, seed)
-    say(f"report: {path}, {spoken_bytes(path.stat().st_size)}")
+    here = out.absolute()
+    if dataset in NAMES and model is None:
+        if data is None:
+            raise UserError("--data", f"no folder of {dataset}'s files", "Name the one with the four idx files.")
+        experiment = digits(dataset, data, here, max_samples, seed)
+    elif dataset == "folder" and model is not None and (data is not None or (shards and evaluate)):
+        sizes = image_size, resize, numbers(mean), numbers(std)
+        train, test = (shards or [f"{data}/train"]), (evaluate or [f"{data}/test"])
+        listed = list_shards(train, allow_pipes), list_shards(test, allow_pipes)
+        experiment = Experiment(ModelConfig(model, weights, "float32", seed, *sizes), *listed, seed=seed)
+    else:
+        what = "neither a data set with its own model nor a model with data"
+        remedy = f"Give --dataset {' or '.join(NAMES)} with --data, or --model with --data or --shards and --evaluate."
+        raise UserError("reproduce", what, remedy)
+    experiment = replace(experiment, patch=patch_size, steps=steps, replacement=replacement)
+    experiment = replace(experiment, degraded=degraded, batch_size=batch_size)
+    found = run_reproduce(replace(experiment, max_samples=max_samples), here, resources)
+    say(f"reproduce: {found}, with the paper's figures 3 to 6 beside it")
 
 
-@app.command()
-def show(
-    run: RunFolder,
-    key: Annotated[str, typer.Argument(help="The sample's key.")],
-    out: Annotated[Path | None, typer.Option(help="A PNG or PDF; by default KEY.png in the run's folder.")] = None,
-    classes: Classes = None,
-) -> None:
-    """Draw one sample large."""
-    from ray_jobs.grid import gallery
-    from ray_jobs.pictures import draw_sample
-
-    explained = gallery(run, classes)
-    rows = explained.named([key])
-    path = out or beside(run, f"{key.replace('/', '_')}.png")
-    draw_sample(path, explained.shown(rows)[0])
-    for name, value in explained.said(rows[0]).items():
-        say(f"{name:>40}  {value}")
-    say(f"show: {path}")
-
-
-def beside(run: str, name: str) -> Path:
-    """A file of a run's folder; of a run at a URL, in this directory."""
-    folder = located(run)
-    return Path(str(folder)) / name if here(folder) else Path(name)
-
-
-def place(where: str) -> str:
-    """A folder or URL as every process understands it."""
-    return str(located(where))
-
-
-def assignments(listed: list[str]) -> dict[str, float]:
-    """Options of the form NAME=NUMBER."""
-    found = {}
-    for text in listed:
-        name, _, value = text.partition("=")
-        try:
-            found[name.strip()] = float(value)
-        except ValueError as error:
-            raise UserError("--set", f"{text!r} sets nothing", "Write METHOD.SETTING=NUMBER.") from error
-    return found
-
-
-def words(listed: str) -> tuple[str, ...]:
-    """A comma-separated option of words."""
-    return tuple(word.strip() for word in listed.split(",") if word.strip())
-
-
-def numbers(listed: str | None) -> tuple[float, ...] | None:
-    """A comma-separated option of numbers."""
-    try:
-        return None if listed is None else tuple(map(float, listed.split(",")))
-    except ValueError as error:
-        raise UserError("--mean --std", f"{listed!r} are no numbers", "Write 0.5,0.5,0.5.") from error
-
-
-def say(text: str) -> None:
-    print(text, flush=True)
-
+for command in commands.COMMANDS:
+    app.command()(command)
 
 COMMANDS = {command.callback.__name__ for command in app.registered_commands if command.callback}
 

@@ -1,0 +1,55 @@
+"""The words of the command line → values, and what it says."""
+
+from pathlib import Path
+
+from patterns import UserError
+from ray_jobs.config import ModelConfig
+from ray_jobs.files import here, located
+
+
+def fitted(patterns: str, model: str | None, weights: str | None, precision: str | None) -> ModelConfig:
+    """The model of a finished fit, with what is said otherwise of it."""
+    from ray_jobs.run import Run
+
+    said = {"spec": model, "weights": weights, "precision": precision}
+    return ModelConfig(**Run(patterns).fitted_model() | {k: v for k, v in said.items() if v is not None})
+
+
+def beside(run: str, name: str) -> Path:
+    """A file of a run's folder; of a run at a URL, in this directory."""
+    folder = located(run)
+    return Path(str(folder)) / name if here(folder) else Path(name)
+
+
+def place(where: str) -> str:
+    """A folder or URL as every process understands it."""
+    return str(located(where))
+
+
+def assignments(listed: list[str]) -> dict[str, float]:
+    """Options of the form NAME=NUMBER."""
+    found = {}
+    for text in listed:
+        name, _, value = text.partition("=")
+        try:
+            found[name.strip()] = float(value)
+        except ValueError as error:
+            raise UserError("--set", f"{text!r} sets nothing", "Write METHOD.SETTING=NUMBER.") from error
+    return found
+
+
+def words(listed: str) -> tuple[str, ...]:
+    """A comma-separated option of words."""
+    return tuple(word.strip() for word in listed.split(",") if word.strip())
+
+
+def numbers(listed: str | None) -> tuple[float, ...] | None:
+    """A comma-separated option of numbers."""
+    try:
+        return None if listed is None else tuple(map(float, listed.split(",")))
+    except ValueError as error:
+        raise UserError("--mean --std", f"{listed!r} are no numbers", "Write 0.5,0.5,0.5.") from error
+
+
+def say(text: str) -> None:
+    print(text, flush=True)

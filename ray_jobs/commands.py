@@ -1,0 +1,198 @@
+"""The commands that start no worker of their own: what comes before the jobs, and what looks at their runs."""
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from patterns import UserError
+from ray_jobs.arguments import beside, numbers, place, say, words
+from ray_jobs.config import ModelConfig, Resources
+from ray_jobs.options import (
+    DEFAULT_FIT,
+    Address,
+    BatchSize,
+    Classes,
+    Estimators,
+    ImageSize,
+    Mean,
+    Memory,
+    Model,
+    Out,
+    PassThrough,
+    Precision,
+    Resize,
+    RunFolder,
+    Seed,
+    Std,
+    Weights,
+)
+from ray_jobs.words import spoken_bytes
+
+
+def pack(
+    images: Annotated[Path, typer.Argument(help="A folder that holds one folder for each class.")],
+    out: Annotated[Path, typer.Argument(help="The folder for the shards.")],
+    per_shard: Annotated[int, typer.Option(min=1, help="Samples of a shard.")] = 1000,
+    crops: Annotated[int, typer.Option(min=0, help="Random crops and flips in place of each image.")] = 0,
+    size: Annotated[int, typer.Option(min=1, help="Height and width of a crop.")] = 256,
+    seed: Seed = 0,
+) -> None:
+    """A folder of images → WebDataset shards."""
+    from ray_jobs.pack import pack as run_pack
+
+    shards = run_pack(images, out, per_shard, crops, size, seed)
+    say(f"{len(shards)} shards in {out}, their classes in {out / 'classes.json'}")
+
+
+def plan(
+    model: Model,
+    weights: Weights = "default",
+    estimators: Estimators = DEFAULT_FIT,
+    precision: Precision = "float32",
+    seed: Seed = 0,
+    image_size: ImageSize = None,
+    resize: Resize = None,
+    mean: Mean = None,
+    std: Std = None,
+    pass_through: PassThrough = "",
+    batch_size: BatchSize = 32,
+    memory: Memory = None,
+) -> None:
+    """What a model needs: operators, gates, bytes of moments, passes over the data for a given memory."""
+    from patterns.estimators import parsed, wanted
+    from patterns.moments import planned_bytes
+    from patterns.operators import KIND_NAMES
+    from patterns.patches import bytes_of
+    from ray_jobs import models
+    from ray_jobs.plan import model_bytes, passes
+
+    choices = words(estimators)
+    sizes = image_size, resize, numbers(mean), numbers(std)
+    config = ModelConfig(model, weights, precision, seed, *sizes, words(pass_through))
+    parsed(choices)
+    loaded = models.load(config)
+    parsed(choices, loaded.network.operators)
+    table = Table("operator", "kind", "weight", "gate", "moments", "for quality", box=None)
+    total = 0
+    for operator in loaded.network.operators.values():
+        size = planned_bytes(operator, wanted(operator, choices))
+        total += size
+        gate = "several, so none" if operator.mixed_gates else ""
+        if operator.gate is not None:
+            gate = f"{operator.gate.low:g} < z < {operator.gate.high:g}"
+        shape = "×".join(map(str, operator.weight.shape))
+        sizes_of = spoken_bytes(size), spoken_bytes(bytes_of(operator))
+        table.add_row(operator.name, KIND_NAMES[type(operator.kind)], shape, gate, *sizes_of)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    say(f"{len(loaded.network.operators)} operators; moments of {spoken_bytes(total)} in each worker and each part")
+    beside = model_bytes(loaded.network, batch_size)
+    say(f"beside them a worker holds the model and a batch of {batch_size}: about {spoken_bytes(beside)}")
+    if memory is not None:
+        through = passes(loaded.network, choices, memory, batch_size)
+        say(f"with --memory {spoken_bytes(memory)}: {len(through)} passes over the data")
+        for number, group in enumerate(through, 1):
+            size = sum(planned_bytes(operator, wanted(operator, choices)) for operator in group)
+            say(f"  {number}: {group[0].name} to {group[-1].name}, {spoken_bytes(size)}")
+
+
+def merge(
+    runs: Annotated[list[str], typer.Argument(help="The folders of finished fits of different shards.")],
+    out: Out,
+    address: Address = None,
+) -> None:
+    """The moments of several fits → one fit of all their data."""
+    from ray_jobs.fit import merge as run_merge
+
+    merged = run_merge([place(run) for run in runs], place(out), Resources(address=address))
+    done = merged.manifest()["fit"]
+    say(f"merge: {done['samples']} samples of {done['shards']} shards. Patterns: {merged.folder}/patterns.safetensors")
+
+
+def status(run: RunFolder) -> None:
+    """How far a run is, from its files alone: on any machine that sees them, whatever the cluster says."""
+    from ray_jobs.run import Run
+    from ray_jobs.status import spoken_status
+
+    for line in spoken_status(Run(run), time.time()):
+        say(line)
+
+
+def solve(
+    run: RunFolder,
+    estimators: Estimators,
+    address: Address = None,
+) -> None:
+    """Patterns of further estimators from a finished fit's moments, without data."""
+    from ray_jobs.fit import solve as run_solve
+
+    solved = run_solve(place(run), words(estimators), Resources(address=address))
+    say(f"solve: {', '.join(solved.manifest()['fit']['solved'])}. Patterns: {solved.folder / 'patterns.safetensors'}")
+
+
+def grid(
+    run: RunFolder,
+    keys: Annotated[str, typer.Option(help="These samples, in this order: KEY,KEY.")] = "",
+    worst: Annotated[int, typer.Option(min=0, help="So many wrong predictions, the surest first.")] = 0,
+    random: Annotated[int, typer.Option(min=0, help="So many samples drawn at random.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="A PNG or PDF; by default grid.png in the run's folder.")] = None,
+    columns: Annotated[int, typer.Option(min=1, help="Photographs side by side.")] = 1,
+    classes: Classes = None,
+    seed: Seed = 0,
+) -> None:
+    """Draw photographs × methods, with captions: label → prediction and its probability."""
+    from ray_jobs.grid import gallery
+    from ray_jobs.pictures import draw_grid
+
+    if (bool(keys) + bool(worst) + bool(random)) != 1:
+        raise UserError("grid", "one way to choose samples is needed", "Give --keys, --worst N or --random N.")
+    explained = gallery(run, classes)
+    rows = explained.named(words(keys)) if keys else explained.worst(worst) if worst else explained.drawn(random, seed)
+    if not rows:
+        raise UserError("--worst", "no prediction is wrong", "Choose by --keys or --random.")
+    path = out or beside(run, "grid.png")
+    draw_grid(path, explained.shown(rows), columns)
+    say(f"grid: {len(rows)} samples in {path}")
+
+
+def report(
+    runs: Annotated[list[str], typer.Argument(help="The folders, or URLs, of runs; several are set side by side.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The file; by default report.html in the first run's folder.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=0, help="Explained samples of each run, drawn at random.")] = 200,
+    classes: Classes = None,
+    seed: Seed = 0,
+) -> None:
+    """Runs → one page of HTML to look at and pass on, which needs no network."""
+    from ray_jobs.report import write_report
+
+    path = out or beside(runs[0], "report.html")
+    write_report(path, runs, samples, classes, seed)
+    say(f"report: {path}, {spoken_bytes(path.stat().st_size)}")
+
+
+def show(
+    run: RunFolder,
+    key: Annotated[str, typer.Argument(help="The sample's key.")],
+    out: Annotated[Path | None, typer.Option(help="A PNG or PDF; by default KEY.png in the run's folder.")] = None,
+    classes: Classes = None,
+) -> None:
+    """Draw one sample large."""
+    from ray_jobs.grid import gallery
+    from ray_jobs.pictures import draw_sample
+
+    explained = gallery(run, classes)
+    rows = explained.named([key])
+    path = out or beside(run, f"{key.replace('/', '_')}.png")
+    draw_sample(path, explained.shown(rows)[0])
+    for name, value in explained.said(rows[0]).items():
+        say(f"{name:>40}  {value}")
+    say(f"show: {path}")
+
+
+COMMANDS = pack, plan, merge, status, solve, grid, report, show

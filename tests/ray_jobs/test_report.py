@@ -1,0 +1,462 @@
+"""`report`: one file that shows a run, needs no network, and runs nothing that came with the data."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from selenium.common.exceptions import NoAlertPresentException
+from selenium.webdriver import Chrome, ChromeOptions, Keys
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.by import By
+from selenium.webdriver.remote.webelement import WebElement
+from selenium.webdriver.support.select import Select
+
+from patterns import UserError
+from ray_jobs.cli import exit_status
+from ray_jobs.config import FITTED, DegradeConfig, ExplainConfig, FitConfig, ModelConfig, QualityConfig, Resources
+from ray_jobs.degrade import degrade
+from ray_jobs.explain import explain
+from ray_jobs.fit import fit
+from ray_jobs.quality import measure, medians
+from ray_jobs.report import write_report
+from ray_jobs.report.charts import Scale
+from ray_jobs.report.contents import Contents
+from ray_jobs.run import Run
+from tests.conftest import jpeg, make_shards, write_tar
+from tests.ray_jobs.runs import PREPARED
+
+HERE = Resources(workers=0)
+METHODS = ("gradient", "patternnet", "patternattribution")
+SIX = ("gradient-x-input", "deconvnet", "guided-backprop", *METHODS)
+# Each would run something if it were taken for HTML, for an attribute's end, or for the end of a script.
+HOSTILE = [
+    '"><img src=x onerror=alert(1)>',
+    "</script><script>alert(2)</script>",
+    "<svg onload=alert(3)>",
+    "' onmouseover='alert(4)",
+    "{{ 7 * 7 }} & \u2028 tail",
+]
+SECONDS = 2.0  # until a report of 200 samples is loaded
+MEGABYTES = 15
+
+
+@pytest.fixture(scope="module")
+def model(model_spec: str) -> ModelConfig:
+    return ModelConfig(model_spec, **PREPARED)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def hostile_shards(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Shards of samples whose keys mean harm."""
+    rng, folder = np.random.default_rng(5), tmp_path_factory.mktemp("hostile")
+    samples = [
+        {
+            "__key__": f"{number:02d} {HOSTILE[number % 4].replace('/', '')}",
+            "jpg": jpeg(rng),
+            "cls": b"%d" % (number % 5),
+        }
+        for number in range(16)
+    ]
+    samples += [{"__key__": "99 unlabelled", "jpg": jpeg(rng)}, {"__key__": "99 broken", "jpg": b"<img src=x>"}]
+    return [str(write_tar(folder / f"{i}.tar", part)) for i, part in enumerate((samples[:9], samples[9:]))]
+
+
+@pytest.fixture(scope="module")
+def run(
+    model: ModelConfig, shards: list[str], hostile_shards: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> Run:
+    """All that a run's folder may hold."""
+    out = str(tmp_path_factory.mktemp("reported") / "whole")
+    fit(
+        FitConfig(model, tuple(shards), out, 4, ("filter", *FITTED), until_converged=1e-3),
+        Resources(workers=0, max_loss=0.0),
+    )
+    judging = make_shards(Path(out).parent / "judging", 4, 8, seed=9)
+    measure(QualityConfig(model, out, tuple(judging[:2]), tuple(judging[2:]), out), HERE)
+    degrade(DegradeConfig(model, out, tuple(shards[:2]), out, methods=METHODS[1:], patch=4, steps=10), HERE)
+    return explain(ExplainConfig(model, out, tuple(hostile_shards), out, methods=METHODS), HERE)
+
+
+@pytest.fixture(scope="module")
+def bare(model: ModelConfig, shards: list[str], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A fit and nothing else."""
+    return fit(FitConfig(model, tuple(shards[:3]), str(tmp_path_factory.mktemp("reported") / "bare")), HERE)
+
+
+@pytest.fixture(scope="module")
+def classes(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("classes") / "classes.json"
+    path.write_text(json.dumps(HOSTILE))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def page(run: Run, classes: str) -> Path:
+    path = Path(str(run.folder)) / "report.html"
+    assert exit_status(["report", str(run.folder), "--classes", classes]) == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if chromium is None or driver is None:
+        pytest.skip("Chromium or its driver is not installed: apt-get install chromium chromium-driver")
+    options = ChromeOptions()
+    options.binary_location = chromium
+    profile = tmp_path_factory.mktemp("profile")
+    for flag in ("headless", "no-sandbox", "disable-gpu", "no-first-run", "disable-background-networking",
+                 "disable-dev-shm-usage", f"user-data-dir={profile}", "window-size=1280,1000"):  # fmt: skip
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    chrome = Chrome(options, Service(driver))
+    yield chrome
+    chrome.quit()
+
+
+@pytest.fixture
+def opened(browser: Chrome, page: Path) -> Chrome:
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+    for log in ("browser", "performance"):
+        browser.get_log(log)
+    browser.get(page.as_uri())
+    return browser
+
+
+def find(browser: Chrome, selector: str) -> WebElement:
+    return browser.find_element(By.CSS_SELECTOR, selector)
+
+
+def shown(browser: Chrome) -> list[str]:
+    """The keys of the samples that are to be seen, in order."""
+    cards = browser.find_elements(By.CSS_SELECTOR, ".card")
+    return [str(card.get_attribute("data-key")) for card in cards if card.is_displayed()]
+
+
+def choose(browser: Chrome, name: str, value: str) -> None:
+    Select(find(browser, f"[name={name}]")).select_by_value(value)
+
+
+def explained(run: Run) -> list[dict[str, Any]]:
+    return pq.read_table(run.folder / "explanations.parquet").to_pylist()
+
+
+def requests(browser: Chrome) -> list[str]:
+    """The addresses that were asked for since the log was last read."""
+    said = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    return [m["params"]["request"]["url"] for m in said if m["method"] == "Network.requestWillBeSent"]
+
+
+def test_a_page_loads_without_a_complaint_and_asks_for_nothing_but_itself(opened: Chrome, page: Path) -> None:
+    assert opened.get_log("browser") == []
+    asked = [url for url in requests(opened) if not url.startswith("data:image/")]
+    assert asked == [page.as_uri()]
+    broken = "return [...document.images].filter(i => i.complete && !i.naturalWidth).length"
+    assert opened.execute_script(broken) == 0
+    assert "http:" not in (text := page.read_text()).replace("http://www.w3.org", "")
+    assert "https:" not in text
+
+
+def test_what_came_with_the_data_stays_text(opened: Chrome, run: Run) -> None:
+    with pytest.raises(NoAlertPresentException):
+        _ = opened.switch_to.alert
+    assert len(opened.find_elements(By.CSS_SELECTOR, "script")) == 1
+    assert opened.find_elements(By.CSS_SELECTOR, "[onerror], [onload], [onmouseover], [style], img[src=x]") == []
+    rows = explained(run)
+    assert sorted(shown(opened)) == sorted(row["key"] for row in rows)
+    said = {str(e.get_attribute("textContent")) for e in opened.find_elements(By.CSS_SELECTOR, ".caption b")}
+    assert said == {HOSTILE[row["prediction"]] for row in rows}
+    for card in opened.find_elements(By.CSS_SELECTOR, ".card"):
+        opened.execute_script("arguments[0].click()", card.find_element(By.CSS_SELECTOR, ".enlarge"))
+        assert find(opened, "#zoom-title").text == card.get_attribute("data-key")
+        find(opened, "#zoom-close").click()
+    with pytest.raises(NoAlertPresentException):
+        _ = opened.switch_to.alert
+    assert opened.get_log("browser") == []
+
+
+def test_the_policy_stops_what_is_put_into_the_file_later(browser: Chrome, page: Path, tmp_path: Path) -> None:
+    put = "<script>window.ran = 1</script><img src=x onerror='window.ran = 1'><p id=p style='color: red'>red</p></main>"
+    changed = tmp_path / "changed.html"
+    changed.write_text(page.read_text().replace("</main>", put))
+    browser.get_log("browser")
+    browser.get(changed.as_uri())
+    assert browser.execute_script("return window.ran") is None
+    assert find(browser, "#p").value_of_css_property("color") != "rgba(255, 0, 0, 1)"
+    complaints = [entry["message"] for entry in browser.get_log("browser")]
+    assert sum("Content Security Policy" in text for text in complaints) >= 3
+
+
+def test_samples_are_sorted_as_chosen(opened: Chrome, run: Run) -> None:
+    def surest(row: dict[str, Any]) -> Any:
+        return -row["probability"], row["key"]
+
+    def wrong(row: dict[str, Any]) -> bool:
+        return row["label"] is not None and row["label"] != row["prediction"]
+
+    orders: dict[str, Callable[[dict[str, Any]], Any]] = {
+        "key": lambda row: row["key"],
+        "wrong": lambda row: (not wrong(row), surest(row)),
+        "surest": surest,
+    }
+    rows = explained(run)
+    assert any(map(wrong, rows))
+    assert not all(map(wrong, rows))
+    assert shown(opened) == [row["key"] for row in sorted(rows, key=surest)]
+    for name, order in orders.items():
+        choose(opened, "sort", name)
+        assert shown(opened) == [row["key"] for row in sorted(rows, key=order)], name
+    choose(opened, "sort", "unsurest")
+    assert shown(opened) == [row["key"] for row in sorted(rows, key=surest, reverse=True)]
+
+
+def test_samples_are_filtered_by_class_and_by_whether_they_are_right(opened: Chrome, run: Run) -> None:
+    rows = explained(run)
+
+    def keys(text: str, right: bool | None) -> set[str]:
+        """By the table alone: labels and predictions that contain a text, and are or are not the same."""
+        named = {r["key"]: [HOSTILE[n] for n in (r["label"], r["prediction"]) if n is not None] for r in rows}
+        judged = {r["key"]: None if r["label"] is None else r["label"] == r["prediction"] for r in rows}
+        return {
+            key
+            for key, names in named.items()
+            if any(text.lower() in name.lower() for name in names) and (right is None or judged[key] is right)
+        }
+
+    field, status = find(opened, "[name=text]"), find(opened, "[role=status]")
+    for text in ("SCRIPT", "svg", "no such class", ""):
+        for value, right in (("", None), ("yes", True), ("no", False)):
+            field.clear()
+            field.send_keys(text)
+            choose(opened, "right", value)
+            assert set(shown(opened)) == keys(text, right), (text, right)
+            assert status.text == f"{len(keys(text, right))} of {len(rows)} samples shown"
+    assert status.get_attribute("aria-live") == "polite"
+
+
+def test_methods_are_shown_or_not(opened: Chrome) -> None:
+    boxes = opened.find_elements(By.CSS_SELECTOR, "[name=method]")
+    assert [box.accessible_name for box in boxes] == ["photograph", *METHODS]
+
+    def seen() -> list[bool]:
+        return [tile.is_displayed() for tile in opened.find_elements(By.CSS_SELECTOR, ".card:first-child figure")]
+
+    assert seen() == [True] * 4
+    boxes[2].send_keys(Keys.SPACE)
+    assert seen() == [True, True, False, True]
+    assert not any(t.is_displayed() for t in opened.find_elements(By.CSS_SELECTOR, '.card [data-method="2"]'))
+    boxes[2].click()
+    assert seen() == [True] * 4
+
+
+def test_a_sample_is_enlarged_and_left_by_keys_alone(opened: Chrome) -> None:
+    keys = shown(opened)
+    button = find(opened, ".card .enlarge")
+    assert button.accessible_name == f"Enlarge {keys[0]}"
+    opened.execute_script("arguments[0].focus()", button)
+    said = find(opened, ".card .said")
+    opened.execute_async_script("setTimeout(arguments[0], 500)")
+    assert said.value_of_css_property("opacity") == "1"
+    button.send_keys(Keys.ENTER)
+    dialog = find(opened, "dialog")
+    assert dialog.is_displayed()
+    assert find(opened, "#zoom-title").text == keys[0]
+    small, large = find(opened, ".card img"), find(opened, "dialog img")
+    assert len(opened.find_elements(By.CSS_SELECTOR, "dialog img")) == 1 + len(METHODS)
+    assert large.size["height"] > 2 * small.size["height"]
+    opened.switch_to.active_element.send_keys(Keys.ARROW_RIGHT)
+    assert find(opened, "#zoom-title").text == keys[1]
+    opened.switch_to.active_element.send_keys(Keys.ESCAPE)
+    assert not dialog.is_displayed()
+    assert opened.switch_to.active_element.accessible_name == f"Enlarge {keys[1]}"
+
+
+def test_dark_is_the_systems_choice_or_the_readers(opened: Chrome) -> None:
+    def brightness() -> float:
+        colour = find(opened, "body").value_of_css_property("background-color")
+        return float(np.mean([float(v) for v in colour.partition("(")[2].rstrip(")").split(",")[:3]]))
+
+    def prefer(scheme: str) -> None:
+        feature = {"name": "prefers-color-scheme", "value": scheme}
+        opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+
+    prefer("light")
+    assert brightness() > 200
+    prefer("dark")
+    assert brightness() < 50
+    button = find(opened, "#theme")
+    assert button.get_attribute("aria-pressed") == "true"
+    button.click()
+    assert brightness() > 200
+    assert button.get_attribute("aria-pressed") == "false"
+
+
+def test_headings_landmarks_and_names_are_there_for_those_who_do_not_see_the_page(opened: Chrome) -> None:
+    for tag in ("main", "header", "nav", "footer", "h1"):
+        assert len(opened.find_elements(By.CSS_SELECTOR, tag)) == 1, tag
+    levels = [int(h.tag_name[1]) for h in opened.find_elements(By.CSS_SELECTOR, "main :is(h2, h3, h4)")]
+    assert set(levels) == {2}
+    for element in opened.find_elements(
+        By.CSS_SELECTOR, "button, input, select, svg[role=img], [role=region], section"
+    ):
+        if element.is_displayed():
+            assert element.accessible_name, element.get_attribute("outerHTML")
+    assert all(image.get_attribute("alt") for image in opened.find_elements(By.CSS_SELECTOR, "main img"))
+    find(opened, "body").send_keys(Keys.TAB)
+    assert opened.switch_to.active_element.text == "Skip to the content"
+
+
+def test_two_hundred_samples_of_six_methods_open_in_time(browser: Chrome, model_spec: str, tmp_path: Path) -> None:
+    size = 160
+    shards = [
+        str(write_tar(tmp_path / f"{i}.tar", [{"__key__": f"{i}-{k}", "jpg": jpeg(rng, size)} for k in range(51)]))
+        for i in range(4)
+        for rng in [np.random.default_rng(i)]
+    ]
+    model = ModelConfig(model_spec, **PREPARED | {"image_size": size, "resize": size})  # type: ignore[arg-type]
+    out = str(tmp_path / "run")
+    fit(FitConfig(model, tuple(shards), out, max_samples=20), HERE)
+    explain(ExplainConfig(model, out, tuple(shards), out, methods=SIX, outputs=("png",)), HERE)
+    page = tmp_path / "report.html"
+    (told,) = write_report(page, [out])
+    assert told.samples is not None
+    assert len(told.samples.cards) == 200
+    assert told.samples.total == 204
+    assert 112 <= told.samples.cards[0].tiles[0].height <= 160
+    assert page.stat().st_size < MEGABYTES * 10**6
+    took = []
+    for _ in range(3):
+        browser.get(page.as_uri())
+        took.append(browser.execute_script("return performance.getEntriesByType('navigation')[0].loadEventEnd") / 1000)
+    assert len(browser.find_elements(By.CSS_SELECTOR, ".card")) == 200
+    assert min(took) < SECONDS, took
+
+
+def test_runs_are_set_side_by_side(browser: Chrome, run: Run, bare: Run, tmp_path: Path) -> None:
+    page = tmp_path / "both.html"
+    assert exit_status(["report", str(run.folder), str(bare.folder), "--samples", "5", "--out", str(page)]) == 0
+    browser.get(page.as_uri())
+    lines = [row.text.split("\n") for row in browser.find_elements(By.CSS_SELECTOR, ".compared tr")]
+    texts = [" ".join(line) for line in lines]
+    names = ["/".join(Path(str(one.folder)).parts[-2:]) for one in (run, bare)]
+    assert texts[0] == " ".join(names)
+    assert "fit: samples 72 18" in texts
+    rho = medians(run)
+    assert {f"{name} {value:.3f} –" for name, value in rho.items()} <= set(texts)
+    areas = run.manifest()["degrade"]["areas"]
+    assert {f"{name} {found['area']:.4f} –" for name, found in areas.items()} <= set(texts)
+    assert len(browser.find_elements(By.CSS_SELECTOR, ".card")) == 5
+    assert [h.text for h in browser.find_elements(By.CSS_SELECTOR, "main h2")] == ["Side by side", *names]
+    ids = browser.execute_script("return [...document.querySelectorAll('[id]')].map(e => e.id)")
+    assert len(ids) == len(set(ids))
+
+
+def told(tmp_path: Path, *runs: Run, count: int = 0) -> list[Contents]:
+    return write_report(tmp_path / "told.html", [str(run.folder) for run in runs], count)
+
+
+def test_numbers_are_those_of_the_tables(run: Run, tmp_path: Path) -> None:
+    (page,) = told(tmp_path, run)
+    assert page.rho is not None
+    assert page.health is not None
+    assert page.rho.medians == medians(run)
+    quality = pq.read_table(run.folder / "quality.parquet").drop_null().to_pandas()
+    for operator, values in page.rho.rows:
+        for one, value in zip(page.rho.estimators, values):
+            own = quality[(quality.operator == operator) & (quality.estimator == one)].rho
+            assert value is None if own.empty else value == pytest.approx(own.median(), rel=1e-12)
+    flags = pq.read_table(run.folder / "neurons.parquet").to_pandas().groupby("operator").flag.value_counts()
+    for operator, counts in page.health.rows:
+        assert counts == [flags[operator].get(flag, 0) for flag in ("ok", "dead", "constant", "degenerate")]
+    assert page.convergence
+    assert page.curves is not None
+    assert {method for method, *_ in page.curves.areas} == {*METHODS[1:], "random"}
+    assert len(page.curves.chart.bands) == 3
+
+
+def test_weights_are_the_same_solved_for_or_loaded(run: Run, bare: Run, tmp_path: Path) -> None:
+    def weights(page: Contents) -> list[np.ndarray]:
+        assert page.filters is not None
+        assert page.filters.rows[0] == ("w", "weight")
+        pictures = (neuron.pictures[0] for neuron in page.filters.neurons)
+        return [np.asarray(Image.open(BytesIO(urlopen(uri).read()))).astype(int) for uri in pictures if uri]
+
+    one, other = (weights(page) for page in told(tmp_path, run, bare))
+    assert len(one) == len(other) == 6
+    assert max(np.abs(a - b).max() for a, b in zip(one, other)) <= 1
+    assert len({a.tobytes() for a in one}) == 6
+
+
+def test_without_the_model_patterns_are_shown_alone(
+    model_spec: str, model: ModelConfig, shards: list[str], tmp_path: Path
+) -> None:
+    copy = tmp_path / "gone.py"
+    shutil.copyfile(model_spec.partition(":")[0], copy)
+    gone = ModelConfig(f"{copy}:small", **PREPARED)  # type: ignore[arg-type]
+    run = fit(FitConfig(gone, tuple(shards[:2]), str(tmp_path / "run")), HERE)
+    copy.unlink()
+    (page,) = told(tmp_path, run)
+    assert page.filters is not None
+    assert page.filters.rows[0] == ("a", "linear")
+    assert "The weights w are not shown, since the model cannot be loaded here" in (tmp_path / "told.html").read_text()
+
+
+def test_what_is_missing_is_said_with_the_command_that_makes_it(bare: Run, tmp_path: Path) -> None:
+    told(tmp_path, bare, count=200)
+    text = (tmp_path / "told.html").read_text()
+    for command in ("quality", "explain", "degrade"):
+        assert f"<code>patternnet {command} --patterns {bare.folder} --shards …</code>" in text
+    assert "--until-converged" in text
+    assert "<img" not in text.partition("run0-convergence-title")[2].partition("<script>")[0]
+
+
+def test_photographs_that_are_gone_do_not_keep_the_rest_from_being_shown(
+    run: Run, model: ModelConfig, tmp_path: Path
+) -> None:
+    shards = make_shards(tmp_path / "s", 1, 4)
+    explain(ExplainConfig(model, str(run.folder), tuple(shards), str(tmp_path / "run"), methods=METHODS), HERE)
+    Path(shards[0]).unlink()
+    (page,) = write_report(tmp_path / "x.html", [str(tmp_path / "run")])
+    assert page.samples is None
+    assert shards[0] in page.unseen
+    assert "The explanations cannot be shown" in (tmp_path / "x.html").read_text()
+
+
+def test_the_same_samples_are_drawn_for_the_same_seed(run: Run, tmp_path: Path) -> None:
+    def keys(seed: int) -> list[str]:
+        (page,) = write_report(tmp_path / "x.html", [str(run.folder)], 5, None, seed)
+        assert page.samples is not None
+        return [card.key for card in page.samples.cards]
+
+    assert keys(1) == keys(1) != keys(2)
+
+
+def test_what_is_no_run_is_told_and_nothing_is_written(run: Run, tmp_path: Path, complaint: Any) -> None:
+    out = tmp_path / "report.html"
+    for folders in ([tmp_path], [run.folder, tmp_path / "nowhere"]):
+        assert "holds no run. Name the folder" in complaint("report", *folders, "--out", out, "--samples", 0)
+    assert not out.exists()
+    with pytest.raises(UserError, match="cannot be read"):
+        write_report(out, [str(run.folder)], classes=str(tmp_path / "none.json"))
+
+
+@pytest.mark.parametrize(
+    ("scale", "texts"),
+    [
+        (Scale(0, 1, 0, 100), ["0", "0.2", "0.4", "0.6", "0.8", "1"]),
+        (Scale(0, 37, 0, 100), ["0", "10", "20", "30"]),
+        (Scale(0.02, 0.5, 0, 100, log=True), ["0.03", "0.1", "0.3"]),
+        (Scale(30, 72, 0, 100, log=True), ["30", "40", "50", "60", "70"]),
+        (Scale(8, 2_000_000, 0, 100, log=True), ["10", "100", "1k", "10k", "100k", "1M"]),
+    ],
+)
+def test_axes_have_round_numbers(scale: Scale, texts: list[str]) -> None:
+    assert [tick.text for tick in scale.ticks()] == texts
