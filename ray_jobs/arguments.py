@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from patterns import UserError
-from ray_jobs.config import ModelConfig
+from patterns.methods import method_of, settings_of
+from ray_jobs.config import MethodsConfig, ModelConfig
 from ray_jobs.files import here, located
 
 
@@ -13,6 +14,27 @@ def fitted(patterns: str, model: str | None, weights: str | None, precision: str
 
     said = {"spec": model, "weights": weights, "precision": precision}
     return ModelConfig(**Run(patterns).fitted_model() | {k: v for k, v in said.items() if v is not None})
+
+
+def on_methods(
+    model: ModelConfig,
+    patterns: str,
+    shards: tuple[str, ...],
+    out: str | None,
+    batch_size: int,
+    methods: str,
+    estimator: str,
+    settings: list[str] | None,
+    max_samples: int | None,
+    seed: int,
+) -> MethodsConfig:
+    """What all jobs of methods are told, from the command line's words. UserError for what they do not mean."""
+    chosen = {name: method_of(name) for name in words(methods) or ("",)}
+    told = settings_of(chosen, assignments(settings or []))
+    where = place(patterns), shards, place(out or patterns)
+    return MethodsConfig(
+        model, *where, batch_size, tuple(chosen), words(estimator), tuple(told.items()), max_samples, seed
+    )
 
 
 def beside(run: str, name: str) -> Path:

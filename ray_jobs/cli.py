@@ -15,9 +15,8 @@ import typer
 
 from patterns import UserError
 from patterns.degradation import PATCH, REPLACEMENTS, STEPS
-from patterns.methods import method_of, settings_of
 from ray_jobs import commands
-from ray_jobs.arguments import assignments, fitted, numbers, place, say, words
+from ray_jobs.arguments import fitted, numbers, on_methods, place, say, words
 from ray_jobs.config import DegradeConfig, ExplainConfig, FitConfig, ModelConfig, QualityConfig, Resources
 from ray_jobs.options import (
     DEFAULT_FIT,
@@ -217,24 +216,15 @@ def explain(
     from ray_jobs.sources import list_shards
     from ray_jobs.targets import named
 
-    chosen = {name: method_of(name) for name in words(methods) or ("",)}
-    of_fit = fitted(patterns, model, weights, precision)
+    of_fit, listed = fitted(patterns, model, weights, precision), list_shards(shards, allow_pipes)
+    common = on_methods(of_fit, patterns, listed, out, batch_size, methods, estimator, set_, max_samples, seed)
     config = ExplainConfig(
-        of_fit,
-        place(patterns),
-        list_shards(shards, allow_pipes),
-        place(out or patterns),
-        batch_size,
-        tuple(chosen),
-        words(estimator),
-        tuple(settings_of(chosen, assignments(set_ or [])).items()),
-        max_samples,
-        seed,
-        target,
-        tuple(class_names(of_fit.spec, classes).items()) if named(target) else (),
-        words(output),
-        reduce_channels,
-        resize,
+        **vars(common),
+        target=target,
+        classes=tuple(class_names(of_fit.spec, classes).items()) if named(target) else (),
+        outputs=words(output),
+        reduction=reduce_channels,
+        size=resize,
     )
     run = run_explain(config, resources)
     done = run.manifest()["explain"]
@@ -269,22 +259,10 @@ def degrade(
     from ray_jobs.degrade import spoken_areas
     from ray_jobs.sources import list_shards
 
-    chosen = {name: method_of(name) for name in words(methods) or ("",)}
+    of_fit, listed = fitted(patterns, model, weights, precision), list_shards(shards, allow_pipes)
+    common = on_methods(of_fit, patterns, listed, out, batch_size, methods, estimator, set_, max_samples, seed)
     config = DegradeConfig(
-        fitted(patterns, model, weights, precision),
-        place(patterns),
-        list_shards(shards, allow_pipes),
-        place(out or patterns),
-        batch_size,
-        tuple(chosen),
-        words(estimator),
-        tuple(settings_of(chosen, assignments(set_ or [])).items()),
-        max_samples,
-        seed,
-        patch_size,
-        steps,
-        replacement,
-        least_first,
+        **vars(common), patch=patch_size, steps=steps, replacement=replacement, least_first=least_first
     )
     run = run_degrade(config, resources)
     for line in spoken_areas(run):

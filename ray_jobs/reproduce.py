@@ -17,6 +17,7 @@ from torch import Tensor
 from patterns import UserError
 from patterns.degradation import PATCH, STEPS
 from patterns.storage import write_aside
+from ray_jobs.arguments import say
 from ray_jobs.config import FITTED, DegradeConfig, ExplainConfig, FitConfig, ModelConfig, QualityConfig, Resources
 from ray_jobs.datasets import NAMES, read_digits, write_digits
 from ray_jobs.degrade import degrade
@@ -86,7 +87,7 @@ def digits(dataset: str, data: Path, out: Path, most: int | None, seed: int) -> 
     for name, (images, labels) in parts.items():
         shards[name] = write_digits(images, labels, out / f"shards-{count}", name)
     if not weights.exists():
-        trained = train(partial(epochs, *parts["train"], torch.Generator().manual_seed(seed)), seed)
+        trained = train(partial(epochs, *parts["train"], torch.Generator().manual_seed(seed)), seed, say=say)
         write_aside(weights, lambda aside: save_file(trained.state_dict(), aside))
     listed = {name: list_shards(map(str, paths)) for name, paths in shards.items()}
     return Experiment(model, listed["train"], listed["test"], NAMES[dataset], seed=seed)
