@@ -151,6 +151,7 @@ def results(run: Run) -> str:
     sections = {job: manifest[job] for job in ("fit", "quality", "degrade")}
     kinds = {op["name"]: op["kind"] for op in manifest["operators"]}
     rho = medians(pq.read_table(run.folder / "quality.parquet"))
+    rho = {name: rho[name] for name in ESTIMATORS if name in rho}
     rows = pq.read_table(run.folder / "degradation.parquet", columns=["method", "label", "prediction"])
     judged = rows.filter(pc.equal(rows["method"], "random"))
     right = pc.mean(pc.cast(pc.equal(judged["label"], judged["prediction"]), pa.float64())).as_py()
@@ -164,7 +165,6 @@ def results(run: Run) -> str:
         f"| median ρ | kind | {' | '.join(rho)} |",
         f"| --- | --- | {' | '.join(['---:'] * len(rho))} |",
     ]
-    rho = {name: rho[name] for name in ESTIMATORS if name in rho}
     operators = [name for name in kinds if any(name in found for found in rho.values())]
     for name in operators:
         cells = [f"{found[name]:.3f}" if name in found else "" for found in rho.values()]
@@ -220,6 +220,6 @@ def findings(rho: dict[str, dict[str, float]], kinds: dict[str, str]) -> list[st
             continue
         best = claim.endswith("best")
         off = {name: d for name, d in differences.items() if (d > 0 if best else abs(d) > TOLERANCE)}
-        said = "as in the paper" if not off else "differs in " + ", ".join(f"`{n}` ({d:+.3f})" for n, d in off.items())
+        said = "as in the paper" if not off else "differs in " + ", ".join(f"`{n}` ({d:+.4f})" for n, d in off.items())
         lines.append(f"- {claim}: {said}.")
     return lines
