@@ -1,5 +1,6 @@
 """The figures of docs/critics.md."""
 
+import io
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -8,10 +9,10 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
 from benchmarks.critics.photographs import BACKWARD, CARRIED, METHODS, NORMALS, REFITTED, Stage
-from ray_jobs.pictures import save_figure
 
 COLOURS = {
     "gradient": "#5a5a5a", "gradient-x-input": "#a0a0a0", "deconvnet": "#c9a227", "guided-backprop": "#d1570a",
@@ -27,6 +28,13 @@ SHOWN_ROWS = (
     (CARRIED, "patternattribution:default"), (CARRIED, "patternattribution:linear"),
     (BACKWARD, "patternattribution:linear"), (REFITTED, "patternattribution:linear"),
 )  # fmt: skip
+
+
+def save(path: Path, figure: Figure) -> None:
+    """As a PNG of at most 256 colours, a fraction of the size."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", facecolor="white")
+    Image.open(buffer).convert("RGB").quantize(256, kmeans=3, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def line_of(method: str) -> dict[str, Any]:
@@ -53,17 +61,18 @@ def draw_cascade(
             for (name, value), place in zip(grounds.items(), apart(list(grounds.values()), 0.06)):
                 axes.axhline(value, color="#999999", lw=0.8, ls=":")
                 if variant == REFITTED:
-                    axes.text(len(stages) + 0.35, place, name, fontsize=7, color="#777777", va="center")
+                    axes.text(len(stages) + 0.6, place, name, fontsize=7, color="#777777", va="center")
             axes.grid(alpha=0.2)
+            axes.set_xlim(-0.5, len(stages) + 0.5)
             axes.spines[["top", "right"]].set_visible(False)
             if number == 0:
                 axes.set_title(title, fontsize=10)
-        axes_row[0].set_ylabel(f"{measure} with the trained network's map")
+        axes_row[0].set_ylabel(measure)
     for axes in rows[1]:
         axes.set_xticks(range(len(stages) + 1), ["trained", *(s.part for s in stages)], rotation=60, fontsize=8)
     handles, labels = rows[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-    save_figure(path, figure)
+    save(path, figure)
 
 
 def apart(values: list[float], least: float) -> list[float]:
@@ -78,22 +87,22 @@ def apart(values: list[float], least: float) -> list[float]:
 def draw_maps(path: Path, photograph: Tensor, before: Mapping[str, Tensor], stages: Sequence[Stage]) -> None:
     """A photograph's heat by some methods, down the cascade. photograph: (3, H, W); before: (H, W) by method."""
     titles = ["photograph", "trained", *(s.part for s in stages)]
-    figure = Figure(figsize=(1.05 * len(titles) + 1.3, 1.12 * len(SHOWN_ROWS) + 0.3), dpi=110)
+    figure = Figure(figsize=(1.05 * len(titles) + 1.55, 1.04 * len(SHOWN_ROWS) + 0.25), dpi=90)
     grid = figure.subplots(len(SHOWN_ROWS), len(titles), squeeze=False)
-    figure.subplots_adjust(left=0.115, right=0.998, top=0.955, bottom=0.005, wspace=0.04, hspace=0.04)
+    figure.subplots_adjust(left=0.108, right=0.998, top=0.965, bottom=0.005, wspace=0.03, hspace=0.03)
     low, high = float(photograph.min()), float(photograph.max())
     for line, (variant, method) in zip(grid, SHOWN_ROWS):
         for axes in line:
             axes.axis("off")
         line[0].imshow(((photograph - low) / (high - low)).permute(1, 2, 0).numpy())
         name, _, estimator = method.partition(":")
-        label = f"{name}\n{estimator}\n{variant}" if estimator else f"{name}\n{variant}"
+        label = f"{name}\n{estimator}\n{variant}" if estimator else name
         line[0].text(-0.08, 0.5, label, transform=line[0].transAxes, fontsize=6.5, ha="right", va="center")
         for axes, values in zip(line[1:], [before[method], *(s.heats[variant, method][0] for s in stages)]):
             show_heat(axes, values)
     for axes, title in zip(grid[0], titles):
         axes.set_title(title, fontsize=7, pad=3)
-    save_figure(path, figure)
+    save(path, figure)
 
 
 def show_heat(axes: Axes, values: Tensor) -> None:
@@ -115,26 +124,30 @@ def draw_ways_back(path: Path, ways: Mapping[str, Mapping[str, Tensor]]) -> None
     axes.grid(alpha=0.2)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right center", frameon=False, fontsize=8)
-    save_figure(path, figure)
+    save(path, figure)
 
 
 def draw_shapes(path: Path, rows: Mapping[str, tuple[Tensor, Mapping[str, Tensor]]], mask: Tensor) -> None:
     """One image of each scenario and model: what it is, where its class is, and each method's heat, (H, W)."""
     methods = list(next(iter(rows.values()))[1])
-    titles = ["image", "mask", *(m.replace(":", "\n").replace("gradient-x-", "gradient\n⊙ ") for m in methods)]
+    titles = [
+        "image",
+        "mask",
+        *(m.replace(":", "\n").replace("gradient-x-", "gradient\n⊙ ").replace("two-", "two-\n") for m in methods),
+    ]
     figure = Figure(figsize=(0.95 * len(titles) + 0.9, 1.0 * len(rows) + 0.45), dpi=110)
     grid = figure.subplots(len(rows), len(titles), squeeze=False)
-    figure.subplots_adjust(left=0.065, right=0.998, top=0.915, bottom=0.005, wspace=0.06, hspace=0.06)
+    figure.subplots_adjust(left=0.05, right=0.998, top=0.915, bottom=0.005, wspace=0.06, hspace=0.06)
     for line, (label, (image, heats)) in zip(grid, rows.items()):
         for axes in line:
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
         largest = float(image.abs().max())
         line[0].imshow(image.numpy(), cmap="RdBu_r", vmin=-largest, vmax=largest)
-        line[0].set_ylabel(label, fontsize=7.5)
+        line[0].set_ylabel(label.replace(", ", "\n"), fontsize=7.5)
         line[1].imshow(mask.numpy(), cmap="gray")
         for axes, heat in zip(line[2:], heats.values()):
             axes.imshow(heat.numpy(), cmap="inferno", vmin=0, vmax=1)
     for axes, title in zip(grid[0], titles):
         axes.set_title(title.replace("patternattribution", "pattern-\nattribution"), fontsize=6.5, pad=3)
-    save_figure(path, figure)
+    save(path, figure)

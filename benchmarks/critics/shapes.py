@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from patterns import Explainer, Network, accumulate, choose, solve, trace
-from patterns.critics import earth_movers_accuracy, heat, shifted, sobel
+from patterns.critics import cascade, earth_movers_accuracy, heat, shifted, sobel, spearman
 from ray_jobs.summaries import summaries
 
 SIDE = 8
@@ -20,12 +20,15 @@ SMOOTH = 1.5  # pixels, of the background's Gaussian
 PIXEL_NOISE = 0.1
 SCENARIOS = {"linear": 0.35, "multiplicative": 0.85, "XOR": 0.6}  # the shapes' strength
 TRAINED, TESTED, EXPLAINED, SEEDS = 6000, 1000, 24, 3
+SHIFT = 3.0  # times the images' standard deviation
+DRAWS = 5  # of a cascade, beside another library's
 EPOCHS, BATCH = 25, 64
 ESTIMATORS = ("default", "linear", "multivariate", "two-component-own-mean")
 JUDGED = (
     "gradient", "gradient-x-input", "guided-backprop", "integrated-gradients", "smoothgrad",
     "patternnet:default", "patternnet:linear", "patternnet:multivariate",
-    "patternattribution:default", "patternattribution:linear", "patternattribution:multivariate",
+    "patternattribution:default", "patternattribution:linear", "patternattribution:two-component-own-mean",
+    "patternattribution:multivariate",
 )  # fmt: skip
 BASELINES = ("random map", "Sobel edges", "|x|")
 SHIFTED = (
@@ -165,13 +168,14 @@ def shift_errors(trained: Trained) -> dict[str, tuple[float, float]]:
     network before, and with patterns fitted on the shifted images.
     """
     network, images, labels = trained.network, trained.images[:EXPLAINED], trained.labels[:EXPLAINED]
-    shift = 2 * torch.randn(network.input_shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    noise = torch.randn(network.input_shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    shift = SHIFT * trained.seen.std() * noise
     moved = shifted(network, next(iter(network.operators)), shift)
     carried = trained.patterns(network, trained.seen)
     refitted = trained.patterns(moved, trained.seen + shift)
 
-    def maps(of: Network, patterns: Patterns, x: Tensor) -> Mapping[str, Tensor]:
-        return Explainer(of, None, SHIFTED, estimators=patterns)(x, labels).maps
+    def maps(of: Network, patterns: Patterns, x: Tensor) -> dict[str, Tensor]:
+        return {**Explainer(of, None, SHIFTED, estimators=patterns)(x, labels).maps, **baselines(x)}
 
     before = maps(network, carried, images)
     after = [maps(moved, patterns, images + shift) for patterns in (carried, refitted)]
@@ -180,15 +184,19 @@ def shift_errors(trained: Trained) -> dict[str, tuple[float, float]]:
         size = before[name].abs().amax((1, 2, 3))
         return float(((found[name] - before[name]).abs().amax((1, 2, 3)) / size).max())
 
-    return {name: (error(name, after[0]), error(name, after[1])) for name in SHIFTED}
+    return {name: (error(name, after[0]), error(name, after[1])) for name in before}
 
 
 # --- another library's randomisation test ---------------------------------------------------------
 
 
-def quantus_randomisation(trained: Trained, method: str, estimator: str) -> float:
-    """Quantus' own cascading randomisation of a model with patterns carried over: the mean |rank correlation| of
-    maps at its end."""
+def randomisation_twice(trained: Trained, method: str, estimator: str) -> tuple[float, float]:
+    """The cascading randomisation of a CNN with its patterns carried over, by Quantus and by `patterns.critics`.
+
+    Each gives the mean rank correlation of maps at its end. They draw differently: Quantus as torch initialises a
+    layer, this project normals with the moments of what was there, here several times. That may shut all gates: maps
+    of zeros are left out.
+    """
     from quantus.metrics.randomisation.mprt import MPRT
 
     patterns = trained.patterns(trained.network, trained.seen)[estimator]
@@ -202,7 +210,14 @@ def quantus_randomisation(trained: Trained, method: str, estimator: str) -> floa
     metric = MPRT(disable_warnings=True, return_last_correlation=True)
     model = MODELS["CNN"]()
     model.load_state_dict(trained.model.state_dict())
-    scores = metric(
+    theirs = metric(
         model=model.eval(), x_batch=images.numpy(), y_batch=labels.numpy(), explain_func=explain, channel_first=True
     )
-    return float(torch.tensor(scores).abs().mean())
+    before = heat(Explainer(trained.network, patterns, [method])(images.double(), labels).maps[method])
+    ours = []
+    for seed in range(DRAWS):
+        *_, (_, last) = cascade(trained.network, torch.Generator().manual_seed(seed))
+        after = heat(Explainer(last, patterns, [method])(images.double(), labels).maps[method])
+        alive = after.amax((1, 2)) > 0
+        ours.append(spearman(before[alive], after[alive]))
+    return float(torch.tensor(theirs).mean()), float(torch.cat(ours).mean())
