@@ -177,6 +177,9 @@ def results(run: Run) -> str:
     for method, found in areas:
         band = "" if found["low"] is None else f"{found['low']:.4f} to {found['high']:.4f}"
         lines.append(f"| {method} | {found['area']:.4f} | {band} |")
+    found = [method for method, _ in areas].index("patternattribution")
+    soonest = "as in the paper" if found == 0 else f"differs, number {found + 1} of {len(areas)}"
+    lines += ["", f"- By PatternAttribution, predictions fall soonest: {soonest}."]
     lines += [
         "",
         "![One image by every estimator, signal above attribution, as the paper's Figure 5](figure-5.png)",
