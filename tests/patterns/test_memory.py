@@ -73,4 +73,4 @@ def test_sampling_patches_needs_at_most_a_third_more_than_a_forward_pass(
     assert 70 * at_a_time < 8 * 1024 * 64 * 9  # the last convolutions' patches, which never are there all at once
     with torch.no_grad():
         plain = peak(lambda: network.module(x))
-    assert peak(lambda: observer.update(x)) <= 1.3 * plain
+    assert peak(lambda: observer.update(x)) <= 4 / 3 * plain
