@@ -38,6 +38,7 @@ def main() -> None:
     batch = options.batch or (4 if options.device == "cpu" else 64)
     bench = Bench(Machine.measured(options.device), options.rounds, batch)
     parts = options.only or (PARTS if options.device == "cpu" else ON_GPU)
+    name = bench.machine.name()  # now, since jobs set their own number of threads
     print(HEAD, end="", flush=True)
     rows = []
     for row in chain.from_iterable(PARTS[part](bench) for part in parts):
@@ -45,7 +46,7 @@ def main() -> None:
         rows.append(row)
     text = f"""# Benchmarks
 
-Made by `make bench{"" if options.device == "cpu" else "-gpu"}` on: {bench.machine.name()} ({platform.machine()}), torch
+Made by `make bench{"" if options.device == "cpu" else "-gpu"}` on: {name} ({platform.machine()}), torch
 {torch.__version__.partition("+")[0]}.
 
 {SIZE}×{SIZE} pixels, batches of {batch}, {options.precision}, random weights; VGG-16 without its large linear layers.

@@ -119,8 +119,8 @@ CONCLUSIONS = """What follows:
 
 - Of the same images the error falls with the positions as an unbiased estimate does, and ever less beyond 16: those of
   16 err 1.6 times as much as all, those of 64 1.2 times. For each number it falls as 1/√images.
-- What positions cost depends on the network. Where convolutions are large a forward pass hides them: 16 cost 1.01 of a
-  forward pass on VGG-16 and 1.39 on ResNet-50, where all cost 3.8 to 6.3 ([benchmarks.md](benchmarks.md)), so in the
+- What positions cost depends on the network. Where convolutions are large a forward pass hides them: 16 cost 1.04 of a
+  forward pass on VGG-16 and 1.20 on ResNet-50, where all cost 3.6 to 6.5 ([benchmarks.md](benchmarks.md)), so in the
   same time they see four times the images and err less. On this network of small depthwise convolutions the lines of
   16, 64 and all positions meet.
 - The default is all positions: of the data there are, they leave the least error on every network, and a fit is done

@@ -203,17 +203,6 @@ def ssim(heats: Tensor, others: Tensor) -> Tensor:
     return (luminance * structure).mean((1, 2))
 
 
-def sobel(inputs: Tensor) -> Tensor:
-    """The edges of each channel, the length of Sobel's two derivatives; borders are continued. (N, C, H, W), as given.
-
-    A baseline that knows the input and nothing of the model.
-    """
-    across = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]]).to(inputs)
-    kernels = torch.stack([across, across.T])[:, None]
-    padded = F.pad(inputs, (1, 1, 1, 1), mode="replicate").flatten(0, 1)[:, None]
-    return F.conv2d(padded, kernels).norm(dim=1).view_as(inputs)
-
-
 def earth_movers_accuracy(heats: Tensor, mask: Tensor) -> Tensor:
     """1 - EMD / the largest distance in the image (Clark et al. 2023, §3.3), exact: 1 for a map that is the mask.
 

@@ -84,7 +84,10 @@ METHODS: dict[str, Method] = {
     "smoothgrad": Method(procedure=reference.smoothgrad, settings={"samples": 20, "noise": 0.1}),
     "integrated-gradients": Method(procedure=reference.integrated_gradients, attributes=True, settings={"steps": 20}),
     "random": Method(procedure=reference.random, attributes=True),
+    "sobel": Method(procedure=reference.edges),
 }
+# What every score of a map is read beside: noise, edges, and the input itself, which know nothing of the model.
+BASELINES = ("random", "sobel", "signal:identity")
 WITH_PATTERNS = tuple(name for name, method in METHODS.items() if method.needs_patterns)
 
 

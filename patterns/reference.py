@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from zennit.attribution import Attributor, Gradient, IntegratedGradients, SmoothGrad
 from zennit.composites import EpsilonPlusFlat, LayerMapComposite
@@ -18,6 +19,7 @@ from zennit.core import Composite
 from zennit.layer import Sum
 from zennit.rules import Epsilon
 
+from patterns.errors import UserError
 from patterns.graph import Network, operator_calls
 from patterns.operators import AveragePool, Convolution, Kind, Linear, Operator, Scale, TransposedConvolution
 from patterns.rules import add_rules, passed
@@ -132,6 +134,25 @@ def attributed(attributor: Attributor, inputs: Tensor, start: Start) -> Tensor:
 def random(network: Network, settings: Settings) -> Map:
     """Standard normal noise: what a map that knows nothing scores."""
     return lambda inputs, _, seeds: noise(generators(seeds), inputs)
+
+
+def edges(network: Network, settings: Settings) -> Map:
+    """Sobel's edges of the input: what a map that knows nothing of the model scores. UserError without images."""
+    if len(network.input_shape) != 3:
+        what = f"inputs of shape {network.input_shape} are no images"
+        raise UserError("sobel", what, "Leave it out of the methods.")
+    return lambda inputs, start, seeds: sobel(inputs.detach())
+
+
+def sobel(inputs: Tensor) -> Tensor:
+    """The edges of each channel, the length of Sobel's two derivatives; borders are continued. (N, C, H, W), as given.
+
+    A baseline that knows the input and nothing of the model.
+    """
+    across = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]]).to(inputs)
+    kernels = torch.stack([across, across.T])[:, None]
+    padded = F.pad(inputs, (1, 1, 1, 1), mode="replicate").flatten(0, 1)[:, None]
+    return F.conv2d(padded, kernels).norm(dim=1).view_as(inputs)
 
 
 class SeededNoise(TorchFunctionMode):

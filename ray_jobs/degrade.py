@@ -12,7 +12,7 @@ from torch import Tensor
 
 from patterns import UserError
 from patterns.degradation import REPLACEMENTS, area_over, degraded, patch_of, patch_sums, spoken_for, turns
-from patterns.methods import method_of, settings_of
+from patterns.methods import BASELINES, method_of, settings_of
 from patterns.storage import write_table
 from ray_jobs import models
 from ray_jobs.config import DegradeConfig, Preprocessing, Resources
@@ -28,7 +28,6 @@ from ray_jobs.shards import Batch, ShardReader
 from ray_jobs.shardwise import shard_by_shard
 from ray_jobs.worker import Place, ShardReport, Share, Timed, streamed
 
-BASELINE = "random"  # patches in random order: what a map that knows nothing scores
 SURE = 1.959964  # standard errors that a confidence band of 95 % reaches to each side
 
 ROWS = pa.schema(
@@ -131,11 +130,11 @@ def black(preprocessing: Preprocessing) -> Tensor:
 
 
 def checked(config: DegradeConfig) -> DegradeConfig:
-    """The same with the baseline among the methods. UserError for a method or replacement that there is not."""
+    """The same with the baselines among the methods. UserError for a method or replacement that there is not."""
     if config.replacement not in REPLACEMENTS:
         what = f"no replacement {config.replacement!r}"
         raise UserError("--replacement", what, f"Choose from {', '.join(REPLACEMENTS)}.")
-    methods = tuple(dict.fromkeys((*config.methods, BASELINE)))
+    methods = tuple(dict.fromkeys((*config.methods, *BASELINES)))
     settings_of({name: method_of(name) for name in methods}, dict(config.settings))
     return DegradeConfig(**{**vars(config), "methods": methods})
 

@@ -7,6 +7,7 @@ from typing import Any
 import matplotlib
 import pyarrow as pa
 
+from patterns.methods import BASELINES
 from patterns.pictures import Shown
 from patterns.storage import write_aside
 
@@ -114,9 +115,9 @@ def draw_degradation(path: Path, curves: pa.Table) -> None:
     axis = figure.subplots()
     for number, method in enumerate(curves["method"].unique().to_pylist()):
         own = curves.filter(pa.compute.equal(curves["method"], method)).to_pydict()
-        baseline = method == "random"
+        baseline = method in BASELINES
         colour = "0.45" if baseline else matplotlib.colormaps["tab10"](number % 10)
-        style = "--" if baseline else ("-", "-.", ":")[number // 10 % 3]
+        style = ("--", ":", "-.")[BASELINES.index(method)] if baseline else "-"
         axis.plot(own["step"], own["mean"], style, color=colour, label=method, linewidth=1.4)
         axis.fill_between(own["step"], own["low"], own["high"], color=colour, alpha=0.1, linewidth=0)
     axis.set_xlabel("patches replaced")

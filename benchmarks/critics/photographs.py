@@ -17,11 +17,11 @@ from patterns.critics import (
     learned,
     randomised,
     singular_ratio,
-    sobel,
     spearman,
     ssim,
 )
 from patterns.estimators import wanted
+from patterns.reference import sobel
 from ray_jobs.pack import pack
 from ray_jobs.shards import ShardReader
 

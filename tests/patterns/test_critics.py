@@ -26,11 +26,11 @@ from patterns.critics import (
     shifted,
     singular_ratio,
     singular_values,
-    sobel,
     spearman,
     ssim,
 )
 from patterns.operators import Convolution, Linear
+from patterns.reference import sobel
 from tests.patterns.test_explain import small
 
 

@@ -20,6 +20,7 @@ from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.select import Select
 
 from patterns import UserError
+from patterns.methods import BASELINES
 from ray_jobs.cli import exit_status
 from ray_jobs.config import FITTED, DegradeConfig, ExplainConfig, FitConfig, ModelConfig, QualityConfig, Resources
 from ray_jobs.degrade import degrade
@@ -378,8 +379,8 @@ def test_numbers_are_those_of_the_tables(run: Run, tmp_path: Path) -> None:
         assert counts == [flags[operator].get(flag, 0) for flag in ("ok", "dead", "constant", "degenerate")]
     assert page.convergence
     assert page.curves is not None
-    assert {method for method, *_ in page.curves.areas} == {*METHODS[1:], "random"}
-    assert len(page.curves.chart.bands) == 3
+    assert {method for method, *_ in page.curves.areas} == {*METHODS[1:], *BASELINES}
+    assert len(page.curves.chart.bands) == 2 + len(BASELINES)
 
 
 def test_weights_are_the_same_solved_for_or_loaded(run: Run, bare: Run, tmp_path: Path) -> None:
