@@ -324,9 +324,16 @@ def reproduce(
         what = "neither a data set with its own model nor a model with data"
         remedy = f"Give --dataset {' or '.join(NAMES)} with --data, or --model with --data or --shards and --evaluate."
         raise UserError("reproduce", what, remedy)
-    experiment = replace(experiment, patch=patch_size, steps=steps, replacement=replacement)
-    experiment = replace(experiment, degraded=degraded, batch_size=batch_size)
-    found = run_reproduce(replace(experiment, max_samples=max_samples), here, resources)
+    experiment = replace(
+        experiment,
+        patch=patch_size,
+        steps=steps,
+        replacement=replacement,
+        degraded=degraded,
+        batch_size=batch_size,
+        max_samples=max_samples,
+    )
+    found = run_reproduce(experiment, here, resources)
     say(f"reproduce: {found}, with the paper's figures 3 to 6 beside it")
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -136,7 +136,7 @@ def checked(config: DegradeConfig) -> DegradeConfig:
         raise UserError("--replacement", what, f"Choose from {', '.join(REPLACEMENTS)}.")
     methods = tuple(dict.fromkeys((*config.methods, *BASELINES)))
     settings_of({name: method_of(name) for name in methods}, dict(config.settings))
-    return DegradeConfig(**{**vars(config), "methods": methods})
+    return replace(config, methods=methods)
 
 
 def fits(config: DegradeConfig, loaded: models.Loaded) -> None:
