@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # The pair is pinned together: other pairs of torch and torchvision break.
 TORCH := torch==2.14.1 torchvision==0.29.1
 
-.PHONY: demo test test-gpu soak bench bench-gpu clean
+.PHONY: demo test test-gpu soak bench bench-gpu lock audit dist image clean
 
 demo: $(READY)
 	$(BIN)/patternnet demo --out demo-run
@@ -28,6 +28,35 @@ bench: $(READY)
 
 bench-gpu: $(READY)
 	$(BIN)/python -m benchmarks --device cuda --write docs/benchmarks-gpu.md
+
+# What the image installs. Versions stay unless UPGRADE=--upgrade. The CPU's lock leaves out torch, which comes from
+# another index, and CUDA's libraries.
+LOCK := $(BIN)/uv pip compile --quiet --generate-hashes --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
+	--custom-compile-command 'make lock' $(UPGRADE)
+LOCKS := cluster/image/requirements
+VARIANT ?= cuda
+VERSION := $(shell sed -n 's/^version = "\(.*\)"$$/\1/p' pyproject.toml)
+
+lock: $(READY)
+	echo $(TORCH) | tr ' ' '\n' | $(LOCK) pyproject.toml --extra s3 --extra timm --extra zarr --extra serve \
+		--constraints - --output-file $(LOCKS)-cuda.txt
+	awk '/^[^ ]/ { cuda = /^(torch|torchvision|triton|nvidia-.*|cuda-.*)==/ } !cuda' $(LOCKS)-cuda.txt > $(LOCKS)-cpu.txt
+	printf 'setuptools>=77\ncyclonedx-bom\n' | $(LOCK) - --output-file $(LOCKS)-build.txt
+	$(BIN)/python docs/licences.py
+
+audit: $(READY)
+	for lock in cuda build; do \
+		$(BIN)/pip-audit --strict --disable-pip --require-hashes --requirement $(LOCKS)-$$lock.txt || exit 1; done
+
+dist: $(READY)
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/twine check --strict dist/*
+
+image:
+	docker build --file cluster/image/Dockerfile --tag patternnet-ray:$(VERSION)-$(VARIANT) --build-arg VARIANT=$(VARIANT) \
+		--build-arg TORCH_INDEX=$(TORCH_INDEX) --build-arg VERSION=$(VERSION) \
+		--build-arg REVISION=$$(git rev-parse HEAD) .
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
