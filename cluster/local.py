@@ -1,6 +1,7 @@
 """Several Ray nodes on this machine, for development and tests: `python -m cluster.local --nodes 4 --cpus 1`.
 
-All of them listen on loopback only, without authentication, so it is for machines whose users trust each other.
+All of them listen on loopback only. The command's cluster asks for a token, which it prints, since whoever reaches a
+Ray cluster runs what they like on it, other users of the machine too.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from secrets import token_hex
 from types import TracebackType
 from typing import Annotated, Any, Self
 
@@ -22,12 +24,10 @@ import typer
 from cluster.processes import LOOK_EVERY, Process, below, end_session, of_session, send
 
 ROOT = Path(__file__).parents[1]
+PATH = f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"  # so that `python` in a job is this one
 END_WITHIN = 60.0  # seconds that the keeper has to stop everything
 GRACE = 2.0  # seconds that the processes of a killed node have to end by themselves
-SETTINGS = {
-    "RAY_AUTH_MODE": "disabled",  # explicitly, else Ray goes by what earlier runs left in the home directory
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # listen on 127.0.0.1, rather than on every interface
-}
+LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # listen on 127.0.0.1, rather than on every interface
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,16 @@ class LocalCluster:
     to that, and takes every process of the cluster along. Drivers attach with `environment`.
 
     nodes: how many to start, the first the head.  cpus, gpus: of each node, whatever the machine has.
-    dashboard: whether `ray job submit` works, at the URL of that name.
+    dashboard: whether `patternnet submit` works, at the URL of that name.
+    token: what the cluster asks of all that attach to it, 64 hexadecimal digits; none, if empty.
     Raises RuntimeError where a node does not start; Ray's own error is on stderr.
     """
 
-    def __init__(self, nodes: int = 2, cpus: int = 1, gpus: int = 0, dashboard: bool = False) -> None:
+    def __init__(self, nodes: int = 2, cpus: int = 1, gpus: int = 0, dashboard: bool = False, token: str = "") -> None:
         self.size, self.resources, self.with_dashboard = nodes, {"num_cpus": cpus, "num_gpus": gpus}, dashboard
+        # The mode explicitly, else Ray goes by what earlier runs left in the home directory.
+        access = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token} if token else {"RAY_AUTH_MODE": "disabled"}
+        self.settings = LOOPBACK | access
         self.nodes: dict[int, Node] = {}
         self.started = 0
         self.address = self.dashboard = ""
@@ -64,7 +68,7 @@ class LocalCluster:
             stdout=subprocess.PIPE,
             text=True,
             cwd=ROOT,
-            env={**os.environ, **SETTINGS, "RAY_USAGE_STATS_ENABLED": "0"},
+            env={**os.environ, **self.settings, "RAY_USAGE_STATS_ENABLED": "0", "PATH": PATH},
             start_new_session=True,
         )
         try:
@@ -82,11 +86,11 @@ class LocalCluster:
     @property
     def environment(self) -> dict[str, str]:
         """The variables with which a driver attaches to this cluster."""
-        return {**SETTINGS, "RAY_ADDRESS": self.address}
+        return {**self.settings, "RAY_ADDRESS": self.address}
 
-    def add_node(self) -> Node:
-        """Start a further node and wait until it has joined."""
-        return self.start({})
+    def add_node(self, **env: str) -> Node:
+        """Start a further node, with these variables in its environment, and wait until it has joined."""
+        return self.start({"env_vars": env})
 
     def kill_node(self, number: int) -> None:
         """Lose a node: SIGKILL its raylet, and wait until all of its processes have ended."""
@@ -144,12 +148,11 @@ def main(
 ) -> None:
     """Several Ray nodes on this machine, until Ctrl-C or SIGTERM."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with contextlib.suppress(KeyboardInterrupt), LocalCluster(nodes, cpus, gpus, dashboard=True) as cluster:
-        variables = " ".join(f"{name}={value}" for name, value in cluster.environment.items())
-        print(f"{nodes} nodes at {cluster.address}; Ctrl-C stops them. To run a job on them:")
-        print(f"  {variables} python -m ray_jobs fit …")
-        submit = f"RAY_AUTH_MODE=disabled ray job submit --address {cluster.dashboard} --working-dir ."
-        print(f"  {submit} -- python -m ray_jobs fit …", flush=True)
+    with contextlib.suppress(KeyboardInterrupt), LocalCluster(nodes, cpus, gpus, True, token_hex(32)) as cluster:
+        print(f"{nodes} nodes at {cluster.address}; Ctrl-C stops them. To run a job on them, in a shell with")
+        print("  export " + " ".join(f"{name}={value}" for name, value in cluster.environment.items()))
+        print("  patternnet fit …")
+        print(f"  patternnet submit --address {cluster.dashboard} fit …", flush=True)
         while True:
             signal.pause()
 

@@ -1,5 +1,6 @@
 """The words of the command line → values, and what it says."""
 
+import os
 from pathlib import Path
 
 from patterns import UserError
@@ -58,6 +59,17 @@ def assignments(listed: list[str]) -> dict[str, float]:
         except ValueError as error:
             raise UserError("--set", f"{text!r} sets nothing", "Write METHOD.SETTING=NUMBER.") from error
     return found
+
+
+def variables(listed: list[str]) -> tuple[tuple[str, str], ...]:
+    """Options of the form NAME=VALUE, or NAME for the value that it has here."""
+    found = {}
+    for text in listed:
+        name, given, value = text.partition("=")
+        if not name or (not given and name not in os.environ):
+            raise UserError("--env", f"{text!r} names no variable that has a value here", "Write NAME=VALUE or NAME.")
+        found[name] = value if given else os.environ[name]
+    return tuple(found.items())
 
 
 def words(listed: str) -> tuple[str, ...]:

@@ -4,10 +4,12 @@ Exit status: 0 done; 2 bad usage or input; 3 stopped short, nothing lost; 1 anyt
 """
 
 import logging
+import platform
 import signal
 import sys
 import warnings
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated
 
@@ -15,9 +17,10 @@ import typer
 
 from patterns import UserError
 from patterns.degradation import PATCH, REPLACEMENTS, STEPS
-from ray_jobs import commands
+from ray_jobs import commands, completion
 from ray_jobs.arguments import fitted, numbers, on_methods, place, say, words
 from ray_jobs.config import DegradeConfig, ExplainConfig, FitConfig, ModelConfig, QualityConfig, Resources
+from ray_jobs.examples import epilog
 from ray_jobs.options import (
     DEFAULT_FIT,
     DEFAULT_METHODS,
@@ -63,6 +66,32 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
 )
+
+
+@app.callback(invoke_without_command=True)
+def program(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", help="The versions of this program, Python, torch and Ray.")
+    ] = False,
+    show_completion: Annotated[
+        bool, typer.Option("--show-completion", help="Print what completes words in bash and zsh.")
+    ] = False,
+    install_completion: Annotated[
+        bool, typer.Option("--install-completion", help="Have your bash or zsh complete words from now on.")
+    ] = False,
+) -> None:
+    if version:
+        say(f"patternnet {metadata.version('patternnet-ray')}")
+        say(f"Python {platform.python_version()}, torch {metadata.version('torch')}, Ray {metadata.version('ray')}")
+    elif show_completion or install_completion:
+        text = completion.script(context.command)
+        say(f"completion: {completion.install(text)} brings it to new shells" if install_completion else text)
+    elif context.invoked_subcommand is None:
+        raise UserError("patternnet --", "no command follows", "See patternnet --help.")
+    else:
+        return
+    raise typer.Exit
 
 
 @app.command()
@@ -339,8 +368,12 @@ def reproduce(
 
 for command in commands.COMMANDS:
     app.command()(command)
+# What follows the command that is submitted are its options.
+app.command(context_settings={"allow_interspersed_args": False})(commands.submit)
 
-COMMANDS = {command.callback.__name__ for command in app.registered_commands if command.callback}
+COMMANDS = {command.callback.__name__: command for command in app.registered_commands if command.callback}
+for name, registered in COMMANDS.items():
+    registered.epilog = epilog(name)
 
 
 def main() -> None:
@@ -359,7 +392,7 @@ def exit_status(arguments: list[str]) -> int:
     for library in ("torch", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.ERROR)
     try:
-        app(arguments, prog_name="patternnet", standalone_mode=False)
+        return app(arguments, prog_name="patternnet", standalone_mode=False) or 0
     except UserError as error:
         return complain(str(error), 2)
     except StoppedShortError as error:
@@ -373,7 +406,6 @@ def exit_status(arguments: list[str]) -> int:
             command = f" {arguments[0]}" if arguments[0] in COMMANDS else ""
             return complain(f"{what.rstrip('.')}. See patternnet{command} --help.", 2)
         raise
-    return 0
 
 
 def complain(line: str, exit_status: int) -> int:

@@ -3,14 +3,14 @@
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from patterns import UserError
-from ray_jobs.arguments import beside, numbers, place, say, words
+from ray_jobs.arguments import beside, numbers, place, say, variables, words
 from ray_jobs.config import ModelConfig, Resources
 from ray_jobs.options import (
     DEFAULT_FIT,
@@ -31,7 +31,7 @@ from ray_jobs.options import (
     Std,
     Weights,
 )
-from ray_jobs.words import spoken_bytes
+from ray_jobs.words import duration, spoken_bytes
 
 
 def pack(
@@ -193,6 +193,43 @@ def show(
     for name, value in explained.said(rows[0]).items():
         say(f"{name:>40}  {value}")
     say(f"show: {path}")
+
+
+def submit(
+    context: typer.Context,
+    command: Annotated[list[str], typer.Argument(help="A command of this program with its options.")],
+    address: Annotated[
+        str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="The cluster's dashboard: http://HEAD:8265.")
+    ],
+    working_dir: Annotated[
+        str | None, typer.Option(help="A folder to send and run in; by default the cluster's own installation runs.")
+    ] = None,
+    pip: Annotated[list[str] | None, typer.Option(help="A package to install for the job. Repeatable.")] = None,
+    env: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE for the job, or NAME with the value it has here. Repeatable.")
+    ] = None,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow the log to the job's end.")] = True,
+    patience: Annotated[
+        float, typer.Option(parser=duration, help="Time for which the cluster may not answer, before it is given up.")
+    ] = 3600.0,
+) -> None:
+    """A command → a job of a cluster elsewhere, followed to its end, with its exit status."""
+    from ray_jobs.submit import Submission
+    from ray_jobs.submit import submit as run_submit
+
+    check_usage(context, command)
+    submission = Submission(tuple(command), working_dir, tuple(pip or ()), variables(env or []))
+    if status := run_submit(submission, address, wait, patience, say):
+        raise typer.Exit(status)
+
+
+def check_usage(context: typer.Context, command: list[str]) -> None:
+    """Complains of a command as it would itself, before anything is sent."""
+    program: Any = context.find_root().command
+    name, known, arguments = program.resolve_command(context, list(command))
+    if name == "submit":
+        raise UserError("submit", "it cannot submit itself", "Name another command.")
+    known.make_context(name, arguments, parent=context.find_root())
 
 
 COMMANDS = pack, plan, merge, status, solve, grid, report, show

@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import ray
+from ray.exceptions import AuthenticationError
 
 from patterns import UserError
+from ray_jobs.address import knock, no_answer, no_token, other_version
 from ray_jobs.config import Resources
 from ray_jobs.tasks import Here, InRay, Tasks
 
@@ -31,6 +33,8 @@ def connected(resources: Resources) -> Iterator[Tasks]:
         yield InRay()
         return
     address = resources.address or os.environ.get("RAY_ADDRESS")
+    if address:
+        knock(address)
     try:
         # A fresh local Ray even where another runs on this machine: `auto` would attach to a stranger's.
         ray.init(
@@ -39,10 +43,14 @@ def connected(resources: Resources) -> Iterator[Tasks]:
             log_to_driver=False,
             include_dashboard=None if address else False,
         )
+    except AuthenticationError as error:
+        raise no_token(address or "local") from error
     except (ConnectionError, ValueError) as error:
-        raise UserError(
-            f"--address {address}", "no Ray cluster answers there", "Check the address and RAY_AUTH_MODE."
-        ) from error
+        raise no_answer(address or "local") from error
+    except RuntimeError as error:
+        if "Version mismatch" not in str(error):
+            raise
+        raise other_version(address or "local", str(error)) from error
     try:
         yield InRay()
     finally:

@@ -1,94 +1,293 @@
-"""A real cluster: jobs submitted with `ray job submit`, as a user would."""
+"""Jobs of a cluster that asks for a token, sent as users send them, over a line that may break."""
 
 import json
 import os
+import secrets
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from ray.job_submission import JobSubmissionClient
 
+from cluster.local import ROOT, LocalCluster
+from ray_jobs.config import ExplainConfig
+from ray_jobs.explain import explain
+from ray_jobs.fit import fit
+from ray_jobs.session import Resources
 from tests.conftest import make_shards
+from tests.ray_jobs.runs import PREPARED, configured, same_patterns
 
-ROOT = Path(__file__).parents[2]
-RAY = [sys.executable, "-m", "ray.scripts.scripts"]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+PROGRAM = [sys.executable, "-m", "ray_jobs"]
+TOKEN = secrets.token_hex(32)
+# A shard that comes so late that much can happen to its job, and the file at which it does not wait any longer.
+LATE = "pipe:for i in $(seq 600); do [ -e {gate} ] && break; sleep 0.1; done; cat {shard}"
 
 
 @pytest.fixture(scope="module")
-def dashboard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The dashboard's address of a cluster started on loopback."""
-    temp = tmp_path_factory.mktemp("cluster")
-    port, ui, agent = free_port(), free_port(), free_port()  # another Ray's agent may hold the usual one
-    command = [*RAY, "start", "--head", "--block", "--num-cpus", "2", "--node-ip-address", "127.0.0.2"]
-    command += ["--port", str(port), "--dashboard-host", "127.0.0.1", "--dashboard-port", str(ui)]
-    command += ["--dashboard-agent-listen-port", str(agent)]
-    command += ["--temp-dir", f"/tmp/ray-{os.getpid()}-{port}", "--disable-usage-stats"]
-    with (temp / "log").open("w") as log:
-        head = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-    address = f"http://127.0.0.1:{ui}"
-    try:
-        wait_for_agent(address, head)
-        yield address
-    finally:
-        head.terminate()
-        head.wait(30)
+def cluster() -> Iterator[LocalCluster]:
+    with LocalCluster(nodes=2, cpus=1, dashboard=True, token=TOKEN) as cluster:
+        client = jobs_of(cluster)
+        deadline = time.monotonic() + 60
+        while True:  # the dashboard answers before there is an agent that takes jobs
+            try:
+                client.submit_job(entrypoint="true")
+            except RuntimeError:
+                assert time.monotonic() < deadline
+                time.sleep(0.5)
+            else:
+                break
+        yield cluster
 
 
-def wait_for_agent(address: str, head: subprocess.Popen[bytes]) -> None:
-    """Until the cluster takes jobs; its dashboard answers before there is an agent that does."""
+@pytest.fixture
+def shards(tmp_path: Path) -> list[str]:
+    return [str(path) for path in make_shards(tmp_path / "shards", 4, 4)]
+
+
+def jobs_of(cluster: LocalCluster) -> JobSubmissionClient:
+    return JobSubmissionClient(cluster.dashboard, headers={"Authorization": f"Bearer {TOKEN}"})
+
+
+def sent(cluster: LocalCluster) -> dict[str, str]:
+    """The status of each job that `patternnet submit` sent."""
+    jobs = jobs_of(cluster).list_jobs()
+    return {j.submission_id: j.status.value for j in jobs if (j.submission_id or "").startswith("patternnet-")}
+
+
+def submission(cluster: LocalCluster, *arguments: object, address: str = "", **env: str) -> subprocess.Popen[str]:
+    command = [*PROGRAM, "submit", "--address", address or cluster.dashboard, *map(str, arguments)]
+    env = {**os.environ, **cluster.environment, **env}
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=180)
+    return process.returncode, out, err
+
+
+def late_fit(spec: str, shard: str, folder: Path) -> list[str]:
+    """A fit that goes on as long as there is no file `gate` in a folder."""
+    prepared = [f"--{k.replace('_', '-')}={str(v).strip('()').replace(' ', '')}" for k, v in PREPARED.items()]
+    late = LATE.format(gate=folder / "gate", shard=shard)
+    return ["fit", "--model", spec, "--shards", late, "--allow-pipes", "--out", str(folder / "run"), *prepared]
+
+
+def until(holds: Callable[[], object]) -> None:
     deadline = time.monotonic() + 120
-    while True:
-        try:
-            JobSubmissionClient(address).submit_job(entrypoint="true")
-            return
-        except Exception:
-            if time.monotonic() > deadline or head.poll() is not None:
-                raise
-            time.sleep(0.5)
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
-def submit(dashboard: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [*RAY, "job", "submit", "--address", dashboard, "--working-dir", str(ROOT)]
-    command += ["--runtime-env-json", json.dumps({"excludes": [".venv", "demo-run", "docs", "tests", ".git"]})]
-    command += ["--", sys.executable, "-m", "ray_jobs", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
+def at_work(run: Path) -> bool:
+    """Whether a fit's driver has begun."""
+    return (run / "progress.json").exists()
 
 
-def test_fit_and_explain_run_as_submitted_jobs(dashboard: str, model_spec: str, tmp_path: Path) -> None:
-    make_shards(tmp_path / "shards", 4, 4)
+class Line:
+    """A line to a server that can be cut: connections are passed on, or closed while it is."""
+
+    def __init__(self, to: str) -> None:
+        host, _, port = to.removeprefix("http://").partition(":")
+        self.to, self.cut, self.open = (host, int(port)), False, set[socket.socket]()
+        self.server = socket.create_server(("127.0.0.1", 0))
+        self.address = f"http://127.0.0.1:{self.server.getsockname()[1]}"
+        self.taken = 0
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self) -> None:
+        while True:
+            near, _ = self.server.accept()
+            if self.cut:
+                near.close()
+                continue
+            self.taken += 1
+            far = socket.create_connection(self.to)
+            self.open |= {near, far}
+            for source, sink in ((near, far), (far, near)):
+                threading.Thread(target=self.pass_on, args=(source, sink), daemon=True).start()
+
+    def pass_on(self, source: socket.socket, sink: socket.socket) -> None:
+        with suppress(OSError):  # as happens when it is cut
+            while data := source.recv(65536):
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+
+    def break_(self) -> None:
+        self.cut = True
+        for end in self.open:
+            with suppress(OSError):  # it has ended by itself
+                end.shutdown(socket.SHUT_RDWR)
+
+
+def test_a_cluster_with_a_token_gives_the_patterns_and_maps_of_this_process(
+    cluster: LocalCluster, model_spec: str, shards: list[str], tmp_path: Path
+) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    config = configured(model_spec, shards, here)
+    fit(config, Resources(workers=0))
+    methods = ExplainConfig(config.model, str(here), tuple(shards), str(here))
+    explain(methods, Resources(workers=0))
+
     prepared = ["--image-size", "16", "--resize", "16", "--mean", "0.5,0.5,0.5", "--std", "0.25,0.25,0.25"]
-    shards = ["--shards", f"{tmp_path}/shards/train-{{000..003}}.tar"]
-    out = tmp_path / "run"
-    fitted = submit(dashboard, "fit", "--model", model_spec, *shards, "--out", str(out), "--workers", "2", *prepared)
+    given = ["--shards", f"{tmp_path}/shards/train-{{000..003}}.tar", "--batch-size", "4", "--workers", "2"]
+    excludes = json.dumps({"excludes": [".venv", "demo-run", "docs", "tests", ".git"]})
+    rays = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address", cluster.dashboard]
+    rays += ["--working-dir", str(ROOT), "--runtime-env-json", excludes, "--", *PROGRAM]
+    fitted = subprocess.run(
+        [*rays, "fit", "--model", model_spec, *given, "--out", str(there), *prepared],
+        env={**os.environ, **cluster.environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
     assert fitted.returncode == 0, fitted.stdout + fitted.stderr
     assert "fit: 16 samples of 4 shards, 0 refused" in fitted.stdout
-    explained = submit(dashboard, "explain", "--patterns", str(out), *shards, "--workers", "2")
-    assert explained.returncode == 0, explained.stdout + explained.stderr
-    assert len(list((out / "explanations").glob("*.tar"))) == 4
-    manifest = json.loads((out / "manifest.json").read_text())
-    assert manifest["fit"]["status"] == manifest["explain"]["status"] == "complete"
-    statuses = [j.status for j in JobSubmissionClient(dashboard).list_jobs() if j.submission_id]
-    assert sorted(statuses)[-2:] == ["SUCCEEDED", "SUCCEEDED"]
+    same_patterns(here, there)
+
+    status, out, err = ended(submission(cluster, "explain", "--patterns", there, *given))
+    assert status == 0, out + err
+    assert "explain: 16 samples, 0 refused" in out
+    for mine in sorted((here / "explanations").glob("*.tar")):
+        assert mine.read_bytes() == (there / "explanations" / mine.name).read_bytes()
 
 
-def test_a_job_with_bad_input_fails_with_its_reason_and_status(dashboard: str, model_spec: str, tmp_path: Path) -> None:
-    before = {j.submission_id for j in JobSubmissionClient(dashboard).list_jobs()}
-    none = str(tmp_path / "none.tar")
-    submit(dashboard, "fit", "--model", model_spec, "--shards", none, "--out", str(tmp_path / "run"))
-    client = JobSubmissionClient(dashboard)
-    (job,) = [j for j in client.list_jobs() if j.submission_id not in before]
-    assert job.status == "FAILED"
-    assert job.driver_exit_code == 2
-    log = client.get_job_logs(str(job.submission_id))
-    assert f"patternnet: {none}: no such shard. Check --shards" in log
-    assert "Traceback" not in log
+def test_the_programs_own_exit_status_and_reason_are_handed_on(
+    cluster: LocalCluster, model_spec: str, tmp_path: Path
+) -> None:
+    none = f"{tmp_path}/none.tar"
+    status, out, _ = ended(
+        submission(cluster, "fit", "--model", model_spec, "--shards", none, "--out", tmp_path / "run")
+    )
+    assert status == 2
+    assert f"patternnet: {none}: no such shard. Check --shards" in out
+    assert "Traceback" not in out
+
+
+@pytest.mark.parametrize(
+    ("env", "how"),
+    [
+        ({"RAY_AUTH_MODE": "disabled"}, "RAY_AUTH_MODE is not token here, so none is sent"),
+        ({"RAY_AUTH_TOKEN": "f" * 64}, "the one given here is another"),
+        ({"RAY_AUTH_TOKEN": ""}, "none is given here"),
+    ],
+    ids=["unsent", "wrong", "missing"],
+)
+@pytest.mark.parametrize("way", ["submitted", "attached"])
+def test_without_its_token_a_cluster_takes_no_job(
+    cluster: LocalCluster, shards: list[str], tmp_path: Path, env: dict[str, str], how: str, way: str
+) -> None:
+    env = {"HOME": str(tmp_path), **env}
+    command = ["fit", "--model", "torchvision:alexnet", "--shards", shards[0], "--out", str(tmp_path / "run")]
+    before = sent(cluster)
+    if way == "submitted":
+        status, _, err = ended(submission(cluster, *command, **env))
+        address = cluster.dashboard
+    else:
+        done = subprocess.run(
+            [*PROGRAM, *command, "--weights", "random"],
+            env={**os.environ, **cluster.environment, **env},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+        status, err, address = done.returncode, done.stderr, cluster.address
+    assert status == 2, err
+    remedy = "Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH."
+    assert err == f"patternnet: --address {address}: the cluster asks for a token, and {how}. {remedy}\n"
+    assert sent(cluster) == before
+    assert not (tmp_path / "run" / "moments").exists()
+
+
+def test_a_broken_line_loses_nothing_of_the_log_and_the_same_command_finds_its_job(
+    cluster: LocalCluster, model_spec: str, shards: list[str], tmp_path: Path
+) -> None:
+    before, line = sent(cluster), Line(cluster.dashboard)
+    command = late_fit(model_spec, shards[0], tmp_path)
+    first = submission(cluster, "--patience", "5m", *command, address=line.address)
+    until(lambda: at_work(tmp_path / "run"))
+    second = submission(cluster, *command)
+    assert second.stdout is not None
+    assert "found at work" in second.stdout.readline()
+
+    until(lambda: line.taken > 3)  # its log is being followed
+    line.break_()
+    assert first.stdout is not None
+    said = []
+    while "does not answer" not in (heard := first.stdout.readline()):
+        said.append(heard)
+    line.cut = False
+    (tmp_path / "gate").touch()
+    for process, lines in ((first, said), (second, [])):
+        status, out, err = ended(process)
+        assert status == 0, out + err
+        log = "".join(lines) + out
+        assert log.count("fit: 4 samples of 1 shards, 0 refused") == 1
+        (name,) = sent(cluster).keys() - before.keys()
+        own = jobs_of(cluster).get_job_logs(name)
+        assert log.endswith(own)
+        assert log.count(own) == 1
+
+
+def test_a_submission_that_is_left_goes_on_and_a_job_that_is_stopped_says_so(
+    cluster: LocalCluster, model_spec: str, shards: list[str], tmp_path: Path
+) -> None:
+    before, command = sent(cluster), late_fit(model_spec, shards[0], tmp_path)
+    left = submission(cluster, *command)
+    until(lambda: at_work(tmp_path / "run"))
+    left.send_signal(signal.SIGINT)
+    status, _, err = ended(left)
+    (name,) = sent(cluster).keys() - before.keys()
+    assert status == 3
+    assert f"{name} goes on without this command; the same command follows it again" in err
+    assert sent(cluster)[name] == "RUNNING"
+
+    follower = submission(cluster, *command)
+    assert follower.stdout is not None
+    assert follower.stdout.readline().startswith(f"{name}: found at work")
+    jobs_of(cluster).stop_job(name)
+    status, _, err = ended(follower)
+    assert status == 3
+    assert f"patternnet: {name} was stopped; the same command goes on" in err
+
+    (tmp_path / "gate").touch()
+    status, out, err = ended(submission(cluster, *command))
+    assert status == 0, out + err
+    assert f"{name[:-2]}-2: sent" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["fit"], "Missing option '--model'"),
+        (["fitt"], "No such command 'fitt'"),
+        (["submit", "status", "run"], "submit: it cannot submit itself"),
+        (["--working-dir", "none", "status", "run"], "--working-dir none: no such folder"),
+        (["--env", "NOT_SET_ANYWHERE", "status", "run"], "names no variable that has a value here"),
+        (["status", "run"], "--address http://127.0.0.1:1: no Ray cluster answers there"),
+        (["--address", "127.0.0.1:8265", "status", "run"], "not a dashboard's address. Write http://HOST:8265"),
+    ],
+)
+def test_what_cannot_be_sent_is_said_before_anything_is(
+    complaint: Callable[..., str], arguments: list[str], reason: str
+) -> None:
+    assert reason in complaint("submit", "--address", "http://127.0.0.1:1", *arguments)
+
+
+def test_variables_and_the_working_folder_reach_the_job(cluster: LocalCluster, tmp_path: Path) -> None:
+    """A model file that is only in the folder sent, and fails with what it finds in a variable."""
+    (tmp_path / "mine.py").write_text("import os\n\ndef model():\n    raise RuntimeError(os.environ['GREETING'])\n")
+    sending = ["--working-dir", tmp_path, "--env", "GREETING=hello"]
+    status, out, err = ended(submission(cluster, *sending, "plan", "--model", "mine.py:model"))
+    assert status == 1, out + err
+    assert "RuntimeError: hello" in out
+    assert not err
