@@ -46,8 +46,8 @@ def keep() -> None:
 
 def add_node(cluster: Cluster, resources: dict[str, Any]) -> dict[str, Any]:
     """Start a node and wait until it has joined. Gives what its owner needs to know of it."""
-    # Any free port for its agent: another Ray of this machine may hold the usual one.
-    options = {**resources, "dashboard_agent_listen_port": 0}
+    # Any free ports: another Ray of this machine may hold the usual ones.
+    options = {**resources, "dashboard_agent_listen_port": 0, "dashboard_port": None}
     if cluster.head_node is None:
         options["_system_config"] = QUICK_HEALTH_CHECKS
     node = cluster.add_node(**options)

@@ -75,6 +75,7 @@ class ShardJob:
                 self.reporter.close()
                 self.beat.told = self.reporter.told()
         self.judge(outcome)
+        self.show()  # that nothing is left
 
     def judge(self, outcome: pool.Outcome) -> None:
         """Go on without what is missing, or say why not."""
@@ -148,7 +149,10 @@ class ShardJob:
         more = told.samples - work.shard_samples
         self.reporter.counts.samples += more
         work.samples += more
-        work.waited += told.waited - work.shard_waited
+        waited = told.waited - work.shard_waited
+        work.waited += waited
+        self.count("samples", more, work.name)  # at once, or a job of long shards would look stalled
+        self.count("waiting_seconds", waited, work.name)
         work.shard_samples, work.shard_waited = told.samples, told.waited
 
     def worked(self, item: str, told: ShardReport) -> None:
@@ -156,8 +160,7 @@ class ShardJob:
         work.shard = None
         self.reporter.counts.shards += 1
         self.reporter.counts.refused += told.refused
-        for name, value in (("samples", told.samples), ("refused", told.refused), ("batches", told.batches),
-                            ("waiting_seconds", told.waited), ("shards", 1)):  # fmt: skip
+        for name, value in (("refused", told.refused), ("batches", told.batches), ("shards", 1)):
             self.count(name, value, work.name)
 
     def failed(self, item: str, error: Exception) -> None:
@@ -176,9 +179,17 @@ class ShardJob:
     def count(self, name: str, value: float, worker: str = "") -> None:
         metrics.count(name, value, self.folder, self.name, worker)
 
+    def show(self) -> None:
+        """Tell Prometheus how far the job is: again and again, for Ray forgets a gauge 20 s after it was set."""
+        counts = self.reporter.counts
+        left = 0 if self.enough else self.reporter.total - counts.shards - len(self.missing)
+        for name, value in (("shards_left", left), ("workers", len(self.reporter.workers))):
+            metrics.show(name, value, self.folder, self.name)
+
     def tick(self) -> None:
         """Show how far the job is; not at every word of every worker, which may be thousands."""
         if time.monotonic() - self.ticked > SHOW_EVERY:
             self.reporter.tick()
             self.beat.told = self.reporter.told()
+            self.show()
             self.ticked = time.monotonic()

@@ -1,0 +1,325 @@
+"""What watches jobs on a cluster: Prometheus takes it, it names what is exported, and it tells of trouble only."""
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+from urllib.parse import urlencode
+from urllib.request import urlopen
+
+import pytest
+import ray
+import yaml
+from ray.dashboard.modules.reporter.reporter_agent import METRICS_GAUGES
+
+from cluster.local import ROOT, LocalCluster
+from ray_jobs.config import Resources
+from ray_jobs.fit import fit
+from ray_jobs.metrics import GAUGES, METRICS
+from tests.conftest import make_shards, write_tar
+from tests.ray_jobs.runs import configured
+
+FOLDER, CASES = Path("cluster/monitoring"), Path("tests/cluster/monitoring/rules_test.yml")
+DISCOVERY = "http://127.0.0.1:8265/api/prometheus/sd"
+JOBS = {f"ray_patternnet_{name}_total" for name in METRICS} | {f"ray_patternnet_{name}" for name in GAUGES}
+# Of nodes with a GPU alone, which need not be at hand.
+GPUS = {f"ray_{name}" for name in METRICS_GAUGES if name.startswith(("node_gpu", "node_gram"))}
+WORDS = {"and", "or", "unless", "by", "without", "on", "ignoring", "group_left", "group_right", "offset", "bool"}
+
+needs_prometheus = pytest.mark.skipif(
+    shutil.which("promtool") is None or shutil.which("prometheus") is None,
+    reason="no Prometheus here: apt-get install prometheus",
+)
+
+
+def rules(root: Path) -> list[dict[str, Any]]:
+    """All rules, recording and alerting."""
+    groups = yaml.safe_load((root / FOLDER / "rules.yml").read_text())["groups"]
+    return [rule for group in groups for rule in group["rules"]]
+
+
+def dashboard(root: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((root / FOLDER / "dashboard.json").read_text())
+    return loaded
+
+
+def shown(root: Path) -> list[str]:
+    """The dashboard's expressions as Grafana sends them, of every run and job."""
+    raw = [target["expr"] for panel in dashboard(root)["panels"] for target in panel.get("targets", [])]
+    return [
+        expr.replace("$run", ".*").replace("$job", ".*").replace("$__rate_interval", "1m")  # as of 15 s between scrapes
+        for expr in raw
+    ]
+
+
+def metrics_of(expression: str) -> set[str]:
+    """The metrics that an expression names."""
+    bare = re.sub(r'"[^"]*"|\{[^}]*\}|\[[^\]]*\]|\b(by|on|without|ignoring)\s*\([^)]*\)', " ", expression)
+    return set(re.findall(r"\b[a-z_][\w:]*\b(?!\s*\()", bare, re.IGNORECASE)) - WORDS
+
+
+def unknown_metrics(root: Path, exported: set[str]) -> set[str]:
+    """What rules and dashboard name that neither a job, nor Ray, nor a recording rule provides."""
+    recorded = {rule["record"] for rule in rules(root) if "record" in rule}
+    asked = [target["query"]["query"] for target in dashboard(root)["templating"]["list"] if target["type"] == "query"]
+    variables = {name for query in asked for name in re.findall(r"label_values\((\w+)", query)}
+    named = set().union(*(metrics_of(rule["expr"]) for rule in rules(root)), *map(metrics_of, shown(root)), variables)
+    return named - recorded - JOBS - GPUS - exported
+
+
+def unknown_fields(root: Path) -> list[str]:
+    """The dashboard's fields that Grafana's own models do not keep when they read and write it."""
+    pytest.importorskip("grafana_foundation_sdk", reason="needs grafana-foundation-sdk: Grafana's schema")
+    from grafana_foundation_sdk.cog.encoder import JSONEncoder
+    from grafana_foundation_sdk.cog.plugins import register_default_plugins
+    from grafana_foundation_sdk.models.dashboard import Dashboard
+
+    def dropped(given: Any, kept: Any, at: str) -> Iterator[str]:
+        if isinstance(given, dict) and isinstance(kept, dict):
+            for key, value in given.items():
+                yield from dropped(value, kept.get(key), f"{at}.{key}")
+        elif isinstance(given, list) and isinstance(kept, list):
+            for number, (one, other) in enumerate(zip(given, kept, strict=True)):
+                yield from dropped(one, other, f"{at}[{number}]")
+        elif given != kept:
+            yield at
+
+    register_default_plugins()
+    given = dashboard(root)
+    return list(dropped(given, json.loads(JSONEncoder().encode(Dashboard.from_json(given))), ""))
+
+
+def promtool(*arguments: str | Path) -> str:
+    """What promtool complains of; nothing where it is content."""
+    done = subprocess.run(["promtool", *map(str, arguments)], capture_output=True, text=True)
+    return "" if done.returncode == 0 else done.stdout + done.stderr
+
+
+def refused_by_prometheus(root: Path, scratch: Path) -> str:
+    """What Prometheus refuses of the configuration, the rules, and the dashboard's expressions."""
+    made = [{"record": "shown", "expr": expr} for expr in shown(root)]
+    (scratch / "shown.yml").write_text(yaml.safe_dump({"groups": [{"name": "shown", "rules": made}]}))
+    return promtool("check", "config", root / FOLDER / "prometheus.yml") + promtool(
+        "check", "rules", scratch / "shown.yml"
+    )
+
+
+def wrong_alerts(root: Path) -> str:
+    """Where the alerts do not say of the known cases what they should."""
+    return promtool("test", "rules", root / CASES)
+
+
+@pytest.fixture(scope="module")
+def page(
+    local_ray: None, model_spec: str, shards: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, float]:
+    """What a real node exports, by name and labels, after a fit that went on without one of its three shards."""
+    folder = tmp_path_factory.mktemp("watched")
+    bad = write_tar(folder / "bad.tar", [{"__key__": "cut", "jpg": b"\xff\xd8\xff\xe0 no more"}])
+    (folder / "cut.tar").write_bytes(Path(shards[0]).read_bytes()[:3000])
+    given = [f"{folder}/cut.tar", shards[0], str(bad)]  # what comes before a failure is worked on again
+    fit(configured(model_spec, given, folder / "run"), Resources(workers=0, retries=0, max_bad_shards=1))
+    (node,) = ray.nodes()
+    address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    seen: dict[str, float] = {}
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with urlopen(address) as answer:
+            lines = answer.read().decode().splitlines()
+        seen |= {name: float(value) for name, _, value in (x.rpartition(" ") for x in lines if x.startswith("ray_"))}
+        if len(of_run(seen)) == 8 and {"ray_node_cpu_utilization", "ray_object_store_used_memory"} <= names(seen):
+            break
+        time.sleep(1)
+    return seen
+
+
+def names(page: dict[str, float]) -> set[str]:
+    return {series.partition("{")[0] for series in page}
+
+
+def of_run(page: dict[str, float]) -> dict[str, float]:
+    """A run's own metrics, but not how long it waited, which may be nothing."""
+    own = {series: value for series, value in page.items() if "/watched0/run" in series and "waiting" not in series}
+    return {series.partition("{")[0].removeprefix("ray_patternnet_"): value for series, value in own.items()}
+
+
+@needs_prometheus
+def test_prometheus_takes_configuration_rules_and_expressions(tmp_path: Path) -> None:
+    assert refused_by_prometheus(ROOT, tmp_path) == ""
+
+
+@needs_prometheus
+def test_alerts_tell_of_jobs_in_trouble_and_of_no_healthy_or_finished_one() -> None:
+    assert wrong_alerts(ROOT) == ""
+    alerts = {rule["alert"] for rule in rules(ROOT) if "alert" in rule}
+    assert alerts == set(re.findall(r'alertname="(\w+)"', (ROOT / CASES).read_text()))
+
+
+def test_every_alert_says_what_it_is_how_bad_and_what_to_do() -> None:
+    for rule in rules(ROOT):
+        if "alert" in rule:
+            assert set(rule["annotations"]) == {"summary", "description", "runbook"}
+            assert rule["labels"]["severity"] in ("warning", "critical")
+            section = re.findall(r'See docs/operations.md, "([^"]*)".$', rule["annotations"]["description"])
+            assert rule["annotations"]["runbook"] == f"docs/operations.md#{section[0].lower().replace(' ', '-')}"
+
+
+def test_every_metric_that_is_asked_for_is_exported(page: dict[str, float]) -> None:
+    assert unknown_metrics(ROOT, names(page)) == set()
+
+
+def test_a_job_that_goes_on_without_a_shard_has_none_left_at_last(page: dict[str, float]) -> None:
+    done = {"samples_total": 6, "refused_total": 1, "shards_total": 2, "failures_total": 1}
+    assert of_run(page).items() >= (done | {"shards_left": 0, "workers": 1}).items()
+
+
+def test_grafana_keeps_every_field_of_the_dashboard() -> None:
+    assert unknown_fields(ROOT) == []
+
+
+@needs_prometheus
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [
+        ("rules.yml", "ray_patternnet_lost_workers_total", "ray_patternnet_lost_worker_total"),
+        ("rules.yml", "increase(run_job:patternnet_failures:sum", "increase(run_job:patternnet_failure:sum"),
+        ("rules.yml", "max by (run, job) (last", "max by run, job (last"),
+        ("rules.yml", "max > 0 unless increase(run_job:patternnet_samples:sum[5m]) > 0", "max > 0"),
+        ("rules.yml", "shards_left:max > 0 unless incr", "shards_left:max >= 0 unless incr"),
+        ("rules.yml", "(ray_patternnet_failures_total) or 0 * run_job:patternnet_shards_left:max",
+         "(ray_patternnet_failures_total)"),
+        ("rules.yml", "[1h]) > 0 unless run_job:patternnet_shards_left:max", "[1h]) > 0"),
+        ("rules.yml", "share10m > 0.5", "share10m > 0.1"),
+        ("prometheus.yml", "honor_labels", "honour_labels"),
+        ("dashboard.json", "ray_node_gram_used", "ray_node_gpu_ram_used"),
+        ("dashboard.json", "ray_node_mem_total", "ray_node_memory_total"),
+        ("dashboard.json", "rate(ray_patternnet_samples_total", "rate(ray_patternnet_samples"),
+        ("dashboard.json", "sum by (worker) (rate(", "sum by worker (rate("),
+        ("dashboard.json", "legendFormat", "legend"),
+        ("dashboard.json", "fillOpacity", "fill"),
+    ],
+)  # fmt: skip
+def test_a_broken_copy_is_found(page: dict[str, float], tmp_path: Path, file: str, old: str, new: str) -> None:
+    shutil.copytree(ROOT / FOLDER, tmp_path / FOLDER)
+    (tmp_path / CASES).parent.mkdir(parents=True)
+    shutil.copy(ROOT / CASES, tmp_path / CASES)
+    text = (tmp_path / FOLDER / file).read_text()
+    assert old in text
+    (tmp_path / FOLDER / file).write_text(text.replace(old, new))
+    assert (
+        unknown_metrics(tmp_path, names(page))
+        or unknown_fields(tmp_path)
+        or refused_by_prometheus(tmp_path, tmp_path)
+        or wrong_alerts(tmp_path)
+    )
+
+
+class Prometheus:
+    """A real one on loopback, of a folder with its configuration; its data go there too."""
+
+    def __init__(self, folder: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.address = f"127.0.0.1:{free.getsockname()[1]}"
+        self.process = subprocess.Popen(
+            [
+                "prometheus",
+                f"--config.file={folder}/prometheus.yml",
+                f"--storage.tsdb.path={folder}/data",
+                f"--web.listen-address={self.address}",
+            ],
+            stdout=subprocess.DEVNULL,
+            stderr=(folder / "log").open("w"),
+        )
+
+    def get(self, path: str, **query: object) -> Any:
+        """What its API answers; HTTPError where it refuses."""
+        with urlopen(f"http://{self.address}/api/v1/{path}?{urlencode(query)}") as answer:
+            return json.load(answer)["data"]
+
+    def ever(self, expression: str, since: float) -> list[Any]:
+        """The series of an expression with values at any time since then."""
+        times = {"start": since, "end": time.time(), "step": 5}
+        found: list[Any] = self.get("query_range", query=expression, **times)["result"]
+        return found
+
+    def close(self) -> None:
+        self.process.terminate()
+        self.process.wait(30)
+
+
+def wait_for_healthy_nodes(prometheus: Prometheus, nodes: int) -> None:
+    """Until the metrics of so many Ray nodes were read."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with contextlib.suppress(URLError):
+            if len(prometheus.get("query", query="ray_node_cpu_count")["result"]) == nodes:
+                return
+        time.sleep(1)
+    raise TimeoutError(f"Prometheus does not see {nodes} nodes: {prometheus.get('targets')}")
+
+
+@needs_prometheus
+@pytest.mark.slow
+def test_prometheus_finds_a_clusters_nodes_and_sees_all_of_a_job_on_them_and_no_alert_once_it_is_done(
+    model_spec: str, tmp_path: Path
+) -> None:
+    shards = make_shards(tmp_path / "shards", 40, 100)
+    write_tar(tmp_path / "shards" / "train-990.tar", [{"__key__": "cut", "jpg": b"\xff\xd8\xff\xe0 no more"}])
+    (tmp_path / "shards" / "train-991.tar").write_bytes(Path(shards[0]).read_bytes()[:3000])
+    token = secrets.token_hex(32)
+    watching = tmp_path / "monitoring"
+    shutil.copytree(ROOT / FOLDER, watching)
+    (watching / "ray-token").write_text(token)
+    command = [sys.executable, "-m", "ray_jobs", "fit", "--model", model_spec, "--out", f"{tmp_path}/run"]
+    command += ["--shards", f"{tmp_path}/shards/*.tar", "--batch-size", "4", "--max-bad-shards", "1", "--retries", "1"]
+    command += ["--image-size", "128", "--resize", "128", "--mean", "0.5,0.5,0.5", "--std", "0.25,0.25,0.25"]
+    with contextlib.ExitStack() as stack:
+        cluster = stack.enter_context(LocalCluster(nodes=2, cpus=1, dashboard=True, token=token))
+        config = (watching / "prometheus.yml").read_text()
+        assert DISCOVERY in config
+        at = f"{cluster.dashboard}/api/prometheus/sd"
+        (watching / "prometheus.yml").write_text(config.replace(DISCOVERY, at))
+        prometheus = Prometheus(watching)
+        stack.callback(prometheus.close)
+        wait_for_healthy_nodes(prometheus, 2)
+        begun = time.time()
+        env = {**os.environ, **cluster.environment, "OMP_NUM_THREADS": "1"}
+        job = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
+        while not (working := [p for p in cluster.workers() if "GatherWorker.work" in p.title]):
+            assert job.poll() is None, job.communicate()
+            time.sleep(0.5)
+        os.kill(working[0].pid, signal.SIGKILL)
+        _, said = job.communicate(timeout=240)
+        assert job.returncode == 0, said
+        time.sleep(30)  # two rounds of scraping after its end
+        took = time.time() - begun
+
+        found = {expression: prometheus.ever(expression, begun) for expression in shown(ROOT)}
+        empty = {expression for expression, series in found.items() if not series}
+        assert not {expression for expression in empty if not metrics_of(expression) & GPUS}, took
+        for rule in rules(ROOT):
+            series = prometheus.ever(rule["expr"], begun)
+            assert series or "alert" in rule, rule["record"]
+            assert all(s["metric"]["job"] == "fit" for s in series), series
+            assert all(s["metric"]["run"] == f"{tmp_path}/run" for s in series), series
+
+        last = prometheus.get("query", query="last_over_time(run_job:patternnet_shards_left:max[5m])")["result"]
+        assert [series["value"][1] for series in last] == ["0"], said
+        (seen,) = prometheus.get("query", query="run_job:patternnet_samples:sum")["result"]
+        counted = json.loads((tmp_path / "run" / "manifest.json").read_text())["fit"]["samples"]
+        assert float(seen["value"][1]) >= counted == 4000
+        assert prometheus.get("alerts")["alerts"] == []
+        states = [r["health"] for group in prometheus.get("rules")["groups"] for r in group["rules"]]
+        assert set(states) == {"ok"}
