@@ -88,9 +88,12 @@ class LocalCluster:
         """The variables with which a driver attaches to this cluster."""
         return {**self.settings, "RAY_ADDRESS": self.address}
 
-    def add_node(self, **env: str) -> Node:
-        """Start a further node, with these variables in its environment, and wait until it has joined."""
-        return self.start({"env_vars": env})
+    def add_node(self, env: dict[str, str] | None = None, **resources: int) -> Node:
+        """Start a further node and wait until it has joined.
+
+        env: variables that its workers have beside this process's.  resources: num_cpus, num_gpus; else as the others.
+        """
+        return self.start({"env_vars": env or {}, **resources})
 
     def kill_node(self, number: int) -> None:
         """Lose a node: SIGKILL its raylet, and wait until all of its processes have ended."""

@@ -15,6 +15,7 @@ from ray_jobs.config import ModelConfig, Resources
 from ray_jobs.options import (
     DEFAULT_FIT,
     Address,
+    AllowPipes,
     BatchSize,
     Classes,
     Estimators,
@@ -195,6 +196,36 @@ def show(
     say(f"show: {path}")
 
 
+def doctor(
+    shards: Annotated[list[str] | None, typer.Option(help="What a job will read, as its --shards. Repeatable.")] = None,
+    out: Annotated[str | None, typer.Option(help="Where it will write, as its --out.")] = None,
+    gpus_per_worker: Annotated[
+        float | None, typer.Option(min=0, help="GPUs of a worker; else 1 where the cluster has any.")
+    ] = None,
+    cpus_per_worker: Annotated[float, typer.Option(min=0, help="CPUs of a worker.")] = Resources.cpus_per_worker,
+    patience: Annotated[float, typer.Option(parser=duration, help="Time that a node may take.")] = 120.0,
+    allow_pipes: AllowPipes = False,
+    address: Address = None,
+) -> None:
+    """Whether a cluster is fit for a long run, looked at from every node, and what to mend."""
+    from ray_jobs.doctor import examine
+    from ray_jobs.sources import list_shards
+
+    resources = Resources(gpus_per_worker=gpus_per_worker, cpus_per_worker=cpus_per_worker, address=address)
+    listed = list_shards(shards, allow_pipes) if shards else ()
+    found = examine(resources, listed, place(out) if out else None, patience)
+    table = Table("node", "host", "CPUs", "GPUs", "memory free", "disk free", "source", "code", box=None)
+    for node in found.nodes:
+        table.add_row(*node.spoken())
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    say(f"{len(found.nodes)} nodes, with room for {found.workers} workers; {len(listed)} shards looked at")
+    for trouble in found.troubles:
+        say(f"  {trouble}")
+    if found.troubles:
+        raise UserError("doctor", f"{len(found.troubles)} things to mend before a long run", "They are listed above.")
+    say("doctor: nothing to mend")
+
+
 def submit(
     context: typer.Context,
     command: Annotated[list[str], typer.Argument(help="A command of this program with its options.")],
@@ -232,4 +263,4 @@ def check_usage(context: typer.Context, command: list[str]) -> None:
     known.make_context(name, arguments, parent=context.find_root())
 
 
-COMMANDS = pack, plan, merge, status, solve, grid, report, show
+COMMANDS = pack, plan, merge, status, solve, grid, report, show, doctor

@@ -65,6 +65,11 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "patternnet report runs/vgg16 runs/resnet50 --samples 50 --out both.html",
     ),
     "show": ("patternnet show runs/vgg16 cat-1 --out cat.png",),
+    "doctor": (
+        "patternnet doctor",
+        "patternnet doctor --shards '/data/train-{0000..1023}.tar' --out /data/runs",
+        "patternnet doctor --address HEAD:6379 --cpus-per-worker 4 --out s3://bucket",
+    ),
     "submit": (
         "patternnet submit --address http://HEAD:8265 fit \\\n"
         "    --model torchvision:vgg16 --shards '/data/train-{0000..1023}.tar' \\\n"

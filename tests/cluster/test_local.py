@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -121,11 +122,12 @@ def test_the_command_says_how_to_use_the_cluster_and_stops_it_on(number: signal.
     command = [sys.executable, "-m", "cluster.local", "--nodes", "1", "--cpus", "1"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as owner:
         assert owner.stdout is not None
-        said = [owner.stdout.readline() for _ in range(3)]
+        said = [owner.stdout.readline() for _ in range(4)]
         (keeper,) = [p for p in processes() if p.parent == owner.pid]
         owner.send_signal(number)
         assert owner.wait(30) == 0
     assert not of_session(keeper.session)
     assert said[0].startswith("1 nodes at 127.0.0.1:")
-    assert "RAY_ADDRESS=127.0.0.1:" in said[1]
-    assert "ray job submit --address http://127.0.0.1:" in said[2]
+    assert re.search(r"export RAY_\S+ RAY_AUTH_MODE=token RAY_AUTH_TOKEN=[0-9a-f]{64} RAY_ADDRESS=127.0.0.1:\d+$", said[1])
+    assert "patternnet fit" in said[2]
+    assert re.search(r"patternnet submit --address http://127.0.0.1:\d+ fit", said[3])
