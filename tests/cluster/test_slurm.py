@@ -1,0 +1,127 @@
+"""The Slurm script, on a real Slurm: three tasks, each a node of Ray."""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster.local import ROOT
+from cluster.processes import processes
+from ray_jobs.config import ExplainConfig, Resources
+from ray_jobs.explain import explain
+from ray_jobs.fit import fit
+from tests.cluster.slurm import Slurm, missing
+from tests.conftest import make_shards
+from tests.ray_jobs.runs import configured, same_patterns
+
+SCRIPT = ROOT / "cluster" / "slurm" / "patternnet.sbatch"
+PREPARED = ["--image-size", "16", "--resize", "16", "--mean", "0.5,0.5,0.5", "--std", "0.25,0.25,0.25"]
+# A shard that comes so late that much can happen to its job, and the file at which it does not wait any longer.
+LATE = "pipe:for i in $(seq 600); do [ -e {gate} ] && break; sleep 0.1; done; cat {shard}"
+
+pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
+
+
+@pytest.fixture(scope="module")
+def slurm() -> Iterator[Slurm]:
+    folder = Path(tempfile.mkdtemp(prefix="slurm-"))
+    try:
+        with Slurm(folder) as slurm:
+            slurm.environment["PATTERNNET_ENV"] = str(Path(sys.executable).parents[1])
+            yield slurm
+    finally:
+        shutil.rmtree(folder)
+
+
+def sbatch(slurm: Slurm, folder: Path, *arguments: object, wait: bool = True) -> tuple[int, str]:
+    """Submit the script with three tasks; gives its exit status and log, or, if not waited for, what sbatch says."""
+    command = ["sbatch", *(["--wait"] if wait else []), "--parsable", "--ntasks=3", "--ntasks-per-node=3"]
+    command += ["--cpus-per-task=1", f"--output={folder}/log", str(SCRIPT), *map(str, arguments)]
+    done = subprocess.run(command, env=slurm.environment, capture_output=True, text=True, check=False, timeout=240)
+    log = folder / "log"
+    return done.returncode, log.read_text() if wait and log.exists() else done.stdout + done.stderr
+
+
+def test_fit_and_explain_give_what_this_process_gives_and_leave_nothing_behind(
+    slurm: Slurm, model_spec: str, tmp_path: Path
+) -> None:
+    shards = [str(path) for path in make_shards(tmp_path / "shards", 4, 4)]
+    here, there = tmp_path / "here", tmp_path / "there"
+    config = configured(model_spec, shards, here)
+    fit(config, Resources(workers=0))
+    explain(ExplainConfig(config.model, str(here), tuple(shards), str(here)), Resources(workers=0))
+
+    given = ["--shards", f"{tmp_path}/shards/train-{{000..003}}.tar", "--batch-size", "4"]
+    status, log = sbatch(slurm, tmp_path, "fit", "--model", model_spec, *given, "--out", there, *PREPARED)
+    assert status == 0, log
+    assert "fit: 16 samples of 4 shards, 0 refused" in log
+    same_patterns(here, there)
+    status, log = sbatch(slurm, tmp_path, "explain", "--patterns", there, *given)
+    assert status == 0, log
+    for mine in sorted((here / "explanations").glob("*.tar")):
+        assert mine.read_bytes() == (there / "explanations" / mine.name).read_bytes()
+
+    slurm.until(lambda: not slurm.told("squeue", "--noheader"))
+    assert not [p for p in processes() if "/tmp/ray-1-" in p.title or "/tmp/ray-2-" in p.title]
+    assert not list(Path("/tmp").glob("ray-[12]-[012]"))
+
+
+def test_the_programs_own_status_is_the_jobs(slurm: Slurm, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    status, log = sbatch(
+        slurm, tmp_path, "fit", "--model", "none:none", "--shards", tmp_path / "none.tar", "--out", out
+    )
+    assert status == 2
+    assert f"patternnet: {tmp_path}/none.tar: no such shard" in log
+
+
+@pytest.mark.slow
+def test_a_job_whose_time_is_over_commits_queues_again_and_goes_on(
+    slurm: Slurm, model_spec: str, tmp_path: Path
+) -> None:
+    shards = [str(path) for path in make_shards(tmp_path / "shards", 3, 4)]
+    late = [LATE.format(gate=tmp_path / "gate", shard=shard) for shard in shards[1:]]
+    out, undisturbed = tmp_path / "run", tmp_path / "undisturbed"
+    given = [word for shard in (shards[0], *late) for word in ("--shards", shard)]
+    given += ["--allow-pipes", "--out", str(out), "--batch-size", "4", "--workers", "1", "--max-loss", "0s", *PREPARED]
+    status, job = sbatch(slurm, tmp_path, "fit", "--model", model_spec, *given, wait=False)
+    assert status == 0, job
+    number = job.strip()
+
+    def told(what: str) -> bool:
+        return what in slurm.told("scontrol", "show", "job", number)
+
+    slurm.until(lambda: any((out / "moments").glob("part-*")), within=120)  # the first shard's
+    slurm.told("scancel", "--batch", "--signal=TERM", number)  # as Slurm does two minutes before the end
+    time.sleep(2)
+    (tmp_path / "gate").touch()
+    slurm.until(lambda: told("Restarts=1"), within=120)
+    assert "stopped with 1 of 3 shards undone" in (tmp_path / "log").read_text()
+    slurm.until(lambda: told("JobState=COMPLETED"), within=400)
+    assert "fit: 12 samples of 3 shards, 0 refused" in (tmp_path / "log").read_text()
+    fit(configured(model_spec, shards, undisturbed), Resources(workers=0))
+    same_patterns(out, undisturbed)
+
+
+def test_the_script_is_taken_by_sbatch_and_the_shells_linter_and_a_broken_copy_by_neither(
+    slurm: Slurm, tmp_path: Path
+) -> None:
+    def taken(script: Path) -> tuple[bool, bool]:
+        test = ["sbatch", "--test-only", str(script), "plan"]
+        tested = subprocess.run(test, env=slurm.environment, capture_output=True, check=False)
+        linted = subprocess.run(["shellcheck", str(script)], capture_output=True, check=False)
+        return tested.returncode == 0, linted.returncode == 0
+
+    if not shutil.which("shellcheck"):
+        pytest.skip("no shellcheck")
+    broken = tmp_path / "broken.sbatch"
+    assert taken(SCRIPT) == (True, True)
+    broken.write_text(SCRIPT.read_text().replace("--ntasks-per-node=1", "--ntasks-per-node=some"))
+    assert taken(broken) == (False, True)
+    broken.write_text(SCRIPT.read_text().replace('"$temp"', "$temp").replace("done\n", "", 1))
+    assert not taken(broken)[1]
