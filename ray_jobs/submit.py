@@ -25,6 +25,7 @@ from patterns import UserError
 from ray_jobs.address import no_answer, no_token
 from ray_jobs.session import StoppedShortError
 
+STOP_WITHIN = "600"  # seconds that a job has to commit when it is stopped; Ray's own 3 are too few
 PROGRAM = "python -m ray_jobs"
 SILENCE = 60.0  # seconds without a word of the log, after which the job is asked for whether it lives
 PAUSE, LONGEST_PAUSE = 1.0, 30.0  # seconds between attempts to reach a cluster that does not answer
@@ -55,7 +56,8 @@ class Submission:
 
     @property
     def runtime_env(self) -> dict[str, Any]:
-        parts = {"working_dir": self.working_dir, "pip": list(self.pip), "env_vars": dict(self.env)}
+        env = {"RAY_JOB_STOP_WAIT_TIME_S": STOP_WITHIN, **dict(self.env)}
+        parts = {"working_dir": self.working_dir, "pip": list(self.pip), "env_vars": env}
         return {name: value for name, value in parts.items() if value}
 
 

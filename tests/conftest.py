@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ray
+from hypothesis import settings
 from PIL import Image
 from webdataset import TarWriter
 
@@ -15,6 +16,10 @@ from webdataset import TarWriter
 os.environ["RAY_AUTH_MODE"] = "disabled"
 # Serve kills a proxy that has not started within 5 s, as on two cores with four test processes it may not.
 os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "60"
+
+# Other work on the machine must fail no test.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 # What is given to workers first, for it takes minutes or waits much: so that none is left alone with it.
 FIRST = ("ray_jobs", "cluster")

@@ -173,6 +173,7 @@ def test_a_file_that_they_do_not_know_is_found(cloud: str, how: str) -> None:
         check(cloud, changed)
 
 
+@pytest.mark.slow
 def test_rays_launcher_starts_these_machines_in_a_simulated_ec2(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -128,6 +128,8 @@ def test_the_command_says_how_to_use_the_cluster_and_stops_it_on(number: signal.
         assert owner.wait(30) == 0
     assert not of_session(keeper.session)
     assert said[0].startswith("1 nodes at 127.0.0.1:")
-    assert re.search(r"export RAY_\S+ RAY_AUTH_MODE=token RAY_AUTH_TOKEN=[0-9a-f]{64} RAY_ADDRESS=127.0.0.1:\d+$", said[1])
+    assert re.search(
+        r"export RAY_\S+ RAY_AUTH_MODE=token RAY_AUTH_TOKEN=[0-9a-f]{64} RAY_ADDRESS=127.0.0.1:\d+$", said[1]
+    )
     assert "patternnet fit" in said[2]
     assert re.search(r"patternnet submit --address http://127.0.0.1:\d+ fit", said[3])

@@ -17,12 +17,9 @@ from ray_jobs.explain import explain
 from ray_jobs.fit import fit
 from tests.cluster.slurm import Slurm, missing
 from tests.conftest import make_shards
-from tests.ray_jobs.runs import configured, same_patterns
+from tests.ray_jobs.runs import LATE, OPTIONS, configured, same_patterns
 
 SCRIPT = ROOT / "cluster" / "slurm" / "patternnet.sbatch"
-PREPARED = ["--image-size", "16", "--resize", "16", "--mean", "0.5,0.5,0.5", "--std", "0.25,0.25,0.25"]
-# A shard that comes so late that much can happen to its job, and the file at which it does not wait any longer.
-LATE = "pipe:for i in $(seq 600); do [ -e {gate} ] && break; sleep 0.1; done; cat {shard}"
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
 
@@ -57,7 +54,7 @@ def test_fit_and_explain_give_what_this_process_gives_and_leave_nothing_behind(
     explain(ExplainConfig(config.model, str(here), tuple(shards), str(here)), Resources(workers=0))
 
     given = ["--shards", f"{tmp_path}/shards/train-{{000..003}}.tar", "--batch-size", "4"]
-    status, log = sbatch(slurm, tmp_path, "fit", "--model", model_spec, *given, "--out", there, *PREPARED)
+    status, log = sbatch(slurm, tmp_path, "fit", "--model", model_spec, *given, "--out", there, *OPTIONS)
     assert status == 0, log
     assert "fit: 16 samples of 4 shards, 0 refused" in log
     same_patterns(here, there)
@@ -71,6 +68,7 @@ def test_fit_and_explain_give_what_this_process_gives_and_leave_nothing_behind(
     assert not list(Path("/tmp").glob("ray-[12]-[012]"))
 
 
+@pytest.mark.slow
 def test_the_programs_own_status_is_the_jobs(slurm: Slurm, tmp_path: Path) -> None:
     out = tmp_path / "run"
     status, log = sbatch(
@@ -88,7 +86,7 @@ def test_a_job_whose_time_is_over_commits_queues_again_and_goes_on(
     late = [LATE.format(gate=tmp_path / "gate", shard=shard) for shard in shards[1:]]
     out, undisturbed = tmp_path / "run", tmp_path / "undisturbed"
     given = [word for shard in (shards[0], *late) for word in ("--shards", shard)]
-    given += ["--allow-pipes", "--out", str(out), "--batch-size", "4", "--workers", "1", "--max-loss", "0s", *PREPARED]
+    given += ["--allow-pipes", "--out", str(out), "--batch-size", "4", "--workers", "1", "--max-loss", "0s", *OPTIONS]
     status, job = sbatch(slurm, tmp_path, "fit", "--model", model_spec, *given, wait=False)
     assert status == 0, job
     number = job.strip()

@@ -22,12 +22,10 @@ from ray_jobs.explain import explain
 from ray_jobs.fit import fit
 from ray_jobs.session import Resources
 from tests.conftest import make_shards
-from tests.ray_jobs.runs import PREPARED, configured, same_patterns
+from tests.ray_jobs.runs import LATE, OPTIONS, configured, same_patterns
 
 PROGRAM = [sys.executable, "-m", "ray_jobs"]
 TOKEN = secrets.token_hex(32)
-# A shard that comes so late that much can happen to its job, and the file at which it does not wait any longer.
-LATE = "pipe:for i in $(seq 600); do [ -e {gate} ] && break; sleep 0.1; done; cat {shard}"
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +72,8 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
 
 def late_fit(spec: str, shard: str, folder: Path) -> list[str]:
     """A fit that goes on as long as there is no file `gate` in a folder."""
-    prepared = [f"--{k.replace('_', '-')}={str(v).strip('()').replace(' ', '')}" for k, v in PREPARED.items()]
     late = LATE.format(gate=folder / "gate", shard=shard)
-    return ["fit", "--model", spec, "--shards", late, "--allow-pipes", "--out", str(folder / "run"), *prepared]
+    return ["fit", "--model", spec, "--shards", late, "--allow-pipes", "--out", str(folder / "run"), *OPTIONS]
 
 
 def until(holds: Callable[[], object]) -> None:
@@ -136,13 +133,12 @@ def test_a_cluster_with_a_token_gives_the_patterns_and_maps_of_this_process(
     methods = ExplainConfig(config.model, str(here), tuple(shards), str(here))
     explain(methods, Resources(workers=0))
 
-    prepared = ["--image-size", "16", "--resize", "16", "--mean", "0.5,0.5,0.5", "--std", "0.25,0.25,0.25"]
     given = ["--shards", f"{tmp_path}/shards/train-{{000..003}}.tar", "--batch-size", "4", "--workers", "2"]
     excludes = json.dumps({"excludes": [".venv", "demo-run", "docs", "tests", ".git"]})
     rays = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address", cluster.dashboard]
     rays += ["--working-dir", str(ROOT), "--runtime-env-json", excludes, "--", *PROGRAM]
     fitted = subprocess.run(
-        [*rays, "fit", "--model", model_spec, *given, "--out", str(there), *prepared],
+        [*rays, "fit", "--model", model_spec, *given, "--out", str(there), *OPTIONS],
         env={**os.environ, **cluster.environment},
         capture_output=True,
         text=True,
@@ -172,16 +168,22 @@ def test_the_programs_own_exit_status_and_reason_are_handed_on(
     assert "Traceback" not in out
 
 
+NOT_SENT = {"RAY_AUTH_MODE": "disabled"}, "RAY_AUTH_MODE is not token here, so none is sent"
+ANOTHER = {"RAY_AUTH_TOKEN": "f" * 64}, "the one given here is another"
+NONE = {"RAY_AUTH_TOKEN": ""}, "none is given here"
+
+
 @pytest.mark.parametrize(
-    ("env", "how"),
+    ("way", "env", "how"),
     [
-        ({"RAY_AUTH_MODE": "disabled"}, "RAY_AUTH_MODE is not token here, so none is sent"),
-        ({"RAY_AUTH_TOKEN": "f" * 64}, "the one given here is another"),
-        ({"RAY_AUTH_TOKEN": ""}, "none is given here"),
+        ("submitted", *NONE),
+        ("submitted", *ANOTHER),
+        ("attached", *NONE),
+        ("attached", *NOT_SENT),
+        pytest.param("submitted", *NOT_SENT, marks=pytest.mark.slow),
+        pytest.param("attached", *ANOTHER, marks=pytest.mark.slow),
     ],
-    ids=["unsent", "wrong", "missing"],
 )
-@pytest.mark.parametrize("way", ["submitted", "attached"])
 def test_without_its_token_a_cluster_takes_no_job(
     cluster: LocalCluster, shards: list[str], tmp_path: Path, env: dict[str, str], how: str, way: str
 ) -> None:
@@ -238,10 +240,11 @@ def test_a_broken_line_loses_nothing_of_the_log_and_the_same_command_finds_its_j
         assert log.count(own) == 1
 
 
-def test_a_submission_that_is_left_goes_on_and_a_job_that_is_stopped_says_so(
+def test_a_submission_that_is_left_goes_on_and_a_job_that_is_stopped_commits_first(
     cluster: LocalCluster, model_spec: str, shards: list[str], tmp_path: Path
 ) -> None:
-    before, command = sent(cluster), late_fit(model_spec, shards[0], tmp_path)
+    before = sent(cluster)
+    command = [*late_fit(model_spec, shards[0], tmp_path), "--shards", shards[1], "--workers", "1"]
     left = submission(cluster, *command)
     until(lambda: at_work(tmp_path / "run"))
     left.send_signal(signal.SIGINT)
@@ -254,15 +257,19 @@ def test_a_submission_that_is_left_goes_on_and_a_job_that_is_stopped_says_so(
     follower = submission(cluster, *command)
     assert follower.stdout is not None
     assert follower.stdout.readline().startswith(f"{name}: found at work")
+    until(lambda: "1 workers" in jobs_of(cluster).get_job_logs(name))  # which is at the late shard
     jobs_of(cluster).stop_job(name)
-    status, _, err = ended(follower)
+    time.sleep(4)  # longer than Ray itself would wait
+    (tmp_path / "gate").touch()
+    status, out, err = ended(follower)
     assert status == 3
+    assert "stopped with 1 of 2 shards undone" in out
     assert f"patternnet: {name} was stopped; the same command goes on" in err
 
-    (tmp_path / "gate").touch()
     status, out, err = ended(submission(cluster, *command))
     assert status == 0, out + err
     assert f"{name[:-2]}-2: sent" in out
+    assert "fit: 8 samples of 2 shards, 0 refused" in out
 
 
 @pytest.mark.parametrize(
