@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ray.job_submission import JobSubmissionClient
@@ -81,6 +82,11 @@ def until(holds: Callable[[], object]) -> None:
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+def progress(run: Path) -> dict[str, Any]:
+    """What a fit's driver last noted; empty before it has begun."""
+    return json.loads((run / "progress.json").read_text()) if at_work(run) else {}
 
 
 def at_work(run: Path) -> bool:
@@ -257,7 +263,7 @@ def test_a_submission_that_is_left_goes_on_and_a_job_that_is_stopped_commits_fir
     follower = submission(cluster, *command)
     assert follower.stdout is not None
     assert follower.stdout.readline().startswith(f"{name}: found at work")
-    until(lambda: "1 workers" in jobs_of(cluster).get_job_logs(name))  # which is at the late shard
+    until(lambda: any(w["shard"] for w in progress(tmp_path / "run").get("workers", ())))  # the late one
     jobs_of(cluster).stop_job(name)
     time.sleep(4)  # longer than Ray itself would wait
     (tmp_path / "gate").touch()
