@@ -154,7 +154,7 @@ def load_moments(files: Sequence[TensorFile], operator: str, kind: type[M] = Mom
     names = [name for name in files[0].specs if name.rpartition("/")[0] == operator]
     for file in files:
         if not names or not file.specs.keys() >= set(names):
-            raise UserError(file.where, f"no moments of {operator}", "Delete the run's folder and fit again.")
+            raise UserError(file.where, f"no moments of {operator}", "Delete the run's moments/ and fit again.")
     return kind.from_tensors({name.removeprefix(f"{operator}/"): summed(files, name) for name in names})
 
 

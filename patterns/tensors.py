@@ -68,13 +68,13 @@ class TensorFile:
         try:
             self._file: BinaryIO = path.open("rb")
         except FileNotFoundError as error:
-            raise UserError(self.where, "no such file", "Delete the run's folder and fit again.") from error
+            raise UserError(self.where, "no such file", "Delete the run's moments/ and fit again.") from error
         try:
             self.specs, self.metadata, self._starts = read_header(self._file)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             self._file.close()
             what = f"not a whole file of tensors ({error})"
-            raise UserError(self.where, what, "Delete the run's folder and fit again.") from error
+            raise UserError(self.where, what, "Delete the run's moments/ and fit again.") from error
 
     def get(self, name: str) -> Tensor:
         """One tensor. KeyError where there is none of this name."""

@@ -8,7 +8,6 @@ import platform
 import signal
 import sys
 import warnings
-from importlib import metadata
 from typing import Annotated
 
 import typer
@@ -17,6 +16,7 @@ from patterns import UserError
 from ray_jobs import commands, completion, job_commands
 from ray_jobs.arguments import say
 from ray_jobs.examples import epilog
+from ray_jobs.words import version_of
 
 app = typer.Typer(
     help="PatternNet and PatternAttribution for large models and datasets, on Ray.",
@@ -40,8 +40,8 @@ def program(
     ] = False,
 ) -> None:
     if version:
-        say(f"patternnet {metadata.version('patternnet-ray')}")
-        say(f"Python {platform.python_version()}, torch {metadata.version('torch')}, Ray {metadata.version('ray')}")
+        say(f"patternnet {version_of('patternnet-ray')}")
+        say(f"Python {platform.python_version()}, torch {version_of('torch')}, Ray {version_of('ray')}")
     elif show_completion or install_completion:
         text = completion.script(context.command)
         say(f"completion: {completion.install(text)} brings it to new shells" if install_completion else text)

@@ -197,6 +197,8 @@ def solve(folder: str, estimators: Sequence[str], resources: Resources = Resourc
     section = run.manifest()["fit"]
     solved = tuple(dict.fromkeys((*section.get("solved", config.estimators), *estimators)))
     through = planned(run, loaded.network, config)
+    if not all(one.ledger.parts for one in through):
+        raise UserError(folder, "its moments are gone", f"Fit again, with --estimators {','.join(solved)}.")
     with driving(run, "solve"), connected(resources) as tasks:
         reduce_to_patterns(run, through, loaded, solved, config.estimators, config.seed, tasks)
         run.record("fit", section | {"solved": solved}, loaded)

@@ -3,9 +3,8 @@
 import json
 import platform
 from collections.abc import Collection, Iterable
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,10 @@ from patterns import Operator, UserError
 from patterns.operators import KIND_NAMES
 from patterns.storage import ASIDE, Patterns, load, write_json, write_table
 from ray_jobs import files
-from ray_jobs.config import FitConfig, MethodsConfig, QualityConfig
+from ray_jobs.config import FitConfig, MethodsConfig, ModelConfig, QualityConfig
 from ray_jobs.ledger import Refused
 from ray_jobs.models import Loaded
+from ray_jobs.words import version_of
 
 FORMAT = 1
 PROGRESS = "progress.json"
@@ -75,10 +75,10 @@ class Run:
         options = {**options_of(config), "weights": loaded.digest, "preprocessing": asdict(loaded.preprocessing)}
         options = json.loads(json.dumps(options))
         before = self.manifest().get(job)
-        if before is not None and before["options"] != options:
+        if before is not None and (begun := defaults(config) | before["options"]) != options:
             raise UserError(
                 str(self.path),
-                f"this {job} was begun with {difference(before['options'], options)}",
+                f"this {job} was begun with {difference(begun, options)}",
                 "Use the options it was begun with, or another --out.",
             )
         return before or {"options": options, "model": asdict(config.model), "status": "begun", "missing": {}}
@@ -91,7 +91,7 @@ class Run:
             "format": FORMAT,
             "model": {"digest": loaded.digest, "input_shape": loaded.network.input_shape},
             "operators": [described(op) for op in loaded.network.operators.values()],
-            "versions": {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
+            "versions": {"python": platform.python_version()} | {name: version_of(name) for name in LIBRARIES},
             job: {**section, "written": datetime.now(UTC).isoformat(timespec="seconds")},
         }
         with files.published(self.folder) as folder:
@@ -135,6 +135,13 @@ def options_of(config: Config) -> dict[str, Any]:
     model = options.pop("model")
     options.pop("out")
     return {**{k: v for k, v in model.items() if k != "weights"}, **options}
+
+
+def defaults(config: Config) -> dict[str, Any]:
+    """What options are where nothing is said of them, as an earlier version said nothing of such as it did not have."""
+    told = {f.name: f.default for kind in (ModelConfig, type(config)) for f in fields(kind) if f.default is not MISSING}
+    del told["weights"]
+    return dict(json.loads(json.dumps(told)))
 
 
 def difference(before: dict[str, Any], now: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """How far a run is, from its files alone: on any machine that sees them, whatever the cluster says."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from patterns import UserError
 from ray_jobs.driver import STALE, Driver
@@ -19,17 +20,24 @@ def spoken_status(run: Run, now: float) -> Iterator[str]:
         if section["status"] == "complete":
             missing = f", {len(section['missing'])} shards missing" if section["missing"] else ""
             yield f"{job}: complete, {section['samples']} samples{missing} ({section['written']})"
-        elif not progress.get("job", "").startswith(job) or "state" not in progress:
+        elif not progress.get("job", "").startswith(job):
             yield f"{job}: begun, and no shard worked on yet ({section['written']})"
         else:
-            silent = now - progress["time"]
-            yield f"{job}: {progress['shards']}/{progress['of']} shards, {progress['state']}"
-            for worker in sorted(progress["workers"], key=lambda worker: worker["rate"]):
-                shard, seconds = worker["shard"], spoken(worker["seconds"] + silent)
-                at = "waits" if shard is None else f"{seconds} at {shard}"
-                yield f"  {worker['worker']}: {worker['rate']:.1f} samples/s, {at}"
-            go_on = "the same command goes on where it ended"
-            if progress.get("ended"):
-                yield f"  stopped {spoken(silent)} ago; {go_on}"
-            elif silent > STALE or Driver(**progress["driver"]).gone():
-                yield f"  stale: its driver said nothing for {spoken(silent)}; {go_on}"
+            yield from spoken_progress(job, section, progress, now - progress["time"])
+
+
+def spoken_progress(job: str, section: dict[str, Any], progress: dict[str, Any], silent: float) -> Iterator[str]:
+    """What the last driver of a job that is not done noted, so many seconds ago."""
+    if "state" in progress:
+        yield f"{job}: {progress['shards']}/{progress['of']} shards, {progress['state']}"
+    else:
+        yield f"{job}: begun, and no shard worked on yet ({section['written']})"
+    for worker in sorted(progress.get("workers", ()), key=lambda worker: worker["rate"]):
+        shard, seconds = worker["shard"], spoken(worker["seconds"] + silent)
+        at = "waits" if shard is None else f"{seconds} at {shard}"
+        yield f"  {worker['worker']}: {worker['rate']:.1f} samples/s, {at}"
+    go_on = "the same command goes on where it ended"
+    if progress.get("ended"):
+        yield f"  stopped {spoken(silent)} ago; {go_on}"
+    elif silent > STALE or Driver(**progress["driver"]).gone():
+        yield f"  stale: its driver said nothing for {spoken(silent)}; {go_on}"

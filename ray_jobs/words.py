@@ -1,5 +1,6 @@
-"""Durations and sizes as people write them."""
+"""Durations, sizes and versions as people write them."""
 
+from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -42,3 +43,11 @@ def spoken_bytes(size: int) -> str:
         if abs(size) >= 2**power:
             return f"{size / 2**power:.2f} {unit}"
     return f"{size / 2**10:.2f} KiB"
+
+
+def version_of(package: str) -> str:
+    """The version of a package; of one that runs from a folder as it is, as a job's working directory, that."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

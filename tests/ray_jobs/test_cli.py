@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -105,6 +106,21 @@ def test_changed_options_on_an_old_run_are_named(
     assert (tmp_path / "run" / "manifest.json").read_bytes() == before
 
 
+def test_a_run_of_a_version_without_some_option_goes_on_with_its_default_alone(
+    local_ray: None, complaint: Complaint, fit: list[object], tmp_path: Path
+) -> None:
+    assert exit_status([str(a) for a in fit]) == 0
+    path = tmp_path / "run" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["fit"]["options"]["positions"], manifest["fit"]["options"]["mean"]
+    path.write_text(json.dumps(manifest))
+    assert "begun with mean None, now [0.5, 0.5, 0.5]" in complaint(*fit)
+    manifest["fit"]["options"]["mean"] = [0.5, 0.5, 0.5]
+    path.write_text(json.dumps(manifest))
+    assert "begun with positions None, now 3" in complaint(*fit, "--positions", 3)
+    assert exit_status([str(a) for a in fit]) == 0
+
+
 def test_patterns_of_other_weights_are_refused(
     local_ray: None, complaint: Complaint, fit: list[object], tmp_path: Path, shards: list[str], model_spec: str
 ) -> None:
@@ -146,6 +162,10 @@ def test_solve_and_merge_are_commands(
     assert exit_status(["merge", run, other, "--out", str(tmp_path / "both")]) == 0
     assert "merge: 12 samples of 2 shards" in capsys.readouterr().out
     assert "each needs shards of its own" in complaint("merge", run, run, "--out", tmp_path / "no")
+    shutil.rmtree(tmp_path / "run" / "moments")
+    assert f"{run}: its moments are gone. Fit again, with --estimators" in complaint(
+        "solve", run, "--estimators", "random"
+    )
 
 
 def test_plan_says_where_several_gates_make_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -275,6 +275,11 @@ def test_status_reads_how_far_a_run_is_from_its_files_alone(undisturbed: Path, t
         assert first.startswith(f"fit: {progress['shards']}/12 shards, ")
         assert work == f"  here/7: 2.5 samples/s, {spoken(10 + silent)} at x.tar"
         assert [line.split()[0].rstrip(":") for line in more] == [last] * (last is not None)
+    early = {"job": "fit", "time": now - 90, "driver": driver}  # of a driver that was killed before it had a worker
+    (tmp_path / "progress.json").write_text(json.dumps(early))
+    first, stale = spoken_status(Run(tmp_path), now)
+    assert first.startswith("fit: begun, and no shard worked on yet")
+    assert stale.startswith("  stale: its driver said nothing for")
     with pytest.raises(UserError, match="holds no run"):
         list(spoken_status(Run(tmp_path / "none"), now))
 

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import typer
 
 from ray_jobs.cli import app, exit_status
 from ray_jobs.examples import EXAMPLES
+from ray_jobs.words import version_of
 
 PROGRAM: Any = typer.main.get_command(app)
 COMMANDS = sorted(PROGRAM.commands)
@@ -114,3 +116,9 @@ def test_tab_completes_commands_and_options(
 def test_completion_of_another_shell_is_refused(complaint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SHELL", "/usr/bin/fish")
     assert "the shell is 'fish', not bash or zsh" in complaint("--install-completion")
+
+
+def test_a_checkout_that_is_not_installed_has_no_version_and_runs_all_the_same() -> None:
+    """As where a job runs in a folder that `patternnet submit --working-dir` sent."""
+    assert version_of("patternnet-ray-not-installed") == "not installed"
+    assert version_of("ray") == ray.__version__
