@@ -397,6 +397,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", folder], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_a_job_that_goes_on_once_there_is_room(
     terminal: Terminal, small_disk: Path, undisturbed: Path
 ) -> None:

@@ -44,6 +44,7 @@ def sbatch(slurm: Slurm, folder: Path, *arguments: object, wait: bool = True) ->
     return done.returncode, log.read_text() if wait and log.exists() else done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_fit_and_explain_give_what_this_process_gives_and_leave_nothing_behind(
     slurm: Slurm, model_spec: str, tmp_path: Path
 ) -> None:

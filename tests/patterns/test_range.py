@@ -90,8 +90,6 @@ def test_gradients_below_float32_come_out_as_in_float64() -> None:
 
 
 ARCHITECTURES = "tf_efficientnet_lite4", "densenet201", "resnet152"
-# Others than these take minutes.
-QUICK = [("tf_efficientnet_lite4", dtype, "linear") for dtype in (torch.bfloat16,)]
 
 
 @cache
@@ -126,12 +124,10 @@ def rounded(network: Network, dtype: torch.dtype) -> Network:
     return Network(module, network.input_shape, network.output_shape)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "dtype", "choice"),
-    [
-        pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow)
-        for case in product(ARCHITECTURES, (torch.float32, torch.bfloat16), ("linear", "default", "multivariate"))
-    ],
+    product(ARCHITECTURES, (torch.float32, torch.bfloat16), ("linear", "default", "multivariate")),
 )
 def test_a_deep_architectures_maps_are_those_of_a_backward_pass_in_float64(
     name: str, dtype: torch.dtype, choice: str

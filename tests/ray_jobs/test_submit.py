@@ -216,16 +216,22 @@ def test_without_its_token_a_cluster_takes_no_job(
     assert not (tmp_path / "run" / "moments").exists()
 
 
-def test_a_broken_line_loses_nothing_of_the_log_and_the_same_command_finds_its_job(
+def test_a_broken_line_loses_nothing_of_the_log_and_a_job_goes_on_without_who_follows_it(
     cluster: LocalCluster, model_spec: str, shards: list[str], tmp_path: Path
 ) -> None:
     before, line = sent(cluster), Line(cluster.dashboard)
     command = late_fit(model_spec, shards[0], tmp_path)
     first = submission(cluster, "--patience", "5m", *command, address=line.address)
     until(lambda: at_work(tmp_path / "run"))
+    (name,) = sent(cluster).keys() - before.keys()
     second = submission(cluster, *command)
     assert second.stdout is not None
-    assert "found at work" in second.stdout.readline()
+    assert second.stdout.readline().startswith(f"{name}: found at work")
+    second.send_signal(signal.SIGINT)
+    status, _, err = ended(second)
+    assert status == 3
+    assert f"{name} goes on without this command; the same command follows it again" in err
+    assert sent(cluster)[name] == "RUNNING"
 
     until(lambda: line.taken > 3)  # its log is being followed
     line.break_()
@@ -235,34 +241,23 @@ def test_a_broken_line_loses_nothing_of_the_log_and_the_same_command_finds_its_j
         said.append(heard)
     line.cut = False
     (tmp_path / "gate").touch()
-    for process, lines in ((first, said), (second, [])):
-        status, out, err = ended(process)
-        assert status == 0, out + err
-        log = "".join(lines) + out
-        assert log.count("fit: 4 samples of 1 shards, 0 refused") == 1
-        (name,) = sent(cluster).keys() - before.keys()
-        own = jobs_of(cluster).get_job_logs(name)
-        assert log.endswith(own)
-        assert log.count(own) == 1
+    status, out, err = ended(first)
+    assert status == 0, out + err
+    log, own = "".join(said) + out, jobs_of(cluster).get_job_logs(name)
+    assert log.count("fit: 4 samples of 1 shards, 0 refused") == 1
+    assert log.endswith(own)
+    assert log.count(own) == 1
 
 
-def test_a_submission_that_is_left_goes_on_and_a_job_that_is_stopped_commits_first(
+@pytest.mark.slow
+def test_a_job_that_is_stopped_commits_first(
     cluster: LocalCluster, model_spec: str, shards: list[str], tmp_path: Path
 ) -> None:
     before = sent(cluster)
     command = [*late_fit(model_spec, shards[0], tmp_path), "--shards", shards[1], "--workers", "1"]
-    left = submission(cluster, *command)
-    until(lambda: at_work(tmp_path / "run"))
-    left.send_signal(signal.SIGINT)
-    status, _, err = ended(left)
-    (name,) = sent(cluster).keys() - before.keys()
-    assert status == 3
-    assert f"{name} goes on without this command; the same command follows it again" in err
-    assert sent(cluster)[name] == "RUNNING"
-
     follower = submission(cluster, *command)
-    assert follower.stdout is not None
-    assert follower.stdout.readline().startswith(f"{name}: found at work")
+    until(lambda: at_work(tmp_path / "run"))
+    (name,) = sent(cluster).keys() - before.keys()
     until(lambda: any(w["shard"] for w in progress(tmp_path / "run").get("workers", ())))  # the late one
     jobs_of(cluster).stop_job(name)
     time.sleep(4)  # longer than Ray itself would wait
@@ -296,6 +291,7 @@ def test_what_cannot_be_sent_is_said_before_anything_is(
     assert reason in complaint("submit", "--address", "http://127.0.0.1:1", *arguments)
 
 
+@pytest.mark.slow
 def test_variables_and_the_working_folder_reach_the_job(cluster: LocalCluster, tmp_path: Path) -> None:
     """A model file that is only in the folder sent, and fails with what it finds in a variable."""
     (tmp_path / "mine.py").write_text("import os\n\ndef model():\n    raise RuntimeError(os.environ['GREETING'])\n")
