@@ -18,6 +18,8 @@ from ray_jobs.arguments import say
 from ray_jobs.examples import epilog
 from ray_jobs.words import version_of
 
+INTERRUPTED = 130  # what the command-line library makes of Ctrl-C
+
 app = typer.Typer(
     help="PatternNet and PatternAttribution for large models and datasets, on Ray.",
     pretty_exceptions_enable=False,
@@ -64,6 +66,7 @@ for name, registered in COMMANDS.items():
 
 def main() -> None:
     """Run the program and exit with its status."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, where a job does not commit first
     status = exit_status(sys.argv[1:])
     for number in (signal.SIGTERM, signal.SIGINT):  # the status is known; nothing may change it on the way out
         signal.signal(number, signal.SIG_IGN)
@@ -78,7 +81,10 @@ def exit_status(arguments: list[str]) -> int:
     for library in ("torch", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.ERROR)
     try:
-        return app(arguments, prog_name="patternnet", standalone_mode=False) or 0
+        status = app(arguments, prog_name="patternnet", standalone_mode=False) or 0
+        if status == INTERRUPTED:
+            raise KeyboardInterrupt
+        return status
     except UserError as error:
         return complain(str(error), 2)
     except StoppedShortError as error:

@@ -203,6 +203,7 @@ def doctor(
         float | None, typer.Option(min=0, help="GPUs of a worker; else 1 where the cluster has any.")
     ] = None,
     cpus_per_worker: Annotated[float, typer.Option(min=0, help="CPUs of a worker.")] = Resources.cpus_per_worker,
+    min_workers: Annotated[int, typer.Option(min=0, help="As of the job: nodes may come only when asked for.")] = 0,
     patience: Annotated[float, typer.Option(parser=duration, help="Time that a node may take.")] = 120.0,
     allow_pipes: AllowPipes = False,
     address: Address = None,
@@ -211,7 +212,9 @@ def doctor(
     from ray_jobs.doctor import examine
     from ray_jobs.sources import list_shards
 
-    resources = Resources(gpus_per_worker=gpus_per_worker, cpus_per_worker=cpus_per_worker, address=address)
+    resources = Resources(
+        gpus_per_worker=gpus_per_worker, cpus_per_worker=cpus_per_worker, min_workers=min_workers, address=address
+    )
     listed = list_shards(shards, allow_pipes) if shards else ()
     found = examine(resources, listed, place(out) if out else None, patience)
     table = Table("node", "host", "CPUs", "GPUs", "memory free", "disk free", "source", "code", box=None)

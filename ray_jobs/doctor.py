@@ -1,10 +1,10 @@
 """Whether a cluster is fit for a long run, before it begins: looked at from every node, said with what to mend."""
 
 import contextlib
+import secrets
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -14,6 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from patterns import UserError
 from ray_jobs import probe
 from ray_jobs.config import Resources
+from ray_jobs.files import here, located, published, remove
 from ray_jobs.probe import Facts
 from ray_jobs.session import connected, places, worker_options
 from ray_jobs.words import spoken_bytes
@@ -67,10 +68,10 @@ def examine(resources: Resources, shards: Sequence[str], out: str | None, patien
 
     patience: seconds that a node may take. UserError where the cluster itself cannot be reached.
     """
-    with connected(resources), nothing_left(out):
-        found = looked(shards, out, patience)
-        here = probe.look((), None)
-        troubles = [trouble for node in found for trouble in (*of_node(node, out), *differences(node, here))]
+    with connected(resources), marked(out) as mark:
+        found = looked(shards, out, mark, patience)
+        mine = probe.look((), None, mark)
+        troubles = [trouble for node in found for trouble in (*of_node(node, out), *differences(node, mine))]
         try:
             workers = places(worker_options(resources))
         except UserError as error:
@@ -92,19 +93,26 @@ def listed(places: Sequence[str]) -> str:
 
 
 @contextlib.contextmanager
-def nothing_left(out: str | None) -> Iterator[None]:
-    """Take away the folder that nodes wrote to, if there was none before."""
-    folder = Path(out) if out and "://" not in out else None
-    there = folder is None or folder.exists()
+def marked(out: str | None) -> Iterator[str]:
+    """The name of a file that stands in a folder meanwhile. UserError where it cannot be written."""
+    mark = f"doctor-{secrets.token_hex(8)}"
+    if out is None:
+        yield mark
+        return
+    folder = located(out)
+    fresh = not folder.exists()
+    with published(folder) as local:
+        (local / mark).touch()
     try:
-        yield
+        yield mark
     finally:
-        if folder is not None and not there:
-            with contextlib.suppress(OSError):  # there is none, or it is in use by now
+        remove(folder / mark)
+        if fresh and here(folder):
+            with contextlib.suppress(OSError):  # it is in use by now
                 folder.rmdir()
 
 
-def looked(shards: Sequence[str], out: str | None, patience: float) -> list[Node]:
+def looked(shards: Sequence[str], out: str | None, mark: str, patience: float) -> list[Node]:
     alive = [node for node in ray.nodes() if node["Alive"]]
     cloudpickle.register_pickle_by_value(probe)  # so that it runs where this program is missing, or another
     look = ray.remote(probe.look)
@@ -112,7 +120,7 @@ def looked(shards: Sequence[str], out: str | None, patience: float) -> list[Node
     for number, node in enumerate(alive):
         there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         task = look.options(num_cpus=0, max_retries=0, scheduling_strategy=there)
-        asked[task.remote(share(shards, number, len(alive)), out)] = node
+        asked[task.remote(share(shards, number, len(alive)), out, mark)] = node
     answers, waiting, deadline = {}, list(asked), time.monotonic() + patience
     while waiting and time.monotonic() < deadline:
         done, waiting = ray.wait(waiting, timeout=deadline - time.monotonic())
@@ -151,9 +159,9 @@ def of_node(node: Node, out: str | None) -> Iterator[UserError]:
         yield UserError(where, "patternnet-ray is not installed there", "Install it, or submit with --working-dir.")
         return
     for place, (total, free) in (facts["disks"] or {}).items():
-        if free < ROOM or free < (1 - FULL) * total:
+        if free < ROOM or (place != out and free < (1 - FULL) * total):
             what = f"the disk of {place} is full: {spoken_bytes(free)} of {spoken_bytes(total)} are free"
-            yield UserError(where, what, "Make room; Ray takes no objects on a disk that is 95 % full.")
+            yield UserError(where, what, "Make room; on a disk of Ray's that is 95 % full it starts nothing.")
     if facts["memory"]:
         total, used = facts["memory"]
         if total - used < MEMORY or used > FULL * total:
@@ -187,14 +195,14 @@ def of_gpus(node: Node, where: str) -> Iterator[UserError]:
         )
 
 
-def differences(node: Node, here: Facts) -> Iterator[UserError]:
+def differences(node: Node, mine: Facts) -> Iterator[UserError]:
     """Where a node has not what this process has."""
     if node.facts is None or node.facts["code"] is None:
         return
     where = f"{node.address} ({node.facts['host']})"
-    for name, mine in {"Python": here["python"], **here["packages"]}.items():
+    for name, wanted in {"Python": mine["python"], **mine["packages"]}.items():
         there = node.facts["python"] if name == "Python" else node.facts["packages"].get(name, "none")
-        if there != mine:
-            yield UserError(where, f"{name} {there}, but {mine} here", "Install the same everywhere.")
-    if node.facts["code"] != here["code"]:
+        if there != wanted:
+            yield UserError(where, f"{name} {there}, but {wanted} here", "Install the same everywhere.")
+    if node.facts["code"] != mine["code"]:
         yield UserError(where, "its code of patternnet-ray is not the code here", "Install the same everywhere.")

@@ -26,8 +26,11 @@ WRITTEN = 1 << 20  # bytes written where the job will write
 Facts = dict[str, Any]
 
 
-def look(shards: Sequence[str], out: str | None) -> Facts:
-    """Everything about this node and what it can reach; `errors` is what went wrong, by what was looked at."""
+def look(shards: Sequence[str], out: str | None, mark: str) -> Facts:
+    """Everything about this node and what it can reach; `errors` is what went wrong, by what was looked at.
+
+    mark: the name of a file that the driver has put into `out`.
+    """
     facts: Facts = {"errors": {}}
     looks: dict[str, Callable[[], Any]] = {
         "host": platform.node,
@@ -39,7 +42,7 @@ def look(shards: Sequence[str], out: str | None) -> Facts:
         "gpus": gpus,
         "unreadable": lambda: unreadable(shards),
         "speed": lambda: speed(shards[0]) if shards else None,
-        "written": lambda: write(out) if out else None,
+        "written": lambda: write(out, mark) if out else None,
         "time": time.time,  # last, for the caller knows when it has the answer
     }
     for name, find in looks.items():
@@ -158,11 +161,13 @@ def speed(shard: str) -> float:
     return size / (time.monotonic() - begun)
 
 
-def write(out: str) -> int:
+def write(out: str, mark: str) -> int:
     """Write a file where the job will, as the job does, and read it back; gives its size."""
     from ray_jobs.files import located, published, remove
 
     folder, name, data = located(out), f"doctor-{platform.node()}-{os.getpid()}", os.urandom(WRITTEN)
+    if not (folder / mark).exists():
+        raise OSError("it is not the folder that the driver sees under this name")
     try:
         with published(folder) as here:
             (here / name).write_bytes(data)

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -35,6 +36,7 @@ def connected(resources: Resources) -> Iterator[Tasks]:
     address = resources.address or os.environ.get("RAY_ADDRESS")
     if address:
         knock(address)
+    terminated = signal.getsignal(signal.SIGTERM)
     try:
         # A fresh local Ray even where another runs on this machine: `auto` would attach to a stranger's.
         ray.init(
@@ -51,6 +53,8 @@ def connected(resources: Resources) -> Iterator[Tasks]:
         if "Version mismatch" not in str(error):
             raise
         raise other_version(address or "local", str(error)) from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, terminated)  # which Ray has made its own
     try:
         yield InRay()
     finally:

@@ -75,12 +75,17 @@ def submit(submission: Submission, address: str, wait: bool, patience: float, sa
             f"--working-dir {submission.working_dir}", "no such folder", "Name one to send, or leave it out."
         )
     client = client_of(address)
-    name, begun = sent(client, submission, address)
-    how = f"the same command follows it again, `ray job stop --address {address} {name}` ends it"
-    say(f"{name}: {'sent' if begun else 'found at work'}; {how}")
-    if not wait:
-        return 0
     try:
+        name, begun = sent(client, submission, address)
+    except AuthenticationError as error:
+        raise no_token(address) from error
+    except AWAY as error:  # where the job was begun all the same, this command finds it
+        raise no_answer(address) from error
+    how = f"the same command follows it again, `ray job stop --address {address} {name}` ends it"
+    try:
+        say(f"{name}: {'sent' if begun else 'found at work'}; {how}")
+        if not wait:
+            return 0
         return status_of(asyncio.run(Follower(client, name, patience, say).job()), name)
     except AuthenticationError as error:
         raise no_token(address) from error
@@ -106,11 +111,12 @@ def sent(client: JobSubmissionClient, submission: Submission, address: str) -> t
     for name, job in earlier.items():
         if not job.status.is_terminal():
             return name, False
-    name = f"{submission.name}-{len(earlier) + 1}"
+    last = max((int(name.rpartition("-")[2]) for name in earlier), default=0)  # some may have been deleted
+    name = f"{submission.name}-{last + 1}"
     command = f"{PROGRAM} {shlex.join(submission.arguments)}"
     try:
         client.submit_job(entrypoint=command, submission_id=name, runtime_env=submission.runtime_env)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (*AWAY, ValueError) as error:
         if name not in jobs(client):  # else its answer was lost on the way, or another was as quick
             what = f"the job was not taken ({' '.join(str(error).split())[:300]})"
             raise UserError(
@@ -191,8 +197,10 @@ def status_of(job: JobDetails, name: str) -> int:
         return 0
     if job.status == JobStatus.STOPPED:
         raise StoppedShortError(f"{name} was stopped; the same command goes on")
-    if job.driver_exit_code is not None:
+    if job.driver_exit_code is not None and 0 <= job.driver_exit_code < 128:
         return job.driver_exit_code
+    if job.driver_exit_code is not None:
+        raise StoppedShortError(f"{name} was killed (its status is {job.driver_exit_code}); the same command goes on")
     told = " ".join((job.message or "no reason given").split())[:300]
     if job.error_type == JobErrorType.RUNTIME_ENV_SETUP_FAILURE:
         raise UserError(

@@ -107,20 +107,40 @@ def test_a_job_whose_time_is_over_commits_queues_again_and_goes_on(
     same_patterns(out, undisturbed)
 
 
-def test_the_script_is_taken_by_sbatch_and_the_shells_linter_and_a_broken_copy_by_neither(
-    slurm: Slurm, tmp_path: Path
-) -> None:
-    def taken(script: Path) -> tuple[bool, bool]:
-        test = ["sbatch", "--test-only", str(script), "plan"]
-        tested = subprocess.run(test, env=slurm.environment, capture_output=True, check=False)
-        linted = subprocess.run(["shellcheck", str(script)], capture_output=True, check=False)
-        return tested.returncode == 0, linted.returncode == 0
+def test_sbatch_takes_the_script_and_refuses_a_broken_copy(slurm: Slurm, tmp_path: Path) -> None:
+    def taken(script: Path) -> bool:
+        command = ["sbatch", "--test-only", str(script), "plan"]
+        return subprocess.run(command, env=slurm.environment, capture_output=True, check=False).returncode == 0
 
-    if not shutil.which("shellcheck"):
-        pytest.skip("no shellcheck")
-    broken = tmp_path / "broken.sbatch"
-    assert taken(SCRIPT) == (True, True)
-    broken.write_text(SCRIPT.read_text().replace("--ntasks-per-node=1", "--ntasks-per-node=some"))
-    assert taken(broken) == (False, True)
-    broken.write_text(SCRIPT.read_text().replace('"$temp"', "$temp").replace("done\n", "", 1))
-    assert not taken(broken)[1]
+    assert taken(SCRIPT)
+    for found, broken in (
+        ("--ntasks-per-node=1", "--ntasks-per-node=some"),
+        ("#SBATCH --requeue", "#SBATCH --requeues"),
+    ):
+        copy = tmp_path / "broken.sbatch"
+        copy.write_text(SCRIPT.read_text().replace(found, broken))
+        assert not taken(copy), broken
+
+
+@pytest.mark.skipif(not shutil.which("shellcheck"), reason="no shellcheck: apt-get install shellcheck")
+def test_the_shells_linter_takes_the_script_and_refuses_broken_copies(tmp_path: Path) -> None:
+    def taken(script: Path) -> bool:
+        return subprocess.run(["shellcheck", str(script)], capture_output=True, check=False).returncode == 0
+
+    assert taken(SCRIPT)
+    for found, broken in (
+        ('mkdir -m 700 "$TEMP-$SLURM_PROCID"', "mkdir -m 700 $TEMP-$SLURM_PROCID"),
+        ("done\n", ""),
+        ('"$@"', "$@"),
+    ):
+        copy = tmp_path / "broken.sbatch"
+        copy.write_text(SCRIPT.read_text().replace(found, broken))
+        assert not taken(copy), broken
+
+
+def test_a_clusters_token_is_asked_for_and_its_files_are_its_users_alone() -> None:
+    text = SCRIPT.read_text()
+    assert "RAY_AUTH_MODE=token" in text
+    assert 'mkdir -m 700 "$TEMP-$SLURM_PROCID"' in text
+    assert "srun" in text
+    assert all("--no-kill" in line for line in text.splitlines() if line.startswith("srun") and "bash -c node" in line)

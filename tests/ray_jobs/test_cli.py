@@ -106,6 +106,19 @@ def test_changed_options_on_an_old_run_are_named(
     assert (tmp_path / "run" / "manifest.json").read_bytes() == before
 
 
+def test_a_signal_before_there_is_anything_to_commit_is_a_stop_like_any_other(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(
+        "import time\n\n\ndef model():\n    print('here', flush=True)\n    time.sleep(60)\n"
+    )
+    command = [sys.executable, "-m", "ray_jobs", "plan", "--model", f"{tmp_path}/slow.py:model"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "here\n"
+        process.terminate()
+        _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (3, "patternnet: interrupted; the same command goes on where this one ended\n")
+
+
 def test_a_run_of_a_version_without_some_option_goes_on_with_its_default_alone(
     local_ray: None, complaint: Complaint, fit: list[object], tmp_path: Path
 ) -> None:

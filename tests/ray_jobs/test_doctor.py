@@ -12,6 +12,7 @@ import pytest
 
 from cluster.local import ROOT, LocalCluster
 from ray_jobs.doctor import EVERYWHERE, SKEW, Node, of_node, share
+from ray_jobs.probe import WRITTEN, write
 from tests.conftest import make_shards
 
 # What hides this program from the processes of a node.
@@ -148,6 +149,16 @@ def test_a_cluster_of_another_ray_is_named_in_one_line(cluster: LocalCluster) ->
     assert found.returncode == 2
     assert "The cluster was started with Ray 2.9.9 Python" in found.stderr
     assert len(found.stderr.splitlines()) == 1
+
+
+def test_a_folder_that_is_not_the_drivers_is_told_and_left_as_it_was(tmp_path: Path) -> None:
+    """As where `--out` is a path of each machine's own."""
+    with pytest.raises(OSError, match="not the folder that the driver sees"):
+        write(str(tmp_path / "own"), "mark-of-the-driver")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "mark-of-the-driver").touch()
+    assert write(str(tmp_path), "mark-of-the-driver") == WRITTEN
+    assert [path.name for path in tmp_path.iterdir()] == ["mark-of-the-driver"]
 
 
 def test_a_clock_that_is_off_is_told_by_how_much() -> None:

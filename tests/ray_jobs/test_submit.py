@@ -260,7 +260,7 @@ def test_a_job_that_is_stopped_commits_first(
     (name,) = sent(cluster).keys() - before.keys()
     until(lambda: any(w["shard"] for w in progress(tmp_path / "run").get("workers", ())))  # the late one
     jobs_of(cluster).stop_job(name)
-    time.sleep(4)  # longer than Ray itself would wait
+    time.sleep(15)  # longer than Ray itself would wait
     (tmp_path / "gate").touch()
     status, out, err = ended(follower)
     assert status == 3
