@@ -20,18 +20,20 @@ def spoken_status(run: Run, now: float) -> Iterator[str]:
         if section["status"] == "complete":
             missing = f", {len(section['missing'])} shards missing" if section["missing"] else ""
             yield f"{job}: complete, {section['samples']} samples{missing} ({section['written']})"
-        elif not progress.get("job", "").startswith(job):
-            yield f"{job}: begun, and no shard worked on yet ({section['written']})"
         else:
-            yield from spoken_progress(job, section, progress, now - progress["time"])
+            noted = progress if progress.get("job", "").startswith(job) else {}
+            yield from spoken_progress(job, section, noted, now)
 
 
-def spoken_progress(job: str, section: dict[str, Any], progress: dict[str, Any], silent: float) -> Iterator[str]:
-    """What the last driver of a job that is not done noted, so many seconds ago."""
+def spoken_progress(job: str, section: dict[str, Any], progress: dict[str, Any], now: float) -> Iterator[str]:
+    """What the last driver of a job that is not done noted; nothing, if it has not."""
     if "state" in progress:
         yield f"{job}: {progress['shards']}/{progress['of']} shards, {progress['state']}"
     else:
         yield f"{job}: begun, and no shard worked on yet ({section['written']})"
+    if not progress:
+        return
+    silent = now - progress["time"]
     for worker in sorted(progress.get("workers", ()), key=lambda worker: worker["rate"]):
         shard, seconds = worker["shard"], spoken(worker["seconds"] + silent)
         at = "waits" if shard is None else f"{seconds} at {shard}"

@@ -31,7 +31,7 @@ SILENCE = 60.0  # seconds without a word of the log, after which the job is aske
 PAUSE, LONGEST_PAUSE = 1.0, 30.0  # seconds between attempts to reach a cluster that does not answer
 Chunks = AsyncGenerator[str, None]
 # What the job's server, or the line to it, raise on the way.
-AWAY = (ConnectionError, OSError, RuntimeError, TimeoutError, aiohttp.ClientError)
+AWAY = (OSError, RuntimeError, aiohttp.ClientError)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from http.server import ThreadingHTTPServer
@@ -40,7 +40,7 @@ from ray_jobs.outputs import bytes_per_sample
 from ray_jobs.run import Run
 from tests.conftest import make_shards
 from tests.ray_jobs.chaos import SlowStorage
-from tests.ray_jobs.runs import same_patterns
+from tests.ray_jobs.runs import same_patterns, until
 
 PAGE = (ROOT / "docs" / "operations.md").read_text()
 TOKEN = secrets.token_hex(32)
@@ -120,13 +120,6 @@ class Terminal:
         process = self.typed(*given)
         said, _ = process.communicate(timeout=300)
         return process.returncode, said
-
-
-def until(holds: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 120
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,7 @@
 """Small fits to run, and when two of them are the same."""
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -24,3 +26,11 @@ def same_patterns(one: Path, other: Path) -> None:
     assert a.keys() == b.keys()
     for name in a:
         assert (a[name].double() - b[name].double()).norm() <= 1e-9 * a[name].double().norm(), name
+
+
+def until(holds: Callable[[], object]) -> None:
+    """Wait for something to come to hold."""
+    deadline = time.monotonic() + 120
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)

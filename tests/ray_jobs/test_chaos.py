@@ -19,10 +19,9 @@ from cluster.local import LocalCluster
 from ray_jobs.cli import exit_status
 from tests.conftest import make_shards
 from tests.ray_jobs.chaos import NODES, SlowStorage, Trial, schedule
-from tests.ray_jobs.runs import same_patterns
+from tests.ray_jobs.runs import OPTIONS, same_patterns
 
 SHARDS, SAMPLES = 24, 3
-PREPARED = ["--image-size", "16", "--resize", "16", "--mean", "0.5,0.5,0.5", "--std", "0.25,0.25,0.25"]
 # A worker that starts says nothing meanwhile, which takes seconds where two cores start several.
 FAULTS = ["--stall-timeout", "15", "--retries", "20", "--batch-size", "2", "--gpus-per-worker", "0"]
 SECONDS_PER_SHARD = 0.3  # 24 shards take two workers longer than three faults of a schedule
@@ -55,7 +54,7 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 def fit(model_spec: str, storage: str, out: Path) -> list[str]:
     options = ["--model", model_spec, "--shards", storage, "--out", str(out), "--max-loss", "0.5"]
-    return ["fit", *options, *PREPARED, *FAULTS]
+    return ["fit", *options, *OPTIONS, *FAULTS]
 
 
 def explain(patterns: Path, storage: str, out: Path) -> list[str]:

@@ -18,12 +18,11 @@ import pytest
 from ray.job_submission import JobSubmissionClient
 
 from cluster.local import ROOT, LocalCluster
-from ray_jobs.config import ExplainConfig
+from ray_jobs.config import ExplainConfig, Resources
 from ray_jobs.explain import explain
 from ray_jobs.fit import fit
-from ray_jobs.session import Resources
 from tests.conftest import make_shards
-from tests.ray_jobs.runs import LATE, OPTIONS, configured, same_patterns
+from tests.ray_jobs.runs import LATE, OPTIONS, configured, same_patterns, until
 
 PROGRAM = [sys.executable, "-m", "ray_jobs"]
 TOKEN = secrets.token_hex(32)
@@ -75,13 +74,6 @@ def late_fit(spec: str, shard: str, folder: Path) -> list[str]:
     """A fit that goes on as long as there is no file `gate` in a folder."""
     late = LATE.format(gate=folder / "gate", shard=shard)
     return ["fit", "--model", spec, "--shards", late, "--allow-pipes", "--out", str(folder / "run"), *OPTIONS]
-
-
-def until(holds: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 120
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 def progress(run: Path) -> dict[str, Any]:
