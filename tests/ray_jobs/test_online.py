@@ -51,6 +51,7 @@ def same(array: np.ndarray, exponent: int, sample: Sample, method: str) -> None:
     assert np.abs(found - expected).max() <= 2e-3 * np.abs(expected).max()
 
 
+@pytest.mark.slow
 def test_ray_data_gets_the_maps_of_the_job(local_ray: None, fitted: str, written: list[tuple[Sample, Sample]]) -> None:
     rows = [{"bytes": sample["jpg"], "number": i} for i, (sample, _) in enumerate(written)]
     rows.insert(2, {"bytes": b"no image", "number": -1})

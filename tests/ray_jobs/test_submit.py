@@ -175,9 +175,9 @@ NONE = {"RAY_AUTH_TOKEN": ""}, "none is given here"
     ("way", "env", "how"),
     [
         ("submitted", *NONE),
-        ("submitted", *ANOTHER),
-        ("attached", *NONE),
         ("attached", *NOT_SENT),
+        pytest.param("submitted", *ANOTHER, marks=pytest.mark.slow),
+        pytest.param("attached", *NONE, marks=pytest.mark.slow),
         pytest.param("submitted", *NOT_SENT, marks=pytest.mark.slow),
         pytest.param("attached", *ANOTHER, marks=pytest.mark.slow),
     ],

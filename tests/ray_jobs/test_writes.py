@@ -1,4 +1,4 @@
-"""A fit that dies at any of its file operations loses nothing: the soak tries each, `make test` every 24th."""
+"""A fit that dies at any of its file operations loses nothing: the soak tries each, `make test` every 48th."""
 
 import json
 import subprocess
@@ -15,7 +15,7 @@ from tests.ray_jobs.dying import DEAD
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module", params=[24, pytest.param(1, marks=pytest.mark.slow)], ids=["every-24th", "every"])
+@pytest.fixture(scope="module", params=[48, pytest.param(1, marks=pytest.mark.slow)], ids=["every-48th", "every"])
 def every(request: pytest.FixtureRequest) -> int:
     return int(request.param)
 
