@@ -238,9 +238,8 @@ class Accumulator:
             self._add_gradient(inputs, weights, total.xy)
         if opened is not None and op.gate is not None:
             # The open outputs about their own mean, which may be far from that of all.
-            mask = op.gate.open(z)
-            summed = sum_positions(weights.mul_(mask), kind.axis)
-            n_open = count_open(weights.copy_(mask), count, kind.axis)
+            summed = sum_positions(op.gate.passed(weights, z, out=weights), kind.axis)
+            n_open = count_open(op.gate.passed(z.new_ones(()), z, out=weights), count, kind.axis)
             centre = centre + summed / n_open.clamp(min=1).to(z.dtype)
             centre_y = centre.double() - bias
             if opened.x is not None and opened.xy is not None:
@@ -251,7 +250,7 @@ class Accumulator:
                 add_products(opened.x, x, share.double())
                 add_products(opened.xy, x, share.double() * centre_y)
             torch.sub(z, along(kind.axis, centre, z), out=weights)
-            add_outputs(opened, n_open, weights.mul_(mask), centre_y, kind.axis)
+            add_outputs(opened, n_open, op.gate.passed(weights, z, out=weights), centre_y, kind.axis)
             if opened.xy is not None:
                 self._add_gradient(inputs, weights, opened.xy)
 

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from patterns import winograd
+
 Inputs = tuple[Tensor, ...]
 Shape = tuple[int, ...]
 aten = torch.ops.aten
@@ -62,7 +64,14 @@ class Convolution:
         )
 
     def weight_gradient(self, inputs: Inputs, grad: Tensor, weight_shape: Shape) -> Tensor:
-        (x,) = inputs
+        (x,), kernel = inputs, weight_shape[2:]
+        if x.device.type == "cpu" and len(kernel) == 2:
+            plain = self.groups == 1 and set(self.stride) == set(self.dilation) == {1}
+            if plain and winograd.pays(x, grad, kernel):
+                return winograd.weight_gradient(x, grad, kernel, self.padding)
+            # oneDNN is fast for small depthwise kernels only; with others on large images, faster in this layout.
+            if weight_shape[1] == 1 and min(kernel) > 3 and grad[0, 0].numel() > 10 * prod(kernel):
+                x, grad = (t.contiguous(memory_format=torch.channels_last) for t in (x, grad))
         return self._backward(grad, x, x.new_empty(1).expand(weight_shape), (False, True, False))[1]
 
     def input_sum(self, inputs: Inputs, output_shape: Shape, weight_shape: Shape) -> Tensor:
@@ -270,6 +279,10 @@ class Gate:
         """Where the gate is open, as bool."""
         mask = z > self.low
         return mask if self.high == float("inf") else mask.logical_and_(z < self.high)
+
+    def passed(self, values: Tensor, z: Tensor, out: Tensor) -> Tensor:
+        """Values where the gate is open and 0 elsewhere, as the rectifier's own gradient: masks are slow on CPUs."""
+        return aten.hardtanh_backward.grad_input(values.expand_as(z), z, self.low, self.high, grad_input=out)
 
 
 class Operator(nn.Module):

@@ -82,8 +82,12 @@ def assert_brute_force(case: Case) -> None:
                 assert (row[field] - expected[field]).double().norm() <= reach * scale, field
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_moments_equal_sums_over_samples_written_out(strategy: str) -> None:
+@pytest.mark.parametrize("strategy", [*STRATEGIES, "wide convolution"])
+def test_moments_equal_sums_over_samples_written_out(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if strategy == "wide convolution":
+        monkeypatch.setattr("patterns.winograd.WIDE", 0)
+        strategy = "convolution"
+
     @given(any_case(strategy))
     @cases
     def check(case: Case) -> None:
@@ -244,8 +248,13 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 LEARNED = ["linear", "two-component", "two-component-own-mean", "multivariate"]
 
 
-@pytest.mark.parametrize("layer", LAYERS)
-def test_activations_thirty_deviations_from_zero_keep_their_patterns_in_float32(layer: str) -> None:
+@pytest.mark.parametrize("layer", [*LAYERS, "wide convolution"])
+def test_activations_thirty_deviations_from_zero_keep_their_patterns_in_float32(
+    layer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if layer == "wide convolution":
+        monkeypatch.setattr("patterns.winograd.WIDE", 0)
+        layer = "convolution"
     torch.manual_seed(2)
     make, shape = LAYERS[layer]
     model = nn.Sequential(make(), nn.ReLU())
