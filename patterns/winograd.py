@@ -33,12 +33,12 @@ def pays(x: Tensor, grad: Tensor, kernel: tuple[int, ...]) -> bool:
 
 def weight_gradient(x: Tensor, grad: Tensor, kernel: tuple[int, ...], padding: tuple[int, ...]) -> Tensor:
     """Σ g·x, shape (K, C, 3, width), of inputs (N, C, H, W) and a gradient of the outputs (N, K, H', W')."""
-    (_, width), (above, beside) = kernel, padding
-    columns, tiles = x.shape[3] + 2 * beside, -(-grad.shape[2] // ROWS)
+    width, columns, tiles = kernel[1], x.shape[3] + 2 * padding[1], -(-grad.shape[2] // ROWS)
     room = max(1, BLOCK // (POINTS * columns * max(x.shape[1], grad.shape[1])))
     images, at_once = evenly(len(x), max(1, room // tiles)), evenly(tiles, room)
-    of_x = Combined(combine_inputs, x, images, at_once, columns, above, beside)
-    of_grad = Combined(combine_gradients, grad, images, at_once, columns, 0, 0)
+    block = (images, at_once, columns)
+    of_x = Combined(x, combine_inputs, ROWS + 2, block, padding)
+    of_grad = Combined(grad, combine_gradients, ROWS, block, (0, 0))
     sums = x.new_zeros(width, POINTS, grad.shape[1], x.shape[1])
     for image in range(0, len(x), images):
         for row in range(0, grad.shape[2], ROWS * at_once):
@@ -57,29 +57,30 @@ def evenly(total: int, most: int) -> int:
 
 
 class Combined:
-    """Blocks of images' rows, combined, in the same memory again and again."""
+    """Images' rows, combined block by block in the same memory.
+
+    combine: takes each `span` successive rows, of which every fourth begins such a run, to the six points.
+    block: images, runs and columns of a block.  padding: zeros above and beside the images.
+    """
 
     def __init__(
         self,
-        combine: Callable[[list[Tensor], Tensor], None],
         values: Tensor,
-        images: int,
-        tiles: int,
-        columns: int,
-        above: int,
-        beside: int,
+        combine: Callable[[list[Tensor], Tensor], None],
+        span: int,
+        block: tuple[int, int, int],
+        padding: tuple[int, ...],
     ) -> None:
-        self._combine, self._values, self._above = combine, values, above
-        more = 2 if combine is combine_inputs else 0
-        channels, width = values.shape[1], values.shape[3]
-        self._rows = values.new_zeros(channels, images, ROWS * tiles + more, columns)
-        self._inside = self._rows[..., beside : beside + width]
-        last = ROWS * (tiles - 1) + 1
-        self._runs = [self._rows[:, :, i : i + last : ROWS] for i in range(ROWS + more)]
-        self._combined = values.new_empty(POINTS, channels, images, tiles, columns)
+        (images, runs, columns), (self._above, beside) = block, padding
+        self._values, self._combine = values, combine
+        channels, width, first = values.shape[1], values.shape[3], ROWS * (runs - 1)
+        rows = values.new_zeros(channels, images, first + span, columns)
+        self._inside = rows[..., beside : beside + width]
+        self._runs = [rows[:, :, i : first + i + 1 : ROWS] for i in range(span)]
+        self._combined = values.new_empty(POINTS, channels, *block)
 
     def __call__(self, image: int, row: int) -> Tensor:
-        """From an image and a row of outputs on: (6, channels, images · tiles · columns). Zeros where nothing is."""
+        """From an image and a row of outputs on: (6, channels, images · runs · columns), 0 where nothing is."""
         first = row - self._above
         images, last = self._inside.shape[1], first + self._inside.shape[2]
         found = self._values[image : image + images, :, max(first, 0) : last].transpose(0, 1)
