@@ -11,7 +11,7 @@ from ray_jobs.config import FitConfig, ModelConfig
 PREPARED = {"image_size": 16, "resize": 16, "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
 
 # A shard that comes so late that much can happen to its job, and the file at which it does not wait any longer.
-LATE = "pipe:for i in $(seq 600); do [ -e {gate} ] && break; sleep 0.1; done; cat {shard}"
+LATE = "pipe:for i in $(seq 3000); do [ -e {gate} ] && break; sleep 0.1; done; cat {shard}"
 OPTIONS = ["--image-size", "16", "--resize", "16", "--mean", "0.5,0.5,0.5", "--std", "0.25,0.25,0.25"]
 
 

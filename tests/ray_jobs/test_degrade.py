@@ -169,6 +169,7 @@ def test_random_orders_are_the_samples_own(model_spec: str, shards: list[str], t
     assert seed_of("0/a") != seed_of("1/a")
 
 
+@pytest.mark.slow
 def test_workers_on_a_cluster_find_what_one_process_finds(
     model_spec: str, shards: list[str], tmp_path: Path, local_ray: None
 ) -> None:

@@ -96,6 +96,7 @@ def test_the_job_finds_what_regression_over_the_images_finds(
     assert said == {"cutoff": "1e-10", "positions": "1000000", "seed": "0", "regressed": "24", "evaluated": "24"}
 
 
+@pytest.mark.slow
 def test_neither_workers_nor_losses_nor_resuming_change_a_digit(
     local_ray: None,
     fitted: Path,

@@ -208,6 +208,7 @@ def test_without_its_token_a_cluster_takes_no_job(
     assert not (tmp_path / "run" / "moments").exists()
 
 
+@pytest.mark.slow
 def test_a_broken_line_loses_nothing_of_the_log_and_a_job_goes_on_without_who_follows_it(
     cluster: LocalCluster, model_spec: str, shards: list[str], tmp_path: Path
 ) -> None:
