@@ -1,8 +1,8 @@
 """Runs a fit again and again, each time dying at another of its file operations, and then to its end.
 
-A program of its own, since it forks: `python -m tests.ray_jobs.dying CONFIG`, CONFIG being JSON with `model`,
-`shards` and `folder`. Prints one JSON object for each way to die. Nothing of the jobs is replaced but what would make the trials slow: the model is traced once, and parts are
-merged although they are few.
+A program of its own, since it forks: `python -m tests.ray_jobs.dying CONFIG`, CONFIG being JSON with `model`, `shards`
+and `folder`. Prints one JSON object for each way to die. Nothing of the jobs is replaced but what would make the trials
+slow, or depend on a clock: the model is traced once, and parts are merged although they are few.
 """
 
 import contextlib
