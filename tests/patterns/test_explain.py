@@ -12,7 +12,7 @@ from patterns import Explainer, Network, UserError, accumulate, choose, solve, t
 from tests.oracles import Value, explanation
 from tests.patterns.networks import PASSES, randomise, relative, traced
 
-ARCHITECTURES = ["vgg11", "resnet18", "densenet121", "tf_efficientnet_lite0"]
+ARCHITECTURES = ["vgg11", "resnet18", pytest.param("densenet121", marks=pytest.mark.slow), "tf_efficientnet_lite0"]
 EVERY_METHOD = tuple(PASSES)
 LINEAR = "gradient", "patternnet", "patternattribution"
 Weights = Mapping[str, Tensor]
