@@ -99,12 +99,10 @@ def combine_inputs(x: list[Tensor], out: Tensor) -> None:
     even_part, odd_part = out[0], out[5]  # of what opposite points share
     torch.sub(x[4], x[2], alpha=4, out=even_part)
     torch.sub(x[3], x[1], alpha=4, out=odd_part)
-    torch.add(even_part, odd_part, out=out[1])
-    torch.sub(even_part, odd_part, out=out[2])
+    opposite(even_part, odd_part, 1, out[1:3])
     torch.sub(x[4], x[2], out=even_part)
     torch.sub(x[3], x[1], out=odd_part)
-    torch.add(even_part, odd_part, alpha=2, out=out[3])
-    torch.sub(even_part, odd_part, alpha=2, out=out[4])
+    opposite(even_part, odd_part, 2, out[3:5])
     # 4 x₀ - 5 x₂ + x₄ and 4 x₁ - 5 x₃ + x₅
     even_part.add_(x[0], alpha=4).sub_(x[2], alpha=4)
     torch.sub(x[5], x[3], out=odd_part).add_(x[1], alpha=4).sub_(x[3], alpha=4)
@@ -115,10 +113,14 @@ def combine_gradients(g: list[Tensor], out: Tensor) -> None:
     even_part, odd_part = out[0], out[5]
     torch.add(g[0], g[2], out=even_part)
     torch.add(g[1], g[3], out=odd_part)
-    torch.add(even_part, odd_part, out=out[1])
-    torch.sub(even_part, odd_part, out=out[2])
+    opposite(even_part, odd_part, 1, out[1:3])
     torch.add(g[0], g[2], alpha=4, out=even_part)
     torch.add(g[1], g[3], alpha=4, out=odd_part)
-    torch.add(even_part, odd_part, alpha=2, out=out[3])
-    torch.sub(even_part, odd_part, alpha=2, out=out[4])
+    opposite(even_part, odd_part, 2, out[3:5])
     out[0], out[5] = g[0], g[3]
+
+
+def opposite(even_part: Tensor, odd_part: Tensor, point: int, out: Tensor) -> None:
+    """A polynomial at a point and at the one opposite."""
+    torch.add(even_part, odd_part, alpha=point, out=out[0])
+    torch.sub(even_part, odd_part, alpha=point, out=out[1])

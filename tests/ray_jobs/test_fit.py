@@ -118,18 +118,7 @@ def test_a_stopped_and_then_killed_driver_goes_on_and_changes_no_digit(
     many = make_shards(folder / "shards", 30, 3, seed=5)
     out = folder / "run"
     command = [sys.executable, "-m", "ray_jobs", "fit", "--model", model_spec, "--shards", f"{folder}/shards/*.tar"]
-    command += [
-        "--out",
-        str(out),
-        "--workers",
-        str(workers),
-        "--gpus-per-worker",
-        "0",
-        "--max-loss",
-        "0",
-        "--batch-size",
-        "4",
-    ]
+    command += ["--out", str(out), "--workers", str(workers), "--gpus-per-worker", "0", "--max-loss", "0"]
     command += ["--batch-size", "4", "--image-size", "16", "--resize", "16"]
     command += ["--mean", "0.5,0.5,0.5", "--std", "0.25,0.25,0.25"]
     environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}

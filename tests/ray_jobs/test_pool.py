@@ -191,9 +191,9 @@ def test_an_item_that_takes_for_ever_is_given_up_though_its_worker_goes_on_telli
 def test_commits_come_as_seldom_as_they_are_dear_and_never_later_than_may_be_lost(
     local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pool, "COMMIT_SHARE", 20)
+    monkeypatch.setattr(pool, "COMMIT_SHARE", 2)
     commits = {}
-    for name, dear, most in (("cheap", 0.0, 60.0), ("dear", 1.0, 60.0), ("bounded", 1.0, 0.7)):
+    for name, dear, most in (("cheap", 0.0, 60.0), ("dear", 3.0, 60.0), ("bounded", 3.0, 1.5)):
         folder = tmp_path / name
         folder.mkdir()
         (folder / "commit-takes").write_text(str(dear))
@@ -201,10 +201,10 @@ def test_commits_come_as_seldom_as_they_are_dear_and_never_later_than_may_be_los
         job.size = 1
         worker = pool.Worker
         monkeypatch.setattr(pool, "Worker", lambda actor, worker=worker: worker(actor, commit_cost=0.0))
-        assert run(job, [f"some-{i}" for i in range(6)]) == Outcome([], {})
+        assert run(job, [f"some-{i}" for i in range(8)]) == Outcome([], {})
         monkeypatch.setattr(pool, "Worker", worker)
         commits[name] = job.commits
-    assert commits["dear"] < min(commits["bounded"], commits["cheap"])
+    assert commits["dear"] < commits["bounded"] < commits["cheap"]
 
 
 def test_workers_that_never_start_end_the_job_with_the_cause(local_ray: None, tmp_path: Path) -> None:

@@ -72,9 +72,9 @@ def simulate(folder: Path, workers: int, shards: int, seconds: float) -> Simulat
 
 
 def test_a_cluster_of_simulated_workers_is_kept_busy_by_an_idle_driver(local_ray: None, tmp_path: Path) -> None:
-    found = simulate(tmp_path, workers=8, shards=64, seconds=1.0)
+    found = simulate(tmp_path, workers=8, shards=48, seconds=2.0)
     assert found.busy < 0.1
-    assert found.useful > 0.75  # beside the other tests; the soak asks for more
+    assert found.useful > 0.9
 
 
 @pytest.mark.slow
