@@ -15,7 +15,7 @@ import ray
 from ray import ObjectRefGenerator
 from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, RayTaskError
 
-STARTS = 3  # failures to start a worker, one after the other, before the pool gives up
+TROUBLES = 3  # failures to start a worker, or to commit, one after the other, before the pool gives up
 STARTING = ("place", "ready")
 TICK = 0.5  # seconds
 BACK_OFF = 1.0  # seconds until an item is tried again, doubled by each attempt
@@ -127,7 +127,7 @@ class _Pool:
         self.calls: dict[Any, Worker] = {}  # pending call → its worker
         self.idle: list[Worker] = []
         self.attempts: Counter[str] = Counter()
-        self.troubles = 0  # of starting workers and of committing, one after the other
+        self.troubles: Counter[str] = Counter()  # of starting workers and of committing, one after the other
         self.failed: dict[str, Exception] = {}
         self.error: Exception | None = None
 
@@ -232,10 +232,10 @@ class _Pool:
         if worker.doing == "place":
             worker.place = result
         elif worker.doing == "ready":
-            self.troubles = 0
+            self.troubles["be started"] = 0
             self.job.started(worker.place)
         elif worker.doing == "commit":
-            self.troubles = 0
+            self.troubles["commit"] = 0
             worker.commit_cost = now - worker.begun
             self.job.counts(worker.uncommitted, result)
             worker.uncommitted = []
@@ -259,9 +259,9 @@ class _Pool:
         elif isinstance(error, self.job.bad_input):
             self.error = self.error or error
         else:
-            self.troubles += 1
-            if self.troubles >= STARTS and self.error is None:
-                what = "be started" if worker.doing in STARTING else "commit"
+            what = "be started" if worker.doing in STARTING else "commit"
+            self.troubles[what] += 1
+            if self.troubles[what] >= TROUBLES and self.error is None:
                 self.error = PoolError(f"workers cannot {what}; the last time: {error}")
         if worker.item is not None and isinstance(error, self.job.bad_input):
             self.idle.append(worker)

@@ -197,7 +197,7 @@ def test_commits_come_as_seldom_as_they_are_dear_and_never_later_than_may_be_los
         folder = tmp_path / name
         folder.mkdir()
         (folder / "commit-takes").write_text(str(dear))
-        job = Recorded(folder, commit_after=most)
+        job = Recorded(folder, commit_after=most, stall=60.0)
         job.size = 1
         worker = pool.Worker
         monkeypatch.setattr(pool, "Worker", lambda actor, worker=worker: worker(actor, commit_cost=0.0))
@@ -205,6 +205,15 @@ def test_commits_come_as_seldom_as_they_are_dear_and_never_later_than_may_be_los
         monkeypatch.setattr(pool, "Worker", worker)
         commits[name] = job.commits
     assert commits["dear"] < commits["bounded"] < commits["cheap"]
+
+
+def test_commits_that_always_fail_end_the_job_though_each_new_worker_starts(local_ray: None, tmp_path: Path) -> None:
+    (tmp_path / "commit-takes").write_text("60")
+    job = Recorded(tmp_path, commit_after=0.0, stall=1.0)
+    job.size = 1
+    with pytest.raises(PoolError, match=r"workers cannot commit; the last time: no progress for 1 s"):
+        run(job, PLAIN)
+    assert not job.counted
 
 
 def test_workers_that_never_start_end_the_job_with_the_cause(local_ray: None, tmp_path: Path) -> None:
