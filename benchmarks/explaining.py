@@ -21,6 +21,7 @@ from ray_jobs.config import ExplainConfig, FitConfig, ModelConfig, Resources
 from ray_jobs.fit import fit
 from ray_jobs.outputs import outputs
 from ray_jobs.shards import ShardReader
+from ray_jobs.shardwise import ShardTask
 from ray_jobs.sources import list_shards
 from ray_jobs.threads import Behind
 from ray_jobs.worker import Share
@@ -96,14 +97,14 @@ def whole_job(bench: Bench) -> Iterator[Row]:
         (images, *_) = (b.images for b in ShardReader(shards[0], loaded.preprocessing, JOB_BATCH))
         out = iter(outputs(f"{folder}/out", shards).values())
         batches = sum(1 for _ in ShardReader(shards[0], loaded.preprocessing, JOB_BATCH))
-        shard = (shards[0], next(out), None)
+        task = ShardTask(shards[0], next(out))
 
         def inner() -> None:
             for _ in range(batches):
                 worker.explainer(images)
 
         def whole() -> None:
-            for _ in worker.work(*shard):
+            for _ in worker.work(task):
                 pass
 
         def in_line() -> None:

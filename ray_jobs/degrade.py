@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,14 +20,13 @@ from ray_jobs.config import DegradeConfig, Preprocessing, Resources
 from ray_jobs.driver import driving, tidy
 from ray_jobs.explain import Scales, explainer
 from ray_jobs.files import published, read_table
-from ray_jobs.outputs import Outputs
 from ray_jobs.pictures import draw_degradation
 from ray_jobs.run import Run, write_refused
 from ray_jobs.samples import seed_of
 from ray_jobs.session import connected
 from ray_jobs.shards import Batch, ShardReader
-from ray_jobs.shardwise import shard_by_shard
-from ray_jobs.worker import Place, ShardReport, Share, Timed, streamed
+from ray_jobs.shardwise import ShardTask, shard_by_shard
+from ray_jobs.worker import ShardReport, ShardWorker, Share, Stream
 
 SURE = 1.959964  # standard errors that a confidence band of 95 % reaches to each side
 
@@ -52,45 +52,41 @@ CURVES = pa.schema(
 )
 
 
-class DegradeWorker:
+class DegradeWorker(ShardWorker[ShardTask]):
     """Holds the model and its patterns, and nothing that a lost worker would take along."""
 
     def __init__(self, config: DegradeConfig, weights: str, scales: Scales, share: Share = Share()) -> None:  # noqa: B008 - frozen
-        self.config, self.weights, self.scales, self.share = config, weights, scales, share
-
-    def place(self) -> Place:
-        """Where this worker runs."""
-        return self.share.place()
+        super().__init__(share)
+        self.config, self.weights, self.scales = config, weights, scales
 
     def ready(self) -> None:
         """Load the model and its patterns."""
         self.loaded = self.share.load(self.config.model, self.weights)
         self.explainer = explainer(self.config, self.loaded, None, self.scales)
 
-    def work(self, shard: str, out: Outputs, most: int | None) -> Iterator[ShardReport]:
+    def reader(self, task: ShardTask) -> ShardReader:
+        loaded, size = self.loaded, self.config.batch_size
+        return ShardReader(task.shard, loaded.preprocessing, size, loaded.dtype, task.most, threads=self.share.decoders)
+
+    def work(self, task: ShardTask, following: ShardTask | None = None) -> Iterator[ShardReport]:
         """Degrade the images of a shard, or its first samples, telling now and then how far it is."""
         rows: list[dict[str, Any]] = []
-        loaded, size = self.loaded, self.config.batch_size
-        reader = ShardReader(shard, loaded.preprocessing, size, loaded.dtype, most, threads=self.share.decoders)
-        batches, samples = streamed(reader, loaded.device), 0
-
-        def report() -> ShardReport:
-            return ShardReport(samples, len(reader.refused), batches.count, batches.waited)
-
-        for batch in batches:
-            for found in self.degrade(batch, batches):
-                if found is None:
-                    yield report()
-                else:
-                    rows += [{"shard": shard, **row} for row in found]
-            samples += len(batch.keys)
+        out, samples = task.out, 0
+        with closing(self.stream(task, following)) as stream:
+            for batch in stream:
+                for found in self.degrade(batch, stream):
+                    if found is None:
+                        yield stream.report(samples)
+                    else:
+                        rows += [{"shard": task.shard, **row} for row in found]
+                samples += len(batch.keys)
         with published(out.folder) as folder:
-            write_refused(folder / out.refused, reader.refused)
+            write_refused(folder / out.refused, stream.reader.refused)
         with published(out.folder) as folder:
             write_table(folder / out.rows, ROWS, [pa.Table.from_pylist(rows, ROWS)])
-        yield report()
+        yield stream.report(samples)
 
-    def degrade(self, batch: Batch, batches: Timed[Batch]) -> Iterator[list[dict[str, Any]] | None]:
+    def degrade(self, batch: Batch, stream: Stream) -> Iterator[list[dict[str, Any]] | None]:
         """The rows of a batch, method by method; None now and then between, when it is time to tell."""
         config = self.config
         images = batch.images.to(self.loaded.device, non_blocking=True)
@@ -103,7 +99,7 @@ class DegradeWorker:
             curve = [probability[:, None]]
             for steps in torch.arange(1, config.steps + 1).split(max(1, config.batch_size // len(images))):
                 curve.append(self.probabilities(degraded(images, replaced, turn, steps.to(images.device)), prediction))
-                if batches.due():
+                if stream.due():
                     yield None
             curves = torch.cat(curve, 1)
             columns = {

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
+from contextlib import closing
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -19,17 +20,17 @@ from ray_jobs import models
 from ray_jobs.config import ExplainConfig, MethodsConfig, Resources
 from ray_jobs.driver import driving, tidy
 from ray_jobs.files import here, located, published, read_table
-from ray_jobs.outputs import OUTPUTS, Explained, Outputs, bytes_per_sample, import_zarr, writers
+from ray_jobs.outputs import OUTPUTS, Explained, bytes_per_sample, import_zarr, writers
 from ray_jobs.run import Run, load_patterns, write_refused
 from ray_jobs.samples import SampleError, seed_of
 from ray_jobs.session import connected
 from ray_jobs.shards import Batch, ShardReader
-from ray_jobs.shardwise import shard_by_shard
+from ray_jobs.shardwise import ShardTask, shard_by_shard
 from ray_jobs.summaries import COLUMNS, REDUCTIONS, shaped, summaries
 from ray_jobs.targets import Target, target_of
 from ray_jobs.threads import Behind
 from ray_jobs.words import spoken_bytes
-from ray_jobs.worker import Place, ShardReport, Share, streamed
+from ray_jobs.worker import ShardReport, ShardWorker, Share
 
 Scales = dict[str, list[int]]  # the potential of each method's pass: see `Explainer.scales`
 
@@ -54,15 +55,12 @@ def schema(config: ExplainConfig, target: Target) -> pa.Schema:
     )
 
 
-class ExplainWorker:
+class ExplainWorker(ShardWorker[ShardTask]):
     """Holds the model and its patterns, and nothing that a lost worker would take along."""
 
     def __init__(self, config: ExplainConfig, weights: str, scales: Scales, share: Share = Share()) -> None:  # noqa: B008 - frozen
-        self.config, self.weights, self.scales, self.share = config, weights, scales, share
-
-    def place(self) -> Place:
-        """Where this worker runs."""
-        return self.share.place()
+        super().__init__(share)
+        self.config, self.weights, self.scales = config, weights, scales
 
     def ready(self) -> None:
         """Load the model and its patterns."""
@@ -70,32 +68,36 @@ class ExplainWorker:
         self.target = target_of(self.config.target, self.loaded.network, dict(self.config.classes))
         self.explainer = explainer(self.config, self.loaded, self.target.operator, self.scales)
 
-    def work(self, shard: str, out: Outputs, most: int | None) -> Iterator[ShardReport]:
+    def work(self, task: ShardTask, following: ShardTask | None = None) -> Iterator[ShardReport]:
         """Explain a shard, or its first samples, telling now and then how far it is.
 
         Batches are decoded before and written after the one at work, in threads of their own. The table of rows is
         written last, after the other files are where they belong.
         """
         rows: list[dict[str, Any]] = []
-        reader = self.reader(shard, most)
-        batches = streamed(reader, self.loaded.device)
-        told = schema(self.config, self.target)
-        with published(out.folder) as folder, writers(folder, out, self.config.outputs) as written, Behind() as behind:
-            for batch in batches:
+        out, told = task.out, schema(self.config, self.target)
+        with (
+            closing(self.stream(task, following)) as stream,
+            published(out.folder) as folder,
+            writers(folder, out, self.config.outputs) as written,
+            Behind() as behind,
+        ):
+            for batch in stream:
                 explained = self.explain(batch)
                 for writer in written:
                     behind.do(writer.write, explained)
-                rows += [{"shard": shard, "key": key, **row} for key, row in zip(explained.keys, explained.summaries)]
-                if batches.due():
-                    yield ShardReport(len(rows), len(reader.refused), batches.count, batches.waited)
+                described = zip(explained.keys, explained.summaries)
+                rows += [{"shard": task.shard, "key": key, **row} for key, row in described]
+                if stream.due():
+                    yield stream.report(len(rows))
             behind.done()
         with published(out.folder) as folder:
-            write_refused(folder / out.refused, reader.refused)
+            write_refused(folder / out.refused, stream.reader.refused)
         with published(out.folder) as folder:
             write_table(folder / out.rows, told, [pa.Table.from_pylist(rows, told)])
-        yield ShardReport(len(rows), len(reader.refused), batches.count, batches.waited)
+        yield stream.report(len(rows))
 
-    def reader(self, shard: str, most: int | None) -> ShardReader:
+    def reader(self, task: ShardTask) -> ShardReader:
         config, loaded = self.config, self.loaded
         (classes, *_) = loaded.network.output_shape
 
@@ -104,11 +106,11 @@ class ExplainWorker:
                 raise SampleError(f"the label {label} is none of the model's {classes} classes")
 
         return ShardReader(
-            shard,
+            task.shard,
             loaded.preprocessing,
             config.batch_size,
             loaded.dtype,
-            most,
+            task.most,
             has_target,
             with_boxes=True,
             threads=self.share.decoders,

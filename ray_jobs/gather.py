@@ -3,10 +3,10 @@
 import json
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 import torch
@@ -26,7 +26,7 @@ from ray_jobs.run import refused_in, write_refused
 from ray_jobs.samples import seed_of
 from ray_jobs.shards import ShardReader
 from ray_jobs.tasks import Pending, Tasks
-from ray_jobs.worker import Place, ShardReport, Share, streamed
+from ray_jobs.worker import ShardReport, ShardWorker, Share, Stream
 
 Observe = Callable[[Network], Observation[Any]]
 MOST_PARTS = 32  # that lie in a folder; more are merged while the job goes on
@@ -65,7 +65,20 @@ def check_finite(shard: str, keys: Sequence[str], finite: Tensor) -> None:
         raise NotFiniteError(shard, bad)
 
 
-class GatherWorker:
+class GatherTask(NamedTuple):
+    """What a worker is told of a shard. number: the shard's.  only: the keys to use; None: all.  round: see Gathering.
+
+    most: samples at most.
+    """
+
+    number: int
+    shard: str
+    most: int | None = None
+    only: frozenset[str] | None = None
+    round: int = 0
+
+
+class GatherWorker(ShardWorker[GatherTask]):
     """Holds the model and the moments not yet committed. Losing it loses nothing that counts."""
 
     def __init__(
@@ -77,12 +90,9 @@ class GatherWorker:
         weights: str,
         share: Share = Share(),  # noqa: B008 - frozen
     ) -> None:
-        self.folder, self.batch_size, self.share = located(folder), batch_size, share
+        super().__init__(share)
+        self.folder, self.batch_size = located(folder), batch_size
         self.model, self.weights, self.observer = model, weights, observe
-
-    def place(self) -> Place:
-        """Where this worker runs."""
-        return self.share.place()
 
     def ready(self) -> None:
         """Load the model."""
@@ -97,63 +107,65 @@ class GatherWorker:
         self.samples = 0
         self.refused: list[Refused] = []
 
-    def work(
-        self, number: int, shard: str, most: int | None = None, only: frozenset[str] | None = None, round_: int = 0
-    ) -> Iterator[ShardReport]:
+    def reader(self, task: GatherTask) -> ShardReader:
+        loaded = self.loaded
+        return ShardReader(
+            task.shard,
+            loaded.preprocessing,
+            self.batch_size,
+            loaded.dtype,
+            task.most,
+            only=task.only,
+            threads=self.share.decoders,
+        )
+
+    def work(self, task: GatherTask, following: GatherTask | None = None) -> Iterator[ShardReport]:
         """Add the moments of a shard, or of some of its samples only, telling now and then how far it is.
 
         On any error, everything not committed is dropped. Samples for which the model's output is not finite
         spoil the sums: the shard is then begun anew without them, or, where other shards' sums would be lost
         too, fails, and is tried again by a worker that has none.
         """
-        self.round = round_
+        self.round = task.round
         spoilt: frozenset[str] = frozenset()
         try:
+            stream = self.stream(task, following)
             while True:
-                reader = ShardReader(
-                    shard,
-                    self.loaded.preprocessing,
-                    self.batch_size,
-                    self.loaded.dtype,
-                    most,
-                    only=only,
-                    skip=spoilt,
-                    threads=self.share.decoders,
-                )
                 try:
-                    samples = yield from self.observe(shard, reader)
+                    samples = yield from self.observe(task.shard, stream)
                     break
                 except NotFiniteError as error:
                     if self.shards:
                         raise
                     self.observation.reset()
                     spoilt |= error.keys
+                    stream = Stream(replace(self.reader(task), skip=spoilt), self.loaded.device)
         except BaseException:
             self.forget()
             raise
         reason = "the model's output is not finite"
-        refused = [*reader.refused, *(Refused(shard, key, "model", reason) for key in sorted(spoilt))]
-        self.shards.append(number)
+        unfit = [Refused(task.shard, key, "model", reason) for key in sorted(spoilt)]
+        self.shards.append(task.number)
         self.samples += samples
-        self.refused += refused
-        yield ShardReport(samples, len(refused), self.batches.count, self.batches.waited)
+        self.refused += [*stream.reader.refused, *unfit]
+        yield stream.report(samples, len(unfit))
 
-    def observe(self, shard: str, reader: ShardReader) -> Generator[ShardReport, None, int]:
+    def observe(self, shard: str, stream: Stream) -> Generator[ShardReport, None, int]:
         """Add a shard's batches; gives how many samples they had. NotFiniteError where the model's output is not.
 
         Each batch's outputs are looked at after the next was begun, so that a GPU never waits for the question.
         """
         samples, before = 0, (list[str](), torch.ones(0, dtype=torch.bool))
-        self.batches = streamed(reader, self.loaded.device)
-        for batch in self.batches:
-            images = batch.images.to(self.loaded.device, non_blocking=True)
-            outputs = self.observation.update(images, [seed_of(key) for key in batch.keys])
-            now = batch.keys, outputs.flatten(1).isfinite().all(1)
-            check_finite(shard, *before)
-            before = now
-            samples += len(batch.keys)
-            if self.batches.due():
-                yield ShardReport(samples, len(reader.refused), self.batches.count, self.batches.waited)
+        with closing(stream):
+            for batch in stream:
+                images = batch.images.to(self.loaded.device, non_blocking=True)
+                outputs = self.observation.update(images, [seed_of(key) for key in batch.keys])
+                now = batch.keys, outputs.flatten(1).isfinite().all(1)
+                check_finite(shard, *before)
+                before = now
+                samples += len(batch.keys)
+                if stream.due():
+                    yield stream.report(samples)
         check_finite(shard, *before)
         self.observation.settle()
         return samples
@@ -208,10 +220,10 @@ class GatherJob(ShardJob):
             raise UserError(refused[0].shard, what, "Mend the data, then choose another --out.")
         return self.ledger
 
-    def task(self, item: str) -> tuple[Any, ...]:
+    def task(self, item: str) -> GatherTask:
         task, number = self.gathering, self.numbers[item]
         most = equal_share(task.most, number, len(task.shards))
-        return number, item, most, self.refused.get(item), task.round
+        return GatherTask(number, item, most, self.refused.get(item), task.round)
 
     def counts(self, items: list[str], told: Part) -> None:
         if sorted(told.shards) != sorted(self.numbers[item] for item in items):

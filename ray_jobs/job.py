@@ -125,8 +125,9 @@ class ShardJob:
         share = Share(self.options["num_cpus"], self.options["num_gpus"])
         return self.actor.options(**self.options).remote(*self.arguments, share)
 
-    def task(self, item: str) -> tuple[Any, ...]:
-        return (item,)
+    def task(self, item: str) -> Any:
+        """What a worker is told of an item."""
+        raise NotImplementedError
 
     def started(self, told: Place) -> None:
         now = time.monotonic()

@@ -6,7 +6,7 @@ would run a method again on an actor whose state is gone.
 """
 
 import time
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -43,13 +43,14 @@ class Job(Protocol):
         """How many workers to have now."""
 
     def spawn(self) -> Any:
-        """A new actor with methods `place()`, `ready()`, `work(*task)` and, where the job commits, `commit()`.
+        """A new actor with methods `place()`, `ready()`, `work(task, following)` and, where it commits, `commit()`.
 
         `place` answers as soon as the actor has a place, which it may wait for; `ready` prepares it. `work`
-        is a generator that tells now and then how far it is; the last it tells is its result.
+        is a generator that tells now and then how far it is; the last it tells is its result. It may begin to
+        read the task that is likely to follow, None where there is none; `close()` leaves what was begun.
         """
 
-    def task(self, item: str) -> tuple[Any, ...]:
+    def task(self, item: str) -> Any:
         """What a worker is told of an item."""
 
     def started(self, told: Any) -> None:
@@ -82,12 +83,16 @@ class Job(Protocol):
 
 @dataclass
 class Worker:
-    """One actor: what it does now, and what it has done that does not count yet. Times are monotonic."""
+    """One actor: what it does now, and what it has done that does not count yet. Times are monotonic.
+
+    promised: the item that it will have next, unless another has nothing else to do, and may begin to read now.
+    """
 
     actor: Any
     place: Any = None
     doing: str = "place"
     item: str | None = None
+    promised: str | None = None
     told: Any = None
     begun: float = 0.0
     heard: float = 0.0
@@ -112,6 +117,9 @@ class StalledError(RuntimeError):
     """A worker did not say a word for too long, or took too long over an item."""
 
 
+LOST = (RayActorError, OutOfMemoryError, GetTimeoutError, StalledError)  # errors of a worker, not of what it ran
+
+
 def run(items: Iterable[str], job: Job, stop: Callable[[], bool], tick: Callable[[], None]) -> Outcome:
     """Work on every item, with as many workers as the job has places for, until `stop()` is true.
 
@@ -122,11 +130,13 @@ def run(items: Iterable[str], job: Job, stop: Callable[[], bool], tick: Callable
 
 class _Pool:
     def __init__(self, items: Iterable[str], job: Job, stop: Callable[[], bool], tick: Callable[[], None]) -> None:
-        self.queue, self.job, self.stop, self.tick = deque(items), job, stop, tick
+        self.queue, self.job, self.stop, self.tick = OrderedDict.fromkeys(items), job, stop, tick
         self.later: list[tuple[float, str]] = []  # items to try again, and when
         self.calls: dict[Any, Worker] = {}  # pending call → its worker
         self.idle: list[Worker] = []
         self.attempts: Counter[str] = Counter()
+        self.promised: set[str | None] = set()
+        self.suspects: set[str | None] = set()  # a worker was lost that had them in hand, and others
         self.troubles: Counter[str] = Counter()  # of starting workers and of committing, one after the other
         self.failed: dict[str, Exception] = {}
         self.error: Exception | None = None
@@ -158,22 +168,22 @@ class _Pool:
     def assign(self) -> None:
         """Give every idle worker its next call, and start the workers that are missing."""
         now = time.monotonic()
-        self.queue.extend(item for due, item in self.later if due <= now)
+        self.queue.update((item, None) for due, item in self.later if due <= now)
         self.later = [(due, item) for due, item in self.later if due > now]
         working, self.idle = self.idle, []
         for worker in working:
             leaving = self.job.leaving(worker.place)
-            # An item that failed before must not take others' work with it.
-            risky = bool(self.queue) and self.attempts[self.queue[0]] > 0
+            item = self.choose(worker)
+            alone = item is not None and self.risky(item)  # must not take others' work with it
             due = worker.uncommitted and now - worker.since > interval(self.job, worker.commit_cost)
-            if worker.uncommitted and (due or leaving or risky or not self.queue or self.stopping()):
+            if worker.uncommitted and (due or leaving or alone or item is None or self.stopping()):
                 self.call(worker, "commit")
             elif leaving:
+                self.promise(worker, None)
                 ray.kill(worker.actor)
                 self.job.gone(worker.place, None)
-            elif self.queue and not self.stopping():
-                self.job.began(self.queue[0], worker.place)
-                self.call(worker, "work", self.queue.popleft())
+            elif item is not None and not self.stopping():
+                self.work(worker, item)
             else:
                 self.idle.append(worker)
         if not self.stopping():
@@ -182,14 +192,37 @@ class _Pool:
             for _ in range(wanted - len(self.calls) - len(self.idle)):
                 self.call(Worker(self.job.spawn()), "place")
 
-    def call(self, worker: Worker, method: str, item: str | None = None) -> None:
+    def choose(self, worker: Worker) -> str | None:
+        """What a worker is to do next: what it was promised, or what is promised to none, or else what is left."""
+        if worker.promised in self.queue:
+            return worker.promised
+        return next((i for i in self.queue if i not in self.promised), next(iter(self.queue), None))
+
+    def risky(self, item: str) -> bool:
+        return self.attempts[item] > 0 or item in self.suspects
+
+    def promise(self, worker: Worker, item: str | None) -> None:
+        """Promise a worker an item, in the place of the one before."""
+        self.promised.discard(worker.promised)
+        self.promised.add(item)
+        worker.promised = item
+
+    def work(self, worker: Worker, item: str) -> None:
+        """Have a worker work on an item, and promise it another; none to go with one that is risky."""
+        self.promise(worker, None)
+        del self.queue[item]
+        if not self.risky(item):
+            free = (i for i in self.queue if i not in self.promised and not self.risky(i))
+            self.promise(worker, next(free, None))
+        self.job.began(item, worker.place)
+        following = None if worker.promised is None else self.job.task(worker.promised)
+        self.call(worker, "work", item, self.job.task(item), following)
+
+    def call(self, worker: Worker, method: str, item: str | None = None, *arguments: Any) -> None:
         worker.doing, worker.item, worker.told = method, item, None
         worker.begun = worker.heard = time.monotonic()
-        told = getattr(worker.actor, method)
-        streamed = item is not None
-        self.calls[
-            told.options(num_returns="streaming").remote(*self.job.task(str(item))) if streamed else told.remote()
-        ] = worker
+        options = {"num_returns": "streaming"} if item is not None else {}
+        self.calls[getattr(worker.actor, method).options(**options).remote(*arguments)] = worker
 
     def collect(self, call: Any) -> None:
         """Take what a call has to tell; its worker is idle again once it is through."""
@@ -207,7 +240,7 @@ class _Pool:
                     return
             else:
                 worker.told = ray.get(call, timeout=60)
-        except (RayActorError, OutOfMemoryError, RayTaskError, GetTimeoutError, self.job.bad_input) as error:
+        except (*LOST, RayTaskError, self.job.bad_input) as error:
             self.fail(worker, plain(error))
         else:
             self.take(worker, worker.told)
@@ -250,12 +283,15 @@ class _Pool:
 
     def fail(self, worker: Worker, error: Exception) -> None:
         """A call failed: the worker's uncommitted items go back to the queue, its item is tried again later."""
-        self.queue.extendleft(worker.uncommitted)
+        blamed = self.blamed(worker, error)
+        for item in worker.uncommitted:
+            self.queue[item] = None
+            self.queue.move_to_end(item, last=False)
         self.job.lost(worker.uncommitted)
         worker.uncommitted = []
         if worker.item is not None:
             self.job.failed(worker.item, error)
-            self.retry(worker.item, error)
+            self.retry(worker.item, blamed, error)
         elif isinstance(error, self.job.bad_input):
             self.error = self.error or error
         else:
@@ -266,12 +302,25 @@ class _Pool:
         if worker.item is not None and isinstance(error, self.job.bad_input):
             self.idle.append(worker)
         else:  # a commit that it may still finish is ignored
+            self.promise(worker, None)
             ray.kill(worker.actor)
             if worker.doing not in STARTING:
                 self.job.gone(worker.place, error)
 
-    def retry(self, item: str, error: Exception) -> None:
-        self.attempts[item] += not getattr(error, "preempted", False)  # by the node's owner, whatever was on it
+    def blamed(self, worker: Worker, error: Exception) -> bool:
+        """Whether it is surely for its item that a worker failed.
+
+        One that was lost may have been by the item that it was promised: both are tried again, each by itself.
+        """
+        if not isinstance(error, LOST):
+            return True
+        if getattr(error, "preempted", False):  # by the node's owner, whatever was on it
+            return False
+        self.suspects |= {worker.item, worker.promised}
+        return worker.promised is None
+
+    def retry(self, item: str, blamed: bool, error: Exception) -> None:
+        self.attempts[item] += blamed
         if self.attempts[item] < self.job.attempts:
             self.later.append((time.monotonic() + BACK_OFF * 2 ** self.attempts[item], item))
         else:
@@ -296,7 +345,6 @@ def alone(items: Iterable[str], job: Job, worker: Any, stop: Callable[[], bool],
     place = worker.place()
     worker.ready()
     job.started(place)
-
     commit_cost = FIRST_COMMIT / COMMIT_SHARE
 
     def commit() -> None:
@@ -308,37 +356,41 @@ def alone(items: Iterable[str], job: Job, worker: Any, stop: Callable[[], bool],
             job.counts(list(uncommitted), part)
             uncommitted.clear()
 
-    while queue and not stop():
-        item = queue.popleft()
-        if attempts[item]:
-            commit()
-        job.began(item, place)
-        if not uncommitted:
-            since = time.monotonic()
-        told = None
-        try:
-            for told in worker.work(*job.task(item)):
-                job.heard(item, told)
-                tick()
-        except job.bad_input as error:
-            queue.extendleft(uncommitted)
-            job.lost(list(uncommitted))
-            uncommitted.clear()
-            job.failed(item, error)
-            attempts[item] += 1
-            if attempts[item] < job.attempts:
-                time.sleep(BACK_OFF * 2 ** attempts[item])
-                queue.append(item)
-            else:
-                failed[item] = error
-            continue
-        job.worked(item, told)
-        if job.max_loss is None:
-            job.counts([item], told)
-        else:
-            uncommitted.append(item)
-            if time.monotonic() - since > interval(job, commit_cost):
+    try:
+        while queue and not stop():
+            item = queue.popleft()
+            if attempts[item]:
                 commit()
-        tick()
-    commit()
+            job.began(item, place)
+            if not uncommitted:
+                since = time.monotonic()
+            told = None
+            try:
+                following = job.task(queue[0]) if queue and not attempts[queue[0]] else None
+                for told in worker.work(job.task(item), following):
+                    job.heard(item, told)
+                    tick()
+            except job.bad_input as error:
+                queue.extendleft(uncommitted)
+                job.lost(list(uncommitted))
+                uncommitted.clear()
+                job.failed(item, error)
+                attempts[item] += 1
+                if attempts[item] < job.attempts:
+                    time.sleep(BACK_OFF * 2 ** attempts[item])
+                    queue.append(item)
+                else:
+                    failed[item] = error
+                continue
+            job.worked(item, told)
+            if job.max_loss is None:
+                job.counts([item], told)
+            else:
+                uncommitted.append(item)
+                if time.monotonic() - since > interval(job, commit_cost):
+                    commit()
+            tick()
+        commit()
+    finally:
+        worker.close()
     return Outcome(list(queue), failed)

@@ -1,11 +1,21 @@
 """Jobs that write files for each input shard: a shard is wholly there or not there, and worked on once."""
 
+from typing import NamedTuple
+
 from ray_jobs.config import MethodsConfig, Resources, equal_share
 from ray_jobs.driver import Beat
 from ray_jobs.files import names
 from ray_jobs.job import ShardJob
 from ray_jobs.outputs import Outputs, outputs
 from ray_jobs.run import refused_in
+
+
+class ShardTask(NamedTuple):
+    """What a worker is told of a shard. out: the files to write.  most: samples at most."""
+
+    shard: str
+    out: Outputs
+    most: int | None = None
 
 
 class ShardwiseJob(ShardJob):
@@ -17,10 +27,10 @@ class ShardwiseJob(ShardJob):
         there = {folder: set(names(folder)) for folder in {out.folder for out in outs.values()}}
         left = [shard for shard, out in outs.items() if out.rows not in there[out.folder]]
         shares = (equal_share(config.max_samples, number, len(outs)) for number in range(len(outs)))
-        self.told = {shard: (shard, out, most) for (shard, out), most in zip(outs.items(), shares)}
+        self.told = {shard: ShardTask(shard, out, most) for (shard, out), most in zip(outs.items(), shares)}
         super().__init__(name, beat, config.shards, left, resources, max_loss=None)
 
-    def task(self, item: str) -> tuple[str, Outputs, int | None]:
+    def task(self, item: str) -> ShardTask:
         return self.told[item]
 
 

@@ -2,56 +2,69 @@
 
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from queue import Full, Queue
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 U = TypeVar("U")
 
 AHEAD = 2  # batches that lie ready while one is worked on, and results that wait to be written
+POLL = 0.1  # seconds between two looks whether a thread that waits is to end
 
 
-def ahead(items: Iterable[T], count: int = AHEAD) -> Generator[T, None, None]:
+class Ahead(Generic[T]):
     """The same items, made in a thread of their own while those before are worked on.
 
-    At most `count` lie ready; an error comes where the item would have come.
+    after: when to begin.  count: how many lie ready at most. An error comes where the item would have come.
+    made: when no more will be made.
     """
-    ready: Queue[tuple[bool, Any]] = Queue(count)
-    stopped = threading.Event()
 
-    def put(told: tuple[bool, Any]) -> bool:
-        while not stopped.is_set():
-            with suppress(Full):
-                ready.put(told, timeout=0.1)
-                return True
-        return False
+    def __init__(self, items: Iterable[T], after: threading.Event | None = None, count: int = AHEAD) -> None:
+        self.made = threading.Event()
+        self._ready: Queue[tuple[bool, Any]] = Queue(count)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._make, args=(items, after), daemon=True)
+        self._thread.start()
 
-    def make() -> None:
-        try:
-            with ExitStack() as stack:
-                made = iter(items)
-                if isinstance(made, Generator):
-                    stack.callback(made.close)
-                for item in made:
-                    if not put((True, item)):
-                        return
-            put((False, None))
-        except BaseException as error:
-            put((False, error))
-
-    thread = threading.Thread(target=make, daemon=True)
-    thread.start()
-    try:
-        while (told := ready.get())[0]:
+    def __iter__(self) -> Iterator[T]:
+        while (told := self._ready.get())[0]:
             yield told[1]
         if told[1] is not None:
             raise told[1]
-    finally:
-        stopped.set()
-        thread.join()
+
+    def leave(self) -> None:
+        """Make no more. The thread ends by itself: it may hang in what it reads."""
+        self._stopped.set()
+
+    def close(self) -> None:
+        """Make no more, and wait until the thread has ended and the items are closed, where they can be."""
+        self.leave()
+        self._thread.join()
+
+    def _make(self, items: Iterable[T], after: threading.Event | None) -> None:
+        try:
+            with ExitStack() as stack:
+                stack.callback(self.made.set)
+                while after is not None and not after.wait(POLL) and not self._stopped.is_set():
+                    pass
+                made = iter(items)
+                if isinstance(made, Generator):
+                    stack.callback(made.close)
+                while not self._stopped.is_set():
+                    self._put((True, next(made)))
+        except StopIteration:
+            self._put((False, None))
+        except BaseException as error:
+            self._put((False, error))
+
+    def _put(self, told: tuple[bool, Any]) -> None:
+        while not self._stopped.is_set():
+            with suppress(Full):
+                self._ready.put(told, timeout=POLL)
+                return
 
 
 class Behind:

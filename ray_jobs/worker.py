@@ -5,9 +5,9 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Generator, Iterator
-from contextlib import closing
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from threading import Event
 from typing import Generic, TypeVar
 
 import ray
@@ -17,7 +17,7 @@ from patterns import UserError
 from ray_jobs import models
 from ray_jobs.config import ModelConfig
 from ray_jobs.shards import Batch, ShardReader
-from ray_jobs.threads import ahead
+from ray_jobs.threads import Ahead
 
 TELL_EVERY = 3.0  # seconds between two words of how far a worker is with a shard
 MOST_DECODERS = 4  # more wait for Python's lock: fifteen decoded no more than four (docs/data.md)
@@ -85,23 +85,31 @@ class ShardReport:
     waited: float = 0.0
 
 
-T = TypeVar("T")
+class Stream:
+    """A shard's batches, which knows how many came, how long they were waited for, and when to tell of it.
 
+    They are decoded while those before are worked on, in memory that a GPU copies from by itself.
+    after: when to begin.
+    """
 
-class Timed(Generic[T]):
-    """Goes through some items, and knows how many came, how long they were waited for, and when to tell of it."""
+    def __init__(self, reader: ShardReader, device: torch.device, after: Event | None = None) -> None:
+        def pinned(batch: Batch) -> Batch:
+            return replace(batch, images=batch.images.pin_memory()) if device.type == "cuda" else batch
 
-    def __init__(self, items: Generator[T, None, None]) -> None:
-        self.items, self.count, self.waited, self.told = items, 0, 0.0, time.monotonic()
+        self.reader, self.count, self.waited, self.told = reader, 0, 0.0, 0.0
+        self.ahead = Ahead(map(pinned, reader), after)
 
-    def __iter__(self) -> Iterator[T]:
-        before = time.monotonic()
-        with closing(self.items) as items:  # also where what is done with an item fails
-            for item in items:
-                self.count += 1
-                self.waited += time.monotonic() - before
-                yield item
-                before = time.monotonic()
+    def __iter__(self) -> Iterator[Batch]:
+        before = self.told = time.monotonic()
+        for batch in self.ahead:
+            self.count += 1
+            self.waited += time.monotonic() - before
+            yield batch
+            before = time.monotonic()
+
+    def close(self) -> None:
+        """Decode no more."""
+        self.ahead.close()
 
     def due(self) -> bool:
         """Whether it is time to tell how far the work is: now and then, since telling costs the driver a while."""
@@ -110,14 +118,47 @@ class Timed(Generic[T]):
         self.told = now if due else self.told
         return due
 
+    def report(self, samples: int, refused: int = 0) -> ShardReport:
+        """How far the work is, after so many samples; refused: further ones than its reader refused."""
+        return ShardReport(samples, len(self.reader.refused) + refused, self.count, self.waited)
 
-def streamed(reader: ShardReader, device: torch.device) -> Timed[Batch]:
-    """A shard's batches, decoded while those before are worked on, in memory that a GPU copies from by itself."""
 
-    def pinned(batch: Batch) -> Batch:
-        return replace(batch, images=batch.images.pin_memory()) if device.type == "cuda" else batch
+Task = TypeVar("Task")
 
-    return Timed(ahead(map(pinned, reader)))
+
+class ShardWorker(Generic[Task]):
+    """Streams one shard after the other; the first batches of each are decoded before the last of the one before."""
+
+    loaded: models.Loaded
+
+    def __init__(self, share: Share) -> None:
+        self.share = share
+        self.following: tuple[Task, Stream] | None = None
+
+    def place(self) -> Place:
+        """Where this worker runs."""
+        return self.share.place()
+
+    def reader(self, task: Task) -> ShardReader:
+        """What reads a task's shard."""
+        raise NotImplementedError
+
+    def stream(self, task: Task, following: Task | None) -> Stream:
+        """A task's batches. Those of the one that is likely to follow are begun as soon as these are decoded."""
+        begun = self.following
+        if begun is None or begun[0] != task:
+            self.close()
+            begun = task, Stream(self.reader(task), self.loaded.device)
+        (_, now), self.following = begun, None
+        if following is not None:
+            self.following = following, Stream(self.reader(following), self.loaded.device, now.ahead.made)
+        return now
+
+    def close(self) -> None:
+        """Leave what was begun and will not follow."""
+        if self.following is not None:
+            self.following[1].ahead.leave()
+            self.following = None
 
 
 def keep_freed_memory() -> None:

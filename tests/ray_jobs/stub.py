@@ -40,8 +40,8 @@ class Stub:
 
     def ready(self) -> None: ...
 
-    def work(self, number: int, *_: object) -> Iterator[Report]:
-        begun = time.monotonic()
+    def work(self, task: tuple[int, str], following: tuple[int, str] | None = None) -> Iterator[Report]:
+        begun, number = time.monotonic(), task[0]
         while (left := begun + self.seconds - time.monotonic()) > 0:
             time.sleep(min(left, TELL_EVERY))
             if left > TELL_EVERY:

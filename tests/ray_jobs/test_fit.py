@@ -22,7 +22,7 @@ from ray_jobs.config import FITTED, FitConfig, ModelConfig, Resources
 from ray_jobs.files import located
 from ray_jobs.fit import fit, merge, observer
 from ray_jobs.fit import solve as solve_more
-from ray_jobs.gather import GatherJob, GatherWorker, Observe, read_ledger
+from ray_jobs.gather import GatherJob, GatherTask, GatherWorker, Observe, read_ledger
 from ray_jobs.ledger import Ledger
 from ray_jobs.progress import spoken
 from ray_jobs.run import Run
@@ -360,10 +360,10 @@ def test_a_worker_that_fails_midway_forgets_what_it_had(model_spec: str, shards:
     config = configured(model_spec, [*shards, str(broken)], tmp_path / "run")
     worker = GatherWorker(*worker_of(config))
     worker.ready()
-    list(worker.work(0, shards[0]))
+    list(worker.work(GatherTask(0, shards[0]), GatherTask(12, str(broken))))
     with pytest.raises(UserError, match=r"cannot be read|cut short"):
-        list(worker.work(12, str(broken)))
-    list(worker.work(1, shards[1]))
+        list(worker.work(GatherTask(12, str(broken)), GatherTask(1, shards[1])))
+    list(worker.work(GatherTask(1, shards[1])))
     part = worker.commit()
     assert part.shards == (1,)
     assert part.samples == 6

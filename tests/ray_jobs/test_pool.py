@@ -5,6 +5,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,11 @@ class Actor:
             (self.folder / "stop-at-start").unlink()
             os.kill(os.getpid(), signal.SIGSTOP)
 
-    def work(self, item: str) -> Iterator[int]:
+    def work(self, item: str, following: str | None) -> Iterator[int]:
+        with (self.folder / "told").open("a") as told:
+            told.write(f"{os.getpid()} {item} {following}\n")
+        if following is not None and following.startswith("poison"):
+            os.kill(os.getpid(), signal.SIGKILL)
         attempt = len(list(self.folder.glob(f"{item}@*")))
         (self.folder / f"{item}@{attempt}").touch()
         kind, _, number = item.partition("-")
@@ -46,7 +51,7 @@ class Actor:
             raise BadItemError(f"{item} cannot be read")
         if kind == "bug" and hopeless:
             raise RuntimeError("the device is lost")
-        if kind == "kill" and hopeless:
+        if kind in ("kill", "poison") and hopeless:
             os.kill(os.getpid(), signal.SIGKILL)
         if kind == "stop" and hopeless:
             os.kill(os.getpid(), signal.SIGSTOP)
@@ -85,8 +90,8 @@ class Recorded:
     def spawn(self) -> Any:
         return ray.remote(Actor).options(num_cpus=0).remote(self.folder)
 
-    def task(self, item: str) -> tuple[str]:
-        return (item,)
+    def task(self, item: str) -> str:
+        return item
 
     def started(self, told: int) -> None:
         self.pids.append(told)
@@ -141,7 +146,34 @@ def test_an_item_that_always_fails_is_given_up_by_name_and_holds_up_no_other(
     assert list(outcome.failed) == [trouble]
     assert outcome.undone == []
     assert job.counted == Counter(PLAIN)
-    assert len(list(tmp_path.glob(f"{trouble}@*"))) == 2
+    unsure = trouble in ("kill-always", "stop-always")  # the first time, it may have been what was to follow
+    assert len(list(tmp_path.glob(f"{trouble}@*"))) == 2 + unsure
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_worker_has_next_what_it_was_told_would_follow(local_ray: None, tmp_path: Path, workers: int) -> None:
+    job = Recorded(tmp_path)
+    job.size = workers
+    items = [f"some-{i}" for i in range(12)]
+    assert run(job, items) == Outcome([], {})
+    told: dict[str, list[tuple[str, str]]] = {}
+    for line in (tmp_path / "told").read_text().splitlines():
+        pid, item, following = line.split()
+        told.setdefault(pid, []).append((item, following))
+    for pairs in told.values():
+        kept = [following == item for (_, following), (item, _) in pairwise(pairs)]
+        assert all(kept[:-1]), "another had nothing else to do before the end"
+    following = [following for pairs in told.values() for _, following in pairs if following != "None"]
+    assert len(set(following)) == len(following) >= len(items) - workers - 1
+
+
+def test_what_kills_a_worker_that_reads_it_ahead_is_given_up_and_not_what_it_worked_on(
+    local_ray: None, tmp_path: Path
+) -> None:
+    job = Recorded(tmp_path, commit_after=60.0, attempts=1)
+    outcome = run(job, [*PLAIN[:4], "poison-always", *PLAIN[4:]])
+    assert list(outcome.failed) == ["poison-always"]
+    assert job.counted == Counter(PLAIN)
 
 
 def test_a_slow_item_that_goes_on_telling_is_not_stalled(local_ray: None, tmp_path: Path) -> None:

@@ -4,15 +4,17 @@ import random
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
 
 import pytest
+import torch
 
-from ray_jobs.threads import AHEAD, Behind, ahead, in_order
-from ray_jobs.worker import Timed
+from ray_jobs.threads import AHEAD, Ahead, Behind, in_order
+from ray_jobs.worker import Stream
 
-Stream = Callable[[Iterable[int]], Iterator[int]]
-STREAMS: dict[str, tuple[Stream, int]] = {
-    "ahead": (ahead, AHEAD + 1),
+Made = Callable[[Iterable[int]], Iterator[int]]
+MAKERS: dict[str, tuple[Made, int]] = {
+    "ahead": (lambda items: iter(Ahead(items)), AHEAD + 1),
     "in order, one thread": (lambda items: in_order(lambda i: i, items, 1), 1),
     "in order, three threads": (lambda items: in_order(lambda i: i, items, 3), 6),
 }
@@ -23,6 +25,9 @@ class Source:
 
     def __init__(self, count: int, broken: bool = False) -> None:
         self.count, self.broken, self.taken, self.closed = count, broken, 0, False
+
+    def __iter__(self) -> Iterator[int]:
+        return self.items()
 
     def items(self) -> Generator[int, None, None]:
         try:
@@ -35,8 +40,8 @@ class Source:
             self.closed = True
 
 
-@pytest.mark.parametrize(("stream", "held"), STREAMS.values(), ids=STREAMS)
-def test_items_come_in_order_and_few_are_held(stream: Stream, held: int) -> None:
+@pytest.mark.parametrize(("stream", "held"), MAKERS.values(), ids=MAKERS)
+def test_items_come_in_order_and_few_are_held(stream: Made, held: int) -> None:
     source = Source(50)
     for number, item in enumerate(stream(source.items())):
         assert item == number
@@ -45,8 +50,8 @@ def test_items_come_in_order_and_few_are_held(stream: Stream, held: int) -> None
     assert number == 49
 
 
-@pytest.mark.parametrize(("stream", "held"), STREAMS.values(), ids=STREAMS)
-def test_an_error_of_the_source_comes_after_its_items(stream: Stream, held: int) -> None:
+@pytest.mark.parametrize(("stream", "held"), MAKERS.values(), ids=MAKERS)
+def test_an_error_of_the_source_comes_after_its_items(stream: Made, held: int) -> None:
     found: list[int] = []
     with pytest.raises(OSError, match="the source broke"):
         found.extend(stream(Source(5, broken=True).items()))
@@ -56,27 +61,54 @@ def test_an_error_of_the_source_comes_after_its_items(stream: Stream, held: int)
 
 def test_a_reader_that_stops_early_closes_the_source_and_ends_its_thread() -> None:
     before, source = threading.active_count(), Source(10**6)
-    stream = ahead(source.items())
-    assert next(stream) == 0
-    stream.close()  # type: ignore[attr-defined]
+    stream = Ahead(source.items())
+    assert next(iter(stream)) == 0
+    stream.close()
     assert source.closed
     assert threading.active_count() == before
 
 
 def test_a_worker_that_fails_amid_a_shard_ends_its_reading_thread() -> None:
     before, source = threading.active_count(), Source(10**6)
-    batches = Timed(ahead(source.items()))
+    batches = Stream(source, torch.device("cpu"))  # type: ignore[arg-type]
 
     def work() -> None:
-        for number in batches:
-            if number == 3:
-                raise ValueError("a batch that cannot be used")
+        with closing(batches):
+            for number in batches:
+                if number == 3:
+                    raise ValueError("a batch that cannot be used")
 
     with pytest.raises(ValueError, match="cannot be used"):
         work()
     assert source.closed
     assert threading.active_count() == before
     assert batches.count == 4
+
+
+def test_what_follows_begins_once_all_before_is_made_though_not_yet_worked_on() -> None:
+    first, second = Source(6), Source(10**6)
+    before = Ahead(first)
+    after = Ahead(second, before.made)
+    numbers = iter(before)
+    for number in range(3):
+        assert next(numbers) == number
+    time.sleep(0.3)
+    assert (first.taken, second.taken) == (6, 0)  # the sixth waits for room
+    assert next(numbers) == 3
+    while second.taken < AHEAD + 1:
+        time.sleep(0.01)
+    assert [next(numbers) for _ in range(2)] == [4, 5]
+    assert next(iter(after)) == 0
+    after.close()
+
+
+def test_what_follows_ends_though_what_is_before_never_does() -> None:
+    before, first = set(threading.enumerate()), Ahead(Source(10**6))
+    second = Source(1)
+    Ahead(second, first.made).close()
+    assert second.taken == 0
+    first.close()
+    assert set(threading.enumerate()) <= before
 
 
 def test_results_keep_the_order_of_their_items_however_long_each_takes() -> None:

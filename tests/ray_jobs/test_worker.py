@@ -1,0 +1,112 @@
+"""A worker's streams: the shard that follows is read while the last batches of the one before are worked on, once."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from patterns import Network
+from patterns.observe import Observation
+from ray_jobs import models, shards
+from ray_jobs.config import ModelConfig
+from ray_jobs.gather import GatherTask, GatherWorker
+from ray_jobs.samples import Sample
+from ray_jobs.worker import ShardReport
+from tests.conftest import make_shards
+from tests.ray_jobs.runs import PREPARED
+
+LATENCY, STEP = 0.4, 0.2  # seconds until a shard's first byte, and for a batch
+
+
+class Observed:
+    """Notes the batches it sees, and takes its time."""
+
+    def __init__(self, network: Network) -> None:
+        self.network, self.seen = network, list[Tensor]()
+
+    def reset(self) -> None: ...
+
+    def settle(self) -> None: ...
+
+    def update(self, images: Tensor, seeds: list[int]) -> Tensor:
+        time.sleep(STEP)
+        self.seen.append(images)
+        return torch.zeros(len(images), 1)
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The shards that were opened, each after a while as of an object store."""
+    names, read = list[str](), shards.raw_samples
+
+    def slowly(shard: str) -> Iterator[Sample]:
+        names.append(shard)
+        time.sleep(LATENCY)
+        yield from read(shard)
+
+    monkeypatch.setattr(shards, "raw_samples", slowly)
+    return names
+
+
+@pytest.fixture
+def worker(model_spec: str, tmp_path: Path) -> GatherWorker:
+    model = ModelConfig(model_spec, **PREPARED)
+    made: Any = Observed
+    worker = GatherWorker(model, str(tmp_path), 2, made, models.load(model).digest)
+    worker.ready()
+    return worker
+
+
+def work(worker: GatherWorker, tasks: list[GatherTask], promised: list[GatherTask | None]) -> list[ShardReport]:
+    return [list(worker.work(task, following))[-1] for task, following in zip(tasks, promised)]
+
+
+def test_a_shard_that_was_told_to_follow_is_not_waited_for(
+    worker: GatherWorker, opened: list[str], tmp_path: Path
+) -> None:
+    tasks = [GatherTask(n, shard) for n, shard in enumerate(make_shards(tmp_path, 4, 8))]
+    first, *others = work(worker, tasks, [*tasks[1:], None])
+    assert first.waited >= LATENCY
+    assert all(told.waited < LATENCY / 2 for told in others)
+    assert opened == [task.shard for task in tasks], "each is read once"
+
+
+def test_what_was_told_to_follow_and_did_not_changes_nothing(
+    worker: GatherWorker, opened: list[str], tmp_path: Path
+) -> None:
+    tasks = [GatherTask(n, shard) for n, shard in enumerate(make_shards(tmp_path, 3, 4))]
+    again = tasks[1]._replace(only=frozenset({"s001-2"}), round=1)  # the same shard, but not all of it
+    told = work(worker, [*tasks, again], [tasks[2], again, tasks[1], None])
+    assert [report.samples for report in told] == [4, 4, 4, 1]
+    expected: list[Tensor] = []
+    for task in (*tasks, again):
+        expected += [batch.images for batch in worker.reader(task)]
+    observation: Observation[Any] = worker.observation
+    assert len(observation.seen) == len(expected)  # type: ignore[attr-defined]
+    assert all(torch.equal(a, b) for a, b in zip(observation.seen, expected))  # type: ignore[attr-defined]
+
+
+def test_a_worker_that_hangs_in_what_will_not_follow_goes_on(
+    worker: GatherWorker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, hung = (GatherTask(n, shard) for n, shard in enumerate(make_shards(tmp_path, 3, 2)))
+    read, begun = shards.raw_samples, list[str]()
+
+    def raw(shard: str) -> Iterator[Sample]:
+        if shard == hung.shard:
+            begun.append(shard)
+            time.sleep(20)
+        yield from read(shard)
+
+    monkeypatch.setattr(shards, "raw_samples", raw)
+    list(worker.work(first, hung))
+    while not begun:
+        time.sleep(0.01)
+    since = time.monotonic()
+    (*_, told) = worker.work(second, None)
+    assert told.samples == 2
+    assert time.monotonic() - since < 10
