@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 import torch
@@ -109,6 +110,45 @@ def test_what_follows_ends_though_what_is_before_never_does() -> None:
     assert second.taken == 0
     first.close()
     assert set(threading.enumerate()) <= before
+
+
+def native_threads() -> int:
+    """Threads of this process that are not Python's."""
+    return len(list(Path("/proc/self/task").iterdir())) - threading.active_count()
+
+
+def behind(work: Callable[[], int]) -> list[int]:
+    found: list[int] = []
+    with Behind() as worker:
+        worker.do(lambda: found.append(work()))
+        worker.done()
+    return found
+
+
+BESIDE: dict[str, Callable[[Callable[[], int]], Iterable[int]]] = {
+    "ahead": lambda work: Ahead(work() for _ in range(1)),
+    "in order": lambda work: in_order(lambda _: work(), range(1), 3),
+    "behind": behind,
+}
+
+
+@pytest.mark.parametrize("beside", BESIDE.values(), ids=BESIDE)
+def test_threads_beside_the_main_path_make_no_team_that_would_slow_its_own(
+    beside: Callable[[Callable[[], int]], Iterable[int]],
+) -> None:
+    numbers, threads = torch.zeros(2**20), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+
+        def work() -> int:
+            numbers.add_(1)
+            return native_threads()
+
+        before = work()  # with the main path's own team
+        assert list(beside(work)) == [before]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_results_keep_the_order_of_their_items_however_long_each_takes() -> None:
