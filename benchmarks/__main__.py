@@ -18,7 +18,9 @@ PARTS: dict[str, Callable[[Bench], Iterable[Row]]] = {
     "explain": explaining.passes,
     "quality": lambda bench: [fitting.judging(bench)],
     "decode": decoding.reading,
-    "jobs": lambda bench: chain((make() for make in (fitting.job, fitting.two_workers)), explaining.whole_job(bench)),
+    "jobs": lambda bench: chain(
+        (make(bench) for make in (fitting.job, fitting.two_workers)), explaining.whole_job(bench)
+    ),
 }
 ON_GPU = ("fit", "explain")  # the others are the CPU's
 

@@ -71,12 +71,16 @@ class Timed:
 
     def ratio(self, base: "Timed") -> str:
         """Median ratio to a base of the same rounds, and the middle half's spread."""
-        ratios = sorted(a / b for a, b in zip(self.seconds, base.seconds))
-        low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-        return f"{statistics.median(ratios):.2f} ({low:.2f} to {high:.2f})"
+        return spread([a / b for a, b in zip(self.seconds, base.seconds)])
 
     def __add__(self, other: "Timed") -> "Timed":
         return Timed(f"{self.name} + {other.name}", [a + b for a, b in zip(self.seconds, other.seconds)])
+
+
+def spread(ratios: list[float]) -> str:
+    """The median of ratios, and the middle half's spread."""
+    low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    return f"{statistics.median(ratios):.2f} ({low:.2f} to {high:.2f})"
 
 
 @dataclass(frozen=True)

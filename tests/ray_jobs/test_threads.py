@@ -145,7 +145,8 @@ def test_threads_beside_the_main_path_make_no_team_that_would_slow_its_own(
             return native_threads()
 
         before = work()  # with the main path's own team
-        assert list(beside(work)) == [before]
+        (during,) = beside(work)
+        assert during <= before
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
