@@ -111,14 +111,8 @@ def throughput(workers: int, threads: int) -> float:
     return float(done["samples"] / done["seconds"])
 
 
-def two_workers(bench: Bench) -> Row:
-    """The fit job's throughput with two workers of one thread, against one such worker."""
-    ratios = [throughput(2, 1) / throughput(1, 1) for _ in range(min(2, bench.rounds))]
-    return Row("fit job, two workers of one thread: images/s", "one such worker", spread(ratios), "≥ 1.8")
-
-
-def job(bench: Bench) -> Row:
-    """The fit job's throughput with one worker, against its inner loop over tensors in memory before and after."""
+def jobs(bench: Bench) -> Iterator[Row]:
+    """The fit job's throughput: one worker against its inner loop, before and after; two of one thread against one."""
     torch.set_num_threads(THREADS)
     network = trace(vgg16_features(), torch.zeros(2, 3, SIZE, SIZE))
     update = observing(network, "default")
@@ -136,4 +130,6 @@ def job(bench: Bench) -> Row:
         rates.append(throughput(1, THREADS))
         seconds.append(inner())
     ratios = [rate * (before + after) / 2 for rate, before, after in zip(rates, seconds, seconds[1:])]
-    return Row("fit job, one worker, JPEG shards: images/s", "its inner loop in memory", spread(ratios), "≥ 0.95")
+    yield Row("fit job, one worker, JPEG shards: images/s", "its inner loop in memory", spread(ratios), "≥ 0.95")
+    two = throughput(2, 1) / throughput(1, 1)
+    yield Row("fit job, two workers of one thread: images/s", "one such worker", f"{two:.2f}", "≥ 1.8")
