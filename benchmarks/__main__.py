@@ -16,13 +16,14 @@ from ray_jobs.worker import keep_freed_memory
 PARTS: dict[str, Callable[[Bench], Iterable[Row]]] = {
     "fit": fitting.passes,
     "explain": explaining.passes,
+    "compile": explaining.compiled,
     "quality": lambda bench: [fitting.judging(bench)],
     "decode": decoding.reading,
     "jobs": lambda bench: chain(
         (make(bench) for make in (fitting.job, fitting.two_workers)), explaining.whole_job(bench)
     ),
 }
-ON_GPU = ("fit", "explain")  # the others are the CPU's
+ON_GPU = ("fit", "explain", "compile")  # the others are the CPU's
 
 
 def main() -> None:

@@ -41,6 +41,11 @@ def plain_gradient(model: nn.Module, images: Tensor) -> Callable[[], Tensor]:
     return gradient
 
 
+def infer(model: nn.Module, images: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return model(images)
+
+
 def layer_wise(model: nn.Module, images: Tensor, targets: Tensor) -> None:
     def start(scores: Tensor) -> Tensor:
         return torch.zeros_like(scores).scatter_(1, targets[:, None], 1.0)
@@ -75,6 +80,25 @@ def passes(bench: Bench) -> Iterator[Row]:
         t = bench.timed(others, measured=False)  # hooks and modes of dispatch do not go together
         for other in list(others)[1:]:
             yield bench.row(f"{name}: patternattribution", t["ours"], other, t[other], "< 1")
+
+
+def compiled(bench: Bench) -> Iterator[Row]:
+    """What `torch.compile` makes of a forward and of an explanation; on a GPU with CUDA graphs. It needs g++."""
+    mode = "reduce-overhead" if bench.device == "cuda" else "default"
+    for name, model, images in bench.models():
+        network = trace(model, images[:2])
+        patterns = {key: torch.randn_like(op.weight) for key, op in network.operators.items()}
+        module = Explainer(network, patterns, FIVE[-1:]).module()
+        one, other = torch.compile(model, mode=mode), torch.compile(module, mode=mode)
+        variants: dict[str, Variant] = {
+            "forward": partial(infer, model, images),
+            "forward, compiled": partial(infer, one, images),
+            "patternattribution": plain_gradient(module, images),
+            "patternattribution, compiled": plain_gradient(other, images),
+        }
+        t = bench.timed(variants, measured=False)
+        for what in ("forward", "patternattribution"):
+            yield bench.row(f"{name}: {what}, torch.compile", t[f"{what}, compiled"], f"{what}, eager", t[what])
 
 
 def sum_of(timed: list[Timed]) -> Timed:

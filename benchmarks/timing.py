@@ -151,14 +151,14 @@ def write_photographs(path: Path, width: int, height: int, times: int = 3) -> st
     return str(path)
 
 
-def write_shards(folder: Path) -> list[str]:
+def write_shards(folder: Path, images: int = JOB_IMAGES) -> list[str]:
     """Shards of random smooth images."""
     rng = np.random.default_rng(0)
     paths = []
     for number in range(JOB_SHARDS):
         paths.append(f"{folder}/{number}.tar")
         tar = TarWriter(paths[-1], encoder=False)
-        for key in range(JOB_IMAGES):
+        for key in range(images):
             coarse = Image.fromarray(rng.integers(0, 256, (28, 28, 3), np.uint8))
             buffer = io.BytesIO()
             coarse.resize((SIZE, SIZE), Image.Resampling.BICUBIC).save(buffer, "jpeg", quality=90)
