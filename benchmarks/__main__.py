@@ -19,9 +19,7 @@ PARTS: dict[str, Callable[[Bench], Iterable[Row]]] = {
     "compile": explaining.compiled,
     "quality": lambda bench: [fitting.judging(bench)],
     "decode": decoding.reading,
-    "jobs": lambda bench: chain(
-        (make(bench) for make in (fitting.job, fitting.two_workers)), explaining.whole_job(bench)
-    ),
+    "jobs": lambda bench: chain(fitting.jobs(bench), explaining.whole_job(bench)),
 }
 ON_GPU = ("fit", "explain", "compile")  # the others are the CPU's
 

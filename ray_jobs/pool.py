@@ -114,7 +114,11 @@ class PoolError(RuntimeError):
 
 
 class StalledError(RuntimeError):
-    """A worker did not say a word for too long, or took too long over an item."""
+    """A worker did not say a word for too long."""
+
+
+class OverdueError(RuntimeError):
+    """A worker took too long over an item, though it said something."""
 
 
 LOST = (RayActorError, OutOfMemoryError, GetTimeoutError, StalledError)  # errors of a worker, not of what it ran
@@ -258,7 +262,7 @@ class _Pool:
                 self.fail(worker, StalledError(f"no progress for {self.job.stall_timeout:.0f} s"))
             elif worker.item is not None and now - worker.begun > self.job.item_timeout:
                 del self.calls[call]
-                self.fail(worker, StalledError(f"not done after {self.job.item_timeout:.0f} s"))
+                self.fail(worker, OverdueError(f"not done after {self.job.item_timeout:.0f} s"))
 
     def take(self, worker: Worker, result: Any) -> None:
         now = time.monotonic()

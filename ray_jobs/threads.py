@@ -26,11 +26,11 @@ class Ahead(Generic[T]):
     """The same items, made in a thread of their own while those before are worked on.
 
     after: when to begin.  count: how many lie ready at most. An error comes where the item would have come.
-    made: when no more will be made.
+    made: when no more will be made.  failed: whether that is for an error.
     """
 
     def __init__(self, items: Iterable[T], after: threading.Event | None = None, count: int = AHEAD) -> None:
-        self.made = threading.Event()
+        self.made, self.failed = threading.Event(), False
         self._ready: Queue[tuple[bool, Any]] = Queue(count)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._make, args=(items, after), daemon=True)
@@ -42,14 +42,10 @@ class Ahead(Generic[T]):
         if told[1] is not None:
             raise told[1]
 
-    def leave(self) -> None:
-        """Make no more. The thread ends by itself: it may hang in what it reads."""
+    def close(self, wait: float | None = None) -> None:
+        """Make no more, and wait so many seconds, None: for ever, until the items are closed, where they can be."""
         self._stopped.set()
-
-    def close(self) -> None:
-        """Make no more, and wait until the thread has ended and the items are closed, where they can be."""
-        self.leave()
-        self._thread.join()
+        self._thread.join(wait)
 
     def _make(self, items: Iterable[T], after: threading.Event | None) -> None:
         try:
@@ -66,6 +62,7 @@ class Ahead(Generic[T]):
         except StopIteration:
             self._put((False, None))
         except BaseException as error:
+            self.failed = True
             self._put((False, error))
 
     def _put(self, told: tuple[bool, Any]) -> None:

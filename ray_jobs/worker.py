@@ -20,6 +20,7 @@ from ray_jobs.shards import Batch, ShardReader
 from ray_jobs.threads import Ahead
 
 TELL_EVERY = 3.0  # seconds between two words of how far a worker is with a shard
+LEAVE = 10.0  # seconds for a thread that reads to end before its process does, which would abort
 MOST_DECODERS = 4  # more wait for Python's lock: fifteen decoded no more than four (docs/data.md)
 
 
@@ -146,18 +147,18 @@ class ShardWorker(Generic[Task]):
     def stream(self, task: Task, following: Task | None) -> Stream:
         """A task's batches. Those of the one that is likely to follow are begun as soon as these are decoded."""
         begun = self.following
-        if begun is None or begun[0] != task:
-            self.close()
+        if begun is None or begun[0] != task or begun[1].ahead.failed:  # what failed may be mended by now
+            self.close(wait=0)  # it may hang in what it reads
             begun = task, Stream(self.reader(task), self.loaded.device)
         (_, now), self.following = begun, None
         if following is not None:
             self.following = following, Stream(self.reader(following), self.loaded.device, now.ahead.made)
         return now
 
-    def close(self) -> None:
-        """Leave what was begun and will not follow."""
+    def close(self, wait: float = LEAVE) -> None:
+        """Leave what was begun and will not follow; its thread may still read for so many seconds."""
         if self.following is not None:
-            self.following[1].ahead.leave()
+            self.following[1].ahead.close(wait)
             self.following = None
 
 

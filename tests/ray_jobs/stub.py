@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from uuid import uuid4
 
 from ray_jobs.ledger import Part
@@ -30,15 +31,19 @@ class Report:
 
 
 class Stub:
-    """seconds: for a shard of 100 samples."""
+    """seconds: for a shard of 100 samples.  folder: where so many workers wait for each other before they begin."""
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, folder: Path, workers: int) -> None:
         self.seconds, self.held = seconds, list[int]()
+        self.folder, self.workers = folder, workers
 
     def place(self) -> Place:
         return Place(f"simulated/{os.getpid()}")
 
-    def ready(self) -> None: ...
+    def ready(self) -> None:
+        (self.folder / str(os.getpid())).touch()
+        while len(list(self.folder.iterdir())) < self.workers:
+            time.sleep(0.05)
 
     def work(self, task: tuple[int, str], following: tuple[int, str] | None = None) -> Iterator[Report]:
         begun, number = time.monotonic(), task[0]

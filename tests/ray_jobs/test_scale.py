@@ -44,7 +44,11 @@ def simulate(folder: Path, workers: int, shards: int, seconds: float) -> Simulat
         job = GatherJob("fit", beat, task, NoMerging(), resources)
         job.options = {"num_cpus": 0, "num_gpus": 0, "max_restarts": 0}
         actor = ray.remote(Stub).options(num_cpus=0)
-        job.spawn = lambda: actor.remote(seconds)  # type: ignore[method-assign]
+        ready = folder / "ready"
+        ready.mkdir()
+        job.spawn = lambda: actor.remote(seconds, ready, workers)  # type: ignore[method-assign]
+        task_of = job.task
+        job.task = lambda item: tuple(task_of(item))  # type: ignore[assignment,method-assign,return-value]  # no torch
         job.places = lambda: workers  # type: ignore[method-assign]
         begun: list[tuple[float, float, int]] = []
 

@@ -90,6 +90,18 @@ def test_what_was_told_to_follow_and_did_not_changes_nothing(
     assert all(torch.equal(a, b) for a, b in zip(observation.seen, expected))  # type: ignore[attr-defined]
 
 
+def test_a_shard_that_failed_ahead_and_was_mended_is_read_anew(worker: GatherWorker, tmp_path: Path) -> None:
+    first, second = (GatherTask(n, shard) for n, shard in enumerate(make_shards(tmp_path, 2, 4)))
+    whole = Path(second.shard).read_bytes()
+    Path(second.shard).write_bytes(whole[:600])
+    list(worker.work(first, second))
+    assert worker.following is not None
+    worker.following[1].ahead.made.wait(60)
+    Path(second.shard).write_bytes(whole)
+    (*_, told) = worker.work(second, None)
+    assert told.samples == 4
+
+
 def test_a_worker_that_hangs_in_what_will_not_follow_goes_on(
     worker: GatherWorker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
