@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from zennit.attribution import Gradient
 from zennit.composites import EpsilonPlusFlat
 
-from benchmarks.timing import JOB_BATCH, Bench, Row, Timed, Variant, write_shards
+from benchmarks.timing import JOB_BATCH, Bench, Row, Timed, Variant, infer, write_shards
 from patterns import Explainer, trace
 from ray_jobs import explain as job
 from ray_jobs import models
@@ -39,11 +39,6 @@ def plain_gradient(model: nn.Module, images: Tensor) -> Callable[[], Tensor]:
         return torch.autograd.grad(scores, inputs, start)[0]
 
     return gradient
-
-
-def infer(model: nn.Module, images: Tensor) -> Tensor:
-    with torch.inference_mode():
-        return model(images)
 
 
 def layer_wise(model: nn.Module, images: Tensor, targets: Tensor) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.explaining import infer
 from benchmarks.timing import (
     JOB_BATCH,
     JOB_IMAGES,
@@ -18,6 +17,7 @@ from benchmarks.timing import (
     THREADS,
     Bench,
     Row,
+    infer,
     spread,
     vgg16_features,
     write_shards,

@@ -132,6 +132,12 @@ class Bench:
         return Row(what, against, timed.ratio(base), wanted, share, memory)
 
 
+def infer(model: nn.Module, images: Tensor) -> Tensor:
+    """A plain forward pass."""
+    with torch.inference_mode():
+        return model(images)
+
+
 def photographs() -> list[Image.Image]:
     """Twenty photographs of 512×512 pixels, in foolbox's package."""
     folder = resources.files("foolbox") / "data"
