@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from patterns import winograd
+
 SIDE = 2048  # of the square matrices that are multiplied, and a tenth of a second on a slow core
 COPIED = 2**26  # float32 numbers that are copied, 256 MiB
 TRIES = 5
@@ -49,7 +51,16 @@ def backward_flops(grad: Tensor, x: Tensor, weight: Tensor, *more: Any, out_val:
     return sum(wanted[:2]) * 2 * (x if transposed else grad).numel() * weight[0].numel()
 
 
-FLOPS: dict[Any, Callable[..., int]] = {**flop_registry, torch.ops.aten.convolution_backward: backward_flops}
+def winograd_flops(x: Tensor, grad: Tensor, kernel: Sequence[int], padding: Sequence[int], out_val: Any) -> int:
+    """Six products for twelve."""
+    return grad.numel() * x.shape[1] * kernel[0] * kernel[1]
+
+
+FLOPS: dict[Any, Callable[..., int]] = {
+    **flop_registry,
+    torch.ops.aten.convolution_backward: backward_flops,
+    winograd.OPERATION: winograd_flops,
+}
 
 
 class Counted(TorchDispatchMode):

@@ -190,12 +190,12 @@ class Accumulator:
     """
 
     def __init__(self, operator: Operator, wanted: Wanted) -> None:
-        self._operator, self._wanted = operator, wanted
-        self.reset()
+        self._operator, self._sums = operator, zero(operator, wanted)
 
     def reset(self) -> None:
         """Forget everything."""
-        self._sums = zero(self._operator, self._wanted)
+        for total in self.tensors().values():
+            total.zero_()
 
     def settle(self) -> None:
         """Sum what waits: nothing does."""

@@ -7,6 +7,8 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from patterns.compiled import Function, compiled, graph_of
+from patterns.errors import UserError
 from patterns.graph import Network
 from patterns.moments import Accumulator, Moments, Wanted
 from patterns.operators import Inputs, Operator
@@ -47,10 +49,26 @@ class Observation(Generic[M_co]):
     """A network some of whose operators feed accumulators while it runs."""
 
     def __init__(self, network: Network, accumulators: Mapping[str, Fed[M_co]], draw: Draw | None = None) -> None:
-        self._fed, self._draw, self._seen = accumulators, draw, 0
+        self._network, self._fed, self._draw, self._seen = network, accumulators, draw, 0
         self._module = network.rewrite(
             lambda op: Observed(op, accumulators[op.name]) if op.name in accumulators else op
         )
+        self._compiled: dict[int, Function] = {}
+
+    def compile(self, batch_size: int, mode: str = "default") -> None:
+        """Compile what is done with batches of this size, before the first one; all others are taken as before.
+
+        mode: one of `torch.compile`. It takes minutes, and gives the same sums but for rounding. UserError where
+        positions are drawn, where there is no such mode, and where the compiler fails.
+        """
+        if self._draw is not None:
+            what = "sums of drawn positions are gathered over several batches, and cannot be compiled"
+            raise UserError("--compile", what, "Take all positions, or do without.")
+        batch = self._network.zeros(batch_size)
+        with torch.no_grad():
+            graph = graph_of(self._module, batch)
+        self._compiled[batch_size] = compiled(graph, mode, batch)
+        self.reset()
 
     @torch.inference_mode()
     def update(self, batch: Tensor, seeds: Sequence[int] | None = None) -> Tensor:
@@ -63,7 +81,8 @@ class Observation(Generic[M_co]):
             numbers = range(self._seen, self._seen + len(batch)) if seeds is None else seeds
             self._draw.begin(torch.tensor(numbers, dtype=torch.int64).to(batch.device))
         self._seen += len(batch)
-        return self._module(batch)
+        run = self._compiled.get(len(batch))
+        return self._module(batch) if run is None else run(batch).clone()
 
     def settle(self) -> None:
         """Sum what was gathered and waits for more, as at the end of a shard: so its sums depend on the shard alone."""

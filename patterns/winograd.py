@@ -10,7 +10,7 @@ Float32 loses about 1e-6 of a sum, no more than in oneDNN's gradient, and less w
 were taken before they are added up.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -25,19 +25,29 @@ BLOCK = 2**19
 # Channels (of inputs or neurons, the fewer) × width from where half the products outweigh what combining costs.
 WIDE = 3500
 
+# One operation to whoever traces or counts them: its blocks would be hundreds.
+LIBRARY = torch.library.Library("patterns", "DEF")
+LIBRARY.define("winograd_weight_gradient(Tensor x, Tensor grad, int[] kernel, int[] padding) -> Tensor")
+OPERATION = torch.ops.patterns.winograd_weight_gradient
+
 
 def pays(x: Tensor, grad: Tensor, kernel: tuple[int, ...]) -> bool:
     """Whether a convolution of stride 1, undilated and of one group, has its gradient sooner this way."""
     return kernel[0] == 3 and min(x.shape[1], grad.shape[1]) * grad.shape[3] >= WIDE
 
 
-def weight_gradient(x: Tensor, grad: Tensor, kernel: tuple[int, ...], padding: tuple[int, ...]) -> Tensor:
+def weight_gradient(x: Tensor, grad: Tensor, kernel: Sequence[int], padding: Sequence[int]) -> Tensor:
     """Σ g·x, shape (K, C, 3, width), of inputs (N, C, H, W) and a gradient of the outputs (N, K, H', W')."""
+    return OPERATION(x, grad, kernel, padding)
+
+
+@torch.library.impl(LIBRARY, "winograd_weight_gradient", "CPU")
+def in_blocks(x: Tensor, grad: Tensor, kernel: Sequence[int], padding: Sequence[int]) -> Tensor:
     width, columns, tiles = kernel[1], x.shape[3] + 2 * padding[1], -(-grad.shape[2] // ROWS)
     room = max(1, BLOCK // (POINTS * columns * max(x.shape[1], grad.shape[1])))
     images, at_once = evenly(len(x), max(1, room // tiles)), evenly(tiles, room)
     block = (images, at_once, columns)
-    of_x = Combined(x, combine_inputs, ROWS + 2, block, padding)
+    of_x = Combined(x, combine_inputs, ROWS + 2, block, tuple(padding))
     of_grad = Combined(grad, combine_gradients, ROWS, block, (0, 0))
     sums = x.new_zeros(width, POINTS, grad.shape[1], x.shape[1])
     for image in range(0, len(x), images):
@@ -49,6 +59,12 @@ def weight_gradient(x: Tensor, grad: Tensor, kernel: tuple[int, ...], padding: t
                 total.baddbmm_(g[..., :count], v[..., offset : offset + count].mT)
     rows = x.new_tensor(OF_SUMS) @ sums.flatten(2)
     return rows.view(width, 3, *sums.shape[2:]).permute(2, 3, 1, 0)
+
+
+@torch.library.register_fake("patterns::winograd_weight_gradient", lib=LIBRARY)
+def shaped(x: Tensor, grad: Tensor, kernel: Sequence[int], padding: Sequence[int]) -> Tensor:
+    """What it gives, without its numbers."""
+    return x.new_empty(kernel[1], 3, grad.shape[1], x.shape[1]).permute(2, 3, 1, 0)
 
 
 def evenly(total: int, most: int) -> int:

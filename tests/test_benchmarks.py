@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.machine import Cost, Machine, cost
+from patterns import winograd
 
 
 @pytest.mark.parametrize("groups", [1, 2, 8])
@@ -21,6 +22,12 @@ def test_a_gradient_has_as_many_products_as_its_convolution(kind: type[nn.Module
     assert cost(lambda: backward(x)).flops == 2 * products
     assert cost(lambda: backward(layer.weight)).flops == 2 * products
     assert cost(lambda: backward(x, layer.weight)).flops == 3 * products
+
+
+def test_a_gradient_by_winograd_has_half_the_products() -> None:
+    x, grad = torch.randn(4, 8, 10, 10), torch.randn(4, 16, 10, 10)
+    products = 2 * 4 * 10 * 10 * 16 * 8 * 9
+    assert cost(lambda: winograd.weight_gradient(x, grad, (3, 3), (1, 1))).flops == products // 2
 
 
 def test_bytes_are_what_is_read_and_written_and_views_cost_nothing() -> None:

@@ -86,6 +86,28 @@ def test_maps_are_those_of_the_cpu(model: nn.Module) -> None:
         assert relative(found.maps[method].cpu(), expected.maps[method]) < 1e-6, method
 
 
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compiled_sums_and_maps_are_the_uncompiled(model: nn.Module, mode: str) -> None:
+    network = on("cuda", model)
+    patterns = {name: torch.randn_like(op.weight) for name, op in network.operators.items()}
+    plain, compiled = (Observer(network) for _ in range(2))
+    compiled.compile(8, mode)
+    one, other = (Explainer(network, patterns, PASSES) for _ in range(2))
+    other.compile(8, mode)
+    batches = [images().cuda() + shift for shift in (0, 1, 2)]
+    outputs = [compiled.update(batch) for batch in batches]
+    maps = [other(batch, lambda scores: scores.topk(2).indices).maps for batch in batches]
+    for batch, output, found in zip(batches, outputs, maps):  # earlier results still hold
+        torch.testing.assert_close(output, plain.update(batch))
+        expected = one(batch, lambda scores: scores.topk(2).indices).maps
+        for method in PASSES:
+            assert relative(found[method], expected[method]) < 1e-9, method
+    before = plain.moments()
+    for name, moments in compiled.moments().items():
+        for field, sums in moments.tensors().items():
+            torch.testing.assert_close(sums, before[name].tensors()[field], rtol=1e-9, atol=1e-9)
+
+
 def test_float32_sums_keep_their_digits_beside_float64_ones() -> None:
     """Blocks in float32, added in float64: the error is that of a block, and does not grow with their number."""
     torch.manual_seed(0)

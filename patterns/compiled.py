@@ -1,0 +1,108 @@
+"""Functions of batches of one shape as graphs of their own, compiled by `torch.compile`.
+
+`torch.compile` of a model has its forward pass and one gradient, and keeps between them what it sees fit. A forward
+pass with several ways back, or with the sums of every operator, is therefore brought to one graph of ATen operations
+first: there gradients, and what is added in place, are operations like any other.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dynamo.exc import BackendCompilerFailed
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import map_arg
+
+from patterns.errors import UserError
+
+Function = Callable[..., Any]
+
+
+def mode_options(mode: str) -> dict[str, Any]:
+    """The options of the compiler that a mode of `torch.compile` stands for. UserError for what is none."""
+    modes = torch._inductor.list_mode_options()
+    if mode not in modes:
+        raise UserError("--compile", f"no mode {mode!r}", f"torch.compile has {', '.join(modes)}.")
+    return dict(modes[mode])
+
+
+def graph_of(function: Function, *inputs: Tensor) -> GraphModule:
+    """What a function does with tensors of these shapes, and with those that it holds; it is done once."""
+    return make_fx(function)(*inputs)
+
+
+def compiled(graph: GraphModule, mode: str, *inputs: Tensor, begins: bool = True) -> Function:
+    """A graph compiled for inputs of these shapes, and run once. UserError where it cannot be.
+
+    begins: a step, until whose next the results last: a CUDA graph's lie in its own memory.
+    """
+    options = mode_options(mode)
+    if inputs[0].device.type == "cpu":
+        options["layout_optimization"] = False  # channels last, an explanation takes longer than it does uncompiled
+    compiling = torch.compile(graph, dynamic=False, options=options)
+
+    @torch.no_grad()
+    def run(*inputs: Tensor) -> Any:
+        if begins:
+            torch.compiler.cudagraph_mark_step_begin()
+        return compiling(*inputs)
+
+    try:
+        run(*inputs)
+    except BackendCompilerFailed as error:
+        (first, *_) = str(error).splitlines()
+        raise UserError("--compile", first, "Mend that (a CPU takes g++), or do without.") from error
+    return run
+
+
+class ThereAndBack:
+    """A function of inputs and a start, which gives (scores, results) and whose start depends on the scores, compiled.
+
+    inputs, start: of the only shapes that it will take.
+    """
+
+    def __init__(self, function: Function, mode: str, inputs: Tensor, start: Tensor) -> None:
+        there, back = parted(graph_of(function, inputs, start))
+        self._there = compiled(there, mode, inputs)
+        _, *kept = self._there(inputs)
+        self._back = compiled(back, mode, *kept, start, begins=False)
+
+    def __call__(self, inputs: Tensor) -> tuple[Tensor, Callable[[Sequence[Tensor]], list[list[Tensor]]]]:
+        """The scores, and what gives the results for each of some starts."""
+        scores, *kept = self._there(inputs)
+        return scores.clone(), lambda starts: [[r.clone() for r in self._back(*kept, start)] for start in starts]
+
+
+def parted(graph: GraphModule) -> tuple[GraphModule, GraphModule]:
+    """A graph with the output (first, rest) as two: inputs but the last → (first, *kept), and (*kept, last) → rest."""
+    nodes = list(graph.graph.nodes)
+    *inputs, last = graph.graph.find_nodes(op="placeholder")
+    ((first, rest),) = nodes[-1].args
+    late = reached(nodes, [last])
+    early = reached(nodes, inputs) - late
+    kept = [node for node in nodes if node in early and not late.isdisjoint(node.users)]
+    there = copied(graph, [n for n in nodes[:-1] if n not in late], [], (first, *kept))
+    back = copied(graph, [n for n in nodes[:-1] if n not in early], kept, rest)
+    return there, back
+
+
+def reached(nodes: Iterable[Node], sources: Iterable[Node]) -> set[Node]:
+    """The sources, and what is made of them."""
+    found = set(sources)
+    for node in nodes:
+        if not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def copied(source: GraphModule, nodes: Iterable[Node], given: Iterable[Node], output: Any) -> GraphModule:
+    """Some nodes of a graph as one with an output of its own, which is given the values of others."""
+    graph = Graph()
+    copies = {node: graph.placeholder(node.name) for node in given}
+    for node in nodes:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(map_arg(output, copies.__getitem__))
+    graph.eliminate_dead_code()
+    return GraphModule(source, graph)

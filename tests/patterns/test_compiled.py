@@ -1,0 +1,145 @@
+"""What `torch.compile` makes of sums and explanations: the same numbers, and one line where it makes nothing."""
+
+import shutil
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from patterns import Explainer, Network, Observer, UserError, solve, trace, winograd
+from tests.patterns.networks import PASSES, relative
+from tests.patterns.small import Calls, image
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ to compile with")
+
+
+def every_kind() -> nn.Module:
+    """A convolution that is summed with half the products, a depthwise one, sums, pools and rectifiers of two kinds."""
+
+    def forward(m: Calls, x: Tensor) -> Tensor:
+        x = F.relu(m.norm(m.first(x)))  # type: ignore[operator]
+        x = x + F.hardtanh(m.depthwise(x), 0.0, 6.0)  # type: ignore[operator]
+        x = F.adaptive_avg_pool2d(F.max_pool2d(x, 2), 2)
+        return m.last(x.flatten(1))  # type: ignore[operator, no-any-return]
+
+    torch.manual_seed(0)
+    layers = {
+        "first": nn.Conv2d(3, 8, 3, padding=1),
+        "norm": nn.BatchNorm2d(8),
+        "depthwise": nn.Conv2d(8, 8, 3, padding=1, groups=8),
+        "last": nn.Linear(32, 5),
+    }
+    return Calls(forward, **layers).double().eval()
+
+
+@pytest.fixture
+def network(monkeypatch: pytest.MonkeyPatch) -> Network:
+    monkeypatch.setattr("patterns.winograd.WIDE", 0)
+    return trace(every_kind(), image())
+
+
+def test_compiled_sums_are_the_uncompiled_and_count_what_was_seen_since(network: Network) -> None:
+    plain, compiled = Observer(network), Observer(network)
+    compiled.compile(4)
+    batches = image(4), image(4) + 3, image(3)  # the last is of another size
+    for found, given in zip(list(map(compiled.update, batches)), map(plain.update, batches)):
+        torch.testing.assert_close(found, given)
+    expected = plain.moments()
+    assert expected["first"].total.n[0] == 11 * 64
+    for name, moments in compiled.moments().items():
+        for field, sums in moments.tensors().items():
+            torch.testing.assert_close(sums, expected[name].tensors()[field], rtol=1e-12, atol=1e-10)
+    compiled.reset()
+    assert not any(t.any() for t in compiled.tensors().values())
+
+
+def test_patterns_of_compiled_float32_sums_lose_no_more_than_those_of_uncompiled_ones() -> None:
+    model, images = every_kind(), F.interpolate(image(4), 64).repeat(2, 1, 1, 1) + 30
+    wide = trace(model, images)
+    truth = Observer(wide)
+    truth.update(images)
+    narrow = trace(model.float(), images.float())
+    plain, compiled = Observer(narrow), Observer(narrow)
+    compiled.compile(8)
+    for observer in (plain, compiled):
+        observer.update(images.float())
+    solved = [
+        {name: solve(operators[name], m, ["linear", "two-component"]).patterns for name, m in sums.moments().items()}
+        for sums, operators in ((truth, wide.operators), (plain, narrow.operators), (compiled, narrow.operators))
+    ]
+    for name, expected in solved[0].items():
+        for row, pattern in expected.items():
+            lost, now = (relative(patterns[name][row], pattern) for patterns in solved[1:])
+            assert now <= max(1.5 * lost, 1e-6), (name, row, now, lost)
+
+
+def test_compiled_maps_of_every_method_and_of_several_targets_are_the_uncompiled(network: Network) -> None:
+    torch.manual_seed(1)
+    patterns = {name: torch.randn_like(op.weight) for name, op in network.operators.items()}
+    methods = [*PASSES, "random", "smoothgrad"]
+    plain, compiled = (Explainer(network, patterns, methods) for _ in range(2))
+    compiled.compile(4)
+    targets: list[Tensor | Callable[[Tensor], Tensor] | None] = [
+        None,
+        lambda scores: scores.topk(2).indices,
+        torch.randn(4, 5, dtype=torch.float64),
+    ]
+    for target in targets:
+        for batch in (image(4), image(3)):
+            if isinstance(target, Tensor):
+                target = target[: len(batch)]
+            expected, found = plain(batch, target), compiled(batch, target)
+            torch.testing.assert_close(found.scores, expected.scores)
+            assert torch.equal(found.targets, expected.targets)
+            for method in methods:
+                assert not found.maps[method].requires_grad
+                assert relative(found.maps[method], expected.maps[method]) < 1e-12, method
+
+
+def test_a_compiled_pass_is_the_product_of_matrices_with_masks() -> None:
+    torch.manual_seed(0)
+    layers = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+    model = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2]).double()
+    network = trace(model, torch.zeros(2, 6, dtype=torch.float64))
+    patterns = {name: torch.randn_like(op.weight) for name, op in network.operators.items()}
+    explainer = Explainer(network, patterns, ["patternnet"])
+    explainer.compile(1)
+    x = torch.randn(1, 6, dtype=torch.float64)
+    with torch.no_grad():
+        one = layers[0](x).relu()
+        two = layers[1](one).relu()
+        value = layers[2](two)[0, 2]
+        back = value * patterns["4"][2] * (two[0] > 0) @ patterns["2"] * (one[0] > 0) @ patterns["0"]
+    assert relative(explainer(x, torch.tensor([2])).maps["patternnet"][0], back) < 1e-12
+
+
+def test_passes_beyond_float32s_range_are_scaled_as_uncompiled() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(layer for _ in range(8) for layer in (nn.Linear(8, 8), nn.ReLU())), nn.Linear(8, 2))
+    network = trace(model, torch.zeros(2, 8))
+    patterns = {name: op.weight * 1e6 for name, op in network.operators.items()}
+    plain, compiled = (Explainer(network, patterns, ["patternnet"]) for _ in range(2))
+    compiled.compile(3)
+    expected, found = plain(torch.ones(3, 8)), compiled(torch.ones(3, 8))
+    assert found.exponents == expected.exponents
+    assert expected.exponents["patternnet"] > 100
+    assert relative(found.maps["patternnet"], expected.maps["patternnet"]) < 1e-5
+
+
+def test_the_operation_of_winograd_is_what_tracing_takes_it_for() -> None:
+    x, grad = torch.randn(2, 3, 9, 8), torch.randn(2, 4, 9, 8)
+    torch.library.opcheck(winograd.OPERATION.default, (x, grad, (3, 5), (1, 2)))
+
+
+def test_what_cannot_be_compiled_is_told_in_a_line(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"--compile: no mode 'fast'\. torch\.compile has default, .*reduce-overhead"):
+        Observer(network).compile(2, "fast")
+    with pytest.raises(UserError, match="drawn positions"):
+        Observer(network, positions=2).compile(2)
+    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "no-such-compiler"))
+    with pytest.raises(UserError, match=r"--compile: .*compiler.*g\+\+") as told:
+        Explainer(network, None, ["gradient"]).compile(2)
+    assert "\n" not in str(told.value)
