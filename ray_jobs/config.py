@@ -56,6 +56,7 @@ class FitConfig:
     memory: bytes that a worker may use for the model, a batch and the moments; None: as many as they take.
     until_converged: the relative standard error of the patterns at which the fit ends early; None: never.
     positions: of each image, that count for each operator; None: all; `auto`: as many as a few images say it needs.
+    compile: the mode of `torch.compile` for full batches; None: they are not compiled.
     """
 
     model: ModelConfig
@@ -68,6 +69,7 @@ class FitConfig:
     memory: int | None = None
     until_converged: float | None = None
     positions: int | Literal["auto"] | None = None
+    compile: str | None = None
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,7 @@ class ExplainConfig(MethodsConfig):
 
     target: see `ray_jobs.targets`.  classes: the numbers of the model's classes by name.
     outputs: see `ray_jobs.outputs`.  reduction, size: of the maps' channels, and of their height and width.
+    compile: as of a fit.
     """
 
     target: str = "predicted"
@@ -122,6 +125,7 @@ class ExplainConfig(MethodsConfig):
     outputs: tuple[str, ...] = ("npy", "png")
     reduction: str = "none"
     size: int | None = None
+    compile: str | None = None
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from patterns import Explainer, UserError, choose
+from patterns.compiled import mode_options
 from patterns.explain import Explanation
 from patterns.methods import method_of, settings_of
 from patterns.storage import write_table
@@ -67,6 +68,8 @@ class ExplainWorker(ShardWorker[ShardTask]):
         self.loaded = self.share.load(self.config.model, self.weights)
         self.target = target_of(self.config.target, self.loaded.network, dict(self.config.classes))
         self.explainer = explainer(self.config, self.loaded, self.target.operator, self.scales)
+        if self.config.compile is not None:
+            self.explainer.compile(self.config.batch_size, self.config.compile)
 
     def work(self, task: ShardTask, following: ShardTask | None = None) -> Iterator[ShardReport]:
         """Explain a shard, or its first samples, telling now and then how far it is.
@@ -201,7 +204,7 @@ def cost(config: ExplainConfig, loaded: models.Loaded, target: Target) -> str:
 
 
 def checked(config: ExplainConfig) -> None:
-    """UserError for outputs and reductions that there are not."""
+    """UserError for outputs, reductions and settings that there are not, and for what cannot be compiled."""
     for kind in config.outputs or ("",):
         if kind not in OUTPUTS:
             raise UserError("--output", f"no output {kind!r}", f"Choose from {', '.join(OUTPUTS)}.")
@@ -211,6 +214,8 @@ def checked(config: ExplainConfig) -> None:
     if "zarr" in config.outputs:
         import_zarr()
     settings_of({name: method_of(name) for name in config.methods}, dict(config.settings))
+    if config.compile is not None:
+        mode_options(config.compile)
 
 
 def explain(config: ExplainConfig, resources: Resources = Resources()) -> Run:  # noqa: B008 - frozen

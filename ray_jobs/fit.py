@@ -8,6 +8,7 @@ from typing import Any
 from upath import UPath
 
 from patterns import Network, Observer, Operator, UserError, storage
+from patterns.compiled import mode_options
 from patterns.estimators import parsed, wanted
 from patterns.storage import write_json
 from ray_jobs import files, models, reduce
@@ -47,7 +48,20 @@ def planned(run: Run, network: Network, config: FitConfig) -> list[Pass]:
 def observer(config: FitConfig, operators: Collection[str], network: Network) -> Observer:
     """What takes the moments that some estimators need of some operators."""
     assert config.positions != "auto", "settled before"
-    return Observer(network, lambda op: wanted(op, config.estimators), operators, config.positions, config.seed)
+    made = Observer(network, lambda op: wanted(op, config.estimators), operators, config.positions, config.seed)
+    if config.compile is not None:
+        made.compile(config.batch_size, config.compile)
+    return made
+
+
+def checked(config: FitConfig) -> None:
+    """UserError for estimators that there are not, and for what cannot be compiled."""
+    parsed(config.estimators)
+    if config.compile is not None:
+        mode_options(config.compile)
+        if config.positions is not None:
+            what = "sums of drawn positions are not compiled"
+            raise UserError("--compile", what, "Leave out this or --positions.")
 
 
 def fit(config: FitConfig, resources: Resources = Resources(), retry_quarantined: bool = False) -> Run:  # noqa: B008 - frozen
@@ -57,7 +71,7 @@ def fit(config: FitConfig, resources: Resources = Resources(), retry_quarantined
 
     UserError where the configuration or the data are wrong, StoppedShortError where a signal came.
     """
-    parsed(config.estimators)
+    checked(config)
     loaded = models.load(config.model)
     run = Run(config.out)
     config, why = settled(run, config, loaded)
@@ -163,7 +177,7 @@ def part_files(through: Sequence[Pass]) -> dict[str, list[str]]:
 def fitted(run: Run) -> FitConfig:
     """The configuration of this folder's finished fit."""
     options = run.job("fit", "Run `patternnet fit` to the end first.")["options"]
-    names = ("batch_size", "max_samples", "seed", "memory", "until_converged", "positions")
+    names = ("batch_size", "max_samples", "seed", "memory", "until_converged", "positions", "compile")
     same = {name: options.get(name) for name in names}
     model = ModelConfig(**run.fitted_model())
     return FitConfig(model, tuple(options["shards"]), str(run.folder), estimators=tuple(options["estimators"]), **same)
@@ -206,7 +220,7 @@ def solve(folder: str, estimators: Sequence[str], resources: Resources = Resourc
 
 
 # Options that fits may differ in and still be merged.
-OF_ONES_OWN = {"shards", "max_samples", "batch_size", "until_converged"}
+OF_ONES_OWN = {"shards", "max_samples", "batch_size", "until_converged", "compile"}
 
 
 def merge(folders: Sequence[str], out: str, resources: Resources = Resources()) -> Run:  # noqa: B008 - frozen

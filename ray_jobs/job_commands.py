@@ -18,6 +18,7 @@ from ray_jobs.options import (
     AllowPipes,
     BatchSize,
     Classes,
+    Compile,
     Estimators,
     FitModel,
     FitPrecision,
@@ -92,6 +93,7 @@ def fit(
     memory: Memory = None,
     until_converged: UntilConverged = None,
     positions: Positions = None,
+    compile: Compile = None,  # noqa: A002
     retry_quarantined: RetryQuarantined = False,
     allow_pipes: AllowPipes = False,
     *,
@@ -113,6 +115,7 @@ def fit(
         memory,
         until_converged,
         positions,
+        compile,
     )
     run = run_fit(config, resources, retry_quarantined)
     done = run.manifest()["fit"]
@@ -185,6 +188,7 @@ def explain(
     reduce_channels: Reduction = "none",
     precision: FitPrecision = None,
     batch_size: BatchSize = 32,
+    compile: Compile = None,  # noqa: A002
     max_samples: MaxSamples = None,
     seed: Seed = 0,
     allow_pipes: AllowPipes = False,
@@ -206,6 +210,7 @@ def explain(
         outputs=words(output),
         reduction=reduce_channels,
         size=resize,
+        compile=compile,
     )
     run = run_explain(config, resources)
     done = run.manifest()["explain"]

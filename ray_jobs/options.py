@@ -59,6 +59,10 @@ Positions = Annotated[
         parser=position_count, metavar="N|all|auto", help="How many positions of each image count, drawn at random."
     ),
 ]
+Compile = Annotated[
+    str | None,
+    typer.Option(help="Compile full batches by torch.compile, which takes minutes: its mode, such as `default`."),
+]
 RetryQuarantined = Annotated[
     bool, typer.Option("--retry-quarantined", help="Take up the samples that were refused, and these only.")
 ]

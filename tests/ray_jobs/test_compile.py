@@ -1,0 +1,82 @@
+"""`--compile`: jobs find what they find uncompiled, and what cannot be compiled is told before anything is done."""
+
+import io
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from patterns import UserError
+from ray_jobs.config import ExplainConfig, Resources
+from ray_jobs.explain import explain
+from ray_jobs.fit import fit, merge
+from ray_jobs.shards import read_shard
+from tests.patterns.networks import relative
+from tests.ray_jobs.runs import OPTIONS, configured
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ to compile with")
+RESOURCES = Resources(workers=2, gpus_per_worker=0)
+METHODS = ("guided-backprop", "patternattribution", "random")
+
+
+def test_compiled_jobs_find_what_uncompiled_ones_find_and_go_on_as_they_were_begun(
+    local_ray: None, model_spec: str, shards: list[str], tmp_path: Path
+) -> None:
+    plain = configured(model_spec, shards, tmp_path / "plain")
+    plain = replace(plain, model=replace(plain.model, precision="float64"))
+    compiled = replace(plain, out=str(tmp_path / "compiled"), compile="default")
+    before, after = (load_file(fit(c, RESOURCES).folder / "patterns.safetensors") for c in (plain, compiled))
+    assert before.keys() == after.keys()
+    for name, pattern in before.items():
+        assert relative(after[name], pattern) < 1e-6, name
+    with pytest.raises(UserError, match="begun with compile default, now None"):
+        fit(replace(compiled, compile=None), RESOURCES)
+
+    config = ExplainConfig(
+        plain.model, plain.out, tuple(shards), plain.out, 4, METHODS, target="top-2", outputs=("npy",)
+    )
+    explain(config, RESOURCES)
+    explain(replace(config, out=str(tmp_path / "explained"), compile="default"), RESOURCES)
+    folders = [tmp_path / name / "explanations" for name in ("plain", "explained")]
+    names = sorted(path.name for path in folders[0].glob("*.tar"))
+    assert len(names) == len(shards)
+    for name in names:
+        for one, other in zip(*(read_shard(str(folder / name)) for folder in folders), strict=True):
+            assert one["__key__"] == other["__key__"]
+            for method in METHODS:
+                maps = [np.load(io.BytesIO(sample[f"{method}.npy"])).astype(np.float64) for sample in (one, other)]
+                assert np.linalg.norm(maps[0] - maps[1]) < 2e-3 * np.linalg.norm(maps[0]), (name, method)
+
+
+def test_compiled_and_uncompiled_fits_of_other_shards_merge(model_spec: str, shards: list[str], tmp_path: Path) -> None:
+    here = Resources(workers=0)
+    one = fit(configured(model_spec, shards[:2], tmp_path / "one"), here)
+    other = fit(configured(model_spec, shards[2:4], tmp_path / "other", compile="default"), here)
+    merged = merge([str(one.folder), str(other.folder)], str(tmp_path / "both"), here)
+    assert merged.manifest()["fit"]["samples"] == 24
+
+
+def test_what_cannot_be_compiled_is_told_before_anything_is_done(
+    complaint: Callable[..., str], model_spec: str, shards: list[str], tmp_path: Path
+) -> None:
+    words = ["fit", "--model", model_spec, "--shards", shards[0], "--out", tmp_path / "run", "--workers", 0, *OPTIONS]
+    assert complaint(*words, "--compile", "fast").startswith("patternnet: --compile: no mode 'fast'. torch.compile has")
+    assert "Leave out this or --positions" in complaint(*words, "--compile", "default", "--positions", 4)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_worker_without_a_compiler_ends_the_job_with_a_line(
+    complaint: Callable[..., str],
+    model_spec: str,
+    shards: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "no-such-compiler"))
+    words = ["fit", "--model", model_spec, "--shards", shards[0], "--out", tmp_path / "run", "--workers", 0, *OPTIONS]
+    assert "g++" in complaint(*words, "--compile", "default")
