@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import decoding, explaining, fitting
+from benchmarks import compiling, decoding, explaining, fitting
 from benchmarks.machine import Machine
 from benchmarks.timing import HEAD, SIZE, THREADS, Bench, Row
 from ray_jobs.worker import keep_freed_memory
@@ -16,7 +16,7 @@ from ray_jobs.worker import keep_freed_memory
 PARTS: dict[str, Callable[[Bench], Iterable[Row]]] = {
     "fit": fitting.passes,
     "explain": explaining.passes,
-    "compile": explaining.compiled,
+    "compile": compiling.compiled,
     "quality": lambda bench: [fitting.judging(bench)],
     "decode": decoding.reading,
     "jobs": lambda bench: chain(fitting.jobs(bench), explaining.whole_job(bench)),

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from zennit.attribution import Gradient
 from zennit.composites import EpsilonPlusFlat
 
-from benchmarks.timing import JOB_BATCH, Bench, Row, Timed, Variant, infer, write_shards
-from patterns import Explainer, trace
+from benchmarks.timing import JOB_BATCH, Bench, Row, Timed, Variant, write_shards
+from patterns import Explainer, Network, trace
 from ray_jobs import explain as job
 from ray_jobs import models
 from ray_jobs.config import ExplainConfig, FitConfig, ModelConfig, Resources
@@ -54,7 +54,7 @@ def passes(bench: Bench) -> Iterator[Row]:
     warnings.filterwarnings("ignore")  # captum's about the hooks that it sets
     for name, model, images in bench.models():
         network = trace(model, images[:2])
-        patterns = {key: torch.randn_like(op.weight) for key, op in network.operators.items()}
+        patterns = patterns_for(network)
         alone = {m: Explainer(network, patterns, [m]) for m in FIVE}
         together = Explainer(network, patterns, FIVE)
         targets = model(images).argmax(1)
@@ -77,23 +77,9 @@ def passes(bench: Bench) -> Iterator[Row]:
             yield bench.row(f"{name}: patternattribution", t["ours"], other, t[other], "< 1")
 
 
-def compiled(bench: Bench) -> Iterator[Row]:
-    """What `torch.compile` makes of a forward and of an explanation; on a GPU with CUDA graphs. It needs g++."""
-    mode = "reduce-overhead" if bench.device == "cuda" else "default"
-    for name, model, images in bench.models():
-        network = trace(model, images[:2])
-        patterns = {key: torch.randn_like(op.weight) for key, op in network.operators.items()}
-        module = Explainer(network, patterns, FIVE[-1:]).module()
-        one, other = torch.compile(model, mode=mode), torch.compile(module, mode=mode)
-        variants: dict[str, Variant] = {
-            "forward": partial(infer, model, images),
-            "forward, compiled": partial(infer, one, images),
-            "patternattribution": plain_gradient(module, images),
-            "patternattribution, compiled": plain_gradient(other, images),
-        }
-        t = bench.timed(variants, measured=False)
-        for what in ("forward", "patternattribution"):
-            yield bench.row(f"{name}: {what}, torch.compile", t[f"{what}, compiled"], f"{what}, eager", t[what])
+def patterns_for(network: Network) -> dict[str, Tensor]:
+    """Random numbers, which cost what patterns do."""
+    return {key: torch.randn_like(op.weight) for key, op in network.operators.items()}
 
 
 def sum_of(timed: list[Timed]) -> Timed:

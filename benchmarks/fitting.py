@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from benchmarks.timing import (
     JOB_BATCH,
@@ -48,19 +47,19 @@ WANTED = {
 }
 
 
-def observing(network: Network, *choices: str, positions: int | None = None) -> Callable[[Tensor], Tensor]:
+def observer_of(network: Network, *choices: str, positions: int | None = None) -> Observer:
     def wants(operator: Operator) -> Wanted:
         return wanted(operator, choices)
 
-    return Observer(network, wants, positions=positions).update
+    return Observer(network, wants, positions=positions)
 
 
 def passes(bench: Bench) -> Iterator[Row]:
     """The inner loop: statistics against a forward."""
     for name, model, images in bench.models():
         network = trace(model, images[:2])
-        updates = {what: observing(network, *choices) for what, choices in FITS.items()}
-        updates["all estimators, 16 positions"] = observing(network, *FITTED, positions=16)
+        updates = {what: observer_of(network, *choices).update for what, choices in FITS.items()}
+        updates["all estimators, 16 positions"] = observer_of(network, *FITTED, positions=16).update
 
         forward = partial(infer, model)
         t = bench.timed({w: partial(v, images) for w, v in {"forward": forward, **updates}.items()})
@@ -111,7 +110,7 @@ def jobs(bench: Bench) -> Iterator[Row]:
     """The fit job's throughput: one worker against its inner loop, before and after; two of one thread against one."""
     torch.set_num_threads(THREADS)
     network = trace(vgg16_features(), torch.zeros(2, 3, SIZE, SIZE))
-    update = observing(network, "default")
+    update = observer_of(network, "default").update
     batches = torch.randn(JOB_SHARDS * JOB_IMAGES // JOB_BATCH, JOB_BATCH, 3, SIZE, SIZE).unbind()
     update(batches[0])
 

@@ -128,7 +128,8 @@ class Bench:
         share = memory = ""
         if timed.needed is not None:
             share = f"{self.machine.roofline(timed.needed, statistics.median(timed.seconds)):.0%}"
-            memory = f"{timed.peak / base.peak:.2f}" if base.peak else ""
+        if base.peak:
+            memory = f"{timed.peak / base.peak:.2f}"
         return Row(what, against, timed.ratio(base), wanted, share, memory)
 
 
