@@ -5,12 +5,12 @@ pass with several ways back, or with the sums of every operator, is therefore br
 first: there gradients, and what is added in place, are operations like any other.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import BackendCompilerFailed
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
@@ -18,6 +18,7 @@ from torch.fx.node import map_arg
 from patterns.errors import UserError
 
 Function = Callable[..., Any]
+RUNS = 3  # after which a CUDA graph is recorded
 
 
 def mode_options(mode: str) -> dict[str, Any]:
@@ -28,51 +29,70 @@ def mode_options(mode: str) -> dict[str, Any]:
     return dict(modes[mode])
 
 
+@contextmanager
+def compiling() -> Iterator[None]:
+    """UserError where what is traced or compiled cannot be."""
+    try:
+        yield
+    except RuntimeError as error:  # all that is raised by torch's compilers, and where memory is short
+        inner = getattr(error, "inner_exception", error)
+        first, *more = [line.strip() for line in str(inner).splitlines() if line.strip()] or [""]
+        cause = next((line for line in more if "error" in line.lower()), first)
+        what = f"torch.compile gave up: {type(inner).__name__}: {cause}"
+        raise UserError("--compile", what, "Mend that (on a CPU it takes g++), or do without.") from error
+
+
 def graph_of(function: Function, *inputs: Tensor) -> GraphModule:
     """What a function does with tensors of these shapes, and with those that it holds; it is done once."""
     return make_fx(function)(*inputs)
 
 
 def compiled(graph: GraphModule, mode: str, *inputs: Tensor, begins: bool = True) -> Function:
-    """A graph compiled for inputs of these shapes, and run once. UserError where it cannot be.
+    """A graph compiled for inputs of these shapes, and run until that is done. Inference mode would compile it anew.
 
     begins: a step, until whose next the results last: a CUDA graph's lie in its own memory.
     """
     options = mode_options(mode)
     if inputs[0].device.type == "cpu":
         options["layout_optimization"] = False  # channels last, an explanation takes longer than it does uncompiled
-    compiling = torch.compile(graph, dynamic=False, options=options)
+    recorded = options.get("triton.cudagraphs", False)
+    made = torch.compile(graph, fullgraph=True, dynamic=False, options=options)
 
     @torch.no_grad()
     def run(*inputs: Tensor) -> Any:
-        if begins:
+        if begins and recorded:
             torch.compiler.cudagraph_mark_step_begin()
-        return compiling(*inputs)
+        return made(*inputs)
 
-    try:
+    for _ in range(RUNS if recorded else 1):
         run(*inputs)
-    except BackendCompilerFailed as error:
-        (first, *_) = str(error).splitlines()
-        raise UserError("--compile", first, "Mend that (a CPU takes g++), or do without.") from error
     return run
 
 
 class ThereAndBack:
     """A function of inputs and a start, which gives (scores, results) and whose start depends on the scores, compiled.
 
-    inputs, start: of the only shapes that it will take.
+    inputs, start: of the only shapes that it will take. UserError where it cannot be compiled. Two of them do not go
+    together: what one keeps between there and back is lost where the other begins.
     """
 
     def __init__(self, function: Function, mode: str, inputs: Tensor, start: Tensor) -> None:
-        there, back = parted(graph_of(function, inputs, start))
-        self._there = compiled(there, mode, inputs)
-        _, *kept = self._there(inputs)
-        self._back = compiled(back, mode, *kept, start, begins=False)
+        mode_options(mode)
+        with compiling():
+            there, back = parted(graph_of(function, inputs, start))
+            self._there = compiled(there, mode, inputs)
+            _, *kept = self._there(inputs)
+            self._back = compiled(back, mode, *kept, start, begins=False)
 
-    def __call__(self, inputs: Tensor) -> tuple[Tensor, Callable[[Sequence[Tensor]], list[list[Tensor]]]]:
+    def __call__(self, inputs: Tensor) -> tuple[Tensor, Callable[[Sequence[Tensor]], Iterator[list[Tensor]]]]:
         """The scores, and what gives the results for each of some starts."""
-        scores, *kept = self._there(inputs)
-        return scores.clone(), lambda starts: [[r.clone() for r in self._back(*kept, start)] for start in starts]
+        scores, *kept = self._there(inputs.contiguous())
+
+        def back(starts: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+            for start in starts:
+                yield [result.clone() for result in self._back(*kept, start.detach().contiguous())]
+
+        return scores.clone(), back
 
 
 def parted(graph: GraphModule) -> tuple[GraphModule, GraphModule]:

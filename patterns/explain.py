@@ -1,6 +1,6 @@
 """Explanations: one backward pass of the unchanged forward pass for each method, see `patterns.methods`."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from patterns.scales import Crossing, Step, Values
 from patterns.storage import choose, digest, load, traced_as
 
 Weights = Mapping[str, Tensor]
-Back = Callable[[Sequence[Tensor]], list[list[Tensor]]]  # from starts to each one's results, by pass
+Back = Callable[[Sequence[Tensor]], Iterator[list[Tensor]]]  # from starts to each one's results, by pass
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Explainer:
         if any(backward.rectifier is not gated for backward in passes):
             add_rules(self._module, lambda: self._rule)
         self._potentials = self._keep_in_range(network, scales or {})
-        self._compiled: dict[int, ThereAndBack] = {}
+        self._compiled: dict[torch.Size, ThereAndBack] = {}
 
     @classmethod
     def load(
@@ -196,7 +196,7 @@ class Explainer:
         seeds: one for each sample, of what is random; 0 unless given. So a sample's maps depend on no other sample.
         """
         inputs = inputs.detach()
-        scores, back = self._compiled.get(len(inputs), self._there_and_back)(inputs)
+        scores, back = self._compiled.get(inputs.shape, self._there_and_back)(inputs)
         if targets is None:
             chosen = scores.argmax(1)
             if scores.dim() != 2:
@@ -207,7 +207,7 @@ class Explainer:
         several = not chosen.is_floating_point() and chosen.dim() == 2
         starts = [start_of(t, scores) for t in (chosen.unbind(1) if several else [chosen])]
         seeds = [0] * len(inputs) if seeds is None else list(seeds)
-        found = [self._maps(inputs, start, passed, seeds) for start, passed in zip(starts, back(starts))]
+        found = [self._maps(inputs, start, results, seeds) for start, results in zip(starts, back(starts))]
         maps = {name: torch.stack([m[name] for m in found], 1) if several else found[0][name] for name in found[0]}
         exponents = {name: self._exponents[m.backward] if m.backward else 0 for name, m in self._methods.items()}
         return Explanation(maps, exponents, scores, chosen)
@@ -227,7 +227,7 @@ class Explainer:
             (results,) = back([start])
             return scores, results
 
-        self._compiled[batch_size] = ThereAndBack(function, mode, inputs, start)
+        self._compiled[inputs.shape] = ThereAndBack(function, mode, inputs, start)
 
     def _there_and_back(self, inputs: Tensor) -> tuple[Tensor, Back]:
         """The scores, and what takes starts to each pass's result; once, for then the graph is gone."""
@@ -244,20 +244,21 @@ class Explainer:
             restored = self._restored[backward]
             return scales.power(gradient, restored) if restored else gradient
 
-        def back(starts: Sequence[Tensor]) -> list[list[Tensor]]:
-            return [[carried(s, b, s is starts[-1] and b is passes[-1]) for b in passes] for s in starts]
+        def back(starts: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+            for start in starts:
+                yield [carried(start, b, start is starts[-1] and b is passes[-1]) for b in passes]
 
         return scores.detach(), back
 
-    def _maps(self, inputs: Tensor, start: Tensor, passed: list[Tensor], seeds: list[int]) -> dict[str, Tensor]:
+    def _maps(self, inputs: Tensor, start: Tensor, results: list[Tensor], seeds: list[int]) -> dict[str, Tensor]:
         """The map of each method for one start, given each pass's result."""
-        results = dict(zip(self._weights, passed))
+        by_pass = dict(zip(self._weights, results))
         maps = {}
         for name, method in self._methods.items():
             if method.backward is None:
                 maps[name] = self._procedures[name](inputs, lambda _: start, seeds)
             else:
-                result = results[method.backward]
+                result = by_pass[method.backward]
                 maps[name] = result * inputs if method.times_input else result
         return maps
 

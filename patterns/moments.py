@@ -192,8 +192,9 @@ class Accumulator:
     def __init__(self, operator: Operator, wanted: Wanted) -> None:
         self._operator, self._sums = operator, zero(operator, wanted)
 
+    @torch.inference_mode()  # as updates of it may be
     def reset(self) -> None:
-        """Forget everything."""
+        """Forget everything: the same tensors are 0 again."""
         for total in self.tensors().values():
             total.zero_()
 

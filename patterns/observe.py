@@ -7,7 +7,7 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from patterns.compiled import Function, compiled, graph_of
+from patterns.compiled import Function, compiled, compiling, graph_of, mode_options
 from patterns.errors import UserError
 from patterns.graph import Network
 from patterns.moments import Accumulator, Moments, Wanted
@@ -53,10 +53,10 @@ class Observation(Generic[M_co]):
         self._module = network.rewrite(
             lambda op: Observed(op, accumulators[op.name]) if op.name in accumulators else op
         )
-        self._compiled: dict[int, Function] = {}
+        self._compiled: dict[torch.Size, Function] = {}
 
     def compile(self, batch_size: int, mode: str = "default") -> None:
-        """Compile what is done with batches of this size, before the first one; all others are taken as before.
+        """Compile what is done with batches of this size; all others are taken as before. It forgets all sums.
 
         mode: one of `torch.compile`. It takes minutes, and gives the same sums but for rounding. UserError where
         positions are drawn, where there is no such mode, and where the compiler fails.
@@ -64,13 +64,14 @@ class Observation(Generic[M_co]):
         if self._draw is not None:
             what = "sums of drawn positions are gathered over several batches, and cannot be compiled"
             raise UserError("--compile", what, "Take all positions, or do without.")
+        mode_options(mode)
         batch = self._network.zeros(batch_size)
-        with torch.no_grad():
-            graph = graph_of(self._module, batch)
-        self._compiled[batch_size] = compiled(graph, mode, batch)
-        self.reset()
+        try:
+            with compiling(), torch.no_grad():
+                self._compiled[batch.shape] = compiled(graph_of(self._module, batch), mode, batch)
+        finally:
+            self.reset()
 
-    @torch.inference_mode()
     def update(self, batch: Tensor, seeds: Sequence[int] | None = None) -> Tensor:
         """Add a batch (N, *input_shape), on the network's device and in its dtype; gives the model's output.
 
@@ -81,8 +82,11 @@ class Observation(Generic[M_co]):
             numbers = range(self._seen, self._seen + len(batch)) if seeds is None else seeds
             self._draw.begin(torch.tensor(numbers, dtype=torch.int64).to(batch.device))
         self._seen += len(batch)
-        run = self._compiled.get(len(batch))
-        return self._module(batch) if run is None else run(batch).clone()
+        run = self._compiled.get(batch.shape)
+        if run is not None:
+            return run(batch.contiguous()).clone()
+        with torch.inference_mode():
+            return self._module(batch)
 
     def settle(self) -> None:
         """Sum what was gathered and waits for more, as at the end of a shard: so its sums depend on the shard alone."""

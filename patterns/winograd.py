@@ -26,9 +26,9 @@ BLOCK = 2**19
 WIDE = 3500
 
 # One operation to whoever traces or counts them: its blocks would be hundreds.
-LIBRARY = torch.library.Library("patterns", "DEF")
+LIBRARY = torch.library.Library("patternnet", "FRAGMENT")
 LIBRARY.define("winograd_weight_gradient(Tensor x, Tensor grad, int[] kernel, int[] padding) -> Tensor")
-OPERATION = torch.ops.patterns.winograd_weight_gradient
+OPERATION = torch.ops.patternnet.winograd_weight_gradient
 
 
 def pays(x: Tensor, grad: Tensor, kernel: tuple[int, ...]) -> bool:
@@ -61,7 +61,7 @@ def in_blocks(x: Tensor, grad: Tensor, kernel: Sequence[int], padding: Sequence[
     return rows.view(width, 3, *sums.shape[2:]).permute(2, 3, 1, 0)
 
 
-@torch.library.register_fake("patterns::winograd_weight_gradient", lib=LIBRARY)
+@torch.library.register_fake("patternnet::winograd_weight_gradient", lib=LIBRARY)
 def shaped(x: Tensor, grad: Tensor, kernel: Sequence[int], padding: Sequence[int]) -> Tensor:
     """What it gives, without its numbers."""
     return x.new_empty(kernel[1], 3, grad.shape[1], x.shape[1]).permute(2, 3, 1, 0)

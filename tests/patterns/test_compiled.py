@@ -43,8 +43,10 @@ def network(monkeypatch: pytest.MonkeyPatch) -> Network:
 def test_compiled_sums_are_the_uncompiled_and_count_what_was_seen_since(network: Network) -> None:
     plain, compiled = Observer(network), Observer(network)
     compiled.compile(4)
-    batches = image(4), image(4) + 3, image(3)  # the last is of another size
-    for found, given in zip(list(map(compiled.update, batches)), map(plain.update, batches)):
+    batches = image(4), image(4).contiguous(memory_format=torch.channels_last) + 3, image(3)  # of another size
+    with torch.compiler.set_stance("fail_on_recompile"):
+        outputs = list(map(compiled.update, batches))
+    for found, given in zip(outputs, map(plain.update, batches)):
         torch.testing.assert_close(found, given)
     expected = plain.moments()
     assert expected["first"].total.n[0] == 11 * 64
@@ -90,7 +92,9 @@ def test_compiled_maps_of_every_method_and_of_several_targets_are_the_uncompiled
         for batch in (image(4), image(3)):
             if isinstance(target, Tensor):
                 target = target[: len(batch)]
-            expected, found = plain(batch, target), compiled(batch, target)
+            expected = plain(batch, target)
+            with torch.compiler.set_stance("fail_on_recompile"):
+                found = compiled(batch, target)
             torch.testing.assert_close(found.scores, expected.scores)
             assert torch.equal(found.targets, expected.targets)
             for method in methods:
@@ -133,13 +137,40 @@ def test_the_operation_of_winograd_is_what_tracing_takes_it_for() -> None:
     torch.library.opcheck(winograd.OPERATION.default, (x, grad, (3, 5), (1, 2)))
 
 
-def test_what_cannot_be_compiled_is_told_in_a_line(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_compiled_is_told_in_a_line(network: Network) -> None:
     with pytest.raises(UserError, match=r"--compile: no mode 'fast'\. torch\.compile has default, .*reduce-overhead"):
         Observer(network).compile(2, "fast")
     with pytest.raises(UserError, match="drawn positions"):
         Observer(network, positions=2).compile(2)
-    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "no-such-compiler"))
-    with pytest.raises(UserError, match=r"--compile: .*compiler.*g\+\+") as told:
-        Explainer(network, None, ["gradient"]).compile(2)
-    assert "\n" not in str(told.value)
+    observer = Observer(network)
+    for given in (observer, Explainer(network, None, ["gradient"])):
+        with (
+            torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler"), "force_disable_caches": True}),
+            pytest.raises(UserError, match=r"--compile: .*compiler.*g\+\+") as told,
+        ):
+            given.compile(2)
+        assert "\n" not in str(told.value)
+    assert not any(t.any() for t in observer.tensors().values())
+
+
+def test_only_full_batches_are_run_compiled(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[torch.Size] = []
+
+    def compiled(graph: nn.Module, mode: str, *inputs: Tensor, begins: bool = True) -> Callable[..., object]:
+        def run(*given: Tensor) -> object:
+            ran.append(given[0].shape)
+            return graph(*given)
+
+        return run
+
+    for module in ("compiled", "observe"):
+        monkeypatch.setattr(f"patterns.{module}.compiled", compiled)
+    observer, explainer = Observer(network), Explainer(network, None, ["gradient"])
+    observer.compile(4)
+    explainer.compile(4)
+    ran.clear()
+    for batch in (image(4), image(3)):
+        observer.update(batch)
+        explainer(batch)
+    assert ran[:2] == [image(4).shape] * 2
+    assert len(ran) == 3

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from patterns import UserError
@@ -70,13 +71,8 @@ def test_what_cannot_be_compiled_is_told_before_anything_is_done(
 
 
 def test_a_worker_without_a_compiler_ends_the_job_with_a_line(
-    complaint: Callable[..., str],
-    model_spec: str,
-    shards: list[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    complaint: Callable[..., str], model_spec: str, shards: list[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "no-such-compiler"))
     words = ["fit", "--model", model_spec, "--shards", shards[0], "--out", tmp_path / "run", "--workers", 0, *OPTIONS]
-    assert "g++" in complaint(*words, "--compile", "default")
+    with torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler"), "force_disable_caches": True}):
+        assert "g++" in complaint(*words, "--compile", "default")
