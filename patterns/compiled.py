@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
+from torch._inductor.compile_worker.subproc_pool import SubprocException
+from torch._inductor.exc import CppCompileError
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
@@ -18,7 +21,6 @@ from torch.fx.node import map_arg
 from patterns.errors import UserError
 
 Function = Callable[..., Any]
-RUNS = 3  # after which a CUDA graph is recorded
 
 
 def mode_options(mode: str) -> dict[str, Any]:
@@ -31,15 +33,26 @@ def mode_options(mode: str) -> dict[str, Any]:
 
 @contextmanager
 def compiling() -> Iterator[None]:
-    """UserError where what is traced or compiled cannot be."""
+    """UserError where torch's compilers give up."""
     try:
         yield
-    except RuntimeError as error:  # all that is raised by torch's compilers, and where memory is short
-        inner = getattr(error, "inner_exception", error)
-        first, *more = [line.strip() for line in str(inner).splitlines() if line.strip()] or [""]
-        cause = next((line for line in more if "error" in line.lower()), first)
-        what = f"torch.compile gave up: {type(inner).__name__}: {cause}"
-        raise UserError("--compile", what, "Mend that (on a CPU it takes g++), or do without.") from error
+    except TorchDynamoException as error:
+        what = f"torch.compile gave up: {cause(getattr(error, 'inner_exception', error))}"
+        remedy = "Mend that (on a CPU it takes g++, on a GPU gcc or clang), or do without."
+        raise UserError("--compile", what, remedy) from error
+
+
+def cause(error: Exception) -> str:
+    """The line that says most."""
+    first, *more = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    if isinstance(error, CppCompileError):
+        return next((line for line in more if "error:" in line), first)
+    return more[-1] if more and isinstance(error, SubprocException) else first
+
+
+def warm_runs(mode: str) -> range:
+    """As many runs as it takes until a CUDA graph is recorded, where the mode has any."""
+    return range(3 if mode_options(mode).get("triton.cudagraphs") else 0)
 
 
 def graph_of(function: Function, *inputs: Tensor) -> GraphModule:
@@ -48,24 +61,23 @@ def graph_of(function: Function, *inputs: Tensor) -> GraphModule:
 
 
 def compiled(graph: GraphModule, mode: str, *inputs: Tensor, begins: bool = True) -> Function:
-    """A graph compiled for inputs of these shapes, and run until that is done. Inference mode would compile it anew.
+    """A graph compiled for inputs of these shapes, and run once. In inference mode it would be compiled anew.
 
-    begins: a step, until whose next the results last: a CUDA graph's lie in its own memory.
+    begins: whether a call begins a step; a CUDA graph overwrites what was given in the step before.
     """
     options = mode_options(mode)
     if inputs[0].device.type == "cpu":
         options["layout_optimization"] = False  # channels last, an explanation takes longer than it does uncompiled
-    recorded = options.get("triton.cudagraphs", False)
     made = torch.compile(graph, fullgraph=True, dynamic=False, options=options)
+    begins = begins and bool(options.get("triton.cudagraphs"))
 
     @torch.no_grad()
     def run(*inputs: Tensor) -> Any:
-        if begins and recorded:
+        if begins:
             torch.compiler.cudagraph_mark_step_begin()
         return made(*inputs)
 
-    for _ in range(RUNS if recorded else 1):
-        run(*inputs)
+    run(*inputs)
     return run
 
 
@@ -83,10 +95,12 @@ class ThereAndBack:
             self._there = compiled(there, mode, inputs)
             _, *kept = self._there(inputs)
             self._back = compiled(back, mode, *kept, start, begins=False)
+            for _ in warm_runs(mode):
+                list(self(inputs)[1]([start]))
 
     def __call__(self, inputs: Tensor) -> tuple[Tensor, Callable[[Sequence[Tensor]], Iterator[list[Tensor]]]]:
         """The scores, and what gives the results for each of some starts."""
-        scores, *kept = self._there(inputs.contiguous())
+        scores, *kept = self._there(inputs.contiguous())  # of other strides, or requiring gradients, it compiles anew
 
         def back(starts: Sequence[Tensor]) -> Iterator[list[Tensor]]:
             for start in starts:

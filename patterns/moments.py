@@ -192,7 +192,7 @@ class Accumulator:
     def __init__(self, operator: Operator, wanted: Wanted) -> None:
         self._operator, self._sums = operator, zero(operator, wanted)
 
-    @torch.inference_mode()  # as updates of it may be
+    @torch.inference_mode()  # sums that were made in it cannot be changed outside
     def reset(self) -> None:
         """Forget everything: the same tensors are 0 again."""
         for total in self.tensors().values():

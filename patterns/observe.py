@@ -7,7 +7,7 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from patterns.compiled import Function, compiled, compiling, graph_of, mode_options
+from patterns.compiled import Function, compiled, compiling, graph_of, mode_options, warm_runs
 from patterns.errors import UserError
 from patterns.graph import Network
 from patterns.moments import Accumulator, Moments, Wanted
@@ -68,7 +68,10 @@ class Observation(Generic[M_co]):
         batch = self._network.zeros(batch_size)
         try:
             with compiling(), torch.no_grad():
-                self._compiled[batch.shape] = compiled(graph_of(self._module, batch), mode, batch)
+                run = compiled(graph_of(self._module, batch), mode, batch)
+                for _ in warm_runs(mode):
+                    run(batch)
+                self._compiled[batch.shape] = run
         finally:
             self.reset()
 
@@ -84,7 +87,8 @@ class Observation(Generic[M_co]):
         self._seen += len(batch)
         run = self._compiled.get(batch.shape)
         if run is not None:
-            return run(batch.contiguous()).clone()
+            # As it was compiled for, else it compiles anew; and a CUDA graph will overwrite what it gave.
+            return run(batch.detach().contiguous()).clone()
         with torch.inference_mode():
             return self._module(batch)
 

@@ -68,6 +68,7 @@ class Share:
     def load(self, config: ModelConfig, weights: str) -> models.Loaded:
         """The model, on this worker's device. UserError where its weights are not the driver's."""
         torch.set_num_threads(1 if self.decoders > 1 else max(1, int(self.cpus)))
+        torch._inductor.config.compile_threads = max(1, int(self.cpus))  # else as many as the machine has cores
         keep_freed_memory()
         loaded = models.load(config, self.device())
         if loaded.digest != weights:  # a file that differs from node to node

@@ -6,9 +6,13 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._inductor.compile_worker.subproc_pool import SubprocException
+from torch._inductor.exc import CppCompileError
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 
 from patterns import Explainer, Network, Observer, UserError, solve, trace, winograd
+from patterns.compiled import cause
 from tests.patterns.networks import PASSES, relative
 from tests.patterns.small import Calls, image
 
@@ -153,24 +157,26 @@ def test_what_cannot_be_compiled_is_told_in_a_line(network: Network) -> None:
     assert not any(t.any() for t in observer.tensors().values())
 
 
-def test_only_full_batches_are_run_compiled(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
-    ran: list[torch.Size] = []
-
-    def compiled(graph: nn.Module, mode: str, *inputs: Tensor, begins: bool = True) -> Callable[..., object]:
-        def run(*given: Tensor) -> object:
-            ran.append(given[0].shape)
-            return graph(*given)
-
-        return run
-
-    for module in ("compiled", "observe"):
-        monkeypatch.setattr(f"patterns.{module}.compiled", compiled)
+def test_full_batches_are_run_compiled_and_no_others(network: Network) -> None:
     observer, explainer = Observer(network), Explainer(network, None, ["gradient"])
     observer.compile(4)
     explainer.compile(4)
-    ran.clear()
-    for batch in (image(4), image(3)):
-        observer.update(batch)
-        explainer(batch)
-    assert ran[:2] == [image(4).shape] * 2
-    assert len(ran) == 3
+    runs: list[tuple[Callable[[Tensor], object], int]] = [(observer.update, 1), (explainer, 2)]
+    for run, graphs in runs:
+        for size, expected in ((4, graphs), (3, 0)):
+            with profile(activities=[ProfilerActivity.CPU]) as found:
+                run(image(size))
+            assert sum("CompiledFxGraph" in event.name for event in found.events() or ()) == expected
+
+
+def test_what_is_told_of_a_failure_is_the_line_that_says_why() -> None:
+    output = (
+        "In file included from a.cpp:1:\n/tmp/a.cpp:3:10: fatal error: omp.h: No such file\ncompilation terminated."
+    )
+    assert cause(CppCompileError(["g++"], output)) == "/tmp/a.cpp:3:10: fatal error: omp.h: No such file"
+    assert (
+        cause(SubprocException("Traceback:\n  raise PTXASError(error)\nPTXASError: no ptxas\n"))
+        == "PTXASError: no ptxas"
+    )
+    assert cause(ValueError("out of range\nlater errors may follow")) == "out of range"
+    assert cause(ValueError()) == "ValueError"

@@ -20,14 +20,15 @@ from tests.patterns.networks import relative
 from tests.ray_jobs.runs import OPTIONS, configured
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ to compile with")
-RESOURCES = Resources(workers=2, gpus_per_worker=0)
+RESOURCES = Resources(workers=1, gpus_per_worker=0)
 METHODS = ("guided-backprop", "patternattribution", "random")
+SMALL = ("default",)  # which has fewer sums to compile
 
 
 def test_compiled_jobs_find_what_uncompiled_ones_find_and_go_on_as_they_were_begun(
     local_ray: None, model_spec: str, shards: list[str], tmp_path: Path
 ) -> None:
-    plain = configured(model_spec, shards, tmp_path / "plain")
+    plain = configured(model_spec, shards[:4], tmp_path / "plain", estimators=SMALL)
     plain = replace(plain, model=replace(plain.model, precision="float64"))
     compiled = replace(plain, out=str(tmp_path / "compiled"), compile="default")
     before, after = (load_file(fit(c, RESOURCES).folder / "patterns.safetensors") for c in (plain, compiled))
@@ -38,13 +39,13 @@ def test_compiled_jobs_find_what_uncompiled_ones_find_and_go_on_as_they_were_beg
         fit(replace(compiled, compile=None), RESOURCES)
 
     config = ExplainConfig(
-        plain.model, plain.out, tuple(shards), plain.out, 4, METHODS, target="top-2", outputs=("npy",)
+        plain.model, plain.out, plain.shards, plain.out, 4, METHODS, target="top-2", outputs=("npy",)
     )
     explain(config, RESOURCES)
     explain(replace(config, out=str(tmp_path / "explained"), compile="default"), RESOURCES)
     folders = [tmp_path / name / "explanations" for name in ("plain", "explained")]
     names = sorted(path.name for path in folders[0].glob("*.tar"))
-    assert len(names) == len(shards)
+    assert len(names) == 4
     for name in names:
         for one, other in zip(*(read_shard(str(folder / name)) for folder in folders), strict=True):
             assert one["__key__"] == other["__key__"]
@@ -53,10 +54,11 @@ def test_compiled_jobs_find_what_uncompiled_ones_find_and_go_on_as_they_were_beg
                 assert np.linalg.norm(maps[0] - maps[1]) < 2e-3 * np.linalg.norm(maps[0]), (name, method)
 
 
+@pytest.mark.slow
 def test_compiled_and_uncompiled_fits_of_other_shards_merge(model_spec: str, shards: list[str], tmp_path: Path) -> None:
     here = Resources(workers=0)
-    one = fit(configured(model_spec, shards[:2], tmp_path / "one"), here)
-    other = fit(configured(model_spec, shards[2:4], tmp_path / "other", compile="default"), here)
+    one = fit(configured(model_spec, shards[:2], tmp_path / "one", estimators=SMALL), here)
+    other = fit(configured(model_spec, shards[2:4], tmp_path / "other", estimators=SMALL, compile="default"), here)
     merged = merge([str(one.folder), str(other.folder)], str(tmp_path / "both"), here)
     assert merged.manifest()["fit"]["samples"] == 24
 
@@ -74,5 +76,6 @@ def test_a_worker_without_a_compiler_ends_the_job_with_a_line(
     complaint: Callable[..., str], model_spec: str, shards: list[str], tmp_path: Path
 ) -> None:
     words = ["fit", "--model", model_spec, "--shards", shards[0], "--out", tmp_path / "run", "--workers", 0, *OPTIONS]
+    words += ["--estimators", ",".join(SMALL)]
     with torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler"), "force_disable_caches": True}):
         assert "g++" in complaint(*words, "--compile", "default")
