@@ -20,29 +20,31 @@ from tests.patterns.networks import relative
 from tests.ray_jobs.runs import OPTIONS, configured
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ to compile with")
-RESOURCES = Resources(workers=1, gpus_per_worker=0)
+HERE = Resources(workers=0)
 METHODS = ("guided-backprop", "patternattribution", "random")
 SMALL = ("default",)  # which has fewer sums to compile
 
 
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_compiled_jobs_find_what_uncompiled_ones_find_and_go_on_as_they_were_begun(
-    local_ray: None, model_spec: str, shards: list[str], tmp_path: Path
+    local_ray: None, model_spec: str, shards: list[str], tmp_path: Path, workers: int
 ) -> None:
+    resources = Resources(workers=workers, gpus_per_worker=0)
     plain = configured(model_spec, shards[:4], tmp_path / "plain", estimators=SMALL)
     plain = replace(plain, model=replace(plain.model, precision="float64"))
     compiled = replace(plain, out=str(tmp_path / "compiled"), compile="default")
-    before, after = (load_file(fit(c, RESOURCES).folder / "patterns.safetensors") for c in (plain, compiled))
+    before, after = (load_file(fit(c, resources).folder / "patterns.safetensors") for c in (plain, compiled))
     assert before.keys() == after.keys()
     for name, pattern in before.items():
         assert relative(after[name], pattern) < 1e-6, name
     with pytest.raises(UserError, match="begun with compile default, now None"):
-        fit(replace(compiled, compile=None), RESOURCES)
+        fit(replace(compiled, compile=None), resources)
 
     config = ExplainConfig(
         plain.model, plain.out, plain.shards, plain.out, 4, METHODS, target="top-2", outputs=("npy",)
     )
-    explain(config, RESOURCES)
-    explain(replace(config, out=str(tmp_path / "explained"), compile="default"), RESOURCES)
+    explain(config, resources)
+    explain(replace(config, out=str(tmp_path / "explained"), compile="default"), resources)
     folders = [tmp_path / name / "explanations" for name in ("plain", "explained")]
     names = sorted(path.name for path in folders[0].glob("*.tar"))
     assert len(names) == 4
@@ -56,10 +58,9 @@ def test_compiled_jobs_find_what_uncompiled_ones_find_and_go_on_as_they_were_beg
 
 @pytest.mark.slow
 def test_compiled_and_uncompiled_fits_of_other_shards_merge(model_spec: str, shards: list[str], tmp_path: Path) -> None:
-    here = Resources(workers=0)
-    one = fit(configured(model_spec, shards[:2], tmp_path / "one", estimators=SMALL), here)
-    other = fit(configured(model_spec, shards[2:4], tmp_path / "other", estimators=SMALL, compile="default"), here)
-    merged = merge([str(one.folder), str(other.folder)], str(tmp_path / "both"), here)
+    one = fit(configured(model_spec, shards[:2], tmp_path / "one", estimators=SMALL), HERE)
+    other = fit(configured(model_spec, shards[2:4], tmp_path / "other", estimators=SMALL, compile="default"), HERE)
+    merged = merge([str(one.folder), str(other.folder)], str(tmp_path / "both"), HERE)
     assert merged.manifest()["fit"]["samples"] == 24
 
 
