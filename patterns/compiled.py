@@ -32,8 +32,9 @@ def mode_options(mode: str) -> dict[str, Any]:
 
 
 @contextmanager
-def compiling() -> Iterator[None]:
-    """UserError where torch's compilers give up."""
+def compiling(mode: str) -> Iterator[None]:
+    """UserError where there is no such mode, before anything is traced, and where torch's compilers give up."""
+    mode_options(mode)
     try:
         yield
     except TorchDynamoException as error:
@@ -89,8 +90,7 @@ class ThereAndBack:
     """
 
     def __init__(self, function: Function, mode: str, inputs: Tensor, start: Tensor) -> None:
-        mode_options(mode)
-        with compiling():
+        with compiling(mode):
             there, back = parted(graph_of(function, inputs, start))
             self._there = compiled(there, mode, inputs)
             _, *kept = self._there(inputs)

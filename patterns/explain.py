@@ -155,8 +155,7 @@ class Explainer:
             raise UserError("show", what, "Give preprocess=, such as weights.transforms() of torchvision.")
         else:
             x = preprocess(image.convert("RGB"))[None]
-        like = next(iter(self.network.operators.values())).weight
-        x = x.to(like)
+        x = x.to(self.network.like)
         targets = None if target is None else torch.tensor([target], device=x.device)
         return self(x, targets).shown(0, photograph(x[0].float().cpu().numpy()))
 
@@ -219,8 +218,9 @@ class Explainer:
         maps but for rounding. Methods that are no backward pass of one forward pass (`smoothgrad`, `lrp-z`, …) are not
         compiled. UserError where there is no such mode, and where the compiler fails.
         """
-        inputs = self.network.zeros(batch_size)
-        start = inputs.new_zeros((batch_size, *self.network.output_shape))
+        network = self.network
+        shapes = network.input_shape, network.output_shape
+        inputs, start = (network.like.new_zeros((batch_size, *shape)) for shape in shapes)
 
         def function(inputs: Tensor, start: Tensor) -> tuple[Tensor, list[Tensor]]:
             scores, back = self._there_and_back(inputs)
@@ -268,7 +268,7 @@ class Explainer:
         Judged by the gradients of noise: only their order of magnitude matters. What was recorded is not judged again.
         """
         generator = torch.Generator().manual_seed(0)
-        like = next(iter(network.operators.values())).weight
+        like = network.like
         safe = scales.safe(like.dtype)
         noise = torch.randn((2, *network.input_shape), generator=generator).to(like)
         classes = scales.values(self._module)

@@ -85,9 +85,10 @@ class Network:
         """The operators by name, in the order in which the model first calls them."""
         return {operator.name: operator for _, operator in operator_calls(self.module)}
 
-    def zeros(self, batch_size: int) -> Tensor:
-        """A batch of zeros, (N, *input_shape), on the device of the operators and in their dtype."""
-        return next(iter(self.operators.values())).weight.new_zeros((batch_size, *self.input_shape))
+    @property
+    def like(self) -> Tensor:
+        """A weight, for the device and dtype of what the network takes."""
+        return next(iter(self.operators.values())).weight
 
     def rewrite(self, replace: Callable[[Operator], nn.Module]) -> GraphModule:
         """The same graph with each operator replaced; everything else is shared."""

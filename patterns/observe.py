@@ -7,7 +7,7 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from patterns.compiled import Function, compiled, compiling, graph_of, mode_options, warm_runs
+from patterns.compiled import Function, compiled, compiling, graph_of, warm_runs
 from patterns.errors import UserError
 from patterns.graph import Network
 from patterns.moments import Accumulator, Moments, Wanted
@@ -64,10 +64,9 @@ class Observation(Generic[M_co]):
         if self._draw is not None:
             what = "sums of drawn positions are gathered over several batches, and cannot be compiled"
             raise UserError("--compile", what, "Take all positions, or do without.")
-        mode_options(mode)
-        batch = self._network.zeros(batch_size)
+        batch = self._network.like.new_zeros((batch_size, *self._network.input_shape))
         try:
-            with compiling(), torch.no_grad():
+            with compiling(mode), torch.no_grad():
                 run = compiled(graph_of(self._module, batch), mode, batch)
                 for _ in warm_runs(mode):
                     run(batch)
