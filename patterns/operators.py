@@ -65,6 +65,9 @@ class Convolution:
 
     def weight_gradient(self, inputs: Inputs, grad: Tensor, weight_shape: Shape) -> Tensor:
         (x,), kernel = inputs, weight_shape[2:]
+        if self.groups == prod(kernel) == 1 and not any(self.padding):
+            seen: tuple[Any, ...] = (..., *(slice(None, None, step) for step in self.stride))
+            return sum_of_products(grad.flatten(2), x[seen].flatten(2)).view(weight_shape)
         if x.device.type == "cpu" and len(kernel) == 2:
             plain = self.groups == 1 and set(self.stride) == set(self.dilation) == {1}
             if plain and winograd.pays(x, grad, kernel):
@@ -119,6 +122,14 @@ class TransposedConvolution:
 
     def _options(self) -> tuple[Any, ...]:
         return self.stride, self.padding, self.dilation, True, self.output_padding, self.groups
+
+
+def sum_of_products(grad: Tensor, x: Tensor) -> Tensor:
+    """Σ g·x, shape (K, C), over images and positions, of (N, K, P) and (N, C, P)."""
+    k, c, p = grad.shape[1], *x.shape[1:]
+    if k * c <= (k + c) * p:  # each image's products are no more numbers than the image
+        return (grad @ x.mT).sum(0)
+    return grad.transpose(0, 1).flatten(1) @ x.transpose(0, 1).flatten(1).T
 
 
 def sum_of_patches(

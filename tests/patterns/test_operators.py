@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from patterns import Explainer, Gate, Network, UserError, accumulate, trace
-from patterns.operators import Addition, AveragePool, Linear, Scale, TransposedConvolution
-from tests.oracles import matrix
+from patterns.operators import Addition, AveragePool, Convolution, Linear, Scale, TransposedConvolution
+from tests.oracles import matrix, window_patches
 from tests.patterns.cases import STRATEGIES, Case, any_case
 from tests.patterns.networks import relative
 from tests.patterns.readings import IMAGE, READINGS, TOKENS, Calls, conv, normal, parameter, read
@@ -51,6 +51,36 @@ def assert_transpose(case: Case) -> None:
     found = case.kind.input_gradient(grad, pattern, tuple(tuple(x.shape) for x in inputs))
     for one, truth in zip(found, expected, strict=True):
         torch.testing.assert_close(one, truth, rtol=1e-12, atol=1e-12)
+
+
+# --- gradients as products ------------------------------------------------------------------------
+
+FORMS = {
+    "few neurons, many positions": (3, 5, (9, 8), (1, 1)),
+    "many neurons, few positions": (40, 50, (3, 2), (1, 1)),
+    "one position": (7, 6, (1, 1), (1, 1)),
+    "strided": (4, 5, (9, 8), (2, 3)),
+    "many neurons, strided": (40, 50, (7, 4), (3, 2)),
+    "of one dimension": (6, 4, (11,), (2,)),
+    "of three": (6, 4, (5, 4, 3), (2, 1, 2)),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("layout", ["channels first", "channels last"])
+def test_convolutions_that_see_one_position_have_the_sums_over_patches(form: str, layout: str) -> None:
+    k, c, sizes, stride = FORMS[form]
+    ones, nothing = (1,) * len(sizes), (0,) * len(sizes)
+    x = normal(3, c, *sizes, seed=1)
+    kind = Convolution(stride, nothing, ones)
+    grad = normal(*kind.forward((x,), normal(k, c, *ones), None).shape, seed=2)
+    (patches,) = window_patches(x, ones, stride, nothing, ones)
+    truth = grad.movedim(1, -1).flatten(0, -2).mT @ patches
+    if layout == "channels last":
+        x, grad = (t.movedim(1, -1).contiguous().movedim(-1, 1) for t in (x, grad))
+    found = kind.weight_gradient((x,), grad, (k, c, *ones))
+    assert found.shape == (k, c, *ones)
+    assert relative(found.flatten(1), truth) < 1e-14
 
 
 # --- explanations ---------------------------------------------------------------------------------
