@@ -10,7 +10,8 @@ import torch
 
 from benchmarks import compiling, decoding, explaining, fitting
 from benchmarks.machine import Machine
-from benchmarks.timing import HEAD, SIZE, THREADS, Bench, Row
+from benchmarks.timing import HEAD, MODELS, SIZE, THREADS, Bench, Row
+from patterns.compiled import RECORDED
 from ray_jobs.worker import keep_freed_memory
 
 PARTS: dict[str, Callable[[Bench], Iterable[Row]]] = {
@@ -29,6 +30,8 @@ def main() -> None:
     parser.add_argument("--write", type=Path)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--only", type=lambda text: text.split(","), help=", ".join(PARTS))
+    parser.add_argument("--models", type=lambda text: text.split(","), default=list(MODELS), help=", ".join(MODELS))
+    parser.add_argument("--compile", metavar="MODE", help="default on a CPU, cudagraphs on a GPU")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--precision", choices=["float32", "tf32"], default="float32")
     parser.add_argument("--batch", type=int, help="4 on a CPU, 64 on a GPU")
@@ -37,7 +40,8 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.precision == "tf32"
     keep_freed_memory()  # as the workers do; for every variant alike
     batch = options.batch or (4 if options.device == "cpu" else 64)
-    bench = Bench(Machine.measured(options.device), options.rounds, batch)
+    mode = options.compile or ("default" if options.device == "cpu" else RECORDED)
+    bench = Bench(Machine.measured(options.device), options.rounds, batch, options.models, mode)
     parts = options.only or (PARTS if options.device == "cpu" else ON_GPU)
     name = bench.machine.name()  # now, since jobs set their own number of threads
     print(HEAD, end="", flush=True)

@@ -3,7 +3,7 @@
 import io
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -85,11 +85,13 @@ def spread(ratios: list[float]) -> str:
 
 @dataclass(frozen=True)
 class Bench:
-    """Where and how often variants are timed."""
+    """Where and how often variants are timed, on which models, and the mode of what is compiled."""
 
     machine: Machine
     rounds: int
     batch: int
+    names: Sequence[str]
+    mode: str
 
     @property
     def device(self) -> str:
@@ -97,10 +99,10 @@ class Bench:
 
     def models(self) -> Iterator[tuple[str, nn.Module, Tensor]]:
         """Models with random weights, and a batch for each."""
-        for name, make in MODELS.items():
+        for name in self.names:
             torch.manual_seed(0)
             images = torch.randn(self.batch, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
-            yield name, make().eval().requires_grad_(False).to(self.device), images.to(self.device)
+            yield name, MODELS[name]().eval().requires_grad_(False).to(self.device), images.to(self.device)
 
     def timed(self, variants: dict[str, Variant], rounds: int | None = None, measured: bool = True) -> dict[str, Timed]:
         """Time each variant once a round, after one round that does not count.

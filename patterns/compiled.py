@@ -1,4 +1,4 @@
-"""Functions of batches of one shape as graphs of their own, compiled by `torch.compile`.
+"""Functions of batches of one shape as graphs of their own: compiled by `torch.compile`, or recorded on a GPU.
 
 `torch.compile` of a model has its forward pass and one gradient, and keeps between them what it sees fit. A forward
 pass with several ways back, or with the sums of every operator, is therefore brought to one graph of ATen operations
@@ -21,13 +21,14 @@ from torch.fx.node import map_arg
 from patterns.errors import UserError
 
 Function = Callable[..., Any]
+RECORDED = "cudagraphs"  # the operations as they are, in one CUDA graph
 
 
 def mode_options(mode: str) -> dict[str, Any]:
-    """The options of the compiler that a mode of `torch.compile` stands for. UserError for what is none."""
-    modes = torch._inductor.list_mode_options()
+    """The options of the compiler that a mode stands for, none for `cudagraphs`. UserError for what is no mode."""
+    modes = {**torch._inductor.list_mode_options(), RECORDED: {}}
     if mode not in modes:
-        raise UserError("--compile", f"no mode {mode!r}", f"torch.compile has {', '.join(modes)}.")
+        raise UserError("--compile", f"no mode {mode!r}", f"There are {', '.join(modes)}.")
     return dict(modes[mode])
 
 
@@ -66,6 +67,8 @@ def compiled(graph: GraphModule, mode: str, *inputs: Tensor, begins: bool = True
 
     begins: whether a call begins a step; a CUDA graph overwrites what was given in the step before.
     """
+    if mode == RECORDED:
+        return recorded(graph, *inputs)
     options = mode_options(mode)
     if inputs[0].device.type == "cpu":
         options["layout_optimization"] = False  # channels last, an explanation takes longer than it does uncompiled
@@ -79,6 +82,42 @@ def compiled(graph: GraphModule, mode: str, *inputs: Tensor, begins: bool = True
         return made(*inputs)
 
     run(*inputs)
+    return run
+
+
+def recorded(graph: GraphModule, *inputs: Tensor) -> Function:
+    """A graph's operations as one CUDA graph: a GPU need not wait until they are asked for, one by one.
+
+    inputs: where it will read them, and where later ones are copied to. What it gives is overwritten by the next call.
+    UserError where there is no GPU, and for what a CUDA graph cannot hold.
+    """
+    if not inputs[0].is_cuda:
+        raise UserError("--compile", f"{RECORDED} are a GPU's", "Take another mode, or do without.")
+    place = torch.cuda.device(inputs[0].device)
+    try:
+        with place, torch.no_grad():
+            whole, beside = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+            beside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(beside):  # what is only done once is not recorded
+                graph(*inputs)
+            torch.cuda.current_stream().wait_stream(beside)
+            with torch.cuda.graph(whole, capture_error_mode="thread_local"):  # other threads decode meanwhile
+                given = graph(*inputs)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        what = f"the model makes no CUDA graph: {cause(error)}"
+        raise UserError("--compile", what, "Take another mode, or do without.") from error
+
+    @torch.no_grad()
+    def run(*now: Tensor) -> Any:
+        with place:
+            for read, values in zip(inputs, now):
+                if values is not read:
+                    read.copy_(values)
+            whole.replay()
+        return given
+
     return run
 
 

@@ -214,9 +214,10 @@ class Explainer:
     def compile(self, batch_size: int, mode: str = "default") -> None:
         """Compile what is done with batches of this size; all others are explained as before.
 
-        mode: one of `torch.compile`; `reduce-overhead` makes CUDA graphs. It takes a minute or two, and gives the same
-        maps but for rounding. Methods that are no backward pass of one forward pass (`smoothgrad`, `lrp-z`, …) are not
-        compiled. UserError where there is no such mode, and where the compiler fails.
+        mode: one of `torch.compile`, which takes a minute or two, and gives the same maps but for rounding; or
+        `cudagraphs`, which records what a GPU does with a batch as it is, in seconds. Methods that are no backward pass
+        of one forward pass (`smoothgrad`, `lrp-z`, …) are not compiled. UserError where there is no such mode, and
+        where the compiler fails.
         """
         network = self.network
         shapes = network.input_shape, network.output_shape

@@ -58,8 +58,9 @@ class Observation(Generic[M_co]):
     def compile(self, batch_size: int, mode: str = "default") -> None:
         """Compile what is done with batches of this size; all others are taken as before. It forgets all sums.
 
-        mode: one of `torch.compile`. It takes minutes, and gives the same sums but for rounding. UserError where
-        positions are drawn, where there is no such mode, and where the compiler fails.
+        mode: one of `torch.compile`, which takes minutes, and gives the same sums but for rounding; or `cudagraphs`,
+        which records what a GPU does with a batch as it is, in seconds. UserError where positions are drawn, where
+        there is no such mode, and where the compiler fails.
         """
         if self._draw is not None:
             what = "sums of drawn positions are gathered over several batches, and cannot be compiled"

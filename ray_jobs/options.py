@@ -61,7 +61,10 @@ Positions = Annotated[
 ]
 Compile = Annotated[
     str | None,
-    typer.Option(help="Compile full batches by torch.compile, which takes minutes: its mode, such as `default`."),
+    typer.Option(
+        metavar="MODE",
+        help="Compile full batches: `cudagraphs` on a GPU, in seconds, or a mode of torch.compile, in minutes.",
+    ),
 ]
 RetryQuarantined = Annotated[
     bool, typer.Option("--retry-quarantined", help="Take up the samples that were refused, and these only.")

@@ -19,6 +19,7 @@ from ray_jobs.config import ExplainConfig, Resources
 from ray_jobs.explain import explain
 from ray_jobs.fit import fit
 from tests.patterns.networks import relative
+from tests.patterns.small import every_kind
 from tests.ray_jobs.runs import configured, same_patterns
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -86,9 +87,9 @@ def test_maps_are_those_of_the_cpu(model: nn.Module) -> None:
         assert relative(found.maps[method].cpu(), expected.maps[method]) < 1e-6, method
 
 
-@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-def test_compiled_sums_and_maps_are_the_uncompiled(model: nn.Module, mode: str) -> None:
-    network = on("cuda", model)
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead", "cudagraphs"])
+def test_compiled_sums_and_maps_are_the_uncompiled(mode: str) -> None:
+    network = on("cuda", every_kind())
     patterns = {name: torch.randn_like(op.weight) for name, op in network.operators.items()}
     plain, compiled = (Observer(network) for _ in range(2))
     compiled.compile(8, mode)

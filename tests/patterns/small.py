@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from patterns import Gate, Network, trace
 from tests.patterns.networks import relative
@@ -43,3 +44,22 @@ def assert_same_outputs(model: nn.Module, network: Network, *batches: Tensor) ->
     with torch.no_grad():
         for batch in batches:
             assert relative(network.module(batch), model(batch)) < 1e-10
+
+
+def every_kind() -> nn.Module:
+    """A convolution that is summed with half the products, a depthwise one, sums, pools and rectifiers of two kinds."""
+
+    def forward(m: Calls, x: Tensor) -> Tensor:
+        x = F.relu(m.norm(m.first(x)))  # type: ignore[operator]
+        x = x + F.hardtanh(m.depthwise(x), 0.0, 6.0)  # type: ignore[operator]
+        x = F.adaptive_avg_pool2d(F.max_pool2d(x, 2), 2)
+        return m.last(x.flatten(1))  # type: ignore[operator, no-any-return]
+
+    torch.manual_seed(0)
+    layers = {
+        "first": nn.Conv2d(3, 8, 3, padding=1),
+        "norm": nn.BatchNorm2d(8),
+        "depthwise": nn.Conv2d(8, 8, 3, padding=1, groups=8),
+        "last": nn.Linear(32, 5),
+    }
+    return Calls(forward, **layers).double().eval()

@@ -14,28 +14,9 @@ from torch.profiler import ProfilerActivity, profile
 from patterns import Explainer, Network, Observer, UserError, solve, trace, winograd
 from patterns.compiled import cause
 from tests.patterns.networks import PASSES, relative
-from tests.patterns.small import Calls, image
+from tests.patterns.small import every_kind, image
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ to compile with")
-
-
-def every_kind() -> nn.Module:
-    """A convolution that is summed with half the products, a depthwise one, sums, pools and rectifiers of two kinds."""
-
-    def forward(m: Calls, x: Tensor) -> Tensor:
-        x = F.relu(m.norm(m.first(x)))  # type: ignore[operator]
-        x = x + F.hardtanh(m.depthwise(x), 0.0, 6.0)  # type: ignore[operator]
-        x = F.adaptive_avg_pool2d(F.max_pool2d(x, 2), 2)
-        return m.last(x.flatten(1))  # type: ignore[operator, no-any-return]
-
-    torch.manual_seed(0)
-    layers = {
-        "first": nn.Conv2d(3, 8, 3, padding=1),
-        "norm": nn.BatchNorm2d(8),
-        "depthwise": nn.Conv2d(8, 8, 3, padding=1, groups=8),
-        "last": nn.Linear(32, 5),
-    }
-    return Calls(forward, **layers).double().eval()
 
 
 @pytest.fixture
@@ -142,10 +123,13 @@ def test_the_operation_of_winograd_is_what_tracing_takes_it_for() -> None:
 
 
 def test_what_cannot_be_compiled_is_told_in_a_line(network: Network) -> None:
-    with pytest.raises(UserError, match=r"--compile: no mode 'fast'\. torch\.compile has default, .*reduce-overhead"):
+    with pytest.raises(UserError, match=r"--compile: no mode 'fast'\. There are default, .*, cudagraphs\."):
         Observer(network).compile(2, "fast")
     with pytest.raises(UserError, match="drawn positions"):
         Observer(network, positions=2).compile(2)
+    for given in (Observer(network), Explainer(network, None, ["gradient"])):
+        with pytest.raises(UserError, match=r"--compile: cudagraphs are a GPU's\. Take another mode"):
+            given.compile(2, "cudagraphs")
     observer = Observer(network)
     for given in (observer, Explainer(network, None, ["gradient"])):
         with (
