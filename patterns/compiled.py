@@ -33,9 +33,14 @@ def mode_options(mode: str) -> dict[str, Any]:
 
 
 @contextmanager
-def compiling(mode: str) -> Iterator[None]:
-    """UserError where there is no such mode, before anything is traced, and where torch's compilers give up."""
+def compiling(mode: str, like: Tensor) -> Iterator[None]:
+    """UserError where torch's compilers give up, and before anything is traced where there is no such mode there.
+
+    like: a tensor of the network.
+    """
     mode_options(mode)
+    if mode == RECORDED and not like.is_cuda:
+        raise UserError("--compile", f"{RECORDED} are a GPU's, and here is none", "Take another mode, or do without.")
     try:
         yield
     except TorchDynamoException as error:
@@ -44,7 +49,7 @@ def compiling(mode: str) -> Iterator[None]:
         raise UserError("--compile", what, remedy) from error
 
 
-def cause(error: Exception) -> str:
+def cause(error: BaseException) -> str:
     """The line that says most."""
     first, *more = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     if isinstance(error, CppCompileError):
@@ -68,7 +73,7 @@ def compiled(graph: GraphModule, mode: str, *inputs: Tensor, begins: bool = True
     begins: whether a call begins a step; a CUDA graph overwrites what was given in the step before.
     """
     if mode == RECORDED:
-        return recorded(graph, *inputs)
+        return Recorded(graph, *inputs)
     options = mode_options(mode)
     if inputs[0].device.type == "cpu":
         options["layout_optimization"] = False  # channels last, an explanation takes longer than it does uncompiled
@@ -85,40 +90,49 @@ def compiled(graph: GraphModule, mode: str, *inputs: Tensor, begins: bool = True
     return run
 
 
-def recorded(graph: GraphModule, *inputs: Tensor) -> Function:
+class Recorded:
     """A graph's operations as one CUDA graph: a GPU need not wait until they are asked for, one by one.
 
     inputs: where it will read them, and where later ones are copied to. What it gives is overwritten by the next call.
-    UserError where there is no GPU, and for what a CUDA graph cannot hold.
+    UserError for what a CUDA graph cannot hold.
     """
-    if not inputs[0].is_cuda:
-        raise UserError("--compile", f"{RECORDED} are a GPU's", "Take another mode, or do without.")
-    place = torch.cuda.device(inputs[0].device)
-    try:
-        with place, torch.no_grad():
-            whole, beside = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-            beside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(beside):  # what is only done once is not recorded
-                graph(*inputs)
-            torch.cuda.current_stream().wait_stream(beside)
-            with torch.cuda.graph(whole, capture_error_mode="thread_local"):  # other threads decode meanwhile
-                given = graph(*inputs)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        what = f"the model makes no CUDA graph: {cause(error)}"
-        raise UserError("--compile", what, "Take another mode, or do without.") from error
+
+    def __init__(self, graph: GraphModule, *inputs: Tensor) -> None:
+        self._graph, self._inputs = graph, inputs  # it holds what is read while the graph is replayed
+        self._device = inputs[0].device
+        with torch.cuda.device(self._device), torch.no_grad():
+            self._recording, before, beside = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), torch.cuda.Stream()
+            beside.wait_stream(before)
+            try:
+                with torch.cuda.stream(beside):  # what is only done once is not recorded
+                    graph(*inputs)
+                with torch.cuda.graph(self._recording, stream=beside, capture_error_mode="thread_local"):
+                    self._given = graph(*inputs)
+            except RuntimeError as error:
+                told = list(causes(error))
+                if any(isinstance(e, torch.OutOfMemoryError) for e in told) or "captur" not in "".join(map(str, told)):
+                    raise
+                what = f"the model makes no CUDA graph: {cause(told[-1])}"
+                raise UserError("--compile", what, "Take another mode, or do without.") from error
+            finally:
+                torch.cuda.set_stream(before)
+                before.wait_stream(beside)
 
     @torch.no_grad()
-    def run(*now: Tensor) -> Any:
-        with place:
-            for read, values in zip(inputs, now):
-                if values is not read:
-                    read.copy_(values)
-            whole.replay()
-        return given
+    def __call__(self, *inputs: Tensor) -> Any:
+        with torch.cuda.device(self._device):
+            for place, values in zip(self._inputs, inputs):
+                if values is not place:
+                    place.copy_(values)
+            self._recording.replay()
+        return self._given
 
-    return run
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, what was being handled when it came, and so on."""
+    while error is not None:
+        yield error
+        error = error.__context__
 
 
 class ThereAndBack:
@@ -129,7 +143,7 @@ class ThereAndBack:
     """
 
     def __init__(self, function: Function, mode: str, inputs: Tensor, start: Tensor) -> None:
-        with compiling(mode):
+        with compiling(mode, inputs):
             there, back = parted(graph_of(function, inputs, start))
             self._there = compiled(there, mode, inputs)
             _, *kept = self._there(inputs)

@@ -67,7 +67,7 @@ class Observation(Generic[M_co]):
             raise UserError("--compile", what, "Take all positions, or do without.")
         batch = self._network.like.new_zeros((batch_size, *self._network.input_shape))
         try:
-            with compiling(mode), torch.no_grad():
+            with compiling(mode, batch), torch.no_grad():
                 run = compiled(graph_of(self._module, batch), mode, batch)
                 for _ in warm_runs(mode):
                     run(batch)

@@ -21,7 +21,7 @@ OF_SUMS = [[1 / 4, -1 / 6, -1 / 6, 1 / 24, 1 / 24, 0],
            [0, -1 / 6, -1 / 6, 1 / 6, 1 / 6, 1]]  # fmt: skip
 
 # Combined numbers at a time. Each block's operations wait for all threads, which takes long where these are cores that
-# share no cache: a fit of VGG-16 took 13 % longer there with an eighth of it, and as long where they do.
+# share no cache: a fit of VGG-16 took 15 % longer there with an eighth of it, and as long where they do.
 BLOCK = 2**22
 # Channels (of inputs or neurons, the fewer) × width from where half the products outweigh what combining costs.
 WIDE = 3500

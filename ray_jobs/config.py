@@ -56,7 +56,7 @@ class FitConfig:
     memory: bytes that a worker may use for the model, a batch and the moments; None: as many as they take.
     until_converged: the relative standard error of the patterns at which the fit ends early; None: never.
     positions: of each image, that count for each operator; None: all; `auto`: as many as a few images say it needs.
-    compile: the mode of `torch.compile` for full batches; None: they are not compiled.
+    compile: the mode for full batches, of `torch.compile` or `cudagraphs`; None: they are not compiled.
     """
 
     model: ModelConfig

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from patterns import Explainer, UserError, choose
-from patterns.compiled import mode_options
 from patterns.explain import Explanation
 from patterns.methods import method_of, settings_of
 from patterns.storage import write_table
@@ -31,7 +30,7 @@ from ray_jobs.summaries import COLUMNS, REDUCTIONS, shaped, summaries
 from ray_jobs.targets import Target, target_of
 from ray_jobs.threads import Behind
 from ray_jobs.words import spoken_bytes
-from ray_jobs.worker import ShardReport, ShardWorker, Share
+from ray_jobs.worker import ShardReport, ShardWorker, Share, check_mode
 
 Scales = dict[str, list[int]]  # the potential of each method's pass: see `Explainer.scales`
 
@@ -203,7 +202,7 @@ def cost(config: ExplainConfig, loaded: models.Loaded, target: Target) -> str:
     return line
 
 
-def checked(config: ExplainConfig) -> None:
+def checked(config: ExplainConfig, resources: Resources = Resources()) -> None:  # noqa: B008 - frozen
     """UserError for outputs, reductions and settings that there are not, and for what cannot be compiled."""
     for kind in config.outputs or ("",):
         if kind not in OUTPUTS:
@@ -214,8 +213,7 @@ def checked(config: ExplainConfig) -> None:
     if "zarr" in config.outputs:
         import_zarr()
     settings_of({name: method_of(name) for name in config.methods}, dict(config.settings))
-    if config.compile is not None:
-        mode_options(config.compile)
+    check_mode(config.compile, resources)
 
 
 def explain(config: ExplainConfig, resources: Resources = Resources()) -> Run:  # noqa: B008 - frozen
@@ -223,7 +221,7 @@ def explain(config: ExplainConfig, resources: Resources = Resources()) -> Run:  
 
     UserError where the configuration or the data are wrong, StoppedShortError where a signal came.
     """
-    checked(config)
+    checked(config, resources)
     loaded = models.load(config.model)
     run = Run(config.out)
     section = run.section("explain", config, loaded)

@@ -8,7 +8,6 @@ from typing import Any
 from upath import UPath
 
 from patterns import Network, Observer, Operator, UserError, storage
-from patterns.compiled import mode_options
 from patterns.estimators import parsed, wanted
 from patterns.storage import write_json
 from ray_jobs import files, models, reduce
@@ -22,6 +21,7 @@ from ray_jobs.run import Run, difference
 from ray_jobs.session import connected
 from ray_jobs.tasks import Tasks
 from ray_jobs.until import ConvergingJob, Until, waited_for
+from ray_jobs.worker import check_mode
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,13 @@ def observer(config: FitConfig, operators: Collection[str], network: Network) ->
     return made
 
 
-def checked(config: FitConfig) -> None:
+def checked(config: FitConfig, resources: Resources) -> None:
     """UserError for estimators that there are not, and for what cannot be compiled."""
     parsed(config.estimators)
-    if config.compile is not None:
-        mode_options(config.compile)
-        if config.positions is not None:
-            what = "sums of drawn positions are not compiled"
-            raise UserError("--compile", what, "Leave out this or --positions.")
+    check_mode(config.compile, resources)
+    if config.compile is not None and config.positions is not None:
+        what = "sums of drawn positions are not compiled"
+        raise UserError("--compile", what, "Leave out this or --positions.")
 
 
 def fit(config: FitConfig, resources: Resources = Resources(), retry_quarantined: bool = False) -> Run:  # noqa: B008 - frozen
@@ -71,7 +70,7 @@ def fit(config: FitConfig, resources: Resources = Resources(), retry_quarantined
 
     UserError where the configuration or the data are wrong, StoppedShortError where a signal came.
     """
-    checked(config)
+    checked(config, resources)
     loaded = models.load(config.model)
     run = Run(config.out)
     config, why = settled(run, config, loaded)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from patterns import Network, Operator, UserError
 from patterns.estimators import wanted
 from patterns.moments import PIECE, planned_bytes
+from patterns.winograd import BLOCK
 from ray_jobs.reduce import grouped
 from ray_jobs.words import spoken_bytes
 
@@ -18,7 +19,8 @@ def model_bytes(network: Network, batch_size: int) -> int:
     weights = sum(op.weight.nbytes for op in operators)
     sizes = [sum(map(elements, op.input_shapes)) + elements(op.output_shape) for op in operators]
     item = next(iter(operators)).weight.element_size()
-    return weights + COPIES * batch_size * item * max(sizes) + 2 * 8 * PIECE
+    blocks = max(2 * 8 * PIECE, 4 * item * BLOCK)  # of sums on their way to float64, or of what is combined before
+    return weights + COPIES * batch_size * item * max(sizes) + blocks
 
 
 def elements(shape: Sequence[int]) -> int:

@@ -14,8 +14,9 @@ import ray
 import torch
 
 from patterns import UserError
+from patterns.compiled import RECORDED, mode_options
 from ray_jobs import models
-from ray_jobs.config import ModelConfig
+from ray_jobs.config import ModelConfig, Resources
 from ray_jobs.shards import Batch, ShardReader
 from ray_jobs.threads import Ahead
 
@@ -161,6 +162,15 @@ class ShardWorker(Generic[Task]):
         if self.following is not None:
             self.following[1].ahead.close(wait)
             self.following = None
+
+
+def check_mode(mode: str | None, resources: Resources) -> None:
+    """UserError for a mode of `--compile` that there is not, and for one of a GPU where no worker will have any."""
+    if mode is None:
+        return
+    mode_options(mode)
+    if mode == RECORDED and (resources.workers == 0 or resources.gpus_per_worker == 0):
+        raise UserError("--compile", f"{mode} are a GPU's, and no worker gets any", "Take another mode, or do without.")
 
 
 def keep_freed_memory() -> None:

@@ -95,7 +95,7 @@ def test_compiled_sums_and_maps_are_the_uncompiled(mode: str) -> None:
     compiled.compile(8, mode)
     one, other = (Explainer(network, patterns, PASSES) for _ in range(2))
     other.compile(8, mode)
-    batches = [images().cuda() + shift for shift in (0, 1, 2)]
+    batches = [*(images().cuda() + shift for shift in (0, 1, 2)), images(3).cuda()]  # the last goes uncompiled
     outputs = [compiled.update(batch) for batch in batches]
     maps = [other(batch, lambda scores: scores.topk(2).indices).maps for batch in batches]
     for batch, output, found in zip(batches, outputs, maps):  # earlier results still hold
@@ -143,6 +143,9 @@ def test_jobs_with_a_gpu_find_what_those_without_find(model_spec: str, shards: l
         there = fit(configured(model_spec, shards, tmp_path / "there", positions=3), resources)
         again = fit(configured(model_spec, shards, tmp_path / "again", positions=3), resources)
         same_patterns(there.folder, again.folder)
+        plain = configured(model_spec, shards, tmp_path / "plain")
+        recorded = replace(plain, out=str(tmp_path / "recorded"), compile="cudagraphs")
+        same_patterns(*(fit(config, resources).folder for config in (plain, recorded)))
         config = ExplainConfig(configured(model_spec, shards, "").model, str(here.folder), tuple(shards), str(tmp_path))
         explain(config, resources)
         explain(replace(config, out=str(tmp_path / "cpu")), Resources(workers=0))

@@ -47,11 +47,11 @@ def assert_same_outputs(model: nn.Module, network: Network, *batches: Tensor) ->
 
 
 def every_kind() -> nn.Module:
-    """A convolution that is summed with half the products, a depthwise one, sums, pools and rectifiers of two kinds."""
+    """Convolutions with half the products, of one position and depthwise, sums, pools and rectifiers of two kinds."""
 
     def forward(m: Calls, x: Tensor) -> Tensor:
         x = F.relu(m.norm(m.first(x)))  # type: ignore[operator]
-        x = x + F.hardtanh(m.depthwise(x), 0.0, 6.0)  # type: ignore[operator]
+        x = x + F.hardtanh(m.depthwise(m.mix(x)), 0.0, 6.0)  # type: ignore[operator]
         x = F.adaptive_avg_pool2d(F.max_pool2d(x, 2), 2)
         return m.last(x.flatten(1))  # type: ignore[operator, no-any-return]
 
@@ -59,6 +59,7 @@ def every_kind() -> nn.Module:
     layers = {
         "first": nn.Conv2d(3, 8, 3, padding=1),
         "norm": nn.BatchNorm2d(8),
+        "mix": nn.Conv2d(8, 8, 1),
         "depthwise": nn.Conv2d(8, 8, 3, padding=1, groups=8),
         "last": nn.Linear(32, 5),
     }

@@ -128,7 +128,7 @@ def test_what_cannot_be_compiled_is_told_in_a_line(network: Network) -> None:
     with pytest.raises(UserError, match="drawn positions"):
         Observer(network, positions=2).compile(2)
     for given in (Observer(network), Explainer(network, None, ["gradient"])):
-        with pytest.raises(UserError, match=r"--compile: cudagraphs are a GPU's\. Take another mode"):
+        with pytest.raises(UserError, match=r"--compile: cudagraphs are a GPU's, and here is none\. Take another"):
             given.compile(2, "cudagraphs")
     observer = Observer(network)
     for given in (observer, Explainer(network, None, ["gradient"])):

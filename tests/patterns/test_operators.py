@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from patterns import Explainer, Gate, Network, UserError, accumulate, trace
+from patterns import Explainer, Gate, Network, UserError, accumulate, operators, trace
 from patterns.operators import Addition, AveragePool, Convolution, Linear, Scale, TransposedConvolution
 from tests.oracles import matrix, window_patches
 from tests.patterns.cases import STRATEGIES, Case, any_case
@@ -68,7 +68,9 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("layout", ["channels first", "channels last"])
-def test_convolutions_that_see_one_position_have_the_sums_over_patches(form: str, layout: str) -> None:
+def test_convolutions_that_see_one_position_have_the_sums_over_patches(
+    form: str, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     k, c, sizes, stride = FORMS[form]
     ones, nothing = (1,) * len(sizes), (0,) * len(sizes)
     x = normal(3, c, *sizes, seed=1)
@@ -78,7 +80,15 @@ def test_convolutions_that_see_one_position_have_the_sums_over_patches(form: str
     truth = grad.movedim(1, -1).flatten(0, -2).mT @ patches
     if layout == "channels last":
         x, grad = (t.movedim(1, -1).contiguous().movedim(-1, 1) for t in (x, grad))
+    taken, product = [], operators.sum_of_products
+
+    def noted(*given: Tensor) -> Tensor:
+        taken.append(given)
+        return product(*given)
+
+    monkeypatch.setattr(operators, "sum_of_products", noted)
     found = kind.weight_gradient((x,), grad, (k, c, *ones))
+    assert taken
     assert found.shape == (k, c, *ones)
     assert relative(found.flatten(1), truth) < 1e-14
 
