@@ -42,6 +42,7 @@ def test_compiled_sums_are_the_uncompiled_and_count_what_was_seen_since(network:
     assert not any(t.any() for t in compiled.tensors().values())
 
 
+@pytest.mark.slow
 def test_patterns_of_compiled_float32_sums_lose_no_more_than_those_of_uncompiled_ones() -> None:
     model, images = every_kind(), F.interpolate(image(4), 64).repeat(2, 1, 1, 1) + 30
     wide = trace(model, images)

@@ -127,8 +127,14 @@ def run(job: Recorded, items: list[str], tick: Callable[[], None] = lambda: None
 PLAIN = [f"plain-{i}" for i in range(12)]
 
 
-@pytest.mark.parametrize("commit_after", [None, 0.05, 300])
-@pytest.mark.parametrize("trouble", ["bad-once", "bug-once", "kill-once", "stop-once"])
+@pytest.mark.parametrize(
+    ("trouble", "commit_after"),
+    [
+        pytest.param(f"{kind}-once", after, marks=() if kind == "kill" or after != 300 else pytest.mark.slow)
+        for kind in ("bad", "bug", "kill", "stop")
+        for after in (None, 0.05, 300)
+    ],
+)
 def test_an_item_that_fails_once_is_done_later_and_nothing_counts_twice(
     local_ray: None, tmp_path: Path, trouble: str, commit_after: float | None
 ) -> None:
@@ -138,7 +144,9 @@ def test_an_item_that_fails_once_is_done_later_and_nothing_counts_twice(
     assert len(list(tmp_path.glob(f"{trouble}@*"))) == 2
 
 
-@pytest.mark.parametrize("trouble", ["bad-always", "bug-always", "kill-always", "stop-always"])
+@pytest.mark.parametrize(
+    "trouble", ["bad-always", "bug-always", "kill-always", pytest.param("stop-always", marks=pytest.mark.slow)]
+)
 def test_an_item_that_always_fails_is_given_up_by_name_and_holds_up_no_other(
     local_ray: None, tmp_path: Path, trouble: str
 ) -> None:
@@ -151,7 +159,7 @@ def test_an_item_that_always_fails_is_given_up_by_name_and_holds_up_no_other(
     assert len(list(tmp_path.glob(f"{trouble}@*"))) == 2 + unsure
 
 
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_a_worker_has_next_what_it_was_told_would_follow(local_ray: None, tmp_path: Path, workers: int) -> None:
     job = Recorded(tmp_path)
     job.size = workers
