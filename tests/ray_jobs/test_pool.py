@@ -58,6 +58,10 @@ class Actor:
             os.kill(os.getpid(), signal.SIGSTOP)
         if kind == "some":
             time.sleep(0.3)
+        if kind == "long":
+            while not (self.folder / "grown").exists():
+                time.sleep(0.1)
+                yield 1
         if kind == "slow":
             for _ in range(20):
                 time.sleep(0.1)
@@ -202,8 +206,9 @@ def test_the_pool_grows_and_shrinks_with_its_places(local_ray: None, tmp_path: P
         if len(job.pids) == 3 and not job.leavers:
             job.leavers = {job.pids[0]}
             job.size = 2
+            (tmp_path / "grown").touch()
 
-    items = [f"slow-{i}" for i in range(6)]
+    items = ["long-0", *(f"slow-{i}" for i in range(5))]  # the first lasts until there are others for the rest
     assert run(job, items, tick) == Outcome([], {})
     assert len(job.pids) == 3, "one that left was replaced though there was no place, or none was added"
     assert job.counted == Counter(items)
