@@ -18,7 +18,7 @@ def model_bytes(network: Network, batch_size: int) -> int:
     operators = network.operators.values()
     weights = sum(op.weight.nbytes for op in operators)
     sizes = [sum(map(elements, op.input_shapes)) + elements(op.output_shape) for op in operators]
-    item = next(iter(operators)).weight.element_size()
+    item = network.like.element_size()
     blocks = max(2 * 8 * PIECE, 4 * item * BLOCK)  # of sums on their way to float64, or of what is combined before
     return weights + COPIES * batch_size * item * max(sizes) + blocks
 
