@@ -1,4 +1,4 @@
-"""Timings as ratios within one run: `python -m benchmarks [--device cuda] [--only PART,…] [--write FILE]`."""
+"""Timings as ratios within one run: `python -m benchmarks [--device cuda] [--only PART …] [--write FILE]`."""
 
 import argparse
 import platform
@@ -29,8 +29,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", type=Path)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--only", type=lambda text: text.split(","), help=", ".join(PARTS))
-    parser.add_argument("--models", type=lambda text: text.split(","), default=list(MODELS), help=", ".join(MODELS))
+    parser.add_argument("--only", nargs="+", choices=PARTS)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--compile", metavar="MODE", help="default on a CPU, cudagraphs on a GPU")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--precision", choices=["float32", "tf32"], default="float32")

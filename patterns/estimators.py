@@ -14,7 +14,8 @@ from torch import Tensor
 
 from patterns.errors import UserError
 from patterns.moments import Moments, Sums, Wanted, required
-from patterns.operators import Operator, overlap
+from patterns.operators import Operator
+from patterns.windows import overlap
 
 # A denominator below this share of what it is made of is rounding, not signal.
 VANISHING = 1e-9
@@ -95,7 +96,7 @@ def regressed(problem: Problem, sums: Sums, mean_y: Tensor) -> Tensor:
 
 
 def multivariate(problem: Problem) -> Tensor:
-    """A = Cov[x, y] Cov[y]⁻¹ (Haufe et al. 2014, eq. 6), over the positions that see an input (see `overlap`).
+    """A = Cov[x, y] Cov[y]⁻¹ (Haufe et al. 2014, eq. 6), over the positions that see an input (see `windows.overlap`).
 
     Regresses x on all outputs of a group at once, so that what several neurons tell is counted once; a dead
     neuron tells nothing. A ridge of RIDGE times its variance is added to each output. Up to the ridge, WᵀA is

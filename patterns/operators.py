@@ -154,6 +154,7 @@ class Linear:
     """Matrix product with the last dimension; weight (K, D)."""
 
     axis: int = -1
+    groups = 1
 
     def forward(self, inputs: Inputs, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(inputs[0], weight, bias)
@@ -253,33 +254,6 @@ KIND_NAMES: dict[type[Kind], str] = {kind: name for name, kind in KINDS.items()}
 
 
 @dataclass(frozen=True)
-class Gathered:
-    """Patches that were gathered already: inputs (n, G, D), outputs (n, K). No model has it; see `patterns.sampled`."""
-
-    groups: int
-    axis: int = 1
-
-    def forward(self, inputs: Inputs, weight: Tensor, bias: Tensor | None) -> Tensor:
-        z = torch.einsum("ngd,gkd->ngk", inputs[0], self._by_group(weight)).flatten(1)
-        return z if bias is None else z + bias
-
-    def weight_gradient(self, inputs: Inputs, grad: Tensor, weight_shape: Shape) -> Tensor:
-        (x,) = inputs
-        if grad.shape[1] == self.groups:  # many products of a vector and a thin matrix, each slower than its numbers
-            return (grad[..., None] * x).sum(0).reshape(weight_shape)
-        return (grad.T.unflatten(0, (self.groups, -1)) @ x.movedim(1, 0)).reshape(weight_shape)
-
-    def input_sum(self, inputs: Inputs, output_shape: Shape, weight_shape: Shape) -> Tensor:
-        return inputs[0].sum(0)
-
-    def input_gradient(self, grad: Tensor, weight: Tensor, input_shapes: tuple[Shape, ...]) -> Inputs:
-        return (torch.einsum("ngk,gkd->ngd", grad.unflatten(1, (self.groups, -1)), self._by_group(weight)),)
-
-    def _by_group(self, weight: Tensor) -> Tensor:
-        return weight.flatten(1).unflatten(0, (self.groups, -1))
-
-
-@dataclass(frozen=True)
 class Gate:
     """A rectifier seen by the operator before it: open where low < z < high."""
 
@@ -344,50 +318,11 @@ class Operator(nn.Module):
 
     @property
     def groups(self) -> int:
-        """G: neurons of one group see the same inputs."""
-        match self.kind:
-            case Convolution(groups=groups) | TransposedConvolution(groups=groups) | Gathered(groups=groups):
-                return groups
-            case Linear():
-                return 1
-            case _:
-                return self.neurons
+        """G: neurons of one group see the same inputs; each is a group where their kind knows of none."""
+        return getattr(self.kind, "groups", self.neurons)
 
     def extra_repr(self) -> str:
         return f"{self.name}: {self.kind}, weight {tuple(self.weight.shape)}, gate {self.gate}"
-
-
-def overlap(operator: Operator) -> Tensor:
-    """How many output positions see an input that a weight meets, on average; float64, of the weight's shape
-    but for its first two dimensions, which are 1.
-
-    The stride decides which weights meet an input together, and at borders there are fewer positions.
-    """
-    kind, kernel = operator.kind, operator.weight.shape[2:]
-    match kind:
-        case Convolution(stride, padding, dilation):
-            pass
-        case TransposedConvolution(stride, padding, _, dilation):
-            pass
-        case AveragePool(stride=stride, padding=padding):
-            dilation = (1,) * len(kernel)
-        case _:
-            return torch.ones([1] * operator.weight.dim(), dtype=torch.float64)
-    counts = torch.ones(1, 1, dtype=torch.float64)
-    transposed = isinstance(kind, TransposedConvolution)
-    for dim, (k, s, p, d) in enumerate(zip(kernel, stride, padding, dilation), start=1):
-        seen, seeing = operator.input_shapes[0][dim], operator.output_shape[dim]
-        # Along one dimension: which position each step of the stride meets with each weight.
-        steps, met = (seen, seeing) if transposed else (seeing, seen)
-        where = torch.arange(steps)[:, None] * s + torch.arange(k) * d - p
-        inside = (where >= 0) & (where < met)
-        if transposed:  # the steps are inputs, each seen by all that it meets
-            positions = inside.sum(1, keepdim=True).expand_as(where)
-        else:
-            positions = torch.bincount(where[inside], minlength=met)[where.clamp(0, met - 1)]
-        mean = (positions * inside).sum(0).double() / inside.sum(0).clamp(min=1)
-        counts = counts[..., None] * mean.clamp(min=1)
-    return counts
 
 
 def along(axis: int, values: Tensor, like: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ import hashlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import product
 from math import prod
 
 import torch
@@ -18,17 +17,8 @@ from torch import Tensor
 from patterns import moments as sums
 from patterns.errors import UserError
 from patterns.moments import Moments, Wanted, planned_bytes
-from patterns.operators import (
-    Addition,
-    AveragePool,
-    Convolution,
-    Inputs,
-    Linear,
-    Operator,
-    Scale,
-    Shape,
-    TransposedConvolution,
-)
+from patterns.operators import Inputs, Linear, Operator, Shape
+from patterns.windows import window_of
 
 # Elements of patches written out at a time: 64 MiB of float64.
 PATCH_ELEMENTS = 2**23
@@ -276,26 +266,6 @@ class Gatherer:
         return values.mT.unflatten(2, (self._operator.groups, -1))
 
 
-def window_of(operator: Operator) -> "Window | None":
-    """Where an operator's neurons look, None where at their own position. UserError where nobody can say."""
-    kernel, ones = operator.weight.shape[2:], (1,) * len(operator.weight.shape[2:])
-    taps = list(product(*(range(k) for k in kernel)))
-    match operator.kind:
-        case Convolution(stride, padding, dilation):
-            return Window(taps, stride, dilation, padding, padding)
-        case TransposedConvolution(stride, padding, more, dilation):
-            # A convolution of stride 1 over the input with zeros between, its weights back to front.
-            before = tuple(d * (k - 1) - p for d, k, p in zip(dilation, kernel, padding))
-            after = tuple(b + m for b, m in zip(before, more))
-            return Window(taps[::-1], ones, dilation, before, after, stride)
-        case AveragePool(_, stride, padding):
-            return Window(taps, stride, ones, padding, padding)
-        case Linear() | Scale() | Addition():
-            return None
-    kind = type(operator.kind).__name__
-    raise UserError(operator.name, f"the patches of {kind} cannot be sampled", "Leave it out of the operators.")
-
-
 def chosen(values: Tensor, positions: Tensor) -> Tensor:
     """Values (N, positions, …) at some positions (N, P) of each image: (N, P, …)."""
     return values[torch.arange(len(values), device=values.device)[:, None], positions]
@@ -305,36 +275,3 @@ def per_image(values: Tensor, axis: int) -> Tensor:
     """(N, *…) with neurons or inputs along `axis` → (N, positions, that dimension)."""
     moved = values.movedim(axis, -1)
     return moved.reshape(len(moved), prod(moved.shape[1:-1]), moved.shape[-1])
-
-
-@dataclass(frozen=True)
-class Window:
-    """Where a neuron looks, along each dimension.
-
-    taps: where in the window each weight looks, in units of the dilation and in the weights' order.
-    before, after: zeros around the input; negative numbers crop.  apart: how far its values are, zeros being between.
-    """
-
-    taps: list[Shape]
-    stride: Shape
-    dilation: Shape
-    before: Shape
-    after: Shape
-    apart: Shape | None = None
-
-    def looks(self, sizes: Shape) -> tuple[Tensor, Tensor | None]:
-        """Of every position, flattened: an index into an input of these sizes, flattened, for each tap, int64
-        (positions, taps), and whether it lies outside, bool; None where none does.
-        """
-        apart = self.apart or (1,) * len(sizes)
-        index = torch.zeros(1, len(self.taps), dtype=torch.int64)
-        outside = torch.zeros(1, len(self.taps), dtype=torch.bool)
-        for i, size in enumerate(sizes):
-            taps, whole = [t[i] * self.dilation[i] for t in self.taps], (size - 1) * apart[i] + 1
-            count = (whole + self.before[i] + self.after[i] - max(taps) - 1) // self.stride[i] + 1
-            at = torch.arange(count)[:, None] * self.stride[i] - self.before[i] + torch.tensor(taps)
-            beyond = (at < 0) | (at >= whole) | (at % apart[i] != 0)
-            at = at.div(apart[i], rounding_mode="floor").clamp(0, size - 1)
-            index = (index[:, None] * size + at).flatten(0, 1)
-            outside = (outside[:, None] | beyond).flatten(0, 1)
-        return index, outside if bool(outside.any()) else None

@@ -6,12 +6,13 @@ patches are gathered by index, so no input is unfolded, and what is then summed 
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from patterns.moments import Accumulator, Moments, Wanted
-from patterns.operators import Gathered, Inputs, Operator
+from patterns.operators import Inputs, Operator, Shape
 from patterns.patches import Draw, Gatherer, chosen, per_image
 
 # Samples that are gathered before they are summed, and elements of patches at most, on a CPU and on a GPU: matrix
@@ -86,3 +87,30 @@ def of_patches(operator: Operator) -> Operator:
     shapes = ((operator.groups, operator.inputs_per_neuron),), (operator.neurons,)
     kind = Gathered(operator.groups)
     return Operator(operator.name, kind, operator.weight, operator.bias, *shapes, operator.source, operator.gate)
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """The kind of an operator that takes patches: inputs (n, G, D), outputs (n, K). No model has it."""
+
+    groups: int
+    axis: int = 1
+
+    def forward(self, inputs: Inputs, weight: Tensor, bias: Tensor | None) -> Tensor:
+        z = torch.einsum("ngd,gkd->ngk", inputs[0], self._by_group(weight)).flatten(1)
+        return z if bias is None else z + bias
+
+    def weight_gradient(self, inputs: Inputs, grad: Tensor, weight_shape: Shape) -> Tensor:
+        (x,) = inputs
+        if grad.shape[1] == self.groups:  # many products of a vector and a thin matrix, each slower than its numbers
+            return (grad[..., None] * x).sum(0).reshape(weight_shape)
+        return (grad.T.unflatten(0, (self.groups, -1)) @ x.movedim(1, 0)).reshape(weight_shape)
+
+    def input_sum(self, inputs: Inputs, output_shape: Shape, weight_shape: Shape) -> Tensor:
+        return inputs[0].sum(0)
+
+    def input_gradient(self, grad: Tensor, weight: Tensor, input_shapes: tuple[Shape, ...]) -> Inputs:
+        return (torch.einsum("ngk,gkd->ngd", grad.unflatten(1, (self.groups, -1)), self._by_group(weight)),)
+
+    def _by_group(self, weight: Tensor) -> Tensor:
+        return weight.flatten(1).unflatten(0, (self.groups, -1))

@@ -9,9 +9,10 @@ import pytest
 ROOT = Path(__file__).parents[2]
 # Each file of patterns/ may import only those before it.
 ORDER = [
-    "errors", "winograd", "compiled", "operators", "draft", "unify", "lift", "hold", "graph", "moments", "patches",
-    "sampled", "observe", "estimators", "convergence", "pilot", "rho", "scales", "rules", "reference", "methods",
-    "degradation", "pictures", "tensors", "storage", "explain", "adapters", "losses", "linear_model", "critics",
+    "errors", "winograd", "compiled", "operators", "windows", "draft", "unify", "lift", "hold", "graph", "moments",
+    "patches", "sampled", "observe", "estimators", "convergence", "pilot", "rho", "scales", "rules", "reference",
+    "methods", "degradation", "pictures", "tensors", "storage", "explain", "adapters", "losses", "linear_model",
+    "critics",
 ]  # fmt: skip
 FORBIDDEN = {"explain": {"estimators", "moments"}}
 
