@@ -233,6 +233,7 @@ def explain(config: ExplainConfig, resources: Resources = Resources()) -> Run:  
     made = explainer(config, loaded, target.operator, section.get("scales", {}))
     scales = made.scales
     with driving(run, "explain") as beat, connected(resources):
+        check_mode(config.compile, resources)
         section |= {"scales": scales, "settings": made.settings}
         run.record("explain", section, loaded)
         line = cost(config, loaded, target)

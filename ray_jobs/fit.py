@@ -85,6 +85,7 @@ def fit(config: FitConfig, resources: Resources = Resources(), retry_quarantined
     parsed(config.estimators, loaded.network.operators)
     through = planned(run, loaded.network, config)
     with driving(run, "fit") as beat, connected(resources) as tasks:
+        check_mode(config.compile, resources)
         run.record("fit", section | {"rounds": begun, "rounds_done": done}, loaded)
         missing: dict[str, str] = {}
         seconds = 0.0

@@ -61,11 +61,18 @@ def connected(resources: Resources) -> Iterator[Tasks]:
         ray.shutdown()
 
 
+def worker_gpus(resources: Resources) -> float | None:
+    """The GPUs of each worker: what is asked for, else one where there are any; None where no Ray can tell yet."""
+    if resources.workers == 0:
+        return 0.0
+    if resources.gpus_per_worker is not None or not ray.is_initialized():
+        return resources.gpus_per_worker
+    return 1.0 if any(node.get("GPU", 0) for node in nodes()) else 0.0
+
+
 def worker_options(resources: Resources) -> dict[str, Any]:
     """What each worker takes. UserError where no node could ever hold one."""
-    gpus = resources.gpus_per_worker
-    if gpus is None:
-        gpus = 1.0 if any(node.get("GPU", 0) for node in nodes()) else 0.0
+    gpus = worker_gpus(resources)
     options = {"num_cpus": resources.cpus_per_worker, "num_gpus": gpus, "max_restarts": 0, "max_task_retries": 0}
     if not (resources.min_workers or places(options)):
         cpus, most = (max(node.get(name, 0) for node in nodes()) for name in ("CPU", "GPU"))

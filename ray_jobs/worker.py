@@ -17,6 +17,7 @@ from patterns import UserError
 from patterns.compiled import RECORDED, mode_options
 from ray_jobs import models
 from ray_jobs.config import ModelConfig, Resources
+from ray_jobs.session import worker_gpus
 from ray_jobs.shards import Batch, ShardReader
 from ray_jobs.threads import Ahead
 
@@ -165,11 +166,14 @@ class ShardWorker(Generic[Task]):
 
 
 def check_mode(mode: str | None, resources: Resources) -> None:
-    """UserError for a mode of `--compile` that there is not, and for one of a GPU where no worker will have any."""
+    """UserError for a mode of `--compile` that there is not, and for one of a GPU where no worker will have any.
+
+    That may not be known before Ray is `connected`.
+    """
     if mode is None:
         return
     mode_options(mode)
-    if mode == RECORDED and (resources.workers == 0 or resources.gpus_per_worker == 0):
+    if mode == RECORDED and worker_gpus(resources) == 0:
         raise UserError("--compile", f"{mode} are a GPU's, and no worker gets any", "Take another mode, or do without.")
 
 

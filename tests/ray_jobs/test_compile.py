@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from patterns import UserError
+from ray_jobs import session
 from ray_jobs.config import ExplainConfig, Resources
 from ray_jobs.explain import explain
 from ray_jobs.fit import fit, merge
@@ -74,6 +75,16 @@ def test_what_cannot_be_compiled_is_told_before_anything_is_done(
     assert "cudagraphs are a GPU's, and no worker gets any" in complaint(*words, "--compile", "cudagraphs")
     assert "Leave out this or --positions" in complaint(*words, "--compile", "default", "--positions", 4)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_mode_of_gpus_is_refused_by_a_cluster_without_any_before_the_run_has_it(
+    local_ray: None, model_spec: str, shards: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "nodes", lambda: [{"CPU": 4.0}])
+    config = configured(model_spec, shards[:1], tmp_path / "run", estimators=SMALL)
+    with pytest.raises(UserError, match="cudagraphs are a GPU's, and no worker gets any"):
+        fit(replace(config, compile="cudagraphs"), Resources(workers=1))
+    fit(config, HERE)
 
 
 def test_a_worker_without_a_compiler_ends_the_job_with_a_line(
