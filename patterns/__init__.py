@@ -3,7 +3,7 @@
 trace a model → accumulate its moments over data → solve for patterns → judge their quality → explain.
 """
 
-from patterns.adapters import PatternAttribution, PatternNet
+from patterns.attribution import PatternAttribution, PatternNet
 from patterns.errors import UserError
 from patterns.estimators import CHOICES, ESTIMATORS, Solution, solve
 from patterns.explain import Explainer, Explanation

@@ -11,9 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import TorchDynamoException
-from torch._inductor.compile_worker.subproc_pool import SubprocException
-from torch._inductor.exc import CppCompileError
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
@@ -38,6 +35,8 @@ def compiling(mode: str, like: Tensor) -> Iterator[None]:
 
     like: a tensor of the network.
     """
+    from torch._dynamo.exc import TorchDynamoException  # imported here, as below, since it takes a second
+
     mode_options(mode)
     if mode == RECORDED and not like.is_cuda:
         raise UserError("--compile", f"{RECORDED} are a GPU's, and here is none", "Take another mode, or do without.")
@@ -51,6 +50,9 @@ def compiling(mode: str, like: Tensor) -> Iterator[None]:
 
 def cause(error: BaseException) -> str:
     """The line that says most."""
+    from torch._inductor.compile_worker.subproc_pool import SubprocException
+    from torch._inductor.exc import CppCompileError
+
     first, *more = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     if isinstance(error, CppCompileError):
         return next((line for line in more if "error:" in line), first)

@@ -12,13 +12,14 @@ arXiv 1611.07270).
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 
 from torch import Tensor
 
-from patterns import reference
+from patterns import baselines
+from patterns.baselines import Map, Settings
 from patterns.errors import UserError
 from patterns.graph import Network
-from patterns.reference import Map, Settings
 from patterns.rules import Rule, gated, gated_and_rectified, rectified
 
 
@@ -38,6 +39,9 @@ class Backward:
     estimator: str = ""
 
 
+Procedure = Callable[[Network, Settings], Map]
+
+
 @dataclass(frozen=True)
 class Method:
     """A row of the table: a backward pass, which methods of the same one share, or a procedure of its own.
@@ -50,7 +54,7 @@ class Method:
     backward: Backward | None = None
     times_input: bool = False
     attributes: bool = False
-    procedure: Callable[[Network, Settings], Map] | None = None
+    procedure: Procedure | None = None
     settings: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -61,6 +65,16 @@ class Method:
 def weight(w: Tensor, a: Tensor | None) -> Tensor:
     """w, whatever the pattern."""
     return w
+
+
+def by_zennit(name: str) -> Procedure:
+    """A procedure of `patterns.reference`, which is imported once it is asked for: zennit takes its time."""
+
+    def procedure(network: Network, settings: Settings) -> Map:
+        made: Map = getattr(import_module("patterns.reference"), name)(network, settings)
+        return made
+
+    return procedure
 
 
 GRADIENT = Backward(weight)
@@ -77,14 +91,16 @@ METHODS: dict[str, Method] = {
     "patternattribution": Method(ATTRIBUTION, attributes=True),
     # S_x of the paper: the estimate that takes all of the input for signal.
     "signal:identity": Method(procedure=lambda network, settings: lambda inputs, start, seeds: inputs.detach()),
-    "lrp-z": Method(procedure=reference.lrp_z, attributes=True, settings={"epsilon": 1e-6}),
+    "lrp-z": Method(procedure=by_zennit("lrp_z"), attributes=True, settings={"epsilon": 1e-6}),
     "lrp-epsilon-plus-flat": Method(
-        procedure=reference.lrp_epsilon_plus_flat, attributes=True, settings={"epsilon": 1e-6}
+        procedure=by_zennit("lrp_epsilon_plus_flat"), attributes=True, settings={"epsilon": 1e-6}
     ),
-    "smoothgrad": Method(procedure=reference.smoothgrad, settings={"samples": 20, "noise": 0.1}),
-    "integrated-gradients": Method(procedure=reference.integrated_gradients, attributes=True, settings={"steps": 20}),
-    "random": Method(procedure=reference.random, attributes=True),
-    "sobel": Method(procedure=reference.edges),
+    "smoothgrad": Method(procedure=by_zennit("smoothgrad"), settings={"samples": 20, "noise": 0.1}),
+    "integrated-gradients": Method(
+        procedure=by_zennit("integrated_gradients"), attributes=True, settings={"steps": 20}
+    ),
+    "random": Method(procedure=baselines.random, attributes=True),
+    "sobel": Method(procedure=baselines.edges),
 }
 # What every score of a map is read beside: noise, edges, and the input itself, which know nothing of the model.
 BASELINES = ("random", "sobel", "signal:identity")

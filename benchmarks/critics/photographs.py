@@ -9,6 +9,7 @@ from torch import Tensor
 
 from benchmarks.convergence import prepared
 from patterns import Explainer, Network, Observer, choose, solve
+from patterns.baselines import sobel
 from patterns.critics import (
     backward_convergence,
     cascade,
@@ -21,7 +22,6 @@ from patterns.critics import (
     ssim,
 )
 from patterns.estimators import wanted
-from patterns.reference import sobel
 from ray_jobs.pack import pack
 from ray_jobs.shards import ShardReader
 

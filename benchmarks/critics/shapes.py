@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from patterns import Explainer, Network, accumulate, choose, solve, trace
+from patterns.baselines import sobel
 from patterns.critics import cascade, earth_movers_accuracy, heat, shifted, spearman
-from patterns.reference import sobel
 from ray_jobs.summaries import summaries
 
 SIDE = 8

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from benchmarks.critics import shapes
 from patterns import Explainer, Network, Operator, UserError, accumulate, solve, trace
+from patterns.baselines import sobel
 from patterns.critics import (
     backward_convergence,
     cascade,
@@ -30,7 +31,6 @@ from patterns.critics import (
     ssim,
 )
 from patterns.operators import Convolution, Linear
-from patterns.reference import sobel
 from tests.patterns.test_explain import small
 
 
