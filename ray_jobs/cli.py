@@ -16,6 +16,7 @@ from patterns import UserError
 from ray_jobs import commands, completion, job_commands
 from ray_jobs.arguments import say
 from ray_jobs.examples import epilog
+from ray_jobs.stopping import StoppedShortError
 from ray_jobs.words import version_of
 
 INTERRUPTED = 130  # what the command-line library makes of Ctrl-C
@@ -75,8 +76,6 @@ def main() -> None:
 
 def exit_status(arguments: list[str]) -> int:
     """Run the program; gives its exit status. Bad usage and input are one line on stderr."""
-    from ray_jobs.session import StoppedShortError
-
     warnings.filterwarnings("ignore")
     for library in ("torch", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.ERROR)

@@ -12,7 +12,8 @@ from ray_jobs import metrics, pool
 from ray_jobs.config import Resources
 from ray_jobs.driver import Beat
 from ray_jobs.progress import AtWork, Reporter
-from ray_jobs.session import StoppedShortError, draining, places, stop_signals, worker_options
+from ray_jobs.session import draining, places, worker_options
+from ray_jobs.stopping import StoppedShortError, stop_signals
 from ray_jobs.worker import TELL_EVERY, Place, ShardReport, Share
 
 LOOK_EVERY = 5.0  # seconds between two looks at the cluster's nodes

@@ -13,7 +13,6 @@ from typing import Any
 
 import fsspec
 import torch
-import torchvision
 from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
@@ -93,6 +92,14 @@ def torchvision_model(name: str, own_weights: bool) -> tuple[nn.Module, Preproce
         raise no_download(f"torchvision:{name}", error) from error
 
 
+def torchvision_classes(name: str) -> list[str]:
+    from torchvision import models
+
+    if name not in models.list_models(module=models):
+        return []
+    return list(models.get_model_weights(name).DEFAULT.meta.get("categories", []))
+
+
 def timm_model(name: str, own_weights: bool) -> tuple[nn.Module, Preprocessing]:
     try:
         import timm
@@ -121,8 +128,7 @@ def class_names(spec: str, file: str | None) -> dict[str, int]:
     """
     if file is None:
         kind, _, name = spec.rpartition(":")
-        known = kind == "torchvision" and name in torchvision.models.list_models(module=torchvision.models)
-        listed = torchvision.models.get_model_weights(name).DEFAULT.meta.get("categories", []) if known else []
+        listed = torchvision_classes(name) if kind == "torchvision" else []
         return {name: number for number, name in reversed(list(enumerate(listed)))}
     try:
         with fsspec.open(file, "rt", encoding="utf-8") as text:

@@ -1,11 +1,11 @@
-"""What every driver has around it: Ray, its nodes, and signals."""
+"""Ray, as every driver has it around it, and its nodes."""
 
 import contextlib
 import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import ray
@@ -15,10 +15,6 @@ from patterns import UserError
 from ray_jobs.address import knock, no_answer, no_token, other_version
 from ray_jobs.config import Resources
 from ray_jobs.tasks import Here, InRay, Tasks
-
-
-class StoppedShortError(Exception):
-    """The job ended with shards undone. Nothing is lost: the same command goes on."""
 
 
 @contextlib.contextmanager
@@ -110,22 +106,3 @@ def draining() -> frozenset[str]:
         return frozenset(ray._private.state.state.get_draining_nodes())
     except AttributeError:  # another version of Ray
         return frozenset()
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[Callable[[], bool]]:
-    """SIGTERM and Ctrl-C ask the job to commit and end; a second one ends it at once."""
-    received: list[int] = []
-
-    def note(number: int, _: object) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    # After ray.init(), which installs its own.
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield lambda: bool(received)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -23,7 +23,7 @@ from ray.job_submission import JobDetails, JobErrorType, JobStatus, JobSubmissio
 
 from patterns import UserError
 from ray_jobs.address import no_answer, no_token
-from ray_jobs.session import StoppedShortError
+from ray_jobs.stopping import StoppedShortError
 
 STOP_WITHIN = "600"  # seconds that a job has to commit when it is stopped; Ray's own 3 are too few
 PROGRAM = "python -m ray_jobs"

@@ -26,9 +26,10 @@ from ray_jobs.gather import GatherJob, GatherTask, GatherWorker, Observe, read_l
 from ray_jobs.ledger import Ledger
 from ray_jobs.progress import spoken
 from ray_jobs.run import Run
-from ray_jobs.session import StoppedShortError, places, worker_options
+from ray_jobs.session import places, worker_options
 from ray_jobs.shards import ShardReader
 from ray_jobs.status import spoken_status
+from ray_jobs.stopping import StoppedShortError
 from ray_jobs.worker import Place, Share
 from tests.conftest import make_shards, write_tar
 from tests.ray_jobs.runs import PREPARED, configured, same_patterns

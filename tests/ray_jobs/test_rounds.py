@@ -23,7 +23,7 @@ from ray_jobs.driver import Driver, TakenOverError, driving
 from ray_jobs.fit import fit, merge, solve
 from ray_jobs.plan import passes
 from ray_jobs.run import Run
-from ray_jobs.session import StoppedShortError
+from ray_jobs.stopping import StoppedShortError
 from tests.conftest import make_shards, write_tar
 from tests.ray_jobs.runs import configured, same_patterns
 

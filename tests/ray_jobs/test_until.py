@@ -9,7 +9,7 @@ from PIL import Image
 
 from ray_jobs.config import FitConfig, ModelConfig, Resources
 from ray_jobs.fit import fit
-from ray_jobs.session import StoppedShortError
+from ray_jobs.stopping import StoppedShortError
 from tests.conftest import make_shards
 from tests.ray_jobs.runs import PREPARED
 
