@@ -1,9 +1,13 @@
-"""The input pipeline of one core, against what people write by hand, and JPEG decoders against each other."""
+"""The input pipeline of one core, against what people write by hand, and JPEG decoders against each other.
+
+NVIDIA's DALI, where it is installed (`pip install nvidia-dali-cuda120`, 400 MB), is measured too, on the CPU.
+"""
 
 import io
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import cv2
@@ -21,7 +25,7 @@ from ray_jobs.config import Preprocessing
 from ray_jobs.models import IMAGENET
 from ray_jobs.shards import ShardReader
 
-BATCH = 32
+BATCH, DALI_BATCH = 32, 30
 RGB = ImageReadMode.RGB
 SIZES = {"500×375": (500, 375), "2000×1500": (2000, 1500)}
 
@@ -36,10 +40,14 @@ def reading(bench: Bench) -> Iterator[Row]:
             shard = write_photographs(Path(folder) / f"{size}.tar", *pixels)
             for interpolation in ("bilinear", "bicubic"):
                 ways = {"ours": partial(ours, shard, interpolation), "plain": partial(plain, shard, interpolation)}
+                if find_spec("nvidia") and find_spec("nvidia.dali"):
+                    ways["DALI"] = dali(shard, interpolation)
                 t = bench.timed(ways, measured=False)
                 what = f"JPEGs of {size} → {SIZE}×{SIZE}, {interpolation}, one core: images/s"
                 wanted = "≥ 2" if interpolation == "bilinear" else ""
                 yield bench.row(what, t["plain"], "WebDataset, Pillow, torchvision's transforms", t["ours"], wanted)
+                if "DALI" in t:
+                    yield bench.row(what, t["DALI"], "DALI", t["ours"])
         yield from decoders(bench)
     torch.set_num_threads(threads)
 
@@ -60,6 +68,29 @@ def plain(shard: str, interpolation: str) -> int:
     )
     samples = webdataset.WebDataset(shard, shardshuffle=False).decode("pilrgb").to_tuple("jpg", "cls")
     return sum(len(images) for images, _ in samples.map_tuple(transform, int).batched(BATCH))
+
+
+def dali(shard: str, interpolation: str) -> Callable[[], int]:
+    """The shard's photographs, which are a whole number of its batches, again and again."""
+    from nvidia.dali import fn, pipeline_def, types
+
+    def scaled(values: Sequence[float]) -> list[float]:
+        return [255 * value for value in values]
+
+    @pipeline_def(batch_size=DALI_BATCH, num_threads=1, device_id=None, prefetch_queue_depth=1)
+    def pipeline() -> object:
+        jpegs, _ = fn.readers.webdataset(paths=[shard], ext=["jpg", "cls"], name="shard")
+        images = fn.decoders.image(jpegs, output_type=types.RGB)
+        kind = types.INTERP_TRIANGULAR if interpolation == "bilinear" else types.INTERP_CUBIC
+        resized = fn.resize(images, resize_shorter=256, interp_type=kind, antialias=True)
+        numbers = {"mean": scaled(IMAGENET.mean), "std": scaled(IMAGENET.std)}
+        return fn.crop_mirror_normalize(resized, crop=(SIZE, SIZE), dtype=types.FLOAT, **numbers)
+
+    made = pipeline()
+    made.build()
+    batches, rest = divmod(made.epoch_size("shard"), DALI_BATCH)
+    assert rest == 0
+    return lambda: sum(len(made.run()[0]) for _ in range(batches))
 
 
 def each(way: Callable[[bytes], object], images: list[bytes]) -> None:
