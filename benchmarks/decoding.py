@@ -39,7 +39,10 @@ def reading(bench: Bench) -> Iterator[Row]:
         for size, pixels in SIZES.items():
             shard = write_photographs(Path(folder) / f"{size}.tar", *pixels)
             for interpolation in ("bilinear", "bicubic"):
-                ways = {"ours": partial(ours, shard, interpolation), "plain": partial(plain, shard, interpolation)}
+                ways: dict[str, Callable[[], object]] = {
+                    "ours": partial(ours, shard, interpolation),
+                    "plain": partial(plain, shard, interpolation),
+                }
                 if find_spec("nvidia") and find_spec("nvidia.dali"):
                     ways["DALI"] = dali(shard, interpolation)
                 t = bench.timed(ways, measured=False)

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import captum.attr
 import torch
@@ -113,11 +114,8 @@ def whole_job(bench: Bench) -> Iterator[Row]:
                 pass
 
         def in_line() -> None:
-            behind, job.Behind = job.Behind, InLine  # type: ignore[misc]
-            try:
+            with patch.object(job, "Behind", InLine):
                 whole()
-            finally:
-                job.Behind = behind  # type: ignore[misc]
 
         t = bench.timed({"inner": inner, "whole": whole, "in line": in_line}, min(3, bench.rounds), measured=False)
         base = "its inner loop in memory"

@@ -61,8 +61,8 @@ def passes(bench: Bench) -> Iterator[Row]:
         updates = {what: observer_of(network, *choices).update for what, choices in FITS.items()}
         updates["all estimators, 16 positions"] = observer_of(network, *FITTED, positions=16).update
 
-        forward = partial(infer, model)
-        t = bench.timed({w: partial(v, images) for w, v in {"forward": forward, **updates}.items()})
+        ways = {what: partial(update, images) for what, update in updates.items()}
+        t = bench.timed({"forward": partial(infer, model, images), **ways})
         yield bench.row(f"{name}: forward", t["forward"], "itself", t["forward"])
         for what in updates:
             yield bench.row(f"{name}: fit, {what}", t[what], "forward", t["forward"], WANTED.get((name, what), ""))
@@ -74,11 +74,11 @@ def judging(bench: Bench) -> Row:
     weight = torch.randn(K, D // 9, 3, 3, generator=generator, dtype=torch.float64)
     kind, gate = Convolution((1, 1), (0, 0), (1, 1)), Gate(0.0, float("inf"))
     operator = Operator("conv", kind, weight, None, ((D // 9, 3, 3),), (K, 1, 1), "", gate)
-    sets = [patch_moments(operator, generator) for _ in range(2)]
-    patterns = solve(operator, sets[0].moments, ["filter", "linear", "two-component"]).patterns
+    regressed, evaluated = (patch_moments(operator, generator) for _ in range(2))
+    patterns = solve(operator, regressed.moments, ["filter", "linear", "two-component"]).patterns
     variants: dict[str, Callable[[], object]] = {
-        "quality": lambda: quality(patterns, operator.weight, *sets),
-        "eigh": lambda: torch.linalg.eigh(cov_xx(sets[0])),
+        "quality": lambda: quality(patterns, operator.weight, regressed, evaluated),
+        "eigh": lambda: torch.linalg.eigh(cov_xx(regressed)),
     }
     t = bench.timed(variants, min(3, bench.rounds), measured=False)
     what = f"ρ, D = {D}, K = {K}, three estimators"

@@ -134,7 +134,7 @@ def peak(work: Callable[[], object], device: str = "cpu") -> int:
         return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
-    results = profiler.profiler.kineto_results  # type: ignore[union-attr]
+    results = profiler.profiler.kineto_results
     changes = [event for event in results.events() if event.name() == "[memory]"]
     now = most = 0
     for change in sorted(changes, key=lambda event: event.start_ns()):

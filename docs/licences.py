@@ -4,6 +4,7 @@ import re
 import tomllib
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "licences.md"
@@ -55,7 +56,7 @@ def direct() -> set[str]:
 
 def licence(package: str) -> str:
     """What an installed package's metadata states: an SPDX expression, else a name, else the classifiers' names."""
-    stated = metadata.metadata(package)
+    stated: Any = metadata.metadata(package)
     if expression := stated.get("License-Expression"):
         return expression
     text = stated.get("License", "").strip()
