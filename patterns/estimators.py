@@ -99,21 +99,20 @@ def multivariate(problem: Problem) -> Tensor:
     """A = Cov[x, y] Cov[y]⁻¹ (Haufe et al. 2014, eq. 6), over the positions that see an input (see `windows.overlap`).
 
     Regresses x on all outputs of a group at once, so that what several neurons tell is counted once; a dead
-    neuron tells nothing. A ridge of RIDGE times its variance is added to each output. Up to the ridge, WᵀA is
-    the identity before the division by the positions, and an invertible mixing of the outputs mixes the
-    patterns alone: A(WM) = A(W)M⁻ᵀ. Invariant to a constant added to x as `linear` is.
+    neuron tells nothing. As y = wᵀx, Cov[y] is wᵀCov[x, y]. A ridge of RIDGE times its variance is added to each
+    output. Up to the ridge, WᵀA is the identity before the division by the positions, and an invertible mixing of
+    the outputs mixes the patterns alone: A(WM) = A(W)M⁻ᵀ. Invariant to a constant added to x as `linear` is.
     """
-    total, outer = problem.moments.total, required(problem.moments.outer)
-    groups, n = len(outer), total.n.clamp(min=1).view(len(outer), -1)
-    mean, var = total.mean_y().view_as(n), total.var_y().view_as(n)
+    total, groups = problem.moments.total, (problem.operator.groups, -1)
+    cov_xy = total.mean_xy().sub_(total.mean_x().mul_(total.mean_y()[:, None])).unflatten(0, groups)
+    cov_y = cov_xy @ problem.weight.unflatten(0, groups).mT
+    var = cov_y.diagonal(dim1=1, dim2=2)
     opened = total if problem.moments.open is None else problem.moments.open
-    tells = (var > 0) & (opened.n.view_as(n) > 0)
+    tells = ((total.var_y() > 0) & (opened.n > 0)).unflatten(0, groups) & (var > 0)
     unit = torch.where(tells, var, 1.0).rsqrt() * tells
-    cov_y = outer / n[..., None] - mean[..., None] * mean[:, None]
-    correlation = unit[..., None] * cov_y * unit[:, None]
+    correlation = unit[..., None] * (cov_y + cov_y.mT).div_(2) * unit[:, None]
     # In units in which every output has variance 1; one that tells nothing stands alone, and has pattern 0.
     correlation.diagonal(dim1=1, dim2=2).copy_(torch.full_like(unit, 1 + RIDGE))
-    cov_xy = total.mean_xy().sub_(total.mean_x().mul_(total.mean_y()[:, None])).unflatten(0, (groups, -1))
     factors, pivots = torch.linalg.lu_factor(correlation)
     for inputs in cov_xy.split(max(1, BLOCK // cov_xy.shape[1]), 2):
         inputs.copy_(unit[..., None] * torch.linalg.lu_solve(factors, pivots, unit[..., None] * inputs))
@@ -147,8 +146,7 @@ class Estimator:
         return self.sums.total or self.sums.open
 
 
-NOTHING, TOTAL = Wanted(total=False, open=False, outer=False), Wanted(open=False, outer=False)
-OPEN, BOTH = Wanted(total=False, outer=False), Wanted(outer=False)
+NOTHING, TOTAL, OPEN, BOTH = Wanted(False, False), Wanted(open=False), Wanted(total=False), Wanted()
 
 ESTIMATORS: dict[str, Estimator] = {
     "filter": Estimator(filter_, NOTHING),
@@ -158,7 +156,7 @@ ESTIMATORS: dict[str, Estimator] = {
     "negative": Estimator(negative, BOTH),
     "positive-own-mean": Estimator(positive_own_mean, OPEN),
     "negative-own-mean": Estimator(negative_own_mean, BOTH),
-    "multivariate": Estimator(multivariate, Wanted(open=False), joint=True),
+    "multivariate": Estimator(multivariate, TOTAL, joint=True),
 }
 
 # What a user may ask for: patterns for operators with a gate, and for those without. The identity,
@@ -214,7 +212,7 @@ def chosen(operator: Operator, choices: Choices) -> list[str]:
 def wanted(operator: Operator, choices: Choices) -> Wanted:
     """The large sums that some choices need of an operator."""
     rows = [ESTIMATORS[name].sums for name in chosen(operator, choices)]
-    return Wanted(any(r.total for r in rows), any(r.open for r in rows), any(r.outer for r in rows))
+    return Wanted(any(r.total for r in rows), any(r.open for r in rows))
 
 
 @dataclass(frozen=True)

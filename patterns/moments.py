@@ -88,13 +88,10 @@ class Moments:
     """Sums over all samples, and over those that open the gate; a commutative monoid under `+`.
 
     total: over all samples.  open: over the open gate, with x of shape (K, D); None without a gate.
-    outer: Σyyᵀ over all samples of the neurons of each group, float64, shape (G, K/G, K/G); None where it
-    was not asked for.
     """
 
     total: Sums
     open: Sums | None = None
-    outer: Tensor | None = None
 
     @property
     def closed(self) -> Sums:
@@ -109,13 +106,10 @@ class Moments:
 
     def __add__(self, other: "Moments") -> "Moments":
         opened = both(self.open, other.open, "one side has a gate, the other has not")
-        outer = both(self.outer, other.outer, "one side has Σyyᵀ, the other has not")
-        return Moments(self.total + other.total, opened and opened[0] + opened[1], outer and outer[0] + outer[1])
+        return Moments(self.total + other.total, opened and opened[0] + opened[1])
 
     def rows(self, neurons: slice) -> "Moments":
-        """The moments of some neurons alone, without Σyyᵀ unless they are all; views, not copies."""
-        if neurons == slice(None):
-            return self
+        """The moments of some neurons alone; views, not copies."""
         return Moments(self.total.rows(neurons), self.open and self.open.rows(neurons))
 
     @property
@@ -124,15 +118,14 @@ class Moments:
         return sum(t.nbytes for t in self.tensors().values())
 
     def tensors(self) -> dict[str, Tensor]:
-        """The sums as named tensors: `total.n`, `open.xy`, …, `outer`."""
+        """The sums as named tensors: `total.n`, `open.xy`, …"""
         parts = {"total": self.total, "open": self.open}
-        named = {
+        return {
             f"{part}.{field}": getattr(sums, field)
             for part, sums in parts.items()
             for field in FIELDS
             if sums is not None and getattr(sums, field) is not None
         }
-        return named if self.outer is None else {**named, "outer": self.outer}
 
     @staticmethod
     def from_tensors(named: Mapping[str, Tensor]) -> "Moments":
@@ -143,7 +136,7 @@ class Moments:
             return Sums(*(named[f"{part}.{f}"] for f in ("n", "y", "yy")), **large)
 
         gated = any(name.startswith("open.") for name in named)
-        moments = Moments(sums("total"), sums("open") if gated else None, named.get("outer"))
+        moments = Moments(sums("total"), sums("open") if gated else None)
         if unknown := sorted(named.keys() - moments.tensors().keys()):
             raise ValueError(f"no sums of these names: {', '.join(unknown)}")
         return moments
@@ -151,15 +144,14 @@ class Moments:
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which of the large sums to take: Σx and Σxy over all samples, over the open gate; Σyyᵀ."""
+    """Which of the large sums to take: Σx and Σxy over all samples, over the open gate."""
 
     total: bool = True
     open: bool = True
-    outer: bool = True
 
     def __le__(self, other: "Wanted") -> bool:
         """Whether the other has all sums of this one."""
-        return self.total <= other.total and self.open <= other.open and self.outer <= other.outer
+        return self.total <= other.total and self.open <= other.open
 
 
 def zero(operator: Operator, wanted: Wanted) -> Moments:
@@ -176,9 +168,7 @@ def zero(operator: Operator, wanted: Wanted) -> Moments:
 
     # A neuron without a gate has only sums over all samples.
     opened = None if operator.gate is None else sums(wanted.open, k)
-    g = operator.groups
-    outer = torch.zeros((g, k // g, k // g), dtype=torch.float64, device=device) if wanted.outer else None
-    return Moments(sums(wanted.total, g), opened, outer)
+    return Moments(sums(wanted.total, operator.groups), opened)
 
 
 class Accumulator:
@@ -229,8 +219,6 @@ class Accumulator:
         weights = torch.sub(z, along(kind.axis, centre, z))
         centre_y = centre.double() - bias
         add_outputs(total, torch.full_like(total.n, count), weights, centre_y, kind.axis)
-        if self._sums.outer is not None:
-            add_outer(self._sums.outer, count, weights, centre_y, kind.axis)
         if total.x is not None or (opened is not None and opened.x is not None):
             x = kind.input_sum(inputs, tuple(z.shape), tuple(op.weight.shape))
         if total.x is not None and total.xy is not None:
@@ -291,20 +279,6 @@ def add_outputs(sums: Sums, n: Tensor, centred: Tensor, centre: Tensor, axis: in
     sums.yy.add_(yy + 2 * centre * y + n * centre.square())
 
 
-def add_outer(outer: Tensor, count: int, centred: Tensor, centre: Tensor, axis: int) -> None:
-    """Add `count` samples to Σyyᵀ, shape (G, K/G, K/G), given y - centre."""
-    groups = (len(outer), -1)
-    # Large images one by one need no copy; few positions are brought together, since each product costs (K/G)².
-    images = max(4096, outer.shape[1]) * len(centred) // count
-    for part in centred.split(max(1, images)):
-        rows = part.movedim(axis, 0).flatten(1).unflatten(0, groups)  # (G, K/G, samples)
-        add(outer.flatten(0, 1), (rows @ rows.mT).flatten(0, 1))
-    sums, centre = sum_positions(centred, axis).double().unflatten(0, groups), centre.unflatten(0, groups)
-    # Σ(ŷ + c)(ŷ + c)ᵀ = Σŷŷᵀ + c(Σŷ + n·c)ᵀ + Σŷ cᵀ
-    outer.baddbmm_(centre[:, :, None], (sums + count * centre)[:, None])
-    outer.baddbmm_(sums[:, :, None], centre[:, None])
-
-
 def add_products(xy: Tensor, x: Tensor, y: Tensor) -> None:
     """Add x·y to a sum of shape (K, D), given x, shape (G or K, D), and y, shape (K,)."""
     groups, rows = (len(x), -1), max(1, PIECE // x.shape[1])
@@ -324,13 +298,12 @@ def planned_bytes(operator: Operator, wanted: Wanted) -> int:
     """Bytes of an operator's moments, known before any data is read."""
     k, d = operator.neurons, operator.inputs_per_neuron
     small, total, opened = 3 * k, (operator.groups + k) * d * wanted.total, 2 * k * d * wanted.open
-    outer = k * k // operator.groups * wanted.outer
-    return 8 * (small + total + outer + (0 if operator.gate is None else small + opened))
+    return 8 * (small + total + (0 if operator.gate is None else small + opened))
 
 
 def required(value: T | None) -> T:
     if value is None:
-        raise ValueError("these moments were taken without the sums that this needs (Σx and Σxy, the gate's, or Σyyᵀ)")
+        raise ValueError("these moments were taken without the sums that this needs (Σx and Σxy, or the gate's)")
     return value
 
 

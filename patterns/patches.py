@@ -22,7 +22,7 @@ from patterns.windows import window_of
 
 # Elements of patches written out at a time: 64 MiB of float64.
 PATCH_ELEMENTS = 2**23
-SUMS = Wanted(outer=False)
+SUMS = Wanted()
 
 
 @dataclass(frozen=True)

@@ -205,9 +205,9 @@ def test_estimators_are_chosen_by_patterns_of_operators_names() -> None:
     moments = accumulate(network, [torch.randn(20, 3, generator=torch.Generator().manual_seed(0))])
     solved = {name: list(solve(op, moments[name], "2=linear,4=filter").patterns) for name, op in operators.items()}
     assert solved == {"0": ["positive"], "2": ["linear"], "4": ["filter"]}
-    assert wanted(operators["0"], "2=multivariate") == Wanted(total=False, open=True, outer=False)
-    assert wanted(operators["2"], "2=multivariate") == Wanted(total=True, open=False, outer=True)
-    assert wanted(operators["4"], "identity,random") == Wanted(total=False, open=False, outer=False)
+    assert wanted(operators["0"], "2=multivariate") == Wanted(total=False, open=True)
+    assert wanted(operators["2"], "2=multivariate") == Wanted(total=True, open=False)
+    assert wanted(operators["4"], "identity,random") == Wanted(total=False, open=False)
 
 
 def test_a_pattern_of_names_that_no_operator_has_is_refused() -> None:
@@ -246,8 +246,7 @@ def test_an_estimator_takes_only_the_sums_that_it_declares() -> None:
     for name, estimator in ESTIMATORS.items():
         total = moments.total if estimator.sums.total else moments.total.__class__(*without_x(moments.total))
         opened = moments.open if estimator.sums.open else moments.open.__class__(*without_x(moments.open))
-        outer = moments.outer if estimator.sums.outer else None
-        found = estimator.solve(Problem(operator, Moments(total, opened, outer), weight))
+        found = estimator.solve(Problem(operator, Moments(total, opened), weight))
         assert torch.equal(found, estimator.solve(Problem(operator, moments, weight))), name
 
 

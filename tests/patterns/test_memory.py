@@ -48,7 +48,6 @@ def test_accumulating_needs_at_most_a_third_more_than_forward_and_backward_besid
     network = trace(model, x[:2])
     observer = Observer(network)
     moments = observer.moments()
-    assert all(m.outer is not None for m in moments.values())
 
     def forward_and_backward() -> Tensor:
         inputs = x.clone().requires_grad_()

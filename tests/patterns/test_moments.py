@@ -52,23 +52,12 @@ def assert_equal_sums(found: Sums, expected: list[dict[str, Tensor]], magnitude:
             assert (row[field] - truth[field]).norm() <= reach * max(float(truth[field].norm()), scale), field
 
 
-def assert_outer(outer: Tensor, groups: list[list[Neuron]], reach: float) -> None:
-    """Σyyᵀ of each group; relative to the lengths of the two outputs."""
-    assert len(outer) == len(groups)
-    for found, group in zip(outer, groups):
-        y = torch.stack([neuron.y for neuron in group])
-        lengths = y.norm(dim=1)
-        assert ((found - y @ y.T).abs() <= reach * torch.outer(lengths, lengths)).all()
-
-
 def assert_brute_force(case: Case) -> None:
     assume(undisputed(case))
     found, truth = case.moments(), case.neurons
     reach = REACH[case.weight.dtype]
     assert {t.dtype for t in found.tensors().values()} == {torch.float64, torch.int64}
     assert_equal_sums(found.total, [n.sums("total") for n in truth], truth, reach)
-    assert found.outer is not None
-    assert_outer(found.outer, case.groups, reach)
     assert (found.open is None) == (case.limits is None)
     if found.open is not None:
         assert_equal_sums(found.open, [n.sums("open") for n in truth], truth, reach)
@@ -156,10 +145,6 @@ def test_a_network_feeds_each_operator_what_the_model_computes_there() -> None:
     for name, truth in expected.items():
         reach = 1e-7 if name == "average_pool.0" else 1e-10  # 1/9 above is float32's
         assert_equal_sums(found[name].total, [n.sums("total") for n in truth], truth, reach)
-        groups = {"branch": 2, "addition.0": 4, "norm": 4, "average_pool.0": 4, "average_pool.1": 4}.get(name, 1)
-        outer, size = found[name].outer, len(truth) // groups
-        assert outer is not None
-        assert_outer(outer, [truth[start : start + size] for start in range(0, len(truth), size)], reach)
         opened = found[name].open
         assert (opened is not None) == (name in {"stem", "norm"})
         if opened is not None:
@@ -213,15 +198,13 @@ def test_sums_taken_on_one_side_alone_do_not_merge() -> None:
     case = small()
     with pytest.raises(ValueError, match="one side has Σx and Σxy, the other has not"):
         case.moments() + case.moments(Wanted(total=False))
-    with pytest.raises(ValueError, match="one side has Σyyᵀ, the other has not"):
-        case.moments(Wanted(outer=False)) + case.moments()
 
 
-@pytest.mark.parametrize("left_out", ["total", "open", "outer"])
+@pytest.mark.parametrize("left_out", ["total", "open"])
 def test_sums_that_are_not_wanted_are_not_taken_and_change_no_others(left_out: str) -> None:
     case = small()
     partial, whole = case.moments(replace(Wanted(), **{left_out: False})).tensors(), case.moments().tensors()
-    assert whole.keys() - partial.keys() == ({"outer"} if left_out == "outer" else {f"{left_out}.x", f"{left_out}.xy"})
+    assert whole.keys() - partial.keys() == {f"{left_out}.x", f"{left_out}.xy"}
     for name, value in partial.items():
         assert torch.equal(value, whole[name])
 
@@ -303,7 +286,6 @@ def test_half_precision_loses_no_sample_and_no_digit_of_what_the_model_computed(
         truth = {"y": (mask * y).sum(0), "yy": (mask * y * y).sum(0), "xy": (mask * y).mT @ patches}
         for field, expected in {**truth, "x": (mask.mT @ patches)[: len(sums.x)]}.items():  # type: ignore[arg-type]
             assert relative(getattr(sums, field), expected) < 1e-5, field
-    assert relative(found.outer[0], y.mT @ y) < 1e-5  # type: ignore[index]
 
 
 # One batch with more positions than float32 can count: sums over them one by one end at 2²⁴.
@@ -328,7 +310,6 @@ def test_one_batch_of_more_positions_than_float32_can_count_loses_nothing(name: 
     accumulator.update((x,), z)
     found = accumulator.moments()
     assert found.open is not None
-    assert found.outer is not None
     for sums, mask in ((found.total, torch.ones_like(z, dtype=torch.bool)), (found.open, z > 0)):
         assert sums.x is not None
         assert sums.xy is not None
@@ -337,7 +318,6 @@ def test_one_batch_of_more_positions_than_float32_can_count_loses_nothing(name: 
         # All weights are 1: what they have summed to is what the outputs sum to.
         for value, expected in ((sums.y, y.sum()), (sums.x, y.sum()), (sums.yy, y @ y), (sums.xy, y @ y)):
             assert value.sum().item() == pytest.approx(float(expected), rel=reach)
-    assert found.outer.item() == pytest.approx(float(found.total.yy), rel=reach)
 
 
 def test_a_thousand_million_samples_add_up_exactly_and_one_more_batch_still_counts() -> None:
