@@ -55,8 +55,8 @@ Made by `make bench{"" if options.device == "cpu" else "-gpu"}` on: {name} ({pla
 {torch.__version__.partition("+")[0]}.
 
 {SIZE}×{SIZE} pixels, batches of {batch}, {options.precision}, random weights; VGG-16 without its large linear layers.
-Each ratio is the median of {options.rounds} rounds (3 of ρ, of what is compiled, and of jobs), within a
-round, and the middle half's spread.
+Each ratio is the median of {options.rounds} rounds (3 of 16 positions, of ρ, of what is compiled, and of
+jobs), within a round, and the middle half's spread.
 
 *Of the roofline*: the least time that this machine needs for the products, at the rate of a plain {options.precision}
 matrix product ({bench.machine.flops / 1e9:.0f} GFLOP/s), or for what operations read and write, each by itself, at the

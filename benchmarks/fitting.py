@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from benchmarks.timing import (
     JOB_BATCH,
@@ -27,10 +28,12 @@ from patterns.moments import Wanted
 from patterns.operators import Convolution
 from patterns.patches import Draw, PatchAccumulator
 from patterns.rho import cov_xx, quality
+from patterns.sampled import BLOCK
 from ray_jobs.config import FITTED, FitConfig, ModelConfig, Resources
 from ray_jobs.fit import fit
 from ray_jobs.sources import list_shards
 
+POSITIONS = 16
 D, K = 4608, 512  # of VGG-16's largest convolutions
 
 FITS = {
@@ -59,13 +62,30 @@ def passes(bench: Bench) -> Iterator[Row]:
     for name, model, images in bench.models():
         network = trace(model, images[:2])
         updates = {what: observer_of(network, *choices).update for what, choices in FITS.items()}
-        updates["all estimators, 16 positions"] = observer_of(network, *FITTED, positions=16).update
-
         ways = {what: partial(update, images) for what, update in updates.items()}
         t = bench.timed({"forward": partial(infer, model, images), **ways})
         yield bench.row(f"{name}: forward", t["forward"], "itself", t["forward"])
         for what in updates:
             yield bench.row(f"{name}: fit, {what}", t[what], "forward", t["forward"], WANTED.get((name, what), ""))
+        yield sampling(bench, name, model, network, images)
+
+
+def sampling(bench: Bench, name: str, model: nn.Module, network: Network, images: Tensor) -> Row:
+    """A fit from some positions: batches until what was gathered from them is summed, that included."""
+    update = observer_of(network, *FITTED, positions=POSITIONS).update
+    batches = max(1, BLOCK[images.is_cuda][0] // (POSITIONS * len(images)))
+
+    def repeated(work: Callable[[Tensor], object]) -> None:
+        for _ in range(batches):
+            work(images)
+
+    ways: dict[str, Callable[[], object]] = {
+        "forward": partial(repeated, partial(infer, model)),
+        "fit": partial(repeated, update),
+    }
+    t = bench.timed(ways, min(3, bench.rounds))
+    what = f"all estimators, {POSITIONS} positions"
+    return bench.row(f"{name}: fit, {what}", t["fit"], "forward", t["forward"], WANTED.get((name, what), ""))
 
 
 def judging(bench: Bench) -> Row:

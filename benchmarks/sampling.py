@@ -64,6 +64,8 @@ def curve(network: Network, images: Tensor, positions: int | None, truth: dict[s
             network.module(batch)
         between = time.perf_counter()
         observer.update(batch)
+        if done * BATCH == look:
+            observer.settle()
         forward += between - begun
         spent += time.perf_counter() - between
         if done * BATCH == look:
@@ -119,13 +121,13 @@ CONCLUSIONS = """What follows:
 
 - Of the same images the error falls with the positions as an unbiased estimate does, and ever less beyond 16: those of
   16 err 1.6 times as much as all, those of 64 1.2 times. For each number it falls as 1/√images.
-- What positions cost depends on the network. Where convolutions are large a forward pass hides them: 16 cost 1.04 of a
-  forward pass on VGG-16 and 1.20 on ResNet-50, where all cost 3.6 to 6.5 ([benchmarks.md](benchmarks.md)), so in the
-  same time they see four times the images and err less. On this network of small depthwise convolutions the lines of
-  16, 64 and all positions meet.
+- What positions cost depends on the network. Where convolutions are large a forward pass hides them: 16 cost 1.10 of a
+  forward pass on VGG-16 and 1.44 on ResNet-50, where all cost 3.8 and 5.4 ([benchmarks.md](benchmarks.md)), so in the
+  same time they see more than three times the images and err less. On this network of small depthwise convolutions
+  the lines of 16, 64 and all positions meet.
 - The default is all positions: of the data there are, they leave the least error on every network, and a fit is done
   once. For a hundred thousand images and more, where by 1/√images either error is far below a hundredth,
-  `--positions 16` saves three quarters of the time on large networks; `--positions auto` decides it by a pilot.
+  `--positions 16` saves seven tenths of the time on large networks; `--positions auto` decides it by a pilot.
 """
 
 
