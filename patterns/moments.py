@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from patterns.operators import Inputs, Operator, along, positions, sum_positions
+from patterns.operators import Inputs, Operator, along, positions, sum_positions, sum_squares
 
 T = TypeVar("T")
 
@@ -273,7 +273,7 @@ def count_open(mask: Tensor, count: int, axis: int) -> Tensor:
 def add_outputs(sums: Sums, n: Tensor, centred: Tensor, centre: Tensor, axis: int) -> None:
     """Add n samples to Σy and Σy², given y - centre (0 for what is no sample)."""
     y = sum_positions(centred, axis).double()
-    yy = torch.linalg.vector_norm(centred, dim=positions(centred, axis)).double().square()
+    yy = sum_squares(centred, axis).double()
     sums.n.add_(n)
     sums.y.add_(y + n * centre)
     sums.yy.add_(yy + 2 * centre * y + n * centre.square())

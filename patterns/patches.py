@@ -9,6 +9,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 
 import torch
@@ -268,7 +269,13 @@ class Gatherer:
 
 def chosen(values: Tensor, positions: Tensor) -> Tensor:
     """Values (N, positions, …) at some positions (N, P) of each image: (N, P, …)."""
-    return values[torch.arange(len(values), device=values.device)[:, None], positions]
+    return values[numbers(len(values), values.device)[:, None], positions]
+
+
+@lru_cache
+def numbers(count: int, device: torch.device) -> Tensor:
+    """0, 1, …: made once, since a pass asks for them some hundred times."""
+    return torch.arange(count, device=device)
 
 
 def per_image(values: Tensor, axis: int) -> Tensor:
