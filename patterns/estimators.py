@@ -110,7 +110,8 @@ def multivariate(problem: Problem) -> Tensor:
     opened = total if problem.moments.open is None else problem.moments.open
     tells = ((total.var_y() > 0) & (opened.n > 0)).unflatten(0, groups) & (var > 0)
     unit = torch.where(tells, var, 1.0).rsqrt() * tells
-    correlation = unit[..., None] * (cov_y + cov_y.mT).div_(2) * unit[:, None]
+    # Not made symmetric: its errors are then those of Cov[x, y], and none is blown up where outputs are dependent.
+    correlation = unit[..., None] * cov_y * unit[:, None]
     # In units in which every output has variance 1; one that tells nothing stands alone, and has pattern 0.
     correlation.diagonal(dim1=1, dim2=2).copy_(torch.full_like(unit, 1 + RIDGE))
     factors, pivots = torch.linalg.lu_factor(correlation)

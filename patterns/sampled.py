@@ -1,4 +1,4 @@
-"""Moments from positions sampled in each image: a fit for little more than a forward pass.
+"""Moments from positions sampled in each image: a fit for a fraction of what all positions cost.
 
 Neighbouring positions of an image see nearly the same, so a few of them, drawn uniformly, tell nearly as much of E[x],
 E[xy] and the rest as all: every sum is n/N of the whole in expectation, and the estimators are ratios of them. Their

@@ -151,11 +151,16 @@ def load_moments(files: Sequence[TensorFile], operator: str, kind: type[M] = Mom
 
     UserError where a file lacks them; KeyError or ValueError for sums of another kind.
     """
-    names = [name for name in files[0].specs if name.rpartition("/")[0] == operator]
+    names = [name for name in sums_of(files[0]) if name.rpartition("/")[0] == operator]
     for file in files:
         if not names or not file.specs.keys() >= set(names):
             raise UserError(file.where, f"no moments of {operator}", "Delete the run's moments/ and fit again.")
     return kind.from_tensors({name.removeprefix(f"{operator}/"): summed(files, name) for name in names})
+
+
+def sums_of(file: TensorFile) -> Specs:
+    """What a file of moments holds, without the Σyyᵀ of version 0.2, which follows from the others."""
+    return {name: spec for name, spec in file.specs.items() if not name.endswith("/outer")}
 
 
 def summed(files: Iterable[TensorFile], name: str) -> Tensor:
@@ -168,8 +173,8 @@ def merge_moments(path: Path, files: Sequence[TensorFile], metadata: Mapping[str
 
     ValueError where the names or shapes differ.
     """
-    specs = files[0].specs
-    if any(file.specs != specs for file in files):
+    specs = sums_of(files[0])
+    if any(sums_of(file) != specs for file in files):
         raise ValueError("files of moments of different operators or sums")
     sums = (summed(files, name) for name in specs)
     write_aside(path, lambda aside: write_tensors(aside, specs, sums, {"format": FORMAT, **metadata}))

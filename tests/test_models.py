@@ -24,7 +24,7 @@ TABLE = Path(__file__).parents[1] / "docs" / "models.md"
 LARGE = 30_000_000  # parameters
 TOO_LARGE_FOR_FLOAT64 = 400_000_000  # parameters
 MOMENTS = 2**30  # bytes of moments taken in one pass over the batches
-NOTHING = Wanted(total=False, open=False, outer=False)
+NOTHING = Wanted(total=False, open=False)
 SMALL = ["torchvision:squeezenet1_1", "timm:resnet10t", "timm:vit_tiny_patch16_224", "timm:convnext_atto"]
 
 # Where 64×64, or 32×32 for large models, does not do.

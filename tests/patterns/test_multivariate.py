@@ -96,3 +96,13 @@ def test_what_several_positions_tell_of_an_input_is_averaged(neurons: int, strid
     for x in (*case.inputs, torch.full((1, 2, size), 3.0).double()):  # what it was fitted on, and a constant field
         error = summed(case.operator(x), a) - share * x
         assert error.norm() <= 2 * RIDGE * x.norm()
+
+
+@pytest.mark.parametrize("mean", [0.0, 3.0])
+def test_outputs_that_depend_on_each_other_blow_up_no_error_of_float32(mean: float) -> None:
+    """Four times as many outputs as inputs, as where a convolution widens a network."""
+    weight, x = normal(64, 16), (normal(4000, 16, seed=1) + mean).relu()
+    exact, found = (
+        multivariate(linear(weight.to(dtype), x.to(dtype))).double() for dtype in (torch.float64, torch.float32)
+    )
+    assert (found - exact).norm() < 1e-4 * exact.norm()

@@ -1,5 +1,5 @@
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -242,6 +242,20 @@ def test_merged_files_hold_the_sums_of_their_moments(run: Run, tmp_path: Path) -
             expected = (moments + moments + moments).tensors()
             for field, value in load_moments([merged], name).tensors().items():
                 torch.testing.assert_close(value, expected[field], rtol=1e-15, atol=0)
+
+
+def test_parts_of_version_0_2_which_had_a_further_sum_are_read_and_merged_with_others(run: Run, tmp_path: Path) -> None:
+    tensors = Observer(run.network).tensors()
+    name = next(iter(run.network.operators))
+    save_moments(tmp_path / "old", {**tensors, f"{name}/outer": torch.ones(1, 2, 2).double()}, {})
+    save_moments(tmp_path / "new", tensors, {})
+    for order in (("old", "new"), ("new", "old")):
+        with ExitStack() as stack:
+            files = [stack.enter_context(TensorFile(tmp_path / part)) for part in order]
+            merge_moments(tmp_path / "merged", files, {})
+            assert load_moments(files, name).tensors().keys() == load_moments(files[:1], name).tensors().keys()
+        with TensorFile(tmp_path / "merged") as merged:
+            assert merged.specs.keys() == tensors.keys()
 
 
 def test_moments_of_other_operators_are_not_merged(run: Run, tmp_path: Path) -> None:

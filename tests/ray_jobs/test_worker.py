@@ -71,7 +71,7 @@ def work(worker: GatherWorker, tasks: list[GatherTask], promised: list[GatherTas
     return [list(worker.work(task, following))[-1] for task, following in zip(tasks, promised)]
 
 
-def test_a_shard_that_was_told_to_follow_is_not_waited_for(
+def test_a_shard_that_was_told_to_follow_is_opened_before_the_one_before_is_done(
     worker: GatherWorker, opened: list[tuple[str, int]], tmp_path: Path
 ) -> None:
     tasks = [GatherTask(n, shard) for n, shard in enumerate(make_shards(tmp_path, 4, 8))]
