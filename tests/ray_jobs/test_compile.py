@@ -12,16 +12,17 @@ import torch
 from safetensors.torch import load_file
 
 from patterns import UserError
-from ray_jobs import session
+from ray_jobs import worker
 from ray_jobs.config import ExplainConfig, Resources
 from ray_jobs.explain import explain
 from ray_jobs.fit import fit, merge
+from ray_jobs.run import Run
 from ray_jobs.shards import read_shard
 from tests.patterns.networks import relative
 from tests.ray_jobs.runs import OPTIONS, configured
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ to compile with")
-HERE = Resources(workers=0)
+HERE, ONE = Resources(workers=0), Resources(workers=1)
 METHODS = ("guided-backprop", "patternattribution", "random")
 SMALL = ("default",)  # which has fewer sums to compile
 
@@ -77,14 +78,18 @@ def test_what_cannot_be_compiled_is_told_before_anything_is_done(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_mode_of_gpus_is_refused_by_a_cluster_without_any_before_the_run_has_it(
+def test_a_mode_of_gpus_is_refused_before_the_run_has_it_by_a_ray_that_tells_of_none_once_it_is_connected(
     local_ray: None, model_spec: str, shards: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session, "nodes", lambda: [{"CPU": 4.0}])
     config = configured(model_spec, shards[:1], tmp_path / "run", estimators=SMALL)
-    with pytest.raises(UserError, match="cudagraphs are a GPU's, and no worker gets any"):
-        fit(replace(config, compile="cudagraphs"), Resources(workers=1))
-    fit(config, HERE)
+    explained = ExplainConfig(config.model, config.out, config.shards, config.out, 4, METHODS, compile="cudagraphs")
+    for job in (lambda: fit(replace(config, compile="cudagraphs"), ONE), lambda: explain(explained, ONE)):
+        told = iter([None, 0.0])  # before Ray is connected nobody knows
+        monkeypatch.setattr(worker, "worker_gpus", lambda resources, told=told: next(told))
+        with pytest.raises(UserError, match="cudagraphs are a GPU's, and no worker gets any"):
+            job()
+        fit(config, HERE)
+        assert "explain" not in Run(config.out).manifest()
 
 
 def test_a_worker_without_a_compiler_ends_the_job_with_a_line(
