@@ -22,7 +22,6 @@ from ray_jobs.words import spoken_bytes
 EVERYWHERE = 16  # shards that every node tries; of more, each node tries its share beside them
 NAMED = 4  # nodes with the same trouble that are named
 SKEW = 5.0  # seconds that a node's clock may differ: drivers are held for dead by the time they were last heard
-FULL = 0.95  # share of a disk beyond which Ray puts no objects on it, and of memory beyond which it kills workers
 ROOM = 1 << 30  # bytes that a disk should have free
 MEMORY = 2 << 30  # bytes that a worker takes with a model of moderate size
 
@@ -158,15 +157,19 @@ def of_node(node: Node, out: str | None) -> Iterator[UserError]:
     if facts["code"] is None:
         yield UserError(where, "patternnet-ray is not installed there", "Install it, or submit with --working-dir.")
         return
+    most_disk, most_memory = facts["limits"] or (1.0, 1.0)
     for place, (total, free) in (facts["disks"] or {}).items():
-        if free < ROOM or (place != out and free < (1 - FULL) * total):
+        rays = place != out
+        if free < ROOM or (rays and free < (1 - most_disk) * total):
             what = f"the disk of {place} is full: {spoken_bytes(free)} of {spoken_bytes(total)} are free"
-            yield UserError(where, what, "Make room; on a disk of Ray's that is 95 % full it starts nothing.")
+            rule = f"; on a disk of Ray's that is {most_disk:.0%} full it starts nothing" if rays else ""
+            yield UserError(where, what, f"Make room{rule}.")
     if facts["memory"]:
         total, used = facts["memory"]
-        if total - used < MEMORY or used > FULL * total:
+        if total - used < MEMORY or used > most_memory * total:
             what = f"{spoken_bytes(total - used)} of {spoken_bytes(total)} memory are free"
-            yield UserError(where, what, "End what else runs there; Ray kills workers on a node that is 95 % full.")
+            rule = f"Ray kills workers on a node that is {most_memory:.0%} full"
+            yield UserError(where, what, f"End what else runs there; {rule}.")
     yield from of_gpus(node, where)
     for shard, reason in (facts["unreadable"] or {}).items():
         yield UserError(where, f"{shard} {reason}", "Mend it, mount it there, or give the credentials.")

@@ -19,6 +19,7 @@ from typing import Any
 
 PACKAGES = "patternnet-ray", "torch", "torchvision", "ray", "webdataset", "pyarrow", "numpy"
 PROGRAM = "patterns", "ray_jobs"
+RAYS_LIMIT = 0.95  # unless it was started with another
 READERS = 8  # shards that are opened at once
 READ_FOR, CHUNK = 5.0, 1 << 20  # seconds for which a shard is read to see how fast; bytes at a time
 WRITTEN = 1 << 20  # bytes written where the job will write
@@ -39,6 +40,7 @@ def look(shards: Sequence[str], out: str | None, mark: str) -> Facts:
         "code": code,
         "memory": memory,
         "disks": lambda: {place: disk(place) for place in (session_folder(), *local(out))},
+        "limits": limits,
         "gpus": gpus,
         "unreadable": lambda: unreadable(shards),
         "speed": lambda: speed(shards[0]) if shards else None,
@@ -105,6 +107,13 @@ def disk(place: str) -> tuple[int, int]:
         path = path.parent
     usage = shutil.disk_usage(path)
     return usage.total, usage.free
+
+
+def limits() -> tuple[float, float]:
+    """The share of a disk beyond which Ray starts nothing here, and of memory beyond which it kills workers."""
+    names = "RAY_local_fs_capacity_threshold", "RAY_memory_usage_threshold"
+    disk, memory = (float(os.environ.get(name, RAYS_LIMIT)) for name in names)
+    return disk, memory
 
 
 def gpus() -> list[tuple[str, int, int]]:
