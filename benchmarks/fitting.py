@@ -3,6 +3,7 @@
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
@@ -67,11 +68,14 @@ def passes(bench: Bench) -> Iterator[Row]:
         yield bench.row(f"{name}: forward", t["forward"], "itself", t["forward"])
         for what in updates:
             yield bench.row(f"{name}: fit, {what}", t[what], "forward", t["forward"], WANTED.get((name, what), ""))
-        yield sampling(bench, name, model, network, images)
+        yield from sampling(bench, name, model, network, images)
 
 
-def sampling(bench: Bench, name: str, model: nn.Module, network: Network, images: Tensor) -> Row:
-    """A fit from some positions: batches until what was gathered from them is summed, that included."""
+def sampling(bench: Bench, name: str, model: nn.Module, network: Network, images: Tensor) -> Iterator[Row]:
+    """A fit from some positions: batches until what was gathered from them is summed, that included.
+
+    Its own forward pass is channels-last on a CPU, so it is also told against such a model's.
+    """
     update = observer_of(network, *FITTED, positions=POSITIONS).update
     batches = max(1, BLOCK[images.is_cuda][0] // (POSITIONS * len(images)))
 
@@ -79,13 +83,17 @@ def sampling(bench: Bench, name: str, model: nn.Module, network: Network, images
         for _ in range(batches):
             work(images)
 
+    # From the weights the layout spreads to all that convolutions give.
+    channels_last = deepcopy(model).to(memory_format=torch.channels_last)
     ways: dict[str, Callable[[], object]] = {
         "forward": partial(repeated, partial(infer, model)),
+        "channels-last forward": partial(repeated, partial(infer, channels_last)),
         "fit": partial(repeated, update),
     }
     t = bench.timed(ways, min(3, bench.rounds))
     what = f"all estimators, {POSITIONS} positions"
-    return bench.row(f"{name}: fit, {what}", t["fit"], "forward", t["forward"], WANTED.get((name, what), ""))
+    yield bench.row(f"{name}: fit, {what}", t["fit"], "forward", t["forward"], WANTED.get((name, what), ""))
+    yield bench.row(f"{name}: the same", t["fit"], "channels-last forward", t["channels-last forward"])
 
 
 def judging(bench: Bench) -> Row:

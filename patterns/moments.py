@@ -21,6 +21,8 @@ AT_ONCE = 2**18
 # Elements of a large sum that are computed, and brought to float64, at a time: a layer's gradient and its copy
 # in float64 may be larger than all activations. No usual convolution has so many weights.
 PIECE = 2**22
+# Of which a CPU brings so many to float64 at a time: it writes them out before it adds them, and its caches hold these.
+CAST = 2**19
 
 
 @dataclass(frozen=True)
@@ -281,7 +283,7 @@ def add_outputs(sums: Sums, n: Tensor, centred: Tensor, centre: Tensor, axis: in
 
 def add_products(xy: Tensor, x: Tensor, y: Tensor) -> None:
     """Add x·y to a sum of shape (K, D), given x, shape (G or K, D), and y, shape (K,)."""
-    groups, rows = (len(x), -1), max(1, PIECE // x.shape[1])
+    groups, rows = (len(x), -1), rows_at_once(x)
     pieces = zip(*(t.split(rows) for t in (xy.unflatten(0, groups), x, y.unflatten(0, groups))))
     for total, inputs, outputs in pieces:
         total.addcmul_(outputs[..., None], inputs.double()[:, None])
@@ -289,9 +291,14 @@ def add_products(xy: Tensor, x: Tensor, y: Tensor) -> None:
 
 def add(total: Tensor, more: Tensor) -> None:
     """Add to a float64 sum without a float64 copy of what is added."""
-    rows = max(1, PIECE // total[0].numel())
+    rows = rows_at_once(more)
     for piece, by in zip(total.split(rows), more.split(rows)):
         piece.add_(by)
+
+
+def rows_at_once(sums: Tensor) -> int:
+    """How many rows of such sums are brought to float64 at a time."""
+    return max(1, (CAST if sums.device.type == "cpu" else PIECE) // sums[0].numel())
 
 
 def planned_bytes(operator: Operator, wanted: Wanted) -> int:

@@ -84,6 +84,7 @@ class Observation(Generic[M_co]):
         if self._draw is not None:
             numbers = range(self._seen, self._seen + len(batch)) if seeds is None else seeds
             self._draw.begin(torch.tensor(numbers, dtype=torch.int64).to(batch.device))
+            batch = laid_out(batch)
         self._seen += len(batch)
         run = self._compiled.get(batch.shape)
         if run is not None:
@@ -127,15 +128,20 @@ class Observer(Observation[Moments]):
         positions: int | None = None,
         seed: int = 0,
     ) -> None:
-        draw = None if positions is None else Draw(positions, seed)
+        names = network.operators if operators is None else operators
+        observed = {name: network.operators[name] for name in names}
+
+        def sampled(op: Operator) -> bool:
+            return positions is not None and prod(op.output_shape) // op.neurons > positions
+
+        draw = Draw(positions, seed) if positions is not None and any(map(sampled, observed.values())) else None
 
         def accumulator(op: Operator) -> Fed[Moments]:
-            if draw is None or positions is None or prod(op.output_shape) // op.neurons <= positions:
+            if draw is None or not sampled(op):
                 return Accumulator(op, wanted(op))
             return SampledAccumulator(op, wanted(op), draw)
 
-        names = network.operators if operators is None else operators
-        super().__init__(network, {name: accumulator(network.operators[name]) for name in names}, draw)
+        super().__init__(network, {name: accumulator(op) for name, op in observed.items()}, draw)
 
 
 class PatchObserver(Observation[PatchMoments]):
@@ -151,6 +157,14 @@ class PatchObserver(Observation[PatchMoments]):
     def __init__(self, network: Network, operators: Collection[str], positions: int, seed: int = 0) -> None:
         chosen, draw = {name: network.operators[name] for name in operators}, Draw(positions, seed)
         super().__init__(network, {name: PatchAccumulator(op, draw) for name, op in chosen.items()}, draw)
+
+
+def laid_out(batch: Tensor) -> Tensor:
+    """A batch (N, C, H, W) on a CPU with each position's channels together: so they are gathered at once, and
+    convolutions are faster as well, down to half the time. Others as they are.
+    """
+    images = batch.dim() == 4 and batch.device.type == "cpu"
+    return batch.contiguous(memory_format=torch.channels_last) if images else batch
 
 
 def accumulate(network: Network, batches: Iterable[Tensor]) -> dict[str, Moments]:

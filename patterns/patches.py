@@ -18,7 +18,7 @@ from torch import Tensor
 from patterns import moments as sums
 from patterns.errors import UserError
 from patterns.moments import Moments, Wanted, planned_bytes
-from patterns.operators import Inputs, Linear, Operator, Shape
+from patterns.operators import Addition, Inputs, Operator, Shape
 from patterns.windows import window_of
 
 # Elements of patches written out at a time: 64 MiB of float64.
@@ -109,8 +109,8 @@ class PatchAccumulator:
         for start in range(0, len(z), images):
             part = slice(start, start + images)
             x = self._gather.by_group(tuple(i[part] for i in inputs), drawn[part]).double()
-            mask = None if gate is None else chosen(gate[part], drawn[part]).flatten(0, 1).mT.double()
-            self._add(x, mask)
+            mask = None if gate is None else chosen(gate[part], drawn[part], gate.new_empty(x.shape[1], op.neurons))
+            self._add(x, None if mask is None else mask.mT.double())
 
     def _add(self, x: Tensor, mask: Tensor | None) -> None:
         """Add patches (G, n, D), and where they open the gate, (K, n)."""
@@ -228,54 +228,71 @@ class Draw:
 
 
 class Gatherer:
-    """An operator's inputs at some of its output positions. UserError for a kind whose patches cannot be gathered."""
+    """An operator's inputs at some of its output positions. UserError for a kind whose patches cannot be gathered.
+
+    taps: T, the places in a neuron's window or the terms of an addition; D/T inputs of a neuron lie at each.
+    """
 
     def __init__(self, operator: Operator) -> None:
         self._operator, self._window = operator, window_of(operator)
-        self._looks: dict[Shape, tuple[Tensor, Tensor | None]] = {}  # by the input's sizes
+        self._looks: dict[Shape, tuple[Tensor, Tensor | None]] = {}  # by the input's sizes: index, and 1 where inside
+        shape = operator.weight.shape
+        self.taps = shape[1] if isinstance(operator.kind, Addition) else prod(shape[2:])
 
-    def __call__(self, inputs: Inputs, positions: Tensor) -> Tensor:
-        """(N, P, G, D/T, T), T being the taps of a window, not written out in this order.
+    def empty(self, inputs: Inputs, samples: int) -> Tensor:
+        """Memory for the inputs of so many samples (n, T, G, D/T)."""
+        op = self._operator
+        return inputs[0].new_empty(samples, self.taps, op.groups, op.inputs_per_neuron // self.taps)
+
+    def __call__(self, inputs: Inputs, positions: Tensor, out: Tensor) -> None:
+        """Write the inputs to `out` (N·P, T, G, D/T), contiguous, image by image.
 
         inputs: the operator's, batch first.  positions: int64 (N, P), each an index into the output's positions of
         its image, flattened.
         """
-        kind, x = self._operator.kind, inputs[0]
+        kind, x, out = self._operator.kind, inputs[0], out.flatten(2)
         if self._window is not None:
-            return self._windows(x, positions)
-        if isinstance(kind, Linear):
-            return chosen(per_image(x, -1), positions)[:, :, None, :, None]
-        shape = torch.broadcast_shapes(*(i.shape for i in inputs))
-        terms = [chosen(per_image(i.expand(shape), kind.axis), positions) for i in inputs]
-        return torch.stack(terms, -1)[..., None]
+            self._windows(x, positions, out)
+        elif isinstance(kind, Addition):
+            shape = torch.broadcast_shapes(*(i.shape for i in inputs))
+            for term, x in enumerate(inputs):
+                chosen(per_image(x.expand(shape), kind.axis), positions, out[:, term])
+        else:
+            chosen(per_image(x, kind.axis), positions, out[:, 0])
 
     def by_group(self, inputs: Inputs, positions: Tensor) -> Tensor:
-        """The same as (G, N·P, D), image by image."""
-        return self(inputs, positions).flatten(3).flatten(0, 1).movedim(1, 0)
+        """The same as (G, N·P, D)."""
+        out = self.empty(inputs, positions.numel())
+        self(inputs, positions, out)
+        return out.permute(2, 0, 3, 1).flatten(2)
 
-    def _windows(self, x: Tensor, positions: Tensor) -> Tensor:
+    def _windows(self, x: Tensor, positions: Tensor, out: Tensor) -> None:
         """Of x (N, C, *sizes), written out without zeros around it: what lies outside is known by its place."""
         assert self._window is not None
         sizes = tuple(x.shape[2:])
         if sizes not in self._looks:
             index, outside = self._window.looks(sizes)
-            self._looks[sizes] = index.to(x.device), None if outside is None else outside.to(x.device)
-        index, outside = self._looks[sizes]
-        values = chosen(x.flatten(2).mT, index[positions].flatten(1)).unflatten(1, (positions.shape[1], -1))
-        if outside is not None:
-            values.masked_fill_(outside[positions][..., None], 0)
-        return values.mT.unflatten(2, (self._operator.groups, -1))
+            self._looks[sizes] = index.to(x.device), None if outside is None else outside.logical_not().to(x)
+        index, inside = self._looks[sizes]
+        chosen(x.flatten(2).mT, index[positions].flatten(1), out.flatten(0, 1))
+        if inside is not None:
+            out.mul_(inside[positions].flatten(0, 1)[..., None])  # masks are slow on CPUs
 
 
-def chosen(values: Tensor, positions: Tensor) -> Tensor:
-    """Values (N, positions, …) at some positions (N, P) of each image: (N, P, …)."""
-    return values[numbers(len(values), values.device)[:, None], positions]
+def chosen(values: Tensor, positions: Tensor, out: Tensor) -> Tensor:
+    """Values (N, positions, C) at some positions (N, P) of each image, in `out` (N·P, C)."""
+    images, available = values.shape[:2]
+    if values.is_contiguous():  # as in channels_last, where each position's numbers are copied at once
+        rows = positions + multiples(available, images, values.device)
+        return torch.index_select(values.flatten(0, 1), 0, rows.flatten(), out=out)
+    out.unflatten(0, positions.shape).copy_(values[multiples(1, images, values.device), positions])
+    return out
 
 
 @lru_cache
-def numbers(count: int, device: torch.device) -> Tensor:
-    """0, 1, …: made once, since a pass asks for them some hundred times."""
-    return torch.arange(count, device=device)
+def multiples(step: int, count: int, device: torch.device) -> Tensor:
+    """0, step, …, int64 (count, 1): made once, since a pass asks for them some hundred times."""
+    return torch.arange(count, device=device)[:, None] * step
 
 
 def per_image(values: Tensor, axis: int) -> Tensor:

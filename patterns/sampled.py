@@ -18,6 +18,8 @@ from patterns.patches import Draw, Gatherer, chosen, per_image
 # Samples that are gathered before they are summed, and elements of patches at most, on a CPU and on a GPU: matrix
 # products of fewer are slow, each brings sums as large as the weights to float64, and on a GPU the launches count.
 BLOCK = ((1024, 2**23), (8192, 2**25))
+# Products that are taken before they are summed: what a CPU's caches hold. On a GPU each launch counts.
+PRODUCTS = 2**19
 
 
 class SampledAccumulator:
@@ -28,7 +30,7 @@ class SampledAccumulator:
         size = operator.groups * operator.inputs_per_neuron
         rows, elements = BLOCK[operator.weight.device.type == "cuda"]
         self._block = max(1, min(rows, elements // size))
-        self._sums = Accumulator(of_patches(operator), wanted)
+        self._sums = Accumulator(of_patches(operator, self._gather.taps), wanted)
         self._x = self._z = operator.weight.new_empty(0)
         self.reset()
 
@@ -38,14 +40,17 @@ class SampledAccumulator:
         self._count = 0
 
     def tensors(self) -> Mapping[str, Tensor]:
-        """The sums so far by name: the very tensors that later batches change."""
+        """The sums so far by name."""
         self.settle()
-        return self._sums.tensors()
+        return {name: self._in_order(t) for name, t in self._sums.tensors().items()}
 
     def moments(self) -> Moments:
         """The moments so far: a copy on the CPU."""
-        self.settle()
-        return self._sums.moments()
+        return Moments.from_tensors({name: t.to("cpu", copy=True) for name, t in self.tensors().items()})
+
+    def _in_order(self, total: Tensor) -> Tensor:
+        """A sum, its D inputs tap by tap, as one in the order of the operator's weight."""
+        return total if total.dim() == 1 else total.unflatten(1, (self._gather.taps, -1)).mT.flatten(1)
 
     @torch.no_grad()
     def update(self, inputs: Inputs, z: Tensor) -> None:
@@ -58,22 +63,15 @@ class SampledAccumulator:
         rows = drawn.numel()
         if self._count + rows > len(self._x):
             self.settle()
-            self._make_room(max(rows, self._block), outputs.dtype)
+            if len(self._x) < rows:
+                room = max(rows, self._block)
+                self._x, self._z = self._gather.empty(inputs, room), z.new_empty(room, op.neurons)
         taken = slice(self._count, self._count + rows)
-        x = self._gather(inputs, drawn)
-        self._x[taken].view(x.shape).copy_(x)
-        self._z[taken].view(*drawn.shape, -1).copy_(chosen(outputs, drawn))
+        self._gather(inputs, drawn, self._x[taken])
+        chosen(outputs, drawn, self._z[taken])
         self._count += rows
         if self._count >= self._block:
             self.settle()
-
-    def _make_room(self, rows: int, dtype: torch.dtype) -> None:
-        """Memory for so many samples, of this dtype or float32, whichever is wider."""
-        if len(self._x) < rows:
-            op, dtype = self._operator, torch.promote_types(dtype, torch.float32)
-            device = op.weight.device
-            self._x = torch.empty(rows, op.groups, op.inputs_per_neuron, dtype=dtype, device=device)
-            self._z = torch.empty(rows, op.neurons, dtype=dtype, device=device)
 
     def settle(self) -> None:
         """Sum what was gathered."""
@@ -82,35 +80,41 @@ class SampledAccumulator:
             self._count = 0
 
 
-def of_patches(operator: Operator) -> Operator:
-    """An operator that takes the patches of another."""
-    shapes = ((operator.groups, operator.inputs_per_neuron),), (operator.neurons,)
+def of_patches(operator: Operator, taps: int) -> Operator:
+    """An operator that takes the patches of another, as they are gathered: each neuron's inputs tap by tap."""
+    weight = operator.weight.flatten(1).unflatten(1, (-1, taps)).mT
+    shapes = ((taps, operator.groups, weight.shape[2]),), (operator.neurons,)
     kind = Gathered(operator.groups)
-    return Operator(operator.name, kind, operator.weight, operator.bias, *shapes, operator.source, operator.gate)
+    return Operator(operator.name, kind, weight, operator.bias, *shapes, operator.source, operator.gate)
 
 
 @dataclass(frozen=True)
 class Gathered:
-    """The kind of an operator that takes patches: inputs (n, G, D), outputs (n, K). No model has it."""
+    """The kind of an operator that takes patches: inputs (n, T, G, D/T), weight (K, T, D/T), outputs (n, K).
+
+    No model has it.
+    """
 
     groups: int
     axis: int = 1
 
     def forward(self, inputs: Inputs, weight: Tensor, bias: Tensor | None) -> Tensor:
-        z = torch.einsum("ngd,gkd->ngk", inputs[0], self._by_group(weight)).flatten(1)
+        z = torch.einsum("ntgc,gktc->ngk", inputs[0], weight.unflatten(0, (self.groups, -1))).flatten(1)
         return z if bias is None else z + bias
 
     def weight_gradient(self, inputs: Inputs, grad: Tensor, weight_shape: Shape) -> Tensor:
         (x,) = inputs
-        if grad.shape[1] == self.groups:  # many products of a vector and a thin matrix, each slower than its numbers
-            return (grad[..., None] * x).sum(0).reshape(weight_shape)
-        return (grad.T.unflatten(0, (self.groups, -1)) @ x.movedim(1, 0)).reshape(weight_shape)
+        if self.groups == 1:
+            return (grad.T @ x.flatten(1)).view(weight_shape)
+        if self.groups == grad.shape[1]:  # many products of a vector and a thin matrix, each slower than its numbers
+            rows = max(1, PRODUCTS // x[0].numel())
+            parts = zip(grad.split(rows), x.split(rows))
+            return torch.stack([(g[:, None, :, None] * part).sum(0) for g, part in parts]).sum(0).transpose(0, 1)
+        return torch.einsum("ngk,ntgc->gktc", grad.unflatten(1, (self.groups, -1)), x).flatten(0, 1)
 
     def input_sum(self, inputs: Inputs, output_shape: Shape, weight_shape: Shape) -> Tensor:
-        return inputs[0].sum(0)
+        return inputs[0].sum(0).transpose(0, 1).flatten(1)
 
     def input_gradient(self, grad: Tensor, weight: Tensor, input_shapes: tuple[Shape, ...]) -> Inputs:
-        return (torch.einsum("ngk,gkd->ngd", grad.unflatten(1, (self.groups, -1)), self._by_group(weight)),)
-
-    def _by_group(self, weight: Tensor) -> Tensor:
-        return weight.flatten(1).unflatten(0, (self.groups, -1))
+        by_group = grad.unflatten(1, (self.groups, -1)), weight.unflatten(0, (self.groups, -1))
+        return (torch.einsum("ngk,gktc->ntgc", *by_group),)

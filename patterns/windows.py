@@ -60,6 +60,8 @@ def window_of(operator: Operator) -> Window | None:
     taps = tuple(range(k) for k in kernel)
     match operator.kind:
         case Convolution(stride, padding, dilation):
+            if set(kernel) == set(stride) == {1} and not any(padding):
+                return None
             return Window(taps, stride, dilation, padding, padding, ones)
         case TransposedConvolution(stride, padding, more, dilation):
             # A convolution of stride 1 over the input with zeros between, its weights back to front.

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from patterns import Observer, accumulate, sampled, solve, trace
 from patterns.moments import Wanted
+from patterns.observe import laid_out
 from patterns.patches import Draw
 from patterns.sampled import SampledAccumulator
 from tests.oracles import Neuron
@@ -27,11 +28,15 @@ def of_drawn(case: Case, inputs: tuple[Tensor, ...], positions: int) -> list[Neu
 
 
 @pytest.mark.parametrize("name", KINDS)
-@pytest.mark.parametrize("block", [1, 5, 10**6])
-def test_sums_are_those_of_the_drawn_positions(name: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("block", "products"), [(1, 1), (5, 2**19), (10**6, 60)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_sums_are_those_of_the_drawn_positions(
+    name: str, block: int, products: int, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sampled, "BLOCK", ((block, 2**23),) * 2)
+    monkeypatch.setattr(sampled, "PRODUCTS", products)
     case = KINDS[name]()
-    inputs = case.inputs(5, 1)
+    inputs = tuple(x.contiguous(memory_format=layout) if x.dim() == 4 else x for x in case.inputs(5, 1))
     draw = Draw(2, seed=7)
     accumulator = SampledAccumulator(case.operator, Wanted(), draw)
     for at in (slice(0, 3), slice(3, 5)):
@@ -136,7 +141,7 @@ def test_neither_order_nor_batches_change_more_than_the_last_digits() -> None:
 def test_layers_without_more_positions_are_summed_exactly() -> None:
     x = images(8)
     network = trace(Small().double(), x[:1])
-    exact = accumulate(network, [x])["head"]
+    exact = accumulate(network, [laid_out(x)])["head"]
     observer = Observer(network, positions=3)
     observer.update(x)
     for field, value in replace(exact).tensors().items():
