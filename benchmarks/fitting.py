@@ -83,17 +83,15 @@ def sampling(bench: Bench, name: str, model: nn.Module, network: Network, images
         for _ in range(batches):
             work(images)
 
-    # From the weights the layout spreads to all that convolutions give.
-    channels_last = deepcopy(model).to(memory_format=torch.channels_last)
-    ways: dict[str, Callable[[], object]] = {
-        "forward": partial(repeated, partial(infer, model)),
-        "channels-last forward": partial(repeated, partial(infer, channels_last)),
-        "fit": partial(repeated, update),
-    }
+    forward, layout = partial(infer, model), "channels-last forward"
+    ways: dict[str, Callable[[], object]] = {"forward": partial(repeated, forward), "fit": partial(repeated, update)}
+    if not images.is_cuda:  # from the weights the layout spreads to all that convolutions give
+        ways[layout] = partial(repeated, partial(infer, deepcopy(model).to(memory_format=torch.channels_last)))
     t = bench.timed(ways, min(3, bench.rounds))
     what = f"all estimators, {POSITIONS} positions"
     yield bench.row(f"{name}: fit, {what}", t["fit"], "forward", t["forward"], WANTED.get((name, what), ""))
-    yield bench.row(f"{name}: the same", t["fit"], "channels-last forward", t["channels-last forward"])
+    if layout in t:
+        yield bench.row(f"{name}: fit, {what}", t["fit"], layout, t[layout])
 
 
 def judging(bench: Bench) -> Row:

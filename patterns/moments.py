@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from patterns.operators import Inputs, Operator, along, positions, sum_positions, sum_squares
+from patterns.operators import Inputs, Operator, Summed, along, positions, sum_positions, sum_squares
 
 T = TypeVar("T")
 
@@ -21,8 +21,6 @@ AT_ONCE = 2**18
 # Elements of a large sum that are computed, and brought to float64, at a time: a layer's gradient and its copy
 # in float64 may be larger than all activations. No usual convolution has so many weights.
 PIECE = 2**22
-# Of which a CPU brings so many to float64 at a time: it writes them out before it adds them, and its caches hold these.
-CAST = 2**19
 
 
 @dataclass(frozen=True)
@@ -179,10 +177,12 @@ class Accumulator:
     Within a batch (or the images of it that have AT_ONCE positions), sums are taken in the model's precision,
     at least float32, over outputs centred by their own mean (of the open gate for its sums), and brought back in
     float64: activations whose mean dwarfs their spread lose no digits. Across batches everything adds up in float64.
+
+    kind: of the inputs and outputs that it is given, where that is not the operator's.
     """
 
-    def __init__(self, operator: Operator, wanted: Wanted) -> None:
-        self._operator, self._sums = operator, zero(operator, wanted)
+    def __init__(self, operator: Operator, wanted: Wanted, kind: Summed | None = None) -> None:
+        self._operator, self._kind, self._sums = operator, kind or operator.kind, zero(operator, wanted)
 
     @torch.inference_mode()  # sums that were made in it cannot be changed outside
     def reset(self) -> None:
@@ -212,7 +212,7 @@ class Accumulator:
             self._add(tuple(map(widened, (x[chosen] for x in inputs))), widened(z[chosen]))
 
     def _add(self, inputs: Inputs, z: Tensor) -> None:
-        op, kind = self._operator, self._operator.kind
+        op, kind = self._operator, self._kind
         total, opened = self._sums.total, self._sums.open
         count = z.numel() // op.neurons
         bias = 0.0 if op.bias is None else op.bias.double()
@@ -249,12 +249,12 @@ class Accumulator:
         self, inputs: Inputs, grad: Tensor, total: Tensor, products: tuple[Tensor, Tensor] | None = None
     ) -> None:
         """Add Σ g·x, shape (K, D), to a sum; and its product with y, shape (K,), to another: given as (sum, y)."""
-        op, axis = self._operator, self._operator.kind.axis
+        op, axis = self._operator, self._kind.axis
         # Neurons of several groups do not see the same inputs; such layers are small.
         rows = max(1, PIECE // op.inputs_per_neuron) if op.groups == 1 else op.neurons
         for start, part in zip(range(0, op.neurons, rows), grad.split(rows, axis)):
             chosen, shape = slice(start, start + rows), (part.shape[axis], *op.weight.shape[1:])
-            gradient = op.kind.weight_gradient(inputs, part, shape).flatten(1)
+            gradient = self._kind.weight_gradient(inputs, part, shape).flatten(1)
             add(total[chosen], gradient)
             if products is not None:
                 xy, y = products
@@ -283,7 +283,7 @@ def add_outputs(sums: Sums, n: Tensor, centred: Tensor, centre: Tensor, axis: in
 
 def add_products(xy: Tensor, x: Tensor, y: Tensor) -> None:
     """Add x·y to a sum of shape (K, D), given x, shape (G or K, D), and y, shape (K,)."""
-    groups, rows = (len(x), -1), rows_at_once(x)
+    groups, rows = (len(x), -1), max(1, PIECE // x.shape[1])
     pieces = zip(*(t.split(rows) for t in (xy.unflatten(0, groups), x, y.unflatten(0, groups))))
     for total, inputs, outputs in pieces:
         total.addcmul_(outputs[..., None], inputs.double()[:, None])
@@ -291,14 +291,9 @@ def add_products(xy: Tensor, x: Tensor, y: Tensor) -> None:
 
 def add(total: Tensor, more: Tensor) -> None:
     """Add to a float64 sum without a float64 copy of what is added."""
-    rows = rows_at_once(more)
+    rows = max(1, PIECE // total[0].numel())
     for piece, by in zip(total.split(rows), more.split(rows)):
         piece.add_(by)
-
-
-def rows_at_once(sums: Tensor) -> int:
-    """How many rows of such sums are brought to float64 at a time."""
-    return max(1, (CAST if sums.device.type == "cpu" else PIECE) // sums[0].numel())
 
 
 def planned_bytes(operator: Operator, wanted: Wanted) -> int:

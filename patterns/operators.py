@@ -23,16 +23,12 @@ Shape = tuple[int, ...]
 aten = torch.ops.aten
 
 
-class Kind(Protocol):
-    """What an operator kind can do. `inputs` are the operator's inputs, batch first."""
+class Summed(Protocol):
+    """Inputs and outputs whose products can be summed. `inputs` are the operator's inputs, samples first."""
 
     @property
     def axis(self) -> int:
         """The output's dimension that counts the neurons; all others count samples."""
-        ...
-
-    def forward(self, inputs: Inputs, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """z = wᵀx + b, just as the model computes it."""
         ...
 
     def weight_gradient(self, inputs: Inputs, grad: Tensor, weight_shape: Shape) -> Tensor:
@@ -41,6 +37,14 @@ class Kind(Protocol):
 
     def input_sum(self, inputs: Inputs, output_shape: Shape, weight_shape: Shape) -> Tensor:
         """Σ x over samples, shape (G, D)."""
+        ...
+
+
+class Kind(Summed, Protocol):
+    """What an operator kind can do."""
+
+    def forward(self, inputs: Inputs, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """z = wᵀx + b, just as the model computes it."""
         ...
 
     def input_gradient(self, grad: Tensor, weight: Tensor, input_shapes: tuple[Shape, ...]) -> Inputs:

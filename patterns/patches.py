@@ -9,7 +9,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
 from math import prod
 
 import torch
@@ -241,8 +241,9 @@ class Gatherer:
 
     def empty(self, inputs: Inputs, samples: int) -> Tensor:
         """Memory for the inputs of so many samples (n, T, G, D/T)."""
-        op = self._operator
-        return inputs[0].new_empty(samples, self.taps, op.groups, op.inputs_per_neuron // self.taps)
+        op, dtype = self._operator, reduce(torch.promote_types, (x.dtype for x in inputs))
+        shape = samples, self.taps, op.groups, op.inputs_per_neuron // self.taps
+        return torch.empty(shape, dtype=dtype, device=inputs[0].device)
 
     def __call__(self, inputs: Inputs, positions: Tensor, out: Tensor) -> None:
         """Write the inputs to `out` (N·P, T, G, D/T), contiguous, image by image.
@@ -282,7 +283,8 @@ class Gatherer:
 def chosen(values: Tensor, positions: Tensor, out: Tensor) -> Tensor:
     """Values (N, positions, C) at some positions (N, P) of each image, in `out` (N·P, C)."""
     images, available = values.shape[:2]
-    if values.is_contiguous():  # as in channels_last, where each position's numbers are copied at once
+    # As in channels_last, where each position's numbers are copied at once.
+    if values.is_contiguous() and values.dtype == out.dtype:
         rows = positions + multiples(available, images, values.device)
         return torch.index_select(values.flatten(0, 1), 0, rows.flatten(), out=out)
     out.unflatten(0, positions.shape).copy_(values[multiples(1, images, values.device), positions])

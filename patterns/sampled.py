@@ -18,8 +18,8 @@ from patterns.patches import Draw, Gatherer, chosen, per_image
 # Samples that are gathered before they are summed, and elements of patches at most, on a CPU and on a GPU: matrix
 # products of fewer are slow, each brings sums as large as the weights to float64, and on a GPU the launches count.
 BLOCK = ((1024, 2**23), (8192, 2**25))
-# Products that are taken before they are summed: what a CPU's caches hold. On a GPU each launch counts.
-PRODUCTS = 2**19
+# Products that are taken before they are summed: on a CPU, what its caches hold.
+PRODUCTS = (2**19, 2**25)
 
 
 class SampledAccumulator:
@@ -30,7 +30,7 @@ class SampledAccumulator:
         size = operator.groups * operator.inputs_per_neuron
         rows, elements = BLOCK[operator.weight.device.type == "cuda"]
         self._block = max(1, min(rows, elements // size))
-        self._sums = Accumulator(of_patches(operator, self._gather.taps), wanted)
+        self._sums = Accumulator(operator, wanted, Gathered(operator.groups))
         self._x = self._z = operator.weight.new_empty(0)
         self.reset()
 
@@ -40,17 +40,14 @@ class SampledAccumulator:
         self._count = 0
 
     def tensors(self) -> Mapping[str, Tensor]:
-        """The sums so far by name."""
+        """The sums so far by name: the very tensors that later batches change."""
         self.settle()
-        return {name: self._in_order(t) for name, t in self._sums.tensors().items()}
+        return self._sums.tensors()
 
     def moments(self) -> Moments:
         """The moments so far: a copy on the CPU."""
-        return Moments.from_tensors({name: t.to("cpu", copy=True) for name, t in self.tensors().items()})
-
-    def _in_order(self, total: Tensor) -> Tensor:
-        """A sum, its D inputs tap by tap, as one in the order of the operator's weight."""
-        return total if total.dim() == 1 else total.unflatten(1, (self._gather.taps, -1)).mT.flatten(1)
+        self.settle()
+        return self._sums.moments()
 
     @torch.no_grad()
     def update(self, inputs: Inputs, z: Tensor) -> None:
@@ -80,41 +77,24 @@ class SampledAccumulator:
             self._count = 0
 
 
-def of_patches(operator: Operator, taps: int) -> Operator:
-    """An operator that takes the patches of another, as they are gathered: each neuron's inputs tap by tap."""
-    weight = operator.weight.flatten(1).unflatten(1, (-1, taps)).mT
-    shapes = ((taps, operator.groups, weight.shape[2]),), (operator.neurons,)
-    kind = Gathered(operator.groups)
-    return Operator(operator.name, kind, weight, operator.bias, *shapes, operator.source, operator.gate)
-
-
 @dataclass(frozen=True)
 class Gathered:
-    """The kind of an operator that takes patches: inputs (n, T, G, D/T), weight (K, T, D/T), outputs (n, K).
-
-    No model has it.
-    """
+    """Patches (n, T, G, D/T), tap by tap as they are gathered, and outputs (n, K)."""
 
     groups: int
     axis: int = 1
 
-    def forward(self, inputs: Inputs, weight: Tensor, bias: Tensor | None) -> Tensor:
-        z = torch.einsum("ntgc,gktc->ngk", inputs[0], weight.unflatten(0, (self.groups, -1))).flatten(1)
-        return z if bias is None else z + bias
-
     def weight_gradient(self, inputs: Inputs, grad: Tensor, weight_shape: Shape) -> Tensor:
         (x,) = inputs
         if self.groups == 1:
-            return (grad.T @ x.flatten(1)).view(weight_shape)
-        if self.groups == grad.shape[1]:  # many products of a vector and a thin matrix, each slower than its numbers
-            rows = max(1, PRODUCTS // x[0].numel())
+            gradient = (grad.T @ x.flatten(1)).unflatten(1, (x.shape[1], -1))
+        elif self.groups == grad.shape[1]:  # many products of a vector and a thin matrix, each slower than its numbers
+            rows = max(1, PRODUCTS[x.is_cuda] // x[0].numel())
             parts = zip(grad.split(rows), x.split(rows))
-            return torch.stack([(g[:, None, :, None] * part).sum(0) for g, part in parts]).sum(0).transpose(0, 1)
-        return torch.einsum("ngk,ntgc->gktc", grad.unflatten(1, (self.groups, -1)), x).flatten(0, 1)
+            gradient = torch.stack([(g[:, None, :, None] * part).sum(0) for g, part in parts]).sum(0).transpose(0, 1)
+        else:
+            gradient = torch.einsum("ngk,ntgc->gktc", grad.unflatten(1, (self.groups, -1)), x).flatten(0, 1)
+        return gradient.mT.reshape(weight_shape)
 
     def input_sum(self, inputs: Inputs, output_shape: Shape, weight_shape: Shape) -> Tensor:
-        return inputs[0].sum(0).transpose(0, 1).flatten(1)
-
-    def input_gradient(self, grad: Tensor, weight: Tensor, input_shapes: tuple[Shape, ...]) -> Inputs:
-        by_group = grad.unflatten(1, (self.groups, -1)), weight.unflatten(0, (self.groups, -1))
-        return (torch.einsum("ngk,gktc->ntgc", *by_group),)
+        return inputs[0].sum(0).permute(1, 2, 0).flatten(1)

@@ -157,18 +157,18 @@ def of_node(node: Node, out: str | None) -> Iterator[UserError]:
     if facts["code"] is None:
         yield UserError(where, "patternnet-ray is not installed there", "Install it, or submit with --working-dir.")
         return
-    most_disk, most_memory = facts["limits"] or (1.0, 1.0)
+    most_disk, most_memory = facts["limits"] or (probe.RAYS_LIMIT,) * 2
     for place, (total, free) in (facts["disks"] or {}).items():
         rays = place != out
         if free < ROOM or (rays and free < (1 - most_disk) * total):
             what = f"the disk of {place} is full: {spoken_bytes(free)} of {spoken_bytes(total)} are free"
-            rule = f"; on a disk of Ray's that is {most_disk:.0%} full it starts nothing" if rays else ""
+            rule = f"; on a disk of Ray's that is {100 * most_disk:g} % full it starts nothing" if rays else ""
             yield UserError(where, what, f"Make room{rule}.")
     if facts["memory"]:
         total, used = facts["memory"]
         if total - used < MEMORY or used > most_memory * total:
             what = f"{spoken_bytes(total - used)} of {spoken_bytes(total)} memory are free"
-            rule = f"Ray kills workers on a node that is {most_memory:.0%} full"
+            rule = f"Ray kills workers on a node that is {100 * most_memory:g} % full"
             yield UserError(where, what, f"End what else runs there; {rule}.")
     yield from of_gpus(node, where)
     for shard, reason in (facts["unreadable"] or {}).items():

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from patterns import Observer, accumulate, sampled, solve, trace
 from patterns.moments import Wanted
 from patterns.observe import laid_out
+from patterns.operators import Addition
 from patterns.patches import Draw
 from patterns.sampled import SampledAccumulator
 from tests.oracles import Neuron
@@ -34,7 +35,7 @@ def test_sums_are_those_of_the_drawn_positions(
     name: str, block: int, products: int, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sampled, "BLOCK", ((block, 2**23),) * 2)
-    monkeypatch.setattr(sampled, "PRODUCTS", products)
+    monkeypatch.setattr(sampled, "PRODUCTS", (products, products))
     case = KINDS[name]()
     inputs = tuple(x.contiguous(memory_format=layout) if x.dim() == 4 else x for x in case.inputs(5, 1))
     draw = Draw(2, seed=7)
@@ -155,3 +156,53 @@ def test_a_reset_forgets_what_was_gathered_but_not_summed() -> None:
     observer.update(x)
     observer.reset()
     assert int(observer.moments()["stem"].total.n.sum()) == 0
+
+
+class Mixed(nn.Module):
+    """A half precision model that adds in float32 what half precision does not hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.conv(x)
+        return (z + z.float() * 1e5).mean((2, 3))
+
+
+def test_terms_of_two_precisions_keep_the_wider_ones_range() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 2, 6, 6, dtype=torch.float16)
+    network = trace(Mixed().half(), x)
+    (name,) = [name for name, op in network.operators.items() if isinstance(op.kind, Addition)]
+    observer = Observer(network, operators=[name], positions=30)
+    observer.update(x)
+    total = observer.moments()[name].total
+    assert total.x is not None
+    narrow, wide = total.x.unbind(1)
+    torch.testing.assert_close(wide, 1e5 * narrow, rtol=1e-5, atol=1.0)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_on_a_cpu_what_convolutions_give_has_each_positions_channels_together(channels: int) -> None:
+    z = nn.Conv2d(channels, 8, 3)(laid_out(torch.randn(2, channels, 6, 6)))
+    assert z.is_contiguous(memory_format=torch.channels_last)
+    assert not z.is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_sums_are_those_of_float64_but_for_its_rounding(dtype: torch.dtype) -> None:
+    x = images(16)
+    torch.manual_seed(3)
+    model = Small()
+    found = {}
+    for at in (dtype, torch.float64):  # weights of the narrower first, so that both have the same
+        network = trace(model.to(at), x[:1].to(at))
+        observer = Observer(network, positions=16)
+        observer.update(x.to(dtype).to(at))
+        found[at] = observer.moments()
+    for name in ("stem", "next"):
+        exact, half = (found[at][name].total for at in (torch.float64, dtype))
+        for field in ("y", "yy", "x", "xy"):
+            truth, value = getattr(exact, field), getattr(half, field)
+            assert (value - truth).norm() < 0.02 * truth.norm(), (name, field)

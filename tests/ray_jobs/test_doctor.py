@@ -124,7 +124,7 @@ def test_every_planted_fault_is_found_and_named_with_its_node(
         "patternnet-ray is not installed there": 1,
         "Ray offers 1 GPUs, torch sees 0": 1,
         f"the disk of {full} is full": 3,
-        " of Ray's that is 0% full it starts nothing": 1,
+        " of Ray's that is 0.1 % full it starts nothing": 1,
         f"{shards[2]} cannot be read (not a tar archive": 3,
         f"{gone} cannot be read (<urlopen error": 3,
         f"--out {full}: cannot be written (No space left on device)": 3,
