@@ -146,7 +146,7 @@ FIXED: dict[str, Callable[[], Case]] = {
     "addition": lambda: addition((1.0, 0.5), (values(7, 3, 4, 2), values(7, 3, 4, 2, seed=1))),
     "addition of three": lambda: addition((1.0, -1.0, 2.0), tuple(values(7, 5, 3, seed=i) for i in range(3)), 2),
     "average pool 1d": lambda: average_pool((3,), (2,), (1,), values(7, 3, 9)),
-    "average over an image": lambda: average_pool((5, 6), (1, 1), (0, 0), values(7, 3, 5, 6)),
+    "average over an image": lambda: average_pool((2, 1), (1, 1), (0, 0), values(60, 3, 2, 1)),
     "average pool 2d": lambda: average_pool((2, 3), (2, 1), (1, 0), values(7, 3, 5, 6)),
     "a dead and a constant neuron": lambda: linear(
         normal(4, 6) * torch.tensor([[1.0], [1.0], [0.0], [1.0]]), values(40, 6)

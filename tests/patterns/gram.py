@@ -121,7 +121,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "linear on tokens": lambda: case(Linear(), normal(4, 5), (3, 2, 5), unfold=linear_patches),
     "conv1d": lambda: convolution(normal(3, 2, 3), (2, 9), (2,), (1,), (2,)),
     "conv2d": lambda: convolution(normal(4, 2, 2, 3), (2, 6, 5), (2, 1), (1, 2), (1, 2)),
-    "pointwise": lambda: convolution(normal(4, 3, 1, 1), (3, 4, 5), (1, 1), (0, 0), (1, 1)),
+    "pointwise": lambda: convolution(normal(4, 6, 1, 1), (6, 4, 5), (1, 1), (0, 0), (1, 1)),
     "grouped": lambda: convolution(normal(6, 2, 2, 1), (4, 4, 5), (1, 2), (0, 1), (2, 1), 2),
     "depthwise": lambda: convolution(normal(3, 1, 3, 2), (3, 6, 5), (1, 2), (1, 0), (1, 1), 3),
     "conv3d": lambda: convolution(normal(3, 1, 2, 1, 2), (1, 3, 4, 4), (1, 2, 1), (0, 1, 1), (2, 1, 1)),

@@ -71,6 +71,7 @@ FOLDED: dict[str, tuple[nn.Module, nn.Module, Callable[[Calls, Tensor], object],
 def test_batch_norm_is_folded_wherever_it_scales_the_operators_channels(name: str) -> None:
     layer, norm, forward, shape = FOLDED[name]
     torch.manual_seed(0)
+    layer.reset_parameters()  # made on import, with whatever numbers others left
     model = Calls(forward, norm=norm, layer=layer).double()  # in an order that is not that of the calls
     randomise(model.norm)
     x = torch.randn(shape, dtype=torch.float64)
