@@ -35,12 +35,12 @@ class Fed(Protocol[M_co]):
 class Observed(nn.Module):
     """An operator that also feeds its accumulator."""
 
-    def __init__(self, operator: Operator, accumulator: Fed[object]) -> None:
+    def __init__(self, operator: Operator, weight: Tensor, accumulator: Fed[object]) -> None:
         super().__init__()
-        self.operator, self.accumulator = operator, accumulator
+        self.operator, self.weight, self.accumulator = operator, weight, accumulator
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        z = self.operator(*inputs)
+        z = self.operator.kind.forward(inputs, self.weight, self.operator.bias)
         self.accumulator.update(inputs, z)
         return z
 
@@ -50,9 +50,12 @@ class Observation(Generic[M_co]):
 
     def __init__(self, network: Network, accumulators: Mapping[str, Fed[M_co]], draw: Draw | None = None) -> None:
         self._network, self._fed, self._draw, self._seen = network, accumulators, draw, 0
-        self._module = network.rewrite(
-            lambda op: Observed(op, accumulators[op.name]) if op.name in accumulators else op
-        )
+
+        def observed(op: Operator) -> nn.Module:
+            weight = op.weight if draw is None else laid_out(op.weight)
+            return Observed(op, weight, accumulators[op.name]) if op.name in accumulators else op
+
+        self._module = network.rewrite(observed)
         self._compiled: dict[torch.Size, Function] = {}
 
     def compile(self, batch_size: int, mode: str = "default") -> None:
@@ -130,16 +133,11 @@ class Observer(Observation[Moments]):
     ) -> None:
         names = network.operators if operators is None else operators
         observed = {name: network.operators[name] for name in names}
-
-        def sampled(op: Operator) -> bool:
-            return positions is not None and prod(op.output_shape) // op.neurons > positions
-
-        draw = Draw(positions, seed) if positions is not None and any(map(sampled, observed.values())) else None
+        most = max((prod(op.output_shape) // op.neurons for op in observed.values()), default=0)
+        draw = None if positions is None or most <= positions else Draw(positions, seed)
 
         def accumulator(op: Operator) -> Fed[Moments]:
-            if draw is None or not sampled(op):
-                return Accumulator(op, wanted(op))
-            return SampledAccumulator(op, wanted(op), draw)
+            return Accumulator(op, wanted(op)) if draw is None else SampledAccumulator(op, wanted(op), draw)
 
         super().__init__(network, {name: accumulator(op) for name, op in observed.items()}, draw)
 
@@ -159,13 +157,13 @@ class PatchObserver(Observation[PatchMoments]):
         super().__init__(network, {name: PatchAccumulator(op, draw) for name, op in chosen.items()}, draw)
 
 
-def laid_out(batch: Tensor) -> Tensor:
-    """A batch (N, C, H, W) on a CPU with each position's channels together: so they are gathered at once, and
-    convolutions are faster as well, down to half the time. Others as they are.
+def laid_out(values: Tensor) -> Tensor:
+    """A batch of images or a weight (N, C, H, W) on a CPU with each position's channels together: so they are
+    gathered at once, and convolutions are faster as well, down to half the time. Others as they are.
     """
-    images = batch.dim() == 4 and batch.device.type == "cpu"
+    images = values.dim() == 4 and values.device.type == "cpu"
     # Not `contiguous`, for which one channel has any layout.
-    return torch.empty_like(batch, memory_format=torch.channels_last).copy_(batch) if images else batch
+    return torch.empty_like(values, memory_format=torch.channels_last).copy_(values) if images else values
 
 
 def accumulate(network: Network, batches: Iterable[Tensor]) -> dict[str, Moments]:
