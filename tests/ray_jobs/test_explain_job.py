@@ -43,7 +43,7 @@ def fitted(model: ModelConfig, shards: list[str], tmp_path_factory: pytest.TempP
 def test_explanations_line_up_with_their_shards_and_are_the_librarys(
     local_ray: None, fitted: Path, model: ModelConfig, shards: list[str], tmp_path: Path
 ) -> None:
-    methods = (*METHODS, "patternattribution:linear")
+    methods, shards = (*METHODS, "patternattribution:linear"), shards[:4]
     config = ExplainConfig(model, str(fitted), tuple(shards), str(tmp_path), batch_size=4, methods=methods)
     run = explain(config, RESOURCES)
     loaded = models.load(model)
@@ -55,7 +55,7 @@ def test_explanations_line_up_with_their_shards_and_are_the_librarys(
         estimators={"linear": choose(loaded.network, patterns, "linear")},
     )
     table = pq.read_table(run.folder / "explanations.parquet").to_pylist()
-    assert len(table) == 72
+    assert len(table) == 24
     rows = {(r["shard"], r["key"]): r for r in table}
     for shard in shards:
         (batch,) = ShardReader(shard, loaded.preprocessing, batch_size=100)
