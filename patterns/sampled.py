@@ -27,7 +27,9 @@ class SampledAccumulator:
 
     def __init__(self, operator: Operator, wanted: Wanted, draw: Draw) -> None:
         self._operator, self._draw, self._gather = operator, draw, Gatherer(operator)
-        self._block = block_of(operator)
+        size = operator.groups * operator.inputs_per_neuron
+        rows, elements = BLOCK[operator.weight.device.type == "cuda"]
+        self._block = max(1, min(rows, elements // size))
         self._sums = Accumulator(operator, wanted, Gathered(operator.groups))
         self._x = self._z = operator.weight.new_empty(0)
         self.reset()
@@ -73,18 +75,6 @@ class SampledAccumulator:
         if self._count:
             self._sums.update((self._x[: self._count],), self._z[: self._count])
             self._count = 0
-
-
-def block_of(operator: Operator) -> int:
-    """Samples that are gathered before they are summed, of batches that are not larger."""
-    rows, elements = BLOCK[operator.weight.device.type == "cuda"]
-    return max(1, min(rows, elements // (operator.groups * operator.inputs_per_neuron)))
-
-
-def gathered_bytes(operator: Operator, samples: int) -> int:
-    """Bytes of what is gathered of an operator, beside its moments, with so many samples of each batch at most."""
-    rows = max(samples, block_of(operator))
-    return rows * (operator.groups * operator.inputs_per_neuron + operator.neurons) * operator.weight.element_size()
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,6 @@ from ray_jobs.options import (
     Model,
     Out,
     PassThrough,
-    Positions,
     Precision,
     Resize,
     RunFolder,
@@ -64,7 +63,6 @@ def plan(
     pass_through: PassThrough = "",
     batch_size: BatchSize = 32,
     memory: Memory = None,
-    positions: Positions = None,
 ) -> None:
     """What a model needs: operators, gates, bytes of moments, passes over the data for a given memory."""
     from patterns.estimators import parsed, wanted
@@ -72,10 +70,8 @@ def plan(
     from patterns.operators import KIND_NAMES
     from patterns.patches import bytes_of
     from ray_jobs import models
-    from ray_jobs.plan import model_bytes, operator_bytes, passes
+    from ray_jobs.plan import model_bytes, passes
 
-    if isinstance(positions, str):  # auto
-        raise UserError("--positions", "a plan knows no images to find a number from", "Give the number that fit says.")
     choices = words(estimators)
     sizes = image_size, resize, numbers(mean), numbers(std)
     config = ModelConfig(model, weights, precision, seed, *sizes, words(pass_through))
@@ -97,15 +93,11 @@ def plan(
     say(f"{len(loaded.network.operators)} operators; moments of {spoken_bytes(total)} in each worker and each part")
     beside = model_bytes(loaded.network, batch_size)
     say(f"beside them a worker holds the model and a batch of {batch_size}: about {spoken_bytes(beside)}")
-    if positions is not None:
-        operators = loaded.network.operators.values()
-        waits = sum(operator_bytes(operator, choices, batch_size, positions) for operator in operators) - total
-        say(f"what is gathered of {positions} positions of each image, until it is summed: {spoken_bytes(waits)}")
     if memory is not None:
-        through = passes(loaded.network, choices, memory, batch_size, positions)
+        through = passes(loaded.network, choices, memory, batch_size)
         say(f"with --memory {spoken_bytes(memory)}: {len(through)} passes over the data")
         for number, group in enumerate(through, 1):
-            size = sum(operator_bytes(operator, choices, batch_size, positions) for operator in group)
+            size = sum(planned_bytes(operator, wanted(operator, choices)) for operator in group)
             say(f"  {number}: {group[0].name} to {group[-1].name}, {spoken_bytes(size)}")
 
 

@@ -39,8 +39,7 @@ class Pass:
 
 def planned(run: Run, network: Network, config: FitConfig) -> list[Pass]:
     """The passes over the data that a fit takes: one, unless the workers' memory is too small for all moments."""
-    assert config.positions != "auto", "settled before"
-    groups = passes(network, config.estimators, config.memory, config.batch_size, config.positions)
+    groups = passes(network, config.estimators, config.memory, config.batch_size)
     names = [tuple(op.name for op in group) for group in groups]
     folders = [run.moments] if len(names) == 1 else [run.moments / f"pass-{i:02d}" for i in range(len(names))]
     return [Pass(group, folder) for group, folder in zip(names, folders)]

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from patterns import Network, Operator, UserError
 from patterns.estimators import wanted
 from patterns.moments import PIECE, planned_bytes
-from patterns.sampled import gathered_bytes
 from patterns.winograd import BLOCK
 from ray_jobs.reduce import grouped
 from ray_jobs.words import spoken_bytes
@@ -31,16 +30,7 @@ def elements(shape: Sequence[int]) -> int:
     return count
 
 
-def operator_bytes(operator: Operator, estimators: Sequence[str], batch_size: int, positions: int | None) -> int:
-    """Bytes that a worker holds of an operator: its moments, and what it gathers at drawn positions to sum it."""
-    size = planned_bytes(operator, wanted(operator, estimators))
-    available = elements(operator.output_shape) // operator.neurons
-    return size if positions is None else size + gathered_bytes(operator, batch_size * min(positions, available))
-
-
-def passes(
-    network: Network, estimators: Sequence[str], memory: int | None, batch_size: int, positions: int | None = None
-) -> list[list[Operator]]:
+def passes(network: Network, estimators: Sequence[str], memory: int | None, batch_size: int) -> list[list[Operator]]:
     """The operators whose moments are taken in each pass over the data: all at once, where memory allows.
 
     UserError where an operator's moments alone do not fit.
@@ -49,21 +39,20 @@ def passes(
     if memory is None:
         return [operators]
     room = memory - model_bytes(network, batch_size)
-    sizes = [operator_bytes(op, estimators, batch_size, positions) for op in operators]
+    sizes = [planned_bytes(op, wanted(op, estimators)) for op in operators]
     for operator, size in zip(operators, sizes):
         if size > room:
-            default = operator_bytes(operator, ["default"], batch_size, positions)
-            holds = "its moments take" if positions is None else "its moments and what is gathered for them take"
-            raise too_large(operator, holds, size, default, memory, room)
+            raise too_large(operator, estimators, size, memory, room)
     return grouped(operators, sizes, room)
 
 
-def too_large(operator: Operator, holds: str, size: int, default: int, memory: int, room: int) -> UserError:
+def too_large(operator: Operator, estimators: Sequence[str], size: int, memory: int, room: int) -> UserError:
     what = (
-        f"{holds} {spoken_bytes(size)}, and --memory {spoken_bytes(memory)} leaves {spoken_bytes(room)} "
+        f"its moments take {spoken_bytes(size)}, and --memory {spoken_bytes(memory)} leaves {spoken_bytes(room)} "
         "beside the model and a batch"
     )
     remedy = f"Give --memory {spoken_bytes(memory - room + size)}"
-    if default < size:
-        remedy += f", or fewer sums: --estimators '{operator.name}=default,…' takes {spoken_bytes(default)} for it"
+    small = planned_bytes(operator, wanted(operator, ["default"]))
+    if small < size:
+        remedy += f", or fewer sums: --estimators '{operator.name}=default,…' takes {spoken_bytes(small)} for it"
     return UserError(operator.name, what, f"{remedy}.")

@@ -1,6 +1,5 @@
 """What accumulating moments needs, measured: all that torch's allocator hands out, at the worst moment."""
 
-import gc
 from collections.abc import Callable
 
 import pytest
@@ -9,8 +8,6 @@ from torch import Tensor, nn
 
 from benchmarks.machine import peak
 from patterns import Observer, PatchObserver, trace
-from patterns.moments import Wanted, planned_bytes
-from patterns.sampled import gathered_bytes
 
 
 def test_the_measure_sees_what_operations_make_and_what_they_need_inside() -> None:
@@ -77,27 +74,3 @@ def test_sampling_patches_needs_at_most_a_third_more_than_a_forward_pass(
     with torch.no_grad():
         plain = peak(lambda: network.module(x))
     assert peak(lambda: observer.update(x)) <= 4 / 3 * plain
-
-
-def held() -> int:
-    """Bytes of all tensors that there are."""
-    gc.collect()
-    storages = [t.untyped_storage() for t in gc.get_objects() if type(t) is Tensor and t.device.type == "cpu"]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
-
-
-@pytest.mark.parametrize("images", [4, 150])
-def test_what_is_gathered_between_batches_takes_the_memory_that_is_planned(images: int) -> None:
-    model = nn.Sequential(*convolutions(), *small_head()).eval().requires_grad_(False)
-    x = torch.randn(images, 3, 16, 16)
-    network = trace(model, x[:2])
-    before = held()
-    observer = Observer(network, positions=8)
-    observer.update(x)
-    grown = held() - before
-    planned = 0
-    for operator in network.operators.values():
-        available = operator.output_shape[-1] * operator.output_shape[-2] if len(operator.output_shape) == 3 else 1
-        planned += planned_bytes(operator, Wanted()) + gathered_bytes(operator, images * min(8, available))
-    laid_out = sum(operator.weight.nbytes for operator in network.operators.values() if operator.weight.dim() == 4)
-    assert planned <= grown <= 1.01 * (planned + laid_out)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -203,18 +202,6 @@ def test_plan_says_what_a_model_needs_before_data_is_read(model_spec: str, capsy
     assert "addition" in rows["addition.0"]
     assert "0 < z < inf" in rows["addition.0"]
     assert "6 operators" in out or "7 operators" in out
-
-
-def test_a_plan_counts_what_a_fit_of_positions_gathers(model_spec: str, capsys: pytest.CaptureFixture[str]) -> None:
-    def passes_of(*options: str) -> int:
-        assert exit_status(["plan", "--model", model_spec, *PREPARED, "--memory", "130M", *options]) == 0
-        return int(re.search(r"(\d+) passes over the data", capsys.readouterr().out)[1])  # type: ignore[index]
-
-    assert passes_of("--positions", "16", "--batch-size", "4096") > passes_of("--batch-size", "4096")
-    assert exit_status(["plan", "--model", model_spec, *PREPARED, "--positions", "16"]) == 0
-    assert re.search(r"gathered of 16 positions of each image, until it is summed: [\d.]+ .iB", capsys.readouterr().out)
-    assert exit_status(["plan", "--model", model_spec, *PREPARED, "--positions", "auto"]) == 2
-    assert "--positions" in capsys.readouterr().err
 
 
 def test_packed_folders_keep_images_and_classes(tmp_path: Path) -> None:
