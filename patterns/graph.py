@@ -315,6 +315,7 @@ def record_shapes(module: GraphModule, example: Tensor) -> tuple[int, ...]:
         assert isinstance(operator, Operator)
         operator.input_shapes = tuple(tuple(x.shape[1:]) for x in inputs)
         operator.output_shape = tuple(output.shape[1:])
+        operator.per_image = operator.per_image and all(len(values) == 1 for values in (*inputs, output))
 
     hooks = [operator.register_forward_hook(note) for _, operator in operator_calls(module)]
     with torch.no_grad():

@@ -33,14 +33,18 @@ class Fed(Protocol[M_co]):
 
 
 class Observed(nn.Module):
-    """An operator that also feeds its accumulator."""
+    """An operator that also feeds its accumulator.
 
-    def __init__(self, operator: Operator, weight: Tensor, accumulator: Fed[object]) -> None:
+    laid_out: its weight as convolutions want it for what they are given, that none is brought there batch by batch.
+    """
+
+    def __init__(self, operator: Operator, accumulator: Fed[object], laid_out: Tensor | None) -> None:
         super().__init__()
-        self.operator, self.weight, self.accumulator = operator, weight, accumulator
+        self.operator, self.accumulator, self.laid_out = operator, accumulator, laid_out
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        z = self.operator.kind.forward(inputs, self.weight, self.operator.bias)
+        op = self.operator
+        z = op(*inputs) if self.laid_out is None else op.kind.forward(inputs, self.laid_out, op.bias)
         self.accumulator.update(inputs, z)
         return z
 
@@ -52,8 +56,9 @@ class Observation(Generic[M_co]):
         self._network, self._fed, self._draw, self._seen = network, accumulators, draw, 0
 
         def observed(op: Operator) -> nn.Module:
-            weight = op.weight if draw is None else laid_out(op.weight)
-            return Observed(op, weight, accumulators[op.name]) if op.name in accumulators else op
+            if op.name not in accumulators:
+                return op
+            return Observed(op, accumulators[op.name], None if draw is None else laid_out(op.weight))
 
         self._module = network.rewrite(observed)
         self._compiled: dict[torch.Size, Function] = {}
@@ -133,11 +138,16 @@ class Observer(Observation[Moments]):
     ) -> None:
         names = network.operators if operators is None else operators
         observed = {name: network.operators[name] for name in names}
-        most = max((prod(op.output_shape) // op.neurons for op in observed.values()), default=0)
-        draw = None if positions is None or most <= positions else Draw(positions, seed)
+
+        def sampled(op: Operator) -> bool:
+            return positions is not None and op.per_image and prod(op.output_shape) // op.neurons > positions
+
+        draw = Draw(positions, seed) if positions is not None and any(map(sampled, observed.values())) else None
 
         def accumulator(op: Operator) -> Fed[Moments]:
-            return Accumulator(op, wanted(op)) if draw is None else SampledAccumulator(op, wanted(op), draw)
+            if draw is None or not sampled(op):
+                return Accumulator(op, wanted(op))
+            return SampledAccumulator(op, wanted(op), draw)
 
         super().__init__(network, {name: accumulator(op) for name, op in observed.items()}, draw)
 
@@ -154,6 +164,10 @@ class PatchObserver(Observation[PatchMoments]):
 
     def __init__(self, network: Network, operators: Collection[str], positions: int, seed: int = 0) -> None:
         chosen, draw = {name: network.operators[name] for name in operators}, Draw(positions, seed)
+        for name, op in chosen.items():
+            if not op.per_image:
+                what = "its inputs are windows or tokens of several images, of whose positions none can be drawn"
+                raise UserError(name, what, "Name other operators.")
         super().__init__(network, {name: PatchAccumulator(op, draw) for name, op in chosen.items()}, draw)
 
 

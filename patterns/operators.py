@@ -285,6 +285,7 @@ class Operator(nn.Module):
     calls: how often one pass of the model calls it.
     mixed_gates: its output reaches several consumers that are not all the same rectifier; it has no gate then.
     input_shapes, output_shape: without the batch.
+    per_image: whether images come first in both, one by one; not so where windows of them do, or tokens.
     source: where the model's code calls it.
     """
 
@@ -304,7 +305,7 @@ class Operator(nn.Module):
     ) -> None:
         super().__init__()
         self.name, self.kind, self.gate, self.source = name, kind, gate, source
-        self.calls, self.mixed_gates = 1, False
+        self.calls, self.mixed_gates, self.per_image = 1, False, True
         self.input_shapes, self.output_shape = input_shapes, output_shape
         self.register_buffer("weight", weight.detach())
         self.register_buffer("bias", None if bias is None else bias.detach())

@@ -40,12 +40,14 @@ SCHEMA = pa.schema(
 
 
 def judged(network: Network, patterns: Sequence[str]) -> list[str]:
-    """The operators that some patterns of names mean; without any, all those of moderate size with several inputs.
+    """The operators that some patterns of names mean; without any, all those of moderate size with several inputs
+    of images one by one.
 
     UserError for a pattern that matches none.
     """
     if not patterns:
-        found = [n for n, op in network.operators.items() if op.inputs_per_neuron > 1 and bytes_of(op) <= GRAM_BYTES]
+        operators = network.operators.items()
+        found = [n for n, op in operators if op.inputs_per_neuron > 1 and op.per_image and bytes_of(op) <= GRAM_BYTES]
         if not found:
             what = "every operator's Gram matrix is large, or has one input"
             raise UserError("--operators", what, "Name some; `patternnet plan` lists them.")

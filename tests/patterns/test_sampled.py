@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision import models
 
-from patterns import Observer, accumulate, sampled, solve, trace
+from patterns import Observer, PatchObserver, UserError, accumulate, sampled, solve, trace
 from patterns.moments import Wanted
 from patterns.observe import laid_out
 from patterns.operators import Addition
@@ -206,3 +207,48 @@ def test_half_precision_sums_are_those_of_float64_but_for_its_rounding(dtype: to
         for field in ("y", "yy", "x", "xy"):
             truth, value = getattr(exact, field), getattr(half, field)
             assert (value - truth).norm() < 0.02 * truth.norm(), (name, field)
+
+
+class Windows(nn.Module):
+    """Linear layers over windows of 4 × 4 positions, and over tokens before images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of_windows, self.of_tokens, self.of_images = nn.Linear(3, 5), nn.Linear(5, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        windows = x.unflatten(2, (2, 4)).unflatten(4, (2, 4)).permute(0, 2, 4, 3, 5, 1).flatten(0, 2).flatten(1, 2)
+        tokens = self.of_windows(windows).relu().reshape(x.shape[0], 64, 5).transpose(0, 1)
+        return self.of_images(self.of_tokens(tokens).relu().transpose(0, 1)).mean(1)
+
+
+@pytest.mark.parametrize("positions", [3, 20])
+@pytest.mark.parametrize("images", [1, 4, 64])
+def test_where_images_do_not_come_first_all_positions_count(positions: int, images: int) -> None:
+    torch.manual_seed(0)
+    network = trace(Windows().double(), torch.zeros(2, 3, 8, 8, dtype=torch.float64))
+    observer = Observer(network, positions=positions)
+    x = torch.randn(images, 3, 8, 8, dtype=torch.float64)
+    observer.update(x)
+    exact, found = accumulate(network, [x]), observer.moments()
+    assert found["of_images"].total.n[0] == positions * images
+    for name in ("of_windows", "of_tokens"):
+        for field, sums in exact[name].tensors().items():
+            torch.testing.assert_close(found[name].tensors()[field], sums, msg=f"{name} {field}")
+    with pytest.raises(UserError, match=r"of_tokens: its inputs are windows or tokens of several images"):
+        PatchObserver(network, ["of_images", "of_tokens"], positions)
+
+
+def test_attention_over_tokens_is_fitted_from_all_of_them() -> None:
+    model = models.VisionTransformer(32, 8, 1, 2, 16, 32, num_classes=5).double()
+    x = torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    passed = ("layer_norm", "scaled_dot_product_attention", "gelu")
+    network = trace(model, x, pass_through=passed)
+    observer = Observer(network, positions=4)
+    observer.update(x)
+    exact, found = accumulate(network, [x]), observer.moments()
+    all_of_them = [name for name, moments in exact.items() if torch.equal(moments.total.n, found[name].total.n)]
+    assert any("self_attention" in name for name in all_of_them)
+    assert len(all_of_them) < len(exact)
+    for name in all_of_them:
+        torch.testing.assert_close(found[name].tensors(), exact[name].tensors())
