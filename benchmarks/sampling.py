@@ -122,8 +122,8 @@ CONCLUSIONS = """What follows:
 - Of the same images the error falls with the positions as an unbiased estimate does, and ever less beyond 16: those of
   16 err 1.6 times as much as all, those of 64 1.2 times. For each number it falls as 1/√images.
 - What positions cost depends on the network. Where convolutions are large a forward pass hides them: 16 cost 1.02 of a
-  plain forward pass on VGG-16 and 1.23 on ResNet-50, where all cost 3.8 and 5.4 ([benchmarks.md](benchmarks.md)): in the
-  same time they see nearly four times the images and more, and err less. On this network of
+  plain forward pass on VGG-16 and 1.23 on ResNet-50, where all cost 3.8 and 5.4 ([benchmarks.md](benchmarks.md)): in
+  the same time they see nearly four times the images and more, and err less. On this network of
   small depthwise convolutions the lines of 16, 64 and all positions meet.
 - The default is all positions: of the data there are, they leave the least error on every network, and a fit is done
   once. For a hundred thousand images and more, where by 1/√images either error is far below a hundredth,
