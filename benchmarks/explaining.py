@@ -1,6 +1,5 @@
 """Explanations against a plain input gradient, against each other, and against what other libraries take for a map."""
 
-import json
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -95,11 +94,10 @@ def whole_job(bench: Bench) -> Iterator[Row]:
         model = ModelConfig("benchmarks.timing:vgg16_features")
         fit(FitConfig(model, shards[:1], f"{folder}/run", JOB_BATCH, ("default",), max_samples=JOB_BATCH), HERE)
         config = ExplainConfig(model, f"{folder}/run", shards, f"{folder}/run", JOB_BATCH, FIVE[-1:])
-        digest = json.loads((Path(folder) / "run" / "manifest.json").read_text())["model"]["digest"]
         # So that a core is left for the threads that read and write.
-        worker = job.ExplainWorker(config, digest, {}, Share(cpus=1))
-        worker.ready()
         loaded = models.load(model)
+        worker = job.ExplainWorker(config, loaded.digests, {}, Share(cpus=1))
+        worker.ready()
         (images, *_) = (b.images for b in ShardReader(shards[0], loaded.preprocessing, JOB_BATCH))
         out = iter(outputs(f"{folder}/out", shards).values())
         batches = sum(1 for _ in ShardReader(shards[0], loaded.preprocessing, JOB_BATCH))

@@ -4,6 +4,7 @@ trace a model → accumulate its moments over data → solve for patterns → ju
 """
 
 from patterns.attribution import PatternAttribution, PatternNet
+from patterns.digests import digest
 from patterns.errors import UserError
 from patterns.estimators import CHOICES, ESTIMATORS, Solution, solve
 from patterns.explain import Explainer, Explanation
@@ -15,7 +16,7 @@ from patterns.observe import Observer, PatchObserver, accumulate, accumulate_pat
 from patterns.operators import Gate, Operator
 from patterns.patches import PatchMoments
 from patterns.rho import quality
-from patterns.storage import choose, digest, load, save
+from patterns.storage import choose, load, save
 
 __all__ = [
     "CHOICES",

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from zennit.canonizers import Canonizer
 from zennit.core import Composite
 
+from patterns.digests import digest
 from patterns.errors import UserError
 from patterns.explain import Explainer
-from patterns.storage import digest
 
 
 class Replaced(Canonizer):  # type: ignore[misc] # zennit has no types
@@ -83,16 +83,16 @@ def quantus_explain(
     strict: refuse a model of other weights than the patterns'; Quantus' randomisation tests need False, which
     carries the patterns over to the randomised model.
     """
-    explainers: dict[str, Explainer] = {}  # of the last model; Quantus asks for many batches of one
+    explainers: dict[tuple[str, tuple[int, ...]], Explainer] = {}  # of the last model and shape
 
     def explain_func(model: nn.Module, inputs: Any, targets: Any, **_: Any) -> np.ndarray:
-        weights = digest(model)
-        if weights not in explainers:
-            explainers.clear()
-            explainers[weights] = Explainer.load(run, model, [method], estimator, strict=strict)
         like = next(model.parameters())
         x = torch.as_tensor(inputs).to(like)
-        explanation = explainers[weights](x, torch.as_tensor(targets, dtype=torch.int64, device=like.device))
+        key = digest(model), tuple(x.shape[1:])
+        if key not in explainers:
+            explainers.clear()
+            explainers[key] = Explainer.load(run, model, [method], estimator, x[:1], strict)
+        explanation = explainers[key](x, targets)
         return explanation.maps[method].sum(1, keepdim=True).cpu().numpy()
 
     return explain_func

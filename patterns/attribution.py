@@ -1,12 +1,11 @@
 """The methods in captum's manner."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from patterns.explain import Explainer
+from patterns.inputs import Targets
 
 
 class Attribution:
@@ -25,17 +24,26 @@ class Attribution:
         example: Tensor | None = None,
         strict: bool = True,
     ) -> None:
-        self.explainer = Explainer.load(run, model, [self.method], estimator, example, strict)
+        self._load = lambda example: Explainer.load(run, model, [self.method], estimator, example, strict)
+        self.explainer = self._load(example)
 
-    def attribute(self, inputs: Tensor, target: int | Sequence[int] | Tensor | None = None) -> Tensor:
-        """A map of each sample for its target, of the inputs' shape (N, …).
+    def attribute(self, inputs: Tensor, target: Targets | None = None) -> Tensor:
+        """Return a map of each sample for its target.
 
-        target: one class for all, one for each sample, or None for those predicted.
+        Args:
+            inputs: Shape (N, …). If they have another shape than before, the model is traced again for it.
+            target: One class for all, one for each sample, or None for the predicted classes.
+
+        Returns:
+            Shape of the inputs.
+
+        Raises:
+            UserError: If the patterns do not fit the model for inputs of this shape, or there is no such class.
         """
-        targets = None
-        if target is not None:
-            targets = torch.as_tensor(target, dtype=torch.int64, device=inputs.device).expand(len(inputs))
-        explanation = self.explainer(inputs, targets)
+        shape = self.explainer.network.input_shape
+        if inputs.dim() == len(shape) + 1 and tuple(inputs.shape[1:]) != shape:
+            self.explainer = self._load(inputs[:1])
+        explanation = self.explainer(inputs, target)
         return explanation.maps[self.method] * 2.0 ** explanation.exponents[self.method]
 
 

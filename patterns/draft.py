@@ -2,7 +2,8 @@
 
 import re
 import traceback
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from math import prod
@@ -11,10 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
+from torch.fx.experimental import proxy_tensor
 from torch.fx.graph import CodeGen
 from torch.fx.node import map_arg
+from torch.utils._pytree import tree_leaves
 
 from patterns.errors import UserError
 
@@ -25,7 +29,7 @@ SEEN_THROUGH = {
     "view", "_unsafe_view", "reshape", "flatten", "unflatten", "permute", "transpose", "t", "squeeze", "unsqueeze",
     "expand", "contiguous", "clone", "alias", "detach", "cat", "stack", "slice", "select", "split",
     "split_with_sizes", "chunk", "unbind", "getitem", "_to_copy", "to", "dropout", "roll", "flip",
-    "channel_shuffle", "pixel_shuffle", "pixel_unshuffle",
+    "channel_shuffle", "pixel_shuffle", "pixel_unshuffle", "index_select",
 }  # fmt: skip
 
 
@@ -47,19 +51,19 @@ class Draft:
         with self.graph.inserting_before(node):
             return self.graph.get_attr(target)
 
-    def call(self, before: Node, target: Any, *args: Any) -> Node:
-        """A call made before a node, standing at the same place of the model's code; it knows its result's shape."""
+    def call(self, before: Node, target: Any, *args: Any, like: Node | None = None) -> Node:
+        """Make a call before a node, at the same place of the model's code as `like`, by default that of the node."""
         with self.graph.inserting_before(before):
             node = self.graph.call_function(target, args)
         values = [self._value(n) for n in node.all_input_nodes]
-        mode = next(v.fake_mode for v in values if isinstance(v, FakeTensor))
+        mode = next(v.fake_mode for v in tree_leaves(values) if isinstance(v, FakeTensor))
         fakes = {
             n: mode.from_tensor(v, static_shapes=True) if isinstance(v, Tensor) and not isinstance(v, FakeTensor) else v
             for n, v in zip(node.all_input_nodes, values)
         }
         with torch.no_grad():
             value = target(*map_arg(args, lambda n: fakes[n]))
-        node.meta = before.meta | {"val": value}
+        node.meta = (like or before).meta | {"val": value}
         return node
 
     def replace(self, node: Node, replacement: Node) -> None:
@@ -72,26 +76,17 @@ class Draft:
 
 
 def export(model: nn.Module, example: Tensor, name: str) -> Draft:
-    """The functional ATen graph of one call, with its batch size free."""
+    """Return the functional ATen graph of one call of a model that takes the example, with its batch size free."""
     example = example[:1].repeat(2, *[1] * (example.dim() - 1))  # torch.export would make a batch of 1 a constant
-    shape = tuple(example.shape[1:])
-    try:
-        with torch.no_grad():
-            output = model(example)
-    except Exception as error:  # whatever the model's own code raises for an input it does not take
-        raise UserError(
-            name,
-            f"the model does not take an input of shape {shape} ({first_line(error)})",
-            "Set --image-size, --mean and --std to what the model takes (as many means as it has input channels).",
-        ) from error
-    if not isinstance(output, Tensor):
-        raise UserError(name, f"the model returns {type(output).__name__}", "Wrap it to return one tensor of scores.")
     try:
         batch = {0: torch.export.Dim.DYNAMIC}
         # Where it fails, torch.export prints the graph so far; the error says what the user needs.
-        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()), known_constants():
             program = torch.export.export(model, (example,), dynamic_shapes=(batch,), strict=False)
+            require_any_batch(program, name)
             module: Any = program.run_decompositions({}).module()
+    except UserError:
+        raise
     except Exception as error:  # torch.export raises many kinds
         if "specialized it to be a constant" in str(error):
             raise UserError(
@@ -114,9 +109,40 @@ def export(model: nn.Module, example: Tensor, name: str) -> Draft:
             parts[str(node.target)] = attribute(module, str(node.target))
         elif node.target is torch.ops.aten.view.default:  # what comes before may come to lie otherwise in memory
             node.target = torch.ops.aten.reshape.default
-        elif node.op == "call_module":  # torch.export's guards on shapes
+        elif node.op == "call_module" or opname(node) in CHECKS:  # torch.export's guards on shapes and dtypes
             graph.erase_node(node)
     return Draft(graph, parts)
+
+
+# What torch.export adds to check shapes and dtypes while the graph runs.
+CHECKS = {"_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range", "sym_constrain_range_for_size"}
+KNOWN_NUMBERS = 4096
+
+
+@contextmanager
+def known_constants() -> Iterator[None]:
+    """Let torch.export look into constant tensors of up to 4096 numbers, not of one only.
+
+    So a forward pass may ask them: torchvision's `normalize` asks `(std == 0).any()`.
+    """
+    limited = [module for module in (proxy_tensor, fake_tensor) if hasattr(module, "CONSTANT_NUMEL_LIMIT")]
+    before = [module.CONSTANT_NUMEL_LIMIT for module in limited]
+    for module in limited:
+        setattr(module, "CONSTANT_NUMEL_LIMIT", KNOWN_NUMBERS)  # noqa: B010 - the modules do not export it
+    try:
+        yield
+    finally:
+        for module, limit in zip(limited, before):
+            setattr(module, "CONSTANT_NUMEL_LIMIT", limit)  # noqa: B010
+
+
+def require_any_batch(program: torch.export.ExportedProgram, name: str) -> None:
+    """Raise UserError if an exported program holds for some batch sizes of two and more only."""
+    for bounds in program.range_constraints.values():
+        if bounds.lower > 2 or (not bounds.upper.is_infinite and bounds.upper < 2**31):
+            sizes = f"{bounds.lower} to {bounds.upper}"
+            what = f"the forward pass depends on the batch size: what was exported is for batches of {sizes}"
+            raise UserError(name, what, "Remove what depends on the batch size from its forward.")
 
 
 def constant_of(draft: Draft, node: Node | None) -> Tensor | None:

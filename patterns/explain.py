@@ -12,14 +12,16 @@ from torch import Tensor, nn
 
 from patterns import scales
 from patterns.compiled import ThereAndBack
+from patterns.digests import digest
 from patterns.errors import UserError
 from patterns.graph import Network, trace
+from patterns.inputs import Targets, ready_inputs, ready_targets
 from patterns.methods import Backward, method_of, settings_of
 from patterns.operators import Operator
 from patterns.pictures import Shown, photograph, picture
 from patterns.rules import Rule, add_rules, gated
 from patterns.scales import Crossing, Step, Values
-from patterns.storage import choose, digest, load, traced_as
+from patterns.storage import TracedAs, choose, load, traced_as
 
 Weights = Mapping[str, Tensor]
 Back = Callable[[Sequence[Tensor]], Iterator[list[Tensor]]]  # from starts to each one's results, by pass
@@ -69,6 +71,7 @@ class Explainer:
     Not to be used from several threads at once.
     """
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         network: Network,
@@ -81,7 +84,7 @@ class Explainer:
         if not network.output_shape:
             what = "the model gives one number for each sample, no score for each class"
             raise UserError("model", what, "Explain a model whose output is (N, classes).")
-        self.network = network
+        self.network, self._like = network, network.like
         self._methods = {name: method_of(name) for name in methods}
         self.settings = settings_of(self._methods, settings or {})
         by_estimator = {"": patterns or {}, **(estimators or {})}
@@ -116,15 +119,23 @@ class Explainer:
         """Explains a model, wherever it is, by the patterns in the folder of a run.
 
         estimator: of the methods that name none, also for operators by name: see `choose`.
-        example: (N, …), what the model takes; where the run has no manifest to say so.
+        example: (N, …), what the model takes; by default of the shape that the patterns were fitted for.
         strict: refuse patterns of other weights than the model's.
         Raises UserError where the run, the model and the methods do not fit together.
         """
         folder = Path(run)
         weight = next(model.parameters())
-        shape, pass_through = traced_as(folder) if example is None else (tuple(example.shape[1:]), ())
+        known = example is None or (folder / "manifest.json").exists()
+        as_fitted = traced_as(folder) if known else TracedAs(())
+        shape = as_fitted.input_shape if example is None else tuple(example.shape[1:])
         zeros = torch.zeros((2, *shape), dtype=weight.dtype, device=weight.device)
-        network = trace(model, zeros, name=type(model).__name__, pass_through=pass_through)
+        network = trace(
+            model,
+            zeros,
+            name=type(model).__name__,
+            pass_through=as_fitted.pass_through,
+            strip_softmax=as_fitted.strip_softmax,
+        )
         patterns = load(folder, digest(model) if strict else None)
         passes = [method_of(name).backward for name in methods]
         named = {b.estimator for b in passes if b is not None and b.estimator}
@@ -156,8 +167,7 @@ class Explainer:
         else:
             x = preprocess(image.convert("RGB"))[None]
         x = x.to(self.network.like)
-        targets = None if target is None else torch.tensor([target], device=x.device)
-        return self(x, targets).shown(0, photograph(x[0].float().cpu().numpy()))
+        return self(x, target).shown(0, photograph(x[0].float().cpu().numpy()))
 
     def module(self) -> nn.Module:
         """The network with an input gradient that is the explainer's only method, from any start: for libraries that
@@ -180,29 +190,31 @@ class Explainer:
         """
         return {name: self._potentials[m.backward] for name, m in self._methods.items() if m.backward is not None}
 
+    @torch.inference_mode(False)
     def __call__(
         self,
         inputs: Tensor,
-        targets: Tensor | Callable[[Tensor], Tensor] | None = None,
+        targets: Targets | Callable[[Tensor], Tensor] | None = None,
         seeds: Sequence[int] | None = None,
     ) -> Explanation:
         """Explain the score of each sample's target, by default its predicted class.
 
         inputs: (N, *input_shape), on the network's device and in its dtype.
-        targets: int64 (N,), or (N, T) for several maps of each sample; or a weighted sum of the scores as its weights,
-        of their shape and dtype: 1 for one class and -1 for another is what speaks for the one against the other;
-        or a function from the scores to any of these.
+        targets: a class for all samples, or one for each (N,), or (N, T) for several maps of each sample, as a number,
+        a list, an array or a tensor; or weights of a sum of the scores, of their shape: 1 for one class and -1 for
+        another explains the difference; or a function from the scores to a tensor, int64 (N,) or (N, T), or weights.
+        Raises UserError if inputs or targets do not fit the network.
         seeds: one for each sample, of what is random; 0 unless given. So a sample's maps depend on no other sample.
         """
-        inputs = inputs.detach()
+        if targets is None and len(self.network.output_shape) != 1:
+            what = f"the model gives outputs of shape {self.network.output_shape}, not a score for each class"
+            raise UserError("targets", what, "Say which to explain.")
+        inputs = ready_inputs(inputs, self._like)
         scores, back = self._compiled.get(inputs.shape, self._there_and_back)(inputs)
         if targets is None:
             chosen = scores.argmax(1)
-            if scores.dim() != 2:
-                what = f"the model gives outputs of shape {self.network.output_shape}, not a score for each class"
-                raise UserError("targets", what, "Say which to explain.")
         else:
-            chosen = targets if isinstance(targets, Tensor) else targets(scores)
+            chosen = targets(scores) if callable(targets) else ready_targets(targets, scores)
         several = not chosen.is_floating_point() and chosen.dim() == 2
         starts = [start_of(t, scores) for t in (chosen.unbind(1) if several else [chosen])]
         seeds = [0] * len(inputs) if seeds is None else list(seeds)

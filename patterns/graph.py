@@ -10,7 +10,7 @@ import difflib
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
+from patterns.digests import constants_digest
 from patterns.draft import (
     SEEN_THROUGH,
     Draft,
@@ -30,35 +31,30 @@ from patterns.draft import (
     opname,
     source,
 )
+from patterns.endings import PROBABILITIES, end_in_classes, exported_output, refuse_ending, strip_ending
 from patterns.errors import UserError
 from patterns.hold import HELD_NORMS, hold_gates
+from patterns.inputs import expect_shape
 from patterns.lift import lift_operators
 from patterns.operators import Convolution, Gate, Linear, Operator, Scale, TransposedConvolution, along
-from patterns.unify import fixed_product, unify_maps, unify_pooling, unify_rectifiers, unify_sums, weighted_sum
+from patterns.probing import agree, outputs_by_sample, refuse_random, samples_like
+from patterns.rectifiers import IN_PLACE, RECTIFIERS, unify_rectifiers
+from patterns.unify import (
+    fixed_product,
+    squeeze_by_dimension,
+    unify_maps,
+    unify_pooling,
+    unify_selections,
+    unify_sums,
+    weighted_sum,
+)
 
 aten = torch.ops.aten
-
-# Rectifiers: where they pass their input on.
-RECTIFIERS: dict[Any, Callable[[dict[str, Any]], Gate]] = {
-    aten.relu.default: lambda _: Gate(0.0, float("inf")),
-    aten.relu6.default: lambda _: Gate(0.0, 6.0),
-    aten.hardtanh.default: lambda a: Gate(float(a["min_val"]), float(a["max_val"])),
-    aten.clamp.default: lambda a: Gate(limit(a["min"], "-inf"), limit(a["max"], "inf")),
-    aten.clamp_min.default: lambda a: Gate(float(a["min"]), float("inf")),
-    aten.clamp_max.default: lambda a: Gate(float("-inf"), float(a["max"])),
-    aten.threshold.default: lambda a: Gate(float(a["threshold"]), float("inf")),
-    # Those that let a share of the rest through count as open where their slope is 1.
-    aten.leaky_relu.default: lambda _: Gate(0.0, float("inf")),
-    aten.prelu.default: lambda _: Gate(0.0, float("inf")),
-}
-
-# Those whose gradient needs their result only.
-IN_PLACE: dict[Any, Any] = {aten.relu.default: aten.relu_.default, aten.hardtanh.default: aten.hardtanh_.default}
 
 # Fixed linear maps without a weight of their own: they pass with their usual backward.
 FIXED_LINEAR = {
     "pad", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad2d",
-    "index_select", "gather", "repeat", "im2col", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d",
+    "gather", "repeat", "im2col", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d",
     "_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d", "upsample_linear1d",
     "upsample_bilinear2d", "upsample_trilinear3d", "upsample_bicubic2d", "_upsample_bilinear2d_aa",
     "_upsample_bicubic2d_aa",
@@ -74,11 +70,19 @@ SUPPORTED = (
 
 @dataclass(frozen=True)
 class Network:
-    """A traced model. `module` maps a batch (N, *input_shape) to the model's output (N, *output_shape)."""
+    """A traced model.
+
+    Attributes:
+        module: Maps a batch (N, *input_shape) to the model's output (N, *output_shape).
+        input_shape: Shape of a sample.
+        output_shape: Shape of a sample's output.
+        constants: Digest of the numbers that the graph holds beside the model's parameters and buffers.
+    """
 
     module: GraphModule
     input_shape: tuple[int, ...]
     output_shape: tuple[int, ...]
+    constants: str = ""
 
     @property
     def operators(self) -> dict[str, Operator]:
@@ -126,39 +130,84 @@ class Network:
         module.recompile()
         shape = list(found.output_shape)
         shape.insert(0, shape.pop(found.kind.axis - 1 if found.kind.axis > 0 else found.kind.axis))
-        return Network(module, self.input_shape, tuple(shape))
+        return Network(module, self.input_shape, tuple(shape), self.constants)
 
 
-def trace(model: nn.Module, example: Tensor, *, name: str = "model", pass_through: Collection[str] = ()) -> Network:
-    """The model's graph for inputs of the example's shape and any batch size.
+def trace(
+    model: nn.Module,
+    example: Tensor,
+    *,
+    name: str = "model",
+    pass_through: Collection[str] = (),
+    strip_softmax: bool = False,
+) -> Network:
+    """Return a model's graph in evaluation mode, for inputs of the example's shape and any batch size.
 
-    The model is put in evaluation mode. `example`: (N, …), on the model's device, in its dtype.
-    `pass_through`: names of further operations whose usual gradient the caller accepts.
+    The model is put in evaluation mode. It runs a few times on random samples, and its graph must give the same.
 
-    Raises UserError where the model does not take the example, cannot be exported, does not return
-    one tensor, or holds an operation that is neither linear nor a known rectifier, pooling or shape change.
+    Args:
+        model: The model. One that gives one number for each sample, (N,), counts as one of one class, (N, 1).
+        example: Shape (N, …), on the model's device, in its dtype.
+        name: What to call the model in messages.
+        pass_through: Names of further operations whose usual gradient the caller accepts.
+        strip_softmax: Leave off a softmax, log-softmax or sigmoid that the model ends in.
+
+    Raises:
+        UserError: If the model does not take the example, does not return one tensor with a row for each sample, is
+            random, lets a sample depend on the others of its batch, cannot be exported, or holds an operation that is
+            neither linear nor a known rectifier, pooling or shape change.
     """
-    return network_of(export(model.eval(), example, name), example, name, pass_through)
+    model.eval()
+    if any(value.is_inference() for value in (*model.parameters(), *model.buffers())):
+        what = "the model was made in torch.inference_mode(), and its weights cannot be exported"
+        raise UserError(name, what, "Make or load it outside of inference mode.")
+    with torch.inference_mode(False), torch.no_grad():
+        samples = samples_like(example)
+        output = outputs_by_sample(model, samples, name)
+        draft = export(model, example, name)
+        refuse_random(draft, name)
+        constants = constants_digest(draft, model)
+        if strip_softmax and strip_ending(draft):
+            output = exported_output(draft, samples)
+        network = network_of(draft, example, name, pass_through)
+        require_same_output(network, samples, output, name)
+    return replace(network, constants=constants)
 
 
 def network_of(draft: Draft, example: Tensor, name: str, pass_through: Collection[str]) -> Network:
     """The network of an exported graph, which becomes its own."""
+    squeeze_by_dimension(draft)
+    end_in_classes(draft)
     fold_constants(draft)
     mark_channels(draft)
     hold_gates(draft, pass_through)
     unify_rectifiers(draft)
+    unify_selections(draft)
     unify_sums(draft)
     unify_pooling(draft)
     unify_maps(draft)
     mark_channels(draft)
     lift_operators(draft)
     fold_scales(draft)
+    if not PROBABILITIES & set(pass_through):
+        refuse_ending(draft, name)
     refuse_unknown(draft, name, pass_through)
+    input_shape = tuple(example.shape[1:])
+    expect_shape(draft, input_shape)
     module = GraphModule(draft.parts, draft.graph, "Network")
     find_gates(module)
     rectify_in_place(module)
     output_shape = record_shapes(module, example)
-    return Network(module.requires_grad_(False), tuple(example.shape[1:]), output_shape)
+    return Network(module.requires_grad_(False), input_shape, output_shape)
+
+
+def require_same_output(network: Network, samples: Tensor, expected: Tensor, name: str) -> None:
+    """Raise UserError if a network gives other outputs than its model, for all samples or for one alone."""
+    expected = expected[:, None] if expected.dim() == 1 else expected
+    for chosen in (slice(None), slice(2, None)):
+        if not agree(network.module(samples[chosen]), expected[chosen]):
+            what = "the traced network gives other outputs than the model"
+            raise UserError(name, what, "Write its forward without what depends on the batch size or on earlier calls.")
 
 
 def fold_constants(draft: Draft) -> None:
@@ -245,7 +294,7 @@ def refuse_unknown(draft: Draft, name: str, pass_through: Collection[str]) -> No
         operation = opname(node)
         if operation in SEEN_THROUGH or operation in FIXED_LINEAR or operation in pass_through:
             continue
-        if node in valueless or is_shift(node):
+        if node in valueless or is_shift(node) or node.target is aten.max.dim:
             continue
         unknown.setdefault(operation, source(node))
     if unknown:
@@ -293,7 +342,7 @@ def consumers(node: Node) -> Iterator[Gate | None]:
     for user in node.users:
         if user.op == "call_function" and user.target in RECTIFIERS:
             yield RECTIFIERS[user.target](arguments(user))
-        elif user.op == "call_function" and opname(user) in SEEN_THROUGH:
+        elif user.op == "call_function" and (opname(user) in SEEN_THROUGH or user.target is aten.max.dim):
             yield from consumers(user)
         elif opname(user) not in SYMBOLIC:
             yield None
@@ -342,10 +391,6 @@ def ancestors(node: Node) -> set[Node]:
         found |= new
         todo += new
     return found
-
-
-def limit(value: float | None, unlimited: str) -> float:
-    return float(unlimited if value is None else value)
 
 
 def resolve(args: Any, values: dict[Node, Any]) -> Any:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from math import prod
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from patterns.compiled import Function, compiled, compiling, graph_of, warm_runs
 from patterns.errors import UserError
 from patterns.graph import Network
+from patterns.inputs import batch_of, images_of, ready_inputs
 from patterns.moments import Accumulator, Moments, Wanted
 from patterns.operators import Inputs, Operator
 from patterns.patches import Draw, PatchAccumulator, PatchMoments
@@ -54,6 +55,7 @@ class Observation(Generic[M_co]):
 
     def __init__(self, network: Network, accumulators: Mapping[str, Fed[M_co]], draw: Draw | None = None) -> None:
         self._network, self._fed, self._draw, self._seen = network, accumulators, draw, 0
+        self._like = network.like
 
         def observed(op: Operator) -> nn.Module:
             if op.name not in accumulators:
@@ -89,6 +91,7 @@ class Observation(Generic[M_co]):
         seeds: of each image, for what draws positions from it, so that the sums depend neither on the order of images
         nor on their batches; without any, images are numbered as they come.
         """
+        batch = ready_inputs(batch_of(batch, self._network.input_shape), self._like)
         if self._draw is not None:
             numbers = range(self._seen, self._seen + len(batch)) if seeds is None else seeds
             self._draw.begin(torch.tensor(numbers, dtype=torch.int64).to(batch.device))
@@ -180,19 +183,32 @@ def laid_out(values: Tensor) -> Tensor:
     return torch.empty_like(values, memory_format=torch.channels_last).copy_(values) if images else values
 
 
-def accumulate(network: Network, batches: Iterable[Tensor]) -> dict[str, Moments]:
-    """All moments of every operator over some batches, each (N, *input_shape)."""
-    observer = Observer(network)
+def accumulate(network: Network, batches: Iterable[Any]) -> dict[str, Moments]:
+    """Return all moments of every operator over some batches.
+
+    Args:
+        network: The traced model.
+        batches: Tensors (N, *input_shape), or tuples that begin with one, as a DataLoader gives (images, labels).
+
+    Raises:
+        UserError: If there is no batch, or one does not fit the network.
+    """
+    return moments_over(Observer(network), batches)
+
+
+def moments_over(observer: Observation[M_co], batches: Iterable[Any]) -> dict[str, M_co]:
+    """Return what an observer takes of some batches. UserError if there is none."""
+    count = 0
     for batch in batches:
-        observer.update(batch)
+        observer.update(images_of(batch))
+        count += 1
+    if not count:
+        raise UserError("batches", "there is none", "Give at least one; a generator gives its batches only once.")
     return observer.moments()
 
 
 def accumulate_patches(
-    network: Network, batches: Iterable[Tensor], operators: Collection[str], positions: int = 16, seed: int = 0
+    network: Network, batches: Iterable[Any], operators: Collection[str], positions: int = 16, seed: int = 0
 ) -> dict[str, PatchMoments]:
-    """The moments of some operators with Σxxᵀ, for `quality`: see `PatchObserver`."""
-    observer = PatchObserver(network, operators, positions, seed)
-    for batch in batches:
-        observer.update(batch)
-    return observer.moments()
+    """Return the moments of some operators with Σxxᵀ, for `quality`: see `PatchObserver` and `accumulate`."""
+    return moments_over(PatchObserver(network, operators, positions, seed), batches)

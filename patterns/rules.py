@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.fx import GraphModule, Node
 
-from patterns.graph import IN_PLACE, RECTIFIERS
+from patterns.rectifiers import IN_PLACE, RECTIFIERS
 
 FUNCTIONAL = {in_place: functional for functional, in_place in IN_PLACE.items()}
 # From the gradient at a rectifier's output: what goes straight to its input, and what goes through its usual backward.

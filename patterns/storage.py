@@ -3,11 +3,11 @@
 Every file is written aside and renamed, so it is wholly there or not there.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 from typing import TypeVar
@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from patterns.errors import UserError
 from patterns.estimators import Choices, Solution, chosen, parsed, selected
@@ -32,17 +32,9 @@ ASIDE = ".aside-"  # part of the name of every file still being written
 Patterns = dict[str, dict[str, Tensor]]  # by operator and row of ESTIMATORS
 
 
-def digest(model: nn.Module) -> str:
-    """SHA-256 over the names, types, shapes and bytes of a model's state."""
-    state = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        state.update(f"{name}/{value.dtype}/{tuple(value.shape)}/".encode())
-        state.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return f"sha256:{state.hexdigest()}"
-
-
-def save(folder: Path, solutions: Mapping[str, Solution], weights_digest: str) -> None:
+def save(folder: str | Path, solutions: Mapping[str, Solution], weights_digest: str) -> None:
     """Write patterns.safetensors, patterns.parquet and neurons.parquet."""
+    folder = Path(folder)
     named = {f"{operator}/{row}": p for operator, s in solutions.items() for row, p in s.patterns.items()}
     save_in_turn(folder, specs_of(named), solutions.items(), weights_digest)
 
@@ -77,14 +69,14 @@ def solution_specs(operators: Iterable[Operator], choices: Choices) -> Specs:
     }
 
 
-def load(folder: Path, weights_digest: str | None, operators: Collection[str] | None = None) -> Patterns:
+def load(folder: str | Path, weights_digest: str | None, operators: Collection[str] | None = None) -> Patterns:
     """The patterns of a run, for the model of this digest; of some operators only, where they are named.
 
     weights_digest: None takes them whatever weights they were fitted for.
 
     Raises UserError where there are none, or where they were fitted for other weights.
     """
-    path = folder / "patterns.safetensors"
+    path = Path(folder) / "patterns.safetensors"
     with open_tensors(path, "Run `patternnet fit` first, or name a run that has finished") as file:
         fitted_for = (file.metadata() or {}).get("weights")
         if weights_digest is not None and fitted_for != weights_digest:
@@ -123,15 +115,23 @@ def choose(network: Network, patterns: Patterns, choices: Choices = "default") -
     return picked
 
 
-def traced_as(folder: Path) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """The input's shape without the batch, and what passes through, of the model that a run's manifest describes.
+@dataclass(frozen=True)
+class TracedAs:
+    """How the model of a run was traced: see `patterns.trace`. input_shape: without the batch."""
 
-    UserError where the folder has none of ours.
-    """
+    input_shape: tuple[int, ...]
+    pass_through: tuple[str, ...] = ()
+    strip_softmax: bool = False
+
+
+def traced_as(folder: Path) -> TracedAs:
+    """Read how the model of a run was traced. UserError if the folder has no manifest of a fit."""
     path = folder / "manifest.json"
     try:
         manifest = json.loads(path.read_text())
-        return tuple(manifest["model"]["input_shape"]), tuple(manifest["fit"]["model"]["pass_through"])
+        model = manifest["fit"]["model"]
+        shape = tuple(manifest["model"]["input_shape"])
+        return TracedAs(shape, tuple(model["pass_through"]), bool(model.get("strip_softmax", False)))
     except (OSError, ValueError, KeyError, TypeError) as error:
         remedy = "Name the folder of a finished fit, or give an example input."
         raise UserError(str(path), "no manifest of a fit", remedy) from error

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from math import lcm, prod
+from operator import getitem
 from typing import Any
 
 import torch
@@ -14,6 +15,83 @@ from patterns.operators import Addition
 
 aten = torch.ops.aten
 AVERAGE_POOLS = (aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default)
+
+
+def squeeze_by_dimension(draft: Draft) -> None:
+    """Name the dimensions that each squeeze takes away: a batch of one sample keeps its batch dimension."""
+    for node in list(draft.graph.nodes):
+        if opname(node) == "squeeze":
+            x: Any = node.args[0]
+            shape = x.meta["val"].shape
+            given = arguments(node).get("dim", range(len(shape)))
+            dims = [d % len(shape) for d in ([given] if isinstance(given, int) else given)] if len(shape) else []
+            dims = [d for d in dims if isinstance(shape[d], int) and shape[d] == 1]
+            draft.replace(node, draft.call(node, aten.squeeze.dims, x, dims) if dims else x)
+
+
+def unify_selections(draft: Draft) -> None:
+    """Rewrite indexing by constants as index_select, amax as max over one dimension, einsum of one factor as a sum."""
+    for node in list(draft.graph.nodes):
+        rewrite = SELECTIONS.get(node.target) if node.op == "call_function" else None
+        replacement = rewrite(draft, node) if rewrite else None
+        if replacement is not None:
+            draft.replace(node, replacement)
+
+
+def selection_of_index(draft: Draft, node: Node) -> Node | None:
+    """x[:, [2, 1, 0]]: one constant index of a dimension that is not the batch."""
+    a = arguments(node)
+    used = [(dim, index) for dim, index in enumerate(a["indices"]) if index is not None]
+    if len(used) != 1 or used[0][0] == 0:
+        return None
+    ((dim, index),) = used
+    value = constant_of(draft, index)
+    if value is None or value.dim() != 1 or value.dtype == torch.bool:
+        return None
+    positive = value % a["self"].meta["val"].shape[dim]  # index_select takes no negative ones
+    return draft.call(node, aten.index_select.default, a["self"], dim, draft.constant(node, positive))
+
+
+def maximum_of_dims(draft: Draft, node: Node) -> Node | None:
+    """amax over any dimensions but the batch, as the maximum over one, whose gradient goes to one of equal values."""
+    a = arguments(node)
+    x: Node = a["self"]
+    shape = x.meta["val"].shape
+    dims = sorted(d % len(shape) for d in a.get("dim") or range(len(shape)))
+    if 0 in dims or any(not isinstance(shape[d], int) for d in dims):
+        return None
+    order = [d for d in range(len(shape)) if d not in dims] + dims
+    if order != sorted(order):
+        x = draft.call(node, aten.permute.default, x, order)
+    if len(dims) > 1:
+        x = draft.call(node, aten.flatten.using_ints, x, len(shape) - len(dims), -1)
+    x = draft.call(node, aten.max.dim, x, -1)
+    x = draft.call(node, getitem, x, 0)
+    for d in dims if a["keepdim"] else ():
+        x = draft.call(node, aten.unsqueeze.default, x, d)
+    return x
+
+
+def sum_of_einsum(draft: Draft, node: Node) -> Node | None:
+    """einsum of one factor whose letters differ: a sum over the letters that the result lacks, and a permutation."""
+    factors: Any = node.args[1]
+    left, arrow, right = str(node.args[0]).replace(" ", "").partition("->")
+    if len(factors) != 1 or not arrow or len(set(left)) < len(left) or not (left + right).isalpha():
+        return None
+    (x,) = factors
+    summed = [d for d, letter in enumerate(left) if letter not in right]
+    if summed:
+        x = draft.call(node, aten.sum.dim_IntList, x, summed)
+    kept = [letter for letter in left if letter in right]
+    order = [kept.index(letter) for letter in right]
+    return x if order == sorted(order) else draft.call(node, aten.permute.default, x, order)
+
+
+SELECTIONS: dict[Any, Callable[[Draft, Node], Node | None]] = {
+    aten.index.Tensor: selection_of_index,
+    aten.amax.default: maximum_of_dims,
+    aten.einsum.default: sum_of_einsum,
+}
 
 
 def unify_pooling(draft: Draft) -> None:
@@ -226,34 +304,6 @@ SPELT_OUT: dict[Any, Callable[[Draft, Node], None]] = {
     aten.lerp.Scalar: spell_interpolation,
     aten.lerp.Tensor: spell_interpolation,
 }
-
-
-def unify_rectifiers(draft: Draft) -> None:
-    """Bring the larger, or the smaller, of a value and one number to the clamp that it is."""
-    for node in list(draft.graph.nodes):
-        if node.target in CLAMPS:
-            x, bound = node.args
-            if is_activation(bound) and number_of(draft, bound) is None:
-                x, bound = bound, x
-            limit = number_of(draft, bound)
-            if limit is not None and x.meta["val"].shape == node.meta["val"].shape:
-                draft.replace(node, draft.call(node, CLAMPS[node.target], x, limit))
-
-
-CLAMPS = {
-    aten.maximum.default: aten.clamp_min.default,
-    aten.minimum.default: aten.clamp_max.default,
-    aten.max.other: aten.clamp_min.default,
-    aten.min.other: aten.clamp_max.default,
-}
-
-
-def number_of(draft: Draft, node: Node) -> float | None:
-    """The one number that a tensor holds everywhere, if it is known to."""
-    if opname(node) == "zeros_like":
-        return 0.0
-    value = constant_of(draft, node)
-    return None if value is None or value.unique().numel() != 1 else float(value.flatten()[0])
 
 
 def unify_maps(draft: Draft) -> None:

@@ -30,6 +30,7 @@ from ray_jobs.options import (
     RunFolder,
     Seed,
     Std,
+    StripSoftmax,
     Weights,
 )
 from ray_jobs.words import duration, spoken_bytes
@@ -61,6 +62,7 @@ def plan(
     mean: Mean = None,
     std: Std = None,
     pass_through: PassThrough = "",
+    strip_softmax: StripSoftmax = False,
     batch_size: BatchSize = 32,
     memory: Memory = None,
 ) -> None:
@@ -74,7 +76,7 @@ def plan(
 
     choices = words(estimators)
     sizes = image_size, resize, numbers(mean), numbers(std)
-    config = ModelConfig(model, weights, precision, seed, *sizes, words(pass_through))
+    config = ModelConfig(model, weights, precision, seed, *sizes, words(pass_through), strip_softmax)
     parsed(choices)
     loaded = models.load(config)
     parsed(choices, loaded.network.operators)

@@ -36,6 +36,7 @@ class ModelConfig:
     weights: a path or URL; `default`, the library's own (or as a factory made them); `random`, drawn from the seed.
     precision: float32; tf32: the same, with products of 10-bit mantissas on GPUs that have them; float64; bfloat16.
     pass_through: operations without a pattern whose usual gradient is accepted.
+    strip_softmax: leave off a softmax, log-softmax or sigmoid that the model ends in.
     """
 
     spec: str
@@ -47,6 +48,7 @@ class ModelConfig:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     pass_through: tuple[str, ...] = ()
+    strip_softmax: bool = False
 
 
 @dataclass(frozen=True)

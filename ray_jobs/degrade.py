@@ -55,7 +55,13 @@ CURVES = pa.schema(
 class DegradeWorker(ShardWorker[ShardTask]):
     """Holds the model and its patterns, and nothing that a lost worker would take along."""
 
-    def __init__(self, config: DegradeConfig, weights: str, scales: Scales, share: Share = Share()) -> None:  # noqa: B008 - frozen
+    def __init__(
+        self,
+        config: DegradeConfig,
+        weights: models.ModelDigests,
+        scales: Scales,
+        share: Share = Share(),  # noqa: B008 - frozen
+    ) -> None:
         super().__init__(share)
         self.config, self.weights, self.scales = config, weights, scales
 
@@ -137,14 +143,14 @@ def checked(config: DegradeConfig) -> DegradeConfig:
 
 def fits(config: DegradeConfig, loaded: models.Loaded) -> None:
     """UserError where images have fewer patches than are to be replaced, or the model gives no classes."""
+    if len(loaded.network.output_shape) != 1 or loaded.network.output_shape == (1,):
+        what = f"the model gives outputs of shape {loaded.network.output_shape}, not a score for each class"
+        raise UserError("--model", what, "Degrade images for a model whose output is (N, classes).")
     size = loaded.preprocessing.image_size
     patches = math.ceil(size / config.patch) ** 2
     if config.steps > patches:
         what = f"images of {size}×{size} pixels have {patches} patches of {config.patch}×{config.patch}"
         raise UserError(f"--steps {config.steps}", what, "Give fewer steps or a smaller --patch-size.")
-    if len(loaded.network.output_shape) != 1:
-        what = f"the model gives outputs of shape {loaded.network.output_shape}, not a score for each class"
-        raise UserError("--model", what, "Degrade images for a model whose output is (N, classes).")
 
 
 def degrade(config: DegradeConfig, resources: Resources = Resources()) -> Run:  # noqa: B008 - frozen
@@ -166,7 +172,7 @@ def degrade(config: DegradeConfig, resources: Resources = Resources()) -> Run:  
         passes = config.steps * len(config.methods)
         line = f"each image goes through the model {passes} times: {len(config.methods)} methods, {config.steps} steps"
         done, counted = shard_by_shard(
-            "degrade", beat, config, resources, "degradation", line, DegradeWorker, loaded.digest, made.scales
+            "degrade", beat, config, resources, "degradation", line, DegradeWorker, loaded.digests, made.scales
         )
         means = {method: Mean(config.steps + 1) for method in config.methods}
         with published(run.folder) as folder:

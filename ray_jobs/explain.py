@@ -58,7 +58,13 @@ def schema(config: ExplainConfig, target: Target) -> pa.Schema:
 class ExplainWorker(ShardWorker[ShardTask]):
     """Holds the model and its patterns, and nothing that a lost worker would take along."""
 
-    def __init__(self, config: ExplainConfig, weights: str, scales: Scales, share: Share = Share()) -> None:  # noqa: B008 - frozen
+    def __init__(
+        self,
+        config: ExplainConfig,
+        weights: models.ModelDigests,
+        scales: Scales,
+        share: Share = Share(),  # noqa: B008 - frozen
+    ) -> None:
         super().__init__(share)
         self.config, self.weights, self.scales = config, weights, scales
 
@@ -144,13 +150,16 @@ class ExplainWorker(ShardWorker[ShardTask]):
         if target.operator is not None:
             with torch.inference_mode():
                 scores = self.loaded.network.module(images).float()
-        probability, prediction = scores.softmax(1).max(1)
+        prediction: list[int | None] = [None] * len(scores)
+        probability: list[float | None] = [None] * len(scores)
+        if scores.dim() == 2 and scores.shape[1] > 1:  # dense outputs, and one number for each sample, predict no class
+            probability, prediction = (values.tolist() for values in scores.softmax(1).max(1))
         classes = target.classes(values, batch.labels)
         score = target.score(values, classes)
         columns = {
             "label": batch.labels,
-            "prediction": prediction.tolist(),
-            "probability": probability.tolist(),
+            "prediction": prediction,
+            "probability": probability,
             "target": classes.tolist() if len(target.picks) > 1 else classes[:, 0].tolist(),
             "score": score.tolist() if target.maps > 1 else score[:, 0].tolist(),
         }
@@ -167,6 +176,7 @@ def explainer(config: MethodsConfig, loaded: models.Loaded, operator: str | None
     chosen, estimators = None, {}
     if passes:
         patterns = load_patterns(config.patterns, loaded.digest)
+        Run(config.patterns).require_model(loaded)
         if any(not b.estimator for b in passes):
             chosen = choose(network, patterns, config.estimator)
         estimators = {b.estimator: choose(network, patterns, b.estimator) for b in passes if b.estimator}
@@ -238,7 +248,7 @@ def explain(config: ExplainConfig, resources: Resources = Resources()) -> Run:  
         run.record("explain", section, loaded)
         line = cost(config, loaded, target)
         done, counted = shard_by_shard(
-            "explain", beat, config, resources, "explanations", line, ExplainWorker, loaded.digest, scales
+            "explain", beat, config, resources, "explanations", line, ExplainWorker, loaded.digests, scales
         )
         samples = 0
 

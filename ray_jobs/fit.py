@@ -103,7 +103,7 @@ def fit(config: FitConfig, resources: Resources = Resources(), retry_quarantined
             if why is not None and number == 0:
                 job.reporter.line(why)
             try:
-                job.gather(observe, loaded.digest)
+                job.gather(observe, loaded.digests)
             finally:
                 refused = quarantine(run, through, config.shards)
             if isinstance(job, ConvergingJob):

@@ -22,6 +22,7 @@ from ray_jobs.driver import Beat
 from ray_jobs.files import located, names, published, remove
 from ray_jobs.job import ShardJob
 from ray_jobs.ledger import Ledger, Part, Refused, together
+from ray_jobs.models import ModelDigests
 from ray_jobs.run import refused_in, write_refused
 from ray_jobs.samples import seed_of
 from ray_jobs.shards import ShardReader
@@ -87,7 +88,7 @@ class GatherWorker(ShardWorker[GatherTask]):
         folder: str,
         batch_size: int,
         observe: Observe,
-        weights: str,
+        weights: ModelDigests,
         share: Share = Share(),  # noqa: B008 - frozen
     ) -> None:
         super().__init__(share)
@@ -199,7 +200,7 @@ class GatherJob(ShardJob):
         self.seconds = 0.0  # from the first worker's start to the last commit
         super().__init__(name, beat, [task.shards[n] for n in wanted], left, resources, resources.max_loss)
 
-    def gather(self, observe: Observe, weights: str) -> Ledger:
+    def gather(self, observe: Observe, weights: ModelDigests) -> Ledger:
         """Work until every shard counts, or is missing. UserError where no sample of any shard could be used."""
         task = self.gathering
         try:

@@ -64,7 +64,10 @@ class Gallery:
         labelled = [row for row in self.rows() if row["label"] is not None]
         if not labelled:
             raise UserError("--worst", "no sample has a label", "Choose by --keys or --random.")
-        wrong = [row for row in labelled if row["label"] != row["prediction"]]
+        predicted = [row for row in labelled if row["prediction"] is not None]
+        if not predicted:
+            raise UserError("--worst", "the model predicts no class", "Choose by --keys or --random.")
+        wrong = [row for row in predicted if row["label"] != row["prediction"]]
         return sorted(wrong, key=lambda row: -row["probability"])[:count]
 
     def drawn(self, count: int, seed: int) -> list[Row]:
@@ -121,6 +124,8 @@ class Gallery:
 
     def caption(self, row: Row) -> str:
         """label → prediction and its probability."""
+        if row["prediction"] is None:
+            return "" if row["label"] is None else self.class_name(row["label"])
         said, label = self.class_name(row["prediction"]), row["label"]
         return f"{'' if label is None else self.class_name(label) + ' → '}{said} {row['probability']:.0%}"
 

@@ -43,6 +43,7 @@ from ray_jobs.options import (
     Settings,
     Shards,
     Std,
+    StripSoftmax,
     TargetSpec,
     UntilConverged,
     Weights,
@@ -90,6 +91,7 @@ def fit(
     mean: Mean = None,
     std: Std = None,
     pass_through: PassThrough = "",
+    strip_softmax: StripSoftmax = False,
     memory: Memory = None,
     until_converged: UntilConverged = None,
     positions: Positions = None,
@@ -105,7 +107,7 @@ def fit(
 
     sizes = image_size, resize, numbers(mean), numbers(std)
     config = FitConfig(
-        ModelConfig(model, weights, precision, seed, *sizes, words(pass_through)),
+        ModelConfig(model, weights, precision, seed, *sizes, words(pass_through), strip_softmax),
         list_shards(shards, allow_pipes),
         place(out),
         batch_size,
@@ -271,6 +273,7 @@ def reproduce(
     resize: Resize = None,
     mean: Mean = None,
     std: Std = None,
+    strip_softmax: StripSoftmax = False,
     patch_size: Annotated[
         int | None, typer.Option(min=1, help="Of the degradation; by default 9, of small images 4.")
     ] = None,
@@ -303,7 +306,8 @@ def reproduce(
         sizes = image_size, resize, numbers(mean), numbers(std)
         train, test = (shards or [f"{data}/train"]), (evaluate or [f"{data}/test"])
         listed = list_shards(train, allow_pipes), list_shards(test, allow_pipes)
-        experiment = Experiment(ModelConfig(model, weights, "float32", seed, *sizes), *listed, seed=seed)
+        config = ModelConfig(model, weights, "float32", seed, *sizes, strip_softmax=strip_softmax)
+        experiment = Experiment(config, *listed, seed=seed)
     else:
         what = "neither a data set with its own model nor a model with data"
         remedy = f"Give --dataset {' or '.join(NAMES)} with --data, or --model with --data or --shards and --evaluate."

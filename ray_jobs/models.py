@@ -24,6 +24,19 @@ IMAGENET = Preprocessing(224, 256, "bilinear", (0.485, 0.456, 0.406), (0.229, 0.
 
 
 @dataclass(frozen=True)
+class ModelDigests:
+    """What tells whether two processes hold the same model.
+
+    Attributes:
+        weights: `patterns.digest` of its parameters and buffers.
+        constants: `patterns.Network.constants`, what its graph holds beside them; None if it is not known.
+    """
+
+    weights: str
+    constants: str | None = None
+
+
+@dataclass(frozen=True)
 class Loaded:
     """A model ready for work. digest: of its weights, as they were loaded."""
 
@@ -34,11 +47,17 @@ class Loaded:
     device: torch.device
     dtype: torch.dtype
 
+    @property
+    def digests(self) -> ModelDigests:
+        """The digests of the model, which is traced for it."""
+        return ModelDigests(self.digest, self.network.constants)
+
     @cached_property
     def network(self) -> Network:
         """The model traced, once it is asked for: a finished job is known by its digest. UserError as `trace`'s."""
         example = torch.zeros((2, *self.preprocessing.input_shape), device=self.device, dtype=self.dtype)
-        return trace(self.model, example, name=self.config.spec, pass_through=self.config.pass_through)
+        passing, strip = self.config.pass_through, self.config.strip_softmax
+        return trace(self.model, example, name=self.config.spec, pass_through=passing, strip_softmax=strip)
 
 
 def load(config: ModelConfig, device: str = "cpu") -> Loaded:

@@ -14,7 +14,7 @@ from ray_jobs.config import ExplainConfig, ModelConfig
 from ray_jobs.decode import decode
 from ray_jobs.explain import ExplainWorker, checked
 from ray_jobs.files import located
-from ray_jobs.models import class_names
+from ray_jobs.models import ModelDigests, class_names
 from ray_jobs.outputs import Explained
 from ray_jobs.run import Run
 from ray_jobs.samples import SampleError
@@ -60,7 +60,8 @@ class OnlineExplainer:
         )
         checked(config)
         scales = fitted.manifest().get("explain", {}).get("scales", {})
-        self.worker = ExplainWorker(config, fitted.manifest()["model"]["digest"], scales, own_share())
+        about = fitted.manifest()["model"]
+        self.worker = ExplainWorker(config, ModelDigests(about["digest"], about.get("constants")), scales, own_share())
         self.worker.ready()
         if self.worker.target.needs_label:
             raise UserError("target", "images from elsewhere have no label", "Explain `predicted` or a class.")
@@ -147,7 +148,8 @@ class ExplainBatch(OnlineExplainer):
             columns[method] = spread(arrays.astype(np.float32)[:kept], used, 0)
             columns[f"{method}_exponent"] = spread(explained.exponents[method][:kept], used, 0)
         for name, nothing in (("prediction", -1), ("probability", 0), ("target", -1), ("score", 0)):
-            columns[name] = spread(np.array([row[name] for row in explained.rows])[:kept], used, nothing)
+            values = [nothing if row[name] is None else row[name] for row in explained.rows]
+            columns[name] = spread(np.array(values)[:kept], used, nothing)
         return {**batch, **columns}
 
 

@@ -73,6 +73,10 @@ Resize = Annotated[int | None, typer.Option(min=1, help="Shorter side before the
 Mean = Annotated[str | None, typer.Option(help="Mean per channel, for pixels in [0, 1]: 0.5,0.5,0.5.")]
 Std = Annotated[str | None, typer.Option(help="Deviation per channel: 0.5,0.5,0.5.")]
 PassThrough = Annotated[str, typer.Option(help="Operations whose usual gradient to take: gelu,layer_norm,…")]
+StripSoftmax = Annotated[
+    bool,
+    typer.Option("--strip-softmax", help="Leave off the softmax, log-softmax or sigmoid that the model ends in."),
+]
 Methods = Annotated[
     str, typer.Option(help=f"Some of {', '.join(METHODS)}; {' and '.join(WITH_PATTERNS)} also as METHOD:ESTIMATOR.")
 ]

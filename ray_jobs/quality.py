@@ -94,7 +94,7 @@ def measure(config: QualityConfig, resources: Resources = Resources()) -> Run:  
             task = Gathering(config.model, shards, str(folder), config.batch_size, config.max_samples)
             job = GatherJob(f"quality, {name}", beat, task, tasks, resources)
             observe = partial(observer, names, config.positions, config.seed)
-            ledger = job.gather(observe, loaded.digest)
+            ledger = job.gather(observe, loaded.digests)
             parts.append([str(folder / part.file) for part in ledger.parts])
             counted[name] = ledger.samples
             refused += read_refused(folder, ledger, shards)

@@ -86,16 +86,36 @@ class Run:
     def record(self, job: str, section: dict[str, Any], loaded: Loaded) -> None:
         """Write a job's section, and what is the same for all jobs. No worker writes to the folder meanwhile."""
         self.clean()
+        self.require_model(loaded)
         manifest = {
             **self.manifest(),
             "format": FORMAT,
-            "model": {"digest": loaded.digest, "input_shape": loaded.network.input_shape},
+            "model": {
+                "digest": loaded.digest,
+                "constants": loaded.network.constants,
+                "precision": loaded.config.precision,
+                "input_shape": loaded.network.input_shape,
+            },
             "operators": [described(op) for op in loaded.network.operators.values()],
             "versions": {"python": platform.python_version()} | {name: version_of(name) for name in LIBRARIES},
             job: {**section, "written": datetime.now(UTC).isoformat(timespec="seconds")},
         }
         with files.published(self.folder) as folder:
             write_json(folder / self.path.name, manifest)
+
+    def require_model(self, loaded: Loaded) -> None:
+        """Raise UserError if this folder's model held other numbers beside its weights than the model now does.
+
+        The digest of the weights is compared elsewhere. Another version of torch, or precision, may hold others.
+        """
+        manifest = self.manifest()
+        before = manifest.get("model", {})
+        same = manifest.get("versions", {}).get("torch") == version_of("torch")
+        same = same and (before.get("digest"), before.get("precision")) == (loaded.digest, loaded.config.precision)
+        if same and before.get("constants") not in (None, loaded.network.constants):
+            what = "the model holds other numbers than in the runs of this folder, which are not in its state"
+            remedy = "Seed what the model's code draws at random, or make it a buffer that is loaded with the weights."
+            raise UserError(str(self.folder), what, remedy)
 
     def clean(self) -> None:
         """Delete what workers and drivers that were killed had half written."""

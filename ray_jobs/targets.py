@@ -9,6 +9,8 @@
 | `281`, `tabby` | a class by number or name | 1 |
 | `A-vs-B` | score of A less score of B, each one of the above but `top` | 1 |
 | `features.28:17` | a neuron of an operator behind its gate, all its positions together | 1 |
+
+A model that gives one number for each sample (a binary or regression head) is explained by that number.
 """
 
 import difflib
@@ -84,6 +86,11 @@ def target_of(spec: str, network: Network, names: Mapping[str, int]) -> Target:
         if not 1 <= count <= classes:
             raise UserError(f"--target {spec}", f"the model has {classes} classes", f"Take top-1 to top-{classes}.")
         return Target(tuple(rank(place) for place in range(count)))
+    if classes == 1:
+        if spec not in ("predicted", "label", "0"):
+            what = "the model gives one number for each sample, which is all that can be explained"
+            raise UserError(f"--target {spec}", what, "Leave out --target, or explain a neuron: OPERATOR:NEURON.")
+        return Target((fixed(0),))
     one, against, other = spec.partition(AGAINST)
     words = [one, other] if against else [spec]
     picks = tuple(pick(word, spec, classes, names, network) for word in words)

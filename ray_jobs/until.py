@@ -23,6 +23,7 @@ from ray_jobs.driver import Beat
 from ray_jobs.files import fetched, located, published
 from ray_jobs.gather import Gathering, GatherJob, Observe
 from ray_jobs.ledger import Ledger
+from ray_jobs.models import ModelDigests
 from ray_jobs.tasks import Pending, Tasks
 
 GROWTH = 1.25  # how many times the samples of the last look there must be for the next
@@ -55,7 +56,7 @@ class ConvergingJob(GatherJob):
         random.Random(until.seed).shuffle(self.left)
         self.sure: dict[str, Any] = {}
 
-    def gather(self, observe: Observe, weights: str) -> Ledger:
+    def gather(self, observe: Observe, weights: ModelDigests) -> Ledger:
         """As for any job, unless what there is already is enough."""
         self.look_at_all()
         if not self.enough:

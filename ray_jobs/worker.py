@@ -67,15 +67,21 @@ class Share:
         """Threads that decode; on a CPU the model needs the cores itself."""
         return max(1, min(MOST_DECODERS, int(self.cpus))) if self.device() == "cuda" else 1
 
-    def load(self, config: ModelConfig, weights: str) -> models.Loaded:
-        """The model, on this worker's device. UserError where its weights are not the driver's."""
+    def load(self, config: ModelConfig, expected: models.ModelDigests) -> models.Loaded:
+        """Load the model on this worker's device. UserError if it is not the driver's, whose digests are expected."""
         torch.set_num_threads(1 if self.decoders > 1 else max(1, int(self.cpus)))
         torch._inductor.config.compile_threads = max(1, int(self.cpus))  # else as many as the machine has cores
         keep_freed_memory()
         loaded = models.load(config, self.device())
-        if loaded.digest != weights:  # a file that differs from node to node
-            what = f"this node loads weights {loaded.digest}, the driver {weights}"
-            raise UserError(socket.gethostname(), what, "Make the same weights readable on every node.")
+        host = socket.gethostname()
+        if loaded.digest != expected.weights:
+            what = f"this worker loads a model with digest {loaded.digest}, and the driver one with {expected.weights}"
+            remedy = "Make the same weights readable on every node, and seed all that the model's code draws at random."
+            raise UserError(host, what, remedy)
+        if expected.constants is not None and loaded.network.constants != expected.constants:
+            what = "the model of this worker holds other numbers than the driver's, which are not in its state"
+            remedy = "Seed what the model's code draws at random, or make it a buffer that is loaded with the weights."
+            raise UserError(host, what, remedy)
         return loaded
 
 

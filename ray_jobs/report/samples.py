@@ -41,7 +41,7 @@ class Card:
     shard: str
     label: str | None
     prediction: str
-    probability: float
+    probability: float | None
     right: bool | None
     tiles: list[Tile]
 
@@ -84,8 +84,9 @@ def card(gallery: Gallery, row: Row, tiles: list[Tile]) -> Card:
     """A sample with its classes' names."""
     label, prediction = row["label"], row["prediction"]
     named = None if label is None else gallery.class_name(label)
-    right = None if label is None else label == prediction
-    return Card(row["key"], row["shard"], named, gallery.class_name(prediction), row["probability"], right, tiles)
+    right = None if label is None or prediction is None else label == prediction
+    predicted = "no class" if prediction is None else gallery.class_name(prediction)
+    return Card(row["key"], row["shard"], named, predicted, row["probability"], right, tiles)
 
 
 def side_for(pictures: int) -> int:

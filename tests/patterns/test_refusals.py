@@ -30,7 +30,10 @@ class Block(nn.Module):
         ),
         (Block(nn.GELU()), r"gelu in activation \(test_refusals\.py:\d+: return self\.activation"),
         (Block(nn.LayerNorm([3, 8, 8])), r"layer_norm in activation \(test_refusals\.py:\d+: return self\.activation"),
-        (Block(nn.Softmax(1)), r"softmax in activation \(test_refusals\.py:\d+: return self\.activation"),
+        (
+            nn.Sequential(Block(nn.Softmax(1)), conv(3, 3)),
+            r"softmax in 0\.activation \(test_refusals\.py:\d+: return self\.activation",
+        ),
         (
             Calls(lambda m, x: m.conv(x) * m.other(x).sigmoid(), conv=conv(), other=conv()),
             r"sigmoid in the model \(small\.py:\d+: .*\); mul in the model \(small\.py:\d+: ",

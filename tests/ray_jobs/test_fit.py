@@ -35,11 +35,11 @@ from tests.conftest import make_shards, write_tar
 from tests.ray_jobs.runs import PREPARED, configured, same_patterns
 
 
-def worker_of(config: FitConfig) -> tuple[ModelConfig, str, int, Observe, str]:
+def worker_of(config: FitConfig) -> tuple[ModelConfig, str, int, Observe, models.ModelDigests]:
     """What a worker of a fit is made from."""
     loaded = models.load(config.model)
     observe = partial(observer, config, tuple(loaded.network.operators))
-    return config.model, f"{config.out}/moments", config.batch_size, observe, loaded.digest
+    return config.model, f"{config.out}/moments", config.batch_size, observe, loaded.digests
 
 
 def ledger_of(folder: Path) -> Ledger:

@@ -62,7 +62,7 @@ def opened(seen: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> list[tuple[st
 def worker(model_spec: str, tmp_path: Path, seen: list[Tensor]) -> GatherWorker:
     model = ModelConfig(model_spec, **PREPARED)
     made: Any = partial(Observed, seen)
-    worker = GatherWorker(model, str(tmp_path), 2, made, models.load(model).digest)
+    worker = GatherWorker(model, str(tmp_path), 2, made, models.load(model).digests)
     worker.ready()
     return worker
 

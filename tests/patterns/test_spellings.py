@@ -1,0 +1,114 @@
+"""The same function written in another way is the same operator with the same gate, and gives the same maps."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from patterns import Explainer, Gate, UserError, trace
+from tests.patterns.small import Calls, assert_same_outputs, conv, image
+
+RELU, SIX, BELOW = Gate(0.0, float("inf")), Gate(0.0, 6.0), Gate(float("-inf"), 0.0)
+Function = Callable[[Tensor], Tensor]
+
+# For each spelling its common form, and the gate that the operator before it has.
+GATES: dict[str, tuple[Function, Function, Gate | None]] = {
+    "clip of two": (lambda y: y.clip(0, 6), F.relu6, SIX),
+    "clip of one": (lambda y: torch.clip(y, min=0), F.relu, RELU),
+    "clip in place": (lambda y: y.clone().clip_(0), F.relu, RELU),
+    "clamp of tensors": (lambda y: torch.clamp(y, min=torch.tensor(0.0)), F.relu, RELU),
+    "maximum": (lambda y: torch.maximum(y, torch.zeros_like(y)), F.relu, RELU),
+    "maximum turned": (lambda y: torch.maximum(torch.full_like(y, 0.0), y), F.relu, RELU),
+    "maximum of ones": (lambda y: torch.minimum(y, torch.ones_like(y)), lambda y: y.clamp(max=1), Gate(-torch.inf, 1)),
+    "fmax": (lambda y: torch.fmax(y, torch.zeros((), dtype=y.dtype)), F.relu, RELU),
+    "fmin": (lambda y: torch.fmin(y, torch.zeros(1, dtype=y.dtype)), lambda y: y.clamp(max=0), BELOW),
+    "rrelu in evaluation": (lambda y: F.rrelu(y, 0.1, 0.3), lambda y: F.leaky_relu(y, 0.2), RELU),
+    "where": (lambda y: torch.where(y > 0, y, 0.0), F.relu, RELU),
+    "where turned": (lambda y: torch.where(y < 0, torch.zeros_like(y), y), F.relu, RELU),
+    "where of a number before": (lambda y: torch.where(y > 0, y, 0.0), F.relu, RELU),
+    "where not": (lambda y: torch.where(~(y > 0), 0.0, y), F.relu, RELU),
+    "where leaky": (lambda y: torch.where(y > 0, y, 0.1 * y), lambda y: F.leaky_relu(y, 0.1), RELU),
+    "where leaky turned": (lambda y: torch.where(y <= 0, y / 4, y), lambda y: F.leaky_relu(y, 0.25), RELU),
+    "where at a number": (lambda y: torch.where(y > 1, y, 0.0), lambda y: F.threshold(y, 1, 0), Gate(1, torch.inf)),
+    "where above": (lambda y: torch.where(y > 6, 6.0, y), lambda y: y.clamp(max=6), Gate(-torch.inf, 6.0)),
+    "negative part": (lambda y: y * (y < 0), lambda y: y.clamp(max=0), BELOW),
+    "product with a mask": (lambda y: y * (y > 0), F.relu, RELU),
+    "product with floats": (lambda y: (y >= 0).to(y.dtype) * y, F.relu, RELU),
+    "product with a step": (lambda y: y * torch.heaviside(y, torch.ones((), dtype=y.dtype)), F.relu, RELU),
+    "masked fill": (lambda y: y.masked_fill(y < 0, 0), F.relu, RELU),
+    "masked fill in place": (lambda y: y.clone().masked_fill_(y <= 0, 0.0), F.relu, RELU),
+    "assignment": (lambda y: assigned(y.clone()), F.relu, RELU),
+    "amax": (lambda y: F.relu(y).amax((2, 3), keepdim=True), lambda y: F.adaptive_max_pool2d(F.relu(y), 1), RELU),
+    "amax before": (
+        lambda y: F.relu(y.amax((2, 3), keepdim=True)), lambda y: F.relu(F.adaptive_max_pool2d(y, 1)), RELU
+    ),
+    "max": (
+        lambda y: F.relu(y).flatten(2).max(-1)[0], lambda y: F.adaptive_max_pool2d(F.relu(y), 1).flatten(1), RELU
+    ),
+    "channels by number": (
+        lambda y: F.relu(y[:, [2, 1, 0, -1]]), lambda y: F.relu(torch.cat([y[:, :3].flip(1), y[:, 3:]], 1)), RELU
+    ),
+    "channels by tensor": (lambda y: F.relu(y[:, torch.tensor([3, 2, 1, 0])]), lambda y: F.relu(y.flip(1)), RELU),
+    "einsum of one": (lambda y: torch.einsum("nchw->nc", F.relu(y)), lambda y: F.relu(y).sum((2, 3)), RELU),
+    "einsum turned": (
+        lambda y: torch.einsum("nchw->nwc", F.relu(y)), lambda y: F.relu(y).sum(2).permute(0, 2, 1), RELU
+    ),
+}  # fmt: skip
+
+
+def assigned(y: Tensor) -> Tensor:
+    y[y < 0] = 0.0
+    return y
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_a_spelling_has_the_gate_the_outputs_and_the_maps_of_its_common_form(name: str) -> None:
+    spelling, common, gate = GATES[name]
+    maps = []
+    for function in (spelling, common):
+        torch.manual_seed(0)
+        model = Calls(lambda m, x, f=function: m.head(f(m.conv(x)).flatten(1)), conv=conv()).double()
+        with torch.no_grad():
+            features = function(model.conv(image())).flatten(1).shape[1]
+        model.head = nn.Linear(features, 3).double()
+        network, x = trace(model, image()), image(3)
+        assert_same_outputs(model, network, x, x[:1])
+        assert network.operators["conv"].gate == gate
+        patterns = {n: torch.randn_like(op.weight) for n, op in network.operators.items()}
+        explanation = Explainer(network, patterns, ["patternnet", "patternattribution"])(x, 1)
+        maps.append(torch.stack(list(explanation.maps.values())))
+    torch.testing.assert_close(maps[0], maps[1], rtol=1e-10, atol=1e-12)
+
+
+REFUSED: dict[str, Function] = {
+    "mask of another value": lambda y: y * (y.flip(1) > 0),
+    "choice of another value": lambda y: torch.where(y > 0, y.flip(1), y),
+    "absolute value": lambda y: torch.where(y > 0, y, -y),
+    "jump at another number": lambda y: torch.where(y > 0, y, 1.0 + y),
+    "index of the batch": lambda y: y[[0, 0]],
+    "maximum of the batch": lambda y: y.amax(0, keepdim=True).expand_as(y),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_only_looks_like_a_rectifier_or_a_pool_is_refused(name: str) -> None:
+    with pytest.raises(UserError):
+        trace(Calls(lambda m, x: REFUSED[name](m.conv(x)), conv=conv()).double(), image())
+
+
+BEFORE: dict[str, Function] = {
+    "torchvision's normalize": lambda x: T.normalize(x, [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]),
+    "a mean and a deviation": lambda x: (x - torch.tensor([0.4, 0.5, 0.6])[:, None, None]) / 0.25,
+    "bytes": lambda x: x / 255,
+    "BGR": lambda x: x[:, [2, 1, 0]],
+}
+
+
+@pytest.mark.parametrize("name", BEFORE)
+def test_preprocessing_in_the_forward_pass_is_taken(name: str) -> None:
+    model = Calls(lambda m, x: m.conv(BEFORE[name](x)).relu(), conv=conv()).double()
+    network, x = trace(model, image()), image(3)
+    assert_same_outputs(model, network, x, x[:1])
+    assert network.operators["conv"].gate == RELU
