@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.transforms import functional as T
 
 from patterns import Explainer, Gate, UserError, trace
 from tests.patterns.small import Calls, assert_same_outputs, conv, image
