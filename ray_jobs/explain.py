@@ -4,7 +4,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import closing
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from patterns.storage import write_table
 from ray_jobs import models
 from ray_jobs.config import ExplainConfig, MethodsConfig, Resources
 from ray_jobs.driver import driving, tidy
-from ray_jobs.files import here, located, published, read_table
+from ray_jobs.files import located, published, read_table
 from ray_jobs.outputs import OUTPUTS, Explained, bytes_per_sample, import_zarr, writers
 from ray_jobs.run import Run, load_patterns, write_refused
 from ray_jobs.samples import SampleError, seed_of
@@ -196,8 +195,8 @@ def cost(config: ExplainConfig, loaded: models.Loaded, target: Target) -> str:
     if config.max_samples is not None:
         line += f", all {config.max_samples} at most {spoken_bytes(config.max_samples * total)}"
     folder = located(config.out)
-    if here(folder):
-        there = next(p for p in (Path(str(folder)), *Path(str(folder)).parents) if p.exists())
+    if folder.local is not None:
+        there = next(p for p in (folder.local, *folder.local.parents) if p.exists())
         line += f"; {spoken_bytes(shutil.disk_usage(there).free)} are free at {config.out}"
     return line
 
