@@ -118,10 +118,11 @@ def merge(
 
 def status(run: RunFolder) -> None:
     """How far a run is, from its files alone: on any machine that sees them, whatever the cluster says."""
+    from ray_jobs.driver import BEAT_EVERY
     from ray_jobs.run import Run
     from ray_jobs.status import spoken_status
 
-    for line in spoken_status(Run(run), time.time()):
+    for line in spoken_status(Run(run), time.time(), patience=2 * BEAT_EVERY):
         say(line)
 
 
