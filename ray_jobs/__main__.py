@@ -9,6 +9,7 @@ __all__ = ["main"]
 
 def main() -> None:
     """Run the program and exit with its status."""
+    standard.use_utf8()
     standard.secure()
     try:
         from ray_jobs import cli  # takes seconds

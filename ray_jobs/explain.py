@@ -21,7 +21,7 @@ from ray_jobs.driver import driving, tidy
 from ray_jobs.files import located, published, read_table
 from ray_jobs.outputs import OUTPUTS, Explained, bytes_per_sample, import_zarr, writers
 from ray_jobs.run import Run, load_patterns, write_refused
-from ray_jobs.samples import SampleError, seed_of
+from ray_jobs.samples import SampleError, printable, seed_of
 from ray_jobs.session import connected
 from ray_jobs.shards import Batch, ShardReader
 from ray_jobs.shardwise import ShardTask, shard_by_shard
@@ -88,7 +88,7 @@ class ExplainWorker(ShardWorker[ShardTask]):
                 for writer in written:
                     behind.do(writer.write, explained)
                 described = zip(explained.keys, explained.summaries)
-                rows += [{"shard": task.shard, "key": key, **row} for key, row in described]
+                rows += [{"shard": printable(task.shard), "key": key, **row} for key, row in described]
                 if stream.due():
                     yield stream.report(len(rows))
             behind.done()

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from patterns import UserError
 from patterns.storage import aside_of
+from ray_jobs.samples import printable
 from ray_jobs.stores import (
     answer,
     as_user_error,
@@ -208,8 +209,13 @@ def local_file(where: str | Path) -> Path:
 
 
 def located(where: str | Path) -> Location:
-    """Return the location of a path or URL, the same from every process."""
+    """Return the location of a path or URL, the same from every process.
+
+    UserError if its name is not UTF-8, because Arrow and safetensors open no such files.
+    """
     text = plain(str(where))
+    if printable(text) != text:
+        raise UserError(printable(text), "its name is not UTF-8", "Rename the folder, or choose another.")
     if is_url(text):
         return Location(text.rstrip("/"))
     with translated(text, remedy="The current folder may have been deleted; change to another."):

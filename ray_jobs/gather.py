@@ -22,7 +22,7 @@ from ray_jobs.files import Location, located, names, published, remove
 from ray_jobs.job import ShardJob
 from ray_jobs.ledger import Ledger, Part, Refused, together
 from ray_jobs.run import refused_in, write_refused
-from ray_jobs.samples import seed_of
+from ray_jobs.samples import printable, seed_of
 from ray_jobs.shards import ShardReader
 from ray_jobs.stores import translated
 from ray_jobs.tasks import Pending, Tasks
@@ -348,8 +348,10 @@ def read_refused(folder: Location, ledger: Ledger, shards: Sequence[str], before
     """The samples refused to this day, or before a round: the last word on each shard counts."""
     parts = sorted((p for p in ledger.parts if before is None or p.round < before), key=lambda part: part.round)
     last = {shards[number]: part.round for part in parts for number in part.shards}
+    named = {printable(shard): shard for shard in last}
     rows = ((part, row) for part in parts if part.refused for row in refused_in(folder / beside(part.file)))
-    return [row for part, row in rows if part.round == last[row.shard]]
+    found = ((part, replace(row, shard=named[row.shard])) for part, row in rows)
+    return [row for part, row in found if part.round == last[row.shard]]
 
 
 def refused_keys(refused: Iterable[Refused]) -> dict[str, frozenset[str]]:

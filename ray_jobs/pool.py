@@ -345,8 +345,7 @@ def plain(error: Exception) -> Exception:
 def alone(items: Iterable[str], job: Job, worker: Any, stop: Callable[[], bool], tick: Callable[[], None]) -> Outcome:
     """As `run`, by one worker in this process, without Ray."""
     queue, uncommitted, since = deque(items), list[str](), 0.0
-    attempts: Counter[str] = Counter()
-    failed: dict[str, Exception] = {}
+    attempts, failed = Counter[str](), dict[str, Exception]()
     place = worker.place()
     worker.ready()
     job.started(place)

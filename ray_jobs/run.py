@@ -17,6 +17,7 @@ from ray_jobs import files
 from ray_jobs.config import FitConfig, MethodsConfig, ModelConfig, QualityConfig
 from ray_jobs.ledger import Refused
 from ray_jobs.models import Loaded
+from ray_jobs.samples import printable
 from ray_jobs.stores import translated
 from ray_jobs.words import version_of
 
@@ -114,14 +115,19 @@ class Run:
         except FileNotFoundError:
             earlier = []
         rows = [row for row in earlier if row["job"] != job]
-        rows += [{"job": job, **asdict(r)} for r in refused]
+        rows += [{"job": job, **row} for row in rows_of(refused)]
         with files.published(self.folder) as folder:
             write_table(folder / path.name, QUARANTINE, [pa.Table.from_pylist(rows, QUARANTINE)])
 
 
 def write_refused(path: Path, refused: Iterable[Refused]) -> None:
     """Write a table of refused samples."""
-    write_table(path, REFUSED, [pa.Table.from_pylist(list(map(asdict, refused)), REFUSED)])
+    write_table(path, REFUSED, [pa.Table.from_pylist(rows_of(refused), REFUSED)])
+
+
+def rows_of(refused: Iterable[Refused]) -> list[dict[str, str]]:
+    """Return rejected samples as rows of a table, whose text must be UTF-8; names of shards may be other bytes."""
+    return [{name: printable(value) for name, value in asdict(each).items()} for each in refused]
 
 
 def refused_in(path: files.Location) -> list[Refused]:

@@ -169,7 +169,9 @@ def output_names(shards: Sequence[str]) -> dict[str, str]:
     names = [re.sub(EXTENSIONS, "", path.removeprefix(common).lstrip("/")) for path in paths]
     taken = Counter(names)
     return {
-        shard: name if taken[name] == 1 and len(name) < MAX_NAME else f"{name[:MAX_NAME]}-{crc32(shard.encode()):08x}"
+        shard: name
+        if taken[name] == 1 and len(name) < MAX_NAME
+        else f"{name[:MAX_NAME]}-{crc32(os.fsencode(shard)):08x}"
         for shard, name in zip(shards, names)
     }
 

@@ -42,6 +42,13 @@ class Output(io.RawIOBase):
             return len(data)
 
 
+def use_utf8() -> None:
+    """Start this process anew in Python's UTF-8 mode, if its locale has no letters but ASCII: paths hold others."""
+    if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
 def secure() -> None:
     """Make the standard streams of this process safe. To be called before anything opens a file."""
     for number in range(3):
