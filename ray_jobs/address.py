@@ -4,6 +4,7 @@ import os
 import re
 
 import grpc
+from ray._private import services
 from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
 from ray.exceptions import AuthenticationError
 
@@ -14,6 +15,19 @@ PATIENCE = 10.0  # seconds for an answer
 CALL = "/ray.rpc.NodeInfoGcsService/GetClusterId"
 SENDING = ("token", "k8s")  # values of RAY_AUTH_MODE
 TOKEN_REMEDY = "Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH."
+
+
+def found(address: str) -> str:
+    """Return the HOST:PORT of the cluster that `auto` means on this machine; any other address as it is.
+
+    UserError if there is none. Ray itself would wait for minutes for one whose head died.
+    """
+    if address != "auto":
+        return address
+    try:
+        return str(services.canonicalize_bootstrap_address("auto"))
+    except Exception as error:  # it reads processes and files of others, which may end meanwhile
+        raise no_answer(address) from error
 
 
 def knock(address: str) -> None:

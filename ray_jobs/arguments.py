@@ -6,7 +6,7 @@ from pathlib import Path
 from patterns import UserError
 from patterns.methods import method_of, settings_of
 from ray_jobs.config import MethodsConfig, ModelConfig
-from ray_jobs.files import here, located
+from ray_jobs.files import located, writable
 
 
 def fitted(patterns: str, model: str | None, weights: str | None, precision: str | None) -> ModelConfig:
@@ -32,7 +32,7 @@ def on_methods(
     """What all jobs of methods are told, from the command line's words. UserError for what they do not mean."""
     chosen = {name: method_of(name) for name in words(methods) or ("",)}
     told = settings_of(chosen, assignments(settings or []))
-    where = place(patterns), shards, place(out or patterns)
+    where = place(patterns), shards, target(out or patterns)
     return MethodsConfig(
         model, *where, batch_size, tuple(chosen), words(estimator), tuple(told.items()), max_samples, seed
     )
@@ -40,13 +40,17 @@ def on_methods(
 
 def beside(run: str, name: str) -> Path:
     """A file of a run's folder; of a run at a URL, in this directory."""
-    folder = located(run)
-    return Path(str(folder)) / name if here(folder) else Path(name)
+    return (located(run).local or Path()) / name
 
 
 def place(where: str) -> str:
     """A folder or URL as every process understands it."""
     return str(located(where))
+
+
+def target(where: str) -> str:
+    """The same for a folder that a job writes. UserError if it cannot be one."""
+    return str(writable(where))
 
 
 def assignments(listed: list[str]) -> dict[str, float]:

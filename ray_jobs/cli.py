@@ -16,10 +16,11 @@ from patterns import UserError
 from ray_jobs import commands, completion, job_commands
 from ray_jobs.arguments import say
 from ray_jobs.examples import epilog
-from ray_jobs.stopping import StoppedShortError
+from ray_jobs.stopping import INTERRUPTED, SIGNALS, Signals, StoppedShortError, end_process
+from ray_jobs.stores import as_user_error
 from ray_jobs.words import version_of
 
-INTERRUPTED = 130  # what the command-line library makes of Ctrl-C
+CTRL_C = 130  # what the command-line library makes of Ctrl-C
 
 app = typer.Typer(
     help="PatternNet and PatternAttribution for large models and datasets, on Ray.",
@@ -67,10 +68,17 @@ for name, registered in COMMANDS.items():
 
 def main() -> None:
     """Run the program and exit with its status."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, where a job does not commit first
+    for number in SIGNALS:  # as Ctrl-C, unless a job commits first
+        if signal.getsignal(number) != signal.SIG_IGN:  # as `nohup` does
+            signal.signal(number, signal.default_int_handler)
+    Signals.end = staticmethod(end_process)
     status = exit_status(sys.argv[1:])
-    for number in (signal.SIGTERM, signal.SIGINT):  # the status is known; nothing may change it on the way out
+    for number in SIGNALS:  # the status is known; nothing may change it on the way out
         signal.signal(number, signal.SIG_IGN)
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        status = complain(str(as_user_error(error, "standard output", "written")), 2)
     sys.exit(status)
 
 
@@ -81,7 +89,7 @@ def exit_status(arguments: list[str]) -> int:
         logging.getLogger(library).setLevel(logging.ERROR)
     try:
         status = app(arguments, prog_name="patternnet", standalone_mode=False) or 0
-        if status == INTERRUPTED:
+        if status == CTRL_C:
             raise KeyboardInterrupt
         return status
     except UserError as error:
@@ -89,7 +97,9 @@ def exit_status(arguments: list[str]) -> int:
     except StoppedShortError as error:
         return complain(str(error), 3)
     except KeyboardInterrupt:
-        return complain("interrupted; the same command goes on where this one ended", 3)
+        return complain(INTERRUPTED, 3)
+    except OSError as error:  # of this machine: those of stores and shards are UserErrors where they are raised
+        return complain(str(as_user_error(error, str(error.filename or "a file or stream"), "used")), 2)
     except Exception as error:
         if hasattr(error, "format_message"):  # the command-line library's own complaints about usage
             if not (what := error.format_message()):  # no command at all: the help was shown

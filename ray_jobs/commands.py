@@ -10,10 +10,12 @@ from rich.console import Console
 from rich.table import Table
 
 from patterns import UserError
-from ray_jobs.arguments import beside, numbers, place, say, variables, words
+from ray_jobs.arguments import beside, numbers, place, say, target, variables, words
 from ray_jobs.config import ModelConfig, Resources
 from ray_jobs.options import (
     DEFAULT_FIT,
+    LOCAL,
+    PLACE,
     Address,
     AllowPipes,
     BatchSize,
@@ -37,8 +39,8 @@ from ray_jobs.words import duration, spoken_bytes
 
 
 def pack(
-    images: Annotated[Path, typer.Argument(help="A folder that holds one folder for each class.")],
-    out: Annotated[Path, typer.Argument(help="The folder for the shards.")],
+    images: Annotated[Path, typer.Argument(**LOCAL, help="A folder that holds one folder for each class.")],
+    out: Annotated[Path, typer.Argument(**LOCAL, help="The folder for the shards.")],
     per_shard: Annotated[int, typer.Option(min=1, help="Samples of a shard.")] = 1000,
     crops: Annotated[int, typer.Option(min=0, help="Random crops and flips in place of each image.")] = 0,
     size: Annotated[int, typer.Option(min=1, help="Height and width of a crop.")] = 256,
@@ -104,24 +106,25 @@ def plan(
 
 
 def merge(
-    runs: Annotated[list[str], typer.Argument(help="The folders of finished fits of different shards.")],
+    runs: Annotated[list[str], typer.Argument(**PLACE, help="The folders of finished fits of different shards.")],
     out: Out,
     address: Address = None,
 ) -> None:
     """The moments of several fits → one fit of all their data."""
     from ray_jobs.fit import merge as run_merge
 
-    merged = run_merge([place(run) for run in runs], place(out), Resources(address=address))
+    merged = run_merge([place(run) for run in runs], target(out), Resources(address=address))
     done = merged.manifest()["fit"]
     say(f"merge: {done['samples']} samples of {done['shards']} shards. Patterns: {merged.folder}/patterns.safetensors")
 
 
 def status(run: RunFolder) -> None:
     """How far a run is, from its files alone: on any machine that sees them, whatever the cluster says."""
+    from ray_jobs.driver import BEAT_EVERY
     from ray_jobs.run import Run
     from ray_jobs.status import spoken_status
 
-    for line in spoken_status(Run(run), time.time()):
+    for line in spoken_status(Run(run), time.time(), patience=2 * BEAT_EVERY):
         say(line)
 
 
@@ -142,7 +145,9 @@ def grid(
     keys: Annotated[str, typer.Option(help="These samples, in this order: KEY,KEY.")] = "",
     worst: Annotated[int, typer.Option(min=0, help="So many wrong predictions, the surest first.")] = 0,
     random: Annotated[int, typer.Option(min=0, help="So many samples drawn at random.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="A PNG or PDF; by default grid.png in the run's folder.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(**LOCAL, help="PNG or PDF; by default grid.png in the run's folder.")
+    ] = None,
     columns: Annotated[int, typer.Option(min=1, help="Photographs side by side.")] = 1,
     classes: Classes = None,
     seed: Seed = 0,
@@ -163,9 +168,9 @@ def grid(
 
 
 def report(
-    runs: Annotated[list[str], typer.Argument(help="The folders, or URLs, of runs; several are set side by side.")],
+    runs: Annotated[list[str], typer.Argument(**PLACE, help="Folders or URLs of runs; several are set side by side.")],
     out: Annotated[
-        Path | None, typer.Option(help="The file; by default report.html in the first run's folder.")
+        Path | None, typer.Option(**LOCAL, help="The file; by default report.html in the first run's folder.")
     ] = None,
     samples: Annotated[int, typer.Option(min=0, help="Explained samples of each run, drawn at random.")] = 200,
     classes: Classes = None,
@@ -182,7 +187,9 @@ def report(
 def show(
     run: RunFolder,
     key: Annotated[str, typer.Argument(help="The sample's key.")],
-    out: Annotated[Path | None, typer.Option(help="A PNG or PDF; by default KEY.png in the run's folder.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(**LOCAL, help="PNG or PDF; by default KEY.png in the run's folder.")
+    ] = None,
     classes: Classes = None,
 ) -> None:
     """Draw one sample large."""
@@ -200,7 +207,7 @@ def show(
 
 def doctor(
     shards: Annotated[list[str] | None, typer.Option(help="What a job will read, as its --shards. Repeatable.")] = None,
-    out: Annotated[str | None, typer.Option(help="Where it will write, as its --out.")] = None,
+    out: Annotated[str | None, typer.Option(**PLACE, help="Where it will write, as its --out.")] = None,
     gpus_per_worker: Annotated[
         float | None, typer.Option(min=0, help="GPUs of a worker; else 1 where the cluster has any.")
     ] = None,
@@ -238,7 +245,8 @@ def submit(
         str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="The cluster's dashboard: http://HEAD:8265.")
     ],
     working_dir: Annotated[
-        str | None, typer.Option(help="A folder to send and run in; by default the cluster's own installation runs.")
+        str | None,
+        typer.Option(**PLACE, help="Folder to send and run in; by default the cluster's own installation runs."),
     ] = None,
     pip: Annotated[list[str] | None, typer.Option(help="A package to install for the job. Repeatable.")] = None,
     env: Annotated[

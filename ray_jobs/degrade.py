@@ -22,7 +22,7 @@ from ray_jobs.explain import Scales, explainer
 from ray_jobs.files import published, read_table
 from ray_jobs.pictures import draw_degradation
 from ray_jobs.run import Run, write_refused
-from ray_jobs.samples import seed_of
+from ray_jobs.samples import printable, seed_of
 from ray_jobs.session import connected
 from ray_jobs.shards import Batch, ShardReader
 from ray_jobs.shardwise import ShardTask, shard_by_shard
@@ -84,7 +84,7 @@ class DegradeWorker(ShardWorker[ShardTask]):
                     if found is None:
                         yield stream.report(samples)
                     else:
-                        rows += [{"shard": task.shard, **row} for row in found]
+                        rows += [{"shard": printable(task.shard), **row} for row in found]
                 samples += len(batch.keys)
         with published(out.folder) as folder:
             write_refused(folder / out.refused, stream.reader.refused)

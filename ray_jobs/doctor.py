@@ -14,7 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from patterns import UserError
 from ray_jobs import probe
 from ray_jobs.config import Resources
-from ray_jobs.files import here, located, published, remove
+from ray_jobs.files import located, published, remove
 from ray_jobs.probe import Facts
 from ray_jobs.session import connected, places, worker_options
 from ray_jobs.words import spoken_bytes
@@ -106,9 +106,9 @@ def marked(out: str | None) -> Iterator[str]:
         yield mark
     finally:
         remove(folder / mark)
-        if fresh and here(folder):
+        if fresh and folder.local is not None:
             with contextlib.suppress(OSError):  # it is in use by now
-                folder.rmdir()
+                folder.local.rmdir()
 
 
 def looked(shards: Sequence[str], out: str | None, mark: str, patience: float) -> list[Node]:

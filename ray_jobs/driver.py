@@ -2,6 +2,7 @@
 
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,7 +18,8 @@ from ray_jobs.files import published
 from ray_jobs.run import PROGRESS, Run
 
 BEAT_EVERY = 5.0  # seconds between two notes
-STALE = 30.0  # seconds of silence after which a driver counts as gone
+STALE = 30.0  # seconds without a new note after which a driver counts as gone
+WATCH_EVERY = 1.0  # seconds between two readings of another driver's notes
 
 
 class TakenOverError(UserError):
@@ -26,21 +28,34 @@ class TakenOverError(UserError):
 
 @dataclass(frozen=True)
 class Driver:
-    """A process that drives a job. begun: when it started, in the kernel's ticks, since numbers of processes recur."""
+    """A process that drives a job.
+
+    Attributes:
+        host: Its machine's name.
+        pid: Its number.
+        begun: When it started, in the kernel's ticks, because numbers of processes recur.
+        token: Its own random name.
+        space: The machine's boot and the namespace of its process numbers; containers may share a host's name.
+    """
 
     host: str
     pid: int
     begun: str
     token: str
+    space: str = ""
 
     @staticmethod
     def this() -> "Driver":
         """This process."""
-        return Driver(socket.gethostname(), os.getpid(), begun(os.getpid()), uuid4().hex)
+        return Driver(socket.gethostname(), os.getpid(), begun(os.getpid()), uuid4().hex, space())
+
+    def here(self) -> bool:
+        """Whether this process sees it under its number, if it runs."""
+        return self.host == socket.gethostname() and self.space in ("", space())
 
     def gone(self) -> bool:
         """Whether it is known to have ended; not known of other machines."""
-        return self.host == socket.gethostname() and begun(self.pid) != self.begun
+        return self.here() and begun(self.pid) != self.begun
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}"
@@ -50,6 +65,14 @@ def begun(pid: int) -> str:
     """When a process of this machine started; empty where there is none, or no telling."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return ""
+
+
+def space() -> str:
+    """The machine's boot and the namespace of process numbers; empty if the kernel does not say."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + str(Path("/proc/self/ns/pid").readlink())
     except OSError:
         return ""
 
@@ -92,16 +115,40 @@ def tidy(run: Run) -> None:
             run.clean()
 
 
+def working(run: Run, patience: float, pause: float) -> Driver | None:
+    """Return the driver that works on a run; None if there is none.
+
+    Clocks of two machines may differ by hours. So a driver of another machine is judged by whether its notes change
+    while this process watches, for at most `patience` seconds, and never by the times in them.
+    """
+    first = run.progress()
+    if not first.get("driver") or first.get("ended"):
+        return None
+    other = Driver(**first["driver"])
+    if other.gone():
+        return None
+    if other.here() and 0 <= time.time() - first["time"] < patience:  # the same clock
+        return other
+    print(f"watching for {patience:.0f} s whether {other} still works on {run.folder}", file=sys.stderr, flush=True)
+    now = change(run, first, patience, pause)
+    return Driver(**now["driver"]) if now.get("driver") and not now.get("ended") else None
+
+
+def change(run: Run, first: dict[str, Any], patience: float, pause: float) -> dict[str, Any]:
+    """Return the next note of a run's driver after the first; empty if there is none within `patience` seconds."""
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
+        time.sleep(pause)
+        if (now := run.progress()) != first:
+            return now
+    return {}
+
+
 @contextmanager
 def driving(run: Run, job: str) -> Iterator[Beat]:
-    """Drive a job of a run. UserError where another driver does, or was heard so lately that it may."""
-    before = run.progress()
-    if before.get("driver") and not before.get("ended"):
-        other, silent = Driver(**before["driver"]), time.time() - before["time"]
-        if not other.gone() and silent < STALE:
-            what = f"{other} works on it, and was heard {max(silent, 0):.0f} s ago"
-            remedy = f"Wait for its end; where it is dead, for {STALE:.0f} s of silence."
-            raise UserError(str(run.folder), what, remedy)
+    """Drive a job of a run. UserError if another driver does."""
+    if other := working(run, STALE, WATCH_EVERY):
+        raise UserError(str(run.folder), f"{other} works on it", "Wait until it ends, or stop it.")
     beat = Beat(run, Driver.this(), job)
     beat.note()
     beat.thread.start()

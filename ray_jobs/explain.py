@@ -4,7 +4,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import closing
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,10 +18,10 @@ from patterns.storage import write_table
 from ray_jobs import models
 from ray_jobs.config import ExplainConfig, MethodsConfig, Resources
 from ray_jobs.driver import driving, tidy
-from ray_jobs.files import here, located, published, read_table
+from ray_jobs.files import located, published, read_table
 from ray_jobs.outputs import OUTPUTS, Explained, bytes_per_sample, import_zarr, writers
 from ray_jobs.run import Run, load_patterns, write_refused
-from ray_jobs.samples import SampleError, seed_of
+from ray_jobs.samples import SampleError, printable, seed_of
 from ray_jobs.session import connected
 from ray_jobs.shards import Batch, ShardReader
 from ray_jobs.shardwise import ShardTask, shard_by_shard
@@ -95,7 +94,7 @@ class ExplainWorker(ShardWorker[ShardTask]):
                 for writer in written:
                     behind.do(writer.write, explained)
                 described = zip(explained.keys, explained.summaries)
-                rows += [{"shard": task.shard, "key": key, **row} for key, row in described]
+                rows += [{"shard": printable(task.shard), "key": key, **row} for key, row in described]
                 if stream.due():
                     yield stream.report(len(rows))
             behind.done()
@@ -206,8 +205,8 @@ def cost(config: ExplainConfig, loaded: models.Loaded, target: Target) -> str:
     if config.max_samples is not None:
         line += f", all {config.max_samples} at most {spoken_bytes(config.max_samples * total)}"
     folder = located(config.out)
-    if here(folder):
-        there = next(p for p in (Path(str(folder)), *Path(str(folder)).parents) if p.exists())
+    if folder.local is not None:
+        there = next(p for p in (folder.local, *folder.local.parents) if p.exists())
         line += f"; {spoken_bytes(shutil.disk_usage(there).free)} are free at {config.out}"
     return line
 

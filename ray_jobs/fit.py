@@ -5,8 +5,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from upath import UPath
-
 from patterns import Network, Observer, Operator, UserError, storage
 from patterns.estimators import parsed, wanted
 from patterns.storage import write_json
@@ -29,7 +27,7 @@ class Pass:
     """The operators whose moments were taken together, and where their parts are."""
 
     operators: tuple[str, ...]
-    folder: UPath
+    folder: files.Location
 
     @property
     def ledger(self) -> Ledger:

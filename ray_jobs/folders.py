@@ -16,7 +16,8 @@ from pathlib import PurePosixPath
 import fsspec
 
 from ray_jobs.samples import IMAGES, MAX_SAMPLE_BYTES, TENSOR, Sample, ShardError, printable, refused, unsafe
-from ray_jobs.streams import is_url, opened
+from ray_jobs.stores import is_url
+from ray_jobs.streams import opened
 
 IMAGES_PER_SHARD = 1000
 SHARD = re.compile(r"(?P<folder>.+)/images-(?P<first>\d{5,})-of-(?P<step>\d{5,})-(?P<digest>[0-9a-f]{8})")

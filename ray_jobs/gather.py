@@ -11,7 +11,6 @@ from uuid import uuid4
 
 import torch
 from torch import Tensor
-from upath import UPath
 
 from patterns import Network, UserError
 from patterns.observe import Observation
@@ -19,13 +18,14 @@ from patterns.storage import merge_moments, save_moments, write_json
 from patterns.tensors import TensorFile
 from ray_jobs.config import ModelConfig, Resources, equal_share
 from ray_jobs.driver import Beat
-from ray_jobs.files import located, names, published, remove
+from ray_jobs.files import Location, located, names, published, remove
 from ray_jobs.job import ShardJob
 from ray_jobs.ledger import Ledger, Part, Refused, together
 from ray_jobs.models import ModelDigests
 from ray_jobs.run import refused_in, write_refused
-from ray_jobs.samples import seed_of
+from ray_jobs.samples import printable, seed_of
 from ray_jobs.shards import ShardReader
+from ray_jobs.stores import translated
 from ray_jobs.tasks import Pending, Tasks
 from ray_jobs.worker import ShardReport, ShardWorker, Share, Stream
 
@@ -307,7 +307,9 @@ def beside(file: str) -> str:
     return file.replace(".safetensors", ".refused.parquet")
 
 
-def save_part(folder: UPath, part: Part, tensors: dict[str, Tensor], weights: str, refused: Sequence[Refused]) -> None:
+def save_part(
+    folder: Location, part: Part, tensors: dict[str, Tensor], weights: str, refused: Sequence[Refused]
+) -> None:
     """Write a part and, where it refused samples, the table of them."""
     with published(folder) as out:
         if refused:
@@ -315,7 +317,7 @@ def save_part(folder: UPath, part: Part, tensors: dict[str, Tensor], weights: st
         save_moments(out / part.file, tensors, {"weights": weights})
 
 
-def remove_part(folder: UPath, file: str) -> None:
+def remove_part(folder: Location, file: str) -> None:
     remove(folder / file)
     remove(folder / beside(file))
 
@@ -333,18 +335,24 @@ def merge_parts(where: str, parts: Sequence[Part]) -> Part:
     return merged
 
 
-def read_ledger(folder: UPath) -> Ledger:
+def read_ledger(folder: Location) -> Ledger:
     """The ledger of a folder of parts; empty where there is none yet."""
     path = folder / LEDGER
-    return Ledger.from_json(json.loads(path.read_text())) if path.exists() else Ledger()
+    try:
+        with translated(str(path), remedy="Delete the run's moments/ and fit again."):
+            return Ledger.from_json(json.loads(path.read_text()))
+    except FileNotFoundError:
+        return Ledger()
 
 
-def read_refused(folder: UPath, ledger: Ledger, shards: Sequence[str], before: int | None = None) -> list[Refused]:
+def read_refused(folder: Location, ledger: Ledger, shards: Sequence[str], before: int | None = None) -> list[Refused]:
     """The samples refused to this day, or before a round: the last word on each shard counts."""
     parts = sorted((p for p in ledger.parts if before is None or p.round < before), key=lambda part: part.round)
     last = {shards[number]: part.round for part in parts for number in part.shards}
+    named = {printable(shard): shard for shard in last}
     rows = ((part, row) for part in parts if part.refused for row in refused_in(folder / beside(part.file)))
-    return [row for part, row in rows if part.round == last[row.shard]]
+    found = ((part, replace(row, shard=named[row.shard])) for part, row in rows)
+    return [row for part, row in found if part.round == last[row.shard]]
 
 
 def refused_keys(refused: Iterable[Refused]) -> dict[str, frozenset[str]]:

@@ -22,7 +22,7 @@ from ray_jobs.files import fetched, read_table
 from ray_jobs.models import class_names
 from ray_jobs.outputs import Outputs, beside, outputs
 from ray_jobs.run import Run
-from ray_jobs.samples import IMAGES
+from ray_jobs.samples import IMAGES, printable
 from ray_jobs.shards import read_shard
 
 SHOWN = "Run `patternnet explain` with --output png, npy or parquet."
@@ -48,7 +48,9 @@ class Gallery:
     def rows(self) -> list[Row]:
         """What is said of every sample, in the order of shards."""
         columns = ["shard", "key", "label", "prediction", "probability"]
-        return read_table(self.run.folder / "explanations.parquet").select(columns).to_pylist()
+        rows = read_table(self.run.folder / "explanations.parquet").select(columns).to_pylist()
+        shards = {printable(shard): shard for shard in self.out}
+        return [{**row, "shard": shards[row["shard"]]} for row in rows]
 
     def named(self, keys: Sequence[str]) -> list[Row]:
         """The samples of some keys, in this order. UserError for a key that was not explained."""
@@ -78,7 +80,9 @@ class Gallery:
     def said(self, row: Row) -> dict[str, str]:
         """All that the table says of a sample, in words."""
         table = read_table(self.run.folder / "explanations.parquet")
-        (all_,) = table.filter((pc.field("shard") == row["shard"]) & (pc.field("key") == row["key"])).to_pylist()
+        (all_,) = table.filter(
+            (pc.field("shard") == printable(row["shard"])) & (pc.field("key") == row["key"])
+        ).to_pylist()
         return {
             name: f"{value:.4g}" if isinstance(value, float) else str(value)
             for name, value in all_.items()

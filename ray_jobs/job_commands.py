@@ -8,12 +8,15 @@ import typer
 
 from patterns import UserError
 from patterns.degradation import PATCH, REPLACEMENTS, STEPS
-from ray_jobs.arguments import fitted, numbers, on_methods, place, say, words
+from ray_jobs.arguments import fitted, numbers, on_methods, place, say, target, words
 from ray_jobs.config import DegradeConfig, ExplainConfig, FitConfig, ModelConfig, QualityConfig, Resources
 from ray_jobs.options import (
     DEFAULT_FIT,
     DEFAULT_METHODS,
     DEFAULT_OUTPUTS,
+    LOCAL,
+    NAME,
+    PLACE,
     Address,
     AllowPipes,
     BatchSize,
@@ -53,7 +56,7 @@ from ray_jobs.options import (
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("demo-run"),
+    out: Annotated[Path, typer.Option(**LOCAL, help="Where everything goes.")] = Path("demo-run"),
     workers: Workers = 2,
     address: Address = None,
 ) -> None:
@@ -109,7 +112,7 @@ def fit(
     config = FitConfig(
         ModelConfig(model, weights, precision, seed, *sizes, words(pass_through), strip_softmax),
         list_shards(shards, allow_pipes),
-        place(out),
+        target(out),
         batch_size,
         words(estimators),
         max_samples,
@@ -134,7 +137,7 @@ def quality(
     evaluate: Annotated[
         list[str] | None, typer.Option(help="Shards to evaluate on; by default every second one of --shards.")
     ] = None,
-    out: Annotated[str | None, typer.Option(help="Where the results go; by default the fit's folder.")] = None,
+    out: Annotated[str | None, typer.Option(**PLACE, help="Where the results go; by default the fit's folder.")] = None,
     operators: Annotated[
         str, typer.Option(help="Those judged: 'features.*,fc'; by default all of moderate size with several inputs.")
     ] = "",
@@ -160,7 +163,7 @@ def quality(
         place(patterns),
         regressed,
         evaluated,
-        place(out or patterns),
+        target(out or patterns),
         words(operators),
         gram_positions,
         batch_size,
@@ -177,7 +180,7 @@ def quality(
 def explain(
     patterns: Fitted,
     shards: Shards,
-    out: Annotated[str | None, typer.Option(help="Where explanations go; by default the fit's folder.")] = None,
+    out: Annotated[str | None, typer.Option(**PLACE, help="For the explanations; by default the fit's folder.")] = None,
     model: FitModel = None,
     weights: FitWeights = None,
     methods: Methods = DEFAULT_METHODS,
@@ -223,7 +226,7 @@ def explain(
 def degrade(
     patterns: Fitted,
     shards: Shards,
-    out: Annotated[str | None, typer.Option(help="Where the results go; by default the fit's folder.")] = None,
+    out: Annotated[str | None, typer.Option(**PLACE, help="Where the results go; by default the fit's folder.")] = None,
     model: FitModel = None,
     weights: FitWeights = None,
     methods: Methods = DEFAULT_METHODS,
@@ -260,12 +263,13 @@ def degrade(
 
 @with_resources
 def reproduce(
-    out: Annotated[Path, typer.Option(help="Where everything goes.")],
+    out: Annotated[Path, typer.Option(**LOCAL, help="Where everything goes.")],
     dataset: Annotated[str, typer.Option(help="mnist, fashion-mnist, or folder.")] = "folder",
     data: Annotated[
-        Path | None, typer.Option(help="Of digits: the folder of their four idx files; else one with train/ and test/.")
+        Path | None,
+        typer.Option(**LOCAL, help="Digits: folder of the four idx files; else one with train/ and test/."),
     ] = None,
-    model: Annotated[str | None, typer.Option(help="The model; for digits a small one is trained.")] = None,
+    model: Annotated[str | None, typer.Option(**NAME, help="The model; for digits a small one is trained.")] = None,
     weights: Weights = "default",
     shards: Annotated[list[str] | None, typer.Option(help="Training data, in place of --data. Repeatable.")] = None,
     evaluate: Annotated[list[str] | None, typer.Option(help="Test data, in place of --data. Repeatable.")] = None,

@@ -11,13 +11,13 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import torch
 from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
 from patterns import Network, UserError, digest, trace
 from ray_jobs.config import ModelConfig, Preprocessing
+from ray_jobs.files import content_of
 
 PRECISIONS = {"float32": torch.float32, "tf32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 IMAGENET = Preprocessing(224, 256, "bilinear", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -150,10 +150,9 @@ def class_names(spec: str, file: str | None) -> dict[str, int]:
         listed = torchvision_classes(name) if kind == "torchvision" else []
         return {name: number for number, name in reversed(list(enumerate(listed)))}
     try:
-        with fsspec.open(file, "rt", encoding="utf-8") as text:
-            content = text.read()
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"--classes {file}", f"cannot be read ({error})", "Give a file or URL that exists.") from error
+        content = content_of("--classes", file).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"--classes {file}", f"not UTF-8 text ({error})", "Save it as UTF-8.") from error
     try:
         read = json.loads(content)
     except ValueError:
@@ -200,11 +199,7 @@ def overridden(own: Preprocessing, config: ModelConfig) -> Preprocessing:
 
 def load_weights(model: nn.Module, where: str, spec: str) -> None:
     """Load a state dict from safetensors, or from a torch file that holds nothing but tensors."""
-    try:
-        with fsspec.open(where, "rb") as file:
-            content = file.read()
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"--weights {where}", f"cannot be read ({error})", "Give a file or URL that exists.") from error
+    content = content_of("--weights", where)
     try:
         read: Any = (
             load_safetensors(content)

@@ -10,25 +10,34 @@ import typer
 from patterns import CHOICES, METHODS
 from patterns.methods import WITH_PATTERNS
 from ray_jobs.config import FITTED, ExplainConfig, Log, Resources
+from ray_jobs.files import local_file, plain
 from ray_jobs.outputs import OUTPUTS
+from ray_jobs.stores import expanded
 from ray_jobs.summaries import REDUCTIONS
 from ray_jobs.words import byte_count, duration, position_count
 
 DEFAULT_FIT, DEFAULT_METHODS = ",".join(FITTED), ",".join(ExplainConfig.methods)
 DEFAULT_OUTPUTS = ",".join(ExplainConfig.outputs)
 
-Model = Annotated[str, typer.Option(help="torchvision:NAME, timm:NAME, package.module:factory or file.py:factory.")]
-Weights = Annotated[str, typer.Option(help="File or URL of a state dict; `default`: the library's own; `random`.")]
+# What all options that name a file or folder go through; shards are listed by `ray_jobs.sources`.
+PLACE: dict[str, Any] = {"parser": plain, "metavar": "PATH"}
+LOCAL: dict[str, Any] = {"parser": local_file, "metavar": "PATH"}
+NAME: dict[str, Any] = {"parser": expanded, "metavar": "TEXT"}
+
+Model = Annotated[str, typer.Option(**NAME, help="torchvision:NAME, timm:NAME, module:factory or file.py:factory.")]
+Weights = Annotated[
+    str, typer.Option(**PLACE, help="File or URL of a state dict, `default` (the library's) or `random`.")
+]
 Shards = Annotated[
     list[str],
     typer.Option(help="Tars, Parquet files or image folders: paths, URLs, {000..015}, globs, @LIST. Repeatable."),
 ]
 AllowPipes = Annotated[bool, typer.Option("--allow-pipes", help="Take shards of the form pipe:COMMAND.")]
-Out = Annotated[str, typer.Option(help="The run's folder, or its URL, that every worker reads and writes.")]
-RunFolder = Annotated[str, typer.Argument(help="The folder, or URL, of a run.")]
-Fitted = Annotated[str, typer.Option(help="The folder, or URL, of a finished fit.")]
-FitModel = Annotated[str | None, typer.Option(help="The model; by default the fit's.")]
-FitWeights = Annotated[str | None, typer.Option(help="Its weights; by default where the fit found them.")]
+Out = Annotated[str, typer.Option(**PLACE, help="The run's folder, or its URL, that every worker reads and writes.")]
+RunFolder = Annotated[str, typer.Argument(**PLACE, help="The folder, or URL, of a run.")]
+Fitted = Annotated[str, typer.Option(**PLACE, help="The folder, or URL, of a finished fit.")]
+FitModel = Annotated[str | None, typer.Option(**NAME, help="The model; by default the fit's.")]
+FitWeights = Annotated[str | None, typer.Option(**PLACE, help="Its weights; by default where the fit found them.")]
 FitPrecision = Annotated[str | None, typer.Option(help="float32, tf32, float64 or bfloat16; by default the fit's.")]
 Memory = Annotated[
     int | None,
@@ -89,7 +98,10 @@ TargetSpec = Annotated[
 ]
 Classes = Annotated[
     str | None,
-    typer.Option(help="The classes' names: a JSON list, a JSON object by number (as `pack` writes), or one a line."),
+    typer.Option(
+        **PLACE,
+        help="The classes' names: a JSON list, a JSON object by number (as `pack` writes), or one a line.",
+    ),
 ]
 OutputKinds = Annotated[str, typer.Option("--output", help=f"Some of {', '.join(OUTPUTS)}.")]
 MapSize = Annotated[int | None, typer.Option("--resize", min=1, help="Height and width of the maps that are written.")]

@@ -13,13 +13,12 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from upath import UPath
 from webdataset import TarWriter
 
 from patterns import UserError
 from patterns.pictures import picture, png
 from patterns.storage import aside_of
-from ray_jobs.files import located
+from ray_jobs.files import Location, located
 from ray_jobs.sources import output_names
 
 OUTPUTS = ("npy", "png", "parquet", "zarr")
@@ -30,7 +29,7 @@ MAX_ROW_GROUP = 64 << 20  # bytes of maps
 class Outputs:
     """Where a shard's explanations go: files of some kinds, and its table's rows, which are written last."""
 
-    folder: UPath
+    folder: Location
     name: str
 
     @property

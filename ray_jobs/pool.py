@@ -1,8 +1,7 @@
 """Hands out items to workers, one at a time each, and replaces the workers that are lost.
 
-The pool knows nothing of patterns. What a worker has worked on counts only once it was committed; the
-items of a lost worker that were not go back to the queue. Ray's own restarts and retries are off: they
-would run a method again on an actor whose state is gone.
+What a worker has worked on counts only once it was committed; a lost worker's other items go back to the queue.
+Ray's own restarts and retries are off: they would run a method again on an actor whose state is gone.
 """
 
 import time
@@ -14,6 +13,8 @@ from typing import Any, Protocol
 import ray
 from ray import ObjectRefGenerator
 from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, RayTaskError
+
+from ray_jobs.stopping import pause
 
 TROUBLES = 3  # failures to start a worker, or to commit, one after the other, before the pool gives up
 STARTING = ("place", "ready")
@@ -344,8 +345,7 @@ def plain(error: Exception) -> Exception:
 def alone(items: Iterable[str], job: Job, worker: Any, stop: Callable[[], bool], tick: Callable[[], None]) -> Outcome:
     """As `run`, by one worker in this process, without Ray."""
     queue, uncommitted, since = deque(items), list[str](), 0.0
-    attempts: Counter[str] = Counter()
-    failed: dict[str, Exception] = {}
+    attempts, failed = Counter[str](), dict[str, Exception]()
     place = worker.place()
     worker.ready()
     job.started(place)
@@ -381,8 +381,8 @@ def alone(items: Iterable[str], job: Job, worker: Any, stop: Callable[[], bool],
                 job.failed(item, error)
                 attempts[item] += 1
                 if attempts[item] < job.attempts:
-                    time.sleep(BACK_OFF * 2 ** attempts[item])
                     queue.append(item)
+                    pause(BACK_OFF * 2 ** attempts[item], TICK, stop)
                 else:
                     failed[item] = error
                 continue

@@ -136,7 +136,8 @@ def unreadable(shards: Sequence[str]) -> dict[str, str]:
 
 def why_unreadable(shard: str) -> str:
     from ray_jobs.shards import read_shard
-    from ray_jobs.streams import is_url, opened
+    from ray_jobs.stores import is_url
+    from ray_jobs.streams import opened
     from ray_jobs.tables import is_table
 
     try:

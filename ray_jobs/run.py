@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from upath import UPath
 
 from patterns import Operator, UserError
 from patterns.operators import KIND_NAMES
@@ -18,6 +17,8 @@ from ray_jobs import files
 from ray_jobs.config import FitConfig, MethodsConfig, ModelConfig, QualityConfig
 from ray_jobs.ledger import Refused
 from ray_jobs.models import Loaded
+from ray_jobs.samples import printable
+from ray_jobs.stores import translated
 from ray_jobs.words import version_of
 
 FORMAT = 1
@@ -39,19 +40,21 @@ class Run:
 
     def manifest(self) -> dict[str, Any]:
         """The manifest; empty for a new run. UserError where it is not one of ours."""
-        if not self.path.exists():
-            return {}
         try:
             manifest = json.loads(self.path.read_text())
             assert manifest["format"] == FORMAT
-        except (ValueError, KeyError, TypeError, AssertionError, OSError) as error:
+        except FileNotFoundError:
+            return {}
+        except (ValueError, KeyError, TypeError, AssertionError) as error:
             raise UserError(str(self.path), "not a manifest of this version", "Choose another --out.") from error
         return dict(manifest)
 
     def progress(self) -> dict[str, Any]:
         """What the last driver noted of how far it was; empty where none has."""
+        path = self.folder / PROGRESS
         try:
-            return dict(json.loads((self.folder / PROGRESS).read_text()))
+            with translated(str(path), remedy="Delete it: it only says how far the last driver was."):
+                return dict(json.loads(path.read_text()))
         except FileNotFoundError:
             return {}
 
@@ -119,26 +122,35 @@ class Run:
 
     def clean(self) -> None:
         """Delete what workers and drivers that were killed had half written."""
-        if files.here(self.folder):
-            for aside in self.folder.rglob(f"{ASIDE}*"):
-                aside.unlink(missing_ok=True)
+        if self.folder.local is not None:
+            with translated(str(self.folder), "cleaned"):
+                for aside in self.folder.local.rglob(f"{ASIDE}*"):
+                    aside.unlink(missing_ok=True)
 
     def quarantine(self, job: str, refused: list[Refused]) -> None:
         """Write quarantine.parquet: every sample that a job refused, beside those of the folder's other jobs."""
         path = self.folder / "quarantine.parquet"
-        earlier = files.read_table(path).to_pylist() if path.exists() else []
+        try:
+            earlier = files.read_table(path).to_pylist()
+        except FileNotFoundError:
+            earlier = []
         rows = [row for row in earlier if row["job"] != job]
-        rows += [{"job": job, **asdict(r)} for r in refused]
+        rows += [{"job": job, **row} for row in rows_of(refused)]
         with files.published(self.folder) as folder:
             write_table(folder / path.name, QUARANTINE, [pa.Table.from_pylist(rows, QUARANTINE)])
 
 
 def write_refused(path: Path, refused: Iterable[Refused]) -> None:
     """Write a table of refused samples."""
-    write_table(path, REFUSED, [pa.Table.from_pylist(list(map(asdict, refused)), REFUSED)])
+    write_table(path, REFUSED, [pa.Table.from_pylist(rows_of(refused), REFUSED)])
 
 
-def refused_in(path: UPath) -> list[Refused]:
+def rows_of(refused: Iterable[Refused]) -> list[dict[str, str]]:
+    """Return rejected samples as rows of a table, whose text must be UTF-8; names of shards may be other bytes."""
+    return [{name: printable(value) for name, value in asdict(each).items()} for each in refused]
+
+
+def refused_in(path: files.Location) -> list[Refused]:
     """The inverse of write_refused, wherever the table is."""
     return [Refused(**row) for row in files.read_table(path).to_pylist()]
 

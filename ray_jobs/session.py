@@ -12,8 +12,10 @@ import ray
 from ray.exceptions import AuthenticationError
 
 from patterns import UserError
-from ray_jobs.address import knock, no_answer, no_token, other_version
+from ray_jobs.address import found, knock, no_answer, no_token, other_version
 from ray_jobs.config import Resources
+from ray_jobs.stores import message
+from ray_jobs.surroundings import give_token, temporary_folder
 from ray_jobs.tasks import Here, InRay, Tasks
 
 
@@ -29,32 +31,39 @@ def connected(resources: Resources) -> Iterator[Tasks]:
     if ray.is_initialized():  # a notebook, or a test, that brought its own
         yield InRay()
         return
-    address = resources.address or os.environ.get("RAY_ADDRESS")
-    if address:
-        knock(address)
     terminated = signal.getsignal(signal.SIGTERM)
-    try:
-        # A fresh local Ray even where another runs on this machine: `auto` would attach to a stranger's.
-        ray.init(
-            address=address or "local",
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-            include_dashboard=None if address else False,
-        )
-    except AuthenticationError as error:
-        raise no_token(address or "local") from error
-    except (ConnectionError, ValueError) as error:
-        raise no_answer(address or "local") from error
-    except RuntimeError as error:
-        if "Version mismatch" not in str(error):
-            raise
-        raise other_version(address or "local", str(error)) from error
+    start(resources.address or os.environ.get("RAY_ADDRESS", "").strip())
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, terminated)  # which Ray has made its own
     try:
         yield InRay()
     finally:
         ray.shutdown()
+
+
+def start(named: str) -> None:
+    """Attach to the cluster that is named, or start a Ray here. UserError if that fails, for whatever reason."""
+    address = found(named)
+    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if address:
+        knock(address)
+    else:
+        # A fresh Ray even if another runs on this machine: `auto` would attach to somebody else's.
+        address = "local"
+        give_token()
+        options |= {"include_dashboard": False, "_temp_dir": temporary_folder()}
+    try:
+        ray.init(address=address, **options)
+    except AuthenticationError as error:
+        raise no_token(address) from error
+    except Exception as error:  # Ray has no common base for what can be wrong with a cluster or a machine
+        if "Version mismatch" in str(error):
+            raise other_version(address, str(error)) from error
+        if address != "local":
+            raise no_answer(address) from error
+        what = f"Ray cannot be started here ({message(error)})"
+        remedy = "Check memory, disk, `ulimit -n` and RAY_TMPDIR, or run with --workers 0."
+        raise UserError("ray", what, remedy) from error
 
 
 def worker_gpus(resources: Resources) -> float | None:

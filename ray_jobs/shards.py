@@ -14,7 +14,8 @@ from ray_jobs.config import Preprocessing
 from ray_jobs.decode import boxes_of, inputs, label_of, seen
 from ray_jobs.ledger import Refused
 from ray_jobs.samples import Box, Sample, SampleError, distinct
-from ray_jobs.streams import blamed, opened, seekable
+from ray_jobs.stores import translated
+from ray_jobs.streams import opened, seekable
 from ray_jobs.threads import in_order
 
 
@@ -41,7 +42,7 @@ def read_shard(shard: str) -> Generator[Sample, None, None]:
     and sound to its end, or holds no sample; whatever the reason, it may be gone at another attempt.
     """
     empty = True
-    with blamed(shard, "Replace it, or leave it out of --shards."):
+    with translated(shard, remedy="Replace it, or leave it out of --shards."):
         for sample in distinct(raw_samples(shard)):
             empty = False
             yield sample

@@ -23,16 +23,18 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from zlib import crc32
 
-import fsspec
 from braceexpand import braceexpand
 
 from patterns import UserError
+from ray_jobs.files import Location, plain
 from ray_jobs.folders import folder_at
-from ray_jobs.streams import blamed, is_url, opened
+from ray_jobs.stores import file_system, is_url, translated
+from ray_jobs.streams import opened
 
 PIPE = "pipe:"
 EXTENSIONS = r"(\.tar|\.tgz|\.parquet|\.pq)?(\.(gz|bz2|xz|zst))?$"
 MAX_NAME = 200
+WILD = "*?["
 
 
 def list_shards(specs: Iterable[str], allow_pipes: bool = False) -> tuple[str, ...]:
@@ -45,10 +47,9 @@ def list_shards(specs: Iterable[str], allow_pipes: bool = False) -> tuple[str, .
     shards: list[str] = []
     for spec in specs:
         for line in listed(spec):
-            for pattern in braces(line):
-                if pattern.startswith(PIPE) and not allow_pipes:
-                    raise UserError(pattern, "a pipe runs a shell command", "Allow it with --allow-pipes.")
-                shards += expand(pattern)
+            if line.startswith(PIPE) and not allow_pipes:
+                raise UserError(line, "a pipe runs a shell command", "Allow it with --allow-pipes.")
+            shards += expand(line)
     if not shards:
         raise UserError("--shards", "no shards were named", "Name at least one tar file.")
     if len(set(shards)) < len(shards):
@@ -59,72 +60,99 @@ def list_shards(specs: Iterable[str], allow_pipes: bool = False) -> tuple[str, .
 
 def listed(spec: str) -> Iterator[str]:
     """The specs that a list file names, relative to its folder; any other spec itself."""
-    if not spec.startswith("@"):
+    if not spec.startswith("@") or os.path.lexists(spec):
         yield spec
         return
-    path = local(spec[1:])
+    path = plain(spec[1:])
     path = path if is_url(path) else str(Path(path).absolute())
-    with blamed(path, "Check --shards; @FILE names a list of shards."), opened(path) as file:
+    with translated(path, remedy="Check --shards; @FILE names a list of shards."), opened(path) as file:
         lines = file.read().decode("utf-8-sig").splitlines()
     for line in lines:
         entry = line.partition(" #")[0].strip()
         if entry and not entry.startswith("#"):
-            whole = is_url(entry) or entry.startswith(("/", "file:", PIPE))
+            whole = is_url(entry) or entry.startswith(("/", "~", "file:", PIPE))
             yield entry if whole else f"{path.rpartition('/')[0]}/{entry}"
 
 
-def braces(spec: str) -> list[str]:
+def expand(spec: str) -> Iterator[str]:
+    """The shards of a path, URL, command or folder, with braces and wildcards."""
+    if spec.startswith(PIPE):
+        yield from braces(spec)
+        return
+    spec = plain(spec)
+    for path in remote(spec) if is_url(spec) else on_this_machine(spec):
+        yield from of_folder(path) if path.endswith("/") else [path]
+
+
+def braces(spec: str, whole: str = "") -> list[str]:
+    """The words that bash makes of `{a,b}` and `{000..015}`."""
+    if "{" not in spec:
+        return [spec]
     try:
         return list(braceexpand(spec))
     except ValueError as error:
-        raise UserError(f"--shards {spec}", "a brace that is not closed", "Ranges are {000..015}.") from error
+        raise UserError(f"--shards {whole or spec}", "a brace that is not closed", "Ranges are {000..015}.") from error
 
 
-def local(path: str) -> str:
-    """A file: URL as the path that it names."""
-    return re.sub(r"^file:(//(localhost)?(?=/))?", "", path)
+def remote(spec: str) -> Iterator[str]:
+    """The URLs that a URL with braces and wildcards matches; those of folders end with a slash."""
+    for number, url in enumerate(braces(spec)):
+        # A query may hold anything, and an IPv6 address has brackets.
+        http = url.startswith(("http:", "https:"))
+        wild = "*" in urlsplit(url).path if http else any(c in url for c in WILD)
+        if number == 0:  # a package that is missing is known now
+            file_system(url)
+        if not wild or (not http and Location(url).exists()):
+            yield url
+            continue
+        with translated(url, remedy="Check --shards, or name each shard if the server gives no lists."):
+            filesystem, path = file_system(url)
+            entries = filesystem.glob(path, detail=True).items()
+            found = sorted(filesystem.unstrip_protocol(p) + "/" * (e["type"] == "directory") for p, e in entries)
+        if not found:
+            raise nothing(url)
+        yield from found
 
 
-def expand(pattern: str) -> list[str]:
-    """The shards of a path, URL or glob without braces."""
-    pattern = local(pattern)
-    if pattern.startswith(PIPE):
-        return [pattern]
-    found = remote(pattern) if is_url(pattern) else on_this_machine(pattern)
-    if not found:
-        raise UserError(f"--shards {pattern}", "nothing matches", "Check the path.")
-    return [shard for path in found for shard in (of_folder(path) if path.endswith("/") else [path])]
+def on_this_machine(spec: str) -> Iterator[str]:
+    """The absolute paths that a path with braces and wildcards matches; those of folders end with a slash.
+
+    Names that exist are meant literally: braces and wildcards count only behind the folders that do.
+    """
+    with translated(spec, remedy="Check --shards."):
+        head, tail = literal(Path(spec).absolute())
+        for pattern in braces(tail, spec) if tail else [""]:
+            found = [head / pattern]
+            if any(c in pattern for c in WILD):
+                found = sorted(head.glob(pattern.rstrip("/")))
+                if not found:
+                    raise nothing(f"{head}/{pattern}")
+            for each in found:
+                if not each.exists():
+                    raise UserError(str(each), "no such shard", "Check --shards; brace ranges are {000..015}.")
+                if each.is_file() and each.stat().st_size == 0:
+                    raise UserError(str(each), "not a tar archive (it is empty)", "Delete or replace it.")
+                yield f"{each}/" if each.is_dir() else str(each)
 
 
-def remote(url: str) -> list[str]:
-    """The URLs that a URL matches; those of folders end with a slash."""
-    # A query may hold anything, and an IPv6 address has brackets.
-    wild = "*" in urlsplit(url).path if url.startswith(("http:", "https:")) else any(c in url for c in "*?[")
-    if not wild:
-        return [url]
-    with blamed(url, "Check --shards, or name each shard where the server gives no lists."):
-        filesystem, path = fsspec.core.url_to_fs(url)
-        entries = filesystem.glob(path, detail=True).items()
-        return sorted(filesystem.unstrip_protocol(p) + "/" * (e["type"] == "directory") for p, e in entries)
+def literal(path: Path) -> tuple[Path, str]:
+    """The longest beginning of an absolute path that exists, and the rest."""
+    parts = path.parts
+    head = Path(parts[0])
+    for number, part in enumerate(parts[1:], 1):
+        if not os.path.lexists(head / part):
+            return head, "/".join(parts[number:])
+        head /= part
+    return head, ""
 
 
-def on_this_machine(pattern: str) -> list[str]:
-    """The absolute paths that a path matches; those of folders end with a slash."""
-    path = Path(pattern).absolute()
-    found = [path]
-    if any(c in pattern for c in "*?[") and not path.exists():
-        found = sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
-    for each in found:
-        if not each.exists():
-            raise UserError(str(each), "no such shard", "Check --shards; brace ranges are {000..015}.")
-        if each.is_file() and each.stat().st_size == 0:
-            raise UserError(str(each), "not a tar archive (it is empty)", "Delete or replace it.")
-    return [f"{each}/" if each.is_dir() else str(each) for each in found]
+def nothing(pattern: str) -> UserError:
+    return UserError(f"--shards {pattern}", "nothing matches", "Check the path.")
 
 
 def of_folder(path: str) -> list[str]:
     """The shards of a folder of images."""
-    with blamed(path, "Check --shards; shards in a folder are named by FOLDER/*.tar."):
+    with translated(path, remedy="Check --shards; shards in a folder are named by FOLDER/*.tar."):
         shards = folder_at(path).shards()
     if not shards:
         raise UserError(path, "a folder without images", "Shards in a folder are named by FOLDER/*.tar.")
@@ -141,7 +169,9 @@ def output_names(shards: Sequence[str]) -> dict[str, str]:
     names = [re.sub(EXTENSIONS, "", path.removeprefix(common).lstrip("/")) for path in paths]
     taken = Counter(names)
     return {
-        shard: name if taken[name] == 1 and len(name) < MAX_NAME else f"{name[:MAX_NAME]}-{crc32(shard.encode()):08x}"
+        shard: name
+        if taken[name] == 1 and len(name) < MAX_NAME
+        else f"{name[:MAX_NAME]}-{crc32(os.fsencode(shard)):08x}"
         for shard, name in zip(shards, names)
     }
 

@@ -4,13 +4,22 @@ from collections.abc import Iterator
 from typing import Any
 
 from patterns import UserError
-from ray_jobs.driver import STALE, Driver
+from ray_jobs.driver import STALE, WATCH_EVERY, Driver, change
 from ray_jobs.progress import spoken
 from ray_jobs.run import JOBS, Run
 
 
-def spoken_status(run: Run, now: float) -> Iterator[str]:
-    """What a run's files say of its jobs, at a time in seconds since 1970. UserError where it holds none."""
+def spoken_status(run: Run, now: float, patience: float = 0.0) -> Iterator[str]:
+    """Report what a run's files say of its jobs.
+
+    Args:
+        run: The run.
+        now: The time in seconds since 1970.
+        patience: Seconds to wait for a driver whose last note is old or in the future by this machine's clock.
+
+    Raises:
+        UserError: If the folder holds no run.
+    """
     manifest, progress = run.manifest(), run.progress()
     jobs = [job for job in JOBS if job in manifest]
     if not jobs:
@@ -22,10 +31,12 @@ def spoken_status(run: Run, now: float) -> Iterator[str]:
             yield f"{job}: complete, {section['samples']} samples{missing} ({section['written']})"
         else:
             noted = progress if progress.get("job", "").startswith(job) else {}
-            yield from spoken_progress(job, section, noted, now)
+            yield from spoken_progress(job, section, noted, now, run, patience)
 
 
-def spoken_progress(job: str, section: dict[str, Any], progress: dict[str, Any], now: float) -> Iterator[str]:
+def spoken_progress(
+    job: str, section: dict[str, Any], progress: dict[str, Any], now: float, run: Run, patience: float
+) -> Iterator[str]:
     """What the last driver of a job that is not done noted; nothing, if it has not."""
     if "state" in progress:
         yield f"{job}: {progress['shards']}/{progress['of']} shards, {progress['state']}"
@@ -33,7 +44,8 @@ def spoken_progress(job: str, section: dict[str, Any], progress: dict[str, Any],
         yield f"{job}: begun, and no shard worked on yet ({section['written']})"
     if not progress:
         return
-    silent = now - progress["time"]
+    since = now - progress["time"]
+    silent = max(since, 0.0)
     for worker in sorted(progress.get("workers", ()), key=lambda worker: worker["rate"]):
         shard, seconds = worker["shard"], spoken(worker["seconds"] + silent)
         at = "waits" if shard is None else f"{seconds} at {shard}"
@@ -41,5 +53,7 @@ def spoken_progress(job: str, section: dict[str, Any], progress: dict[str, Any],
     go_on = "the same command goes on where it ended"
     if progress.get("ended"):
         yield f"  stopped {spoken(silent)} ago; {go_on}"
-    elif silent > STALE or Driver(**progress["driver"]).gone():
+    elif Driver(**progress["driver"]).gone() or (
+        not 0 <= since <= STALE and not change(run, progress, patience, WATCH_EVERY)
+    ):
         yield f"  stale: its driver said nothing for {spoken(silent)}; {go_on}"

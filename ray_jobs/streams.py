@@ -3,24 +3,26 @@
 import io
 import os
 import shutil
+import signal
 import stat
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from tempfile import TemporaryFile
 from typing import Any, BinaryIO
 from urllib.parse import quote
 from urllib.request import Request, urlopen
 
-import fsspec
 from fsspec.compression import compr
 
-from patterns import UserError
 from ray_jobs.samples import ShardError
+from ray_jobs.stores import file_system, is_url
 
 READ_TIMEOUT = 60.0  # seconds without a byte from an HTTP server
 CHUNK = 1 << 18
 REMOTE_BLOCK = 1 << 23  # bytes that are asked of an object store at once
+
+PIPES: set[int] = set()  # process groups of the commands that are read from
 
 # By the first bytes rather than the name: servers and people name things as they like.
 COMPRESSIONS = {
@@ -28,23 +30,9 @@ COMPRESSIONS = {
     b"BZh": "bz2",
     b"\xfd7zXZ\x00": "xz",
     b"\x28\xb5\x2f\xfd": "zstd",
+    # Skippable frames, which zstd files may begin with: pzstd's and `zstd --adapt`'s hold sizes.
+    **{bytes([number, 0x2A, 0x4D, 0x18]): "zstd" for number in range(0x50, 0x60)},
 }
-
-
-def is_url(path: str) -> bool:
-    """Whether a path is read by fsspec or over HTTP, rather than from this machine's file systems."""
-    return "://" in path or "::" in path
-
-
-@contextmanager
-def blamed(where: str, remedy: str) -> Iterator[None]:
-    """Tells whatever goes wrong in the block as a UserError: what streams and formats raise has no common base."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(where, f"cannot be read ({str(error) or type(error).__name__})", remedy) from error
 
 
 class Counted(io.RawIOBase):
@@ -121,7 +109,7 @@ def source(path: str) -> Iterator[tuple[Any, int | None]]:
         except TimeoutError as error:
             raise ShardError(f"no byte for {READ_TIMEOUT:g} s") from error
     elif is_url(path):
-        filesystem, name = fsspec.core.url_to_fs(path)
+        filesystem, name = file_system(path)
         with filesystem.open(name, "rb", block_size=REMOTE_BLOCK) as file:
             yield file, getattr(file, "size", None)
     else:
@@ -133,13 +121,29 @@ def source(path: str) -> Iterator[tuple[Any, int | None]]:
 @contextmanager
 def piped(command: str) -> Iterator[Any]:
     """The output of a shell command. ShardError where it fails."""
-    process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE)
+    # A process group of its own: all that the command starts is ended with it, and Ctrl-C, which lets the job end
+    # its shards, does not reach it.
+    process = subprocess.Popen(command, shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, process_group=0)
     assert process.stdout is not None
+    PIPES.add(process.pid)
     try:
         yield process.stdout
         if status := process.wait():
             raise ShardError(f"the command ended with exit status {status}")
     finally:
         process.stdout.close()
-        process.kill()
+        end_group(process.pid)
         process.wait()
+        PIPES.discard(process.pid)
+
+
+def end_group(leader: int) -> None:
+    """Kill the processes of a group, if any are left."""
+    with suppress(ProcessLookupError):
+        os.killpg(leader, signal.SIGKILL)
+
+
+def end_pipes() -> None:
+    """Kill all commands that shards are read from."""
+    for leader in list(PIPES):
+        end_group(leader)

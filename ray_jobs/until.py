@@ -3,7 +3,7 @@
 import random
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ from patterns.tensors import TensorFile, write_tensors
 from ray_jobs.config import Resources
 from ray_jobs.convergence import append, draw_convergence, rows_of
 from ray_jobs.driver import Beat
-from ray_jobs.files import fetched, located, published
+from ray_jobs.files import located, published
 from ray_jobs.gather import Gathering, GatherJob, Observe
 from ray_jobs.ledger import Ledger
 from ray_jobs.models import ModelDigests
@@ -88,9 +88,9 @@ class ConvergingJob(GatherJob):
         run = self.beat.run.folder
         with published(run) as folder:
             path = folder / "convergence.parquet"
-            if not path.exists() and (run / path.name).exists():
-                with fetched(run / path.name) as earlier:
-                    path.write_bytes(earlier.read_bytes())
+            if not path.exists():
+                with suppress(FileNotFoundError):
+                    path.write_bytes((run / path.name).read_bytes())
             draw_convergence(folder / "convergence.png", append(path, tables), self.until.tolerance)
         errors = [error for table in tables for error in table["p90"].to_pylist()]
         known = [error for error in errors if error is not None]

@@ -300,7 +300,7 @@ def test_a_second_driver_is_refused_and_a_killed_one_followed(
     until(lambda: "state" in Run("run").progress())
     status, said = terminal.here(same)
     assert status == 2
-    assert re.search(r"process \d+ on \S+ works on it, and was heard", said)
+    assert re.search(r"process \d+ on \S+ works on it", said)
     driver.kill()
     driver.wait()
     assert "stale: its driver said nothing" in terminal.here(looked)[1]

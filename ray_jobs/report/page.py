@@ -24,7 +24,7 @@ def write_report(
     """
     told = [contents(run, number, count, classes, seed, len(runs)) for number, run in enumerate(runs)]
     page = rendered(told)
-    write_aside(out, lambda aside: aside.write_text(page, encoding="utf-8"))
+    write_aside(out, lambda aside: aside.write_text(page, encoding="utf-8", errors="backslashreplace"))
     return told
 
 

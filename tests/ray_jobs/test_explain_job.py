@@ -143,5 +143,5 @@ def test_shards_of_one_name_in_two_folders_keep_apart(fitted: Path, model: Model
         str(write_tar(tmp_path / name / "0.tar", [{"__key__": name, "jpg": jpeg(rng)}])) for name in ("one", "two")
     ]
     run = explain(ExplainConfig(model, str(fitted), tuple(paths), str(tmp_path / "out")), HERE)
-    found = {p.parent.name: next(iter(read_shard(str(p))))["__key__"] for p in run.folder.rglob("*.tar")}
+    found = {p.parent.name: next(iter(read_shard(str(p))))["__key__"] for p in Path(run.folder).rglob("*.tar")}
     assert found == {"one": "one", "two": "two"}

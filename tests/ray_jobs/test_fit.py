@@ -243,9 +243,9 @@ def test_merged_fits_are_the_fit_of_all_their_shards(
     merged = merge([str(half) for half in halves], str(tmp_path / "all"), HERE)
     same_patterns(undisturbed, merged.folder)
     assert merged.manifest()["fit"]["samples"] == 72
-    before = (merged.folder / "patterns.safetensors").stat().st_mtime_ns
+    before = Path(merged.folder / "patterns.safetensors").stat().st_mtime_ns
     fit(configured(model_spec, shards, tmp_path / "all"), HERE)  # it is that fit, and finished
-    assert (merged.folder / "patterns.safetensors").stat().st_mtime_ns == before
+    assert Path(merged.folder / "patterns.safetensors").stat().st_mtime_ns == before
 
 
 def test_fits_that_do_not_go_together_are_not_merged(

@@ -274,7 +274,7 @@ def test_a_second_driver_is_refused_while_the_first_is_alive(
     run = Run(tmp_path / "run")
     with (
         driving(run, "fit"),
-        pytest.raises(UserError, match=rf"process {os.getpid()} on \S+ works on it, and was heard \d+ s ago\. Wait"),
+        pytest.raises(UserError, match=rf"process {os.getpid()} on \S+ works on it\. Wait"),
     ):
         fit(config, HERE)
     fit(config, HERE)
@@ -286,16 +286,6 @@ def test_a_driver_that_is_dead_holds_up_no_other(tmp_path: Path) -> None:
     (tmp_path / "progress.json").write_text(json.dumps({"driver": vars(gone), "time": time.time()}))
     with driving(Run(tmp_path), "fit"):
         pass
-    elsewhere = replace(gone, host="another machine")
-    for silent, refused in ((1.0, True), (31.0, False)):
-        note = {"driver": vars(elsewhere), "time": time.time() - silent}
-        (tmp_path / "progress.json").write_text(json.dumps(note))
-        if refused:
-            with pytest.raises(UserError, match="another machine works on it"), driving(Run(tmp_path), "fit"):
-                pass
-        else:
-            with driving(Run(tmp_path), "fit"):
-                pass
 
 
 def test_a_process_that_has_the_number_of_a_dead_one_is_not_taken_for_it() -> None:

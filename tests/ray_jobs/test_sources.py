@@ -47,7 +47,7 @@ def test_a_list_may_be_a_url_and_so_may_what_it_names(tmp_path: Path) -> None:
     [
         ("@none.txt", "none.txt: cannot be read"),
         ("train-{000..001.tar", "a brace that is not closed"),
-        ("pipe:cat {a,b}.tar", "pipe:cat a.tar: a pipe runs a shell command"),
+        ("pipe:cat {a,b}.tar", "pipe:cat {a,b}.tar: a pipe runs a shell command"),
         ("@pipes.txt", "a pipe runs a shell command"),
         ("@nothing.txt", "no shards were named"),
     ],
