@@ -100,24 +100,26 @@ def refuse_other_kinds(content: bytes, place: str) -> None:
             raise UserError(place, "an exported program (torch.export), not a state dict", remedy)
         if not any(name.endswith("/data.pkl") for name in names):
             raise UserError(place, f"a zip archive that torch.save did not write; it holds {names[0][1:]}", SAVE)
-    elif not content.startswith(b"\x80"):
+    elif LEGACY not in content[:32]:
+        if content.startswith(b"\x80"):
+            raise UserError(place, "a pickle that torch.save did not write", SAVE)
         text = all(32 <= byte < 127 or byte in b"\t\r\n" for byte in content[:512])
         raise UserError(place, "a text file, not weights" if text else "not a torch or safetensors file", SAVE)
 
 
 def unreadable(content: bytes, error: Exception, place: str) -> UserError:
-    """Return the error for a file that torch.load refused."""
-    found = re.findall(r"GLOBAL (\S+) was not an allowed global", str(error))
-    if content.startswith(b"PK") and found:
-        found = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(BytesIO(content)))
-    modules = [name for name in found if name.startswith("torch.nn.modules.")]
-    if found:
-        held = f"a whole model ({modules[0]} and others)" if modules else f"objects of {', '.join(found[:4])}"
-        what = f"not a state dict, but a pickle of {held}, which is not loaded because it can run code"
-        return UserError(place, what, SAVE)
-    if content.startswith(b"PK") or LEGACY in content[:32]:
+    """Return the error for a file of torch.save that torch.load refused."""
+    found = re.findall(r"GLOBAL (\S+) was not an allowed global", str(error))  # the outermost only
+    try:
+        found += sorted(torch.serialization.get_unsafe_globals_in_checkpoint(BytesIO(content)))
+    except Exception as damaged:  # or a file of before torch 1.6
+        error.add_note(str(damaged))
+    if not found:
         return UserError(place, "a truncated or damaged torch file", AGAIN)
-    return UserError(place, "a pickle that torch.save did not write", SAVE)
+    whole = any(name.startswith("torch.nn.modules.") for name in found)
+    held = f"a whole model, {found[0]}" if whole else f"objects of {', '.join(dict.fromkeys(found[:4]))}"
+    what = f"not a state dict, but a pickle of {held}, which is not loaded because it can run code"
+    return UserError(place, what, SAVE)
 
 
 def is_state(value: Any) -> bool:
