@@ -59,7 +59,7 @@ class Endpoint:
     def __init__(self, max_bytes: int, arguments: dict[str, Any]) -> None:
         self.max_bytes = max_bytes
         self.explainer = OnlineExplainer(**arguments)
-        self.names = {number: name for name, number in self.explainer.names.items()}
+        self.names = self.explainer.names
 
     @api.get("/health")
     def health(self) -> dict[str, Any]:

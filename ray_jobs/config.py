@@ -8,13 +8,21 @@ FITTED = ("linear", "two-component", "multivariate")
 
 Log = Literal["plain", "json"]
 
+CROP_MODES = ("center", "squash", "border")
+
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """From an image to the model's input: resize the shorter side, crop the centre, (x - mean) / std per channel.
+    """From an image to the model's input: resize, crop the center, (x - mean) / std per channel.
 
-    mean and std are for pixels in [0, 1]; one of them means grey images, three mean RGB.
-    interpolation: bilinear, bicubic or nearest, as Pillow has them.
+    Attributes:
+        image_size: Height and width of the input.
+        resize: The side that `crop_mode` resizes to.
+        interpolation: A value of torchvision's InterpolationMode, as Pillow computes it.
+        mean: Means of pixels in [0, 1]: one for grey images, three for RGB. Ready tensors may have any number.
+        std: Standard deviations, as many as means.
+        crop_mode: `center`: the shorter side is resized. `squash`: both sides are, and the aspect ratio changes.
+            `border`: the longer side is resized, and the rest of the input is filled with the mean.
     """
 
     image_size: int
@@ -22,6 +30,7 @@ class Preprocessing:
     interpolation: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    crop_mode: str = "center"  # absent in the manifests of version 0.2.0
 
     @property
     def input_shape(self) -> tuple[int, int, int]:

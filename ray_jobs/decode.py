@@ -81,7 +81,10 @@ def seen(sample: Sample, preprocessing: Preprocessing) -> Tensor:
             return ready_tensor(sample[TENSOR], preprocessing)
         for extension in IMAGES:
             if extension in sample:
-                mode = "RGB" if len(preprocessing.mean) == 3 else "L"
+                channels = len(preprocessing.mean)
+                if channels not in (1, 3):
+                    raise SampleError(f"an image has 1 or 3 channels, the model takes {channels}")
+                mode = "RGB" if channels == 3 else "L"
                 return cropped(upright(sample[extension], mode, PIXELS_EACH * preprocessing.resize), preprocessing)
     except SampleError:
         raise
@@ -94,11 +97,7 @@ def seen(sample: Sample, preprocessing: Preprocessing) -> Tensor:
 def ready_tensor(data: bytes, preprocessing: Preprocessing) -> Tensor:
     """The tensor of an npy file, checked by its header before anything of its claimed size is made."""
     file = io.BytesIO(data)
-    header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    version = np.lib.format.read_magic(file)
-    if version not in header:
-        raise SampleError(f"a tensor in npy format {version[0]}.{version[1]}; 1.0 and 2.0 are read")
-    shape, columns_first, dtype = header[version](file)
+    shape, columns_first, dtype = npy_header(file)
     if dtype.kind not in "biuf":
         raise SampleError(f"a tensor of type {dtype}, not of real numbers; nothing is unpickled")
     if shape != preprocessing.input_shape:
@@ -112,6 +111,19 @@ def ready_tensor(data: bytes, preprocessing: Preprocessing) -> Tensor:
     if not tensor.isfinite().all():
         raise SampleError("a tensor that is not finite")
     return tensor
+
+
+def npy_header(file: io.BytesIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Return the shape of an npy file's array, whether columns are stored first, and its type.
+
+    Raises:
+        SampleError: If the file has another version of the format.
+    """
+    header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    version = np.lib.format.read_magic(file)
+    if version not in header:
+        raise SampleError(f"a tensor in npy format {version[0]}.{version[1]}; 1.0 and 2.0 are read")
+    return header[version](file)
 
 
 def upright(data: bytes, mode: str, enough: int | None = None) -> Picture:
@@ -174,21 +186,49 @@ def orientation(image: Image.Image) -> int:
 
 
 def cropped(picture: Picture, preprocessing: Preprocessing) -> Tensor:
-    """The part of an image that the model sees, at the model's resolution: uint8 (C, S, S).
+    """Return the part of an image that the model sees, at the model's resolution: uint8 (C, S, S).
 
-    SampleError where it is too thin to be resized.
+    Raises:
+        SampleError: If the image is too long and thin to be resized.
     """
-    (height, width), resize = picture.size, preprocessing.resize
-    shorter, longer = sorted(picture.size)
-    if resize**2 * longer / shorter > MAX_PIXELS:
-        raise SampleError(f"{width}×{height} pixels: too long and thin to be resized")
-    size = [resize if side == shorter else int(resize * side / shorter) for side in picture.size]
+    size = resized(*picture.size, preprocessing)
+    if min(size) == 0 or math.prod(size) > MAX_PIXELS:
+        raise SampleError(f"{picture.size[1]}×{picture.size[0]} pixels: too long and thin to be resized")
     pixels, interpolation = picture.pixels, InterpolationMode(preprocessing.interpolation)
     if interpolation in (InterpolationMode.BILINEAR, InterpolationMode.BICUBIC):
         pixels = F.interpolate(pixels[None], size, mode=interpolation.value, antialias=True)[0]
     else:  # Pillow's alone, or another of the same name
-        pixels = T.pil_to_tensor(T.resize(T.to_pil_image(pixels), size, interpolation))
+        pixels = T.pil_to_tensor(T.resize(T.to_pil_image(pixels), list(size), interpolation))
+    if preprocessing.crop_mode == "border":
+        return bordered(pixels, preprocessing)
     return T.center_crop(pixels, [preprocessing.image_size, preprocessing.image_size])
+
+
+def resized(height: int, width: int, preprocessing: Preprocessing) -> tuple[int, int]:
+    """Return the height and width that an image is resized to before the crop, rounded as timm and torchvision do."""
+    resize, shorter, longer = preprocessing.resize, min(height, width), max(height, width)
+    if preprocessing.crop_mode == "squash":
+        return resize, resize
+    if preprocessing.crop_mode == "border":
+        return round(height / (longer / resize)), round(width / (longer / resize))
+    return (resize, int(resize * width / shorter)) if height <= width else (int(resize * height / shorter), resize)
+
+
+def crop_offset(side: int, size: int) -> int:
+    """Return where a center crop of `size` begins in a resized side; negative if the side is padded."""
+    return round((side - size) / 2) if side >= size else -((size - side) // 2)
+
+
+def bordered(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """Return the center crop of an image, with the mean color where the image is smaller than the crop."""
+    size = preprocessing.image_size
+    color = torch.tensor([round(255 * value) for value in preprocessing.mean], dtype=torch.uint8)
+    canvas = color.view(-1, 1, 1).expand(len(pixels), size, size).clone()
+    top, left = (crop_offset(side, size) for side in pixels.shape[1:])
+    inner = pixels[:, max(top, 0) :, max(left, 0) :][:, :size, :size]
+    y, x = max(-top, 0), max(-left, 0)
+    canvas[:, y : y + inner.shape[1], x : x + inner.shape[2]] = inner
+    return canvas
 
 
 def label_of(sample: Sample) -> int | None:
@@ -237,10 +277,9 @@ def boxes_of(sample: Sample, preprocessing: Preprocessing) -> list[Box] | None:
             width, height = image.size[::-1] if turned else image.size
     except Exception as error:  # untrusted bytes make Pillow raise anything
         raise SampleError(f"{type(error).__name__}: {error}") from error
-    scale = preprocessing.resize / min(width, height)
-    resized = np.array([int(width * scale), int(height * scale)])
-    offset = np.round((resized - preprocessing.image_size) / 2)
-    boxes = boxes * np.tile(resized / (width, height), 2) - np.tile(offset, 2)
+    sides = resized(height, width, preprocessing)[::-1]
+    offsets = [crop_offset(side, preprocessing.image_size) for side in sides]
+    boxes = boxes * np.tile(np.array(sides) / (width, height), 2) - np.tile(offsets, 2)
     return [(x0, y0, x1, y1) for x0, y0, x1, y1 in boxes.tolist()]
 
 

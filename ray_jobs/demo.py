@@ -10,11 +10,11 @@ from safetensors.torch import save_file
 
 from patterns import UserError
 from patterns.storage import write_aside
+from ray_jobs.classes import captions, class_names
 from ray_jobs.config import FITTED, ExplainConfig, FitConfig, ModelConfig, QualityConfig, Resources
 from ray_jobs.explain import explain
 from ray_jobs.fit import fit
 from ray_jobs.grid import Gallery
-from ray_jobs.models import class_names
 from ray_jobs.pack import pack
 from ray_jobs.pictures import draw_grid
 from ray_jobs.quality import measure
@@ -49,7 +49,7 @@ def demo(out: Path, resources: Resources) -> Path:
         resources,
     )
     picture = out / "grid.png"
-    explained = Gallery(run, class_names("torchvision:resnet18", None))
+    explained = Gallery(run, captions(class_names("torchvision:resnet18", None)))
     rows = sorted(explained.rows(), key=lambda row: (row["label"] != row["prediction"], -row["probability"]))
     draw_grid(picture, explained.shown(rows), columns=2)
     return picture

@@ -70,7 +70,7 @@ class ExplainWorker(ShardWorker[ShardTask]):
     def ready(self) -> None:
         """Load the model and its patterns."""
         self.loaded = self.share.load(self.config.model, self.weights)
-        self.target = target_of(self.config.target, self.loaded.network, dict(self.config.classes))
+        self.target = target_of(self.config.target, self.loaded.network, self.config.classes)
         self.explainer = explainer(self.config, self.loaded, self.target.operator, self.scales)
         if self.config.compile is not None:
             self.explainer.compile(self.config.batch_size, self.config.compile)
@@ -237,7 +237,7 @@ def explain(config: ExplainConfig, resources: Resources = Resources()) -> Run:  
     if section["status"] == "complete" and not section["missing"]:
         tidy(run)
         return run
-    target = target_of(config.target, loaded.network, dict(config.classes))
+    target = target_of(config.target, loaded.network, config.classes)
     # Before anything is written, so that wrong patterns are told; once for all workers and resumptions.
     made = explainer(config, loaded, target.operator, section.get("scales", {}))
     scales = made.scales

@@ -15,7 +15,8 @@ from ray_jobs.gather import LEDGER, Gathering, GatherJob, apart, beside, read_le
 from ray_jobs.ledger import Ledger
 from ray_jobs.plan import passes
 from ray_jobs.positions import settled
-from ray_jobs.run import Run, difference
+from ray_jobs.ready import sized
+from ray_jobs.run import Run, current, difference
 from ray_jobs.session import connected
 from ray_jobs.tasks import Tasks
 from ray_jobs.until import ConvergingJob, Until, waited_for
@@ -69,8 +70,9 @@ def fit(config: FitConfig, resources: Resources = Resources(), retry_quarantined
     UserError where the configuration or the data are wrong, StoppedShortError where a signal came.
     """
     checked(config, resources)
-    loaded = models.load(config.model)
     run = Run(config.out)
+    config = replace(config, model=sized(config.model, config.shards, run.manifest().get("fit")))
+    loaded = models.load(config.model)
     config, why = settled(run, config, loaded)
     section = run.section("fit", config, loaded)
     finished = section["status"] == "complete" and not section["missing"]
@@ -229,7 +231,8 @@ def merge(folders: Sequence[str], out: str, resources: Resources = Resources()) 
     runs = [Run(folder) for folder in folders]
     configs = [fitted(run) for run in runs]
     sections = [run.manifest()["fit"] for run in runs]
-    alike = [{k: v for k, v in s["options"].items() if k not in OF_ONES_OWN} for s in sections]
+    listed = [current(section["options"], config) for section, config in zip(sections, configs)]
+    alike = [{k: v for k, v in options.items() if k not in OF_ONES_OWN} for options in listed]
     for run, options in zip(runs, alike):
         if options != alike[0]:
             what = f"this fit was done with {difference(alike[0], options)} in comparison with {folders[0]}"

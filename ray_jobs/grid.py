@@ -3,7 +3,7 @@
 import io
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -16,10 +16,10 @@ from torchvision.transforms.functional import to_pil_image
 
 from patterns import UserError
 from patterns.pictures import Shown, photograph, picture
+from ray_jobs.classes import captions, class_names
 from ray_jobs.config import Preprocessing
 from ray_jobs.decode import cropped, decode, upright
 from ray_jobs.files import fetched, read_table
-from ray_jobs.models import class_names
 from ray_jobs.outputs import Outputs, beside, outputs
 from ray_jobs.run import Run
 from ray_jobs.samples import IMAGES, printable
@@ -32,16 +32,21 @@ Row = dict[str, Any]  # of explanations.parquet
 class Gallery:
     """The explanations of a finished run.
 
-    UserError where it has none, or none that can be shown.
+    Args:
+        run: The run.
+        names: The names of classes by number.
+
+    Raises:
+        UserError: If the run has no explanations, or none that can be shown.
     """
 
-    def __init__(self, run: Run, names: dict[str, int]) -> None:
+    def __init__(self, run: Run, names: Mapping[int, str]) -> None:
         section = run.job("explain", "Run `patternnet explain` to the end first.")
         options = dict(section["options"])
         self.run, self.methods = run, tuple(options["methods"])
         self.preprocessing = Preprocessing(**options["preprocessing"])
         self.kinds, self.out = options["outputs"], outputs(str(run.folder), tuple(options["shards"]))
-        self.names = {number: name for name, number in names.items()}
+        self.names = names
         if not {"png", "npy", "parquet"} & set(self.kinds):
             raise UserError(str(run.folder), f"holds explanations as {', '.join(self.kinds)} only", SHOWN)
 
@@ -141,7 +146,7 @@ def gallery(run: str, classes: str | None) -> Gallery:
     """The explanations of a run; classes: a file of the classes' names, else as the model's library has them."""
     found = Run(run)
     model = found.job("explain", "Run `patternnet explain` to the end first.")["model"]
-    return Gallery(found, class_names(model["spec"], classes))
+    return Gallery(found, captions(class_names(model["spec"], classes)))
 
 
 def stored(sample: dict[str, Any], method: str) -> Image.Image:

@@ -201,17 +201,16 @@ def explain(
     resources: Resources,
 ) -> None:
     """Shards + patterns → explanations, one shard for each input shard."""
+    from ray_jobs.classes import names_for
     from ray_jobs.explain import explain as run_explain
-    from ray_jobs.models import class_names
     from ray_jobs.sources import list_shards
-    from ray_jobs.targets import named
 
     of_fit, listed = fitted(patterns, model, weights, precision), list_shards(shards, allow_pipes)
     common = on_methods(of_fit, patterns, listed, out, batch_size, methods, estimator, set_, max_samples, seed)
     config = ExplainConfig(
         **vars(common),
         target=target,
-        classes=tuple(class_names(of_fit.spec, classes).items()) if named(target) else (),
+        classes=names_for(target, of_fit.spec, classes),
         outputs=words(output),
         reduction=reduce_channels,
         size=resize,

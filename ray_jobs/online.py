@@ -10,16 +10,16 @@ import torch
 from PIL import Image
 
 from patterns import UserError
+from ray_jobs.classes import captions, class_names, names_for
 from ray_jobs.config import ExplainConfig, ModelConfig
 from ray_jobs.decode import decode
 from ray_jobs.explain import ExplainWorker, checked
 from ray_jobs.files import located
-from ray_jobs.models import ModelDigests, class_names
+from ray_jobs.models import ModelDigests
 from ray_jobs.outputs import Explained
 from ray_jobs.run import Run
 from ray_jobs.samples import SampleError
 from ray_jobs.shards import Batch
-from ray_jobs.targets import named
 from ray_jobs.worker import Share
 
 
@@ -44,7 +44,7 @@ class OnlineExplainer:
     ) -> None:
         fitted = Run(run)
         model = fitted.fitted_model()
-        self.names = class_names(model["spec"], classes)
+        self.names = captions(class_names(model["spec"], classes))
         config = ExplainConfig(
             ModelConfig(**{**model, "weights": weights or model["weights"]}),
             str(located(run)),
@@ -54,7 +54,7 @@ class OnlineExplainer:
             estimator=tuple(estimator),
             settings=tuple((settings or {}).items()),
             target=target,
-            classes=tuple(self.names.items()) if named(target) else (),
+            classes=names_for(target, model["spec"], classes),
             reduction=reduction,
             size=size,
         )

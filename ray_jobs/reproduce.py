@@ -27,6 +27,7 @@ from ray_jobs.grid import Gallery, Row
 from ray_jobs.models import build
 from ray_jobs.pictures import draw_estimators, draw_grid
 from ray_jobs.quality import measure
+from ray_jobs.ready import sized
 from ray_jobs.run import Run
 from ray_jobs.small import BATCH, SPEC, train
 from ray_jobs.sources import list_shards
@@ -106,7 +107,7 @@ def reproduce(experiment: Experiment, out: Path, resources: Resources = Resource
 
     UserError where the configuration or the data are wrong, StoppedShortError where a signal came.
     """
-    one = experiment
+    one = replace(experiment, model=sized(experiment.model, experiment.train))
     half = len(one.train) // 2
     if half == 0:
         raise UserError("--shards", "one shard cannot be parted in two halves", "Give more training shards.")
@@ -133,7 +134,7 @@ def reproduce(experiment: Experiment, out: Path, resources: Resources = Resource
 
 def draw(run: Run, out: Path, names: tuple[str, ...]) -> None:
     """The paper's figures 3 to 6, as `figure-3.png` and so on."""
-    gallery = Gallery(run, {name: number for number, name in enumerate(names)})
+    gallery = Gallery(run, dict(enumerate(names)))
     by_class: dict[int, Row] = {}
     for row in gallery.rows():
         by_class.setdefault(row["prediction"], row)

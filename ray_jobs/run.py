@@ -14,7 +14,7 @@ from patterns import Operator, UserError
 from patterns.operators import KIND_NAMES
 from patterns.storage import ASIDE, Patterns, load, write_json, write_table
 from ray_jobs import files
-from ray_jobs.config import FitConfig, MethodsConfig, ModelConfig, QualityConfig
+from ray_jobs.config import FitConfig, MethodsConfig, ModelConfig, Preprocessing, QualityConfig
 from ray_jobs.ledger import Refused
 from ray_jobs.models import Loaded
 from ray_jobs.samples import printable
@@ -78,7 +78,7 @@ class Run:
         options = {**options_of(config), "weights": loaded.digest, "preprocessing": asdict(loaded.preprocessing)}
         options = json.loads(json.dumps(options))
         before = self.manifest().get(job)
-        if before is not None and (begun := defaults(config) | before["options"]) != options:
+        if before is not None and (begun := current(before["options"], config)) != current(options, config):
             raise UserError(
                 str(self.path),
                 f"this {job} was begun with {difference(begun, options)}",
@@ -169,11 +169,19 @@ def options_of(config: Config) -> dict[str, Any]:
     return {**{k: v for k, v in model.items() if k != "weights"}, **options}
 
 
-def defaults(config: Config) -> dict[str, Any]:
-    """What options are where nothing is said of them, as an earlier version said nothing of such as it did not have."""
-    told = {f.name: f.default for kind in (ModelConfig, type(config)) for f in fields(kind) if f.default is not MISSING}
-    del told["weights"]
-    return dict(json.loads(json.dumps(told)))
+def current(options: dict[str, Any], config: Config) -> dict[str, Any]:
+    """Return a manifest's options in the form of this version, with defaults for those that an earlier one lacked."""
+    options = defaults(ModelConfig, type(config)) | options
+    options["preprocessing"] = defaults(Preprocessing) | options["preprocessing"]
+    if "classes" in options:  # version 0.2.0 stored them in another order
+        options["classes"] = sorted(options["classes"])
+    return options
+
+
+def defaults(*kinds: type[Config | ModelConfig | Preprocessing]) -> dict[str, Any]:
+    """Return the default values of dataclasses, as JSON has them."""
+    found = {f.name: f.default for kind in kinds for f in fields(kind) if f.default is not MISSING}
+    return dict(json.loads(json.dumps(found)))
 
 
 def difference(before: dict[str, Any], now: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ A model that gives one number for each sample (a binary or regression head) is e
 
 import difflib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,10 +24,13 @@ from torch import Tensor
 from patterns import Network, UserError
 
 Labels = Sequence[int | None]
+Names = tuple[tuple[str, int], ...]  # names of classes with their numbers; two classes may share a name
 Pick = Callable[[Tensor, Labels], Tensor]  # of each sample's scores (N, classes) and label: its class, int64 (N,)
 
 AGAINST = "-vs-"
 RANKS = {"predicted": 0, "second": 1}
+WORDS = {*RANKS, "label"}
+TOP = r"top-(\d+)"
 
 
 @dataclass(frozen=True)
@@ -66,10 +69,16 @@ class Target:
         return values[:, :1] - values[:, 1:] if self.against else values
 
 
-def target_of(spec: str, network: Network, names: Mapping[str, int]) -> Target:
-    """The target that some words mean. names: the numbers of the model's classes by name.
+def target_of(spec: str, network: Network, names: Names) -> Target:
+    """Return the target that some words mean.
 
-    UserError for words that mean nothing for this model.
+    Args:
+        spec: The words; see the table above.
+        network: The network to explain.
+        names: The names of its classes.
+
+    Raises:
+        UserError: If the words mean nothing for this network, or more than one thing.
     """
     operator, colon, neuron = spec.rpartition(":")
     if colon and operator in network.operators:
@@ -81,7 +90,8 @@ def target_of(spec: str, network: Network, names: Mapping[str, int]) -> Target:
         what = f"the model gives outputs of shape {network.output_shape}, not a score for each class"
         raise UserError(f"--target {spec}", what, "Explain a neuron: OPERATOR:NEURON, see `patternnet plan`.")
     (classes,) = network.output_shape
-    if match := re.fullmatch(r"top-(\d+)", spec):
+    if match := re.fullmatch(TOP, spec):
+        refuse_two_meanings(spec, spec, names)
         count = int(match[1])
         if not 1 <= count <= classes:
             raise UserError(f"--target {spec}", f"the model has {classes} classes", f"Take top-1 to top-{classes}.")
@@ -91,37 +101,62 @@ def target_of(spec: str, network: Network, names: Mapping[str, int]) -> Target:
             what = "the model gives one number for each sample, which is all that can be explained"
             raise UserError(f"--target {spec}", what, "Leave out --target, or explain a neuron: OPERATOR:NEURON.")
         return Target((fixed(0),))
-    one, against, other = spec.partition(AGAINST)
-    words = [one, other] if against else [spec]
+    words = split(spec, {name for name, _ in names})
     picks = tuple(pick(word, spec, classes, names, network) for word in words)
-    if against and one == other:
+    if len(words) == 2 and words[0] == words[1]:
         raise UserError(f"--target {spec}", "a class against itself is 0", "Name two classes.")
-    return Target(picks, against=bool(against), needs_label="label" in words)
+    return Target(picks, against=len(words) == 2, needs_label="label" in words)
 
 
-def pick(word: str, spec: str, classes: int, names: Mapping[str, int], network: Network) -> Pick:
-    """The class that one word means."""
+def split(spec: str, names: Collection[str]) -> list[str]:
+    """Return the one or two words of a target; names of classes may hold `-vs-` themselves."""
+    if spec in names or AGAINST not in spec:
+        return [spec]
+    places = [place for place in range(len(spec)) if spec.startswith(AGAINST, place)]
+    pairs = [[spec[:place], spec[place + len(AGAINST) :]] for place in places]
+    return next((pair for pair in pairs if all(w in names or not named(w) for w in pair)), pairs[0])
+
+
+def pick(word: str, spec: str, classes: int, names: Names, network: Network) -> Pick:
+    """Return the class that one word means."""
+    if word in WORDS:
+        refuse_two_meanings(word, spec, names)
     if word in RANKS:
         if RANKS[word] >= classes:
             raise UserError(f"--target {spec}", f"the model has {classes} classes", "Explain `predicted`.")
         return rank(RANKS[word])
     if word == "label":
         return lambda scores, labels: torch.tensor(labels, device=scores.device)
-    number = int(word) if word.isdecimal() else names.get(word)
-    if number is None:
-        near = difflib.get_close_matches(word, [*names, *network.operators])
+    numbers = [int(word)] if word.isdecimal() else numbers_of(word, names)
+    if not numbers:
+        near = difflib.get_close_matches(word, [*dict(names), *network.operators])
         hint = f"Did you mean {', '.join(near)}?" if near else "Name a class, or its number; --classes reads names."
         raise UserError(f"--target {spec}", f"{word!r} is no class", hint)
+    if len(numbers) > 1:
+        what = f"{word!r} is the name of the classes {', '.join(map(str, numbers))}"
+        raise UserError(f"--target {spec}", what, "Give the number of the class instead of its name.")
+    (number,) = numbers
     if number >= classes:
         raise UserError(f"--target {spec}", f"no class {number}", f"The model's are 0 to {classes - 1}.")
     return fixed(number)
 
 
+def numbers_of(name: str, names: Names) -> list[int]:
+    """Return the numbers of all classes that have a name."""
+    return sorted({number for other, number in names if other == name})
+
+
+def refuse_two_meanings(word: str, spec: str, names: Names) -> None:
+    """Raise UserError if a word of `--target` is the name of a class too."""
+    if numbers := numbers_of(word, names):
+        what = f"{word!r} is a word of --target, and the name of class {numbers[0]}"
+        raise UserError(f"--target {spec}", what, "Give the number of the class, or leave --classes out.")
+
+
 def named(spec: str) -> bool:
-    """Whether a target may name a class by more than its number."""
-    words = spec.split(AGAINST)
-    return not re.fullmatch(r"top-\d+", spec) and any(
-        not word.isdecimal() and word not in {*RANKS, "label"} for word in words
+    """Return whether a target may name a class by more than its number."""
+    return not re.fullmatch(TOP, spec) and any(
+        not word.isdecimal() and word not in WORDS for word in spec.split(AGAINST)
     )
 
 

@@ -8,8 +8,8 @@ import torch
 
 from ray_jobs.config import ExplainConfig, FitConfig, ModelConfig, Resources
 from ray_jobs.explain import explain
+from ray_jobs.factories import own_model
 from ray_jobs.fit import fit
-from ray_jobs.models import factory
 from tests.ray_jobs.runs import PREPARED
 
 README = Path(__file__).parents[1] / "README.md"
@@ -37,7 +37,7 @@ def test_the_code_of_the_page_on_explanations_runs(model_spec: str, shards: list
         "shard": shards[0],
         "explanations": str(run / "explanations" / Path(shards[0]).name),
         "run": run,
-        "model": factory(model_spec, *model_spec.rsplit(":", 1))(),
+        "model": own_model(model_spec),
         "images": torch.randn(2, 3, 16, 16),
     }
     exec("\n".join(blocks), scope)

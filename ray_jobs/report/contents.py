@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from patterns import UserError
+from ray_jobs.classes import captions, class_names
 from ray_jobs.files import read_table
 from ray_jobs.grid import Gallery
-from ray_jobs.models import class_names
 from ray_jobs.progress import spoken
 from ray_jobs.report.charts import WHISKERS, Chart, banded, narrowing, spreads
 from ray_jobs.report.filters import Filters, filters
@@ -132,7 +132,7 @@ def contents(folder: str, number: int, count: int, classes: str | None, seed: in
     tolerance = options.get("until_converged")
     seen, unseen = None, ""
     if "explain" in complete and count:
-        names = class_names(manifest["explain"]["model"]["spec"], classes)
+        names = captions(class_names(manifest["explain"]["model"]["spec"], classes))
         try:
             seen = samples(Gallery(run, names), count, seed, pages)
         except UserError as error:

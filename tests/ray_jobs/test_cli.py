@@ -140,10 +140,9 @@ def test_patterns_of_other_weights_are_refused(
     explain = ["explain", "--patterns", tmp_path / "run", "--shards", shards[0], *WORKERS]
     assert "holds no finished fit" in complaint(*explain)
     assert exit_status([str(a) for a in fit]) == 0
-    from ray_jobs.models import factory
+    from ray_jobs.factories import own_model
 
-    path, _, name = model_spec.rpartition(":")
-    state = factory(model_spec, path, name)().state_dict()
+    state = own_model(model_spec).state_dict()
     state["0.bias"] = state["0.bias"] + 1
     save_file(state, tmp_path / "other.safetensors")
     line = complaint(*explain, "--weights", tmp_path / "other.safetensors")

@@ -6,14 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torchvision.models import ResNet18_Weights
 
 from patterns import Network, UserError, trace
-from ray_jobs.models import class_names
+from ray_jobs.classes import captions, class_names, names_for
 from ray_jobs.targets import named, target_of
 
 SCORES = torch.tensor([[0.1, 3.0, 2.0, -1.0], [5.0, 1.0, 4.0, 4.0]])
 LABELS = [2, 3]
-NAMES = {"tench": 0, "tiger cat": 1, "label-like": 2}
+NAMES = (("tench", 0), ("tiger cat", 1), ("label-like", 2))
 
 
 @pytest.fixture(scope="module")
@@ -85,24 +86,74 @@ def test_names_are_looked_for_only_where_a_target_may_need_them() -> None:
     assert all(map(named, ["tabby", "3-vs-tabby", "features.28:17"]))
 
 
-@pytest.mark.parametrize("content", ['["tench", "goldfish"]', '{"0": "tench", "1": "goldfish"}', "tench\n\ngoldfish\n"])
+INDEX = '{"0": ["n01440764", "tench"], "1": ["n01443537", "goldfish"]}'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '["tench", "goldfish"]',
+        '{"0": "tench", "1": "goldfish"}',
+        '{"tench": 0, "goldfish": 1}',
+        INDEX,
+        "tench\n\ngoldfish\n",
+        "\ufefftench\r\ngoldfish",
+    ],
+)
 def test_names_are_read_from_lists_objects_and_lines(tmp_path: Path, content: str) -> None:
     file = tmp_path / "classes"
     file.write_text(content)
-    assert class_names("timm:resnet18", str(file)) == {"tench": 0, "goldfish": 1}
+    names = class_names("timm:resnet18", str(file))
+    assert dict(names)["tench"] == 0
+    assert captions(names) == {0: "tench", 1: "goldfish"}
+    if content == INDEX:
+        assert dict(names)["n01443537"] == 1
 
 
 def test_torchvisions_models_know_their_classes() -> None:
     names = class_names("torchvision:resnet18", None)
-    assert (names["tench"], names["tabby"], len(names)) == (0, 281, 1000)
-    assert class_names("file.py:factory", None) == {}
+    assert [(name, number) for number, name in enumerate(ResNet18_Weights.DEFAULT.meta["categories"])] == list(names)
+    assert class_names("file.py:factory", None) == ()
 
 
-@pytest.mark.parametrize("content", [json.dumps({"tench": 0}), json.dumps({"x": "y"})])
-def test_files_of_no_names_are_told(tmp_path: Path, content: str) -> None:
+@pytest.mark.parametrize(
+    "read", [{"x": "y"}, {"0": 1.5}, {"0": []}, {"0": [1]}, {"-1": "a"}, [["n01", "tench"]], [1, 2], {}, [None]]
+)
+def test_files_that_hold_no_names_are_refused(tmp_path: Path, read: object) -> None:
     file = tmp_path / "classes.json"
-    file.write_text(content)
-    with pytest.raises(UserError, match=r"not from number to name\. Write"):
+    file.write_text(json.dumps(read))
+    with pytest.raises(UserError) as caught:
         class_names("timm:resnet18", str(file))
+    assert caught.value.where == f"--classes {file}"
     with pytest.raises(UserError, match="cannot be read"):
         class_names("timm:resnet18", str(tmp_path / "none"))
+
+
+TWICE = (("crane", 0), ("dog", 1), ("crane", 3), ("a-vs-b", 2))
+
+
+@pytest.mark.parametrize("spec", ["crane", "dog-vs-crane", "crane-vs-dog"])
+def test_a_name_of_two_classes_is_refused_with_their_numbers(network: Network, spec: str) -> None:
+    with pytest.raises(UserError) as caught:
+        target_of(spec, network, TWICE)
+    assert "0, 3" in caught.value.what
+    assert target_of("dog-vs-3", network, TWICE).classes(SCORES, LABELS).tolist() == [[1, 3], [1, 3]]
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [("a-vs-b", [2]), ("dog-vs-a-vs-b", [1, 2]), ("a-vs-b-vs-dog", [2, 1]), ("a-vs-b-vs-0", [2, 0])],
+)
+def test_a_name_may_hold_the_word_between_two_classes(network: Network, spec: str, expected: list[int]) -> None:
+    assert target_of(spec, network, TWICE).classes(SCORES, LABELS)[0].tolist() == expected
+
+
+@pytest.mark.parametrize("word", ["predicted", "second", "label", "top-2", "predicted-vs-0"])
+def test_a_name_that_is_a_word_of_targets_is_refused(network: Network, tmp_path: Path, word: str) -> None:
+    file = tmp_path / "classes.json"
+    file.write_text(json.dumps(["predicted", "second", "label", "top-2"]))
+    names = names_for(word, "file.py:factory", str(file))
+    with pytest.raises(UserError, match="a word of --target"):
+        target_of(word, network, names)
+    assert names_for(word, "torchvision:resnet18", None) == ()
+    target_of(word, network, ())

@@ -1,0 +1,235 @@
+"""Weights from files: those that torch's own strict load takes, and what keeps others from being taken."""
+
+import argparse
+import gzip
+import io
+import pickle
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save as safetensors
+from safetensors.torch import save_model
+from torch import Tensor, nn
+
+from patterns import UserError
+from ray_jobs.checkpoints import load_weights
+
+State = dict[str, Any]
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.norm = nn.BatchNorm2d(4)
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.norm(self.conv(x)).mean((2, 3)))
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.three = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3)
+        self.two.weight = self.three.weight = self.one.weight
+
+
+class Renamed(Net):
+    """Reads names of an earlier version, as torchvision's DenseNet does."""
+
+    def _load_from_state_dict(self, state: State, prefix: str, *args: Any) -> None:  # type: ignore[override]
+        for key in [key for key in state if key.startswith(f"{prefix}old_")]:
+            state[prefix + key.removeprefix(f"{prefix}old_")] = state.pop(key)
+        super()._load_from_state_dict(state, prefix, *args)
+
+
+class Extra(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.epoch = 3
+
+    def get_extra_state(self) -> object:
+        return {"epoch": self.epoch}
+
+    def set_extra_state(self, state: Any) -> None:
+        self.epoch = state["epoch"]
+
+
+def values() -> State:
+    """A state dict that no Net begins with."""
+    torch.manual_seed(5)
+    return {k: torch.rand_like(v) if v.is_floating_point() else v + 7 for k, v in Net().state_dict().items()}
+
+
+def prefixed(prefix: str, state: State) -> State:
+    return {prefix + name: value for name, value in state.items()}
+
+
+def saved(obj: object, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(obj, buffer, **options)
+    return buffer.getvalue()
+
+
+def wrapped(wrap: Callable[[nn.Module], nn.Module]) -> State:
+    net = Net()
+    net.load_state_dict(values())
+    return wrap(net).state_dict()
+
+
+def take(content: bytes, tmp_path: Path, model: nn.Module | None = None) -> nn.Module:
+    file = tmp_path / "weights"
+    file.write_bytes(content)
+    model = Net() if model is None else model
+    load_weights(model, str(file), "m.py:net")
+    return model
+
+
+TAKEN: dict[str, Callable[[], bytes]] = {
+    "plain": lambda: saved(values()),
+    "before torch 1.6": lambda: saved(values(), _use_new_zipfile_serialization=False),
+    "safetensors": lambda: safetensors(values()),
+    "compiled": lambda: saved(wrapped(torch.compile)),  # type: ignore[arg-type]
+    "parallel": lambda: saved(wrapped(nn.DataParallel)),
+    "averaged": lambda: saved(wrapped(torch.optim.swa_utils.AveragedModel)),
+    "compiled and parallel": lambda: saved(wrapped(lambda net: nn.DataParallel(torch.compile(net)))),  # type: ignore[arg-type]
+    "a compiled part": lambda: saved({k.replace("conv.", "conv._orig_mod."): v for k, v in values().items()}),
+    "lightning": lambda: saved({"state_dict": prefixed("model.", values()), "epoch": 3, "hyper_parameters": {"lr": 1}}),
+    "lightning, compiled": lambda: saved({"state_dict": prefixed("model._orig_mod.", values())}),
+    "safetensors of a wrapper": lambda: safetensors(prefixed("module.", values())),
+    "imagenet example": lambda: saved({"state_dict": prefixed("module.", values()), "best_acc1": torch.tensor(3.0)}),
+    "torchvision": lambda: saved(
+        {"model": values(), "optimizer": {"state": {0: {"a": torch.ones(1)}}}, "args": argparse.Namespace(lr=1)}
+    ),
+    "another key": lambda: saved({"model_state_dict": values(), "loss": 0.5, "optimizer": {"a": torch.ones(1)}}),
+    "two keys deep": lambda: saved({"state": {"net": values()}}),
+    "with averaged weights": lambda: saved({"state_dict": values(), "state_dict_ema": prefixed("x", values())}),
+    "averaged weights only": lambda: saved({"model_ema": values(), "epoch": 3}),
+    "half": lambda: saved({k: v.half() if v.is_floating_point() else v for k, v in values().items()}),
+}
+
+
+@pytest.mark.parametrize("content", TAKEN.values(), ids=TAKEN)
+def test_a_checkpoint_with_one_state_dict_is_taken(content: Callable[[], bytes], tmp_path: Path) -> None:
+    for name, value in take(content(), tmp_path).state_dict().items():
+        torch.testing.assert_close(value, values()[name], rtol=1e-3, atol=1e-3)  # some are of half precision
+
+
+def test_names_that_the_model_brings_up_to_date_are_taken(tmp_path: Path) -> None:
+    old = OrderedDict((k, v) for k, v in values().items() if "num_batches" not in k)  # as before torch 0.4.1
+    Net().load_state_dict(old)
+    torch.testing.assert_close(take(saved(old), tmp_path).state_dict()["conv.weight"], old["conv.weight"])
+    take(saved(prefixed("module.", old)), tmp_path)
+    renamed = take(saved(prefixed("old_", values())), tmp_path, Renamed())
+    torch.testing.assert_close(renamed.state_dict()["fc.weight"], values()["fc.weight"])
+
+
+def test_tied_weights_of_safetensors_are_taken(tmp_path: Path) -> None:
+    one = Tied()
+    save_model(one, str(tmp_path / "tied.safetensors"))
+    other = take((tmp_path / "tied.safetensors").read_bytes(), tmp_path, Tied())
+    for name, value in one.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]), name
+
+
+def test_extra_state_is_taken(tmp_path: Path) -> None:
+    state = Extra().state_dict()
+    state["_extra_state"] = {"epoch": 8}
+    model = take(saved(state), tmp_path, Extra())
+    assert isinstance(model, Extra)
+    assert model.epoch == 8
+
+
+def scripted() -> bytes:
+    buffer = io.BytesIO()
+    torch.jit.save(torch.jit.script(Net()), buffer)
+    return buffer.getvalue()
+
+
+def exported() -> bytes:
+    buffer = io.BytesIO()
+    torch.export.save(torch.export.export(Net().eval(), (torch.zeros(2, 3, 8, 8),)), buffer)
+    return buffer.getvalue()
+
+
+def arrays() -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, a=np.zeros(3))
+    return buffer.getvalue()
+
+
+REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
+    "a whole model": (lambda: saved(Net()), "a whole model, tests.ray_jobs.test_checkpoints.Net"),
+    "a whole model of torch's": (
+        lambda: saved(nn.Sequential(nn.ReLU())),
+        "a whole model, torch.nn.modules.container.Sequential",
+    ),
+    "other objects": (lambda: saved({"model": values(), "path": Path("x")}), "athlib"),
+    "other objects before torch 1.6": (
+        lambda: saved({"path": Path("x")}, _use_new_zipfile_serialization=False),
+        "athlib",
+    ),
+    "numpy": (lambda: saved({"model": np.zeros(3)}), "numpy"),
+    "a pickle": (lambda: pickle.dumps({"a": 1}), "a pickle that torch.save did not write"),
+    "TorchScript": (scripted, "TorchScript"),
+    "an exported program": (exported, "torch.export"),
+    "npz": (arrays, "a.npy"),
+    "empty": (lambda: b"", "empty"),
+    "LFS": (lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 12\n", "LFS"),
+    "HTML": (lambda: b"\n<!DOCTYPE html><html>404</html>", "HTML"),
+    "text": (lambda: b'{"weight_map": {}}', "text"),
+    "gzip": (lambda: gzip.compress(saved(values())), "gzip"),
+    "noise": (lambda: bytes(range(200, 256)) * 9, "not a torch or safetensors file"),
+    "truncated": (lambda: saved(values())[:-200], "truncated"),
+    "truncated, before torch 1.6": (lambda: saved(values(), _use_new_zipfile_serialization=False)[:-20], "truncated"),
+    "truncated safetensors": (lambda: safetensors(values())[:-20], "truncated"),
+    "a list": (lambda: saved([torch.ones(1)]), "type list"),
+    "a tensor": (lambda: saved(torch.ones(1)), "type Tensor"),
+    "nothing": (lambda: saved({}), "nothing"),
+    "values among tensors": (lambda: saved({**values(), "epoch": 3}), "epoch"),
+    "two state dicts": (lambda: saved({"generator": values(), "critic": values()}), "generator, critic"),
+    "a prefix and others": (lambda: saved({**prefixed("model.", values()), "loss.weight": torch.ones(1)}), "'model.'"),
+    "too few": (lambda: saved({k: v for k, v in values().items() if k != "fc.bias"}), "fc.bias"),
+    "too many": (lambda: saved({**values(), "head.bias": torch.ones(1)}), "head.bias"),
+    "another shape": (lambda: saved({**values(), "fc.bias": torch.ones(7)}), "(7,), the model's has (3,)"),
+    "two names for one": (lambda: saved({**values(), **prefixed("module.", values())}), "not the model's"),
+}
+
+
+@pytest.mark.parametrize(("content", "named"), REFUSED.values(), ids=REFUSED)
+def test_another_file_is_refused_with_what_it_is(content: Callable[[], bytes], named: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        take(content(), tmp_path)
+    assert named in caught.value.what
+    assert caught.value.where == f"--weights {tmp_path / 'weights'}"
+    for unwanted in ("\x1b", "\n", "weights_only"):
+        assert unwanted not in str(caught.value)
+
+
+def test_a_prefix_of_the_models_own_is_named(tmp_path: Path) -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = Net()
+
+    with pytest.raises(UserError, match=r"'backbone\.'"):
+        take(saved(values()), tmp_path, Outer())
+
+
+def test_nothing_of_a_pickle_is_executed(tmp_path: Path) -> None:
+    class Harm:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (tmp_path / "executed",)
+
+    for options in ({}, {"_use_new_zipfile_serialization": False}):
+        with pytest.raises(UserError, match="pickle"):
+            take(saved({"model": Harm()}, **options), tmp_path)
+    with pytest.raises(UserError, match="pickle"):
+        take(pickle.dumps(Harm()), tmp_path)
+    assert not (tmp_path / "executed").exists()
