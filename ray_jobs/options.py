@@ -17,8 +17,12 @@ from ray_jobs.words import byte_count, duration, position_count
 DEFAULT_FIT, DEFAULT_METHODS = ",".join(FITTED), ",".join(ExplainConfig.methods)
 DEFAULT_OUTPUTS = ",".join(ExplainConfig.outputs)
 
-Model = Annotated[str, typer.Option(help="torchvision:NAME, timm:NAME, package.module:factory or file.py:factory.")]
-Weights = Annotated[str, typer.Option(help="File or URL of a state dict; `default`: the library's own; `random`.")]
+Model = Annotated[
+    str, typer.Option(help="torchvision:NAME, timm:NAME, package.module:NAME or file.py:NAME of a factory or model.")
+]
+Weights = Annotated[
+    str, typer.Option(help="File or URL of a state dict; `default`, the library's own; IMAGENET1K_V1; `random`.")
+]
 Shards = Annotated[
     list[str],
     typer.Option(help="Tars, Parquet files or image folders: paths, URLs, {000..015}, globs, @LIST. Repeatable."),
@@ -85,7 +89,7 @@ TargetSpec = Annotated[
 ]
 Classes = Annotated[
     str | None,
-    typer.Option(help="The classes' names: a JSON list, a JSON object by number (as `pack` writes), or one a line."),
+    typer.Option(help="Names of the classes: a JSON list, a JSON object (as `pack` writes), or a name a line."),
 ]
 OutputKinds = Annotated[str, typer.Option("--output", help=f"Some of {', '.join(OUTPUTS)}.")]
 MapSize = Annotated[int | None, typer.Option("--resize", min=1, help="Height and width of the maps that are written.")]
