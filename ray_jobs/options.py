@@ -18,10 +18,10 @@ DEFAULT_FIT, DEFAULT_METHODS = ",".join(FITTED), ",".join(ExplainConfig.methods)
 DEFAULT_OUTPUTS = ",".join(ExplainConfig.outputs)
 
 Model = Annotated[
-    str, typer.Option(help="torchvision:NAME, timm:NAME, package.module:NAME or file.py:NAME of a factory or model.")
+    str, typer.Option(help="torchvision:NAME, timm:NAME, package.module:factory or file.py:factory.")
 ]
 Weights = Annotated[
-    str, typer.Option(help="File or URL of a state dict; `default`, the library's own; IMAGENET1K_V1; `random`.")
+    str, typer.Option(help="File or URL of a state dict; `default`: the library's own; `random`.")
 ]
 Shards = Annotated[
     list[str],
