@@ -42,7 +42,8 @@ class Preprocessing:
 class ModelConfig:
     """Which model, with which weights. None: as the model's library has it.
 
-    weights: a path or URL; `default`, the library's own (or as a factory made them); `random`, drawn from the seed.
+    weights: a path or URL; `default`, the library's own (or as a factory made them); a name of torchvision's, such as
+    IMAGENET1K_V1; `random`, drawn from the seed.
     precision: float32; tf32: the same, with products of 10-bit mantissas on GPUs that have them; float64; bfloat16.
     pass_through: operations without a pattern whose usual gradient is accepted.
     strip_softmax: leave off a softmax, log-softmax or sigmoid that the model ends in.

@@ -28,20 +28,20 @@ LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib",
 def own_model(spec: str) -> nn.Module:
     """Return the model of `package.module:name` or `file.py:name`.
 
-    `name` is a function or class that is called without arguments, or an nn.Module, of which a copy is returned.
+    `name` is a function or class that is called without arguments, or an nn.Module.
     The current directory, and the folder of the file, can be imported from while this runs.
 
     Raises:
         UserError: If the import or the call fails with any exception, or the result is not an nn.Module.
     """
     where, _, name = spec.rpartition(":")
-    file = Path(where).absolute()  # the one place where the path of a model's file is interpreted
+    file = Path(where)  # the one place where the path of a model's file is interpreted
     is_path = file.suffix == ".py"
     if not is_path and file.is_file():
         raise UserError(f"--model {spec}", f"{where} is not a .py file", REMEDY)
-    with importing_from(file.parent if is_path else None):
+    with importing_from(file.absolute().parent if is_path else None):
         try:
-            module = run_file(file) if is_path else importlib.import_module(where)
+            module = run_file(file.absolute()) if is_path else importlib.import_module(where)
         except (Exception, SystemExit) as error:
             what = f"{where} cannot be imported ({described(error)})"
             raise UserError(f"--model {spec}", what, "Fix it. " + REMEDY if is_path else REMEDY) from error
@@ -51,8 +51,8 @@ def own_model(spec: str) -> nn.Module:
         if not isinstance(found, nn.Module | torch.export.ExportedProgram):
             refuse_arguments(spec, found)
         try:
-            # A model that the module holds may be loaded again in this process, as it was.
-            made = copy.deepcopy(found) if isinstance(found, nn.Module) else found
+            # An imported module keeps its model, which must stay as it is; a file is executed again by every load.
+            made = copy.deepcopy(found) if isinstance(found, nn.Module) and not is_path else found
             if callable(made) and not isinstance(made, nn.Module):
                 made = made()
             if isinstance(made, torch.export.ExportedProgram):
@@ -79,7 +79,7 @@ def importing_from(folder: Path | None) -> Iterator[None]:
         sys.modules.pop(name, None)
     BESIDE.clear()
     before, path, arguments = set(sys.modules), list(sys.path), list(sys.argv)
-    sys.path[:] = [*([str(folder)] if folder else []), *path, str(Path.cwd())]
+    sys.path[:] = [*([str(folder)] if folder else []), *path, ""]
     sys.argv[1:] = []  # a file that parses its command line is not given this program's
     importlib.invalidate_caches()
     try:

@@ -121,9 +121,10 @@ def overridden(own: Preprocessing, config: ModelConfig) -> Preprocessing:
         what = f"the deviations {spelled(std)} are not all positive"
         raise UserError("--std", what, "Write the standard deviation of each channel, for pixels in [0, 1].")
     if max(*mean, *std) > 1:
-        scaled = [spelled([value / 255 for value in values]) for values in (mean, std)]
-        what = f"means {spelled(mean)} and deviations {spelled(std)} are on the scale of pixels from 0 to 255"
-        raise UserError("--mean --std", what, f"For pixels in [0, 1] they are --mean {scaled[0]} --std {scaled[1]}.")
+        given = {option: values for option, values in (("--mean", config.mean), ("--std", config.std)) if values}
+        scaled = " ".join(f"{option} {spelled([v / 255 for v in values])}" for option, values in given.items())
+        what = f"{' and '.join(map(spelled, given.values()))} are on the scale of pixels from 0 to 255"
+        raise UserError(" ".join(given), what, f"For pixels in [0, 1], write {scaled}.")
     return replace(own, image_size=size, resize=resize, mean=mean, std=std)
 
 

@@ -99,8 +99,7 @@ TargetSpec = Annotated[
 Classes = Annotated[
     str | None,
     typer.Option(
-        **PLACE,
-        help="The classes' names: a JSON list, a JSON object by number (as `pack` writes), or one a line.",
+        **PLACE, help="Names of the classes: a JSON list, a JSON object (as `pack` writes), or a name a line."
     ),
 ]
 OutputKinds = Annotated[str, typer.Option("--output", help=f"Some of {', '.join(OUTPUTS)}.")]

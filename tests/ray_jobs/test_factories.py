@@ -45,6 +45,7 @@ WRAPPED = {
     "averaged": "def made(): return torch.optim.swa_utils.AveragedModel(net())",
     "several": "def made(): return torch.compile(nn.DataParallel(torch.optim.swa_utils.AveragedModel(net())))",
     "instance": "made = net()",
+    "compiled instance": "made = torch.compile(net())",
     "wrapped instance": "made = nn.DataParallel(net())",
     "lambda": "made = lambda: net()",
     "traced by fx": "def made(): return torch.fx.symbolic_trace(net())",

@@ -186,3 +186,10 @@ def test_a_run_whose_manifest_lacks_newer_fields_goes_on(model_spec: str, tmp_pa
     assert asdict(squash) != asdict(loaded.preprocessing)
     with pytest.raises(UserError, match="preprocessing"):
         Run(config.out).section("fit", config, replace(loaded, preprocessing=squash))
+
+
+def test_a_mean_alone_is_converted_alone() -> None:
+    with pytest.raises(UserError) as caught:
+        overridden(IMAGENET, ModelConfig("m.py:net", mean=(123.675, 116.28, 103.53)))
+    assert caught.value.where == "--mean"
+    assert "--std" not in caught.value.remedy
