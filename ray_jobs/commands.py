@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,6 +38,8 @@ from ray_jobs.options import (
 )
 from ray_jobs.words import duration, spoken_bytes
 
+MAX_NAME = 60  # characters of a key in a file's name
+
 
 def pack(
     images: Annotated[Path, typer.Argument(**LOCAL, help="A folder that holds one folder for each class.")],
@@ -47,10 +50,13 @@ def pack(
     seed: Seed = 0,
 ) -> None:
     """A folder of images → WebDataset shards."""
+    from ray_jobs.pack import images_in
     from ray_jobs.pack import pack as run_pack
 
     shards = run_pack(images, out, per_shard, crops, size, seed)
-    say(f"{len(shards)} shards in {out}, their classes in {out / 'classes.json'}")
+    formats = Counter(name.rpartition(".")[2].lower() for name in images_in(images)).most_common()
+    counts = ", ".join(f"{count} {extension}" for extension, count in formats)
+    say(f"{len(shards)} shards in {out} from these images: {counts}; their classes in {out / 'classes.json'}")
 
 
 def plan(
@@ -159,7 +165,7 @@ def grid(
     if (bool(keys) + bool(worst) + bool(random)) != 1:
         raise UserError("grid", "one way to choose samples is needed", "Give --keys, --worst N or --random N.")
     explained = gallery(run, classes)
-    rows = explained.named(words(keys)) if keys else explained.worst(worst) if worst else explained.drawn(random, seed)
+    rows = explained.listed(keys) if keys else explained.worst(worst) if worst else explained.drawn(random, seed)
     if not rows:
         raise UserError("--worst", "no prediction is wrong", "Choose by --keys or --random.")
     path = out or beside(run, "grid.png")
@@ -197,10 +203,10 @@ def show(
     from ray_jobs.pictures import draw_sample
 
     explained = gallery(run, classes)
-    rows = explained.named([key])
-    path = out or beside(run, f"{key.replace('/', '_')}.png")
-    draw_sample(path, explained.shown(rows)[0])
-    for name, value in explained.said(rows[0]).items():
+    row = explained.named(key)
+    path = out or beside(run, f"{row['key'].replace('/', '_')[:MAX_NAME]}.png")
+    draw_sample(path, explained.shown([row])[0])
+    for name, value in explained.said(row).items():
         say(f"{name:>40}  {value}")
     say(f"show: {path}")
 

@@ -167,7 +167,8 @@ class Resources:
     stall_timeout: seconds without a batch after which a worker is replaced.
     shard_timeout: seconds after which a shard is tried elsewhere, however busy its worker is.
     retries: further attempts at a shard that failed.  max_bad_shards: how many the job may go on without.
-    max_bad_fraction: the share of refused samples, of a hundred or more, beyond which a job ends.
+    max_bad_fraction: the fraction of rejected samples beyond which a job ends with an error. It is judged while the
+        job runs, from 100 samples on, and at its end, whatever its size. A job that used no sample always fails.
     log: plain lines, or json, one object a line.
     """
 

@@ -17,12 +17,33 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as T
 
 from ray_jobs.config import Preprocessing
-from ray_jobs.samples import IMAGES, TENSOR, Box, Sample, SampleError
+from ray_jobs.labels import MAX_CLASS, UNLABELLED
+from ray_jobs.samples import (
+    IMAGES,
+    NAMED_FORMATS,
+    TENSOR,
+    UNREAD_IMAGES,
+    Box,
+    Sample,
+    SampleError,
+    extension_of,
+    image_in,
+    not_decoded,
+    tensor_in,
+)
 
-FORMATS = ("JPEG", "PNG", "WEBP")  # no other of Pillow's many decoders is ever given the bytes
+# Pillow's decoders: these are chosen by the content, whatever a file is named.
+FORMATS = ("JPEG", "PNG", "WEBP")
+SIGNATURES = {
+    b"GIF8": "GIF",
+    b"BM": "BMP",
+    b"II*\0": "TIFF",
+    b"MM\0*": "TIFF",
+    b"\xff\x0a": "JPEG XL",
+    b"<": "HTML, XML or SVG text",
+    b"version https://git-lfs": "a Git LFS pointer",
+}
 MAX_PIXELS = 89_478_485  # before and after resizing; where Pillow too begins to warn, 256 MiB of RGB
-MAX_CLASS = 2**31
-UNLABELLED = -1  # as Hugging Face writes it
 
 # An EXIF orientation as a transposition and what is flipped after it.
 TURNS = {
@@ -77,21 +98,36 @@ def seen(sample: Sample, preprocessing: Preprocessing) -> Tensor:
     SampleError where it cannot be used.
     """
     try:
-        if TENSOR in sample:
-            return ready_tensor(sample[TENSOR], preprocessing)
-        for extension in IMAGES:
-            if extension in sample:
-                channels = len(preprocessing.mean)
-                if channels not in (1, 3):
-                    raise SampleError(f"an image has 1 or 3 channels, the model takes {channels}")
-                mode = "RGB" if channels == 3 else "L"
-                return cropped(upright(sample[extension], mode, PIXELS_EACH * preprocessing.resize), preprocessing)
+        if image := image_in(sample):
+            channels = len(preprocessing.mean)
+            if channels not in (1, 3):
+                raise SampleError(f"an image has 1 or 3 channels, the model takes {channels}")
+            mode = "RGB" if channels == 3 else "L"
+            picture = upright(sample[image], mode, PIXELS_EACH * preprocessing.resize, formats_of(image))
+            return cropped(picture, preprocessing)
+        if tensor := tensor_in(sample):
+            return ready_tensor(sample[tensor], preprocessing)
     except SampleError:
         raise
     except Exception as error:  # untrusted bytes make Pillow and numpy raise anything, MemoryError too
         raise SampleError(f"{type(error).__name__}: {error}") from error
-    found = ", ".join(sorted(k for k in sample if not k.startswith("__"))) or "nothing"
-    raise SampleError(f"neither an image ({', '.join(IMAGES)}) nor a tensor ({TENSOR}); it has {found}")
+    raise SampleError(without_input(sorted(k for k in sample if not k.startswith("__"))))
+
+
+def without_input(files: Sequence[str]) -> str:
+    """Why a sample of these files has no input."""
+    if unread := [file for file in files if extension_of(file) in UNREAD_IMAGES]:
+        return not_decoded(extension_of(unread[0]))
+    reason = f"neither an image ({', '.join(IMAGES)}) nor a tensor ({TENSOR}); it has {', '.join(files) or 'nothing'}"
+    if any(extension_of(file) in IMAGES for file in files):
+        reason += "; WebDataset ends a key at the first dot of a file's name: rename the files"
+    return reason
+
+
+def formats_of(name: str) -> tuple[str, ...]:
+    """Pillow's formats that a file of this name is read in."""
+    named = NAMED_FORMATS.get(extension_of(name))
+    return FORMATS if named is None else (*FORMATS, named)
 
 
 def ready_tensor(data: bytes, preprocessing: Preprocessing) -> Tensor:
@@ -126,30 +162,48 @@ def npy_header(file: io.BytesIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     return header[version](file)
 
 
-def upright(data: bytes, mode: str, enough: int | None = None) -> Picture:
-    """The first frame of a JPEG, PNG or WebP file, whatever its name said, in Pillow's mode RGB or L.
+def upright(data: bytes, mode: str, enough: int | None = None, formats: tuple[str, ...] = FORMATS) -> Picture:
+    """Decode the first frame of an image file in Pillow's mode RGB or L.
 
-    Turned as its EXIF orientation says. Transparency is dropped, as torchvision and timm do;
-    of 16 bits the upper eight are taken. SampleError for more than MAX_PIXELS, before they are decoded.
-    enough: pixels of the shorter side that are as good as all.
+    The image is turned as its EXIF orientation says. Transparency is dropped, as torchvision and timm do; of 16 bits
+    the upper eight are taken.
+
+    Args:
+        data: The file's bytes.
+        mode: RGB or L.
+        enough: Pixels of the shorter side that are as good as all.
+        formats: Pillow's names of the formats that may be decoded; the content decides between them.
+
+    Raises:
+        SampleError: For another format, and for more than MAX_PIXELS, before they are decoded.
     """
     if not data:
         raise SampleError("an empty file")
     try:
-        opened = Image.open(io.BytesIO(data), formats=FORMATS)
+        opened = Image.open(io.BytesIO(data), formats=formats)
     except UnidentifiedImageError as error:
-        raise SampleError(f"not an image in one of the formats {', '.join(FORMATS)}, or a truncated one") from error
+        what = f"not an image in one of the formats {', '.join(formats)}, or a truncated one"
+        looks = next((name for start, name in SIGNATURES.items() if data.startswith(start)), None)
+        raise SampleError(f"{what}; the bytes look like {looks}" if looks else what) from error
     with opened:
-        width, height = opened.size
-        if width * height > MAX_PIXELS:
-            raise SampleError(f"{width}×{height} pixels; at most {MAX_PIXELS} are decoded")
+        check_size(opened)
         pixels = None
         if opened.format == "JPEG" and opened.mode in ("RGB", "L") and mode == "RGB":
-            part = next((n for n in PARTS if enough and min(width, height) >= n * enough), 1)
-            pixels = sound_jpeg(data, height, width, part)
-        if pixels is None:
-            pixels = by_pillow(opened, mode)
-        transposed, flipped = TURNS.get(orientation(opened), (False, ()))
+            part = next((n for n in PARTS if enough and min(opened.size) >= n * enough), 1)
+            pixels = sound_jpeg(data, opened.height, opened.width, part)
+        return turned(opened, by_pillow(opened, mode) if pixels is None else pixels)
+
+
+def check_size(image: Image.Image) -> None:
+    """SampleError for more than MAX_PIXELS."""
+    if image.width * image.height > MAX_PIXELS:
+        raise SampleError(f"{image.width}×{image.height} pixels; at most {MAX_PIXELS} are decoded")
+
+
+def turned(image: Image.Image, pixels: Tensor) -> Picture:
+    """The pixels of an image, turned as its EXIF orientation says."""
+    height, width = image.height, image.width
+    transposed, flipped = TURNS.get(orientation(image), (False, ()))
     if transposed:
         pixels, height, width = pixels.mT, width, height
     return Picture(pixels.flip(flipped) if flipped else pixels, (height, width))
@@ -172,6 +226,8 @@ def by_pillow(opened: Image.Image, mode: str) -> Tensor:
     """An opened file's pixels, uint8 (C, H, W)."""
     opened.load()
     opened.info.pop("transparency", None)  # else some modes are converted by way of an alpha channel
+    if opened.mode == "F" or (opened.mode == "I" and opened.format == "TIFF"):
+        raise SampleError(f"32 bits a pixel (Pillow's mode {opened.mode}): which value is white is unknown")
     if opened.mode.startswith("I"):  # Pillow would clip all beyond 255 to white
         opened = Image.fromarray((np.asarray(opened) >> 8).astype(np.uint8))
     return T.pil_to_tensor(opened.convert(mode))
@@ -245,7 +301,7 @@ def label_of(sample: Sample) -> int | None:
     if value is None:
         return None
     try:
-        label = int(value)
+        label = value if isinstance(value, int) else int(value.replace(b"_", b"?"))  # Python takes 1_0 for 10
     except ValueError:
         label = MAX_CLASS
     if not UNLABELLED <= label < MAX_CLASS:
@@ -268,11 +324,11 @@ def boxes_of(sample: Sample, preprocessing: Preprocessing) -> list[Box] | None:
         raise SampleError("json's boxes are no lists of four numbers") from error
     if not np.isfinite(boxes).all():
         raise SampleError("json's boxes are not finite")
-    extension = next((e for e in IMAGES if e in sample), None)
-    if TENSOR in sample or extension is None:
+    file = image_in(sample)
+    if file is None:
         return [(x0, y0, x1, y1) for x0, y0, x1, y1 in boxes.tolist()]
     try:
-        with Image.open(io.BytesIO(sample[extension]), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(sample[file]), formats=formats_of(file)) as image:
             turned = orientation(image) >= 5
             width, height = image.size[::-1] if turned else image.size
     except Exception as error:  # untrusted bytes make Pillow raise anything

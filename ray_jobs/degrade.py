@@ -25,7 +25,7 @@ from ray_jobs.run import Run, write_refused
 from ray_jobs.samples import printable, seed_of
 from ray_jobs.session import connected
 from ray_jobs.shards import Batch, ShardReader
-from ray_jobs.shardwise import ShardTask, shard_by_shard
+from ray_jobs.shardwise import ShardTask, enough_used, shard_by_shard
 from ray_jobs.worker import ShardReport, ShardWorker, Share, Stream
 
 SURE = 1.959964  # standard errors that a confidence band of 95 % reaches to each side
@@ -178,11 +178,12 @@ def degrade(config: DegradeConfig, resources: Resources = Resources()) -> Run:  
         with published(run.folder) as folder:
             tables = (read_table(out.folder / out.rows) for out in done)
             write_table(folder / "degradation.parquet", ROWS, added(tables, means))
+            samples = next(iter(means.values())).count
+            enough_used(run, "degrade", samples, resources)
             curves = pa.concat_tables(mean.table(method) for method, mean in means.items())
             write_table(folder / "degradation-curves.parquet", CURVES, [curves])
             draw_degradation(folder / "degradation.png", curves)
         areas = {method: mean.area() for method, mean in means.items()}
-        samples = next(iter(means.values())).count
         run.record("degrade", section | {"status": "complete", **counted, "samples": samples, "areas": areas}, loaded)
     return run
 

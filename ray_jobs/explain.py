@@ -24,7 +24,7 @@ from ray_jobs.run import Run, load_patterns, write_refused
 from ray_jobs.samples import SampleError, printable, seed_of
 from ray_jobs.session import connected
 from ray_jobs.shards import Batch, ShardReader
-from ray_jobs.shardwise import ShardTask, shard_by_shard
+from ray_jobs.shardwise import ShardTask, enough_used, shard_by_shard
 from ray_jobs.summaries import COLUMNS, REDUCTIONS, shaped, summaries
 from ray_jobs.targets import Target, target_of
 from ray_jobs.threads import Behind
@@ -260,5 +260,6 @@ def explain(config: ExplainConfig, resources: Resources = Resources()) -> Run:  
 
         with published(run.folder) as folder:
             write_table(folder / "explanations.parquet", schema(config, target), tables())
+        enough_used(run, "explain", samples, resources)
         run.record("explain", section | {"status": "complete", **counted, "samples": samples}, loaded)
     return run

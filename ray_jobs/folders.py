@@ -8,25 +8,49 @@ again. The last eight digits are of a digest over all paths and labels: another 
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator
+import stat
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 import fsspec
 
-from ray_jobs.samples import IMAGES, MAX_SAMPLE_BYTES, TENSOR, Sample, ShardError, printable, refused, unsafe
+from ray_jobs.labels import labels_in, numbered
+from ray_jobs.samples import (
+    IMAGES,
+    MAX_SAMPLE_BYTES,
+    TENSOR,
+    UNREAD_IMAGES,
+    Sample,
+    ShardError,
+    extension_of,
+    key_of,
+    not_decoded,
+    printable,
+    refused,
+)
 from ray_jobs.stores import is_url
 from ray_jobs.streams import opened
 
 IMAGES_PER_SHARD = 1000
 SHARD = re.compile(r"(?P<folder>.+)/images-(?P<first>\d{5,})-of-(?P<step>\d{5,})-(?P<digest>[0-9a-f]{8})")
-LABEL_FILES = ("{folder}/labels.txt", "{folder}/labels.csv", "{folder}.txt", "{folder}.csv")
+EXTENSIONS = frozenset((*IMAGES, TENSOR, *UNREAD_IMAGES))
+# The last is Tiny ImageNet's, whose images lie in val/images.
+LABEL_FILES = (
+    *("{folder}/labels.txt", "{folder}/labels.csv", "{folder}/val_annotations.txt", "{folder}.txt", "{folder}.csv"),
+    "{parent}/val_annotations.txt",
+)
+KEYS = "keys 2"  # in every digest: versions before 0.3 gave other keys, which their runs hold
 
 
 @dataclass(frozen=True)
 class Folder:
-    """The images of a folder, by their paths in it, sorted; `labels` in the same order."""
+    """The images of a folder, by their paths in it, sorted; `labels` in the same order.
+
+    Files of image formats that are not decoded are among them, so that each is listed as a rejected sample.
+    """
 
     path: str
     images: tuple[str, ...]
@@ -35,10 +59,15 @@ class Folder:
     @cached_property
     def digest(self) -> str:
         """Eight hexadecimal digits of what is in the folder."""
-        state = hashlib.sha256()
+        state = hashlib.sha256(KEYS.encode())
         for image, label in zip(self.images, self.labels):
             state.update(f"{image}\n{label}\n".encode("utf-8", "surrogateescape"))
         return state.hexdigest()[:8]
+
+    @cached_property
+    def keys(self) -> list[str]:
+        """The key of each image."""
+        return keys_of(self.images)
 
     def shards(self) -> list[str]:
         """The names of its shards, of at most IMAGES_PER_SHARD images each."""
@@ -51,28 +80,16 @@ def folder_at(path: str) -> Folder:
     path = path.rstrip("/")
     images, classes = (remote_images if is_url(path) else local_images)(path)
     images.sort()
-    lines = label_lines(path)
-    if lines is not None:
-        labels = listed_labels(images, lines)
-    else:
-        numbers = numbered(classes)
-        labels = [numbers.get(image.partition("/")[0]) for image in images]
-    return Folder(path, tuple(images), tuple(labels))
+    numbers = numbered(classes)
+    labels = [numbers.get(image.partition("/")[0]) for image in images]
+    return Folder(path, tuple(images), tuple(listed_labels(path, images) or labels))
 
 
 cached_folder = lru_cache(maxsize=1)(folder_at)  # a worker takes many shards of one folder
 
 
-def numbered(names: Iterable[str]) -> dict[str, int]:
-    """The class number of each name: the number that it is where all are numbers, else its place in their order."""
-    names = sorted(set(names))
-    if all(name.isdecimal() for name in names):
-        return {name: int(name) for name in sorted(names, key=int)}
-    return {name: number for number, name in enumerate(names)}
-
-
 def is_image(name: str) -> bool:
-    return not name.startswith(".") and name.rpartition(".")[2].lower() in (*IMAGES, TENSOR)
+    return not name.startswith(".") and extension_of(name) in EXTENSIONS
 
 
 def local_images(folder: str) -> tuple[list[str], list[str]]:
@@ -89,7 +106,7 @@ def walked(folder: str, prefix: str) -> Iterator[str]:
             # A class folder may be a link; deeper ones are not followed, since they may lead in circles.
             if entry.is_dir(follow_symlinks=not prefix) and not entry.name.startswith("."):
                 yield from walked(folder, f"{prefix}{entry.name}/")
-            elif is_image(entry.name) and entry.is_file():
+            elif is_image(entry.name) and not entry.is_dir():
                 yield prefix + entry.name
 
 
@@ -101,78 +118,69 @@ def remote_images(folder: str) -> tuple[list[str], list[str]]:
     return images, [image.partition("/")[0] for image in images if "/" in image]
 
 
-def label_lines(folder: str) -> list[str] | None:
-    """The lines of a folder's label file; None where it has none."""
-    for pattern in LABEL_FILES:
-        path = pattern.format(folder=folder)
-        filesystem, name = fsspec.core.url_to_fs(path)
-        if filesystem.isfile(name):
+def listed_labels(folder: str, images: Sequence[str]) -> list[int | None] | None:
+    """The labels that a folder's file of labels gives its images; None if it has no such file."""
+    parent, _, name = folder.rpartition("/")
+    for pattern in LABEL_FILES if images else ():
+        path = pattern.format(folder=folder, parent=parent)
+        filesystem, file = fsspec.core.url_to_fs(path)
+        if filesystem.isfile(file):
             with opened(path) as stream:
-                return stream.read().decode("utf-8-sig").splitlines()
+                data = stream.read()
+            try:
+                return labels_in(data, images, name)
+            except ShardError as error:
+                if not path.startswith(f"{folder}/") and all("/" in image for image in images):
+                    continue  # the file may be about something else, and these images have class folders
+                raise ShardError(f"{printable(path)}: {error}") from error
     return None
 
 
-def listed_labels(images: list[str], lines: list[str]) -> list[int | None]:
-    """The label of each image: one per line in the order of the images, or lines of an image's name and its label.
+def keys_of(images: Sequence[str]) -> list[str]:
+    """The key of each image by its path in a folder: without its extension, unless two images would then be the same.
 
-    Names may be paths in the folder or bare file names, with or without extension, and stand before
-    white space or a comma. A first line that names no image is a heading. None for an image without a line.
+    Example:
+        >>> keys_of(["cat/1.jpg", "cat/1.png", "cat/2.jpg"])
+        ['cat/1%2Ejpg', 'cat/1%2Epng', 'cat/2']
     """
-    rows = [fields(line) for line in lines if line.strip()]
-    if all(len(row) == 1 for row in rows):
-        if len(rows) != len(images):
-            raise ShardError(f"{len(rows)} labels for {len(images)} images")
-        numbers = numbered(row[0] for row in rows)
-        return [numbers[row[0]] for row in rows]
-    names = [names_of(image) for image in images]
-    if rows and not any(rows[0][0] in each for each in names):
-        rows = rows[1:]
-    if odd := next((row for row in rows if len(row) != 2), None):
-        raise ShardError(f"a line without a label: {odd[0][:40]!r}")
-    numbers = numbered(label for _, label in rows)
-    label_of = {name: numbers[label] for name, label in rows}
-    return [next((label_of[name] for name in each if name in label_of), None) for each in names]
-
-
-def fields(line: str) -> list[str]:
-    """A name and the first word of what follows it; or one word alone."""
-    name, comma, rest = line.partition(",")
-    if comma:
-        return [name.strip(' "'), *rest.replace('"', " ").split()[:1]]
-    return line.rsplit(None, 1) if len(line.split()) > 1 else [line.strip()]
-
-
-def names_of(image: str) -> tuple[str, str, str]:
-    name = PurePosixPath(image).name
-    return image, name, PurePosixPath(name).stem
+    stems = [image.rpartition(".")[0] for image in images]
+    # The image 1.jpg.png must have its extension in its key too if 1.jpg has it.
+    taken = Counter([*stems, *images])
+    return [key_of(stem if taken[stem] == 1 else image) for image, stem in zip(images, stems)]
 
 
 def samples(shard: re.Match[str]) -> Iterator[Sample]:
-    """The samples of a shard of a folder, named after their paths. ShardError where the folder has changed."""
+    """The samples of a shard of a folder, named after their paths. ShardError if the folder has changed."""
     folder = cached_folder(shard["folder"])
     if folder.digest != shard["digest"]:
         cached_folder.cache_clear()
         folder = cached_folder(shard["folder"])
     if folder.digest != shard["digest"]:
-        raise ShardError("the folder's images or labels are other than when they were listed")
+        raise ShardError("the folder's images or labels are other than when they were listed, or version 0.2 listed it")
     mine = slice(int(shard["first"]), None, int(shard["step"]))
-    for image, label in zip(folder.images[mine], folder.labels[mine]):
-        yield sample_at(folder.path, image, label)
+    for image, label, key in zip(folder.images[mine], folder.labels[mine], folder.keys[mine]):
+        yield sample_at(folder.path, image, label, key)
 
 
-def sample_at(folder: str, image: str, label: int | None) -> Sample:
-    key = key_of(image)
-    if trouble := unsafe(image):
+def sample_at(folder: str, image: str, label: int | None, key: str) -> Sample:
+    extension = extension_of(image)
+    if extension in UNREAD_IMAGES:
+        return refused(key, not_decoded(extension))
+    path = f"{folder}/{image}"
+    if not is_url(folder) and (trouble := no_file(path)):
         return refused(key, trouble)
-    with opened(f"{folder}/{image}") as stream:
+    with opened(path) as stream:
         data = stream.read(MAX_SAMPLE_BYTES + 1)
     if len(data) > MAX_SAMPLE_BYTES:
         return refused(key, f"it has more than {MAX_SAMPLE_BYTES} bytes")
-    sample: Sample = {"__key__": key, image.rpartition(".")[2].lower(): data}
+    sample: Sample = {"__key__": key, extension: data}
     return sample if label is None else sample | {"cls": str(label).encode()}
 
 
-def key_of(image: str) -> str:
-    """The key of an image by its path in a folder; it has no dot and no slash, which end keys elsewhere."""
-    stem = printable(image).rpartition(".")[0]
-    return stem.replace(".", "_").replace("/", "-")
+def no_file(path: str) -> str | None:
+    """Why there will never be bytes at a path that was listed; None for a file, and if it has vanished since."""
+    try:
+        kind = Path(path).stat().st_mode
+    except FileNotFoundError:
+        return "a link that leads nowhere" if Path(path).is_symlink() else None
+    return None if stat.S_ISREG(kind) else "not a regular file"

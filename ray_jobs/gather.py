@@ -19,7 +19,7 @@ from patterns.tensors import TensorFile
 from ray_jobs.config import ModelConfig, Resources, equal_share
 from ray_jobs.driver import Beat
 from ray_jobs.files import Location, located, names, published, remove
-from ray_jobs.job import ShardJob
+from ray_jobs.job import ShardJob, judge_samples
 from ray_jobs.ledger import Ledger, Part, Refused, together
 from ray_jobs.models import ModelDigests
 from ray_jobs.run import refused_in, write_refused
@@ -213,13 +213,27 @@ class GatherJob(ShardJob):
         finally:
             self.flush()
             self.clean()
-        if not self.ledger.samples:
-            refused = read_refused(self.parts, self.ledger, task.shards)
-            if not refused:
-                raise UserError(task.shards[0], "no samples in any shard", "Check --shards.")
-            what = f"none of the {len(refused)} samples can be used; {refused[0].key}: {refused[0].reason}"
-            raise UserError(refused[0].shard, what, "Mend the data, then choose another --out.")
+        self.judge_all()
         return self.ledger
+
+    def judge_all(self) -> None:
+        """Judge the samples that this command has read; those of the whole ledger if it has read none, or used none.
+
+        So a command goes on if the data were fixed after an earlier one, and a command that has nothing left to do
+        ends as the last one did. Samples that are tried again may well be rejected again.
+        """
+        shards, ledger, counts = self.gathering.shards, self.ledger, self.reporter.counts
+        samples, refused = counts.samples, counts.refused
+        if not samples or not ledger.samples:
+            samples, refused = ledger.samples, sum(part.refused for part in ledger.parts)
+        if not samples and not refused:
+            raise UserError(shards[0], "no samples in any shard", "Check --shards.")
+        allowed = self.resources.max_bad_fraction if self.gathering.round == 0 else 1.0
+        judge_samples(self.folder, samples, refused, lambda: self.rejected()[0], allowed)
+
+    def rejected(self) -> list[Refused]:
+        """The samples that were rejected until now."""
+        return read_refused(self.parts, self.ledger, self.gathering.shards)
 
     def task(self, item: str) -> GatherTask:
         task, number = self.gathering, self.numbers[item]
@@ -245,7 +259,7 @@ class GatherJob(ShardJob):
 
     def for_example(self) -> str:
         self.flush()
-        rows = read_refused(self.parts, self.ledger, self.gathering.shards)
+        rows = self.rejected()
         return f"; {rows[0].shard}, {rows[0].key}: {rows[0].reason}" if rows else ""
 
     @property

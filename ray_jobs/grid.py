@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import pyarrow as pa
@@ -18,15 +19,35 @@ from patterns import UserError
 from patterns.pictures import Shown, photograph, picture
 from ray_jobs.classes import captions, class_names
 from ray_jobs.config import Preprocessing
-from ray_jobs.decode import cropped, decode, upright
+from ray_jobs.decode import cropped, decode, formats_of, upright
 from ray_jobs.files import fetched, read_table
+from ray_jobs.folders import EXTENSIONS
 from ray_jobs.outputs import Outputs, beside, outputs
 from ray_jobs.run import Run
-from ray_jobs.samples import IMAGES, printable
+from ray_jobs.samples import extension_of, image_in, printable
 from ray_jobs.shards import read_shard
 
 SHOWN = "Run `patternnet explain` with --output png, npy or parquet."
 Row = dict[str, Any]  # of explanations.parquet
+
+
+class Keys:
+    """Finds samples by their keys, or by the names that the keys were made of (see `key_of`)."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self.rows = {row["key"]: row for row in reversed(rows)}
+        self.names: dict[str, list[str]] = {}
+        for key in self.rows:
+            self.names.setdefault(unquote(key, errors="surrogateescape"), []).append(key)
+
+    def find(self, word: str) -> list[str]:
+        """The key that a word is; else the keys of this name, which may have its extension."""
+        for exact in (word, word.strip()):
+            if exact in self.rows:
+                return [exact]
+        word = word.strip()
+        stem = word.rpartition(".")[0] if extension_of(word) in EXTENSIONS else word
+        return self.names.get(word) or self.names.get(stem, [])
 
 
 class Gallery:
@@ -57,14 +78,31 @@ class Gallery:
         shards = {printable(shard): shard for shard in self.out}
         return [{**row, "shard": shards[row["shard"]]} for row in rows]
 
-    def named(self, keys: Sequence[str]) -> list[Row]:
-        """The samples of some keys, in this order. UserError for a key that was not explained."""
-        found = {row["key"]: row for row in reversed(self.rows())}
-        for key in keys:
-            if key not in found:
-                what = "no explanation of a sample with this key"
-                raise UserError(key, what, f"explanations.parquet of {self.run.folder} lists the keys.")
-        return [found[key] for key in keys]
+    def named(self, key: str) -> Row:
+        """The sample of a key, or of the name that the key was made of. UserError if there is none or several."""
+        return self.choice(Keys(self.rows()), key)
+
+    def listed(self, keys: str) -> list[Row]:
+        """The samples of keys separated by commas, in this order. UserError for a key that was not explained.
+
+        Keys of tars may hold commas themselves: as many words as possible are taken for one key.
+        """
+        known, words, chosen = Keys(self.rows()), keys.split(","), list[Row]()
+        while words:
+            count = next((n for n in range(len(words), 1, -1) if known.find(",".join(words[:n]))), 1)
+            if (word := ",".join(words[:count])).strip():
+                chosen.append(self.choice(known, word))
+            words = words[count:]
+        return chosen
+
+    def choice(self, known: "Keys", word: str) -> Row:
+        found = known.find(word)
+        if not found:
+            what = "no explanation of a sample with this key"
+            raise UserError(word, what, f"explanations.parquet of {self.run.folder} lists the keys.")
+        if len(found) > 1:
+            raise UserError(word, f"names several samples: {', '.join(found)}", "Give one of these keys.")
+        return known.rows[found[0]]
 
     def worst(self, count: int) -> list[Row]:
         """Wrong predictions, the surest first. UserError where no sample has a label."""
@@ -175,7 +213,6 @@ def value(table: pa.Table, column: str, row: int) -> np.ndarray:
 
 def as_seen(sample: dict[str, Any], preprocessing: Preprocessing) -> Image.Image:
     """A sample as a picture: the part of its image that the model sees, or its ready tensor."""
-    for extension in IMAGES:
-        if extension in sample and "npy" not in sample:
-            return to_pil_image(cropped(upright(sample[extension], "RGB"), preprocessing))
+    if image := image_in(sample):
+        return to_pil_image(cropped(upright(sample[image], "RGB", formats=formats_of(image)), preprocessing))
     return photograph(decode(sample, preprocessing).numpy())

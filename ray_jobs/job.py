@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
@@ -11,6 +11,7 @@ from patterns import UserError
 from ray_jobs import metrics, pool
 from ray_jobs.config import Resources
 from ray_jobs.driver import Beat
+from ray_jobs.ledger import Refused
 from ray_jobs.progress import AtWork, Reporter
 from ray_jobs.session import draining, places, worker_options
 from ray_jobs.stopping import StoppedShortError, stop_signals
@@ -18,7 +19,31 @@ from ray_jobs.worker import TELL_EVERY, Place, ShardReport, Share
 
 LOOK_EVERY = 5.0  # seconds between two looks at the cluster's nodes
 SHOW_EVERY = 0.5  # seconds between two looks at how far the job is
-JUDGED = 100  # samples before a job is given up for being mostly refused ones
+JUDGED = 100  # samples before a running job is stopped because most are rejected; at its end all jobs are judged
+
+
+def judge_samples(folder: str, samples: int, refused: int, example: Callable[[], Refused], allowed: float) -> None:
+    """End a job that used too few of its samples.
+
+    Args:
+        folder: The run's folder.
+        samples: How many samples were used.
+        refused: How many were rejected.
+        example: Returns the first of the rejected samples.
+        allowed: The largest fraction of rejected samples.
+
+    Raises:
+        UserError: If samples were rejected, and none was used or more than the allowed fraction rejected.
+    """
+    if not refused or (samples and refused <= allowed * (samples + refused)):
+        return
+    first = example()
+    because = f"{first.key}: {first.reason}"
+    if not samples:
+        what = f"none of the {refused} samples can be used; {because}"
+        raise UserError(first.shard, what, "Fix the data, then choose another --out.")
+    what = f"{refused} of {samples + refused} samples were rejected; {first.shard}, {because}"
+    raise UserError(folder, what, "Fix the data and choose another --out, or allow more by --max-bad-fraction.")
 
 
 class ShardJob:
@@ -85,8 +110,8 @@ class ShardJob:
             self.reporter.line(reason if shard in reason else f"{shard}: {reason}", shard=shard)
         if self.mostly_refused():
             counts = self.reporter.counts
-            what = f"{counts.refused} of {counts.refused + counts.samples} samples were refused{self.for_example()}"
-            raise UserError(self.folder, what, "Mend the data, or allow more by --max-bad-fraction.")
+            what = f"{counts.refused} of {counts.refused + counts.samples} samples were rejected{self.for_example()}"
+            raise UserError(self.folder, what, "Fix the data, or allow more by --max-bad-fraction.")
         if len(self.missing) == self.reporter.total:  # nothing at all to go on with
             raise next(iter(outcome.failed.values()))
         if outcome.undone and not self.enough:
@@ -100,7 +125,7 @@ class ShardJob:
             )
 
     def mostly_refused(self) -> bool:
-        """Whether too many samples were refused, of so many that their share means something."""
+        """Whether too many samples were rejected, of at least JUDGED."""
         counts = self.reporter.counts
         seen = counts.samples + counts.refused
         return seen >= JUDGED and counts.refused > self.resources.max_bad_fraction * seen

@@ -12,7 +12,7 @@ from PIL import Image
 from patterns import UserError
 from ray_jobs.classes import captions, class_names, names_for
 from ray_jobs.config import ExplainConfig, ModelConfig
-from ray_jobs.decode import decode
+from ray_jobs.decode import by_pillow, check_size, decode, turned
 from ray_jobs.explain import ExplainWorker, checked
 from ray_jobs.files import located
 from ray_jobs.models import ModelDigests
@@ -74,8 +74,7 @@ class OnlineExplainer:
     def inputs(self, images: Sequence[Any]) -> tuple[torch.Tensor, list[str]]:
         """What the model takes (N, C, H, W) of the images that can be used, and why each cannot; "" where it can.
 
-        images: each the bytes of a JPEG, PNG or WebP file, pixels as uint8 (H, W), (H, W, 1 or 3), or a ready tensor as
-        floats (C, H, W).
+        images: of any form that `as_sample` takes.
         """
         tensors, reasons = [], []
         for image in images:
@@ -104,19 +103,64 @@ def own_share() -> Share:
 
 
 def as_sample(image: Any) -> dict[str, Any]:
-    """An image in the form of a shard's sample. SampleError where it is none."""
-    if isinstance(image, bytes):
-        return {"jpg": image}
+    """Return an image in the form of a shard's sample.
+
+    Args:
+        image: The bytes of a JPEG, PNG or WebP file, in any type of bytes; Hugging Face's `{"bytes": …}`; one of
+            Pillow's images; pixels as uint8 (H, W) or (H, W, channels), with 1 to 4 channels as grey, grey and alpha,
+            RGB, RGB and alpha; or a ready tensor as floats (C, H, W).
+
+    Raises:
+        SampleError: If it is none of these.
+    """
+    try:
+        return sample_of(image)
+    except SampleError:
+        raise
+    except Exception as error:  # Pillow's lazy images and objects of any type raise anything
+        raise SampleError(f"{type(error).__name__}: {error}") from error
+
+
+def sample_of(image: Any) -> dict[str, Any]:
+    if isinstance(image, Mapping) and "bytes" in image:
+        if image["bytes"] is None and image.get("path"):
+            raise SampleError(f"a path without its bytes: {str(image['path'])[:80]!r}; read the file first")
+        image = image["bytes"]
+    if image is None:
+        raise SampleError("no image (null)")
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        return {"jpg": bytes(image)}
+    if isinstance(image, str):
+        raise SampleError(f"text instead of an image: {image[:80]!r}; read the file first")
+    if isinstance(image, Image.Image):
+        check_size(image)
+        upright_ = turned(image, by_pillow(image, "L" if image.mode in ("1", "L", "LA", "La") else "RGB"))
+        return png(upright_.image())
     array = np.asarray(image)
-    buffer = io.BytesIO()
+    if array.size == 0:
+        raise SampleError(f"an image without pixels, of shape {array.shape}")
     if array.dtype == np.uint8:
-        pixels = array[..., 0] if array.ndim == 3 and array.shape[-1] == 1 else array
-        if pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[-1] != 3):
-            raise SampleError(f"pixels of shape {array.shape}; (H, W), (H, W, 1) and (H, W, 3) are read")
-        Image.fromarray(pixels).save(buffer, "png", compress_level=0)
-        return {"png": buffer.getvalue()}
+        return {"jpg": array.tobytes()} if array.ndim == 1 else png(Image.fromarray(visible(array)))
+    if array.dtype.kind != "f":
+        raise SampleError(f"values of type {array.dtype}; pixels are uint8, and a ready tensor is of floats")
+    buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
     return {"npy": buffer.getvalue()}
+
+
+def visible(pixels: np.ndarray) -> np.ndarray:
+    """The grey or RGB channels of pixels (H, W) or (H, W, 1 to 4); transparency is dropped."""
+    if pixels.ndim == 2:
+        return pixels
+    if pixels.ndim != 3 or not 1 <= pixels.shape[-1] <= 4:
+        raise SampleError(f"pixels of shape {pixels.shape}; (H, W) and (H, W, 1 to 4) are read")
+    return np.ascontiguousarray(pixels[..., 0] if pixels.shape[-1] <= 2 else pixels[..., :3])
+
+
+def png(image: Image.Image) -> dict[str, Any]:
+    buffer = io.BytesIO()
+    image.save(buffer, "png", compress_level=0)
+    return {"png": buffer.getvalue()}
 
 
 class ExplainBatch(OnlineExplainer):
@@ -137,7 +181,7 @@ class ExplainBatch(OnlineExplainer):
             found = ", ".join(batch)
             raise UserError("ExplainBatch", f"no column image or bytes among {found}", "Rename the images' column.")
         inputs, reasons = self.inputs(list(batch[column]))
-        used = np.array([not reason for reason in reasons])
+        used = np.array([not reason for reason in reasons], dtype=bool)
         columns: dict[str, np.ndarray] = {"refused": np.array(reasons, dtype=object)}
         if not used.any():  # whose maps' shape only a map can tell
             blank = torch.zeros((1, *self.worker.loaded.preprocessing.input_shape), dtype=inputs.dtype)

@@ -134,7 +134,12 @@ RESOURCES: dict[str, Any] = {
     "retries": Annotated[int, typer.Option(min=0, help="Further attempts at a shard that failed.")],
     "max_bad_shards": Annotated[int, typer.Option(min=0, help="Shards that the job may go on without.")],
     "max_bad_fraction": Annotated[
-        float, typer.Option(min=0, max=1, help="Share of refused samples beyond which the job ends.")
+        float,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Fraction of rejected samples above which the job fails; judged from 100 samples on and at the end.",
+        ),
     ],
     "log": Annotated[Log, typer.Option(help="Lines for people, or one JSON object a line.")],
 }

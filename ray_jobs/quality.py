@@ -24,7 +24,7 @@ from ray_jobs import models
 from ray_jobs.config import QualityConfig, Resources
 from ray_jobs.driver import driving
 from ray_jobs.files import published, read_table
-from ray_jobs.gather import Gathering, GatherJob, apart, read_refused
+from ray_jobs.gather import Gathering, GatherJob, apart
 from ray_jobs.ledger import Refused
 from ray_jobs.pictures import draw_quality
 from ray_jobs.reduce import TASK_BYTES, grouped, merged
@@ -94,12 +94,14 @@ def measure(config: QualityConfig, resources: Resources = Resources()) -> Run:  
             task = Gathering(config.model, shards, str(folder), config.batch_size, config.max_samples)
             job = GatherJob(f"quality, {name}", beat, task, tasks, resources)
             observe = partial(observer, names, config.positions, config.seed)
-            ledger = job.gather(observe, loaded.digests)
+            try:
+                ledger = job.gather(observe, loaded.digests)
+            finally:
+                refused += job.rejected()
+                run.quarantine("quality", refused)
             parts.append([str(folder / part.file) for part in ledger.parts])
             counted[name] = ledger.samples
-            refused += read_refused(folder, ledger, shards)
             missing |= job.missing
-        run.quarantine("quality", refused)
         job.reporter.line(f"judging the patterns of {len(names)} operators")
         groups = grouped(operators, [bytes_of(op) for op in operators], TASK_BYTES)
         calls = ((group, choices, str(fitted.folder), loaded.digest, *parts) for group in groups)

@@ -11,7 +11,7 @@ from patterns import UserError
 from ray_jobs.config import ModelConfig
 from ray_jobs.decode import npy_header
 from ray_jobs.models import IMAGENET, LIBRARIES
-from ray_jobs.samples import IMAGES, TENSOR
+from ray_jobs.samples import image_in, tensor_in
 from ray_jobs.shards import read_shard
 
 PREPROCESSING = ("image_size", "resize", "mean", "std")
@@ -61,11 +61,11 @@ def first_shape(shard: str) -> tuple[int, ...] | None:
     """
     with closing(read_shard(shard)) as samples:
         for sample in islice(samples, SAMPLES):
-            if any(extension in sample for extension in IMAGES):
+            if image_in(sample):
                 return None
-            if TENSOR in sample:
+            if tensor := tensor_in(sample):
                 try:
-                    shape, _, _ = npy_header(io.BytesIO(sample[TENSOR]))
+                    shape, _, _ = npy_header(io.BytesIO(sample[tensor]))
                 except Exception:  # untrusted bytes raise many types; the job rejects the sample with its reason
                     continue
                 if len(shape) == 3 and min(shape) > 0:

@@ -139,6 +139,11 @@ class Run:
         with files.published(self.folder) as folder:
             write_table(folder / path.name, QUARANTINE, [pa.Table.from_pylist(rows, QUARANTINE)])
 
+    def quarantined(self, job: str) -> list[Refused]:
+        """The samples that a job rejected, as quarantine.parquet has them."""
+        rows = files.read_table(self.folder / "quarantine.parquet").to_pylist()
+        return [Refused(**{k: v for k, v in row.items() if k != "job"}) for row in rows if row["job"] == job]
+
 
 def write_refused(path: Path, refused: Iterable[Refused]) -> None:
     """Write a table of refused samples."""

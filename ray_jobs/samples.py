@@ -1,22 +1,78 @@
-"""A sample: its key and its files, and why it may be refused before anything is decoded."""
+"""A sample: its key and its files, and why it may be rejected before anything is decoded."""
 
+import re
 from collections.abc import Iterable, Iterator
 from hashlib import blake2b
 from typing import Any
 
-# `__key__`; the bytes of each file by its extension in lower case; `__refused__`, where it must not be used: why.
+# `__key__`; the bytes of each file by its extension in lower case; `__refused__`, if it must not be used: why.
 Sample = dict[str, Any]
 
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels
 
-IMAGES = ("jpg", "jpeg", "png", "webp")
+# Extensions of images, in the order of preference if a sample has several: photographs before masks.
+IMAGES = ("jpg", "jpeg", "jpe", "jfif", "webp", "png", "apng", "ppm", "pgm", "pbm", "pnm", "bmp", "tif", "tiff")
+# Pillow's formats that are decoded only in files of these names; torchvision's ImageFolder takes them too. JPEG, PNG
+# and WebP are known by their content. No other of Pillow's decoders is given any bytes.
+NAMED_FORMATS = dict.fromkeys(("ppm", "pgm", "pbm", "pnm"), "PPM") | {"bmp": "BMP", "tif": "TIFF", "tiff": "TIFF"}
+# Extensions of images that are not decoded. Their files are listed as rejected samples.
+UNREAD_IMAGES = (
+    *("gif", "avif", "heic", "heif", "jxl", "jp2", "j2k", "jpf", "jpx", "ico", "cur", "tga", "psd", "svg"),
+    *("pfm", "pcx", "dib", "exr", "hdr", "dng", "cr2", "cr3", "nef", "arw", "raf", "orf", "rw2"),
+)
 TENSOR = "npy"
+INPUT_NAMES = ("image", "img", "input", "photo", "rgb")  # before the extension: 17.image.jpg
 MAX_SAMPLE_BYTES = 1 << 27  # of all files of a sample; a ready tensor of 3×1024×1024 has 12 MB
+
+# What must not stand in a key: the dot, which ends a WebDataset key; the comma of `--keys KEY,KEY`; the percent sign
+# of this encoding; backslashes, control characters, line separators and bytes that are not UTF-8; slashes that name no
+# folder; space at either end; and `__` at the start, which WebDataset takes for metadata.
+UNSAFE = re.compile(r"[%.,\\\x00-\x1f\x7f-\x9f\u2028\u2029\udc80-\udcff]|\A/|(?<=/)/|/\Z|\A\s+|\s+\Z|\A_(?=_)")
+
+
+def key_of(name: str) -> str:
+    """Return a name as a sample's key, which tars, tables, file names and `--keys` can carry.
+
+    Characters that would be misread are percent-encoded, so `urllib.parse.unquote` gives the name again. The slashes
+    between folders stay. Different names have different keys.
+
+    Args:
+        name: A path in a folder, or the key column of a Parquet file; bytes that are not UTF-8 as surrogate escapes.
+
+    Example:
+        >>> key_of("n01440764/img.1.jpg")
+        'n01440764/img%2E1%2Ejpg'
+    """
+    return UNSAFE.sub(lambda match: "".join(f"%{byte:02X}" for byte in encoded(match[0])), name)
+
+
+def encoded(name: str) -> bytes:
+    return name.encode("utf-8", "surrogateescape")
+
+
+def file_in(sample: Sample, extensions: Iterable[str]) -> str | None:
+    """The file of a sample that has one of some extensions, or such a name before it as `image`; None without one.
+
+    Of several the first in the order of the extensions; a plain extension comes first.
+    """
+    names = list(extensions)
+    wanted = (*names, *(f"{prefix}.{name}" for prefix in INPUT_NAMES for name in names))
+    return next((name for name in wanted if name in sample), None)
+
+
+def image_in(sample: Sample) -> str | None:
+    """The file of a sample that holds its image."""
+    return file_in(sample, IMAGES)
+
+
+def tensor_in(sample: Sample) -> str | None:
+    """The file of a sample that holds its ready tensor; None if it has an image, which is used instead."""
+    return None if image_in(sample) else file_in(sample, [TENSOR])
 
 
 def seed_of(name: str) -> int:
     """A seed for what is random about a sample, from a name of it alone."""
-    return int.from_bytes(blake2b(name.encode("utf-8", "surrogateescape"), digest_size=7).digest())
+    return int.from_bytes(blake2b(encoded(name), digest_size=7).digest())
 
 
 class SampleError(Exception):
@@ -34,16 +90,17 @@ def refused(key: str, reason: str) -> Sample:
 
 def printable(name: str) -> str:
     r"""A name with the bytes that are not UTF-8 written as \xNN, so that it can stand in any file."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return encoded(name).decode("utf-8", "backslashreplace")
 
 
-def unsafe(name: str) -> str | None:
-    """Why a file name must not become a key, which outputs are named after; None where it may."""
-    if name.startswith("/") or ".." in name.split("/"):
-        return "its path leads out of the folder"
-    if any(ord(c) < 32 or ord(c) == 127 for c in name):
-        return "control characters in its name"
-    return None
+def extension_of(name: str) -> str:
+    """The last extension of a file's name, in lower case."""
+    return name.rpartition(".")[2].lower()
+
+
+def not_decoded(extension: str) -> str:
+    """Why an image of a format that is not decoded is rejected."""
+    return f"{extension.upper()} images are not decoded; convert it to PNG or JPEG"
 
 
 def distinct(samples: Iterable[Sample]) -> Iterator[Sample]:

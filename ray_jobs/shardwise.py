@@ -5,9 +5,9 @@ from typing import NamedTuple
 from ray_jobs.config import MethodsConfig, Resources, equal_share
 from ray_jobs.driver import Beat
 from ray_jobs.files import names
-from ray_jobs.job import ShardJob
+from ray_jobs.job import ShardJob, judge_samples
 from ray_jobs.outputs import Outputs, outputs
-from ray_jobs.run import refused_in
+from ray_jobs.run import Run, refused_in
 
 
 class ShardTask(NamedTuple):
@@ -47,8 +47,8 @@ def shard_by_shard(
     """Have workers, made from the config and more, write what is left of a kind of files.
 
     line: said before, where anything is left.
-    Gives the files of the shards that are done, and what the manifest says of them; the samples that were refused
-    are put in quarantine. Raises what a job raises.
+    Gives the files of the shards that are done, and what the manifest says of them; the samples that were rejected
+    are put in quarantine. Raises what a job raises; `enough_used` then judges how many samples were used.
     """
     outs = outputs(config.out, config.shards, kind)
     job = ShardwiseJob(name, beat, config, outs, resources)
@@ -59,3 +59,12 @@ def shard_by_shard(
     refused = [row for out in done for row in refused_in(out.folder / out.refused)]
     beat.run.quarantine(name, refused)
     return done, {"shards": len(done), "missing": job.missing, "refused": len(refused)}
+
+
+def enough_used(run: Run, job: str, samples: int, resources: Resources) -> None:
+    """Judge a job whose files are all written; see `judge_samples`. Its quarantine must be written too.
+
+    Only then, because the samples of earlier calls with the same command count as well.
+    """
+    refused = run.quarantined(job)
+    judge_samples(str(run.folder), samples, len(refused), lambda: refused[0], resources.max_bad_fraction)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from ray_jobs.samples import MAX_SAMPLE_BYTES, Sample, ShardError, printable, unsafe
+from ray_jobs.samples import MAX_SAMPLE_BYTES, Sample, ShardError, printable
 
 BLOCK = tarfile.BLOCKSIZE
 MAX_HEADER_BYTES = 1 << 20  # of one extended header; a path in it has some hundred bytes
@@ -139,6 +139,15 @@ def records(data: bytes) -> dict[str, str]:
         found[keyword.decode("utf-8", "surrogateescape")] = value.decode("utf-8", "surrogateescape")
         position = end
     return found
+
+
+def unsafe(name: str) -> str | None:
+    """Why a file's name must not become a key, after which outputs are named; None if it may."""
+    if name.startswith("/") or ".." in name.split("/"):
+        return "its path leads out of the folder"
+    if any(ord(c) < 32 or ord(c) == 127 for c in name):
+        return "control characters in its name"
+    return None
 
 
 def samples(stream: BinaryIO) -> Iterator[Sample]:

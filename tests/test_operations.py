@@ -324,7 +324,7 @@ def test_refused_samples_are_named_and_taken_up_once_they_are_mended(terminal: T
     terminal.names["SHARDS"] = given(broken)
     status, said = terminal.here(same)
     assert status == 2
-    assert re.search(r"samples were refused.*--max-bad-fraction", said)
+    assert re.search(r"samples were rejected.*--max-bad-fraction", said)
     status, said = terminal.here(counted)
     assert "'stage': 'decode'" in said
     for mended, name in zip(sound, broken):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 import torch
@@ -216,8 +217,9 @@ def test_packed_folders_keep_images_and_classes(tmp_path: Path) -> None:
     assert len(samples) == 6
     assert json.loads((tmp_path / "out" / "classes.json").read_text()) == {"0": "cat", "1": "dog"}
     for sample in samples:
-        folder, _, name = sample["__key__"].partition("-")
-        assert sample["jpg"] == (tmp_path / "images" / folder / f"{name.replace('_', '.')}.jpg").read_bytes()
+        name = unquote(sample["__key__"])
+        folder = name.partition("/")[0]
+        assert sample["jpg"] == (tmp_path / "images" / f"{name}.jpg").read_bytes()
         assert sample["cls"] == {"cat": b"0", "dog": b"1"}[folder]
 
 

@@ -20,7 +20,7 @@ from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
 from ray_jobs.config import Preprocessing
 from ray_jobs.decode import decode, label_of, upright
-from ray_jobs.samples import SampleError
+from ray_jobs.samples import NAMED_FORMATS, SampleError
 from tests.conftest import jpeg
 
 PLAIN = Preprocessing(16, 16, "bilinear", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
@@ -293,7 +293,7 @@ def test_labels_are_the_cls_or_the_jsons(sample: dict[str, bytes], label: int | 
 @pytest.mark.parametrize(
     "sample",
     [
-        *({"cls": cls} for cls in (b"", b"cat", b"-2", b"1.5", b"9" * 30, b"9" * 5000, b"\xff", b"0x7")),
+        *({"cls": cls} for cls in (b"", b"cat", b"-2", b"1.5", b"1_0", b"9" * 30, b"9" * 5000, b"\xff", b"0x7")),
         *({"json": json.dumps({"label": label}).encode()} for label in ("cat", 1.5, True, [1], -2, 10**30)),
         {"json": b"{"},
         {"json": b"\xff\xff"},
@@ -336,6 +336,9 @@ def fuzzed() -> dict[str, Callable[[], bytes]]:
         "WebP": lambda: saved(smooth("RGB", 16, 16), "webp", exif=exif),
         "animated WebP": lambda: saved(frames[0], "webp", frames=frames[1:]),
         "tensor": lambda: npy(TENSOR),
+        "bmp": lambda: saved(smooth("RGB", 8, 8), "bmp"),
+        "ppm": lambda: saved(smooth("RGB", 8, 8), "ppm"),
+        "tif": lambda: saved(smooth("RGB", 8, 8), "tiff"),
     }
 
 
@@ -349,7 +352,8 @@ def test_whatever_the_bytes_they_are_decoded_or_refused(kind: str) -> None:
     for _ in range(1200):
         changed = mutations(rng, data, rng.choice(others))
         try:
-            found = decode({"npy" if kind == "tensor" else "jpg": changed}, PLAIN)
+            name = "npy" if kind == "tensor" else kind if kind in NAMED_FORMATS else "jpg"
+            found = decode({name: changed}, PLAIN)
         except SampleError:
             continue
         used += 1

@@ -1,17 +1,23 @@
 """Folders of images: the same shards for the same images, their classes as torchvision numbers them."""
 
+import os
 from pathlib import Path
+from urllib.parse import unquote
 
 import fsspec
 import numpy as np
 import pytest
+from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from patterns import UserError
 from ray_jobs import folders, samples
-from ray_jobs.shards import read_shard
+from ray_jobs.config import Preprocessing
+from ray_jobs.shards import ShardReader, read_shard
 from ray_jobs.sources import list_shards
 from tests.conftest import jpeg
+
+SMALL = Preprocessing(16, 16, "bilinear", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
 @pytest.fixture(autouse=True)
@@ -49,20 +55,20 @@ def test_class_folders_are_what_torchvision_sees(tmp_path: Path) -> None:
     expected = {}
     for path, label in ImageFolder(str(folder)).samples:
         if "hidden" not in path:
-            expected[f"{Path(path).parent.name}-{Path(path).stem}"] = (Path(path).read_bytes(), str(label).encode())
+            expected[f"{Path(path).parent.name}/{Path(path).stem}"] = (Path(path).read_bytes(), str(label).encode())
     found = [s for shard in list_shards([str(folder)]) for s in read_shard(shard)]
     assert {s["__key__"]: (s["jpeg"], s["cls"]) for s in found} == expected
 
 
 def test_class_folders_that_are_numbers_are_these_classes(tmp_path: Path) -> None:
     folder = filled(tmp_path, ["3/a.jpg", "10/b.jpg", "007/c.jpg"])
-    assert labelled(folder) == {"3-a": 3, "10-b": 10, "007-c": 7}
+    assert labelled(folder) == {"3/a": 3, "10/b": 10, "007/c": 7}
 
 
 def test_an_empty_class_folder_keeps_its_number(tmp_path: Path) -> None:
     folder = filled(tmp_path, ["a/a.jpg", "c/c.jpg"])
     (folder / "b").mkdir()
-    assert labelled(folder) == {"a-a": 0, "c-c": 2}
+    assert labelled(folder) == {"a/a": 0, "c/c": 2}
 
 
 def test_shards_are_bounded_stable_and_mixed_in_their_classes(tmp_path: Path) -> None:
@@ -151,13 +157,16 @@ def test_a_folder_of_an_object_store_is_as_one_on_disk(tmp_path: Path) -> None:
 
 def test_bad_files_of_a_folder_are_refused_and_the_others_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folders, "MAX_SAMPLE_BYTES", 5000)
-    folder = filled(tmp_path, ["a/good.jpg", "a/huge.jpg", "a/l\nine.jpg", "a/good.png"])
+    folder = filled(tmp_path, ["a/good.jpg", "a/huge.jpg", "a/l\nine.jpg", "a/moving.gif"])
     (folder / "a" / "huge.jpg").write_bytes(bytes(6000))
+    (folder / "a" / "nowhere.jpg").symlink_to(tmp_path / "none.jpg")
+    os.mkfifo(folder / "a" / "pipe.jpg")
     found = {s["__key__"]: s.get("__refused__", "") for shard in list_shards([str(folder)]) for s in read_shard(shard)}
-    assert found["a-good"] == ""
-    assert "same key" in found["a-good#2"]
-    assert "more than 5000 bytes" in found["a-huge"]
-    assert "control characters" in found["a-l\nine"]
+    assert found["a/good"] == found["a/l%0Aine"] == ""
+    assert "more than 5000 bytes" in found["a/huge"]
+    assert "GIF" in found["a/moving"]
+    assert "leads nowhere" in found["a/nowhere"]
+    assert "regular file" in found["a/pipe"]
     assert samples.MAX_SAMPLE_BYTES > 1 << 26
 
 
@@ -176,8 +185,29 @@ def test_class_folders_may_be_links_and_links_in_circles_are_not_followed(tmp_pa
     folder = filled(tmp_path / "train", ["a/a.jpg"])
     (folder / "b").symlink_to(elsewhere)
     (folder / "a" / "around").symlink_to(folder)
-    (folder / "a" / "nowhere.jpg").symlink_to(tmp_path / "none.jpg")
-    assert labelled(folder) == {"a-a": 0, "b-x": 1}
+    assert labelled(folder) == {"a/a": 0, "b/x": 1}
+
+
+KEPT_APART = ["cat/1.jpg", "cat/1.png", "cat/1.jpg.jpg", "cat/a.b.jpg", "cat/a_b.jpg", "cat/sub/x.jpg", "cat/sub-x.jpg"]
+
+
+def test_images_that_torchvision_keeps_apart_have_keys_of_their_own(tmp_path: Path) -> None:
+    folder = filled(tmp_path, [*KEPT_APART, "cat/2.jpg"])
+    keys = list(labelled(folder))
+    assert len(keys) == len(ImageFolder(str(folder)).samples) == 8
+    names = {unquote(key) for key in keys}
+    assert names == {"cat/1.jpg", "cat/1.png", "cat/1.jpg.jpg", "cat/2", *(n[:-4] for n in KEPT_APART[3:])}
+
+
+def test_every_image_of_torchvisions_formats_is_a_sample_and_others_say_why_not(tmp_path: Path) -> None:
+    (tmp_path / "dog").mkdir()
+    for name in ("1.bmp", "2.tif", "3.ppm", "4.pgm", "5.png", "6.webp", "7.tiff"):
+        Image.new("RGB" if name != "4.pgm" else "L", (20, 20), 99).save(tmp_path / "dog" / name)
+    Image.new("RGB", (20, 20)).save(tmp_path / "dog" / "8.gif")
+    readers = [ShardReader(shard, SMALL, 10) for shard in list_shards([str(tmp_path)])]
+    used = [key for reader in readers for batch in reader for key in batch.keys]
+    assert len(used) == len(ImageFolder(str(tmp_path)).samples) == 7
+    assert [r.key for reader in readers for r in reader.refused] == ["dog/8"]
 
 
 def test_a_folder_without_images_says_how_to_name_shards_in_it(tmp_path: Path) -> None:

@@ -28,6 +28,12 @@ METHODS = ("gradient", "patternattribution")
 Sample = dict[str, bytes]
 
 
+def png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "png")
+    return buffer.getvalue()
+
+
 @pytest.fixture(scope="module")
 def fitted(model_spec: str, shards: list[str], tmp_path_factory: pytest.TempPathFactory) -> str:
     out = str(tmp_path_factory.mktemp("fitted") / "run")
@@ -71,6 +77,79 @@ def test_ray_data_gets_the_maps_of_the_job(local_ray: None, fitted: str, written
     assert not met[0]["gradient"].any()
 
 
+PIXELS = np.random.default_rng(0).integers(0, 256, (20, 24, 3), np.uint8)
+FILE = png(Image.fromarray(PIXELS))
+PALETTE = Image.fromarray(PIXELS).quantize(64)
+ALPHA = np.full((20, 24, 1), 128, np.uint8)
+# An image, and what it must be explained as.
+USABLE: dict[str, tuple[object, object]] = {
+    "Hugging Face": ({"bytes": FILE, "path": "x.png"}, PIXELS),
+    "bytearray": (bytearray(FILE), PIXELS),
+    "memoryview": (memoryview(FILE), PIXELS),
+    "numpy's bytes": (np.frombuffer(FILE, np.uint8), PIXELS),
+    "Pillow": (Image.fromarray(PIXELS), PIXELS),
+    "Pillow's palette": (PALETTE, np.asarray(PALETTE.convert("RGB"))),
+    "Pillow's alpha": (Image.fromarray(np.concatenate([PIXELS, ALPHA], 2)), PIXELS),
+    "Pillow's grey": (Image.fromarray(PIXELS[..., 0]), PIXELS[..., :1]),
+    "RGBA": (np.concatenate([PIXELS, ALPHA], 2), PIXELS),
+    "LA": (np.concatenate([PIXELS[..., :1], ALPHA], 2), PIXELS[..., 0]),
+    "columns first": (np.asfortranarray(PIXELS), PIXELS),
+}
+REJECTED: dict[str, object] = {
+    "null": None,
+    "nan": float("nan"),
+    "a struct of nulls": {"bytes": None, "path": None},
+    "a path": "/data/x.jpg",
+    "a struct with a path": {"bytes": None, "path": "/data/x.jpg"},
+    "a ragged list": [[[1, 2], [3]]],
+    "no pixels": np.zeros((0, 0, 3), np.uint8),
+    "no bytes": b"",
+    "five channels": np.zeros((8, 8, 5), np.uint8),
+    "four dimensions": np.zeros((1, 8, 8, 3), np.uint8),
+    "uint16": np.zeros((8, 8, 3), np.uint16),
+    "integers of the model's shape": np.zeros((3, 16, 16), np.int64),
+    "booleans": np.zeros((3, 16, 16), bool),
+    "floats of another shape": np.zeros((16, 16, 3), np.float32),
+    "objects": np.full((3, 16, 16), None),
+    "an object": object(),
+}
+
+
+def column(images: list[object]) -> np.ndarray:
+    array = np.empty(len(images), dtype=object)
+    for number, image in enumerate(images):
+        array[number] = image
+    return array
+
+
+@pytest.fixture(scope="module")
+def batch(fitted: str) -> ExplainBatch:
+    return ExplainBatch(run=fitted, methods=METHODS)
+
+
+@pytest.mark.parametrize(("image", "pixels"), USABLE.values(), ids=USABLE)
+def test_an_image_of_every_type_is_explained_as_its_pixels(batch: ExplainBatch, image: object, pixels: object) -> None:
+    found = batch({"image": column([image, pixels])})
+    assert found["refused"].tolist() == ["", ""]
+    assert np.array_equal(found["gradient"][0], found["gradient"][1])
+    assert found["gradient"][0].any()
+
+
+@pytest.mark.parametrize("image", REJECTED.values(), ids=REJECTED)
+def test_what_is_no_image_is_rejected_alone(batch: ExplainBatch, image: object) -> None:
+    found = batch({"image": column([PIXELS, image, PIXELS])})
+    assert [bool(reason) for reason in found["refused"]] == [False, True, False]
+    assert found["prediction"][1] == -1
+    assert np.array_equal(found["gradient"][0], found["gradient"][2])
+
+
+def test_an_empty_batch_has_every_column(batch: ExplainBatch) -> None:
+    empty, full = (batch({"image": column(images)}) for images in ([], [PIXELS]))
+    assert {name: values.shape for name, values in empty.items()} == {
+        name: (0, *values.shape[1:]) for name, values in full.items()
+    }
+
+
 def test_images_come_as_files_pixels_and_tensors(fitted: str, written: list[tuple[Sample, Sample]]) -> None:
     explainer = OnlineExplainer(fitted, METHODS)
     file = written[0][0]["jpg"]
@@ -80,9 +159,9 @@ def test_images_come_as_files_pixels_and_tensors(fitted: str, written: list[tupl
     assert np.array_equal(inputs[0], inputs[1])
     again, _ = explainer.inputs([inputs[0].numpy()])
     assert np.array_equal(again[0], inputs[0])
-    grey, reasons = explainer.inputs([pixels[..., 0], pixels[..., :1], pixels[..., :2], np.zeros((2, 2))])
+    grey, reasons = explainer.inputs([pixels[..., 0], pixels[..., :1], np.repeat(pixels, 2, 2), np.zeros((2, 2))])
     assert reasons[:2] == ["", ""]
-    assert reasons[2].startswith("pixels of shape (16, 16, 2)")
+    assert reasons[2].startswith("pixels of shape (16, 16, 6)")
     assert "a tensor of shape (2, 2), the model takes (3, 16, 16)" in reasons[3]
     assert np.array_equal(grey[0], grey[1])
 

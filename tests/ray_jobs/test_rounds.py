@@ -175,7 +175,7 @@ def test_a_run_of_mostly_garbage_ends_and_says_so(model_spec: str, tmp_path: Pat
         garbage = [{**row, "npy": b""} for row in rows[6:]]
         shards.append(str(write_tar(tmp_path / f"{number:02d}.tar", [*rows[:6], *garbage])))
     config = configured(model_spec, shards, tmp_path / "run")
-    with pytest.raises(UserError, match=r"\d+ of 100 samples were refused.*--max-bad-fraction"):
+    with pytest.raises(UserError, match=r"\d+ of 100 samples were rejected.*--max-bad-fraction"):
         fit(config, HERE)
     begun = gather.read_ledger(gather.located(tmp_path / "run" / "moments"))
     assert begun.samples == 30, "it read on, or lost what it had"

@@ -1,5 +1,7 @@
 """Parquet with images in it."""
 
+import io
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
 from patterns import UserError
 from ray_jobs import tables
@@ -47,10 +50,71 @@ def test_images_and_labels_come_in_their_order(tmp_path: Path, columns: dict[str
 
 
 def test_a_key_column_names_the_samples(tmp_path: Path) -> None:
-    shard = written(tmp_path, {"__key__": ["a", "b", "a", "../c"], "jpg": IMAGES[:4]})
+    keys = ["a", "b", "a", "../c", "", None, "x.jpg", "k" * 5000]
+    shard = written(tmp_path, {"__key__": keys, "jpg": IMAGES[:8]})
     reasons = {s["__key__"]: s.get("__refused__", "") for s in read_shard(shard)}
-    assert list(reasons) == ["a", "b", "a#2", "../c"]
-    assert [bool(reason) for reason in reasons.values()] == [False, False, True, True]
+    assert list(reasons) == ["a", "b", "a#2", "%2E%2E/c", "00000004", "00000005", "x%2Ejpg", "00000007"]
+    assert [bool(reason) for reason in reasons.values()] == [n in (2, 7) for n in range(8)]
+
+
+KEYS = {
+    "numbers": (pa.array([7, 8]), ["7", "8"]),
+    "bytes": (pa.array([b"a.b", b"\xff"], pa.binary()), ["a%2Eb", "%FF"]),
+    "text that is not UTF-8": (pa.array([b"a", b"\xff"], pa.binary()).view(pa.string()), ["a", "%FF"]),
+    "large text": (pa.array(["a", "é"], pa.large_string()), ["a", "é"]),
+    "a dictionary": (pa.array(["a", "b"]).dictionary_encode(), ["a", "b"]),
+}
+
+
+@pytest.mark.parametrize(("column", "keys"), KEYS.values(), ids=KEYS)
+def test_keys_of_every_type_are_read(tmp_path: Path, column: pa.Array, keys: list[str]) -> None:
+    shard = written(tmp_path, {"key": column, "jpg": IMAGES[:2]})
+    assert [s["__key__"] for s in read_shard(shard)] == keys
+
+
+LABELS = {
+    "text": (pa.array(["0", " 2 "]), [0, 2]),
+    "floats": (pa.array([0.0, 2.0]), [0, 2]),
+    "not a number": (pa.array([float("nan"), 2.0]), [None, 2]),
+    "decimals": (pa.array([0, 2], pa.decimal128(5, 2)), [0, 2]),
+    "booleans": (pa.array([False, True]), [0, 1]),
+    "lists of one": (pa.array([[0], [2]]), [0, 2]),
+    "a dictionary": (pa.array(["0", "2"]).dictionary_encode(), [0, 2]),
+    "null and -1": (pa.array([None, -1], pa.int64()), [None, None]),
+}
+
+
+@pytest.mark.parametrize(("column", "labels"), LABELS.values(), ids=LABELS)
+def test_whole_numbers_in_every_spelling_are_labels(tmp_path: Path, column: pa.Array, labels: list[int | None]) -> None:
+    (batch,) = ShardReader(written(tmp_path, {"jpg": IMAGES[:2], "label": column}), PLAIN, 2)
+    assert batch.labels == labels
+
+
+@pytest.mark.parametrize("label", ["cat", "", "1_0", "١", 1.5, float("inf"), [1, 2], [], -2, 2**40])
+def test_other_labels_are_rejected_with_their_value(tmp_path: Path, label: Any) -> None:
+    reader = ShardReader(written(tmp_path, {"jpg": IMAGES[:1], "label": [label]}), PLAIN, 2)
+    assert not list(reader)
+    assert "no class number" in reader.refused[0].reason
+
+
+def test_names_that_hugging_face_has_numbered_are_labels(tmp_path: Path) -> None:
+    features = {"label": {"names": ["eel", "cat"], "_type": "ClassLabel"}}
+    table = pa.table({"jpg": IMAGES[:2], "label": ["cat", "eel"]})
+    table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    pq.write_table(table, tmp_path / "x.parquet")
+    (batch,) = ShardReader(str(tmp_path / "x.parquet"), PLAIN, 2)
+    assert batch.labels == [1, 0]
+
+
+def test_a_bitmap_is_read_if_its_path_says_so(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (20, 20), (10, 20, 30)).save(buffer, "bmp")
+    images = [{"bytes": buffer.getvalue(), "path": path} for path in ("a/x.BMP", "a/x.jpg", None)]
+    reader = ShardReader(written(tmp_path, {"image": images}), PLAIN, 4)
+    (batch,) = reader
+    assert batch.keys == ["00000000"]
+    assert all("BMP" in r.reason for r in reader.refused)
+    assert len(reader.refused) == 2
 
 
 def test_bad_rows_are_refused_and_the_others_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,179 @@
+"""Files of labels in the forms that people have: understood as another reader would, or an error."""
+
+import csv
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from patterns import UserError
+from ray_jobs.labels import labels_in, numbered
+from ray_jobs.samples import ShardError
+from ray_jobs.shards import read_shard
+from ray_jobs.sources import list_shards
+from tests.conftest import jpeg
+
+IMAGES = [f"val_{n}.JPEG" for n in range(6)]
+LABELS = [3, 0, 7, 3, 0, 7]
+WNIDS = ["n03", "n01", "n07", "n03", "n01", "n07"]
+PAIRS = list(zip(IMAGES, LABELS))
+
+
+def lines(form: str, labels: list[object] = LABELS) -> str:  # type: ignore[assignment]
+    return "".join(form.format(i=image, s=image[:-5], n=label) + "\n" for image, label in zip(IMAGES, labels))
+
+
+FORMS = {
+    "spaces": lines("{i} {n}"),
+    "several spaces": lines("{i}    {n}"),
+    "tabs": lines("{i}\t{n}"),
+    "commas": lines("{i},{n}"),
+    "semicolons": lines("{i};{n}"),
+    "bars": lines("{i}|{n}"),
+    "quotes": lines('"{i}","{n}"'),
+    "CRLF": lines("{i} {n}").replace("\n", "\r\n"),
+    "empty lines and comments": "# of the devkit\n\n" + lines("{i} {n}\n"),
+    "no end of line": lines("{i} {n}").rstrip(),
+    "without extensions": lines("{s} {n}"),
+    "./": lines("./{i} {n}"),
+    "the folder's name": lines("val/{i} {n}"),
+    "an absolute path": lines("/data/val/{i} {n}"),
+    "backslashes": lines("C:\\data\\val\\{i},{n}"),
+    "other letter case": lines("{i} {n}").lower(),
+    "another folder's images too": lines("train/{i} 5") + lines("val/{i} {n}"),
+    "other images": lines("{i} {n}") + "other.JPEG 99\n",
+    "a heading": "image,label\n" + lines("{i},{n}"),
+    "an unknown heading": "fname,breed\n" + lines("{i},{n}"),
+    "label first": "label,image\n" + lines("{n},{i}"),
+    "label first without a heading": lines("{n} {i}"),
+    "a column between": "image,split,label\n" + lines("{i},val,{n}"),
+    "index, image, class": "id,file,class\n" + "".join(f"{i},{f},{n}\n" for i, (f, n) in enumerate(PAIRS)),
+    "integral floats": lines("{i},{n}.0"),
+    "one a line": lines("{n}"),
+    "one a line with a heading": "label\n" + lines("{n}"),
+}
+
+
+@pytest.mark.parametrize("text", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_every_common_form_is_understood(text: str, encoding: str) -> None:
+    assert labels_in(text.encode(encoding), IMAGES, "val") == LABELS
+
+
+NAMED = {
+    "Tiny ImageNet's": lines("{i}\t{n}\t0\t32\t44\t62", WNIDS),
+    "ImageNet's LOC_val_solution.csv": "ImageId,PredictionString\n" + lines("{s},{n} 85 1 499 272 {n} 1 1 2 2", WNIDS),
+    "names": lines("{i} {n}", WNIDS),
+    "names one a line": lines("{n}", WNIDS),
+    "names of two words": lines("{i},tiger {n}", WNIDS),
+}
+
+
+@pytest.mark.parametrize("text", NAMED.values(), ids=NAMED)
+def test_names_of_classes_are_numbered_in_their_order(text: str) -> None:
+    assert labels_in(text.encode(), IMAGES, "val") == [1, 0, 2, 1, 0, 2]
+
+
+def test_names_are_numbered_over_all_lines_though_the_folder_holds_some_images() -> None:
+    assert labels_in(lines("{i} {n}", WNIDS).encode(), IMAGES[2:4], "val") == [2, 1]
+
+
+def test_no_label_and_minus_one_are_no_labels() -> None:
+    assert labels_in(lines("{i},{n}", ["", 0, -1, 3, 0, ""]).encode(), IMAGES, "val") == [None, 0, None, 3, 0, None]
+
+
+WRONG = {
+    "another separator": lines("{i}:{n}"),
+    "names of images only": lines("{i}"),
+    "stems only": lines("{s}"),
+    "other images": "".join(f"test_{n}.JPEG {n}\n" for n in range(6)),
+    "as many lines, each different": "".join(f"photo-{n}\n" for n in range(6)),
+    "captions": "image,caption\n" + "".join(f"{i},a photo of {n}\n" for n, i in enumerate(IMAGES)),
+    "line numbers": "".join(f"{n} {i}\n" for n, i in enumerate(IMAGES)),
+    "two columns that may be labels": lines("{i},{n},{n}"),
+    "two labels for an image": lines("{i} {n}") + lines("{i} 5"),
+    "too few lines": "1\n2\n",
+    "a line without a label": lines("{i} {n}") + "val_0.JPEG\n",
+    "negative": lines("{i} -{n}"),
+    "too large": lines("{i} {n}00000000000"),
+    "empty": "\n",
+}
+
+
+@pytest.mark.parametrize("text", WRONG.values(), ids=WRONG)
+def test_what_is_not_understood_is_an_error(text: str) -> None:
+    with pytest.raises(ShardError):
+        labels_in(text.encode(), IMAGES, "val")
+
+
+def test_a_name_that_fits_two_images_is_an_error() -> None:
+    with pytest.raises(ShardError, match="several images"):
+        labels_in(b"1.jpg 5\n", ["a/1.jpg", "b/1.jpg"], "val")
+    assert labels_in(b"a/1.jpg 5\nb/1.jpg 6\n", ["a/1.jpg", "b/1.jpg"], "val") == [5, 6]
+
+
+def test_images_that_are_named_by_numbers_are_not_taken_for_labels() -> None:
+    images = [f"{n}.jpg" for n in range(5)]
+    assert labels_in(b"4\n3\n3\n1\n0\n", images, "val") == [4, 3, 3, 1, 0]
+    assert labels_in(b"label,image\n" + b"".join(b"%d,%d.jpg\n" % (n % 2, n) for n in range(5)), images, "") == [
+        *(0, 1, 0, 1, 0)
+    ]
+
+
+@given(
+    st.lists(st.text(st.characters(exclude_categories=("C", "Z")), min_size=1, max_size=8), min_size=1, unique=True),
+    st.data(),
+)
+def test_a_table_that_csv_writes_is_read_as_csv_reads_it(stems: list[str], data: st.DataObject) -> None:
+    images = sorted(f"{stem.replace('/', '_')}.jpg" for stem in stems)
+    if len({image.casefold() for image in images}) < len(images):
+        return
+    labels = data.draw(st.lists(st.integers(0, 1000), min_size=len(images), max_size=len(images)))
+    text = io.StringIO()
+    csv.writer(text, delimiter=data.draw(st.sampled_from(",;\t"))).writerows(
+        [("image", "split", "label"), *((image, "val", label) for image, label in zip(images, labels))]
+    )
+    assert labels_in(text.getvalue().encode(), images, "val") == labels
+
+
+def test_class_numbers_are_kept_only_if_they_tell_classes_apart() -> None:
+    assert numbered(["10", "2", "007"]) == {"2": 2, "007": 7, "10": 10}
+    assert numbered(["7", "007", "1"]) == {"007": 0, "1": 1, "7": 2}
+    assert numbered(["99999999999", "5"]) == {"5": 0, "99999999999": 1}
+    assert numbered(["²", "٣"]) == {"²": 0, "٣": 1}
+
+
+def filled(folder: Path, names: list[str]) -> Path:
+    for number, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(jpeg(np.random.default_rng(number)))
+    return folder
+
+
+def labelled(folder: Path) -> dict[str, int | None]:
+    found = [s for shard in list_shards([str(folder)]) for s in read_shard(shard)]
+    return {s["__key__"]: int(s["cls"]) if "cls" in s else None for s in found}
+
+
+@pytest.mark.parametrize("given", ["val", "val/images"])
+def test_tiny_imagenets_validation_folder_is_read_as_it_is(tmp_path: Path, given: str) -> None:
+    filled(tmp_path / "val" / "images", IMAGES)
+    (tmp_path / "val" / "val_annotations.txt").write_text(NAMED["Tiny ImageNet's"])
+    assert list(labelled(tmp_path / given).values()) == [1, 0, 2, 1, 0, 2]
+
+
+def test_a_list_beside_class_folders_does_not_replace_their_classes(tmp_path: Path) -> None:
+    filled(tmp_path / "images", ["a/1.jpg", "b/2.jpg", "b/3.jpg"])
+    (tmp_path / "images.txt").write_text("1 a/1.jpg\n2 b/2.jpg\n3 b/3.jpg\n")  # as of CUB-200-2011: numbers of images
+    assert labelled(tmp_path / "images") == {"a/1": 0, "b/2": 1, "b/3": 1}
+
+
+def test_a_file_of_labels_that_is_not_understood_is_named(tmp_path: Path) -> None:
+    folder = filled(tmp_path / "val", IMAGES)
+    (folder / "labels.txt").write_text("".join(f"{i}:1\n" for i in IMAGES))
+    with pytest.raises(UserError) as error:
+        list_shards([str(folder)])
+    assert "labels.txt" in str(error.value)
