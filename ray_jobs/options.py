@@ -17,12 +17,8 @@ from ray_jobs.words import byte_count, duration, position_count
 DEFAULT_FIT, DEFAULT_METHODS = ",".join(FITTED), ",".join(ExplainConfig.methods)
 DEFAULT_OUTPUTS = ",".join(ExplainConfig.outputs)
 
-Model = Annotated[
-    str, typer.Option(help="torchvision:NAME, timm:NAME, package.module:factory or file.py:factory.")
-]
-Weights = Annotated[
-    str, typer.Option(help="File or URL of a state dict; `default`: the library's own; `random`.")
-]
+Model = Annotated[str, typer.Option(help="torchvision:NAME, timm:NAME, package.module:factory or file.py:factory.")]
+Weights = Annotated[str, typer.Option(help="File or URL of a state dict; `default`: the library's own; `random`.")]
 Shards = Annotated[
     list[str],
     typer.Option(help="Tars, Parquet files or image folders: paths, URLs, {000..015}, globs, @LIST. Repeatable."),
