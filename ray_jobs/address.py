@@ -20,10 +20,11 @@ TOKEN_REMEDY = "Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PA
 def found(address: str) -> str:
     """Return the HOST:PORT of the cluster that `auto` means on this machine; any other address as it is.
 
-    UserError if there is none. Ray itself would wait for minutes for one whose head died.
+    Empty if Ray is to be started here. UserError if `auto` finds none: Ray itself would wait for minutes for a
+    cluster whose head died.
     """
     if address != "auto":
-        return address
+        return "" if address == "local" else address
     try:
         return str(services.canonicalize_bootstrap_address("auto"))
     except Exception as error:  # it reads processes and files of others, which may end meanwhile

@@ -22,6 +22,9 @@ STALE = 30.0  # seconds without a new note after which a driver counts as gone
 WATCH_EVERY = 1.0  # seconds between two readings of another driver's notes
 
 
+MINE: set[str] = set()  # tokens of the drivers in this process
+
+
 class TakenOverError(UserError):
     """Another driver works on this run now."""
 
@@ -47,7 +50,9 @@ class Driver:
     @staticmethod
     def this() -> "Driver":
         """This process."""
-        return Driver(socket.gethostname(), os.getpid(), begun(os.getpid()), uuid4().hex, space())
+        driver = Driver(socket.gethostname(), os.getpid(), begun(os.getpid()), uuid4().hex, space())
+        MINE.add(driver.token)
+        return driver
 
     def here(self) -> bool:
         """Whether this process sees it under its number, if it runs."""
@@ -55,7 +60,9 @@ class Driver:
 
     def gone(self) -> bool:
         """Whether it is known to have ended; not known of other machines."""
-        return self.here() and begun(self.pid) != self.begun
+        if not self.here():
+            return False
+        return begun(self.pid) != self.begun or (self.pid == os.getpid() and self.token not in MINE)
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}"
@@ -155,6 +162,7 @@ def driving(run: Run, job: str) -> Iterator[Beat]:
     try:
         yield beat
     finally:
+        MINE.discard(beat.driver.token)  # its last note may fail
         beat.over.set()
         beat.thread.join()
         if not beat.taken_over():

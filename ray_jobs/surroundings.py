@@ -48,10 +48,10 @@ def give_token() -> None:
     if any(os.environ.get(name) for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
         return
     try:
-        home = Path.home()
-    except RuntimeError:  # no HOME, and no user of this number
-        home = Path("/nonexistent")
-    folder = next((each for each in (home / ".ray", home) if each.exists()), home)
-    readable = os.access(home / ".ray" / "auth_token", os.R_OK)
-    if not readable and not os.access(folder, os.W_OK | os.X_OK):
+        folder = Path.home() / ".ray"
+        folder.mkdir(parents=True, exist_ok=True)
+        kept = os.access(folder, os.W_OK | os.X_OK) or os.access(folder / "auth_token", os.R_OK)
+    except (OSError, RuntimeError):  # RuntimeError: no HOME, and no user of this number
+        kept = False
+    if not kept:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)

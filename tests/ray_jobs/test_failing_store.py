@@ -1,0 +1,143 @@
+"""Every command on a store that fails at any of its operations: one line, status 2 or 3, and nothing is lost."""
+
+import json
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import save_file
+
+from ray_jobs import fit as fit_module
+from ray_jobs.cli import COMMANDS, exit_status
+from ray_jobs.tasks import Here
+from tests.ray_jobs.runs import OPTIONS
+from tests.ray_jobs.store import FailingFileSystem
+
+ALONE = ("--workers", "0", "--retries", "0")
+FIRST_FAILURES = (1, 3, 8, 20)
+URL = "failing://store"
+SHARDS = f"{URL}/train-000.tar"
+EXPLAIN = ("--patterns", "RUN", "--shards", "SHARD0")
+BELOW = "afile/below"  # of this machine: a folder below a file
+# For every command, each option that names a file or folder: on the store, or where this machine cannot have it.
+CASES: dict[str, list[list[str]]] = {
+    "fit": [
+        ["--model", "MODEL", "--shards", "SHARD0", "--out", f"{URL}/new", *OPTIONS, *ALONE],
+        ["--model", "MODEL", "--shards", f"{URL}/train-*.tar", "--out", "one", *OPTIONS, *ALONE],
+        ["--model", "MODEL", "--shards", f"@{URL}/list.txt", "--out", "two", *OPTIONS, *ALONE],
+        ["--model", "MODEL", "--weights", f"{URL}/w.safetensors", "--shards", "SHARD0", "--out", "w", *OPTIONS, *ALONE],
+        ["--model", "MODEL", "--shards", "SHARD0", "--out", BELOW, *OPTIONS, *ALONE],
+    ],
+    "quality": [
+        ["--patterns", f"{URL}/run", "--shards", SHARDS, "--evaluate", "SHARD2", "--out", f"{URL}/quality", *ALONE],
+        ["--patterns", "RUN", "--shards", "SHARD2", "--evaluate", f"{URL}/train-001.tar", "--out", "three", *ALONE],
+    ],
+    "explain": [
+        ["--patterns", f"{URL}/run", "--shards", "SHARD0", "--out", "four", *ALONE],
+        ["--patterns", "RUN", "--shards", "SHARD0", "--out", f"{URL}/five", *ALONE],
+        [*EXPLAIN, "--out", "six", "--target", "ant", "--classes", f"{URL}/c.json", *ALONE],
+    ],
+    "degrade": [["--patterns", f"{URL}/run", "--shards", "SHARD0", "--out", f"{URL}/seven", "--steps", "2", *ALONE]],
+    "reproduce": [
+        ["--model", "MODEL", "--shards", f"{URL}/train-*.tar", "--evaluate", "SHARD0", "--out", BELOW, *ALONE],
+        ["--dataset", "mnist", "--data", BELOW, "--out", "eight", *ALONE],
+    ],
+    "demo": [["--out", BELOW, "--workers", "0"]],
+    "pack": [["nowhere", "packed"], ["IMAGES", BELOW]],
+    "plan": [["--model", "MODEL", "--weights", f"{URL}/w.safetensors", *OPTIONS]],
+    "merge": [[f"{URL}/run", "RUN2", "--out", f"{URL}/merged"], ["RUN", "RUN2", "--out", BELOW]],
+    "status": [[f"{URL}/run"]],
+    "solve": [[f"{URL}/run", "--estimators", "filter"]],
+    "grid": [[f"{URL}/run", "--random", "1", "--out", "grid.png"], ["RUN", "--random", "1", "--out", f"{BELOW}.png"]],
+    "show": [[f"{URL}/run", "s000-0", "--out", "show.png"], ["RUN", "s000-0", "--out", f"{BELOW}.png"]],
+    "report": [[f"{URL}/run", "--out", "report.html"], ["RUN", "--out", f"{BELOW}.html"]],
+    "doctor": [["--shards", f"{URL}/train-*.tar"]],
+    "submit": [["--address", "http://127.0.0.1:9", "--working-dir", "nowhere", "status", "RUN"]],
+}
+
+
+def test_every_command_is_walked() -> None:
+    assert sorted(CASES) == sorted(COMMANDS)
+
+
+@pytest.fixture(scope="module")
+def folder(model_spec: str, shards: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished fit and its explanations, on this machine and on the store."""
+    folder = tmp_path_factory.mktemp("walk")
+    common = ["--model", model_spec, "--workers", "0", *OPTIONS]
+    assert exit_status(["fit", *common, "--shards", shards[0], "--out", str(folder / "run")]) == 0
+    assert exit_status(["fit", *common, "--shards", shards[1], "--out", str(folder / "run2")]) == 0
+    explain = ["explain", "--patterns", str(folder / "run"), "--shards", shards[0], "--workers", "0"]
+    assert exit_status([*explain, "--methods", "gradient", "--output", "npy,parquet"]) == 0
+    (folder / "afile").write_text("no folder")
+    (folder / "images" / "ant").mkdir(parents=True)
+    (folder / "images" / "ant" / "a.jpg").write_bytes(b"\xff\xd8\xff")
+    path, _, name = model_spec.rpartition(":")
+    scope: dict[str, Any] = {}
+    exec(Path(path).read_text(), scope)
+    save_file(scope[name]().state_dict(), folder / "w.safetensors")
+    return folder
+
+
+@pytest.fixture
+def walked(
+    folder: Path, shards: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Iterator[type[FailingFileSystem]]:
+    """The store with all of that, as it was."""
+    FailingFileSystem.reset()
+    FailingFileSystem.store.clear()
+    store = FailingFileSystem()
+    for path in (p for p in (folder / "run").rglob("*") if p.is_file()):
+        store.pipe_file(f"/store/run/{path.relative_to(folder / 'run')}", path.read_bytes())
+    for path in map(Path, shards[:2]):
+        store.pipe_file(f"/store/{path.name}", path.read_bytes())
+    store.pipe_file("/store/list.txt", b"train-{000..001}.tar\n")
+    store.pipe_file("/store/c.json", json.dumps({"0": "ant"}).encode())
+    store.pipe_file("/store/w.safetensors", (folder / "w.safetensors").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "afile").write_text("no folder")
+    monkeypatch.setattr(fit_module, "connected", lambda _: nullcontext(Here()))  # merge and solve would start a Ray
+    yield FailingFileSystem
+    FailingFileSystem.reset()
+
+
+@pytest.mark.parametrize(("name", "number"), [(name, n) for name, cases in CASES.items() for n in range(len(cases))])
+def test_a_store_that_fails_is_one_line(
+    name: str,
+    number: int,
+    walked: type[FailingFileSystem],
+    folder: Path,
+    model_spec: str,
+    shards: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    known = {
+        "MODEL": model_spec,
+        "SHARD0": shards[0],
+        "SHARD2": shards[2],
+        "RUN": str(folder / "run"),
+        "RUN2": str(folder / "run2"),
+        "IMAGES": str(folder / "images"),
+    }
+    command = [name, *(known.get(word, word) for word in CASES[name][number])]
+    remote = any(URL in word for word in command)
+    failed = 0
+    for fail_at in FIRST_FAILURES:
+        walked.reset(fail_at)
+        capsys.readouterr()
+        status = exit_status(command)  # a traceback would be an exception here
+        errors = capsys.readouterr().err
+        if status == 0:
+            break
+        failed += 1
+        assert status in (2, 3), errors
+        assert sum(line.startswith("patternnet: ") for line in errors.splitlines()) == 1, errors
+        assert "Traceback" not in errors
+        if not remote or name == "doctor":  # it would begin a Ray
+            break
+    assert failed > 0, "nothing of the store was used"
+    if remote and name not in ("doctor", "reproduce"):  # doctor would begin a Ray, and reproduce has no folder to write
+        walked.reset()
+        assert exit_status(command) == 0, "the same command does not resume"
