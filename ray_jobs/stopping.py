@@ -5,7 +5,8 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from ray_jobs.streams import end_pipes
 
@@ -18,10 +19,25 @@ class StoppedShortError(Exception):
 
 
 def end_process() -> None:
-    """End this process at once, with exit status 3, and the commands that it reads from; its Ray ends with it."""
-    end_pipes()
+    """End this process at once, with exit status 3, and all that it started: pipes, and a Ray with its workers."""
+    for process in descendants(os.getpid()):
+        with suppress(ProcessLookupError, PermissionError):
+            os.kill(process, signal.SIGKILL)
     os.write(2, f"patternnet: {INTERRUPTED}\n".encode())
     os._exit(3)
+
+
+def descendants(process: int) -> list[int]:
+    """Return the numbers of the processes below one, parents first; empty where the kernel has no /proc."""
+    children: dict[int, list[int]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has ended
+            parent = int(path.read_text(errors="replace").rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(path.parent.name))
+    found = list(children.get(process, ()))
+    for each in found:  # which grows
+        found += children.get(each, ())
+    return found
 
 
 def interrupt() -> None:
