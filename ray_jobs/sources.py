@@ -60,7 +60,7 @@ def list_shards(specs: Iterable[str], allow_pipes: bool = False) -> tuple[str, .
 
 def listed(spec: str) -> Iterator[str]:
     """The specs that a list file names, relative to its folder; any other spec itself."""
-    if not spec.startswith("@") or os.path.lexists(spec):
+    if not spec.startswith("@") or os.path.lexists(spec.partition("/")[0]):  # a name that exists
         yield spec
         return
     path = plain(spec[1:])

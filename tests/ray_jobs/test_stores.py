@@ -1,0 +1,160 @@
+"""Paths, URLs and stores: what is meant by a name, and what is wrong with a store."""
+
+import errno
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from patterns import UserError
+from ray_jobs import stores
+from ray_jobs.files import located, plain, writable
+from ray_jobs.sources import list_shards
+from ray_jobs.stores import MissingError, as_user_error, is_url
+from ray_jobs.streams import opened
+from ray_jobs.surroundings import LONGEST, give_token, temporary_folder
+from tests.conftest import make_shards
+
+
+@pytest.mark.parametrize(
+    ("error", "where", "phrase"),
+    [
+        (ImportError("Please install gcsfs"), "gs://b/run", "pip install gcsfs"),
+        (ImportError("no", name="paramiko"), "sftp://h/run", "pip install paramiko"),
+        (ValueError("Protocol not known: foo"), "foo://b/run", "foo://"),
+        (type("NoCredentialsError", (Exception,), {})("Unable to locate"), "s3://b/run", "credentials"),
+        (PermissionError("Forbidden"), "s3://b/run", "credentials"),
+        (ConnectionRefusedError(errno.ECONNREFUSED, "refused"), "s3://b/run", "does not answer"),
+        (TimeoutError("no answer"), "s3://b/run", "does not answer"),
+        (OSError(errno.ENOSPC, "No space left on device"), "/run", "Free disk space"),
+        (OSError(errno.EROFS, "Read-only file system"), "/run", "permissions"),
+        (OSError(errno.ENAMETOOLONG, "File name too long"), "/run", "Check the path"),
+        (OSError(errno.ELOOP, "Too many levels of symbolic links"), "/run", "Check the path"),
+        (RuntimeError("odd\n in two lines"), "s3://b/run", "odd in two lines"),
+    ],
+)
+def test_errors_of_file_systems_say_what_to_do(error: Exception, where: str, phrase: str) -> None:
+    told = as_user_error(error, where)
+    assert told.where == where
+    assert phrase in str(told)
+    assert "\n" not in str(told)
+
+
+def test_a_missing_file_is_known_as_one_and_a_server_that_is_away_is_not() -> None:
+    assert isinstance(as_user_error(FileNotFoundError(errno.ENOENT, "no", "/a"), "/a"), MissingError)
+    away = FileNotFoundError("http://h/a")
+    away.__cause__ = ConnectionRefusedError("refused")
+    assert not isinstance(as_user_error(away, "http://h/a"), FileNotFoundError)
+
+
+def test_a_server_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stores, "ANSWER", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        begun = time.monotonic()
+        with pytest.raises(UserError, match="does not answer"):
+            located(f"http://127.0.0.1:{server.getsockname()[1]}/run/manifest.json").read_text()
+    assert time.monotonic() - begun < 20
+
+
+def test_spellings_of_one_folder_are_one_location(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a b").mkdir()
+    for where in ("~/a b/run", "a b/run/", f"file://{tmp_path}/a b/run", f"file:{tmp_path}/a%20b/run", "./a b//run"):
+        assert str(located(where)) == f"{tmp_path}/a b/run"
+    assert str(located("s3://bucket/run/")) == "s3://bucket/run"
+    assert not is_url("a::b/x.tar")
+    assert is_url("simplecache::s3://b/x.tar")
+
+
+@pytest.mark.parametrize("where", ["", " ", "s3:/bucket/run", "gs:/b", "http:/h/run", "~no-such-user/run"])
+def test_paths_that_cannot_be_meant_are_refused(where: str) -> None:
+    with pytest.raises(UserError):
+        plain(where)
+
+
+def test_an_output_folder_is_no_file_and_nothing_is_created(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    for where in ("file", "file/below", "dangling", f"file/{'x' * 300}"):
+        with pytest.raises(UserError):
+            writable(tmp_path / where)
+    for where in ("https://host/run", "foo://b/run"):
+        with pytest.raises(UserError):
+            writable(where)
+    assert writable(tmp_path / "link").local == tmp_path / "link"
+    assert writable(tmp_path / "new" / "run").local == tmp_path / "new" / "run"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dangling", "file", "link", "real"]
+
+
+@pytest.mark.parametrize(
+    "spec", ["{0..3}", "{003..001}", "{000..010..5}", "{010..000..5}", "{3..1}", "x{a,b{c,d}}", "{a..e..2}"]
+)
+def test_braces_are_bashs(spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = subprocess.run(["bash", "-c", f"printf '%s\\n' {spec}.tar"], capture_output=True, text=True, check=True)
+    for name in told.stdout.splitlines():
+        (tmp_path / name).write_text("x")
+    monkeypatch.chdir(tmp_path)
+    assert [Path(shard).name for shard in list_shards([f"{spec}.tar"])] == told.stdout.splitlines()
+
+
+@pytest.mark.parametrize(
+    "name", ["a::b", "a[1]b", "a{b,c}d", "@at", "back\\slash", "pct%20x", "q?x", "#hash", "new\nline"]
+)
+def test_folders_that_exist_are_meant_literally(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make_shards(tmp_path / name, 2, 1)
+    monkeypatch.chdir(tmp_path)
+    for spec in (f"{name}/train-{{000..001}}.tar", f"{name}/*.tar", f"{name}/train-00[01].tar"):
+        assert list(list_shards([spec])) == made
+
+
+@pytest.mark.parametrize("magic", [0x184D2A50, 0x184D2A5F])
+def test_a_zstd_file_of_several_frames_is_read(magic: int, tmp_path: Path) -> None:
+    data, zstd = Path(make_shards(tmp_path, 1, 2)[0]).read_bytes(), pa.Codec("zstd")
+    skippable = magic.to_bytes(4, "little") + (5).to_bytes(4, "little") + b"hello"
+    halves = [zstd.compress(half, asbytes=True) for half in (data[:3000], data[3000:])]
+    packed = tmp_path / "packed.tar"
+    packed.write_bytes(skippable + skippable.join(halves))
+    with opened(str(packed)) as stream:
+        assert stream.read() == data
+
+
+def test_a_folder_of_ray_is_short_and_writable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = tmp_path / ("x" * 2 * LONGEST)
+    long.mkdir()
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    for unusable in (long, tmp_path / "none"):
+        monkeypatch.setenv("TMPDIR", str(unusable))
+        assert temporary_folder() == "/tmp/ray"
+    monkeypatch.setenv("TMPDIR", "/tmp")
+    assert temporary_folder() is None
+    monkeypatch.setenv("RAY_TMPDIR", str(long))
+    with pytest.raises(UserError, match="RAY_TMPDIR"):
+        temporary_folder()
+
+
+def test_a_home_that_cannot_be_written_gives_a_token_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", "/proc/nowhere")
+    give_token()
+    assert len(os.environ["RAY_AUTH_TOKEN"]) == 64
+    del os.environ["RAY_AUTH_TOKEN"]
+
+
+@pytest.mark.parametrize("redirection", [">&-", "2>&-", "<&-", ">/dev/full", "| true"])
+def test_standard_streams_may_be_closed(redirection: str) -> None:
+    program = "from ray_jobs import standard; standard.secure(); print('→ ρ'); import sys; print('ρ', file=sys.stderr)"
+    command = f'{sys.executable} -c "{program}" {redirection}'
+    ascii_ = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    told = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=ascii_, check=False)
+    assert ("No space left" in told.stderr) == (redirection == ">/dev/full")
+    assert "UnicodeEncodeError" not in told.stderr
+    assert "BrokenPipe" not in told.stderr
