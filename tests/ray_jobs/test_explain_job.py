@@ -4,6 +4,7 @@ import io
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -127,7 +128,7 @@ def test_labels_are_explained_where_asked_and_missing_ones_refused(
     ]
     shard = str(write_tar(tmp_path / "x.tar", samples))
     config = ExplainConfig(model, str(fitted), (shard,), str(tmp_path / "out"), target="label")
-    run = explain(config, HERE)
+    run = explain(config, replace(HERE, max_bad_fraction=1.0))
     (row,) = pq.read_table(run.folder / "explanations.parquet").to_pylist()
     assert (row["key"], row["target"]) == ("a", 2)
     refused = pq.read_table(run.folder / "quarantine.parquet").to_pylist()
