@@ -12,10 +12,11 @@ def main() -> None:
     standard.use_utf8()
     standard.secure()
     try:
-        from ray_jobs import cli  # takes seconds
+        from ray_jobs import cli, stopping  # takes seconds
     except KeyboardInterrupt:
         print("patternnet: interrupted", file=sys.stderr)
         sys.exit(3)
+    stopping.Signals.end = staticmethod(stopping.end_process)
     cli.main()
 
 

@@ -16,7 +16,7 @@ from patterns import UserError
 from ray_jobs import commands, completion, job_commands
 from ray_jobs.arguments import say
 from ray_jobs.examples import epilog
-from ray_jobs.stopping import INTERRUPTED, SIGNALS, Signals, StoppedShortError, end_process
+from ray_jobs.stopping import INTERRUPTED, SIGNALS, StoppedShortError
 from ray_jobs.stores import as_user_error
 from ray_jobs.words import version_of
 
@@ -71,7 +71,6 @@ def main() -> None:
     for number in SIGNALS:  # as Ctrl-C, unless a job commits first
         if signal.getsignal(number) != signal.SIG_IGN:  # as `nohup` does
             signal.signal(number, signal.default_int_handler)
-    Signals.end = staticmethod(end_process)
     status = exit_status(sys.argv[1:])
     for number in SIGNALS:  # the status is known; nothing may change it on the way out
         signal.signal(number, signal.SIG_IGN)

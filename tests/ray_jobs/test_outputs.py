@@ -20,7 +20,7 @@ from PIL import Image
 from patterns import UserError
 from patterns.storage import load
 from ray_jobs import models
-from ray_jobs.__main__ import main
+from ray_jobs.cli import main
 from ray_jobs.config import ExplainConfig, FitConfig, ModelConfig, Resources
 from ray_jobs.explain import explain
 from ray_jobs.fit import fit

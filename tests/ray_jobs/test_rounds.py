@@ -256,7 +256,7 @@ def test_a_full_disk_is_told_in_one_line_and_loses_nothing(model_spec: str, tmp_
     full = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=no_large_files)
     assert full.returncode == 2, full.stderr
     (line,) = [line for line in full.stderr.splitlines() if line.startswith("patternnet: ")]
-    assert "cannot be written (File too large). Make room" in line
+    assert "cannot be written (File too large). Free disk space" in line
     assert "Traceback" not in full.stderr
     assert not [path for path in (tmp_path / "run").rglob("*") if ".aside-" in path.name]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

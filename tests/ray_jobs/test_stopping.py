@@ -54,14 +54,14 @@ def test_a_second_signal_ends_a_job_that_is_blocked_and_its_pipe(signals: tuple[
         job.send_signal(number)
         time.sleep(0.2)
     if ends:
-        _, errors = job.communicate(timeout=10)
+        _, errors = job.communicate(timeout=60)
         assert job.returncode == 3
         assert errors.count("patternnet: ") == 1
         until(lambda: not running("sleep 777", job.pid))
     else:  # a terminal that is closed may send it twice: the job still commits
         assert job.poll() is None
         job.send_signal(signal.SIGTERM)
-        job.communicate(timeout=10)
+        job.communicate(timeout=60)
 
 
 def test_a_pause_ends_when_the_job_is_to_stop() -> None:
