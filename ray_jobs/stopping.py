@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ray_jobs.streams import end_pipes
+from ray_jobs.pipes import end_pipes
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 INTERRUPTED = "interrupted; the same command goes on where this one ended"

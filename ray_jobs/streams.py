@@ -3,11 +3,9 @@
 import io
 import os
 import shutil
-import signal
 import stat
-import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from tempfile import TemporaryFile
 from typing import Any, BinaryIO
 from urllib.parse import quote
@@ -16,6 +14,7 @@ from urllib.request import Request, urlopen
 import pyarrow as pa
 from fsspec.compression import compr
 
+from ray_jobs.pipes import piped
 from ray_jobs.samples import ShardError
 from ray_jobs.stores import file_system, is_url
 
@@ -23,7 +22,6 @@ READ_TIMEOUT = 60.0  # seconds without a byte from an HTTP server
 CHUNK = 1 << 18
 REMOTE_BLOCK = 1 << 23  # bytes that are asked of an object store at once
 
-PIPES: set[int] = set()  # process groups of the commands that are read from
 
 # By the first bytes rather than the name: servers and people name things as they like.
 COMPRESSIONS = {
@@ -117,34 +115,3 @@ def source(path: str) -> Iterator[tuple[Any, int | None]]:
         with open(path, "rb", buffering=0) as file:
             status = os.fstat(file.fileno())
             yield file, status.st_size if stat.S_ISREG(status.st_mode) else None
-
-
-@contextmanager
-def piped(command: str) -> Iterator[Any]:
-    """The output of a shell command. ShardError where it fails."""
-    # A process group of its own: all that the command starts is ended with it, and Ctrl-C, which lets the job end
-    # its shards, does not reach it.
-    process = subprocess.Popen(command, shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, process_group=0)
-    assert process.stdout is not None
-    PIPES.add(process.pid)
-    try:
-        yield process.stdout
-        if status := process.wait():
-            raise ShardError(f"the command ended with exit status {status}")
-    finally:
-        process.stdout.close()
-        end_group(process.pid)
-        process.wait()
-        PIPES.discard(process.pid)
-
-
-def end_group(leader: int) -> None:
-    """Kill the processes of a group, if any are left."""
-    with suppress(ProcessLookupError):
-        os.killpg(leader, signal.SIGKILL)
-
-
-def end_pipes() -> None:
-    """Kill all commands that shards are read from."""
-    for leader in list(PIPES):
-        end_group(leader)

@@ -9,7 +9,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 # Each file of patterns/ may import only those before it.
 ORDER = [
-    "errors", "winograd", "compiled", "operators", "windows", "draft", "unify", "lift", "hold", "graph", "moments",
+    "errors", "winograd", "compiled", "operators", "windows", "draft", "digests", "inputs", "endings", "probing",
+    "rectifiers", "unify", "lift", "hold", "graph", "moments",
     "patches", "sampled", "observe", "estimators", "convergence", "pilot", "rho", "scales", "rules", "baselines",
     "reference", "methods", "degradation", "pictures", "tensors", "storage", "explain", "attribution", "adapters",
     "losses", "linear_model", "critics",
