@@ -212,7 +212,7 @@ def test_s3_is_read_with_what_the_environment_says_alone(s3: str, folder: Path, 
         tar,
         [f"{row:08}" for row in range(8)],
         tar,
-        [f"class{n % 2}-{n}" for n in (0, 2, 4, 6, 1, 3, 5, 7)],
+        [f"class{n % 2}/{n}" for n in (0, 2, 4, 6, 1, 3, 5, 7)],
     ]
 
 
