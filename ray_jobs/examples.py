@@ -58,13 +58,13 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "grid": (
         "patternnet grid runs/vgg16 --worst 20 --columns 2",
-        "patternnet grid runs/vgg16 --keys cat-1,dog-7 --out figure.pdf",
+        "patternnet grid runs/vgg16 --keys cat/1,dog/7 --out figure.pdf",
     ),
     "report": (
         "patternnet report runs/vgg16",
         "patternnet report runs/vgg16 runs/resnet50 --samples 50 --out both.html",
     ),
-    "show": ("patternnet show runs/vgg16 cat-1 --out cat.png",),
+    "show": ("patternnet show runs/vgg16 cat/1 --out cat.png",),
     "doctor": (
         "patternnet doctor",
         "patternnet doctor --shards '/data/train-{0000..1023}.tar' --out /data/runs",
