@@ -126,7 +126,7 @@ def test_every_planted_fault_is_found_and_named_with_its_node(
         f"the disk of {full} is full": 3,
         " of Ray's that is 0.1 % full it starts nothing": 1,
         f"{shards[2]} cannot be read (not a tar archive": 3,
-        f"{gone} cannot be read (<urlopen error": 3,
+        f"{gone} cannot be read, because the server does not answer (<urlopen error": 3,
         f"--out {full}: cannot be written (No space left on device)": 3,
         "--cpus-per-worker --gpus-per-worker: no node can hold a worker of 1 CPUs and 2 GPUs": 0,
     }
