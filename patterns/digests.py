@@ -20,7 +20,7 @@ def digest(model: nn.Module) -> str:
 
 
 def constants_digest(draft: Draft, model: nn.Module) -> str:
-    """Return the SHA-256 of the numbers that an exported graph holds beside the model's parameters and buffers.
+    """Return the SHA-256 of the numbers that an exported graph holds in addition to the model's parameters and buffers.
 
     These are tensors that are plain attributes, tensors made in the forward pass, and numbers in its calls. They are
     hashed in an order that does not depend on the device or on the names that torch.export gives them.

@@ -76,7 +76,7 @@ class Network:
         module: Maps a batch (N, *input_shape) to the model's output (N, *output_shape).
         input_shape: Shape of a sample.
         output_shape: Shape of a sample's output.
-        constants: Digest of the numbers that the graph holds beside the model's parameters and buffers.
+        constants: Digest of the numbers that the graph holds in addition to the model's parameters and buffers.
     """
 
     module: GraphModule

@@ -28,7 +28,7 @@ class ModelDigests:
 
     Attributes:
         weights: `patterns.digest` of its parameters and buffers.
-        constants: `patterns.Network.constants`, what its graph holds beside them; None if it is not known.
+        constants: `patterns.Network.constants`, what its graph holds in addition; None if it is not known.
     """
 
     weights: str

@@ -107,7 +107,7 @@ class Run:
             write_json(folder / self.path.name, manifest)
 
     def require_model(self, loaded: Loaded) -> None:
-        """Raise UserError if this folder's model held other numbers beside its weights than the model now does.
+        """Raise UserError if this folder's model held other numbers in addition to its weights.
 
         The digest of the weights is compared elsewhere. Another version of torch, or precision, may hold others.
         """
