@@ -57,7 +57,7 @@ SEVERAL = [pytest.param(n, marks=pytest.mark.slow) for n in (2, 4)]
 
 @pytest.fixture(scope="module")
 def undisturbed(model_spec: str, shards: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return fit(configured(model_spec, shards, tmp_path_factory.mktemp("runs") / "one"), HERE).folder
+    return Path(fit(configured(model_spec, shards, tmp_path_factory.mktemp("runs") / "one"), HERE).folder)
 
 
 def test_the_job_computes_what_one_process_computes(undisturbed: Path, model_spec: str, shards: list[str]) -> None:

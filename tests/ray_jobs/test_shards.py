@@ -130,7 +130,7 @@ def steps(difference: torch.Tensor, preprocessing: Preprocessing) -> int:
 @pytest.mark.parametrize("size", [(320, 256), (200, 500)])
 def test_images_are_prepared_as_torchvision_says(size: tuple[int, int]) -> None:
     data = photograph(*size)
-    loaded = models.overridden(models.torchvision_model("resnet50", own_weights=False)[1], ModelConfig("x"))
+    loaded = models.overridden(models.torchvision_model("resnet50", "random")[1], ModelConfig("x"))
     expected = ResNet50_Weights.DEFAULT.transforms()(Image.open(io.BytesIO(data)))
     assert steps(decode({"png": data}, loaded) - expected, loaded) <= 1
 
