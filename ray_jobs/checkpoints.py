@@ -40,7 +40,7 @@ KINDS = (
 LEGACY = b"l\xfc\x9cF\xf9 j\xa8P\x19"  # torch.save's magic number, in files of before torch 1.6
 # Segments of names that wrappers of a module add.
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-AVERAGED = ("ema", "averaged", "swa")  # in the key of a second state dict, beside the model's own
+AVERAGED = ("ema", "averaged", "swa")  # in the key of a second state dict, in addition to the model's own
 DEPTH = 3  # dictionaries within dictionaries that are searched for a state dict
 
 
