@@ -11,8 +11,8 @@ import torch
 from benchmarks import compiling, decoding, explaining, fitting
 from benchmarks.machine import Machine
 from benchmarks.timing import HEAD, MODELS, SIZE, THREADS, Bench, Row
-from patterns.compiled import RECORDED
-from ray_jobs.worker import keep_freed_memory
+from patterns.compilation import RECORDED
+from ray_jobs.engine.shard_worker import keep_freed_memory
 
 PARTS: dict[str, Callable[[Bench], Iterable[Row]]] = {
     "fit": fitting.passes,

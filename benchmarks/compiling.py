@@ -9,7 +9,7 @@ from benchmarks.fitting import FITS, observer_of
 from benchmarks.machine import peak
 from benchmarks.timing import Bench, Row, Variant, infer
 from patterns import Explainer, trace
-from patterns.compiled import RECORDED
+from patterns.compilation import RECORDED
 
 DEFAULT = next(iter(FITS))
 

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torchvision.models import vgg11
 
 from patterns import accumulate, choose, solve
-from patterns.losses import Loss, conservation
-from ray_jobs import models
+from patterns.evaluation.conservation import Loss, conservation
 from ray_jobs.config import ModelConfig
-from ray_jobs.demo import SPEC, prepare_photographs, prepare_weights
-from ray_jobs.models import Loaded
-from ray_jobs.pack import pack
-from ray_jobs.shards import ShardReader
+from ray_jobs.data.packing import pack
+from ray_jobs.data.shard_reader import ShardReader
+from ray_jobs.models import loading
+from ray_jobs.models.loading import Loaded
+from ray_jobs.studies.demo import SPEC, prepare_photographs, prepare_weights
 
 CROPS = 4  # of each photograph
 CHOICES = "linear", "default"
@@ -47,7 +47,7 @@ def main() -> None:
         print("| model | patterns | reaches the input | lost at gates | at borders | in neurons | elsewhere |")
         print("| --- | --- | --- | --- | --- | --- | --- |")
         for name, config in names.items():
-            loaded = models.load(config)
+            loaded = loading.load(config)
             moments = accumulate(loaded.network, images(crops, loaded, 20))
             for choice in CHOICES:
                 solved = {n: solve(op, moments[n], [choice]).patterns for n, op in loaded.network.operators.items()}

@@ -18,16 +18,17 @@ from torch import Tensor
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.functional import pil_to_tensor
 
-from patterns import Explainer, Moments, Network, Observer, Solution, choose, estimators
-from patterns.convergence import FEWEST_GROUPS, GROUPS, Look, look
-from patterns.estimators import wanted
-from ray_jobs import models
+from patterns import Explainer, Moments, Network, Observer, Solution, choose
+from patterns.estimation import estimators
+from patterns.estimation.estimators import wanted
+from patterns.estimation.jackknife import FEWEST_GROUPS, GROUPS, Look, look
 from ray_jobs.config import ModelConfig
-from ray_jobs.convergence import append, draw_convergence, rows_of
-from ray_jobs.demo import SPEC, prepare_photographs, prepare_weights
-from ray_jobs.pack import opened, pack
-from ray_jobs.shards import ShardReader
-from ray_jobs.worker import keep_freed_memory
+from ray_jobs.data.packing import opened, pack
+from ray_jobs.data.shard_reader import ShardReader
+from ray_jobs.engine.shard_worker import keep_freed_memory
+from ray_jobs.figures.convergence_curves import append, draw_convergence, rows_of
+from ray_jobs.models import loading
+from ray_jobs.studies.demo import SPEC, prepare_photographs, prepare_weights
 
 CHOICES = ("default", "linear")
 METHODS = ("patternattribution", "patternnet")
@@ -54,10 +55,10 @@ class Crops:
         return (torch.stack([crop(self.photographs[i]) for i in chosen]) - self.mean) / self.std
 
 
-def prepared(folder: Path, size: int) -> tuple[models.Loaded, Crops]:
+def prepared(folder: Path, size: int) -> tuple[loading.Loaded, Crops]:
     """EfficientNet-Lite0 with its ImageNet weights, and crops of photographs, which are put into the folder."""
     weights = prepare_weights(folder / "weights.safetensors")
-    loaded = models.load(ModelConfig(SPEC, str(weights), image_size=size, resize=size))
+    loaded = loading.load(ModelConfig(SPEC, str(weights), image_size=size, resize=size))
     files = sorted(prepare_photographs(folder / "photographs").rglob("*.jpg"))
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (loaded.preprocessing.mean, loaded.preprocessing.std))
     return loaded, Crops([pil_to_tensor(opened(file)).float() / 255 for file in files], mean, std, size)

@@ -22,8 +22,8 @@ from torchvision.transforms import InterpolationMode
 
 from benchmarks.timing import SIZE, Bench, Row, photographs, write_photographs
 from ray_jobs.config import Preprocessing
-from ray_jobs.models import IMAGENET
-from ray_jobs.shards import ShardReader
+from ray_jobs.data.shard_reader import ShardReader
+from ray_jobs.models.loading import IMAGENET
 
 BATCH, DALI_BATCH = 32, 30
 RGB = ImageReadMode.RGB

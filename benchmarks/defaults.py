@@ -18,17 +18,17 @@ from torch.nn import functional as F
 from zennit.image import get_cmap
 
 from patterns import Explainer, Gate, Network, Observer, accumulate, choose, solve
-from patterns.estimators import wanted
-from patterns.moments import Moments
-from patterns.operators import Addition, Operator
-from patterns.pictures import COLOUR_MAP, centred
-from ray_jobs import models
+from patterns.attribution.rendering import COLOUR_MAP, centred
+from patterns.estimation.estimators import wanted
+from patterns.moments.moments import Moments
+from patterns.operators.operator import Addition, Operator
 from ray_jobs.config import ModelConfig
-from ray_jobs.demo import CROPS, SPEC, prepare_photographs, prepare_weights
-from ray_jobs.models import Loaded
-from ray_jobs.pack import pack
-from ray_jobs.pictures import save_figure
-from ray_jobs.shards import ShardReader
+from ray_jobs.data.packing import pack
+from ray_jobs.data.shard_reader import ShardReader
+from ray_jobs.figures.drawing import save_figure
+from ray_jobs.models import loading
+from ray_jobs.models.loading import Loaded
+from ray_jobs.studies.demo import CROPS, SPEC, prepare_photographs, prepare_weights
 
 PATCH = 16
 TAKEN = (0, 1, 2, 4, 8, 16, 32, 64)  # patches taken away, of 196
@@ -208,7 +208,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         here = Path(folder)
         config = ModelConfig(SPEC, str(prepare_weights(here / "weights.safetensors")))
-        loaded = models.load(config)
+        loaded = loading.load(config)
         originals = prepare_photographs(here / "photographs")
         crops, whole = pack(originals, here / "fit", crops=CROPS), pack(originals, here / "whole")
         fitted = fit(loaded, list(map(str, crops)))

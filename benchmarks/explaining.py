@@ -15,16 +15,16 @@ from zennit.composites import EpsilonPlusFlat
 
 from benchmarks.timing import JOB_BATCH, Bench, Row, Timed, Variant, write_shards
 from patterns import Explainer, Network, trace
-from ray_jobs import explain as job
-from ray_jobs import models
 from ray_jobs.config import ExplainConfig, FitConfig, ModelConfig, Resources
-from ray_jobs.fit import fit
-from ray_jobs.outputs import outputs
-from ray_jobs.shards import ShardReader
-from ray_jobs.shardwise import ShardTask
-from ray_jobs.sources import list_shards
-from ray_jobs.threads import Behind
-from ray_jobs.worker import Share
+from ray_jobs.data.shard_reader import ShardReader
+from ray_jobs.data.shard_specs import list_shards
+from ray_jobs.engine.shard_worker import Share
+from ray_jobs.io.prefetch import Behind
+from ray_jobs.jobs.explain import explain as job
+from ray_jobs.jobs.fit.fit import fit
+from ray_jobs.jobs.per_shard_job import ShardTask
+from ray_jobs.models import loading
+from ray_jobs.runs.map_files import outputs
 
 FIVE = ("gradient", "deconvnet", "guided-backprop", "patternnet", "patternattribution")
 HERE = Resources(workers=0)
@@ -95,7 +95,7 @@ def whole_job(bench: Bench) -> Iterator[Row]:
         fit(FitConfig(model, shards[:1], f"{folder}/run", JOB_BATCH, ("default",), max_samples=JOB_BATCH), HERE)
         config = ExplainConfig(model, f"{folder}/run", shards, f"{folder}/run", JOB_BATCH, FIVE[-1:])
         # So that a core is left for the threads that read and write.
-        loaded = models.load(model)
+        loaded = loading.load(model)
         worker = job.ExplainWorker(config, loaded.digests, {}, Share(cpus=1))
         worker.ready()
         (images, *_) = (b.images for b in ShardReader(shards[0], loaded.preprocessing, JOB_BATCH))

@@ -24,15 +24,15 @@ from benchmarks.timing import (
     write_shards,
 )
 from patterns import Gate, Network, Observer, Operator, PatchMoments, solve, trace
-from patterns.estimators import wanted
-from patterns.moments import Wanted
-from patterns.operators import Convolution
-from patterns.patches import Draw, PatchAccumulator
-from patterns.rho import cov_xx, quality
-from patterns.sampled import BLOCK
+from patterns.estimation.estimators import wanted
+from patterns.estimation.signal_quality import cov_xx, quality
+from patterns.moments.moments import Wanted
+from patterns.moments.patches import Draw, PatchAccumulator
+from patterns.moments.sampled import BLOCK
+from patterns.operators.operator import Convolution
 from ray_jobs.config import FITTED, FitConfig, ModelConfig, Resources
-from ray_jobs.fit import fit
-from ray_jobs.sources import list_shards
+from ray_jobs.data.shard_specs import list_shards
+from ray_jobs.jobs.fit.fit import fit
 
 POSITIONS = 16
 D, K = 4608, 512  # of VGG-16's largest convolutions

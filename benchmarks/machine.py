@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from patterns import winograd
+from patterns.operators import winograd
 
 SIDE = 2048  # of the square matrices that are multiplied, and a tenth of a second on a slow core
 COPIED = 2**26  # float32 numbers that are copied, 256 MiB

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from benchmarks.convergence import prepared
 from patterns import Moments, Network, Observer, choose, solve
-from patterns.estimators import wanted
-from ray_jobs.worker import keep_freed_memory
+from patterns.estimation.estimators import wanted
+from ray_jobs.engine.shard_worker import keep_freed_memory
 
 CHOICES = ("default", "linear")
 SIZE = 160

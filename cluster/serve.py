@@ -19,10 +19,10 @@ from ray import serve
 from ray.serve import Application
 
 from patterns import UserError
-from patterns.pictures import picture, png
-from ray_jobs.online import OnlineExplainer
-from ray_jobs.outputs import beside
-from ray_jobs.words import byte_count
+from patterns.attribution.rendering import picture, png
+from ray_jobs.jobs.explain.online import OnlineExplainer
+from ray_jobs.runs.map_files import beside
+from ray_jobs.units import byte_count
 
 MAX_BYTES = 16 << 20  # of an upload
 MAX_BATCH = 8

@@ -3,20 +3,20 @@
 trace a model → accumulate its moments over data → solve for patterns → judge their quality → explain.
 """
 
-from patterns.attribution import PatternAttribution, PatternNet
-from patterns.digests import digest
+from patterns.attribution.captum_api import PatternAttribution, PatternNet
+from patterns.attribution.explainer import Explainer, Explanation
+from patterns.attribution.methods import METHODS
 from patterns.errors import UserError
-from patterns.estimators import CHOICES, ESTIMATORS, Solution, solve
-from patterns.explain import Explainer, Explanation
-from patterns.graph import Network, trace
-from patterns.losses import Loss, conservation
-from patterns.methods import METHODS
-from patterns.moments import Moments, Sums
-from patterns.observe import Observer, PatchObserver, accumulate, accumulate_patches
-from patterns.operators import Gate, Operator
-from patterns.patches import PatchMoments
-from patterns.rho import quality
-from patterns.storage import choose, load, save
+from patterns.estimation.estimators import CHOICES, ESTIMATORS, Solution, solve
+from patterns.estimation.observer import Observer, PatchObserver, accumulate, accumulate_patches
+from patterns.estimation.signal_quality import quality
+from patterns.evaluation.conservation import Loss, conservation
+from patterns.io.storage import choose, load, save
+from patterns.moments.moments import Moments, Sums
+from patterns.moments.patches import PatchMoments
+from patterns.operators.operator import Gate, Operator
+from patterns.tracing.digests import digest
+from patterns.tracing.network import Network, trace
 
 __all__ = [
     "CHOICES",

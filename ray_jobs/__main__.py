@@ -2,22 +2,23 @@
 
 import sys
 
-from ray_jobs import standard
+from ray_jobs.cli import standard_streams
 
 __all__ = ["main"]
 
 
 def main() -> None:
     """Run the program and exit with its status."""
-    standard.use_utf8()
-    standard.secure()
+    standard_streams.use_utf8()
+    standard_streams.secure()
     try:
-        from ray_jobs import cli, stopping  # takes seconds
+        from ray_jobs.cli import app  # takes seconds
+        from ray_jobs.engine import signals
     except KeyboardInterrupt:
         print("patternnet: interrupted", file=sys.stderr)
         sys.exit(3)
-    stopping.Signals.end = staticmethod(stopping.end_process)
-    cli.main()
+    signals.Signals.end = staticmethod(signals.end_process)
+    app.main()
 
 
 if __name__ == "__main__":

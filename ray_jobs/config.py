@@ -127,8 +127,8 @@ class MethodsConfig:
 class ExplainConfig(MethodsConfig):
     """An explanation of whole shards.
 
-    target: see `ray_jobs.targets`.  classes: the numbers of the model's classes by name.
-    outputs: see `ray_jobs.outputs`.  reduction, size: of the maps' channels, and of their height and width.
+    target: see `ray_jobs.jobs.explain.targets`.  classes: the numbers of the model's classes by name.
+    outputs: see `ray_jobs.runs.map_files`.  reduction, size: of the maps' channels, and of their height and width.
     compile: as of a fit.
     """
 
@@ -145,7 +145,7 @@ class DegradeConfig(MethodsConfig):
     """The degradation of every image of some shards, patch after patch, in the order of each method's map.
 
     patch: its height and width in pixels.  steps: patches that are replaced at most.  replacement: what by; see
-    `patterns.degradation`.  least_first: the least relevant patches first.
+    `patterns.evaluation.degradation`.  least_first: the least relevant patches first.
     """
 
     patch: int = 9

@@ -122,7 +122,7 @@ def local_ray() -> Iterator[None]:
 @pytest.fixture
 def complaint(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """Run the program on bad input: gives its one line of complaint, and sees that the status is 2."""
-    from ray_jobs.cli import exit_status
+    from ray_jobs.cli.app import exit_status
 
     def run(*arguments: object) -> str:
         capsys.readouterr()

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.machine import Cost, Machine, cost
-from patterns import winograd
+from patterns.operators import winograd
 
 
 @pytest.mark.parametrize("groups", [1, 2, 8])

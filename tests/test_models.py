@@ -13,11 +13,11 @@ import torchvision
 from torch import Tensor, nn
 
 from patterns import Explainer, Network, Observer, UserError, choose, solve
-from patterns.draft import export
-from patterns.estimators import wanted
-from patterns.graph import network_of
-from patterns.hold import HELD_NORMS
-from patterns.moments import Wanted, planned_bytes
+from patterns.estimation.estimators import wanted
+from patterns.moments.moments import Wanted, planned_bytes
+from patterns.tracing.aten_graph import export
+from patterns.tracing.linearize import HELD_NORMS
+from patterns.tracing.network import network_of
 from tests.patterns.networks import relative
 
 TABLE = Path(__file__).parents[1] / "docs" / "models.md"

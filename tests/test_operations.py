@@ -34,10 +34,10 @@ from benchmarks.machine import cost
 from benchmarks.timing import vgg16_features
 from cluster.local import ROOT, LocalCluster
 from cluster.processes import send
-from ray_jobs.cli import exit_status
-from ray_jobs.options import RESOURCES
-from ray_jobs.outputs import bytes_per_sample
-from ray_jobs.run import Run
+from ray_jobs.cli.app import exit_status
+from ray_jobs.cli.options import RESOURCES
+from ray_jobs.runs.map_files import bytes_per_sample
+from ray_jobs.runs.run_folder import Run
 from tests.conftest import make_shards
 from tests.ray_jobs.chaos import SlowStorage
 from tests.ray_jobs.runs import same_patterns, until

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from ray_jobs.config import ExplainConfig, FitConfig, ModelConfig, Resources
-from ray_jobs.explain import explain
-from ray_jobs.factories import own_model
-from ray_jobs.fit import fit
+from ray_jobs.jobs.explain.explain import explain
+from ray_jobs.jobs.fit.fit import fit
+from ray_jobs.models.factories import own_model
 from tests.ray_jobs.runs import PREPARED
 
 README = Path(__file__).parents[1] / "README.md"

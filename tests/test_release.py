@@ -90,7 +90,7 @@ def test_the_wheel_holds_data_and_definitions_and_no_tests(wheel: Path, checkout
     packages = ("patterns", "ray_jobs", "cluster")
     there = {str(p.relative_to(checkout)) for name in packages for p in (checkout / name).rglob("*") if p.is_file()}
     assert there <= held
-    assert {"patterns/py.typed", "ray_jobs/report/report.html.jinja", "cluster/image/Dockerfile"} <= held
+    assert {"patterns/py.typed", "ray_jobs/views/report/report.html.jinja", "cluster/image/Dockerfile"} <= held
     assert {name.partition("/")[0] for name in held} == {*packages, f"patternnet_ray-{VERSION}.dist-info"}
     assert f"patternnet_ray-{VERSION}.dist-info/licenses/LICENSE" in held
 
@@ -102,7 +102,7 @@ import runpy, sys
 from importlib.resources import files
 import patterns
 print(patterns.__file__, "ray" in sys.modules, "webdataset" in sys.modules)
-for name in ("ray_jobs/report/report.css", "patterns/py.typed", "cluster/image/requirements-cuda.txt"):
+for name in ("ray_jobs/views/report/report.css", "patterns/py.typed", "cluster/image/requirements-cuda.txt"):
     package, _, rest = name.partition("/")
     print((files(package) / rest).is_file())
 sys.argv = ["ray_jobs", "fit", "--help"]

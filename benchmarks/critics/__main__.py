@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.critics import figures, photographs, shapes
+from benchmarks.critics.measures import cosine, heat, spearman, ssim
 from benchmarks.critics.photographs import BACKWARD, CARRIED, REFITTED, VARIANTS
-from patterns.critics import cosine, heat, spearman, ssim
-from ray_jobs.worker import keep_freed_memory
+from ray_jobs.engine.shard_worker import keep_freed_memory
 
 PARTS = "classifier", "blocks.6", "blocks.4", "blocks.2", "conv_stem"  # of the cascade, in the table
 PICTURED = 7  # the photograph in the figure
@@ -246,7 +246,7 @@ def another_library(trained: shapes.Trained) -> dict[str, object]:
         theirs, ours = shapes.randomisation_twice(trained, method, estimator)
         rows.append([named(f"{method}:{estimator}" if method != "guided-backprop" else method),
                      f"{theirs:.2f}", f"{ours:.2f}"])  # fmt: skip
-    return {"quantus_table": table(["method", "Quantus' MPRT", "`patterns.critics.cascade`"], rows)}
+    return {"quantus_table": table(["method", "Quantus' MPRT", "`benchmarks.critics.measures.cascade`"], rows)}
 
 
 def main() -> None:

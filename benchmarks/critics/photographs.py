@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.convergence import prepared
-from patterns import Explainer, Network, Observer, choose, solve
-from patterns.baselines import sobel
-from patterns.critics import (
+from benchmarks.critics.measures import (
     backward_convergence,
     cascade,
     cosine,
@@ -21,9 +19,11 @@ from patterns.critics import (
     spearman,
     ssim,
 )
-from patterns.estimators import wanted
-from ray_jobs.pack import pack
-from ray_jobs.shards import ShardReader
+from patterns import Explainer, Network, Observer, choose, solve
+from patterns.attribution.baselines import sobel
+from patterns.estimation.estimators import wanted
+from ray_jobs.data.packing import pack
+from ray_jobs.data.shard_reader import ShardReader
 
 SIZE = 160  # pixels
 CROPS, BATCH = 120, 20

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.critics.measures import cascade, earth_movers_accuracy, heat, shifted, spearman
 from patterns import Explainer, Network, accumulate, choose, solve, trace
-from patterns.baselines import sobel
-from patterns.critics import cascade, earth_movers_accuracy, heat, shifted, spearman
-from ray_jobs.summaries import summaries
+from patterns.attribution.baselines import sobel
+from ray_jobs.jobs.explain.map_statistics import summaries
 
 SIDE = 8
 SMOOTH = 1.5  # pixels, of the background's Gaussian
@@ -192,7 +192,7 @@ def shift_errors(trained: Trained) -> dict[str, tuple[float, float]]:
 
 
 def randomisation_twice(trained: Trained, method: str, estimator: str) -> tuple[float, float]:
-    """The cascading randomisation of a CNN with its patterns carried over, by Quantus and by `patterns.critics`.
+    """The cascading randomisation of a CNN with its patterns carried over, by Quantus and by `measures`.
 
     Each gives the mean rank correlation of maps at its end. They draw differently: Quantus as torch initialises a
     layer, this project normals with the moments of what was there, here several times. That may shut all gates: maps

@@ -8,16 +8,15 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.linear import figures, studies
-from patterns import linear_model
-from patterns.linear_model import degrees
+from benchmarks.linear import figures, model, studies
+from benchmarks.linear.model import degrees
 
 PLANES = (30, 45, 90, 135)
 PLANE_SAMPLES, TURNING_SAMPLES, RECTIFIED_SAMPLES = 10_000, 100_000, 1_000_000
 SIZES, REPEATS = [2**power for power in range(5, 17)], 400
 EVALUATED = 512
 CELLS = (
-    linear_model.LinearModel, linear_model.trained, linear_model.network, linear_model.fitted, studies.plane,
+    model.LinearModel, model.trained, model.network, model.fitted, studies.plane,
     studies.turning, studies.pictures, studies.side_by_side, studies.rectified, studies.convergence,
 )  # fmt: skip
 
@@ -93,7 +92,7 @@ def rectified() -> dict[str, object]:
     names = {"linear": "`linear`", "positive": "two-component, a₊", "negative": "two-component, a₋"}
     names |= {f"{sign}-own-mean": f"its own-mean form, {a}" for sign, a in (("positive", "a₊"), ("negative", "a₋"))}
     rows = [[names[name], *(f"{row[name]:.2f}°" for row in found.values())] for name in names]
-    signal, distractor = linear_model.PAPER.signal, linear_model.PAPER.distractor
+    signal, distractor = model.PAPER.signal, model.PAPER.distractor
     return {
         "rectified_samples": spaced(RECTIFIED_SAMPLES),
         "rectified_table": table(["degrees from the signal", *(f"μ = {mean:.0f}" for mean in found)], rows),

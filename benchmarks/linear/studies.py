@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.linear.model import PAPER, LinearModel, degrees, fitted, network, trained
 from patterns import METHODS, Explainer
-from patterns.linear_model import PAPER, LinearModel, degrees, fitted, network, trained
 
 ESTIMATORS = ["linear", "multivariate", "filter"]
 

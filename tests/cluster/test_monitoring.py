@@ -25,8 +25,8 @@ from ray.dashboard.modules.reporter.reporter_agent import METRICS_GAUGES
 
 from cluster.local import ROOT, LocalCluster
 from ray_jobs.config import Resources
-from ray_jobs.fit import fit
-from ray_jobs.metrics import GAUGES, METRICS
+from ray_jobs.engine.metrics import GAUGES, METRICS
+from ray_jobs.jobs.fit.fit import fit
 from tests.conftest import make_shards, write_tar
 from tests.ray_jobs.runs import configured
 

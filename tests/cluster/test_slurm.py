@@ -13,8 +13,8 @@ import pytest
 from cluster.local import ROOT
 from cluster.processes import processes
 from ray_jobs.config import ExplainConfig, Resources
-from ray_jobs.explain import explain
-from ray_jobs.fit import fit
+from ray_jobs.jobs.explain.explain import explain
+from ray_jobs.jobs.fit.fit import fit
 from tests.cluster.slurm import Slurm, missing
 from tests.conftest import make_shards
 from tests.ray_jobs.runs import LATE, OPTIONS, configured, same_patterns

@@ -16,8 +16,8 @@ from torchvision.models import mobilenet_v2, resnet18
 from benchmarks.machine import peak
 from patterns import METHODS, Explainer, Network, Observer, PatchObserver, choose, solve, trace
 from ray_jobs.config import ExplainConfig, Resources
-from ray_jobs.explain import explain
-from ray_jobs.fit import fit
+from ray_jobs.jobs.explain.explain import explain
+from ray_jobs.jobs.fit.fit import fit
 from tests.patterns.networks import relative
 from tests.patterns.small import every_kind
 from tests.ray_jobs.runs import configured, same_patterns

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from patterns import Gate, Moments, Operator
-from patterns.moments import Accumulator, Wanted
-from patterns.operators import Addition, AveragePool, Convolution, Kind, Linear, Scale, TransposedConvolution
+from patterns.moments.moments import Accumulator, Wanted
+from patterns.operators.operator import Addition, AveragePool, Convolution, Kind, Linear, Scale, TransposedConvolution
 from tests.oracles import (
     Neuron,
     channel_patches,

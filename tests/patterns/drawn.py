@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from patterns import Gate, Moments, Operator, solve
-from patterns.convergence import (
+from patterns.estimation.jackknife import (
     Error,
     look,
 )
-from patterns.moments import Accumulator, Wanted
-from patterns.operators import Convolution
+from patterns.moments.moments import Accumulator, Wanted
+from patterns.operators.operator import Convolution
 
 D, K = 6, 5
 ROWS = ("linear", "positive", "negative", "multivariate")

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from patterns import Gate, Operator
-from patterns.operators import Addition, AveragePool, Convolution, Kind, Linear, Scale, TransposedConvolution
-from patterns.patches import Draw, PatchAccumulator, PatchMoments
+from patterns.moments.patches import Draw, PatchAccumulator, PatchMoments
+from patterns.operators.operator import Addition, AveragePool, Convolution, Kind, Linear, Scale, TransposedConvolution
 from tests.oracles import Neuron, channel_patches, linear_patches, neurons, window_patches
 
 RELU = (0.0, float("inf"))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from patterns import Network, trace
-from patterns.operators import Addition, AveragePool, Kind, Scale
+from patterns.operators.operator import Addition, AveragePool, Kind, Scale
 from tests.patterns.networks import randomise
 
 

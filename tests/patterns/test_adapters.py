@@ -27,8 +27,13 @@ from patterns import (
     solve,
     trace,
 )
-from patterns.adapters import PatternAttributionComposite, PatternComposite, PatternNetComposite, quantus_explain
-from patterns.pictures import Shown
+from patterns.attribution.adapters import (
+    PatternAttributionComposite,
+    PatternComposite,
+    PatternNetComposite,
+    quantus_explain,
+)
+from patterns.attribution.rendering import Shown
 from tests.patterns.networks import randomise, relative
 
 CALLERS = {

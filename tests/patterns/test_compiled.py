@@ -11,8 +11,9 @@ from torch._inductor.exc import CppCompileError
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from patterns import Explainer, Network, Observer, UserError, solve, trace, winograd
-from patterns.compiled import cause
+from patterns import Explainer, Network, Observer, UserError, solve, trace
+from patterns.compilation import cause
+from patterns.operators import winograd
 from tests.patterns.networks import PASSES, relative
 from tests.patterns.small import every_kind, image
 
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no
 
 @pytest.fixture
 def network(monkeypatch: pytest.MonkeyPatch) -> Network:
-    monkeypatch.setattr("patterns.winograd.WIDE", 0)
+    monkeypatch.setattr("patterns.operators.winograd.WIDE", 0)
     return trace(every_kind(), image())
 
 

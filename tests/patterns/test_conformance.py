@@ -15,9 +15,9 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from patterns import CHOICES, ESTIMATORS, Moments, solve
-from patterns.estimators import RIDGE, wanted
-from patterns.moments import Accumulator, planned_bytes, zero
-from patterns.operators import KINDS
+from patterns.estimation.estimators import RIDGE, wanted
+from patterns.moments.moments import Accumulator, planned_bytes, zero
+from patterns.operators.operator import KINDS
 from tests import oracles
 from tests.oracles import Neuron
 from tests.patterns.cases import FIXED, Case, fixed
@@ -254,7 +254,7 @@ def test_neurons_solved_in_blocks_have_the_same_patterns(
     moments = moments_of(case, choice)
     whole = solve(case.operator, moments, choice)
     for block in (1, 20, 60):
-        monkeypatch.setattr("patterns.estimators.BLOCK", block)
+        monkeypatch.setattr("patterns.estimation.estimators.BLOCK", block)
         parted = solve(case.operator, moments, choice)
         assert parted.flags == whole.flags
         for row, pattern in whole.patterns.items():

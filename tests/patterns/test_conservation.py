@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from patterns import Explainer, Network, accumulate, choose, solve, trace
-from patterns.losses import Loss, conservation
+from patterns.evaluation.conservation import Loss, conservation
 from tests.patterns.networks import randomise, traced
 from tests.patterns.readings import READINGS, read
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from patterns import Gate, Moments, Operator, solve
-from patterns.convergence import (
+from patterns.estimation.jackknife import (
     FEWEST_GROUPS,
     GROUPS,
     Jackknife,

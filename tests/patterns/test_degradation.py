@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
-from patterns.degradation import (
+from patterns.evaluation.degradation import (
     REPLACEMENTS,
     area_over,
     degraded,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from patterns import Moments
-from patterns.convergence import (
+from patterns.estimation.jackknife import (
     GROUPS,
     Error,
     change,

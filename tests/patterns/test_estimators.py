@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from patterns import CHOICES, ESTIMATORS, Moments, Network, Operator, UserError, accumulate, choose, solve, trace
-from patterns.estimators import Problem, chosen, parsed, wanted
-from patterns.moments import Wanted
+from patterns.estimation.estimators import Problem, chosen, parsed, wanted
+from patterns.moments.moments import Wanted
 from tests.oracles import Neuron, covariance
 from tests.patterns.cases import GATES, convolution, linear, normal
 

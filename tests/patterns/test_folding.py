@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from patterns import Gate
-from patterns.operators import Scale
+from patterns.operators.operator import Scale
 from tests.patterns.networks import randomise, traced
 from tests.patterns.small import Calls, assert_same_outputs, conv, gates_of, image, network_of
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from patterns import Gate, accumulate, solve, trace
-from patterns.operators import Addition, AveragePool, Convolution, Linear, Scale
+from patterns.operators.operator import Addition, AveragePool, Convolution, Linear, Scale
 from tests.patterns.networks import randomise, relative, traced
 from tests.patterns.small import Calls, assert_same_outputs, conv, gates_of, image, network_of
 

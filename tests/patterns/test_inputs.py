@@ -26,7 +26,7 @@ from patterns import (
     solve,
     trace,
 )
-from patterns.adapters import PatternAttributionComposite, quantus_explain
+from patterns.attribution.adapters import PatternAttributionComposite, quantus_explain
 
 
 class Pooled(nn.Module):

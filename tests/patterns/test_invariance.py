@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from patterns import CHOICES, ESTIMATORS, solve
-from patterns.estimators import RIDGE
+from patterns.estimation.estimators import RIDGE
 from tests.patterns.cases import GATES, Case, linear, normal
 
 EVERYTHING = ",".join(CHOICES)
@@ -76,7 +76,7 @@ def test_multivariate_patterns_follow_any_mixing_of_the_outputs_but_for_the_ridg
     # The ridge takes its share of the smallest eigenvalue of the outputs' correlations.
     least = [torch.linalg.eigvalsh(torch.stack([n.y for n in of.neurons]).corrcoef())[0] for of in (plain, mixed)]
     assert_mixed(RIDGE * float(1 / least[0] + 1 / least[1]))
-    monkeypatch.setattr("patterns.estimators.RIDGE", 0.0)
+    monkeypatch.setattr("patterns.estimation.estimators.RIDGE", 0.0)
     assert_mixed(1e-12)
 
 

@@ -16,7 +16,8 @@ from zennit.rules import Epsilon, Norm, Pass
 from zennit.torchvision import ResNetCanonizer, VGGCanonizer
 from zennit.types import Activation, AvgPool, Linear
 
-from patterns import METHODS, Explainer, explain, trace
+from patterns import METHODS, Explainer, trace
+from patterns.attribution import explainer
 from tests.patterns.networks import relative, traced
 
 ARCHITECTURES = ["vgg11", "resnet18"]
@@ -158,7 +159,7 @@ def test_a_method_that_keeps_the_rectifiers_leaves_the_graph_alone(monkeypatch: 
     def refuse(*_: object) -> None:
         raise AssertionError("rectifiers were replaced")
 
-    monkeypatch.setattr(explain, "add_rules", refuse)
+    monkeypatch.setattr(explainer, "add_rules", refuse)
     alone = Explainer(network, None, ["gradient", "gradient-x-input"])(x).maps
     for method, maps in alone.items():
         assert torch.equal(maps, found[method])

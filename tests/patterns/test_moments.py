@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from patterns import CHOICES, Gate, Moments, Operator, Sums, accumulate, solve, trace
-from patterns.moments import Accumulator, Wanted, zero
-from patterns.operators import Convolution, Kind, Linear, Scale
+from patterns.moments.moments import Accumulator, Wanted, zero
+from patterns.operators.operator import Convolution, Kind, Linear, Scale
 from tests.oracles import Neuron, channel_patches, linear_patches, neurons, window_patches
 from tests.patterns.cases import STRATEGIES, Case, any_case, fixed
 from tests.patterns.networks import relative
@@ -74,7 +74,7 @@ def assert_brute_force(case: Case) -> None:
 @pytest.mark.parametrize("strategy", [*STRATEGIES, "wide convolution"])
 def test_moments_equal_sums_over_samples_written_out(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if strategy == "wide convolution":
-        monkeypatch.setattr("patterns.winograd.WIDE", 0)
+        monkeypatch.setattr("patterns.operators.winograd.WIDE", 0)
         strategy = "convolution"
 
     @given(any_case(strategy))
@@ -215,7 +215,7 @@ def test_a_batch_summed_in_pieces_gives_the_same_sums(limit: str, name: str, mon
     case = fixed(name, "relu")
     whole = case.moments()
     for size in (1, 10, 50):
-        monkeypatch.setattr(f"patterns.moments.{limit}", size)
+        monkeypatch.setattr(f"patterns.moments.moments.{limit}", size)
         assert_same(case.moments(), whole, rtol=1e-11)
 
 
@@ -236,7 +236,7 @@ def test_activations_thirty_deviations_from_zero_keep_their_patterns_in_float32(
     layer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if layer == "wide convolution":
-        monkeypatch.setattr("patterns.winograd.WIDE", 0)
+        monkeypatch.setattr("patterns.operators.winograd.WIDE", 0)
         layer = "convolution"
     torch.manual_seed(2)
     make, shape = LAYERS[layer]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from patterns import Moments, solve
-from patterns.estimators import RIDGE
+from patterns.estimation.estimators import RIDGE
 from tests.patterns.cases import GATES, Case, convolution, linear, normal
 
 

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from patterns import Explainer, Gate, Network, UserError, accumulate, operators, trace
-from patterns.operators import Addition, AveragePool, Convolution, Linear, Scale, TransposedConvolution
+from patterns import Explainer, Gate, Network, UserError, accumulate, trace
+from patterns.operators import operator
+from patterns.operators.operator import Addition, AveragePool, Convolution, Linear, Scale, TransposedConvolution
 from tests.oracles import matrix, window_patches
 from tests.patterns.cases import STRATEGIES, Case, any_case
 from tests.patterns.networks import relative
@@ -80,13 +81,13 @@ def test_convolutions_that_see_one_position_have_the_sums_over_patches(
     truth = grad.movedim(1, -1).flatten(0, -2).mT @ patches
     if layout == "channels last":
         x, grad = (t.movedim(1, -1).contiguous().movedim(-1, 1) for t in (x, grad))
-    taken, product = [], operators.sum_of_products
+    taken, product = [], operator.sum_of_products
 
     def noted(*given: Tensor) -> Tensor:
         taken.append(given)
         return product(*given)
 
-    monkeypatch.setattr(operators, "sum_of_products", noted)
+    monkeypatch.setattr(operator, "sum_of_products", noted)
     found = kind.weight_gradient((x,), grad, (k, c, *ones))
     assert taken
     assert found.shape == (k, c, *ones)

@@ -8,9 +8,9 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from patterns import UserError, accumulate, operators, trace
-from patterns.observe import PatchObserver
-from patterns.patches import (
+from patterns import UserError, accumulate, trace
+from patterns.estimation.observer import PatchObserver
+from patterns.moments.patches import (
     STEP,
     Draw,
     PatchAccumulator,
@@ -20,6 +20,7 @@ from patterns.patches import (
     uniform,
     zero,
 )
+from patterns.operators import operator
 from tests.oracles import Neuron, window_patches
 from tests.patterns.gram import ALL, CASES, SCALES, drawn
 
@@ -132,7 +133,7 @@ def assert_same(a: PatchMoments, b: PatchMoments, rtol: float = 0.0) -> None:
 
 
 def test_the_gram_moments_of_every_kind_of_operator_are_tested() -> None:
-    assert {type(case().operator.kind) for case in KINDS.values()} == set(operators.KINDS.values())
+    assert {type(case().operator.kind) for case in KINDS.values()} == set(operator.KINDS.values())
 
 
 @every_kind
@@ -220,7 +221,7 @@ def test_patches_written_out_in_pieces_give_the_same_sums(monkeypatch: pytest.Mo
     case = CASES["grouped"]()
     inputs = case.inputs(7, 1)
     whole = case.moments(inputs, 2)
-    monkeypatch.setattr("patterns.patches.PATCH_ELEMENTS", 40)
+    monkeypatch.setattr("patterns.moments.patches.PATCH_ELEMENTS", 40)
     assert_same(case.moments(inputs, 2), whole, rtol=1e-11)
 
 

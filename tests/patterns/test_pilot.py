@@ -5,8 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from patterns import Network, Observer, trace
-from patterns.convergence import look
-from patterns.pilot import CANDIDATES, positions_needed
+from patterns.estimation.jackknife import look
+from patterns.estimation.position_pilot import CANDIDATES, positions_needed
 
 
 def network() -> Network:

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor, nn
 
 from patterns import Gate, Operator, solve, trace
-from patterns.observe import PatchObserver
-from patterns.operators import Linear, Scale
-from patterns.patches import Draw, PatchAccumulator, PatchMoments, zero
-from patterns.rho import correlation, quality, rho, signals, whiten
+from patterns.estimation.observer import PatchObserver
+from patterns.estimation.signal_quality import correlation, quality, rho, signals, whiten
+from patterns.moments.patches import Draw, PatchAccumulator, PatchMoments, zero
+from patterns.operators.operator import Linear, Scale
 from tests.oracles import Neuron, channel_patches, window_patches
 from tests.patterns.gram import ALL, CASES, ESTIMATORS, IMAGES, RELU, Case, case, drawn, every_kind, normal
 

@@ -8,12 +8,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision import models
 
-from patterns import Observer, PatchObserver, UserError, accumulate, sampled, solve, trace
-from patterns.moments import Wanted
-from patterns.observe import laid_out
-from patterns.operators import Addition
-from patterns.patches import Draw
-from patterns.sampled import SampledAccumulator
+from patterns import Observer, PatchObserver, UserError, accumulate, solve, trace
+from patterns.estimation.observer import laid_out
+from patterns.moments import sampled
+from patterns.moments.moments import Wanted
+from patterns.moments.patches import Draw
+from patterns.moments.sampled import SampledAccumulator
+from patterns.operators.operator import Addition
 from tests.oracles import Neuron
 from tests.patterns.gram import CASES, SCALES, Case, drawn
 

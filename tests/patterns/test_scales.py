@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from patterns import Explainer, Network, UserError, scales, trace
+from patterns import Explainer, Network, UserError, trace
+from patterns.attribution import gradient_scaling
 from tests.patterns.networks import PASSES
 
 DEPTH = 24
@@ -78,9 +79,9 @@ def test_magnitudes_beyond_float32_come_out_as_in_float64(growth: float) -> None
 def test_scaling_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     network, inputs = deep()
     patterns = patterns_of(network, 30.0)
-    monkeypatch.setattr(scales, "SAFE", 10_000)
+    monkeypatch.setattr(gradient_scaling, "SAFE", 10_000)
     true, unscaled = explained(network, patterns, inputs, torch.float64)
-    monkeypatch.setattr(scales, "SAFE", 1)
+    monkeypatch.setattr(gradient_scaling, "SAFE", 1)
     found, exponent = explained(network, patterns, inputs, torch.float64)
     assert unscaled == 0
     assert exponent > 150

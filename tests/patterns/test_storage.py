@@ -27,10 +27,10 @@ from patterns import (
     solve,
     trace,
 )
-from patterns.moments import Wanted
-from patterns.observe import Observer
-from patterns.storage import load_moments, merge_moments, save_moments, write_aside, write_json
-from patterns.tensors import TensorFile, specs_of, write_tensors
+from patterns.estimation.observer import Observer
+from patterns.io.safetensors_stream import TensorFile, specs_of, write_tensors
+from patterns.io.storage import load_moments, merge_moments, save_moments, write_aside, write_json
+from patterns.moments.moments import Wanted
 
 
 @dataclass(frozen=True)
@@ -369,7 +369,7 @@ def test_a_crash_while_saving_again_leaves_patterns_that_still_load(
         path.write_bytes(b"half")
         raise OSError("no space left")
 
-    monkeypatch.setattr("patterns.storage.write_tensors", broken)
+    monkeypatch.setattr("patterns.io.storage.write_tensors", broken)
     with pytest.raises(OSError, match="no space left"):
         save(tmp_path, run.solutions, "sha256:two")
     assert torch.equal(load(tmp_path, "sha256:one")["0"]["linear"], run.solutions["0"].patterns["linear"])

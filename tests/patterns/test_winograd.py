@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from patterns import winograd
-from patterns.operators import Convolution
+from patterns.operators import winograd
+from patterns.operators.operator import Convolution
 from tests.oracles import window_patches
 from tests.patterns.networks import relative
 

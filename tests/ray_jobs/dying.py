@@ -18,9 +18,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ray_jobs import driver, gather, models
 from ray_jobs.config import FitConfig, ModelConfig, Resources
-from ray_jobs.fit import fit
+from ray_jobs.jobs import moments_job
+from ray_jobs.jobs.fit.fit import fit
+from ray_jobs.models import loading
+from ray_jobs.runs import lease
 from tests.ray_jobs.runs import PREPARED
 
 DEAD = 77
@@ -104,12 +106,12 @@ def main() -> None:
     # In float64, so that patterns that were rounded to float32 hide nothing.
     config = FitConfig(ModelConfig(told["model"], precision="float64", **PREPARED), tuple(told["shards"]), str(folder))
     torch.set_num_threads(1)  # a fork has no other threads
-    loaded = models.load(config.model)
-    models.load = lambda *_: loaded  # type: ignore[assignment]
-    gather.MOST_PARTS = gather.MERGED_AT_ONCE = 2  # type: ignore[misc]
+    loaded = loading.load(config.model)
+    loading.load = lambda *_: loaded  # type: ignore[assignment]
+    moments_job.MOST_PARTS = moments_job.MERGED_AT_ONCE = 2  # type: ignore[misc]
     # Nothing by the clock: every trial does the same operations.
-    driver.BEAT_EVERY = 3600.0  # type: ignore[misc]
-    gather.FLUSH_SHARE = 0  # type: ignore[misc]
+    lease.BEAT_EVERY = 3600.0  # type: ignore[misc]
+    moments_job.FLUSH_SHARE = 0  # type: ignore[misc]
     for torn in (False, True):
         status, operations = in_child(lambda torn=torn: trial(config, None, torn))
         assert status == 0

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
 
-from ray_jobs.ledger import Part
+from ray_jobs.runs.ledger import Part
 
-TELL_EVERY = 3.0  # as in ray_jobs.worker
+TELL_EVERY = 3.0  # as in ray_jobs.engine.shard_worker
 
 
 @dataclass(frozen=True)
 class Place:
-    """As of ray_jobs.worker."""
+    """As of ray_jobs.engine.shard_worker."""
 
     name: str
     node: str = ""
@@ -22,7 +22,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Report:
-    """As ShardReport of ray_jobs.worker."""
+    """As ShardReport of ray_jobs.engine.shard_worker."""
 
     samples: int
     refused: int = 0

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster.local import LocalCluster
-from ray_jobs.cli import exit_status
+from ray_jobs.cli.app import exit_status
 from tests.conftest import make_shards
 from tests.ray_jobs.chaos import NODES, SlowStorage, Trial, schedule
 from tests.ray_jobs.runs import OPTIONS, same_patterns

@@ -17,7 +17,7 @@ from safetensors.torch import save_model
 from torch import Tensor, nn
 
 from patterns import UserError
-from ray_jobs.checkpoints import load_weights
+from ray_jobs.models.checkpoints import load_weights
 
 State = dict[str, Any]
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ray_jobs.cli import exit_status
-from ray_jobs.demo import prepare_photographs, prepare_weights
+from ray_jobs.cli.app import exit_status
+from ray_jobs.studies.demo import prepare_photographs, prepare_weights
 from tests.conftest import make_shards, write_tar
 
 Complaint = Callable[..., str]
@@ -141,7 +141,7 @@ def test_patterns_of_other_weights_are_refused(
     explain = ["explain", "--patterns", tmp_path / "run", "--shards", shards[0], *WORKERS]
     assert "holds no finished fit" in complaint(*explain)
     assert exit_status([str(a) for a in fit]) == 0
-    from ray_jobs.factories import own_model
+    from ray_jobs.models.factories import own_model
 
     state = own_model(model_spec).state_dict()
     state["0.bias"] = state["0.bias"] + 1
@@ -205,7 +205,7 @@ def test_plan_says_what_a_model_needs_before_data_is_read(model_spec: str, capsy
 
 
 def test_packed_folders_keep_images_and_classes(tmp_path: Path) -> None:
-    from ray_jobs.shards import read_shard
+    from ray_jobs.data.shard_reader import read_shard
 
     for name in ("cat", "dog"):
         (tmp_path / "images" / name).mkdir(parents=True)
@@ -224,13 +224,13 @@ def test_packed_folders_keep_images_and_classes(tmp_path: Path) -> None:
 
 
 def test_the_demos_model_knows_its_photographs(tmp_path: Path) -> None:
-    from ray_jobs import models
     from ray_jobs.config import ModelConfig
-    from ray_jobs.decode import decode
+    from ray_jobs.data.image_decoding import decode
+    from ray_jobs.models import loading
 
     weights = prepare_weights(tmp_path / "weights.safetensors")
     files = sorted(prepare_photographs(tmp_path / "photographs").rglob("*.jpg"))
-    loaded = models.load(ModelConfig("timm:tf_efficientnet_lite0", str(weights)))
+    loaded = loading.load(ModelConfig("timm:tf_efficientnet_lite0", str(weights)))
     images = torch.stack([decode({"jpg": f.read_bytes()}, loaded.preprocessing) for f in files])
     with torch.no_grad():
         predicted = loaded.network.module(images).argmax(1).tolist()

@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file
 
 from patterns import UserError
-from ray_jobs import worker
 from ray_jobs.config import ExplainConfig, Resources
-from ray_jobs.explain import explain
-from ray_jobs.fit import fit, merge
-from ray_jobs.run import Run
-from ray_jobs.shards import read_shard
+from ray_jobs.data.shard_reader import read_shard
+from ray_jobs.engine import shard_worker
+from ray_jobs.jobs.explain.explain import explain
+from ray_jobs.jobs.fit.fit import fit, merge
+from ray_jobs.runs.run_folder import Run
 from tests.patterns.networks import relative
 from tests.ray_jobs.runs import OPTIONS, configured
 
@@ -85,7 +85,7 @@ def test_a_mode_of_gpus_is_refused_before_the_run_has_it_by_a_ray_that_tells_of_
     explained = ExplainConfig(config.model, config.out, config.shards, config.out, 4, METHODS, compile="cudagraphs")
     for job in (lambda: fit(replace(config, compile="cudagraphs"), ONE), lambda: explain(explained, ONE)):
         told = iter([None, 0.0])  # before Ray is connected nobody knows
-        monkeypatch.setattr(worker, "worker_gpus", lambda resources, told=told: next(told))
+        monkeypatch.setattr(shard_worker, "worker_gpus", lambda resources, told=told: next(told))
         with pytest.raises(UserError, match="cudagraphs are a GPU's, and no worker gets any"):
             job()
         fit(config, HERE)

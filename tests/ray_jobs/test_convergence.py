@@ -12,8 +12,8 @@ from PIL import Image
 from torch import nn
 
 from patterns import Network, accumulate, trace
-from patterns.convergence import Look, converged, look
-from ray_jobs.convergence import SCHEMA, append, draw_convergence, latest, plain, rows_of
+from patterns.estimation.jackknife import Look, converged, look
+from ray_jobs.figures.convergence_curves import SCHEMA, append, draw_convergence, latest, plain, rows_of
 
 
 def network() -> Network:

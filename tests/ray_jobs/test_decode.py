@@ -19,8 +19,8 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
 from ray_jobs.config import Preprocessing
-from ray_jobs.decode import decode, label_of, upright
-from ray_jobs.samples import NAMED_FORMATS, SampleError
+from ray_jobs.data.image_decoding import decode, label_of, upright
+from ray_jobs.data.samples import NAMED_FORMATS, SampleError
 from tests.conftest import jpeg
 
 PLAIN = Preprocessing(16, 16, "bilinear", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))

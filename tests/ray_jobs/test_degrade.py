@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from webdataset import TarWriter
 
 from patterns import UserError
-from patterns.explain import Explainer
-from patterns.methods import BASELINES
-from ray_jobs import models
+from patterns.attribution.explainer import Explainer
+from patterns.attribution.methods import BASELINES
 from ray_jobs.config import DegradeConfig, ModelConfig, Resources
-from ray_jobs.decode import decode
-from ray_jobs.degrade import Mean, degrade, spoken_areas
-from ray_jobs.fit import fit
-from ray_jobs.samples import seed_of
-from ray_jobs.shards import read_shard
+from ray_jobs.data.image_decoding import decode
+from ray_jobs.data.samples import seed_of
+from ray_jobs.data.shard_reader import read_shard
+from ray_jobs.jobs.degrade import Mean, degrade, spoken_areas
+from ray_jobs.jobs.fit.fit import fit
+from ray_jobs.models import loading
 from tests.ray_jobs.runs import PREPARED, configured
 
 HERE = Resources(workers=0)
@@ -133,7 +133,7 @@ def test_curves_are_those_of_a_slow_loop(model_spec: str, shards: list[str], tmp
     fit(configured(model_spec, shards[:3], tmp_path), HERE)
     config = degrading(model_spec, shards[3:5], tmp_path, patch=5, least_first=least_first)
     degrade(config, HERE)
-    loaded = models.load(config.model)
+    loaded = loading.load(config.model)
     model = loaded.model
     explainer = Explainer.load(tmp_path, model, METHODS)
     rows = pq.read_table(tmp_path / "degradation.parquet").to_pylist()
@@ -192,7 +192,7 @@ def test_a_finished_shard_is_not_worked_on_again(model_spec: str, shards: list[s
     gone = gone if "refused" not in gone.name else gone.with_name(gone.name.replace(".refused", ""))
     gone.unlink()
     manifest = run.manifest()
-    run.record("degrade", manifest["degrade"] | {"status": "begun"}, models.load(config.model))
+    run.record("degrade", manifest["degrade"] | {"status": "begun"}, loading.load(config.model))
     degrade(config, HERE)
     assert (tmp_path / "degradation.parquet").read_bytes() == first
     again = {path for path, at in written.items() if path.stat().st_mtime_ns != at}

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from cluster.local import ROOT, LocalCluster
-from ray_jobs.doctor import EVERYWHERE, SKEW, Node, of_node, share
-from ray_jobs.probe import WRITTEN, write
+from ray_jobs.ops.node_probe import WRITTEN, write
+from ray_jobs.ops.preflight import EVERYWHERE, SKEW, Node, of_node, share
 from tests.conftest import make_shards
 
 # What hides this program from the processes of a node.

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from patterns.storage import write_json
-from ray_jobs import driver
-from ray_jobs.driver import Driver
-from ray_jobs.run import Run
-from ray_jobs.status import spoken_status
+from patterns.io.storage import write_json
+from ray_jobs.runs import lease
+from ray_jobs.runs.lease import Driver
+from ray_jobs.runs.run_folder import Run
+from ray_jobs.views.status import spoken_status
 
 
 @pytest.mark.parametrize("skew", [-7200.0, -1.0, 0.0, 7200.0])
@@ -23,13 +23,13 @@ def test_a_driver_of_another_machine_is_judged_by_its_notes_and_not_by_its_clock
         write_json(tmp_path / "progress.json", note | more)
 
     write()
-    assert driver.working(run, patience=0.05, pause=0.01) is None
+    assert lease.working(run, patience=0.05, pause=0.01) is None
     beat = threading.Timer(0.1, write, kwargs={"time": note["time"] + 5})  # type: ignore[operator]
     beat.start()
-    assert driver.working(run, patience=60, pause=0.01) == elsewhere
+    assert lease.working(run, patience=60, pause=0.01) == elsewhere
     beat = threading.Timer(0.1, write, kwargs={"ended": True})
     beat.start()
-    assert driver.working(run, patience=60, pause=0.01) is None
+    assert lease.working(run, patience=60, pause=0.01) is None
 
 
 def test_a_container_with_the_same_host_name_is_another_machine() -> None:

@@ -14,16 +14,16 @@ import torch
 from PIL import Image
 
 from patterns import METHODS, Explainer, choose
-from patterns.storage import load
-from ray_jobs import models
+from patterns.io.storage import load
 from ray_jobs.config import ExplainConfig, FitConfig, ModelConfig, Resources
-from ray_jobs.explain import explain
-from ray_jobs.fit import fit
-from ray_jobs.job import ShardJob
-from ray_jobs.samples import seed_of
-from ray_jobs.shards import ShardReader, read_shard
-from ray_jobs.summaries import summaries
-from ray_jobs.worker import Place
+from ray_jobs.data.samples import seed_of
+from ray_jobs.data.shard_reader import ShardReader, read_shard
+from ray_jobs.engine.shard_job import ShardJob
+from ray_jobs.engine.shard_worker import Place
+from ray_jobs.jobs.explain.explain import explain
+from ray_jobs.jobs.explain.map_statistics import summaries
+from ray_jobs.jobs.fit.fit import fit
+from ray_jobs.models import loading
 from tests.conftest import jpeg, write_tar
 
 RESOURCES = Resources(workers=2, gpus_per_worker=0)
@@ -47,7 +47,7 @@ def test_explanations_line_up_with_their_shards_and_are_the_librarys(
     methods, shards = (*METHODS, "patternattribution:linear"), shards[:4]
     config = ExplainConfig(model, str(fitted), tuple(shards), str(tmp_path), batch_size=4, methods=methods)
     run = explain(config, RESOURCES)
-    loaded = models.load(model)
+    loaded = loading.load(model)
     patterns = load(fitted, loaded.digest)
     explainer = Explainer(
         loaded.network,

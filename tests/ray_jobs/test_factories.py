@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from patterns import UserError
-from ray_jobs import models
 from ray_jobs.config import ModelConfig
-from ray_jobs.factories import own_model
-from ray_jobs.modules import cast
+from ray_jobs.models import loading
+from ray_jobs.models.factories import own_model
+from ray_jobs.models.modules import cast
 
 NET = """
 import torch
@@ -25,16 +25,16 @@ def net():
 """
 INPUTS = torch.rand(4, 3, 8, 8)
 
-Load = Callable[..., models.Loaded]
+Load = Callable[..., loading.Loaded]
 
 
 @pytest.fixture
 def load(tmp_path: Path) -> Load:
     """Loads the model that some code, after NET, defines as `made`."""
 
-    def loading(code: str, precision: str = "float32") -> models.Loaded:
+    def loading(code: str, precision: str = "float32") -> loading.Loaded:
         (tmp_path / "m.py").write_text(NET + code)
-        return models.load(ModelConfig(f"{tmp_path / 'm.py'}:made", precision=precision, image_size=8, resize=8))
+        return loading.load(ModelConfig(f"{tmp_path / 'm.py'}:made", precision=precision, image_size=8, resize=8))
 
     return loading
 
@@ -188,9 +188,9 @@ def test_a_model_of_a_module_is_loaded_as_it_is_every_time(tmp_path: Path, monke
     (tmp_path / "module_of_a_test.py").write_text(NET + "\nmade = net()")
     monkeypatch.chdir(tmp_path)
     config = ModelConfig("module_of_a_test:made", precision="float64", image_size=8, resize=8)
-    first = models.load(config)
+    first = loading.load(config)
     nn.init.zeros_(first.model[0].weight)  # type: ignore[index, arg-type]
-    assert models.load(config).digest == first.digest
+    assert loading.load(config).digest == first.digest
 
 
 def test_lazy_layers_are_the_same_in_every_process_that_loads_them(load: Load) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from safetensors.torch import save_file
 
-from ray_jobs import fit as fit_module
-from ray_jobs.cli import COMMANDS, exit_status
-from ray_jobs.tasks import Here
+from ray_jobs.cli.app import COMMANDS, exit_status
+from ray_jobs.engine.ray_tasks import Here
+from ray_jobs.jobs.fit import fit as fit_module
 from tests.ray_jobs.runs import OPTIONS
 from tests.ray_jobs.store import FailingFileSystem
 

@@ -17,27 +17,28 @@ import torch
 from safetensors.torch import load_file
 
 from patterns import CHOICES, UserError, accumulate, solve
-from ray_jobs import models, reduce
 from ray_jobs.config import FITTED, FitConfig, ModelConfig, Resources
-from ray_jobs.files import located
-from ray_jobs.fit import fit, merge, observer
-from ray_jobs.fit import solve as solve_more
-from ray_jobs.gather import GatherJob, GatherTask, GatherWorker, Observe, read_ledger
-from ray_jobs.ledger import Ledger
-from ray_jobs.progress import spoken
-from ray_jobs.run import Run
-from ray_jobs.session import places, worker_options
-from ray_jobs.shards import ShardReader
-from ray_jobs.status import spoken_status
-from ray_jobs.stopping import StoppedShortError
-from ray_jobs.worker import Place, Share
+from ray_jobs.data.shard_reader import ShardReader
+from ray_jobs.engine.progress import spoken
+from ray_jobs.engine.ray_session import places, worker_options
+from ray_jobs.engine.shard_worker import Place, Share
+from ray_jobs.engine.signals import StoppedShortError
+from ray_jobs.io.object_store import located
+from ray_jobs.jobs import reduction
+from ray_jobs.jobs.fit.fit import fit, merge, observer
+from ray_jobs.jobs.fit.fit import solve as solve_more
+from ray_jobs.jobs.moments_job import GatherJob, GatherTask, GatherWorker, Observe, read_ledger
+from ray_jobs.models import loading
+from ray_jobs.runs.ledger import Ledger
+from ray_jobs.runs.run_folder import Run
+from ray_jobs.views.status import spoken_status
 from tests.conftest import make_shards, write_tar
 from tests.ray_jobs.runs import PREPARED, configured, same_patterns
 
 
-def worker_of(config: FitConfig) -> tuple[ModelConfig, str, int, Observe, models.ModelDigests]:
+def worker_of(config: FitConfig) -> tuple[ModelConfig, str, int, Observe, loading.ModelDigests]:
     """What a worker of a fit is made from."""
-    loaded = models.load(config.model)
+    loaded = loading.load(config.model)
     observe = partial(observer, config, tuple(loaded.network.operators))
     return config.model, f"{config.out}/moments", config.batch_size, observe, loaded.digests
 
@@ -62,7 +63,7 @@ def undisturbed(model_spec: str, shards: list[str], tmp_path_factory: pytest.Tem
 
 def test_the_job_computes_what_one_process_computes(undisturbed: Path, model_spec: str, shards: list[str]) -> None:
     torch.set_num_threads(1)
-    loaded = models.load(ModelConfig(model_spec, **PREPARED))  # type: ignore[arg-type]
+    loaded = loading.load(ModelConfig(model_spec, **PREPARED))  # type: ignore[arg-type]
     batches = [b.images for s in shards for b in ShardReader(s, loaded.preprocessing, batch_size=4)]
     moments = accumulate(loaded.network, batches)
     saved = load_file(undisturbed / "patterns.safetensors")
@@ -163,7 +164,7 @@ def test_a_killed_reducer_changes_no_digit(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    killed, solve_group = tmp_path / "killed", reduce.solve_group
+    killed, solve_group = tmp_path / "killed", reduction.solve_group
 
     def killed_once(*arguments: object) -> object:
         if not killed.exists():
@@ -171,7 +172,7 @@ def test_a_killed_reducer_changes_no_digit(
             os.kill(os.getpid(), signal.SIGKILL)
         return solve_group(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(reduce, "solve_group", killed_once)
+    monkeypatch.setattr(reduction, "solve_group", killed_once)
     run = fit(configured(model_spec, shards, tmp_path / "run"), on_cpu(1))
     assert killed.exists()
     same_patterns(undisturbed, Path(str(run.folder)))

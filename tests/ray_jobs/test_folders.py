@@ -11,10 +11,10 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from patterns import UserError
-from ray_jobs import folders, samples
 from ray_jobs.config import Preprocessing
-from ray_jobs.shards import ShardReader, read_shard
-from ray_jobs.sources import list_shards
+from ray_jobs.data import image_folders, samples
+from ray_jobs.data.shard_reader import ShardReader, read_shard
+from ray_jobs.data.shard_specs import list_shards
 from tests.conftest import jpeg
 
 SMALL = Preprocessing(16, 16, "bilinear", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
@@ -22,7 +22,7 @@ SMALL = Preprocessing(16, 16, "bilinear", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 @pytest.fixture(autouse=True)
 def few_images_per_shard(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folders, "IMAGES_PER_SHARD", 4)
+    monkeypatch.setattr(image_folders, "IMAGES_PER_SHARD", 4)
 
 
 def filled(folder: Path, names: list[str]) -> Path:
@@ -156,7 +156,7 @@ def test_a_folder_of_an_object_store_is_as_one_on_disk(tmp_path: Path) -> None:
 
 
 def test_bad_files_of_a_folder_are_refused_and_the_others_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folders, "MAX_SAMPLE_BYTES", 5000)
+    monkeypatch.setattr(image_folders, "MAX_SAMPLE_BYTES", 5000)
     folder = filled(tmp_path, ["a/good.jpg", "a/huge.jpg", "a/l\nine.jpg", "a/moving.gif"])
     (folder / "a" / "huge.jpg").write_bytes(bytes(6000))
     (folder / "a" / "nowhere.jpg").symlink_to(tmp_path / "none.jpg")

@@ -8,8 +8,8 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.transforms.functional import pil_to_tensor
 
-from ray_jobs.decode import decode, formats_of, upright
-from ray_jobs.samples import SampleError
+from ray_jobs.data.image_decoding import decode, formats_of, upright
+from ray_jobs.data.samples import SampleError
 from tests.ray_jobs.test_decode import PLAIN, TENSOR, npy, saved, smooth
 
 

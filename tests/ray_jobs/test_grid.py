@@ -10,14 +10,14 @@ from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 
 from patterns import UserError
-from ray_jobs.cli import exit_status
+from ray_jobs.cli.app import exit_status
 from ray_jobs.config import ExplainConfig, FitConfig, ModelConfig, Preprocessing, Resources
-from ray_jobs.decode import cropped, upright
-from ray_jobs.explain import explain
-from ray_jobs.fit import fit
-from ray_jobs.grid import Gallery, gallery
-from ray_jobs.run import Run
-from ray_jobs.shards import read_shard
+from ray_jobs.data.image_decoding import cropped, upright
+from ray_jobs.data.shard_reader import read_shard
+from ray_jobs.jobs.explain.explain import explain
+from ray_jobs.jobs.fit.fit import fit
+from ray_jobs.runs.run_folder import Run
+from ray_jobs.views.gallery import Gallery, gallery
 from tests.conftest import jpeg, write_tar
 from tests.ray_jobs.runs import PREPARED
 

@@ -16,9 +16,9 @@ import pytest
 import ray
 import typer
 
-from ray_jobs.cli import app, exit_status
-from ray_jobs.examples import EXAMPLES
-from ray_jobs.words import version_of
+from ray_jobs.cli.app import app, exit_status
+from ray_jobs.cli.examples import EXAMPLES
+from ray_jobs.units import version_of
 
 PROGRAM: Any = typer.main.get_command(app)
 COMMANDS = sorted(PROGRAM.commands)

@@ -15,15 +15,15 @@ import webdataset
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from ray_jobs.cli import exit_status
+from ray_jobs.cli.app import exit_status
 from ray_jobs.config import ExplainConfig, FitConfig, ModelConfig, Resources
-from ray_jobs.explain import explain
-from ray_jobs.fit import fit
-from ray_jobs.grid import Gallery
-from ray_jobs.outputs import OUTPUTS
-from ray_jobs.run import Run
-from ray_jobs.samples import key_of
-from ray_jobs.tar import samples
+from ray_jobs.data.samples import key_of
+from ray_jobs.data.tar_reader import samples
+from ray_jobs.jobs.explain.explain import explain
+from ray_jobs.jobs.fit.fit import fit
+from ray_jobs.runs.map_files import OUTPUTS
+from ray_jobs.runs.run_folder import Run
+from ray_jobs.views.gallery import Gallery
 from tests.conftest import jpeg, write_tar
 from tests.ray_jobs.runs import PREPARED
 

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from patterns import UserError
-from ray_jobs.labels import labels_in, numbered
-from ray_jobs.samples import ShardError
-from ray_jobs.shards import read_shard
-from ray_jobs.sources import list_shards
+from ray_jobs.data.labels import labels_in, numbered
+from ray_jobs.data.samples import ShardError
+from ray_jobs.data.shard_reader import read_shard
+from ray_jobs.data.shard_specs import list_shards
 from tests.conftest import jpeg
 
 IMAGES = [f"val_{n}.JPEG" for n in range(6)]

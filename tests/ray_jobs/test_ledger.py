@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 
 from ray_jobs.config import equal_share
-from ray_jobs.ledger import Ledger, Part, numbers, spoken, together
+from ray_jobs.runs.ledger import Ledger, Part, numbers, spoken, together
 
 SHARDS = range(8)
 

@@ -18,10 +18,10 @@ from ray import serve
 from cluster.serve import app
 from patterns import UserError
 from ray_jobs.config import ExplainConfig, FitConfig, ModelConfig, Resources
-from ray_jobs.explain import explain
-from ray_jobs.fit import fit
-from ray_jobs.online import ExplainBatch, OnlineExplainer
-from ray_jobs.shards import read_shard
+from ray_jobs.data.shard_reader import read_shard
+from ray_jobs.jobs.explain.explain import explain
+from ray_jobs.jobs.explain.online import ExplainBatch, OnlineExplainer
+from ray_jobs.jobs.fit.fit import fit
 from tests.ray_jobs.runs import PREPARED
 
 METHODS = ("gradient", "patternattribution")

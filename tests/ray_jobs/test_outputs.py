@@ -18,15 +18,15 @@ import zarr
 from PIL import Image
 
 from patterns import UserError
-from patterns.storage import load
-from ray_jobs import models
-from ray_jobs.cli import main
+from patterns.io.storage import load
+from ray_jobs.cli.app import main
 from ray_jobs.config import ExplainConfig, FitConfig, ModelConfig, Resources
-from ray_jobs.explain import explain
-from ray_jobs.fit import fit
-from ray_jobs.outputs import bytes_per_sample
-from ray_jobs.shards import ShardReader, read_shard
-from ray_jobs.zipped import zipped
+from ray_jobs.data.shard_reader import ShardReader, read_shard
+from ray_jobs.data.zipping import zipped
+from ray_jobs.jobs.explain.explain import explain
+from ray_jobs.jobs.fit.fit import fit
+from ray_jobs.models import loading
+from ray_jobs.runs.map_files import bytes_per_sample
 from tests.conftest import jpeg, write_tar
 from tests.ray_jobs.runs import PREPARED
 
@@ -160,7 +160,7 @@ def test_a_neuron_inside_is_explained_with_the_models_own_predictions(
     run = explain(config(fitted, model, shards[:1], tmp_path / "inside", target="2.conv1:3"), HERE)
     other = explain(config(fitted, model, shards[:1], tmp_path / "class", target="predicted"), HERE)
     rows, others = (pq.read_table(r.folder / "explanations.parquet").to_pylist() for r in (run, other))
-    loaded = models.load(model)
+    loaded = loading.load(model)
     end = loaded.network.until("2.conv1")
     (batch,) = ShardReader(shards[0], loaded.preprocessing, 100)
     for row, one, values in zip(rows, others, end.module(batch.images)):
@@ -307,9 +307,9 @@ def test_half_precision_gives_nearly_the_same_maps(
 
 PEAKS = """
 import json, resource, sys
-from ray_jobs import explain as job
+from ray_jobs.jobs.explain import explain as job
 from ray_jobs.config import ExplainConfig, ModelConfig, Resources
-from ray_jobs.job import ShardJob
+from ray_jobs.engine.shard_job import ShardJob
 
 peaks, counts = [], ShardJob.counts
 

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from ray_jobs.cli import exit_status
-from ray_jobs.shards import read_shard
+from ray_jobs.cli.app import exit_status
+from ray_jobs.data.shard_reader import read_shard
 from tests.conftest import jpeg
 
 

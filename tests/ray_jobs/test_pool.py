@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import ray
 
-from ray_jobs import pool
-from ray_jobs.pool import Outcome, PoolError
+from ray_jobs.engine import worker_pool
+from ray_jobs.engine.worker_pool import Outcome, PoolError
 from tests.ray_jobs.failing import Actor, BadItemError
 from tests.ray_jobs.runs import until
 
@@ -65,7 +65,7 @@ class Recorded:
 
 
 def run(job: Recorded, items: list[str], tick: Callable[[], None] = lambda: None) -> Outcome:
-    return pool.run(items, job, lambda: False, tick)
+    return worker_pool.run(items, job, lambda: False, tick)
 
 
 PLAIN = [f"plain-{i}" for i in range(12)]
@@ -177,7 +177,7 @@ def test_an_item_that_takes_for_ever_is_given_up_though_its_worker_goes_on_telli
 def test_commits_come_as_seldom_as_they_are_dear_and_never_later_than_may_be_lost(
     local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pool, "COMMIT_SHARE", 2)
+    monkeypatch.setattr(worker_pool, "COMMIT_SHARE", 2)
     commits = {}
     for name, dear, most in (("cheap", 0.0, 60.0), ("dear", 3.0, 60.0), ("bounded", 3.0, 1.5)):
         folder = tmp_path / name
@@ -185,10 +185,10 @@ def test_commits_come_as_seldom_as_they_are_dear_and_never_later_than_may_be_los
         (folder / "commit-takes").write_text(str(dear))
         job = Recorded(folder, commit_after=most, stall=60.0)
         job.size = 1
-        worker = pool.Worker
-        monkeypatch.setattr(pool, "Worker", lambda actor, worker=worker: worker(actor, commit_cost=0.0))
+        worker = worker_pool.Worker
+        monkeypatch.setattr(worker_pool, "Worker", lambda actor, worker=worker: worker(actor, commit_cost=0.0))
         assert run(job, [f"some-{i}" for i in range(8)]) == Outcome([], {})
-        monkeypatch.setattr(pool, "Worker", worker)
+        monkeypatch.setattr(worker_pool, "Worker", worker)
         commits[name] = job.commits
     assert commits["dear"] < commits["bounded"] < commits["cheap"]
 

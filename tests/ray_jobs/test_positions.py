@@ -7,11 +7,11 @@ import pytest
 from safetensors.torch import load_file
 
 from patterns import Observer, solve
-from ray_jobs import models
 from ray_jobs.config import Resources
-from ray_jobs.fit import fit, merge
-from ray_jobs.samples import seed_of
-from ray_jobs.shards import ShardReader
+from ray_jobs.data.samples import seed_of
+from ray_jobs.data.shard_reader import ShardReader
+from ray_jobs.jobs.fit.fit import fit, merge
+from ray_jobs.models import loading
 from tests.patterns.networks import relative
 from tests.ray_jobs.runs import configured, same_patterns
 
@@ -24,7 +24,7 @@ def test_the_job_draws_what_the_library_draws(model_spec: str, shards: list[str]
         model_spec, shards, tmp_path / "run", positions=3, seed=4, estimators=("linear", "two-component")
     )
     run = fit(config, HERE)
-    loaded = models.load(config.model)
+    loaded = loading.load(config.model)
     observer = Observer(loaded.network, positions=3, seed=4)
     for shard in shards:
         for batch in ShardReader(shard, loaded.preprocessing, 100):

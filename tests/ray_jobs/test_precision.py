@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ray_jobs import models
 from ray_jobs.config import ModelConfig, Resources
-from ray_jobs.fit import fit
+from ray_jobs.jobs.fit.fit import fit
+from ray_jobs.models import loading
 from tests.ray_jobs.runs import PREPARED, configured, same_patterns
 
 
@@ -21,7 +21,7 @@ def products() -> list[bool]:
 def test_products_are_exact_unless_tf32_is_asked_for(model_spec: str, precision: str) -> None:
     for before in ("tf32", "float32"):
         for each in (before, precision):
-            loaded = models.load(ModelConfig(model_spec, precision=each, **PREPARED))  # type: ignore[arg-type]
+            loaded = loading.load(ModelConfig(model_spec, precision=each, **PREPARED))  # type: ignore[arg-type]
         assert products() == [precision == "tf32"] * 2
         assert loaded.dtype == (torch.float64 if precision == "float64" else torch.float32)
 

@@ -16,12 +16,12 @@ from PIL import Image
 from timm.data import create_transform, resolve_data_config  # type: ignore[attr-defined]
 
 from patterns import UserError
-from ray_jobs import models
 from ray_jobs.config import FitConfig, ModelConfig, Preprocessing
-from ray_jobs.decode import boxes_of, decode
-from ray_jobs.libraries import has_weights, timm_preprocessing, torchvision_preprocessing
-from ray_jobs.models import IMAGENET, overridden
-from ray_jobs.run import Run
+from ray_jobs.data.image_decoding import boxes_of, decode
+from ray_jobs.models import loading
+from ray_jobs.models.libraries import has_weights, timm_preprocessing, torchvision_preprocessing
+from ray_jobs.models.loading import IMAGENET, overridden
+from ray_jobs.runs.run_folder import Run
 from tests.ray_jobs.runs import PREPARED
 
 LEVEL = 2 / 255  # pixels may differ by two levels of 255, as docs/data.md says
@@ -177,7 +177,7 @@ def test_the_scale_of_bytes_is_refused_with_the_values_that_give_the_same_inputs
 
 def test_a_run_whose_manifest_lacks_newer_fields_goes_on(model_spec: str, tmp_path: Path) -> None:
     config = FitConfig(ModelConfig(model_spec, **PREPARED), ("a.tar",), str(tmp_path / "run"))  # type: ignore[arg-type]
-    loaded, run = models.load(config.model), Run(config.out)
+    loaded, run = loading.load(config.model), Run(config.out)
     section = run.section("fit", config, loaded)
     del section["options"]["preprocessing"]["crop_mode"]
     run.record("fit", section, loaded)

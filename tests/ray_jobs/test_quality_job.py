@@ -12,15 +12,15 @@ from safetensors.torch import load_file
 from torch import nn
 
 from patterns import UserError
-from ray_jobs import models
-from ray_jobs.cli import exit_status
+from ray_jobs.cli.app import exit_status
 from ray_jobs.config import FitConfig, ModelConfig, QualityConfig, Resources
-from ray_jobs.fit import fit, solve
-from ray_jobs.gather import GatherJob
-from ray_jobs.quality import measure
-from ray_jobs.run import Run
-from ray_jobs.shards import ShardReader
-from ray_jobs.worker import Place
+from ray_jobs.data.shard_reader import ShardReader
+from ray_jobs.engine.shard_worker import Place
+from ray_jobs.jobs.fit.fit import fit, solve
+from ray_jobs.jobs.moments_job import GatherJob
+from ray_jobs.jobs.quality import measure
+from ray_jobs.models import loading
+from ray_jobs.runs.run_folder import Run
 from tests.conftest import make_shards
 from tests.oracles import Neuron, neurons, window_patches
 
@@ -55,7 +55,7 @@ def configured(
 
 def first_layer(model: ModelConfig, shards: list[str]) -> tuple[list[Neuron], nn.Conv2d]:
     """The neurons of the model's first convolution over whole shards, written out."""
-    loaded = models.load(model)
+    loaded = loading.load(model)
     layer = loaded.network.operators["0"]
     import torch
 

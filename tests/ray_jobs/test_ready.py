@@ -8,8 +8,8 @@ import pytest
 
 from patterns import UserError
 from ray_jobs.config import FitConfig, ModelConfig, Resources
-from ray_jobs.fit import fit
-from ray_jobs.ready import sized
+from ray_jobs.jobs.fit.fit import fit
+from ray_jobs.jobs.input_size import sized
 from tests.conftest import jpeg, make_shards, write_tar
 
 HERE = Resources(workers=0)

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from ray_jobs.cli import exit_status
+from ray_jobs.cli.app import exit_status
 from tests.conftest import jpeg, make_shards, write_tar
 from tests.ray_jobs.runs import OPTIONS
 

@@ -13,13 +13,13 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import load_file
 
 from patterns import UserError
-from ray_jobs import gather
-from ray_jobs.cli import exit_status
+from ray_jobs.cli.app import exit_status
 from ray_jobs.config import ExplainConfig, ModelConfig, Resources
-from ray_jobs.explain import explain
-from ray_jobs.files import fetched, located, names, published
-from ray_jobs.fit import fit, merge, solve
-from ray_jobs.run import Run
+from ray_jobs.io.object_store import fetched, located, names, published
+from ray_jobs.jobs import moments_job
+from ray_jobs.jobs.explain.explain import explain
+from ray_jobs.jobs.fit.fit import fit, merge, solve
+from ray_jobs.runs.run_folder import Run
 from tests.conftest import write_tar
 from tests.ray_jobs.runs import PREPARED, configured
 
@@ -61,8 +61,8 @@ def patterns_of(run: Run) -> dict[str, object]:
 def test_a_run_on_an_object_store_is_the_run_on_a_disk(
     model_spec: str, bucket: str, uploaded: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gather, "MOST_PARTS", 3)
-    monkeypatch.setattr(gather, "MERGED_AT_ONCE", 3)
+    monkeypatch.setattr(moments_job, "MOST_PARTS", 3)
+    monkeypatch.setattr(moments_job, "MERGED_AT_ONCE", 3)
     disk = fit(configured(model_spec, uploaded, str(tmp_path / "run")), HERE)
     store = fit(configured(model_spec, uploaded, f"{bucket}/run"), HERE)
     expected = load_file(tmp_path / "run" / "patterns.safetensors")
@@ -72,7 +72,7 @@ def test_a_run_on_an_object_store_is_the_run_on_a_disk(
     for name in ("samples", "refused", "shards", "status"):
         assert store.manifest()["fit"][name] == disk.manifest()["fit"][name]
     parts = names(store.moments, "part-")
-    assert sum(name.endswith(".safetensors") for name in parts) == len(gather.read_ledger(store.moments).parts) < 5
+    assert sum(name.endswith(".safetensors") for name in parts) == len(moments_job.read_ledger(store.moments).parts) < 5
     with fetched(store.folder / "quarantine.parquet") as file:
         assert pq.read_table(file)["key"].to_pylist() == ["cut"]
 
@@ -93,19 +93,19 @@ def test_fits_on_an_object_store_resume_and_merge(
     model_spec: str, bucket: str, uploaded: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = configured(model_spec, uploaded[:3], f"{bucket}/a")
-    commit, commits = gather.GatherWorker.commit, []
+    commit, commits = moments_job.GatherWorker.commit, []
 
-    def third_fails(self: gather.GatherWorker) -> object:
+    def third_fails(self: moments_job.GatherWorker) -> object:
         commits.append(self.shards)
         if len(commits) == 3:
             raise RuntimeError("the process is lost")
         return commit(self)
 
     with monkeypatch.context() as patched:
-        patched.setattr(gather.GatherWorker, "commit", third_fails)
+        patched.setattr(moments_job.GatherWorker, "commit", third_fails)
         with pytest.raises(RuntimeError, match="is lost"):
             fit(config, HERE)
-    assert gather.read_ledger(located(f"{bucket}/a/moments")).counted() == {0, 1}
+    assert moments_job.read_ledger(located(f"{bucket}/a/moments")).counted() == {0, 1}
     done = fit(config, HERE)
     assert done.manifest()["fit"]["samples"] == 18
     fit(configured(model_spec, uploaded[3:], f"{bucket}/b"), HERE)

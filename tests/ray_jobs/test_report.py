@@ -20,17 +20,17 @@ from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.select import Select
 
 from patterns import UserError
-from patterns.methods import BASELINES
-from ray_jobs.cli import exit_status
+from patterns.attribution.methods import BASELINES
+from ray_jobs.cli.app import exit_status
 from ray_jobs.config import FITTED, DegradeConfig, ExplainConfig, FitConfig, ModelConfig, QualityConfig, Resources
-from ray_jobs.degrade import degrade
-from ray_jobs.explain import explain
-from ray_jobs.fit import fit
-from ray_jobs.quality import measure, medians
-from ray_jobs.report import write_report
-from ray_jobs.report.charts import Scale
-from ray_jobs.report.contents import Contents
-from ray_jobs.run import Run
+from ray_jobs.jobs.degrade import degrade
+from ray_jobs.jobs.explain.explain import explain
+from ray_jobs.jobs.fit.fit import fit
+from ray_jobs.jobs.quality import measure, medians
+from ray_jobs.runs.run_folder import Run
+from ray_jobs.views.report import write_report
+from ray_jobs.views.report.charts import Scale
+from ray_jobs.views.report.contents import Contents
 from tests.conftest import jpeg, make_shards, write_tar
 from tests.ray_jobs.runs import PREPARED
 

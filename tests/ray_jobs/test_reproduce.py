@@ -12,13 +12,13 @@ import torch
 from sklearn.datasets import load_digits
 
 from patterns import UserError
-from ray_jobs.cli import exit_status
+from ray_jobs.cli.app import exit_status
 from ray_jobs.config import ModelConfig
-from ray_jobs.datasets import read_digits, read_idx, write_digits
-from ray_jobs.models import load
-from ray_jobs.reproduce import findings
-from ray_jobs.run import Run
-from ray_jobs.shards import ShardReader
+from ray_jobs.data.shard_reader import ShardReader
+from ray_jobs.models.loading import load
+from ray_jobs.runs.run_folder import Run
+from ray_jobs.studies.datasets import read_digits, read_idx, write_digits
+from ray_jobs.studies.reproduce import findings
 
 TRAIN, TEST = 2000, 1000
 
@@ -82,7 +82,9 @@ def test_shards_hold_the_images_and_labels_of_the_files(files: Path, tmp_path: P
     images, labels = read_digits(files, "train", 100)
     paths = write_digits(images, labels, tmp_path, "train")
     assert len(paths) == 8
-    model = ModelConfig("ray_jobs.small:small_cnn", "random", image_size=28, resize=28, mean=(0.5,), std=(0.5,))
+    model = ModelConfig(
+        "ray_jobs.studies.small_cnn:small_cnn", "random", image_size=28, resize=28, mean=(0.5,), std=(0.5,)
+    )
     batches = [b for path in paths for b in ShardReader(str(path), load(model).preprocessing, 7)]
     x = torch.cat([batch.images for batch in batches])
     torch.testing.assert_close(x[:, 0], torch.from_numpy(images.copy()).float() / 127.5 - 1)

@@ -17,13 +17,14 @@ import pytest
 from safetensors.torch import load_file
 
 from patterns import UserError
-from ray_jobs import driver, gather
 from ray_jobs.config import FitConfig, Resources
-from ray_jobs.driver import Driver, TakenOverError, driving
-from ray_jobs.fit import fit, merge, solve
-from ray_jobs.plan import passes
-from ray_jobs.run import Run
-from ray_jobs.stopping import StoppedShortError
+from ray_jobs.engine.signals import StoppedShortError
+from ray_jobs.jobs import moments_job
+from ray_jobs.jobs.fit.fit import fit, merge, solve
+from ray_jobs.jobs.fit.memory_plan import passes
+from ray_jobs.runs import lease
+from ray_jobs.runs.lease import Driver, TakenOverError, driving
+from ray_jobs.runs.run_folder import Run
 from tests.conftest import make_shards, write_tar
 from tests.ray_jobs.runs import configured, same_patterns
 
@@ -129,15 +130,15 @@ def test_an_interrupted_round_goes_on_with_or_without_being_asked_again(
     fit(config, HERE)
     for number in range(3):
         write_tar(tmp_path / f"{number}.tar", tensors(3, seed=number))
-    commit, commits = gather.GatherWorker.commit, []
+    commit, commits = moments_job.GatherWorker.commit, []
 
-    def second_fails(self: gather.GatherWorker) -> object:
+    def second_fails(self: moments_job.GatherWorker) -> object:
         commits.append(self.shards)
         if len(commits) == 2:
             raise OSError(28, "No space left on device")
         return commit(self)
 
-    monkeypatch.setattr(gather.GatherWorker, "commit", second_fails)
+    monkeypatch.setattr(moments_job.GatherWorker, "commit", second_fails)
     with pytest.raises(OSError, match="No space left"):
         fit(config, HERE, retry_quarantined=True)
     assert Run(tmp_path / "run").manifest()["fit"]["samples"] == 6
@@ -177,18 +178,18 @@ def test_a_run_of_mostly_garbage_ends_and_says_so(model_spec: str, tmp_path: Pat
     config = configured(model_spec, shards, tmp_path / "run")
     with pytest.raises(UserError, match=r"\d+ of 100 samples were rejected.*--max-bad-fraction"):
         fit(config, HERE)
-    begun = gather.read_ledger(gather.located(tmp_path / "run" / "moments"))
+    begun = moments_job.read_ledger(moments_job.located(tmp_path / "run" / "moments"))
     assert begun.samples == 30, "it read on, or lost what it had"
     assert fit(config, replace(HERE, max_bad_fraction=0.8)).manifest()["fit"]["samples"] == 72
 
 
 def test_passes_over_the_data_give_the_patterns_of_one_pass(model_spec: str, tmp_path: Path) -> None:
-    from ray_jobs import models
+    from ray_jobs.models import loading
 
     shards = make_shards(tmp_path, 4, 5)
     config = configured(model_spec, shards, tmp_path / "one")
     whole = fit(config, HERE)
-    network = models.load(config.model).network
+    network = loading.load(config.model).network
     enough = next(m for m in range(2**26, 2**28, 512) if fits(network, config, m))
     few = fit(replace(config, out=str(tmp_path / "few"), memory=enough), HERE)
     count = len(passes(network, config.estimators, enough, config.batch_size))
@@ -219,8 +220,8 @@ def test_parts_that_are_merged_on_the_way_give_the_same_patterns(
     bad = str(write_tar(tmp_path / "s" / "bad.tar", [*tensors(2), {"__key__": "cut", "npy": b""}]))
     config = configured(model_spec, [*shards, bad], tmp_path / "plain")
     fit(config, HERE)
-    monkeypatch.setattr(gather, "MOST_PARTS", most)
-    monkeypatch.setattr(gather, "MERGED_AT_ONCE", most)
+    monkeypatch.setattr(moments_job, "MOST_PARTS", most)
+    monkeypatch.setattr(moments_job, "MERGED_AT_ONCE", most)
     merging = fit(replace(config, out=str(tmp_path / "merging")), HERE)
     same_patterns(tmp_path / "plain", tmp_path / "merging")
     assert len(list((tmp_path / "merging" / "moments").glob("part-*.safetensors"))) <= most + 1
@@ -297,18 +298,18 @@ def test_a_driver_that_was_taken_over_counts_nothing_more(
     model_spec: str, shards: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = configured(model_spec, shards[:3], tmp_path / "run")
-    commit, taken = gather.GatherWorker.commit, []
+    commit, taken = moments_job.GatherWorker.commit, []
 
-    def taken_over(self: gather.GatherWorker) -> object:
+    def taken_over(self: moments_job.GatherWorker) -> object:
         if taken:
-            driver.Beat(Run(tmp_path / "run"), Driver.this(), "fit").note()
+            lease.Beat(Run(tmp_path / "run"), Driver.this(), "fit").note()
         taken.append(self.shards)
         return commit(self)
 
-    monkeypatch.setattr(gather.GatherWorker, "commit", taken_over)
+    monkeypatch.setattr(moments_job.GatherWorker, "commit", taken_over)
     with pytest.raises(TakenOverError, match="another driver works on it now"):
         fit(config, HERE)
-    assert gather.read_ledger(gather.located(tmp_path / "run" / "moments")).counted() == {0}
+    assert moments_job.read_ledger(moments_job.located(tmp_path / "run" / "moments")).counted() == {0}
 
 
 # --- what is said -------------------------------------------------------------------------------------
@@ -335,16 +336,16 @@ def test_ctrl_c_without_ray_commits_what_is_done(
     model_spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shards = make_shards(tmp_path / "s", 6, 2)
-    work, done = gather.GatherWorker.work, []
+    work, done = moments_job.GatherWorker.work, []
 
-    def interrupted(self: gather.GatherWorker, *task: object) -> object:
+    def interrupted(self: moments_job.GatherWorker, *task: object) -> object:
         done.append(task)
         if len(done) == 3:
             os.kill(os.getpid(), signal.SIGINT)
         return work(self, *task)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(gather.GatherWorker, "work", interrupted)
+    monkeypatch.setattr(moments_job.GatherWorker, "work", interrupted)
     config = configured(model_spec, shards, tmp_path / "run")
     with pytest.raises(StoppedShortError, match="stopped with 3 of 6 shards undone; the same command goes on"):
         fit(config, replace(HERE, max_loss=900.0))
-    assert gather.read_ledger(gather.located(tmp_path / "run" / "moments")).counted() == {0, 1, 2}
+    assert moments_job.read_ledger(moments_job.located(tmp_path / "run" / "moments")).counted() == {0, 1, 2}

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from patterns import UserError
-from ray_jobs.cli import exit_status
+from ray_jobs.cli.app import exit_status
 from ray_jobs.config import ExplainConfig, FitConfig, ModelConfig, Resources
-from ray_jobs.explain import explain
-from ray_jobs.fit import fit
+from ray_jobs.jobs.explain.explain import explain
+from ray_jobs.jobs.fit.fit import fit
 from tests.conftest import make_shards
 from tests.ray_jobs.runs import PREPARED
 
@@ -118,14 +118,14 @@ def test_one_number_for_each_sample_is_explained_as_the_gradient_by_autograd(spe
 
 
 def test_the_score_of_a_single_number_is_the_models_own(spec: str, tmp_path: Path) -> None:
-    from ray_jobs import models
-    from ray_jobs.shards import ShardReader
+    from ray_jobs.data.shard_reader import ShardReader
+    from ray_jobs.models import loading
 
     shards, run = make_shards(tmp_path / "shards", 1, 3), tmp_path / "run"
     config = ModelConfig(f"{spec}:Binary", **PREPARED)
     fit(FitConfig(config, tuple(shards), str(run)), HERE)
     explain(ExplainConfig(config, str(run), tuple(shards), str(run), methods=("gradient",)), HERE)
-    loaded = models.load(config)
+    loaded = loading.load(config)
     (batch,) = ShardReader(shards[0], loaded.preprocessing, 8)
     with torch.no_grad():
         expected = loaded.model.eval()(batch.images)

@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 import ray
 
-from ray_jobs import gather, pool
 from ray_jobs.config import ModelConfig, Resources
-from ray_jobs.driver import driving
-from ray_jobs.gather import Gathering, GatherJob, read_ledger
-from ray_jobs.ledger import Part
-from ray_jobs.run import Run
-from ray_jobs.tasks import Here, Pending
-from ray_jobs.worker import Place, ShardReport
+from ray_jobs.engine import worker_pool
+from ray_jobs.engine.ray_tasks import Here, Pending
+from ray_jobs.engine.shard_worker import Place, ShardReport
+from ray_jobs.jobs import moments_job
+from ray_jobs.jobs.moments_job import Gathering, GatherJob, read_ledger
+from ray_jobs.runs.lease import driving
+from ray_jobs.runs.ledger import Part
+from ray_jobs.runs.run_folder import Run
 from tests.ray_jobs.stub import Stub
 
 
@@ -25,7 +26,7 @@ class NoMerging(Here):
 
     def start(self, function: Any, *arguments: Any) -> Pending:
         (_, parts) = arguments
-        return Here.Call(gather.together(gather.new_part(), parts))
+        return Here.Call(moments_job.together(moments_job.new_part(), parts))
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,9 @@ def simulate(folder: Path, workers: int, shards: int, seconds: float) -> Simulat
                 ended.append((time.monotonic(), time.thread_time(), job.reporter.counts.shards))
 
         job.worked = note  # type: ignore[method-assign]
-        pool.run(names, job, lambda: False, tick)
+        worker_pool.run(names, job, lambda: False, tick)
         job.flush()
-    ledger = read_ledger(gather.located(folder / "moments"))
+    ledger = read_ledger(moments_job.located(folder / "moments"))
     assert sorted(s for part in ledger.parts for s in part.shards) == list(range(shards))
     assert ledger.samples == 100 * shards
     (start, cpu, first), (end, cpu_end, last) = begun[0], ended[0]
@@ -103,7 +104,7 @@ def test_a_driver_of_a_hundred_thousand_shards_stays_small(tmp_path: Path) -> No
             for item in items:
                 job.began(item, place)
                 job.worked(item, ShardReport(1000, 0))
-            job.counts(items, Part(gather.new_part(), tuple(range(start, start + 100)), 100_000))
+            job.counts(items, Part(moments_job.new_part(), tuple(range(start, start + 100)), 100_000))
             if start % 5000 == 0:
                 job.flush()
                 job.tick()
@@ -112,4 +113,4 @@ def test_a_driver_of_a_hundred_thousand_shards_stays_small(tmp_path: Path) -> No
     tracemalloc.stop()
     assert held < 200 << 20, "the driver may use 1 GiB, of which Python, torch and Ray take a half"
     assert (tmp_path / "moments" / "ledger.json").stat().st_size < 1 << 20
-    assert len(read_ledger(gather.located(tmp_path / "moments")).counted()) == len(names)
+    assert len(read_ledger(moments_job.located(tmp_path / "moments")).counted()) == len(names)

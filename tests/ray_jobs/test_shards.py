@@ -12,11 +12,11 @@ from PIL import Image
 from torchvision.models import ResNet50_Weights
 
 from patterns import UserError
-from ray_jobs import models
 from ray_jobs.config import ModelConfig, Preprocessing
-from ray_jobs.decode import decode
-from ray_jobs.shards import ShardReader, read_shard
-from ray_jobs.sources import list_shards
+from ray_jobs.data.image_decoding import decode
+from ray_jobs.data.shard_reader import ShardReader, read_shard
+from ray_jobs.data.shard_specs import list_shards
+from ray_jobs.models import loading
 from tests.conftest import jpeg, make_shards, write_tar
 
 PLAIN = Preprocessing(16, 16, "bilinear", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
@@ -130,14 +130,14 @@ def steps(difference: torch.Tensor, preprocessing: Preprocessing) -> int:
 @pytest.mark.parametrize("size", [(320, 256), (200, 500)])
 def test_images_are_prepared_as_torchvision_says(size: tuple[int, int]) -> None:
     data = photograph(*size)
-    loaded = models.overridden(models.torchvision_model("resnet50", "random")[1], ModelConfig("x"))
+    loaded = loading.overridden(loading.torchvision_model("resnet50", "random")[1], ModelConfig("x"))
     expected = ResNet50_Weights.DEFAULT.transforms()(Image.open(io.BytesIO(data)))
     assert steps(decode({"png": data}, loaded) - expected, loaded) <= 1
 
 
 def test_images_are_prepared_as_timm_says() -> None:
     data = photograph(320, 300)
-    model, preprocessing = models.timm_model("tf_efficientnet_lite0", own_weights=False)
+    model, preprocessing = loading.timm_model("tf_efficientnet_lite0", own_weights=False)
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
     expected = transform(Image.open(io.BytesIO(data)))
     assert steps(decode({"png": data}, preprocessing) - expected, preprocessing) <= 2

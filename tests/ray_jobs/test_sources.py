@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from patterns import UserError
-from ray_jobs.sources import list_shards, output_names
+from ray_jobs.data.shard_specs import list_shards, output_names
 from tests.conftest import make_shards
 from tests.ray_jobs.servers import http_server
 

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from ray_jobs.stopping import pause, stop_signals
+from ray_jobs.engine.signals import pause, stop_signals
 from tests.ray_jobs.runs import until
 
 ROOT = Path(__file__).parents[2]
 # A job whose only shard never gives a byte, read in a thread while the main thread waits for it.
 BLOCKED = """
 import sys, threading
-from ray_jobs.stopping import Signals, end_process, stop_signals
-from ray_jobs.streams import opened
+from ray_jobs.engine.signals import Signals, end_process, stop_signals
+from ray_jobs.data.byte_streams import opened
 
 Signals.end = staticmethod(end_process)
 def read():

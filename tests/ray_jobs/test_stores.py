@@ -12,12 +12,12 @@ import pyarrow as pa
 import pytest
 
 from patterns import UserError
-from ray_jobs import stores
-from ray_jobs.files import located, plain, writable
-from ray_jobs.sources import list_shards
-from ray_jobs.stores import MissingError, as_user_error, is_url
-from ray_jobs.streams import opened
-from ray_jobs.surroundings import LONGEST, give_token, temporary_folder
+from ray_jobs.data.byte_streams import opened
+from ray_jobs.data.shard_specs import list_shards
+from ray_jobs.engine.environment import LONGEST, give_token, temporary_folder
+from ray_jobs.io import file_systems
+from ray_jobs.io.file_systems import MissingError, as_user_error, is_url
+from ray_jobs.io.object_store import located, plain, writable
 from tests.conftest import make_shards
 
 
@@ -53,7 +53,7 @@ def test_a_missing_file_is_known_as_one_and_a_server_that_is_away_is_not() -> No
 
 
 def test_a_server_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stores, "ANSWER", 0.3)
+    monkeypatch.setattr(file_systems, "ANSWER", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as server:
         begun = time.monotonic()
         with pytest.raises(UserError, match="does not answer"):

@@ -21,9 +21,9 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from patterns import UserError
-from ray_jobs import streams
-from ray_jobs.shards import read_shard
-from ray_jobs.sources import list_shards
+from ray_jobs.data import byte_streams
+from ray_jobs.data.shard_reader import read_shard
+from ray_jobs.data.shard_specs import list_shards
 from tests.conftest import make_shards
 from tests.ray_jobs.servers import http_server
 
@@ -130,7 +130,7 @@ def test_a_cut_transfer_is_no_shard_in_any_format(server: str, fault: str, name:
 
 
 def test_a_server_that_stalls_is_given_up(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streams, "READ_TIMEOUT", 0.3)
+    monkeypatch.setattr(byte_streams, "READ_TIMEOUT", 0.3)
     with pytest.raises(UserError, match=r"no byte for 0\.3 s"):
         images(f"{server}/stalled/good.tar")
 
@@ -194,8 +194,8 @@ def test_a_scheme_without_its_package_names_the_package() -> None:
 
 READ = """
 import json, sys
-from ray_jobs.shards import read_shard
-from ray_jobs.sources import list_shards
+from ray_jobs.data.shard_reader import read_shard
+from ray_jobs.data.shard_specs import list_shards
 print(json.dumps([[s["__key__"] for s in read_shard(shard)] for shard in list_shards(sys.argv[1:])]))
 """
 

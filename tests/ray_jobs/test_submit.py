@@ -19,8 +19,8 @@ from ray.job_submission import JobSubmissionClient
 
 from cluster.local import ROOT, LocalCluster
 from ray_jobs.config import ExplainConfig, Resources
-from ray_jobs.explain import explain
-from ray_jobs.fit import fit
+from ray_jobs.jobs.explain.explain import explain
+from ray_jobs.jobs.fit.fit import fit
 from tests.conftest import make_shards
 from tests.ray_jobs.runs import LATE, OPTIONS, configured, same_patterns, until
 

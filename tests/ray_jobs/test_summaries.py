@@ -10,9 +10,9 @@ import torch
 from PIL import ExifTags, Image
 
 from ray_jobs.config import Preprocessing
-from ray_jobs.decode import boxes_of, decode
-from ray_jobs.samples import SampleError
-from ray_jobs.summaries import REDUCTIONS, shaped, summaries
+from ray_jobs.data.image_decoding import boxes_of, decode
+from ray_jobs.data.samples import SampleError
+from ray_jobs.jobs.explain.map_statistics import REDUCTIONS, shaped, summaries
 
 
 def point(y: int, x: int, value: float = 1.0, size: int = 20) -> torch.Tensor:

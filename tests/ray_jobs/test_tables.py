@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 
 from patterns import UserError
-from ray_jobs import tables
 from ray_jobs.config import Preprocessing
-from ray_jobs.shards import ShardReader, read_shard
-from ray_jobs.sources import list_shards
+from ray_jobs.data import parquet_reader
+from ray_jobs.data.shard_reader import ShardReader, read_shard
+from ray_jobs.data.shard_specs import list_shards
 from tests.conftest import jpeg
 
 PLAIN = Preprocessing(16, 16, "bilinear", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
@@ -118,7 +118,7 @@ def test_a_bitmap_is_read_if_its_path_says_so(tmp_path: Path) -> None:
 
 
 def test_bad_rows_are_refused_and_the_others_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "MAX_SAMPLE_BYTES", 3000)
+    monkeypatch.setattr(parquet_reader, "MAX_SAMPLE_BYTES", 3000)
     images = [IMAGES[0], None, bytes(4000), b"no image", b"", IMAGES[1]]
     shard = written(tmp_path, {"image": hugging_face(images), "label": [0, 1, 2, 3, 4, None]})
     reader = ShardReader(shard, PLAIN, 2)
@@ -146,7 +146,7 @@ def test_a_file_without_images_is_told(tmp_path: Path, columns: dict[str, Any], 
 
 
 def test_a_row_group_that_would_fill_memory_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "MAX_GROUP_BYTES", 10_000)
+    monkeypatch.setattr(parquet_reader, "MAX_GROUP_BYTES", 10_000)
     with pytest.raises(UserError, match=r"row group 0 has \d+ bytes; at most 10000 are read"):
         list(read_shard(written(tmp_path, {"jpg": IMAGES})))
 

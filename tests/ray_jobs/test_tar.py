@@ -10,10 +10,10 @@ import pytest
 import webdataset
 
 from patterns import UserError
-from ray_jobs import samples, tar
 from ray_jobs.config import Preprocessing
-from ray_jobs.samples import Sample
-from ray_jobs.shards import ShardReader, read_shard
+from ray_jobs.data import samples, tar_reader
+from ray_jobs.data.samples import Sample
+from ray_jobs.data.shard_reader import ShardReader, read_shard
 from tests.conftest import jpeg, make_shards
 
 PLAIN = Preprocessing(16, 16, "bilinear", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
@@ -40,7 +40,7 @@ def special(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
 
 def read(data: bytes) -> list[Sample]:
     """The samples of a tar's bytes, as every reader of shards has them."""
-    return list(samples.distinct(tar.samples(io.BytesIO(data))))
+    return list(samples.distinct(tar_reader.samples(io.BytesIO(data))))
 
 
 def stored(folder: Path, data: bytes) -> str:
@@ -111,7 +111,7 @@ def test_names_that_are_not_utf8_are_read_under_a_key_that_is() -> None:
 
 
 def test_a_huge_member_is_passed_over_and_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tar, "MAX_SAMPLE_BYTES", 2000)
+    monkeypatch.setattr(tar_reader, "MAX_SAMPLE_BYTES", 2000)
     entries: list[Entry] = [("a.jpg", b"1"), ("b.jpg", bytes(3000)), ("b.cls", b"2"), ("c.jpg", b"3")]
     first, huge, last = read(packed(entries))
     assert (first["jpg"], last["jpg"]) == (b"1", b"3")

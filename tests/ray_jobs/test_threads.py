@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ray_jobs.threads import AHEAD, Ahead, Behind, in_order
-from ray_jobs.worker import Stream
+from ray_jobs.engine.shard_worker import Stream
+from ray_jobs.io.prefetch import AHEAD, Ahead, Behind, in_order
 
 Made = Callable[[Iterable[int]], Iterator[int]]
 MAKERS: dict[str, tuple[Made, int]] = {

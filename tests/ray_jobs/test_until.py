@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from ray_jobs.config import FitConfig, ModelConfig, Resources
-from ray_jobs.fit import fit
-from ray_jobs.stopping import StoppedShortError
+from ray_jobs.engine.signals import StoppedShortError
+from ray_jobs.jobs.fit.fit import fit
 from tests.conftest import make_shards
 from tests.ray_jobs.runs import PREPARED
 
@@ -62,10 +62,10 @@ def test_a_fit_that_was_stopped_when_it_was_sure_enough_reads_no_more(
 ) -> None:
     again = replace(config, out=str(tmp_path / "run"))
     with monkeypatch.context() as patched:
-        patched.setattr("ray_jobs.fit.finish", stopped)
+        patched.setattr("ray_jobs.jobs.fit.fit.finish", stopped)
         with pytest.raises(StoppedShortError):
             fit(again, HERE)
-    monkeypatch.setattr("ray_jobs.gather.GatherWorker.work", lambda *_: pytest.fail("a shard was read"))
+    monkeypatch.setattr("ray_jobs.jobs.moments_job.GatherWorker.work", lambda *_: pytest.fail("a shard was read"))
     section = fit(again, HERE).manifest()["fit"]
     assert section["converged"]["error"] <= 0.4
     assert section["samples"] == section["converged"]["samples"]  # the shard it was at is looked at too

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from patterns import Network
-from ray_jobs import models, shards
 from ray_jobs.config import ModelConfig
-from ray_jobs.gather import GatherTask, GatherWorker
-from ray_jobs.samples import Sample
-from ray_jobs.worker import ShardReport
+from ray_jobs.data import shard_reader
+from ray_jobs.data.samples import Sample
+from ray_jobs.engine.shard_worker import ShardReport
+from ray_jobs.jobs.moments_job import GatherTask, GatherWorker
+from ray_jobs.models import loading
 from tests.conftest import make_shards
 from tests.ray_jobs.runs import PREPARED
 
@@ -47,14 +48,14 @@ def seen() -> list[Tensor]:
 @pytest.fixture
 def opened(seen: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """The shards that were opened, each after a while as of an object store, and the batches worked on before."""
-    names, read = list[tuple[str, int]](), shards.raw_samples
+    names, read = list[tuple[str, int]](), shard_reader.raw_samples
 
     def slowly(shard: str) -> Iterator[Sample]:
         names.append((shard, len(seen)))
         time.sleep(LATENCY)
         yield from read(shard)
 
-    monkeypatch.setattr(shards, "raw_samples", slowly)
+    monkeypatch.setattr(shard_reader, "raw_samples", slowly)
     return names
 
 
@@ -62,7 +63,7 @@ def opened(seen: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> list[tuple[st
 def worker(model_spec: str, tmp_path: Path, seen: list[Tensor]) -> GatherWorker:
     model = ModelConfig(model_spec, **PREPARED)
     made: Any = partial(Observed, seen)
-    worker = GatherWorker(model, str(tmp_path), 2, made, models.load(model).digests)
+    worker = GatherWorker(model, str(tmp_path), 2, made, loading.load(model).digests)
     worker.ready()
     return worker
 
@@ -111,7 +112,7 @@ def test_a_worker_that_hangs_in_what_will_not_follow_goes_on(
     worker: GatherWorker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second, hung = (GatherTask(n, shard) for n, shard in enumerate(make_shards(tmp_path, 3, 2)))
-    read, begun = shards.raw_samples, list[str]()
+    read, begun = shard_reader.raw_samples, list[str]()
 
     def raw(shard: str) -> Iterator[Sample]:
         if shard == hung.shard:
@@ -119,7 +120,7 @@ def test_a_worker_that_hangs_in_what_will_not_follow_goes_on(
             time.sleep(20)
         yield from read(shard)
 
-    monkeypatch.setattr(shards, "raw_samples", raw)
+    monkeypatch.setattr(shard_reader, "raw_samples", raw)
     list(worker.work(first, hung))
     while not begun:
         time.sleep(0.01)

@@ -1,0 +1,138 @@
+"""A folder of images → WebDataset shards."""
+
+import io
+import os
+import random
+from pathlib import Path
+from zlib import crc32
+
+import torch
+from PIL import Image
+from torchvision.transforms import InterpolationMode, RandomResizedCrop
+from torchvision.transforms import functional as T
+from webdataset import TarWriter
+
+from patterns import UserError
+from patterns.io.storage import write_aside, write_json
+from ray_jobs.data.image_decoding import formats_of, upright
+from ray_jobs.data.image_folders import keys_of, local_images, no_file
+from ray_jobs.data.labels import numbered
+from ray_jobs.data.samples import IMAGES, TENSOR, UNREAD_IMAGES, extension_of, not_decoded
+from ray_jobs.io.object_store import located, published
+
+JPEG_QUALITY = 95
+
+
+def pack(images: Path, out: Path, per_shard: int = 1000, crops: int = 0, size: int = 256, seed: int = 0) -> list[Path]:
+    """Write a folder of class folders (torchvision's ImageFolder layout) as shards.
+
+    A class folder whose name is a number is that class, as the model numbers it; other folders are
+    numbered in the order of their names, written to `classes.json`. Images lie in a seeded random order.
+
+    Args:
+        images: The folder of class folders. Hidden files and folders are left out.
+        out: The folder for the shards.
+        per_shard: Samples of a shard.
+        crops: If not 0, this many random crops and flips of each image instead of the image.
+        size: Height and width of a crop.
+        seed: Seed of the order and the crops.
+
+    Returns:
+        The paths of the shards.
+
+    Raises:
+        UserError: If there are no images, one cannot be read, or the shards cannot be written.
+    """
+    found = images_in(images)
+    if (whole := out.resolve()).is_relative_to(inside := images.resolve()):
+        what = f"lies within the images' folder {inside}, where a later run takes it for a class"
+        raise UserError(str(whole), what, "Choose a folder elsewhere.")
+    classes = numbered(class_folders(images))
+    readable(images, found, bool(crops))
+    place = {name: number for number, name in enumerate(classes)}
+    found.sort(key=lambda image: (place[image.partition("/")[0]], image.split("/")))
+    keys = dict(zip(found, keys_of(found)))
+    rng = random.Random(seed)
+    rng.shuffle(found)
+    samples = [(image, crop) for image in found for crop in range(crops or 1)]
+    rng.shuffle(samples)
+    shards = []
+    with published(located(out)) as folder:
+        for number, first in enumerate(range(0, len(samples), per_shard)):
+
+            def write(aside: Path, chosen: list[tuple[str, int]] = samples[first : first + per_shard]) -> None:
+                with open(aside, "wb") as file, TarWriter(file, encoder=False, mtime=0) as tar:
+                    for image, crop in chosen:
+                        key, cls = keys[image], str(classes[image.partition("/")[0]]).encode()
+                        if crops:
+                            data = random_crop(images / image, size, seed + crop)
+                            tar.write({"__key__": f"{key}-{crop}", "jpg": data, "cls": cls})
+                        else:
+                            tar.write({"__key__": key, extension_of(image): data_of(images / image), "cls": cls})
+
+            write_aside(folder / f"{number:06d}.tar", write)
+            shards.append(out / f"{number:06d}.tar")
+        write_json(folder / "classes.json", {str(number): name for name, number in classes.items()})
+    return shards
+
+
+def images_in(folder: Path) -> list[str]:
+    """The images in class folders, by their paths, sorted. UserError if there are none."""
+    if not folder.is_dir():
+        raise UserError(str(folder), "no such folder", "Name a folder that holds one folder for each class.")
+    try:
+        found, _ = local_images(str(folder))
+    except OSError as error:
+        raise UserError(str(error.filename), f"cannot be read ({error.strerror})", "Fix its permissions.") from error
+    found = sorted(image for image in found if "/" in image and extension_of(image) != TENSOR)
+    if not found:
+        remedy = f"Put images ({', '.join(IMAGES)}) into one folder for each class."
+        raise UserError(str(folder), "no images in class folders", remedy)
+    return found
+
+
+def class_folders(folder: Path) -> list[str]:
+    return [f.name for f in folder.iterdir() if f.is_dir() and not f.name.startswith(".")]
+
+
+def readable(images: Path, found: list[str], crops: bool) -> None:
+    """UserError for the first image that cannot be packed, before anything is written."""
+    for path, image in ((images / image, image) for image in found):
+        trouble = no_file(str(path))
+        if trouble is None and not os.access(path, os.R_OK):
+            trouble = "its permissions do not allow reading it"
+        if trouble is None and crops and extension_of(image) in UNREAD_IMAGES:
+            trouble = not_decoded(extension_of(image))
+        if trouble is not None:
+            raise UserError(str(path), f"cannot be packed ({trouble})", "Delete or replace it.")
+
+
+def data_of(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise UserError(str(file), f"cannot be read ({error.strerror or error})", "Delete or replace it.") from error
+
+
+def random_crop(file: Path, size: int, seed: int) -> bytes:
+    """A random crop of an image, flipped or not, as JPEG; the same for the same file name and seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(crc32(f"{file.name}/{seed}".encode("utf-8", "surrogateescape")))
+        image = opened(file)
+        crop = RandomResizedCrop.get_params(image, [0.25, 1.0], [3 / 4, 4 / 3])
+        image = T.resized_crop(image, *crop, [size, size], InterpolationMode.BICUBIC)
+        if torch.rand(()) < 0.5:
+            image = T.hflip(image)
+    buffer = io.BytesIO()
+    image.save(buffer, "jpeg", quality=JPEG_QUALITY)
+    return buffer.getvalue()
+
+
+def opened(file: Path) -> Image.Image:
+    """An image file, upright, as RGB. UserError if it cannot be decoded."""
+    try:
+        return upright(data_of(file), "RGB", formats=formats_of(file.name)).image()
+    except UserError:
+        raise
+    except Exception as error:  # untrusted bytes make Pillow raise anything
+        raise UserError(str(file), f"cannot be read as an image ({error})", "Delete or replace it.") from error

@@ -1,0 +1,189 @@
+"""Specs → the list of shards, each a string that any worker can read on its own.
+
+| spec | shards |
+| --- | --- |
+| `train-{000..015}.tar`, `*.tar.gz`, any URL of fsspec | a WebDataset tar each |
+| `*.parquet` | a file each |
+| `FOLDER` on this machine, `URL/` | `FOLDER/images-…`, at most 1000 images each (`ray_jobs.data.image_folders`) |
+| `@shards.txt`, `@URL` | those of the specs in it, one per line |
+| `pipe:COMMAND` | what the command prints, where pipes are allowed |
+
+Credentials and endpoints of object stores are those of fsspec and its file systems, from the environment
+alone: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_PROFILE; AWS_ENDPOINT_URL or
+FSSPEC_S3_ENDPOINT_URL for another server than Amazon's; FSSPEC_S3_ANON=true for public buckets;
+GOOGLE_APPLICATION_CREDENTIALS; AZURE_STORAGE_CONNECTION_STRING; HF_TOKEN. Workers need them as the driver
+does. Each file system is a package of its own: s3fs, gcsfs, adlfs, huggingface_hub.
+"""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from urllib.parse import urlsplit
+from zlib import crc32
+
+from braceexpand import braceexpand
+
+from patterns import UserError
+from ray_jobs.data.byte_streams import opened
+from ray_jobs.data.image_folders import folder_at
+from ray_jobs.io.file_systems import file_system, is_url, translated
+from ray_jobs.io.object_store import Location, plain
+
+PIPE = "pipe:"
+EXTENSIONS = r"(\.tar|\.tgz|\.parquet|\.pq)?(\.(gz|bz2|xz|zst))?$"
+MAX_NAME = 200
+WILD = "*?["
+
+
+def list_shards(specs: Iterable[str], allow_pipes: bool = False) -> tuple[str, ...]:
+    """The shards of some specs, in order.
+
+    Local paths become absolute, since workers run elsewhere. UserError where there is none, where one
+    is missing or empty, where one is named twice, and for `pipe:` unless allowed: it runs a shell command.
+    A URL without wildcards is not looked at; its absence shows when it is read.
+    """
+    shards: list[str] = []
+    for spec in specs:
+        for line in listed(spec):
+            if line.startswith(PIPE) and not allow_pipes:
+                raise UserError(line, "a pipe runs a shell command", "Allow it with --allow-pipes.")
+            shards += expand(line)
+    if not shards:
+        raise UserError("--shards", "no shards were named", "Name at least one tar file.")
+    if len(set(shards)) < len(shards):
+        repeated = next(s for s in shards if shards.count(s) > 1)
+        raise UserError(f"--shards {repeated}", "named twice", "Name each shard once.")
+    return tuple(shards)
+
+
+def listed(spec: str) -> Iterator[str]:
+    """The specs that a list file names, relative to its folder; any other spec itself."""
+    if not spec.startswith("@") or os.path.lexists(spec.partition("/")[0]):  # a name that exists
+        yield spec
+        return
+    path = plain(spec[1:])
+    path = path if is_url(path) else str(Path(path).absolute())
+    with translated(path, remedy="Check --shards; @FILE names a list of shards."), opened(path) as file:
+        lines = file.read().decode("utf-8-sig").splitlines()
+    for line in lines:
+        entry = line.partition(" #")[0].strip()
+        if entry and not entry.startswith("#"):
+            whole = is_url(entry) or entry.startswith(("/", "~", "file:", PIPE))
+            yield entry if whole else f"{path.rpartition('/')[0]}/{entry}"
+
+
+def expand(spec: str) -> Iterator[str]:
+    """The shards of a path, URL, command or folder, with braces and wildcards."""
+    if spec.startswith(PIPE):
+        yield from braces(spec)
+        return
+    spec = plain(spec)
+    for path in remote(spec) if is_url(spec) else on_this_machine(spec):
+        yield from of_folder(path) if path.endswith("/") else [path]
+
+
+def braces(spec: str, whole: str = "") -> list[str]:
+    """The words that bash makes of `{a,b}` and `{000..015}`."""
+    if "{" not in spec:
+        return [spec]
+    try:
+        return list(braceexpand(spec))
+    except ValueError as error:
+        raise UserError(f"--shards {whole or spec}", "a brace that is not closed", "Ranges are {000..015}.") from error
+
+
+def remote(spec: str) -> Iterator[str]:
+    """The URLs that a URL with braces and wildcards matches; those of folders end with a slash."""
+    for number, url in enumerate(braces(spec)):
+        # A query may hold anything, and an IPv6 address has brackets.
+        http = url.startswith(("http:", "https:"))
+        wild = "*" in urlsplit(url).path if http else any(c in url for c in WILD)
+        if number == 0:  # a package that is missing is known now
+            file_system(url)
+        if not wild or (not http and Location(url).exists()):
+            yield url
+            continue
+        with translated(url, remedy="Check --shards, or name each shard if the server gives no lists."):
+            filesystem, path = file_system(url)
+            entries = filesystem.glob(path, detail=True).items()
+            found = sorted(filesystem.unstrip_protocol(p) + "/" * (e["type"] == "directory") for p, e in entries)
+        if not found:
+            raise nothing(url)
+        yield from found
+
+
+def on_this_machine(spec: str) -> Iterator[str]:
+    """The absolute paths that a path with braces and wildcards matches; those of folders end with a slash.
+
+    Names that exist are meant literally: braces and wildcards count only behind the folders that do.
+    """
+    with translated(spec, remedy="Check --shards."):
+        head, tail = literal(Path(spec).absolute())
+        for pattern in braces(tail, spec) if tail else [""]:
+            found = [head / pattern]
+            if any(c in pattern for c in WILD):
+                found = sorted(head.glob(pattern.rstrip("/")))
+                if not found:
+                    raise nothing(f"{head}/{pattern}")
+            for each in found:
+                if not each.exists():
+                    raise UserError(str(each), "no such shard", "Check --shards; brace ranges are {000..015}.")
+                if each.is_file() and each.stat().st_size == 0:
+                    raise UserError(str(each), "not a tar archive (it is empty)", "Delete or replace it.")
+                yield f"{each}/" if each.is_dir() else str(each)
+
+
+def literal(path: Path) -> tuple[Path, str]:
+    """The longest beginning of an absolute path that exists, and the rest."""
+    parts = path.parts
+    head = Path(parts[0])
+    for number, part in enumerate(parts[1:], 1):
+        if not os.path.lexists(head / part):
+            return head, "/".join(parts[number:])
+        head /= part
+    return head, ""
+
+
+def nothing(pattern: str) -> UserError:
+    return UserError(f"--shards {pattern}", "nothing matches", "Check the path.")
+
+
+def of_folder(path: str) -> list[str]:
+    """The shards of a folder of images."""
+    with translated(path, remedy="Check --shards; shards in a folder are named by FOLDER/*.tar."):
+        shards = folder_at(path).shards()
+    if not shards:
+        raise UserError(path, "a folder without images", "Shards in a folder are named by FOLDER/*.tar.")
+    return shards
+
+
+def output_names(shards: Sequence[str]) -> dict[str, str]:
+    """For each shard a relative path to name its outputs after, without extension, safe, and no two the same.
+
+    It is the shard's own path less the folders that all have in common; never a URL's query, which may be a secret.
+    """
+    paths = [path_of(shard) for shard in shards]
+    common = os.path.commonpath([os.path.dirname(path) for path in paths])  # noqa: PTH120 - may be parts of URLs
+    names = [re.sub(EXTENSIONS, "", path.removeprefix(common).lstrip("/")) for path in paths]
+    taken = Counter(names)
+    return {
+        shard: name
+        if taken[name] == 1 and len(name) < MAX_NAME
+        else f"{name[:MAX_NAME]}-{crc32(os.fsencode(shard)):08x}"
+        for shard, name in zip(shards, names)
+    }
+
+
+def path_of(shard: str) -> str:
+    """What names a shard: its path, for URLs with the host or bucket; for a pipe its command, as one component."""
+    if shard.startswith(PIPE):
+        path = shard.removeprefix(PIPE).replace("/", "_")
+    elif is_url(shard):
+        split = urlsplit(shard)
+        path = f"{split.hostname or ''}{split.path}"
+    else:
+        path = shard
+    parts = [part for part in path.split("/") if part not in ("", ".", "..")]
+    return re.sub(r"[^\w./=+-]+", "_", "/".join(parts))

@@ -1,0 +1,83 @@
+"""The names of a model's classes: from a file, or as torchvision has them."""
+
+import json
+from typing import Any
+
+from patterns import UserError
+from ray_jobs.io.object_store import content_of
+from ray_jobs.jobs.explain.targets import AGAINST, Names, named
+from ray_jobs.models.libraries import torchvision_classes
+
+FORMS = 'Write ["tench", "goldfish"], {"0": "tench"}, {"tench": 0} or {"0": ["n01440764", "tench"]}, or a name a line.'
+
+
+def class_names(spec: str, file: str | None) -> Names:
+    """Return the names of a model's classes with their numbers; empty if neither the file nor the library has any.
+
+    Args:
+        spec: The model; torchvision's have names of their own.
+        file: A path or URL: a JSON list of names; a JSON object from number to name, from name to number, or from
+            number to a list of names; or a text with one name a line.
+
+    Raises:
+        UserError: If the file cannot be read or has another form.
+    """
+    if file is None:
+        kind, _, name = spec.partition(":")
+        return numbered(torchvision_classes(name) if kind == "torchvision" else [])
+    try:
+        content = content_of("--classes", file).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"--classes {file}", f"not UTF-8 text ({error})", "Save it as UTF-8.") from error
+    try:
+        read = json.loads(content)
+    except (ValueError, RecursionError):
+        return from_lines(content)
+    if isinstance(read, list) and all(isinstance(name, str) for name in read):
+        return numbered(read)
+    if isinstance(read, dict) and read:
+        return from_object(read, file)
+    if isinstance(read, dict | list):
+        raise UserError(f"--classes {file}", "its JSON is not a list or an object of names", FORMS)
+    return from_lines(content)  # one line that is a number or a quoted name
+
+
+def numbered(names: list[str]) -> Names:
+    """Give names the numbers of their places."""
+    return tuple((name, number) for number, name in enumerate(names))
+
+
+def from_lines(content: str) -> Names:
+    """Return the names of a text with one name a line; blank lines do not count."""
+    return numbered([line.strip() for line in content.splitlines() if line.strip()])
+
+
+def from_object(read: dict[str, Any], file: str) -> Names:
+    """Return the names of a JSON object."""
+    if all(type(number) is int and number >= 0 for number in read.values()):
+        return tuple(read.items())
+    found = []
+    for number, value in read.items():
+        names = value if isinstance(value, list) else [value]
+        if not number.isdecimal() or not names or not all(isinstance(name, str) for name in names):
+            what = f"{number!r}: {value!r} is not a class number with its name"
+            raise UserError(f"--classes {file}", what, FORMS)
+        found += [(name, int(number)) for name in names]
+    return tuple(found)
+
+
+def names_for(target: str, spec: str, file: str | None) -> Names:
+    """Return the names of classes that a target may need.
+
+    A file of names is read for every target, because a name in it may be a word that targets use, but then only such
+    names are returned.
+    """
+    if named(target):
+        return class_names(spec, file)
+    found = () if file is None else class_names(spec, file)
+    return tuple((name, number) for name, number in found if name in (target, *target.split(AGAINST)))
+
+
+def captions(names: Names) -> dict[int, str]:
+    """Return one name for each number, the last of several: an index of ImageNet has the id first, then the name."""
+    return {number: name for name, number in names}

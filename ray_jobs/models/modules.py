@@ -1,0 +1,160 @@
+"""An nn.Module as its author made it → the same module in the form that can be traced, cast and hashed."""
+
+import inspect
+from collections.abc import Iterator
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.optim.swa_utils import AveragedModel
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from patterns import UserError
+from ray_jobs.units import first_line
+
+QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
+STATISTICS = ("running_mean", "running_var")
+VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the module inside torch.compile, DataParallel, DistributedDataParallel and AveragedModel."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)  # of torch.compile
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel | AveragedModel):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def prepare(model: nn.Module, where: str) -> nn.Module:
+    """Return the module that a user's model wraps, with a forward pass of one positional argument.
+
+    Raises:
+        UserError: If the model is of a kind that cannot be traced: TorchScript, quantized, on the meta device.
+    """
+    model = unwrapped(model)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            what = f"{f'its module {name} is' if name else 'it is'} TorchScript, which has no Python code to trace"
+            raise UserError(where, what, "Load the original nn.Module, and its weights from a state dict.")
+        if type(module).__module__.startswith(QUANTIZED):
+            what = f"its module {name} is quantized ({type(module).__name__})"
+            raise UserError(where, what, "Load the model in floating point, as it was before quantization.")
+        if isinstance(module, nn.DataParallel):
+            module.device_ids = []  # it then calls its module, on whatever device that is
+        if isinstance(module, torch.fx.GraphModule) and "eval" in vars(module):
+            prepare_exported(module, where)
+    for name, tensor in tensors(model):
+        if tensor.is_meta:
+            what = f"its {name} is on the meta device and has no values"
+            raise UserError(where, what, "Build the model on the CPU, with values for all its tensors.")
+        if tensor.is_quantized or is_traceable_wrapper_subclass(tensor):
+            what = f"its {name} is a {type(tensor.data).__name__ if not tensor.is_quantized else 'quantized tensor'}"
+            raise UserError(where, what, "Load the model in floating point, with ordinary tensors.")
+    accept_one_input(model, where)
+    return model
+
+
+def prepare_exported(module: torch.fx.GraphModule, where: str) -> None:
+    """Let the module of an exported program be put in evaluation mode, which its fixed graph ignores.
+
+    Raises:
+        UserError: If it was exported for one batch size.
+    """
+    inputs = [node.meta.get("val") for node in module.graph.find_nodes(op="placeholder")]
+    if inputs and isinstance(inputs[0], Tensor) and inputs[0].dim() and type(inputs[0].shape[0]) is int:
+        remedy = "Export it with dynamic_shapes=({0: torch.export.Dim('batch')},), or load the original nn.Module."
+        raise UserError(where, f"it was exported for batches of {inputs[0].shape[0]} only", remedy)
+    for name in ("eval", "train"):
+        vars(module).pop(name, None)
+
+
+def accept_one_input(model: nn.Module, where: str) -> None:
+    """Give a model whose forward takes *args, or a keyword argument only, a forward of one positional argument.
+
+    torch.export needs to know the input by its name. The method is replaced on this instance, so that the names of
+    the model's tensors stay as they are.
+
+    Raises:
+        UserError: If it is not clear which keyword argument is the input.
+    """
+    if "forward" in vars(model):
+        return
+    parameters = list(inspect.signature(model.forward).parameters.values())
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+
+        def forward(self: nn.Module, x: Tensor) -> Any:
+            return type(self).forward(self, x)
+    elif not positional:
+        keywords = [p for p in parameters if p.kind not in VARIABLE]
+        needed = [p for p in keywords if p.default is p.empty] or keywords
+        if len(needed) != 1:
+            named = ", ".join(p.name for p in needed) or "none that has a name"
+            what = f"its forward takes keyword arguments only ({named})"
+            raise UserError(where, what, "Wrap it in a module whose forward takes the images.")
+        name = needed[0].name
+
+        def forward(self: nn.Module, x: Tensor) -> Any:
+            return type(self).forward(self, **{name: x})
+    else:
+        return
+    vars(model)["forward"] = MethodType(forward, model)
+
+
+def materialize(model: nn.Module, shape: tuple[int, ...], where: str) -> None:
+    """Create the parameters of lazy layers by a forward pass of zeros; they are drawn from torch's global generator.
+
+    Raises:
+        UserError: If the model does not take an input of this shape, or does not use one of its lazy layers.
+    """
+    if not any(is_lazy(tensor) for _, tensor in tensors(model)):
+        return
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(2, *shape))
+    except Exception as error:  # the model's own code
+        what = f"its lazy layers cannot be created by an input of shape {shape} ({first_line(error)})"
+        raise UserError(where, what, "Set --image-size, --mean and --std to what the model takes.") from error
+    for name, tensor in tensors(model):
+        if is_lazy(tensor):
+            what = f"its lazy {name} has no shape after a forward pass, because the forward pass does not use it"
+            raise UserError(where, what, "Remove the layer, or give it its sizes.")
+
+
+def tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The parameters and buffers of a model, by name."""
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def cast(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """Move a model to a device, and its real and complex tensors to a precision, in place.
+
+    `nn.Module.to` would make complex tensors real.
+    """
+    with_phase = torch.promote_types(dtype, torch.complex64)
+
+    def converted(tensor: Tensor) -> Tensor:
+        return tensor.to(with_phase if tensor.is_complex() else dtype if tensor.is_floating_point() else tensor.dtype)
+
+    return model.to(device)._apply(converted)
+
+
+def refuse_not_finite(model: nn.Module, where: str) -> None:
+    """Raise UserError for a parameter, or a norm's running statistics, that is not finite.
+
+    Other buffers are not checked: a mask for attention legitimately holds -inf.
+    """
+    for name, tensor in tensors(model):
+        statistic = name.rpartition(".")[2] in STATISTICS
+        if tensor.layout is not torch.strided or not (isinstance(tensor, nn.Parameter) or statistic):
+            continue
+        wrong = int((~tensor.isfinite()).sum())
+        if wrong:
+            what = f"{wrong} of the {tensor.numel()} values of {name} are not finite (NaN or infinite)"
+            raise UserError(where, what, "Use weights from a training that did not diverge.")

@@ -1,5 +1,0 @@
-"""A run as one page of HTML that needs no network: see docs/report.md."""
-
-from ray_jobs.report.page import write_report
-
-__all__ = ["write_report"]

@@ -1,0 +1,229 @@
+"""The paper's experiments in one go: patterns on the first half of the training data, v on the second, ρ and image
+degradation on the test data, and the paper's figures."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from patterns import UserError
+from patterns.evaluation.degradation import PATCH, STEPS
+from patterns.io.storage import write_aside
+from ray_jobs.cli.arguments import say
+from ray_jobs.config import FITTED, DegradeConfig, ExplainConfig, FitConfig, ModelConfig, QualityConfig, Resources
+from ray_jobs.data.shard_specs import list_shards
+from ray_jobs.figures.drawing import draw_estimators, draw_grid
+from ray_jobs.jobs.degrade import degrade
+from ray_jobs.jobs.explain.explain import explain
+from ray_jobs.jobs.fit.fit import fit
+from ray_jobs.jobs.input_size import sized
+from ray_jobs.jobs.quality import measure
+from ray_jobs.models.loading import build
+from ray_jobs.runs.run_folder import Run
+from ray_jobs.studies.datasets import NAMES, read_digits, write_digits
+from ray_jobs.studies.small_cnn import BATCH, SPEC, train
+from ray_jobs.views.gallery import Gallery, Row
+
+ESTIMATORS = "random", "filter", *FITTED
+COMPARED = (
+    "gradient",
+    "deconvnet",
+    "guided-backprop",
+    "lrp-z",
+    "integrated-gradients",
+    "patternnet",
+    "patternattribution",
+)
+BY_ESTIMATOR = "filter", "linear", "two-component"
+SIGNALS = ("signal:identity", *(f"patternnet:{estimator}" for estimator in BY_ESTIMATOR))
+ATTRIBUTIONS = ("gradient-x-input", *(f"patternattribution:{estimator}" for estimator in BY_ESTIMATOR))
+DEGRADED = (*COMPARED, "patternattribution:filter", "patternattribution:linear")
+SHOWN, DRAWN = 64, 8  # test images that are explained, and drawn side by side
+# Images of fewer pixels have smaller patches, whose own mean is nearly all there is to them: black takes their place.
+SMALL, SMALL_PATCH = 64, 4
+SPOKEN = {"mean": "their means", "blur": "a blurred image", "zero": "black", "dataset-mean": "the data's mean"}
+TOLERANCE = 0.05  # of ρ, within which two estimators are called comparable
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What the paper's experiments are done on: a model, shards of training and of test data.
+
+    names: of the classes by number.  patch, steps, replacement: of the degradation; None: the paper's 9 pixels, 100
+    patches (or as many as there are) and their means, and for small images 4 pixels and black.
+    degraded: test images that are degraded.
+    """
+
+    model: ModelConfig
+    train: tuple[str, ...]
+    test: tuple[str, ...]
+    names: tuple[str, ...] = ()
+    patch: int | None = None
+    steps: int | None = None
+    replacement: str | None = None
+    degraded: int = 1000
+    batch_size: int = 32
+    max_samples: int | None = None
+    seed: int = 0
+
+
+def digits(dataset: str, data: Path, out: Path, most: int | None, seed: int) -> Experiment:
+    """MNIST or Fashion-MNIST with a small network that is trained on it here, unless it was before.
+
+    UserError where the data are not there.
+    """
+    parts = {"train": read_digits(data, "train", most), "test": read_digits(data, "t10k", most and -(-most // 2))}
+    count = len(parts["train"][0])
+    weights = out / f"weights-{count}-{seed}.safetensors"  # none of another training is taken for this one's
+    model = ModelConfig(SPEC, str(weights), image_size=28, resize=28, mean=(0.5,), std=(0.5,))
+    shards = {}
+    for name, (images, labels) in parts.items():
+        shards[name] = write_digits(images, labels, out / f"shards-{count}", name)
+    if not weights.exists():
+        trained = train(partial(epochs, *parts["train"], torch.Generator().manual_seed(seed)), seed, say=say)
+        write_aside(weights, lambda aside: save_file(trained.state_dict(), aside))
+    listed = {name: list_shards(map(str, paths)) for name, paths in shards.items()}
+    return Experiment(model, listed["train"], listed["test"], NAMES[dataset], seed=seed)
+
+
+def epochs(images: np.ndarray, labels: np.ndarray, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    """Shuffled batches of one epoch, as the model takes them."""
+    order = torch.randperm(len(images), generator=generator)
+    x, y = torch.from_numpy(images.copy()), torch.from_numpy(labels.astype(np.int64))
+    for chosen in order.split(BATCH):
+        yield x[chosen][:, None].float().div_(127.5).sub_(1), y[chosen]
+
+
+def reproduce(experiment: Experiment, out: Path, resources: Resources = Resources()) -> Path:  # noqa: B008 - frozen
+    """Do the paper's experiments, or go on with those that ended early; gives the path of `results.md`.
+
+    UserError where the configuration or the data are wrong, StoppedShortError where a signal came.
+    """
+    one = replace(experiment, model=sized(experiment.model, experiment.train))
+    half = len(one.train) // 2
+    if half == 0:
+        raise UserError("--shards", "one shard cannot be parted in two halves", "Give more training shards.")
+    _, preprocessing = build(replace(one.model, weights="random"))
+    size = one.model.image_size or preprocessing.image_size
+    patch = one.patch or (SMALL_PATCH if size < SMALL else PATCH)
+    replacement = one.replacement or ("zero" if size < SMALL else "mean")
+    steps = one.steps or min(STEPS, (-(-size // patch)) ** 2)
+    folder, batch, seed = str(out / "run"), one.batch_size, one.seed
+    of_half = one.max_samples and one.max_samples // 2
+    parts = one.train[:half], one.train[half:]
+    run = fit(FitConfig(one.model, parts[0], folder, batch, ESTIMATORS, of_half, seed), resources)
+    quality = QualityConfig(one.model, folder, parts[1], one.test, folder, batch_size=batch, max_samples=of_half)
+    measure(replace(quality, seed=seed), resources)
+    degrading = DegradeConfig(one.model, folder, one.test, folder, batch, DEGRADED, patch=patch, steps=steps)
+    degrade(replace(degrading, replacement=replacement, max_samples=one.degraded, seed=seed), resources)
+    methods = tuple(dict.fromkeys((*COMPARED, *SIGNALS, *ATTRIBUTIONS)))
+    explaining = ExplainConfig(one.model, folder, one.test, folder, batch, methods, outputs=("npy",))
+    explain(replace(explaining, max_samples=SHOWN, seed=seed), resources)
+    draw(run, out, one.names)
+    write_aside(out / "results.md", partial(Path.write_text, data=results(run)))
+    return out / "results.md"
+
+
+def draw(run: Run, out: Path, names: tuple[str, ...]) -> None:
+    """The paper's figures 3 to 6, as `figure-3.png` and so on."""
+    gallery = Gallery(run, dict(enumerate(names)))
+    by_class: dict[int, Row] = {}
+    for row in gallery.rows():
+        by_class.setdefault(row["prediction"], row)
+    shown = gallery.shown(list(by_class.values())[:DRAWN])
+    draw_estimators(out / "figure-5.png", shown[0], SIGNALS, ATTRIBUTIONS)
+    draw_grid(out / "figure-6.png", [replace(s, maps={m: s.maps[m] for m in COMPARED}) for s in shown], columns=1)
+    for number, name in ((3, "quality.png"), (4, "degradation.png")):
+        drawn = (run.folder / name).read_bytes()
+        write_aside(out / f"figure-{number}.png", partial(Path.write_bytes, data=drawn))
+
+
+def results(run: Run) -> str:
+    """What was found, as Markdown: ρ by layer and estimator, the areas over the curves, the paper's findings."""
+    manifest = run.manifest()
+    sections = {job: manifest[job] for job in ("fit", "quality", "degrade")}
+    kinds = {op["name"]: op["kind"] for op in manifest["operators"]}
+    rho = medians(pq.read_table(run.folder / "quality.parquet"))
+    rho = {name: rho[name] for name in ESTIMATORS if name in rho}
+    rows = pq.read_table(run.folder / "degradation.parquet", columns=["method", "label", "prediction"])
+    judged = rows.filter(pc.equal(rows["method"], "random"))
+    right = pc.mean(pc.cast(pc.equal(judged["label"], judged["prediction"]), pa.float64())).as_py()
+    lines = [
+        f"Model `{sections['fit']['options']['spec']}`; patterns of {sections['fit']['samples']} samples, v of "
+        f"{sections['quality']['regressed']}, ρ on {sections['quality']['evaluated']}; {len(judged)} images degraded"
+        + ("." if right is None else f", {right:.1%} of them classified right."),
+        "",
+        "![ρ by layer and estimator, as the paper's Figure 3](figure-3.png)",
+        "",
+        f"| median ρ | kind | {' | '.join(rho)} |",
+        f"| --- | --- | {' | '.join(['---:'] * len(rho))} |",
+    ]
+    operators = [name for name in kinds if any(name in found for found in rho.values())]
+    for name in operators:
+        cells = [f"{found[name]:.3f}" if name in found else "" for found in rho.values()]
+        lines.append(f"| `{name}` | {kinds[name]} | {' | '.join(cells)} |")
+    lines += ["", *findings(rho, kinds), "", "![Image degradation, as the paper's Figure 4](figure-4.png)", ""]
+    how = sections["degrade"]["options"]
+    lines += [f"Patches of {how['patch']}×{how['patch']} pixels, replaced by {SPOKEN[how['replacement']]}.", ""]
+    lines += ["| method | area over the curve | 95 % |", "| --- | ---: | ---: |"]
+    areas = sorted(sections["degrade"]["areas"].items(), key=lambda item: -item[1]["area"])
+    for method, found in areas:
+        band = "" if found["low"] is None else f"{found['low']:.4f} to {found['high']:.4f}"
+        lines.append(f"| {method} | {found['area']:.4f} | {band} |")
+    found = [method for method, _ in areas].index("patternattribution")
+    soonest = "as in the paper" if found == 0 else f"differs, number {found + 1} of {len(areas)}"
+    lines += ["", f"- By PatternAttribution, predictions fall soonest: {soonest}."]
+    lines += [
+        "",
+        "![One image by every estimator, signal above attribution, as the paper's Figure 5](figure-5.png)",
+        "",
+        "![Images by method, as the paper's Figure 6](figure-6.png)",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def medians(quality: pa.Table) -> dict[str, dict[str, float]]:
+    """The median ρ over the neurons of each operator, by estimator."""
+    found: dict[str, dict[str, float]] = {}
+    grouped = quality.drop_null().group_by(["estimator", "operator"], use_threads=False)
+    for row in grouped.aggregate([("rho", "list")]).to_pylist():
+        found.setdefault(row["estimator"], {})[row["operator"]] = float(np.median(row["rho_list"]))
+    return found
+
+
+def findings(rho: dict[str, dict[str, float]], kinds: dict[str, str]) -> list[str]:
+    """What the paper found of VGG-16 (§5, Figure 3), and whether it is so here: medians within TOLERANCE are
+    comparable."""
+    two = rho.get("two-component", {})
+    gated = [name for name in kinds if name in two]  # an operator without a gate has no such estimator
+    convolutions = [name for name in gated if kinds[name] == "convolution"]
+    dense = [name for name in gated if kinds[name] == "linear"]
+    later = [name for name in kinds if name in rho["filter"]][1:]
+    claims = {
+        "In convolutions, linear and two-component are comparable": {
+            name: rho["linear"][name] - two[name] for name in convolutions
+        },
+        "In dense layers, two-component is best": {
+            name: max(rho[other][name] for other in ("linear", "filter", "random")) - two[name] for name in dense
+        },
+        "Above the first layer, the filter is little better than random": {
+            name: rho["filter"][name] - rho["random"][name] for name in later
+        },
+    }
+    lines = []
+    for claim, differences in claims.items():
+        if not differences:
+            continue
+        best = claim.endswith("best")
+        off = {name: d for name, d in differences.items() if (d > 0 if best else abs(d) > TOLERANCE)}
+        said = "as in the paper" if not off else "differs in " + ", ".join(f"`{n}` ({d:+.4f})" for n, d in off.items())
+        lines.append(f"- {claim}: {said}.")
+    return lines

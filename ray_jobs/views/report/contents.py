@@ -1,0 +1,280 @@
+"""What a page says of a run: its files → values that the templates only have to place."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from patterns import UserError
+from ray_jobs.engine.progress import spoken
+from ray_jobs.io.object_store import read_table
+from ray_jobs.models.class_names import captions, class_names
+from ray_jobs.runs.run_folder import JOBS, Run
+from ray_jobs.views.gallery import Gallery
+from ray_jobs.views.report.charts import WHISKERS, Chart, banded, narrowing, spreads
+from ray_jobs.views.report.filters import Filters, filters
+from ray_jobs.views.report.samples import Samples, samples
+
+FLAGS = ("ok", "dead", "constant", "degenerate")
+REASONS = 12  # for refused samples that are told apart
+SHARDS = "shards", "evaluate"  # options that are long lists
+
+
+@dataclass(frozen=True)
+class Job:
+    """A row of the table of jobs; empty where it is not known."""
+
+    name: str
+    status: str
+    samples: int | None
+    shards: int | None
+    missing: int
+    refused: int | None
+    seconds: float | None
+    written: str
+
+    @property
+    def time(self) -> str:
+        return "" if self.seconds is None else spoken(self.seconds)
+
+    @property
+    def rate(self) -> str:
+        return f"{self.samples / self.seconds:.3g}" if self.samples and self.seconds else ""
+
+
+@dataclass(frozen=True)
+class Rho:
+    """ρ of a run. medians: over all neurons, by estimator; rows: by operator, None where it is undefined."""
+
+    chart: Chart
+    estimators: list[str]
+    medians: dict[str, float]
+    rows: list[tuple[str, list[float | None]]]
+
+
+@dataclass(frozen=True)
+class Health:
+    """Neurons by what became of them, for each operator and in all: counts in the order of FLAGS."""
+
+    rows: list[tuple[str, list[int]]]
+    total: list[int]
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Degradation. areas: by method, with the ends of its confidence band, which one image has not.
+
+    least_first: small areas are good.
+    """
+
+    chart: Chart
+    areas: list[tuple[str, float, float | None, float | None]]
+    least_first: bool
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What there is of a run; None for what has not been made."""
+
+    id: str
+    name: str
+    folder: str
+    facts: dict[str, str]
+    jobs: list[Job]
+    refused: list[tuple[str, str, str, int]]
+    options: list[tuple[str, list[tuple[str, str]]]]
+    versions: dict[str, str]
+    rho: Rho | None
+    health: Health | None
+    filters: Filters | None
+    convergence: list[Chart] | None
+    tolerance: float | None
+    curves: Curves | None
+    samples: Samples | None
+    unseen: str  # why explanations that there are cannot be shown
+
+    @property
+    def compared(self) -> dict[str, dict[str, str]]:
+        """What is set beside other runs, group by group."""
+        counts = {
+            f"{job.name}: {what}": said
+            for job in self.jobs
+            for what, said in (("samples", counted(job.samples)), ("refused", counted(job.refused)), ("time", job.time),
+                               ("per second", job.rate))
+        }  # fmt: skip
+        neurons = zip(FLAGS, map(counted, self.health.total)) if self.health else ()
+        groups = {
+            "Model": {**self.facts, "Folder": self.folder},
+            "Data": counts,
+            "Median ρ": {name: f"{value:.3f}" for name, value in self.rho.medians.items()} if self.rho else {},
+            "Neurons": dict(neurons),
+            "Area over the degradation curve": {m: f"{a:.4f}" for m, a, *_ in self.curves.areas} if self.curves else {},
+        }
+        return {name: {k: v for k, v in rows.items() if v} for name, rows in groups.items()}
+
+
+def contents(folder: str, number: int, count: int, classes: str | None, seed: int, pages: int) -> Contents:
+    """What a run's folder holds. number: of the run on the page; pages: how many runs it shows.
+
+    UserError where the folder is none of a run, or the classes cannot be read.
+    """
+    run = Run(folder)
+    manifest = run.manifest()
+    jobs = [job_of(name, manifest[name]) for name in JOBS if name in manifest]
+    if not jobs:
+        raise UserError(str(run.folder), "holds no run", "Name the folder that was given to --out.")
+    complete = {job.name for job in jobs if job.status == "complete"}
+    id_, options = f"run{number}", manifest.get("fit", {}).get("options", {})
+    tolerance = options.get("until_converged")
+    seen, unseen = None, ""
+    if "explain" in complete and count:
+        names = captions(class_names(manifest["explain"]["model"]["spec"], classes))
+        try:
+            seen = samples(Gallery(run, names), count, seed, pages)
+        except UserError as error:
+            unseen = str(error)
+    return Contents(
+        id=id_,
+        name="/".join(run.folder.parts[-2:]).strip("/"),
+        folder=str(run.folder),
+        facts=facts(manifest),
+        jobs=jobs,
+        refused=refused(table_of(run, "quarantine.parquet")),
+        options=[(name, spoken_options(manifest[name]["options"])) for name in JOBS if name in manifest],
+        versions=manifest["versions"],
+        rho=rho(id_, table_of(run, "quality.parquet")),
+        health=health(table_of(run, "neurons.parquet")),
+        filters=filters(run, manifest) if "fit" in complete else None,
+        convergence=convergence(id_, table_of(run, "convergence.parquet"), tolerance),
+        tolerance=tolerance,
+        curves=curves(id_, table_of(run, "degradation-curves.parquet"), manifest.get("degrade", {})),
+        samples=seen,
+        unseen=unseen,
+    )
+
+
+def counted(value: int | None) -> str:
+    return "" if value is None else f"{value:,}"
+
+
+def table_of(run: Run, name: str) -> pa.Table | None:
+    """A table of a run, if it has rows."""
+    path = run.folder / name
+    table = read_table(path) if path.exists() else None
+    return table if table is not None and len(table) else None
+
+
+def job_of(name: str, section: Mapping[str, Any]) -> Job:
+    return Job(
+        name,
+        section["status"],
+        section.get("samples"),
+        section.get("shards"),
+        len(section.get("missing", {})),
+        section.get("refused"),
+        section.get("seconds"),
+        section.get("written", "").replace("T", " ")[:16],
+    )
+
+
+def facts(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """The model in a few words."""
+    section: Mapping[str, Any] = next((manifest[name] for name in JOBS if name in manifest), {})
+    kinds = Counter(op["kind"].replace("_", " ") for op in manifest["operators"])
+    estimators = manifest.get("fit", {}).get("solved", section["options"].get("estimators", []))
+    told = {
+        "Model": section["model"]["spec"],
+        "Weights": manifest["model"]["digest"].removeprefix("sha256:")[:12],
+        "Precision": section["model"]["precision"],
+        "Input": " × ".join(map(str, manifest["model"]["input_shape"])),
+        "Operators": f"{sum(kinds.values())}: " + ", ".join(f"{n} {kind}" for kind, n in kinds.most_common()),
+        "Estimators": ", ".join(estimators),
+        "Methods": ", ".join(manifest.get("explain", {}).get("options", {}).get("methods", [])),
+        "Target": str(manifest.get("explain", {}).get("options", {}).get("target", "")),
+    }
+    return {name: value for name, value in told.items() if value}
+
+
+def refused(table: pa.Table | None) -> list[tuple[str, str, str, int]]:
+    """Job, stage, reason and count of refused samples, the most frequent first."""
+    if table is None:
+        return []
+    rows = Counter(zip(*(table[name].to_pylist() for name in ("job", "stage", "reason")))).most_common()
+    rest = sum(count for _, count in rows[REASONS:])
+    more = [("", "", f"{len(rows) - REASONS} other reasons", rest)] if rest else []
+    return [(*said, count) for said, count in rows[:REASONS]] + more
+
+
+def spoken_options(options: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """A job's options in words; those that were not set are left out."""
+    return [(name, spoken_option(name, value)) for name, value in options.items() if value not in (None, [], {}, "")]
+
+
+def spoken_option(name: str, value: Any) -> str:
+    if name in SHARDS and len(value) > 2:
+        return f"{len(value)}: {value[0]} … {value[-1]}"
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {spoken_option(k, v)}" for k, v in value.items())
+    if isinstance(value, list):
+        return ", ".join("=".join(map(str, v)) if isinstance(v, list) else str(v) for v in value[:50])
+    return str(value)
+
+
+def rho(id_: str, table: pa.Table | None) -> Rho | None:
+    """ρ by operator and estimator, and its figure."""
+    table = table and table.drop_null()
+    if not table:
+        return None
+    operators, estimators = (table[name].unique().to_pylist() for name in ("operator", "estimator"))
+    grouped = table.group_by(["operator", "estimator"], use_threads=False).aggregate([("rho", "list")]).to_pylist()
+    spread = {(row["operator"], row["estimator"]): np.percentile(row["rho_list"], WHISKERS).tolist() for row in grouped}
+    chart = spreads(f"{id_}-rho", "ρ by operator and estimator", "ρ, higher is better", operators, spread)
+    middle = {operator: [spread.get((operator, one), [None] * 3)[2] for one in estimators] for operator in operators}
+    values = {one: table.filter(pc.equal(table["estimator"], one))["rho"].to_numpy() for one in estimators}
+    medians = {one: float(np.median(value)) for one, value in values.items()}
+    return Rho(chart, estimators, medians, list(middle.items()))
+
+
+def health(table: pa.Table | None) -> Health | None:
+    """What became of each operator's neurons."""
+    if table is None:
+        return None
+    counts = {operator: dict.fromkeys(FLAGS, 0) for operator in table["operator"].unique().to_pylist()}
+    for row in table.group_by(["operator", "flag"]).aggregate([([], "count_all")]).to_pylist():
+        counts[row["operator"]][row["flag"]] = row["count_all"]
+    rows = [(operator, list(count.values())) for operator, count in counts.items()]
+    return Health(rows, [sum(column) for column in zip(*(count for _, count in rows))])
+
+
+def convergence(id_: str, table: pa.Table | None, tolerance: float | None) -> list[Chart] | None:
+    """For each estimator, how the standard error of every operator's patterns fell, where it was known."""
+    if table is None:
+        return None
+    known = table.filter(pc.greater(table["p90"], 0)).sort_by("samples")
+    charts = []
+    for number, one in enumerate(known["estimator"].unique().to_pylist()):
+        own = known.filter(pc.equal(known["estimator"], one))
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for operator, count, error in zip(*(own[name].to_pylist() for name in ("operator", "samples", "p90"))):
+            lines.setdefault(operator, []).append((count, error))
+        name = f"{id_}-convergence{number}"
+        charts.append(narrowing(name, one, "images", "standard error / pattern", lines, tolerance))
+    return charts
+
+
+def curves(id_: str, table: pa.Table | None, section: Mapping[str, Any]) -> Curves | None:
+    """How the prediction falls as patches are taken away, method by method."""
+    if table is None:
+        return None
+    rows: dict[str, list[tuple[float, float, float, float]]] = {m: [] for m in table["method"].unique().to_pylist()}
+    for row in table.sort_by("step").to_pylist():
+        rows[row["method"]].append((row["step"], row["mean"], row["low"], row["high"]))
+    title = "probability of the first prediction"
+    chart = banded(f"{id_}-degradation", title.capitalize(), "patches replaced", title, rows)
+    areas = [(method, a["area"], a["low"], a["high"]) for method, a in section.get("areas", {}).items()]
+    least_first = bool(section.get("options", {}).get("least_first"))
+    return Curves(chart, sorted(areas, key=lambda area: -area[1]), least_first)

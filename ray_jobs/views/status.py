@@ -1,0 +1,59 @@
+"""How far a run is, from its files alone: on any machine that sees them, whatever the cluster says."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from patterns import UserError
+from ray_jobs.engine.progress import spoken
+from ray_jobs.runs.lease import STALE, WATCH_EVERY, Driver, change
+from ray_jobs.runs.run_folder import JOBS, Run
+
+
+def spoken_status(run: Run, now: float, patience: float = 0.0) -> Iterator[str]:
+    """Report what a run's files say of its jobs.
+
+    Args:
+        run: The run.
+        now: The time in seconds since 1970.
+        patience: Seconds to wait for a driver whose last note is old or in the future by this machine's clock.
+
+    Raises:
+        UserError: If the folder holds no run.
+    """
+    manifest, progress = run.manifest(), run.progress()
+    jobs = [job for job in JOBS if job in manifest]
+    if not jobs:
+        raise UserError(str(run.folder), "holds no run", "Name the folder that was given to --out.")
+    for job in jobs:
+        section = manifest[job]
+        if section["status"] == "complete":
+            missing = f", {len(section['missing'])} shards missing" if section["missing"] else ""
+            yield f"{job}: complete, {section['samples']} samples{missing} ({section['written']})"
+        else:
+            noted = progress if progress.get("job", "").startswith(job) else {}
+            yield from spoken_progress(job, section, noted, now, run, patience)
+
+
+def spoken_progress(
+    job: str, section: dict[str, Any], progress: dict[str, Any], now: float, run: Run, patience: float
+) -> Iterator[str]:
+    """What the last driver of a job that is not done noted; nothing, if it has not."""
+    if "state" in progress:
+        yield f"{job}: {progress['shards']}/{progress['of']} shards, {progress['state']}"
+    else:
+        yield f"{job}: begun, and no shard worked on yet ({section['written']})"
+    if not progress:
+        return
+    since = now - progress["time"]
+    silent = max(since, 0.0)
+    for worker in sorted(progress.get("workers", ()), key=lambda worker: worker["rate"]):
+        shard, seconds = worker["shard"], spoken(worker["seconds"] + silent)
+        at = "waits" if shard is None else f"{seconds} at {shard}"
+        yield f"  {worker['worker']}: {worker['rate']:.1f} samples/s, {at}"
+    go_on = "the same command goes on where it ended"
+    if progress.get("ended"):
+        yield f"  stopped {spoken(silent)} ago; {go_on}"
+    elif Driver(**progress["driver"]).gone() or (
+        not 0 <= since <= STALE and not change(run, progress, patience, WATCH_EVERY)
+    ):
+        yield f"  stale: its driver said nothing for {spoken(silent)}; {go_on}"

@@ -1,0 +1,25 @@
+"""What an import of a package loads, and what names it gives. The contracts between packages are in pyproject.toml."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize(("name", "loads"), [("patterns", []), ("ray_jobs.cli.app", ["webdataset"])])
+def test_import_loads_no_slow_library(name: str, loads: list[str]) -> None:
+    heavy = {"ray", "webdataset", "zennit", "torchvision", "torch._dynamo", "sympy", "pandas", "matplotlib"}
+    code = f"import sys, {name}; print(sorted(set(sys.modules) & {heavy}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(loads)
+
+
+def test_public_names_are_not_hidden_by_modules() -> None:
+    """Neither a function hides the module that it comes from, nor a module the function."""
+    code = "import sys, patterns; print([n for n in patterns.__all__ if f'patterns.{n}' in sys.modules or not callable("
+    code += "getattr(patterns, n))])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "['CHOICES', 'ESTIMATORS', 'METHODS']"
