@@ -21,7 +21,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from patterns import Explainer, Moments, Network, Observer, Solution, choose
 from patterns.estimation import estimators
 from patterns.estimation.estimators import wanted
-from patterns.estimation.jackknife import FEWEST_GROUPS, GROUPS, Look, look
+from patterns.estimation.jackknife import FEWEST_GROUPS, GROUPS, ConvergenceCheck, look
 from ray_jobs.config import ModelConfig
 from ray_jobs.data.packing import opened, pack
 from ray_jobs.data.shard_reader import ShardReader
@@ -77,7 +77,7 @@ def halved(parts: Parts) -> Parts:
     return [{name: a[name] + b[name] for name in a} for a, b in zip(parts[::2], parts[1::2])]
 
 
-def looks(network: Network, parts: Parts) -> dict[str, Look]:
+def looks(network: Network, parts: Parts) -> dict[str, ConvergenceCheck]:
     """The patterns of all parts, and how sure they are."""
     return {
         name: look(operator, [partial(part.__getitem__, name) for part in parts], CHOICES)

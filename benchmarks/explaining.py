@@ -18,8 +18,8 @@ from patterns import Explainer, Network, trace
 from ray_jobs.config import ExplainConfig, FitConfig, ModelConfig, Resources
 from ray_jobs.data.shard_reader import ShardReader
 from ray_jobs.data.shard_specs import list_shards
-from ray_jobs.engine.shard_worker import Share
-from ray_jobs.io.prefetch import Behind
+from ray_jobs.engine.shard_worker import WorkerResources
+from ray_jobs.io.prefetch import WriteBehind
 from ray_jobs.jobs.explain import explain as job
 from ray_jobs.jobs.fit.fit import fit
 from ray_jobs.jobs.per_shard_job import ShardTask
@@ -96,7 +96,7 @@ def whole_job(bench: Bench) -> Iterator[Row]:
         config = ExplainConfig(model, f"{folder}/run", shards, f"{folder}/run", JOB_BATCH, FIVE[-1:])
         # So that a core is left for the threads that read and write.
         loaded = loading.load(model)
-        worker = job.ExplainWorker(config, loaded.digests, {}, Share(cpus=1))
+        worker = job.ExplainWorker(config, loaded.digests, {}, WorkerResources(cpus=1))
         worker.ready()
         (images, *_) = (b.images for b in ShardReader(shards[0], loaded.preprocessing, JOB_BATCH))
         out = iter(outputs(f"{folder}/out", shards).values())
@@ -112,7 +112,7 @@ def whole_job(bench: Bench) -> Iterator[Row]:
                 pass
 
         def in_line() -> None:
-            with patch.object(job, "Behind", InLine):
+            with patch.object(job, "WriteBehind", InLine):
                 whole()
 
         t = bench.timed({"inner": inner, "whole": whole, "in line": in_line}, min(3, bench.rounds), measured=False)
@@ -122,7 +122,7 @@ def whole_job(bench: Bench) -> Iterator[Row]:
         yield bench.row("the same, writing between batches", t["inner"], base, t["in line"])
 
 
-class InLine(Behind):
+class InLine(WriteBehind):
     """Does things at once."""
 
     def do(self, work: Callable[..., None], *arguments: object) -> None:

@@ -19,7 +19,7 @@ from ray import serve
 from ray.serve import Application
 
 from patterns import UserError
-from patterns.attribution.rendering import picture, png
+from patterns.attribution import picture, png
 from ray_jobs.jobs.explain.online import OnlineExplainer
 from ray_jobs.runs.map_files import beside
 from ray_jobs.units import byte_count

@@ -103,7 +103,11 @@ class Recorded:
         self._graph, self._inputs = graph, inputs  # it holds what is read while the graph is replayed
         self._device = inputs[0].device
         with torch.cuda.device(self._device), torch.no_grad():
-            self._recording, before, beside = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), torch.cuda.Stream()
+            self._recording, before, beside = (
+                torch.cuda.CUDAGraph(),
+                torch.cuda.current_stream(),
+                torch.cuda.Stream(),
+            )
             beside.wait_stream(before)
             try:
                 with torch.cuda.stream(beside):  # what is only done once is not recorded
@@ -137,7 +141,7 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__context__
 
 
-class ThereAndBack:
+class ForwardBackward:
     """A function of inputs and a start, which gives (scores, results) and whose start depends on the scores, compiled.
 
     inputs, start: of the only shapes that it will take. UserError where it cannot be compiled. Two of them do not go

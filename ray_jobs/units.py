@@ -37,7 +37,7 @@ def position_count(text: str) -> int | Literal["auto"] | None:
     return int(text)
 
 
-def spoken_bytes(size: int) -> str:
+def format_bytes(size: int) -> str:
     """A size in KiB, MiB or GiB."""
     for power, unit in ((30, "GiB"), (20, "MiB")):
         if abs(size) >= 2**power:
@@ -56,3 +56,19 @@ def version_of(package: str) -> str:
 def first_line(error: BaseException) -> str:
     """Return the first line of an exception's message, or its type if it has none."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def encoded(name: str) -> bytes:
+    return name.encode("utf-8", "surrogateescape")
+
+
+def printable(name: str) -> str:
+    r"""A name with the bytes that are not UTF-8 written as \xNN, so that it can stand in any file."""
+    return encoded(name).decode("utf-8", "backslashreplace")
+
+
+def format_duration(seconds: float) -> str:
+    """A duration as people say it."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

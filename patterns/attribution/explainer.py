@@ -15,7 +15,7 @@ from patterns.attribution.gradient_scaling import Crossing, Step, Values
 from patterns.attribution.methods import Backward, method_of, settings_of
 from patterns.attribution.rectifier_rules import Rule, add_rules, gated
 from patterns.attribution.rendering import Shown, photograph, picture
-from patterns.compilation import ThereAndBack
+from patterns.compilation import ForwardBackward
 from patterns.errors import UserError
 from patterns.io.storage import TracedAs, choose, load, traced_as
 from patterns.operators.operator import Operator
@@ -103,7 +103,7 @@ class Explainer:
         if any(backward.rectifier is not gated for backward in passes):
             add_rules(self._module, lambda: self._rule)
         self._potentials = self._keep_in_range(network, scales or {})
-        self._compiled: dict[torch.Size, ThereAndBack] = {}
+        self._compiled: dict[torch.Size, ForwardBackward] = {}
 
     @classmethod
     def load(
@@ -240,7 +240,7 @@ class Explainer:
             (results,) = back([start])
             return scores, results
 
-        self._compiled[inputs.shape] = ThereAndBack(function, mode, inputs, start)
+        self._compiled[inputs.shape] = ForwardBackward(function, mode, inputs, start)
 
     def _there_and_back(self, inputs: Tensor) -> tuple[Tensor, Back]:
         """The scores, and what takes starts to each pass's result; once, for then the graph is gone."""

@@ -20,7 +20,15 @@ from zennit.rules import Epsilon
 
 from patterns.attribution.baselines import Map, Settings, Start, generators, noise
 from patterns.attribution.rectifier_rules import add_rules, passed
-from patterns.operators.operator import AveragePool, Convolution, Kind, Linear, Operator, Scale, TransposedConvolution
+from patterns.operators.operator import (
+    AveragePool,
+    Convolution,
+    Linear,
+    Operator,
+    OperatorType,
+    Scale,
+    TransposedConvolution,
+)
 from patterns.tracing.network import Network, operator_calls
 
 
@@ -48,7 +56,7 @@ class Stack(nn.Module):
         return self.layer(torch.stack(torch.broadcast_tensors(*inputs), -1))
 
 
-def stand_in(kind: Kind) -> nn.Module:
+def stand_in(kind: OperatorType) -> nn.Module:
     """The layer of torch or zennit as which zennit's composites treat a kind."""
     match kind:
         case Convolution():

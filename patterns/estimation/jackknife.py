@@ -54,7 +54,7 @@ class Error:
 
 
 @dataclass(frozen=True)
-class Look:
+class ConvergenceCheck:
     """What is known of an operator by now.
 
     solution: of all parts.
@@ -70,7 +70,7 @@ class Look:
         return {row: change(self.solution.patterns[row], before.patterns[row]) for row in self.errors}
 
 
-def look(operator: Operator, parts: Sequence[Load], choices: Choices = "default", seed: int = 0) -> Look:
+def look(operator: Operator, parts: Sequence[Load], choices: Choices = "default", seed: int = 0) -> ConvergenceCheck:
     """Patterns of all parts of an operator's moments, and their standard errors.
 
     parts: each loads its moments, and is called twice; parts without samples do not count, and more than GROUPS
@@ -89,7 +89,7 @@ def look(operator: Operator, parts: Sequence[Load], choices: Choices = "default"
     whole = solve(operator, Moments.from_tensors(total), choices, seed)
     learned = {row: a for row, a in whole.patterns.items() if ESTIMATORS[row].learns and a.any()}
     if len(groups) < FEWEST_GROUPS:
-        return Look(whole, dict.fromkeys(learned))
+        return ConvergenceCheck(whole, dict.fromkeys(learned))
     spreads = {row: Jackknife(a) for row, a in learned.items()}
     for group in groups:
         others = {name: sums.clone() for name, sums in total.items()}
@@ -97,7 +97,9 @@ def look(operator: Operator, parts: Sequence[Load], choices: Choices = "default"
         patterns = solve(operator, Moments.from_tensors(others), choices, seed).patterns
         for row, spread in spreads.items():
             spread.leave_out(patterns[row], left_out / size)
-    return Look(whole, {row: Error(relative(spread.variance(), learned[row])) for row, spread in spreads.items()})
+    return ConvergenceCheck(
+        whole, {row: Error(relative(spread.variance(), learned[row])) for row, spread in spreads.items()}
+    )
 
 
 @dataclass(frozen=True)

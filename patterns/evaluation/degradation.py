@@ -16,7 +16,7 @@ PATCH = 9  # pixels: the height and width of a patch in the paper's §5
 STEPS = 100  # patches that the paper replaces at most
 
 
-def spoken_for(method: str, maps: Tensor) -> Tensor:
+def relevance_of(method: str, maps: Tensor) -> Tensor:
     """What of a map (N, C, H, W) speaks for its target, float32 (N, H, W): of an attribution the channels' sum, of a
     signal, whose sign says nothing, Σ|channel|."""
     values = maps.float()

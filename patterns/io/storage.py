@@ -28,7 +28,7 @@ from patterns.operators.operator import Operator
 from patterns.tracing.network import Network
 
 FORMAT = "1"
-ASIDE = ".aside-"  # part of the name of every file still being written
+TEMPORARY = ".aside-"  # part of the name of every file still being written
 Patterns = dict[str, dict[str, Tensor]]  # by operator and row of ESTIMATORS
 
 
@@ -43,7 +43,7 @@ def save_in_turn(folder: Path, specs: Specs, solutions: Iterable[tuple[str, Solu
     """As `save`, for solutions that come one by one, given what they will hold: see `solution_specs`."""
     names = ("patterns.safetensors", "patterns.parquet", "neurons.parquet")
     with ExitStack() as stack:
-        tensors, patterns, neurons = (stack.enter_context(aside_of(folder / name)) for name in names)
+        tensors, patterns, neurons = (stack.enter_context(temporary_path(folder / name)) for name in names)
         pattern_rows = stack.enter_context(pq.ParquetWriter(patterns, PATTERN_SCHEMA))
         neuron_rows = stack.enter_context(pq.ParquetWriter(neurons, NEURON_SCHEMA))
 
@@ -143,7 +143,7 @@ M = TypeVar("M", Moments, PatchMoments)
 def save_moments(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write the named sums of some operators, `{operator}/total.xy` and so on: see `Observation.tensors`."""
     about = {"format": FORMAT, **metadata}
-    write_aside(path, lambda aside: write_tensors(aside, specs_of(tensors), tensors.values(), about))
+    write_atomically(path, lambda aside: write_tensors(aside, specs_of(tensors), tensors.values(), about))
 
 
 def load_moments(files: Sequence[TensorFile], operator: str, kind: type[M] = Moments) -> M:  # type: ignore[assignment]
@@ -177,7 +177,7 @@ def merge_moments(path: Path, files: Sequence[TensorFile], metadata: Mapping[str
     if any(sums_of(file) != specs for file in files):
         raise ValueError("files of moments of different operators or sums")
     sums = (summed(files, name) for name in specs)
-    write_aside(path, lambda aside: write_tensors(aside, specs, sums, {"format": FORMAT, **metadata}))
+    write_atomically(path, lambda aside: write_tensors(aside, specs, sums, {"format": FORMAT, **metadata}))
 
 
 def open_tensors(path: Path, remedy: str) -> safe_open:
@@ -235,25 +235,25 @@ def write_table(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> No
             for table in tables:
                 writer.write_table(table)
 
-    write_aside(path, write)
+    write_atomically(path, write)
 
 
 def write_json(path: Path, value: object) -> None:
     """Write a value as readable JSON."""
-    write_aside(path, lambda aside: aside.write_text(json.dumps(value, indent=1) + "\n"))
+    write_atomically(path, lambda aside: aside.write_text(json.dumps(value, indent=1) + "\n"))
 
 
-def write_aside(path: Path, write: Callable[[Path], object]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file under another name, make it durable, and rename it to its own."""
-    with aside_of(path) as aside:
+    with temporary_path(path) as aside:
         write(aside)
 
 
 @contextmanager
-def aside_of(path: Path) -> Iterator[Path]:
+def temporary_path(path: Path) -> Iterator[Path]:
     """Another name to write a file under, which then is made durable and renamed to its own."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{ASIDE}{uuid4().hex}-{path.name}")
+    aside = path.with_name(f"{TEMPORARY}{uuid4().hex}-{path.name}")
     try:
         aside.touch()
         mode = aside.stat().st_mode

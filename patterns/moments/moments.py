@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from patterns.operators import winograd
 from patterns.operators.operator import Inputs, Operator, Summed, along, positions, sum_positions, sum_squares
 
 T = TypeVar("T")
@@ -294,6 +295,16 @@ def add(total: Tensor, more: Tensor) -> None:
     rows = max(1, PIECE // total[0].numel())
     for piece, by in zip(total.split(rows), more.split(rows)):
         piece.add_(by)
+
+
+def buffer_bytes(element_size: int) -> int:
+    """Return the bytes of the largest buffer that an update of moments needs besides the moments.
+
+    Args:
+        element_size: Bytes of one element of the network's dtype.
+    """
+    converted, transformed = 2 * 8 * PIECE, 4 * element_size * winograd.BLOCK
+    return max(converted, transformed)
 
 
 def planned_bytes(operator: Operator, wanted: Wanted) -> int:

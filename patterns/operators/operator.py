@@ -40,7 +40,7 @@ class Summed(Protocol):
         ...
 
 
-class Kind(Summed, Protocol):
+class OperatorType(Summed, Protocol):
     """What an operator kind can do."""
 
     def forward(self, inputs: Inputs, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -248,7 +248,7 @@ class AveragePool:
         return Convolution(self.stride, self.padding, (1,) * len(self.kernel), groups=weight_shape[0])
 
 
-KINDS: dict[str, type[Kind]] = {
+OPERATOR_TYPES: dict[str, type[OperatorType]] = {
     "convolution": Convolution,
     "transposed_convolution": TransposedConvolution,
     "linear": Linear,
@@ -256,7 +256,7 @@ KINDS: dict[str, type[Kind]] = {
     "addition": Addition,
     "average_pool": AveragePool,
 }
-KIND_NAMES: dict[type[Kind], str] = {kind: name for name, kind in KINDS.items()}
+TYPE_NAMES: dict[type[OperatorType], str] = {kind: name for name, kind in OPERATOR_TYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -295,7 +295,7 @@ class Operator(nn.Module):
     def __init__(
         self,
         name: str,
-        kind: Kind,
+        kind: OperatorType,
         weight: Tensor,
         bias: Tensor | None,
         input_shapes: tuple[Shape, ...],

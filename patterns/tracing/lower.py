@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.fx import Node
 
 from patterns.operators.operator import (
-    KIND_NAMES,
+    TYPE_NAMES,
     Addition,
     AveragePool,
     Convolution,
-    Kind,
     Linear,
     Operator,
+    OperatorType,
     Scale,
     TransposedConvolution,
     swapped,
@@ -42,7 +42,7 @@ def lift_operators(draft: Draft) -> None:
         if identity not in made:
             name = lifted.name
             if name is None:
-                kind = KIND_NAMES[type(lifted.kind)]
+                kind = TYPE_NAMES[type(lifted.kind)]
                 name = f"{kind}.{orders[kind]}"
                 orders[kind] += 1
             elif name in operators:
@@ -74,7 +74,7 @@ def set_constants_apart(draft: Draft) -> None:
 class Lifted:
     """A linear operation read off a node. `key` tells apart what shares parameters from what does not."""
 
-    kind: Kind
+    kind: OperatorType
     weight: Tensor
     bias: Tensor | None
     inputs: tuple[Node, ...]
@@ -131,7 +131,7 @@ def lift_matmul(draft: Draft, node: Node) -> Lifted | None:
     return Lifted(Linear(), weight.T, None, (x,), operator_name(node, name), (name, opname(node)))  # type: ignore[arg-type]
 
 
-def parametric(draft: Draft, node: Node, a: dict[str, Any], kind: Kind, x: Node) -> Lifted:
+def parametric(draft: Draft, node: Node, a: dict[str, Any], kind: OperatorType, x: Node) -> Lifted:
     names = tuple(n.target for n in (a["weight"], a["bias"]) if n is not None)
     bias = None if a["bias"] is None else draft.parts[a["bias"].target]
     return Lifted(kind, draft.parts[names[0]], bias, (x,), operator_name(node, names[0]), names)

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from patterns import UserError
-from patterns.attribution.methods import method_of, settings_of
+from patterns.attribution import method_of, settings_of
 from ray_jobs.config import MethodsConfig, ModelConfig
 from ray_jobs.io.object_store import located, writable
 

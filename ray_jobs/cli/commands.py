@@ -36,7 +36,7 @@ from ray_jobs.cli.options import (
     Weights,
 )
 from ray_jobs.config import ModelConfig, Resources
-from ray_jobs.units import duration, spoken_bytes
+from ray_jobs.units import duration, format_bytes
 
 MAX_NAME = 60  # characters of a key in a file's name
 
@@ -75,10 +75,9 @@ def plan(
     memory: Memory = None,
 ) -> None:
     """What a model needs: operators, gates, bytes of moments, passes over the data for a given memory."""
-    from patterns.estimation.estimators import parsed, wanted
-    from patterns.moments.moments import planned_bytes
-    from patterns.moments.patches import bytes_of
-    from patterns.operators.operator import KIND_NAMES
+    from patterns.estimation import parsed, wanted
+    from patterns.moments import bytes_of, planned_bytes
+    from patterns.operators import TYPE_NAMES
     from ray_jobs.jobs.fit.memory_plan import model_bytes, passes
     from ray_jobs.models import loading
 
@@ -97,18 +96,18 @@ def plan(
         if operator.gate is not None:
             gate = f"{operator.gate.low:g} < z < {operator.gate.high:g}"
         shape = "×".join(map(str, operator.weight.shape))
-        sizes_of = spoken_bytes(size), spoken_bytes(bytes_of(operator))
-        table.add_row(operator.name, KIND_NAMES[type(operator.kind)], shape, gate, *sizes_of)
+        sizes_of = format_bytes(size), format_bytes(bytes_of(operator))
+        table.add_row(operator.name, TYPE_NAMES[type(operator.kind)], shape, gate, *sizes_of)
     Console(width=None if sys.stdout.isatty() else 120).print(table)
-    say(f"{len(loaded.network.operators)} operators; moments of {spoken_bytes(total)} in each worker and each part")
+    say(f"{len(loaded.network.operators)} operators; moments of {format_bytes(total)} in each worker and each part")
     beside = model_bytes(loaded.network, batch_size)
-    say(f"beside them a worker holds the model and a batch of {batch_size}: about {spoken_bytes(beside)}")
+    say(f"beside them a worker holds the model and a batch of {batch_size}: about {format_bytes(beside)}")
     if memory is not None:
         through = passes(loaded.network, choices, memory, batch_size)
-        say(f"with --memory {spoken_bytes(memory)}: {len(through)} passes over the data")
+        say(f"with --memory {format_bytes(memory)}: {len(through)} passes over the data")
         for number, group in enumerate(through, 1):
             size = sum(planned_bytes(operator, wanted(operator, choices)) for operator in group)
-            say(f"  {number}: {group[0].name} to {group[-1].name}, {spoken_bytes(size)}")
+            say(f"  {number}: {group[0].name} to {group[-1].name}, {format_bytes(size)}")
 
 
 def merge(
@@ -128,9 +127,9 @@ def status(run: RunFolder) -> None:
     """How far a run is, from its files alone: on any machine that sees them, whatever the cluster says."""
     from ray_jobs.runs.lease import BEAT_EVERY
     from ray_jobs.runs.run_folder import Run
-    from ray_jobs.views.status import spoken_status
+    from ray_jobs.views.status import status_lines
 
-    for line in spoken_status(Run(run), time.time(), patience=2 * BEAT_EVERY):
+    for line in status_lines(Run(run), time.time(), patience=2 * BEAT_EVERY):
         say(line)
 
 
@@ -187,7 +186,7 @@ def report(
 
     path = out or beside(runs[0], "report.html")
     write_report(path, runs, samples, classes, seed)
-    say(f"report: {path}, {spoken_bytes(path.stat().st_size)}")
+    say(f"report: {path}, {format_bytes(path.stat().st_size)}")
 
 
 def show(
@@ -234,7 +233,7 @@ def doctor(
     found = examine(resources, listed, place(out) if out else None, patience)
     table = Table("node", "host", "CPUs", "GPUs", "memory free", "disk free", "source", "code", box=None)
     for node in found.nodes:
-        table.add_row(*node.spoken())
+        table.add_row(*node.cells())
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     say(f"{len(found.nodes)} nodes, with room for {found.workers} workers; {len(listed)} shards looked at")
     for trouble in found.troubles:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from patterns import UserError
-from patterns.evaluation.degradation import PATCH, REPLACEMENTS, STEPS
+from patterns.evaluation import PATCH, REPLACEMENTS, STEPS
 from ray_jobs.cli.arguments import fitted, numbers, on_methods, place, say, target, words
 from ray_jobs.cli.options import (
     DEFAULT_FIT,
@@ -203,7 +203,7 @@ def explain(
     """Shards + patterns → explanations, one shard for each input shard."""
     from ray_jobs.data.shard_specs import list_shards
     from ray_jobs.jobs.explain.explain import explain as run_explain
-    from ray_jobs.models.class_names import names_for
+    from ray_jobs.jobs.explain.targets import names_for
 
     of_fit, listed = fitted(patterns, model, weights, precision), list_shards(shards, allow_pipes)
     common = on_methods(of_fit, patterns, listed, out, batch_size, methods, estimator, set_, max_samples, seed)
@@ -245,8 +245,8 @@ def degrade(
 ) -> None:
     """Shards + patterns → how soon predictions fall when what a map says matters is taken away (Figure 4)."""
     from ray_jobs.data.shard_specs import list_shards
+    from ray_jobs.jobs.degrade import area_lines
     from ray_jobs.jobs.degrade import degrade as run_degrade
-    from ray_jobs.jobs.degrade import spoken_areas
 
     of_fit, listed = fitted(patterns, model, weights, precision), list_shards(shards, allow_pipes)
     common = on_methods(of_fit, patterns, listed, out, batch_size, methods, estimator, set_, max_samples, seed)
@@ -254,7 +254,7 @@ def degrade(
         **vars(common), patch=patch_size, steps=steps, replacement=replacement, least_first=least_first
     )
     run = run_degrade(config, resources)
-    for line in spoken_areas(run):
+    for line in area_lines(run):
         say(line)
     done = run.manifest()["degrade"]
     say(f"degrade: {done['samples']} samples, {done['refused']} refused. Curves: {run.folder / 'degradation.png'}")

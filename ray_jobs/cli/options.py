@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from patterns import CHOICES, METHODS
-from patterns.attribution.methods import WITH_PATTERNS
+from patterns.attribution import WITH_PATTERNS
 from ray_jobs.config import FITTED, ExplainConfig, Log, Resources
 from ray_jobs.io.file_systems import expanded
 from ray_jobs.io.object_store import local_file, plain

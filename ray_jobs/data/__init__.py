@@ -1,0 +1,1 @@
+"""From shard specifications to batches."""

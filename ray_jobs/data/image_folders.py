@@ -29,10 +29,10 @@ from ray_jobs.data.samples import (
     extension_of,
     key_of,
     not_decoded,
-    printable,
     refused,
 )
 from ray_jobs.io.file_systems import is_url
+from ray_jobs.units import printable
 
 IMAGES_PER_SHARD = 1000
 SHARD = re.compile(r"(?P<folder>.+)/images-(?P<first>\d{5,})-of-(?P<step>\d{5,})-(?P<digest>[0-9a-f]{8})")

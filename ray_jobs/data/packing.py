@@ -13,7 +13,7 @@ from torchvision.transforms import functional as T
 from webdataset import TarWriter
 
 from patterns import UserError
-from patterns.io.storage import write_aside, write_json
+from patterns.io import write_atomically, write_json
 from ray_jobs.data.image_decoding import formats_of, upright
 from ray_jobs.data.image_folders import keys_of, local_images, no_file
 from ray_jobs.data.labels import numbered
@@ -70,7 +70,7 @@ def pack(images: Path, out: Path, per_shard: int = 1000, crops: int = 0, size: i
                         else:
                             tar.write({"__key__": key, extension_of(image): data_of(images / image), "cls": cls})
 
-            write_aside(folder / f"{number:06d}.tar", write)
+            write_atomically(folder / f"{number:06d}.tar", write)
             shards.append(out / f"{number:06d}.tar")
         write_json(folder / "classes.json", {str(number): name for name, number in classes.items()})
     return shards

@@ -2,8 +2,11 @@
 
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
+
+from ray_jobs.units import encoded, printable
 
 # `__key__`; the bytes of each file by its extension in lower case; `__refused__`, if it must not be used: why.
 Sample = dict[str, Any]
@@ -46,10 +49,6 @@ def key_of(name: str) -> str:
     return UNSAFE.sub(lambda match: "".join(f"%{byte:02X}" for byte in encoded(match[0])), name)
 
 
-def encoded(name: str) -> bytes:
-    return name.encode("utf-8", "surrogateescape")
-
-
 def file_in(sample: Sample, extensions: Iterable[str]) -> str | None:
     """The file of a sample that has one of some extensions, or such a name before it as `image`; None without one.
 
@@ -75,6 +74,16 @@ def seed_of(name: str) -> int:
     return int.from_bytes(blake2b(encoded(name), digest_size=7).digest())
 
 
+@dataclass(frozen=True)
+class Rejected:
+    """A sample that was not used, at which stage (read, decode, model), and why."""
+
+    shard: str
+    key: str
+    stage: str
+    reason: str
+
+
 class SampleError(Exception):
     """A sample that cannot be used; its message says why."""
 
@@ -86,11 +95,6 @@ class ShardError(Exception):
 def refused(key: str, reason: str) -> Sample:
     """A sample that must not be used."""
     return {"__key__": printable(key), "__refused__": reason}
-
-
-def printable(name: str) -> str:
-    r"""A name with the bytes that are not UTF-8 written as \xNN, so that it can stand in any file."""
-    return encoded(name).decode("utf-8", "backslashreplace")
 
 
 def extension_of(name: str) -> str:

@@ -13,10 +13,9 @@ from ray_jobs.config import Preprocessing
 from ray_jobs.data import image_folders, parquet_reader, tar_reader
 from ray_jobs.data.byte_streams import opened, seekable
 from ray_jobs.data.image_decoding import boxes_of, inputs, label_of, seen
-from ray_jobs.data.samples import Box, Sample, SampleError, distinct
+from ray_jobs.data.samples import Box, Rejected, Sample, SampleError, distinct
 from ray_jobs.io.file_systems import translated
 from ray_jobs.io.prefetch import in_order
-from ray_jobs.runs.ledger import Refused
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ class ShardReader:
     only: frozenset[str] | None = None
     skip: frozenset[str] = frozenset()
     threads: int = 1
-    refused: list[Refused] = field(default_factory=list)
+    refused: list[Rejected] = field(default_factory=list)
 
     def __iter__(self) -> Iterator[Batch]:
         taken: list[Used] = []
@@ -93,7 +92,7 @@ class ShardReader:
             closing(in_order(self.used, self.wanted(samples), self.threads)) as found,
         ):
             for used in found:
-                if isinstance(used, Refused):
+                if isinstance(used, Rejected):
                     self.refused.append(used)
                 else:
                     taken.append(used)
@@ -102,7 +101,7 @@ class ShardReader:
                     taken = []
         if taken:
             yield self.batch(taken)
-        self.refused += [Refused(self.shard, key, "read", "the shard has it no more") for key in sorted(self.lacking)]
+        self.refused += [Rejected(self.shard, key, "read", "the shard has it no more") for key in sorted(self.lacking)]
 
     def wanted(self, samples: Iterator[Sample]) -> Iterator[Sample]:
         """Those of a shard's samples that are asked for."""
@@ -112,18 +111,18 @@ class ShardReader:
             if key not in self.skip and (self.only is None or key in self.only):
                 yield sample
 
-    def used(self, sample: Sample) -> Used | Refused:
+    def used(self, sample: Sample) -> Used | Rejected:
         """A sample's key, input, label and boxes, or why it is refused."""
         key = sample["__key__"]
         if reason := sample.get("__refused__"):
-            return Refused(self.shard, key, "read", reason)
+            return Rejected(self.shard, key, "read", reason)
         try:
             label = label_of(sample)
             self.check(label)
             boxes = boxes_of(sample, self.preprocessing) if self.with_boxes else None
             return key, seen(sample, self.preprocessing), label, boxes
         except SampleError as error:
-            return Refused(self.shard, key, "decode", str(error))
+            return Rejected(self.shard, key, "decode", str(error))
 
     def batch(self, taken: list[Used]) -> Batch:
         keys, images, labels, boxes = zip(*taken)

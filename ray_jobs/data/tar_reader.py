@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from ray_jobs.data.samples import MAX_SAMPLE_BYTES, Sample, ShardError, printable
+from ray_jobs.data.samples import MAX_SAMPLE_BYTES, Sample, ShardError
+from ray_jobs.units import printable
 
 BLOCK = tarfile.BLOCKSIZE
 MAX_HEADER_BYTES = 1 << 20  # of one extended header; a path in it has some hundred bytes

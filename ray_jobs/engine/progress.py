@@ -11,6 +11,8 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from ray_jobs.units import format_duration
+
 LINE_EVERY = 15.0  # seconds between the progress lines of a log
 SLOW = 60.0  # seconds after which a shard is named in the progress line
 
@@ -69,17 +71,17 @@ class Reporter:
         words = [f"{counts.samples} samples", f"{counts.samples / max(seconds, 1e-9):.1f} samples/s"]
         if counts.refused:
             words.append(f"{counts.refused} refused")
-        words.append(self.spoken_workers(now))
+        words.append(self.describe_workers(now))
         done = counts.shards - self.first
         if done > 0 and counts.shards < self.total:
-            words.append(f"{spoken(seconds / done * (self.total - counts.shards))} left")
+            words.append(f"{format_duration(seconds / done * (self.total - counts.shards))} left")
         late = [w for w in self.workers.values() if w.shard is not None and now - w.shard_since > SLOW]
         if late:
             longest = min(late, key=lambda worker: worker.shard_since)
-            words.append(f"at {longest.shard} for {spoken(now - longest.shard_since)}")
+            words.append(f"at {longest.shard} for {format_duration(now - longest.shard_since)}")
         return ", ".join([*words, *([self.remark] if self.remark else [])])
 
-    def spoken_workers(self, now: float) -> str:
+    def describe_workers(self, now: float) -> str:
         """How many workers, and how fast each is."""
         workers = list(self.workers.values())
         text = "1 worker" if len(workers) == 1 else f"{len(workers)} workers"
@@ -128,10 +130,3 @@ class Reporter:
         ]
         far = {"job": self.name, "shards": self.counts.shards, "of": self.total}
         return {**far, "samples": self.counts.samples, "state": self.state(), "workers": workers}
-
-
-def spoken(seconds: float) -> str:
-    """A duration as people say it."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -9,20 +9,20 @@ import ray
 
 from patterns import UserError
 from ray_jobs.config import Resources
+from ray_jobs.data.samples import Rejected
 from ray_jobs.engine import metrics, worker_pool
 from ray_jobs.engine.progress import AtWork, Reporter
 from ray_jobs.engine.ray_session import draining, places, worker_options
-from ray_jobs.engine.shard_worker import TELL_EVERY, Place, ShardReport, Share
+from ray_jobs.engine.shard_worker import TELL_EVERY, ShardReport, WorkerInfo, WorkerResources
 from ray_jobs.engine.signals import StoppedShortError, stop_signals
-from ray_jobs.runs.lease import Beat
-from ray_jobs.runs.ledger import Refused
+from ray_jobs.runs.lease import Heartbeat
 
 LOOK_EVERY = 5.0  # seconds between two looks at the cluster's nodes
 SHOW_EVERY = 0.5  # seconds between two looks at how far the job is
 JUDGED = 100  # samples before a running job is stopped because most are rejected; at its end all jobs are judged
 
 
-def judge_samples(folder: str, samples: int, refused: int, example: Callable[[], Refused], allowed: float) -> None:
+def judge_samples(folder: str, samples: int, refused: int, example: Callable[[], Rejected], allowed: float) -> None:
     """End a job that used too few of its samples.
 
     Args:
@@ -57,7 +57,7 @@ class ShardJob:
     def __init__(
         self,
         name: str,
-        beat: Beat,
+        beat: Heartbeat,
         shards: Sequence[str],
         left: list[str],
         resources: Resources,
@@ -92,7 +92,7 @@ class ShardJob:
 
             try:
                 if self.resources.workers == 0:
-                    outcome = worker_pool.alone(self.left, self, worker(*arguments, Share()), over, self.tick)
+                    outcome = worker_pool.alone(self.left, self, worker(*arguments, WorkerResources()), over, self.tick)
                 else:
                     self.options = worker_options(self.resources)
                     self.actor: Any = ray.remote(worker)
@@ -138,7 +138,7 @@ class ShardJob:
         self.look()
         return min(max(self.found, self.resources.min_workers), self.resources.workers or sys.maxsize)
 
-    def leaving(self, told: Place) -> bool:
+    def leaving(self, told: WorkerInfo) -> bool:
         self.look()
         return told.node in self.leavers
 
@@ -148,26 +148,26 @@ class ShardJob:
             self.found, self.leavers, self.looked = places(self.options), draining(), time.monotonic()
 
     def spawn(self) -> Any:
-        share = Share(self.options["num_cpus"], self.options["num_gpus"])
+        share = WorkerResources(self.options["num_cpus"], self.options["num_gpus"])
         return self.actor.options(**self.options).remote(*self.arguments, share)
 
     def task(self, item: str) -> Any:
         """What a worker is told of an item."""
         raise NotImplementedError
 
-    def started(self, told: Place) -> None:
+    def started(self, told: WorkerInfo) -> None:
         now = time.monotonic()
         self.first_ready = min(self.first_ready, now)
         self.reporter.workers[told] = AtWork(told.name, now)
         self.reporter.line(str(told), worker=told.name)
 
-    def gone(self, told: Place, error: Exception | None) -> None:
+    def gone(self, told: WorkerInfo, error: Exception | None) -> None:
         del self.reporter.workers[told]
         reason = "left its node" if error is None else " ".join(str(error).split())
         self.reporter.line(f"{told.name} is gone: {reason}", worker=told.name)
         self.count("lost_workers", error is not None, told.name)
 
-    def began(self, item: str, by: Place) -> None:
+    def began(self, item: str, by: WorkerInfo) -> None:
         work = self.at_work[item] = self.reporter.workers[by]
         work.shard, work.shard_since, work.shard_samples, work.shard_waited = item, time.monotonic(), 0, 0.0
 

@@ -18,7 +18,7 @@ from patterns.compilation import RECORDED, mode_options
 from ray_jobs.config import ModelConfig, Resources
 from ray_jobs.data.shard_reader import Batch, ShardReader
 from ray_jobs.engine.ray_session import worker_gpus
-from ray_jobs.io.prefetch import Ahead
+from ray_jobs.io.prefetch import Prefetcher
 from ray_jobs.models import loading
 
 TELL_EVERY = 3.0  # seconds between two words of how far a worker is with a shard
@@ -27,7 +27,7 @@ MOST_DECODERS = 4  # more wait for Python's lock: fifteen decoded no more than f
 
 
 @dataclass(frozen=True)
-class Place:
+class WorkerInfo:
     """Where a worker runs. gpus: its CUDA_VISIBLE_DEVICES; empty where Ray set none.  node: Ray's name of its node."""
 
     host: str
@@ -47,16 +47,18 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Share:
+class WorkerResources:
     """What of the machine Ray gave a worker."""
 
     cpus: float = 1.0
     gpus: float = 0.0
 
-    def place(self) -> Place:
+    def place(self) -> WorkerInfo:
         """Where this process runs."""
         node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
-        return Place(socket.gethostname(), os.getpid(), self.device(), os.environ.get("CUDA_VISIBLE_DEVICES", ""), node)
+        return WorkerInfo(
+            socket.gethostname(), os.getpid(), self.device(), os.environ.get("CUDA_VISIBLE_DEVICES", ""), node
+        )
 
     def device(self) -> str:
         """The GPU that Ray gave this process, or the CPU where it gave none or there is none in truth."""
@@ -95,7 +97,7 @@ class ShardReport:
     waited: float = 0.0
 
 
-class Stream:
+class BatchStream:
     """A shard's batches, which knows how many came, how long they were waited for, and when to tell of it.
 
     They are decoded while those before are worked on, in memory that a GPU copies from by itself.
@@ -107,7 +109,7 @@ class Stream:
             return replace(batch, images=batch.images.pin_memory()) if device.type == "cuda" else batch
 
         self.reader, self.count, self.waited, self.told = reader, 0, 0.0, 0.0
-        self.ahead = Ahead(map(pinned, reader), after)
+        self.ahead = Prefetcher(map(pinned, reader), after)
 
     def __iter__(self) -> Iterator[Batch]:
         before = self.told = time.monotonic()
@@ -141,11 +143,11 @@ class ShardWorker(Generic[Task]):
 
     loaded: loading.Loaded
 
-    def __init__(self, share: Share) -> None:
+    def __init__(self, share: WorkerResources) -> None:
         self.share = share
-        self.following: tuple[Task, Stream] | None = None
+        self.following: tuple[Task, BatchStream] | None = None
 
-    def place(self) -> Place:
+    def place(self) -> WorkerInfo:
         """Where this worker runs."""
         return self.share.place()
 
@@ -153,15 +155,15 @@ class ShardWorker(Generic[Task]):
         """What reads a task's shard."""
         raise NotImplementedError
 
-    def stream(self, task: Task, following: Task | None) -> Stream:
+    def stream(self, task: Task, following: Task | None) -> BatchStream:
         """A task's batches. Those of the one that is likely to follow are begun as soon as these are decoded."""
         begun = self.following
         if begun is None or begun[0] != task or begun[1].ahead.failed:  # what failed may be mended by now
             self.close(wait=0)  # it may hang in what it reads
-            begun = task, Stream(self.reader(task), self.loaded.device)
+            begun = task, BatchStream(self.reader(task), self.loaded.device)
         (_, now), self.following = begun, None
         if following is not None:
-            self.following = following, Stream(self.reader(following), self.loaded.device, now.ahead.made)
+            self.following = following, BatchStream(self.reader(following), self.loaded.device, now.ahead.made)
         return now
 
     def close(self, wait: float = LEAVE) -> None:

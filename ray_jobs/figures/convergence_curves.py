@@ -10,9 +10,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from patterns.estimation.estimators import Solution
-from patterns.estimation.jackknife import Look
-from patterns.io.storage import write_table
+from patterns.estimation import ConvergenceCheck, Solution
+from patterns.io import write_table
 from ray_jobs.figures.drawing import save_figure
 
 # A row for each look, operator (in the model's order) and row of ESTIMATORS that looks at data.
@@ -33,7 +32,7 @@ SCHEMA = pa.schema(
 FARTHEST = 100  # times the images so far that the picture looks ahead
 
 
-def rows_of(samples: int, operator: str, look: Look, before: Solution | None) -> pa.Table:
+def rows_of(samples: int, operator: str, look: ConvergenceCheck, before: Solution | None) -> pa.Table:
     """The rows of one operator's look after so many images; before: the solution of the look before."""
     changes = look.changes(before) if before else {}
     rows = [

@@ -7,9 +7,8 @@ from typing import Any
 import matplotlib
 import pyarrow as pa
 
-from patterns.attribution.methods import BASELINES
-from patterns.attribution.rendering import Shown
-from patterns.io.storage import write_aside
+from patterns.attribution import BASELINES, Shown
+from patterns.io import write_atomically
 
 
 def draw_grid(path: Path, rows: Sequence[Shown], columns: int = 2, scale: float = 1.3) -> None:
@@ -132,4 +131,4 @@ def draw_degradation(path: Path, curves: pa.Table) -> None:
 def save_figure(path: Path, figure: Any) -> None:
     """Write a figure of matplotlib's, its kind by the file's name."""
     with matplotlib.rc_context({"savefig.facecolor": "white"}):
-        write_aside(path, lambda aside: figure.savefig(aside, format=path.suffix[1:]))
+        write_atomically(path, lambda aside: figure.savefig(aside, format=path.suffix[1:]))

@@ -18,8 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from patterns import UserError
-from patterns.io.storage import aside_of
-from ray_jobs.data.samples import printable
+from patterns.io import temporary_path
 from ray_jobs.io.file_systems import (
     answer,
     as_user_error,
@@ -31,6 +30,7 @@ from ray_jobs.io.file_systems import (
     scheme_of,
     translated,
 )
+from ray_jobs.units import printable
 
 READ_ONLY = {"http", "https"}
 
@@ -250,7 +250,7 @@ def published(folder: Location) -> Iterator[Path]:
     """Give a folder of this machine; what is written into it stands in `folder` afterwards.
 
     If `folder` is on this machine it is the same, and files get their names when they are complete (see
-    `patterns.io.storage.aside_of`); else each file is put there as one object. UserError if that fails.
+    `patterns.io.storage.temporary_path`); else each file is put there as one object. UserError if that fails.
     """
     if folder.local is not None:
         with written(str(folder)):
@@ -305,7 +305,7 @@ def read_table(path: Location) -> pa.Table:
 
 def copy(source: Location, folder: Location) -> None:
     """Put a file's content under the same name into a folder."""
-    with fetched(source) as local, published(folder) as out, aside_of(out / source.name) as aside:
+    with fetched(source) as local, published(folder) as out, temporary_path(out / source.name) as aside:
         shutil.copyfile(local, aside)
 
 

@@ -22,7 +22,7 @@ AHEAD = 2  # batches that lie ready while one is worked on, and results that wai
 POLL = 0.1  # seconds between two looks whether a thread that waits is to end
 
 
-class Ahead(Generic[T]):
+class Prefetcher(Generic[T]):
     """The same items, made in a thread of their own while those before are worked on.
 
     after: when to begin.  count: how many lie ready at most. An error comes where the item would have come.
@@ -72,10 +72,10 @@ class Ahead(Generic[T]):
                 return
 
 
-class Behind:
+class WriteBehind:
     """Does things in order in a thread of its own, while the next are prepared; at most a few wait."""
 
-    def __enter__(self) -> "Behind":
+    def __enter__(self) -> "WriteBehind":
         self.pool = ThreadPoolExecutor(1, initializer=by_itself)
         self.waiting: deque[Future[None]] = deque()
         return self

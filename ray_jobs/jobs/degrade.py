@@ -12,21 +12,22 @@ import torch
 from torch import Tensor
 
 from patterns import UserError
-from patterns.attribution.methods import BASELINES, method_of, settings_of
-from patterns.evaluation.degradation import REPLACEMENTS, area_over, degraded, patch_of, patch_sums, spoken_for, turns
-from patterns.io.storage import write_table
+from patterns.attribution import BASELINES, method_of, settings_of
+from patterns.evaluation import REPLACEMENTS, area_over, degraded, patch_of, patch_sums, relevance_of, turns
+from patterns.io import write_table
 from ray_jobs.config import DegradeConfig, Preprocessing, Resources
-from ray_jobs.data.samples import printable, seed_of
+from ray_jobs.data.samples import seed_of
 from ray_jobs.data.shard_reader import Batch, ShardReader
 from ray_jobs.engine.ray_session import connected
-from ray_jobs.engine.shard_worker import ShardReport, ShardWorker, Share, Stream
+from ray_jobs.engine.shard_worker import BatchStream, ShardReport, ShardWorker, WorkerResources
 from ray_jobs.figures.drawing import draw_degradation
 from ray_jobs.io.object_store import published, read_table
 from ray_jobs.jobs.explain.explain import Scales, explainer
 from ray_jobs.jobs.per_shard_job import ShardTask, enough_used, shard_by_shard
 from ray_jobs.models import loading
-from ray_jobs.runs.lease import driving, tidy
+from ray_jobs.runs.lease import hold_lease, tidy
 from ray_jobs.runs.run_folder import Run, write_refused
+from ray_jobs.units import printable
 
 SURE = 1.959964  # standard errors that a confidence band of 95 % reaches to each side
 
@@ -60,7 +61,7 @@ class DegradeWorker(ShardWorker[ShardTask]):
         config: DegradeConfig,
         weights: loading.ModelDigests,
         scales: Scales,
-        share: Share = Share(),  # noqa: B008 - frozen
+        share: WorkerResources = WorkerResources(),  # noqa: B008 - frozen
     ) -> None:
         super().__init__(share)
         self.config, self.weights, self.scales = config, weights, scales
@@ -92,7 +93,7 @@ class DegradeWorker(ShardWorker[ShardTask]):
             write_table(folder / out.rows, ROWS, [pa.Table.from_pylist(rows, ROWS)])
         yield stream.report(samples)
 
-    def degrade(self, batch: Batch, stream: Stream) -> Iterator[list[dict[str, Any]] | None]:
+    def degrade(self, batch: Batch, stream: BatchStream) -> Iterator[list[dict[str, Any]] | None]:
         """The rows of a batch, method by method; None now and then between, when it is time to tell."""
         config = self.config
         images = batch.images.to(self.loaded.device, non_blocking=True)
@@ -101,7 +102,7 @@ class DegradeWorker(ShardWorker[ShardTask]):
         replaced = REPLACEMENTS[config.replacement](images, config.patch, black(self.loaded.preprocessing))
         where = patch_of(images.shape[2], images.shape[3], config.patch).to(images.device)
         for method, maps in explanation.maps.items():
-            turn = turns(patch_sums(spoken_for(method, maps), config.patch), config.least_first)[:, where]
+            turn = turns(patch_sums(relevance_of(method, maps), config.patch), config.least_first)[:, where]
             curve = [probability[:, None]]
             for steps in torch.arange(1, config.steps + 1).split(max(1, config.batch_size // len(images))):
                 curve.append(self.probabilities(degraded(images, replaced, turn, steps.to(images.device)), prediction))
@@ -166,7 +167,7 @@ def degrade(config: DegradeConfig, resources: Resources = Resources()) -> Run:  
         return run
     fits(config, loaded)
     made = explainer(config, loaded, None, section.get("scales", {}))
-    with driving(run, "degrade") as beat, connected(resources):
+    with hold_lease(run, "degrade") as beat, connected(resources):
         section |= {"scales": made.scales, "settings": made.settings}
         run.record("degrade", section, loaded)
         passes = config.steps * len(config.methods)
@@ -237,7 +238,7 @@ def added(tables: Iterable[pa.Table], means: dict[str, Mean]) -> Iterator[pa.Tab
         yield table
 
 
-def spoken_areas(run: Run) -> list[str]:
+def area_lines(run: Run) -> list[str]:
     """A finished job's areas in words, the largest first."""
     areas: dict[str, dict[str, float | None]] = run.manifest()["degrade"]["areas"]
 

@@ -13,21 +13,21 @@ import torch
 from torch import Tensor
 
 from patterns import Network, UserError
-from patterns.estimation.observer import Observation
-from patterns.io.safetensors_stream import TensorFile
-from patterns.io.storage import merge_moments, save_moments, write_json
+from patterns.estimation import Observation
+from patterns.io import TensorFile, merge_moments, save_moments, write_json
 from ray_jobs.config import ModelConfig, Resources, equal_share
-from ray_jobs.data.samples import printable, seed_of
+from ray_jobs.data.samples import Rejected, seed_of
 from ray_jobs.data.shard_reader import ShardReader
 from ray_jobs.engine.ray_tasks import Pending, Tasks
 from ray_jobs.engine.shard_job import ShardJob, judge_samples
-from ray_jobs.engine.shard_worker import ShardReport, ShardWorker, Share, Stream
+from ray_jobs.engine.shard_worker import BatchStream, ShardReport, ShardWorker, WorkerResources
 from ray_jobs.io.file_systems import translated
 from ray_jobs.io.object_store import Location, located, names, published, remove
 from ray_jobs.models.loading import ModelDigests
-from ray_jobs.runs.lease import Beat
-from ray_jobs.runs.ledger import Ledger, Part, Refused, together
+from ray_jobs.runs.lease import Heartbeat
+from ray_jobs.runs.ledger import Ledger, PartialMoments, together
 from ray_jobs.runs.run_folder import refused_in, write_refused
+from ray_jobs.units import printable
 
 Observe = Callable[[Network], Observation[Any]]
 MOST_PARTS = 32  # that lie in a folder; more are merged while the job goes on
@@ -37,7 +37,7 @@ FLUSH_SHARE = 100  # the ledger is left alone so many times as long as writing i
 
 
 @dataclass(frozen=True)
-class Gathering:
+class MomentsSpec:
     """What to take moments of, and the folder for the parts and their ledger.
 
     most: samples at most, an equal share of each shard.
@@ -66,10 +66,10 @@ def check_finite(shard: str, keys: Sequence[str], finite: Tensor) -> None:
         raise NotFiniteError(shard, bad)
 
 
-class GatherTask(NamedTuple):
-    """What a worker is told of a shard. number: the shard's.  only: the keys to use; None: all.  round: see Gathering.
+class MomentsTask(NamedTuple):
+    """The work on one shard.
 
-    most: samples at most.
+    number: the shard's.  only: the keys to use; None: all.  round: see MomentsSpec.  most: samples at most.
     """
 
     number: int
@@ -79,7 +79,7 @@ class GatherTask(NamedTuple):
     round: int = 0
 
 
-class GatherWorker(ShardWorker[GatherTask]):
+class MomentsWorker(ShardWorker[MomentsTask]):
     """Holds the model and the moments not yet committed. Losing it loses nothing that counts."""
 
     def __init__(
@@ -89,7 +89,7 @@ class GatherWorker(ShardWorker[GatherTask]):
         batch_size: int,
         observe: Observe,
         weights: ModelDigests,
-        share: Share = Share(),  # noqa: B008 - frozen
+        share: WorkerResources = WorkerResources(),  # noqa: B008 - frozen
     ) -> None:
         super().__init__(share)
         self.folder, self.batch_size = located(folder), batch_size
@@ -106,9 +106,9 @@ class GatherWorker(ShardWorker[GatherTask]):
         self.observation.reset()
         self.shards: list[int] = []
         self.samples = 0
-        self.refused: list[Refused] = []
+        self.refused: list[Rejected] = []
 
-    def reader(self, task: GatherTask) -> ShardReader:
+    def reader(self, task: MomentsTask) -> ShardReader:
         loaded = self.loaded
         return ShardReader(
             task.shard,
@@ -120,7 +120,7 @@ class GatherWorker(ShardWorker[GatherTask]):
             threads=self.share.decoders,
         )
 
-    def work(self, task: GatherTask, following: GatherTask | None = None) -> Iterator[ShardReport]:
+    def work(self, task: MomentsTask, following: MomentsTask | None = None) -> Iterator[ShardReport]:
         """Add the moments of a shard, or of some of its samples only, telling now and then how far it is.
 
         On any error, everything not committed is dropped. Samples for which the model's output is not finite
@@ -140,18 +140,18 @@ class GatherWorker(ShardWorker[GatherTask]):
                         raise
                     self.observation.reset()
                     spoilt |= error.keys
-                    stream = Stream(replace(self.reader(task), skip=spoilt), self.loaded.device)
+                    stream = BatchStream(replace(self.reader(task), skip=spoilt), self.loaded.device)
         except BaseException:
             self.forget()
             raise
         reason = "the model's output is not finite"
-        unfit = [Refused(task.shard, key, "model", reason) for key in sorted(spoilt)]
+        unfit = [Rejected(task.shard, key, "model", reason) for key in sorted(spoilt)]
         self.shards.append(task.number)
         self.samples += samples
         self.refused += [*stream.reader.refused, *unfit]
         yield stream.report(samples, len(unfit))
 
-    def observe(self, shard: str, stream: Stream) -> Generator[ShardReport, None, int]:
+    def observe(self, shard: str, stream: BatchStream) -> Generator[ShardReport, None, int]:
         """Add a shard's batches; gives how many samples they had. NotFiniteError where the model's output is not.
 
         Each batch's outputs are looked at after the next was begun, so that a GPU never waits for the question.
@@ -171,21 +171,21 @@ class GatherWorker(ShardWorker[GatherTask]):
         self.observation.settle()
         return samples
 
-    def commit(self) -> Part:
+    def commit(self) -> PartialMoments:
         """Write the moments as a part. It counts once the driver has put it into the ledger."""
-        part = Part(new_part(), tuple(self.shards), self.samples, len(self.refused), self.round)
+        part = PartialMoments(new_part(), tuple(self.shards), self.samples, len(self.refused), self.round)
         save_part(self.folder, part, self.observation.tensors(), self.loaded.digest, self.refused)
         self.forget()
         return part
 
 
-class GatherJob(ShardJob):
+class MomentsJob(ShardJob):
     """The driver's side: the ledger and its file, and the merging of parts where they become many."""
 
-    def __init__(self, name: str, beat: Beat, task: Gathering, tasks: Tasks, resources: Resources) -> None:
+    def __init__(self, name: str, beat: Heartbeat, task: MomentsSpec, tasks: Tasks, resources: Resources) -> None:
         self.gathering, self.tasks, self.parts = task, tasks, located(task.folder)
         self.ledger = read_ledger(self.parts)
-        self.fresh: list[Part] = []  # parts that are to be put into the ledger
+        self.fresh: list[PartialMoments] = []  # parts that are to be put into the ledger
         self.flushed = self.flush_cost = 0.0  # when the ledger was last written, and how long that took
         self.numbers = {shard: number for number, shard in enumerate(task.shards)}
         wanted: Sequence[int] = range(len(task.shards))
@@ -204,7 +204,7 @@ class GatherJob(ShardJob):
         """Work until every shard counts, or is missing. UserError where no sample of any shard could be used."""
         task = self.gathering
         try:
-            self.run(GatherWorker, task.model, task.folder, task.batch_size, observe, weights)
+            self.run(MomentsWorker, task.model, task.folder, task.batch_size, observe, weights)
             self.flush()
             self.tick()  # parts may still be many
             while not self.idle():
@@ -231,16 +231,16 @@ class GatherJob(ShardJob):
         allowed = self.resources.max_bad_fraction if self.gathering.round == 0 else 1.0
         judge_samples(self.folder, samples, refused, lambda: self.rejected()[0], allowed)
 
-    def rejected(self) -> list[Refused]:
+    def rejected(self) -> list[Rejected]:
         """The samples that were rejected until now."""
         return read_refused(self.parts, self.ledger, self.gathering.shards)
 
-    def task(self, item: str) -> GatherTask:
+    def task(self, item: str) -> MomentsTask:
         task, number = self.gathering, self.numbers[item]
         most = equal_share(task.most, number, len(task.shards))
-        return GatherTask(number, item, most, self.refused.get(item), task.round)
+        return MomentsTask(number, item, most, self.refused.get(item), task.round)
 
-    def counts(self, items: list[str], told: Part) -> None:
+    def counts(self, items: list[str], told: PartialMoments) -> None:
         if sorted(told.shards) != sorted(self.numbers[item] for item in items):
             raise RuntimeError(f"{told.file} holds {told.shards}, not {items}")
         self.fresh.append(told)
@@ -322,7 +322,7 @@ def beside(file: str) -> str:
 
 
 def save_part(
-    folder: Location, part: Part, tensors: dict[str, Tensor], weights: str, refused: Sequence[Refused]
+    folder: Location, part: PartialMoments, tensors: dict[str, Tensor], weights: str, refused: Sequence[Rejected]
 ) -> None:
     """Write a part and, where it refused samples, the table of them."""
     with published(folder) as out:
@@ -336,7 +336,7 @@ def remove_part(folder: Location, file: str) -> None:
     remove(folder / beside(file))
 
 
-def merge_parts(where: str, parts: Sequence[Part]) -> Part:
+def merge_parts(where: str, parts: Sequence[PartialMoments]) -> PartialMoments:
     """Write one part in the place of several, without having more than two of their tensors in memory."""
     torch.set_num_threads(1)
     folder, merged = located(where), together(new_part(), parts)
@@ -359,7 +359,7 @@ def read_ledger(folder: Location) -> Ledger:
         return Ledger()
 
 
-def read_refused(folder: Location, ledger: Ledger, shards: Sequence[str], before: int | None = None) -> list[Refused]:
+def read_refused(folder: Location, ledger: Ledger, shards: Sequence[str], before: int | None = None) -> list[Rejected]:
     """The samples refused to this day, or before a round: the last word on each shard counts."""
     parts = sorted((p for p in ledger.parts if before is None or p.round < before), key=lambda part: part.round)
     last = {shards[number]: part.round for part in parts for number in part.shards}
@@ -369,7 +369,7 @@ def read_refused(folder: Location, ledger: Ledger, shards: Sequence[str], before
     return [row for part, row in found if part.round == last[row.shard]]
 
 
-def refused_keys(refused: Iterable[Refused]) -> dict[str, frozenset[str]]:
+def refused_keys(refused: Iterable[Rejected]) -> dict[str, frozenset[str]]:
     """The keys of refused samples by shard."""
     keys: dict[str, set[str]] = {}
     for row in refused:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from ray_jobs.config import MethodsConfig, Resources, equal_share
 from ray_jobs.engine.shard_job import ShardJob, judge_samples
 from ray_jobs.io.object_store import names
-from ray_jobs.runs.lease import Beat
+from ray_jobs.runs.lease import Heartbeat
 from ray_jobs.runs.map_files import Outputs, outputs
 from ray_jobs.runs.run_folder import Run, refused_in
 
@@ -18,11 +18,11 @@ class ShardTask(NamedTuple):
     most: int | None = None
 
 
-class ShardwiseJob(ShardJob):
+class PerShardJob(ShardJob):
     """The driver's side: where the files of each shard go, and of how many samples they are."""
 
     def __init__(
-        self, name: str, beat: Beat, config: MethodsConfig, outs: dict[str, Outputs], resources: Resources
+        self, name: str, beat: Heartbeat, config: MethodsConfig, outs: dict[str, Outputs], resources: Resources
     ) -> None:
         there = {folder: set(names(folder)) for folder in {out.folder for out in outs.values()}}
         left = [shard for shard, out in outs.items() if out.rows not in there[out.folder]]
@@ -36,7 +36,7 @@ class ShardwiseJob(ShardJob):
 
 def shard_by_shard(
     name: str,
-    beat: Beat,
+    beat: Heartbeat,
     config: MethodsConfig,
     resources: Resources,
     kind: str,
@@ -51,7 +51,7 @@ def shard_by_shard(
     are put in quarantine. Raises what a job raises; `enough_used` then judges how many samples were used.
     """
     outs = outputs(config.out, config.shards, kind)
-    job = ShardwiseJob(name, beat, config, outs, resources)
+    job = PerShardJob(name, beat, config, outs, resources)
     if job.left:
         job.reporter.line(line)
     job.run(worker, config, *more)

@@ -16,19 +16,18 @@ import torch
 from torch import Tensor
 
 from patterns import Network, Operator, PatchMoments, PatchObserver, UserError
-from patterns.estimation.estimators import chosen, selected
-from patterns.estimation.signal_quality import CUTOFF, quality, signals
-from patterns.io.storage import write_table
-from patterns.moments.patches import bytes_of
+from patterns.estimation import CUTOFF, chosen, quality, selected, signals
+from patterns.io import write_table
+from patterns.moments import bytes_of
 from ray_jobs.config import QualityConfig, Resources
+from ray_jobs.data.samples import Rejected
 from ray_jobs.engine.ray_session import connected
 from ray_jobs.figures.drawing import draw_quality
 from ray_jobs.io.object_store import published, read_table
-from ray_jobs.jobs.moments_job import Gathering, GatherJob, apart
+from ray_jobs.jobs.moments_job import MomentsJob, MomentsSpec, apart
 from ray_jobs.jobs.reduction import TASK_BYTES, grouped, merged
 from ray_jobs.models import loading
-from ray_jobs.runs.lease import driving
-from ray_jobs.runs.ledger import Refused
+from ray_jobs.runs.lease import hold_lease
 from ray_jobs.runs.run_folder import Run, load_patterns
 
 # An operator whose Gram matrix takes more is judged only where it is named.
@@ -85,14 +84,14 @@ def measure(config: QualityConfig, resources: Resources = Resources()) -> Run:  
     sets = {"regressed": config.shards, "evaluated": config.evaluate}
     parts: list[list[str]] = []
     counted: dict[str, int] = {}
-    refused: list[Refused] = []
+    refused: list[Rejected] = []
     missing: dict[str, str] = {}
-    with driving(run, "quality") as beat, connected(resources) as tasks:
+    with hold_lease(run, "quality") as beat, connected(resources) as tasks:
         run.record("quality", section, loaded)
         for name, shards in sets.items():
             folder = run.folder / "quality" / name
-            task = Gathering(config.model, shards, str(folder), config.batch_size, config.max_samples)
-            job = GatherJob(f"quality, {name}", beat, task, tasks, resources)
+            task = MomentsSpec(config.model, shards, str(folder), config.batch_size, config.max_samples)
+            job = MomentsJob(f"quality, {name}", beat, task, tasks, resources)
             observe = partial(observer, names, config.positions, config.seed)
             try:
                 ledger = job.gather(observe, loaded.digests)

@@ -4,14 +4,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TypeVar
 
-from patterns import Moments, Operator, Solution, solve
-from patterns.io.safetensors_stream import TensorFile
-from patterns.io.storage import M, load_moments
-from patterns.moments.moments import Wanted, planned_bytes
+from patterns import Moments, Operator, PatchMoments, Solution, solve
+from patterns.io import TensorFile, load_moments
+from patterns.moments import Wanted, planned_bytes
 from ray_jobs.engine.ray_tasks import Tasks
 from ray_jobs.io.object_store import located
 
 TASK_BYTES = 256 << 20  # of moments that one task holds at a time, unless one operator's are more
+M = TypeVar("M", Moments, PatchMoments)
 T = TypeVar("T")
 
 

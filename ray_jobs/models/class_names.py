@@ -5,8 +5,9 @@ from typing import Any
 
 from patterns import UserError
 from ray_jobs.io.object_store import content_of
-from ray_jobs.jobs.explain.targets import AGAINST, Names, named
 from ray_jobs.models.libraries import torchvision_classes
+
+Names = tuple[tuple[str, int], ...]  # names of classes with their numbers; two classes may share a name
 
 FORMS = 'Write ["tench", "goldfish"], {"0": "tench"}, {"tench": 0} or {"0": ["n01440764", "tench"]}, or a name a line.'
 
@@ -64,18 +65,6 @@ def from_object(read: dict[str, Any], file: str) -> Names:
             raise UserError(f"--classes {file}", what, FORMS)
         found += [(name, int(number)) for name in names]
     return tuple(found)
-
-
-def names_for(target: str, spec: str, file: str | None) -> Names:
-    """Return the names of classes that a target may need.
-
-    A file of names is read for every target, because a name in it may be a word that targets use, but then only such
-    names are returned.
-    """
-    if named(target):
-        return class_names(spec, file)
-    found = () if file is None else class_names(spec, file)
-    return tuple((name, number) for name, number in found if name in (target, *target.split(AGAINST)))
 
 
 def captions(names: Names) -> dict[int, str]:

@@ -17,7 +17,7 @@ from ray_jobs.engine.ray_session import connected, places, worker_options
 from ray_jobs.io.object_store import located, published, remove
 from ray_jobs.ops import node_probe
 from ray_jobs.ops.node_probe import Facts
-from ray_jobs.units import spoken_bytes
+from ray_jobs.units import format_bytes
 
 EVERYWHERE = 16  # shards that every node tries; of more, each node tries its share beside them
 NAMED = 4  # nodes with the same trouble that are named
@@ -39,7 +39,7 @@ class Node:
     lost: str = ""
     skew: float = 0.0
 
-    def spoken(self) -> list[str]:
+    def cells(self) -> list[str]:
         """Address, host, CPUs, GPUs, free memory and disk, bytes a second of the source, and version of the code."""
         if self.facts is None:
             return [self.address, "?", *["-"] * 6]
@@ -47,9 +47,9 @@ class Node:
         total, used = facts["memory"] or (0, 0)
         free = min((free for _, free in (facts["disks"] or {}).values()), default=0)
         gpus = ", ".join(name for name, _, _ in facts["gpus"] or ()) or "-"
-        speed = f"{spoken_bytes(int(facts['speed']))}/s" if facts["speed"] else "-"
+        speed = f"{format_bytes(int(facts['speed']))}/s" if facts["speed"] else "-"
         version = f"{(facts['packages'] or {}).get('patternnet-ray', '-')} {facts['code'] or ''}"
-        room = spoken_bytes(total - used), spoken_bytes(free)
+        room = format_bytes(total - used), format_bytes(free)
         return [self.address, facts["host"] or "?", f"{self.offered.get('CPU', 0):g}", gpus, *room, speed, version]
 
 
@@ -161,13 +161,13 @@ def of_node(node: Node, out: str | None) -> Iterator[UserError]:
     for place, (total, free) in (facts["disks"] or {}).items():
         rays = place != out
         if free < ROOM or (rays and free < (1 - most_disk) * total):
-            what = f"the disk of {place} is full: {spoken_bytes(free)} of {spoken_bytes(total)} are free"
+            what = f"the disk of {place} is full: {format_bytes(free)} of {format_bytes(total)} are free"
             rule = f"; on a disk of Ray's that is {100 * most_disk:g} % full it starts nothing" if rays else ""
             yield UserError(where, what, f"Make room{rule}.")
     if facts["memory"]:
         total, used = facts["memory"]
         if total - used < MEMORY or used > most_memory * total:
-            what = f"{spoken_bytes(total - used)} of {spoken_bytes(total)} memory are free"
+            what = f"{format_bytes(total - used)} of {format_bytes(total)} memory are free"
             rule = f"Ray kills workers on a node that is {100 * most_memory:g} % full"
             yield UserError(where, what, f"End what else runs there; {rule}.")
     yield from of_gpus(node, where)

@@ -13,7 +13,7 @@ from typing import Any
 from uuid import uuid4
 
 from patterns import UserError
-from patterns.io.storage import write_json
+from patterns.io import write_json
 from ray_jobs.io.object_store import published
 from ray_jobs.runs.run_folder import PROGRESS, Run
 
@@ -84,7 +84,7 @@ def space() -> str:
         return ""
 
 
-class Beat:
+class Heartbeat:
     """Notes now and then, from a thread of its own, what was last `told` of a job."""
 
     def __init__(self, run: Run, driver: Driver, job: str) -> None:
@@ -118,7 +118,7 @@ def tidy(run: Run) -> None:
     """Delete what the last driver left half written, if it died with its work done."""
     before = run.progress()
     if before.get("driver") and not before.get("ended") and Driver(**before["driver"]).gone():
-        with driving(run, before["job"]):
+        with hold_lease(run, before["job"]):
             run.clean()
 
 
@@ -152,11 +152,11 @@ def change(run: Run, first: dict[str, Any], patience: float, pause: float) -> di
 
 
 @contextmanager
-def driving(run: Run, job: str) -> Iterator[Beat]:
+def hold_lease(run: Run, job: str) -> Iterator[Heartbeat]:
     """Drive a job of a run. UserError if another driver does."""
     if other := working(run, STALE, WATCH_EVERY):
         raise UserError(str(run.folder), f"{other} works on it", "Wait until it ends, or stop it.")
-    beat = Beat(run, Driver.this(), job)
+    beat = Heartbeat(run, Driver.this(), job)
     beat.note()
     beat.thread.start()
     try:

@@ -10,17 +10,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Refused:
-    """A sample that was not used, at which stage (read, decode, model), and why."""
-
-    shard: str
-    key: str
-    stage: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Part:
+class PartialMoments:
     """Moments of some shards, written once to `file`.
 
     round: 0 for whole shards; n for the n-th time that the samples refused until then were tried again.
@@ -38,9 +28,9 @@ class Part:
 class Ledger:
     """The parts that count; in each round, each shard is in at most one of them."""
 
-    parts: tuple[Part, ...] = ()
+    parts: tuple[PartialMoments, ...] = ()
 
-    def commit(self, *parts: Part) -> "Ledger":
+    def commit(self, *parts: PartialMoments) -> "Ledger":
         """The ledger with these parts too.
 
         ValueError if a shard of one counts already in its round, or is tried again before it counts.
@@ -55,7 +45,7 @@ class Ledger:
             there.update(part.shards)
         return Ledger((*self.parts, *parts))
 
-    def merge(self, files: Collection[str], merged: Part) -> "Ledger":
+    def merge(self, files: Collection[str], merged: PartialMoments) -> "Ledger":
         """The ledger with one part in the place of several that hold the same.
 
         ValueError if it does not name just their shards and samples, or they are not all here.
@@ -81,22 +71,22 @@ class Ledger:
 
     def to_json(self) -> dict[str, Any]:
         """For the ledger's file."""
-        return {"parts": [{**vars(part), "shards": spoken(part.shards)} for part in self.parts]}
+        return {"parts": [{**vars(part), "shards": format_numbers(part.shards)} for part in self.parts]}
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> "Ledger":
         """The inverse of to_json."""
-        return Ledger(tuple(Part(**{**part, "shards": numbers(part["shards"])}) for part in value["parts"]))
+        return Ledger(tuple(PartialMoments(**{**part, "shards": numbers(part["shards"])}) for part in value["parts"]))
 
 
-def together(file: str, parts: Collection[Part]) -> Part:
+def together(file: str, parts: Collection[PartialMoments]) -> PartialMoments:
     """What a file of several parts' sums holds. ValueError for parts of different rounds."""
     (round_,) = {part.round for part in parts}
     shards = tuple(sorted(s for part in parts for s in part.shards))
-    return Part(file, shards, sum(p.samples for p in parts), sum(p.refused for p in parts), round_)
+    return PartialMoments(file, shards, sum(p.samples for p in parts), sum(p.refused for p in parts), round_)
 
 
-def spoken(shards: Collection[int]) -> str:
+def format_numbers(shards: Collection[int]) -> str:
     """Numbers as people write them: `0-4,7`."""
     ordered = sorted(shards)
     firsts = [b for a, b in pairwise([-2, *ordered]) if b > a + 1]
@@ -105,6 +95,6 @@ def spoken(shards: Collection[int]) -> str:
 
 
 def numbers(text: str) -> tuple[int, ...]:
-    """The inverse of `spoken`: the numbers in order."""
+    """The inverse of `format_numbers`: the numbers in order."""
     spans = [span.partition("-") for span in text.split(",") if span]
     return tuple(n for first, _, last in spans for n in range(int(first), int(last or first) + 1))

@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 from webdataset import TarWriter
 
 from patterns import UserError
-from patterns.attribution.rendering import picture, png
-from patterns.io.storage import aside_of
+from patterns.attribution import picture, png
+from patterns.io import temporary_path
 from ray_jobs.data.shard_specs import output_names
 from ray_jobs.io.object_store import Location, located
 
@@ -97,7 +97,7 @@ def writers(folder: Path, out: Outputs, kinds: Sequence[str]) -> Iterator[list[W
     }
     wanted = [kind for kind in table if kind in kinds or (kind == "tar" and {"npy", "png"} & set(kinds))]
     with ExitStack() as stack:
-        paths = [stack.enter_context(aside_of(folder / table[kind][0])) for kind in wanted]
+        paths = [stack.enter_context(temporary_path(folder / table[kind][0])) for kind in wanted]
         yield [stack.enter_context(table[kind][1](path)) for kind, path in zip(wanted, paths)]
 
 

@@ -11,15 +11,14 @@ from typing import Any
 import pyarrow as pa
 
 from patterns import Operator, UserError
-from patterns.io.storage import ASIDE, Patterns, load, write_json, write_table
-from patterns.operators.operator import KIND_NAMES
+from patterns.io import TEMPORARY, Patterns, load, write_json, write_table
+from patterns.operators import TYPE_NAMES
 from ray_jobs.config import FitConfig, MethodsConfig, ModelConfig, Preprocessing, QualityConfig
-from ray_jobs.data.samples import printable
+from ray_jobs.data.samples import Rejected
 from ray_jobs.io import object_store
 from ray_jobs.io.file_systems import translated
 from ray_jobs.models.loading import Loaded
-from ray_jobs.runs.ledger import Refused
-from ray_jobs.units import version_of
+from ray_jobs.units import printable, version_of
 
 FORMAT = 1
 PROGRESS = "progress.json"
@@ -124,10 +123,10 @@ class Run:
         """Delete what workers and drivers that were killed had half written."""
         if self.folder.local is not None:
             with translated(str(self.folder), "cleaned"):
-                for aside in self.folder.local.rglob(f"{ASIDE}*"):
+                for aside in self.folder.local.rglob(f"{TEMPORARY}*"):
                     aside.unlink(missing_ok=True)
 
-    def quarantine(self, job: str, refused: list[Refused]) -> None:
+    def quarantine(self, job: str, refused: list[Rejected]) -> None:
         """Write quarantine.parquet: every sample that a job refused, beside those of the folder's other jobs."""
         path = self.folder / "quarantine.parquet"
         try:
@@ -139,25 +138,25 @@ class Run:
         with object_store.published(self.folder) as folder:
             write_table(folder / path.name, QUARANTINE, [pa.Table.from_pylist(rows, QUARANTINE)])
 
-    def quarantined(self, job: str) -> list[Refused]:
+    def quarantined(self, job: str) -> list[Rejected]:
         """The samples that a job rejected, as quarantine.parquet has them."""
         rows = object_store.read_table(self.folder / "quarantine.parquet").to_pylist()
-        return [Refused(**{k: v for k, v in row.items() if k != "job"}) for row in rows if row["job"] == job]
+        return [Rejected(**{k: v for k, v in row.items() if k != "job"}) for row in rows if row["job"] == job]
 
 
-def write_refused(path: Path, refused: Iterable[Refused]) -> None:
+def write_refused(path: Path, refused: Iterable[Rejected]) -> None:
     """Write a table of refused samples."""
     write_table(path, REFUSED, [pa.Table.from_pylist(rows_of(refused), REFUSED)])
 
 
-def rows_of(refused: Iterable[Refused]) -> list[dict[str, str]]:
+def rows_of(refused: Iterable[Rejected]) -> list[dict[str, str]]:
     """Return rejected samples as rows of a table, whose text must be UTF-8; names of shards may be other bytes."""
     return [{name: printable(value) for name, value in asdict(each).items()} for each in refused]
 
 
-def refused_in(path: object_store.Location) -> list[Refused]:
+def refused_in(path: object_store.Location) -> list[Rejected]:
     """The inverse of write_refused, wherever the table is."""
-    return [Refused(**row) for row in object_store.read_table(path).to_pylist()]
+    return [Rejected(**row) for row in object_store.read_table(path).to_pylist()]
 
 
 def load_patterns(run: str, weights: str, operators: Collection[str] | None = None) -> Patterns:
@@ -206,7 +205,7 @@ def described(operator: Operator) -> dict[str, Any]:
     gate = operator.gate
     return {
         "name": operator.name,
-        "kind": KIND_NAMES[type(operator.kind)],
+        "kind": TYPE_NAMES[type(operator.kind)],
         "weight": list(operator.weight.shape),
         "input": [list(s) for s in operator.input_shapes],
         "output": list(operator.output_shape),

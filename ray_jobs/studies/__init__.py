@@ -1,0 +1,1 @@
+"""The demonstration and the paper's experiments."""

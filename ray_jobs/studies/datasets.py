@@ -10,7 +10,7 @@ from PIL import Image
 from webdataset import TarWriter
 
 from patterns import UserError
-from patterns.io.storage import write_aside
+from patterns.io import write_atomically
 
 NAMES: dict[str, tuple[str, ...]] = {
     "mnist": tuple("0123456789"),
@@ -74,5 +74,5 @@ def write_digits(images: np.ndarray, labels: Sequence[int] | np.ndarray, out: Pa
                     tar.write({"__key__": f"{name}-{key:05d}", "png": buffer.getvalue(), "cls": b"%d" % labels[key]})
                 tar.close()
 
-        write_aside(paths[-1], write)
+        write_atomically(paths[-1], write)
     return paths

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from patterns import UserError
-from patterns.io.storage import write_aside
+from patterns.io import write_atomically
 from ray_jobs.config import FITTED, ExplainConfig, FitConfig, ModelConfig, QualityConfig, Resources
 from ray_jobs.data.packing import pack
 from ray_jobs.data.shard_specs import list_shards
@@ -70,7 +70,7 @@ def prepare_weights(path: Path) -> Path:
         if [v.shape for v in own.values()] != [v.shape for v in state.values()]:
             raise UserError(str(source), "its tensors are not those of timm's model", "Install the extra `demo` anew.")
         renamed = {name: value.contiguous() for name, value in zip(own, state.values())}
-        write_aside(path, lambda aside: save_file(renamed, aside))
+        write_atomically(path, lambda aside: save_file(renamed, aside))
     return path
 
 

@@ -15,9 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from patterns import UserError
-from patterns.evaluation.degradation import PATCH, STEPS
-from patterns.io.storage import write_aside
-from ray_jobs.cli.arguments import say
+from patterns.evaluation import PATCH, STEPS
+from patterns.io import write_atomically
 from ray_jobs.config import FITTED, DegradeConfig, ExplainConfig, FitConfig, ModelConfig, QualityConfig, Resources
 from ray_jobs.data.shard_specs import list_shards
 from ray_jobs.figures.drawing import draw_estimators, draw_grid
@@ -88,8 +87,10 @@ def digits(dataset: str, data: Path, out: Path, most: int | None, seed: int) -> 
     for name, (images, labels) in parts.items():
         shards[name] = write_digits(images, labels, out / f"shards-{count}", name)
     if not weights.exists():
-        trained = train(partial(epochs, *parts["train"], torch.Generator().manual_seed(seed)), seed, say=say)
-        write_aside(weights, lambda aside: save_file(trained.state_dict(), aside))
+        trained = train(
+            partial(epochs, *parts["train"], torch.Generator().manual_seed(seed)), seed, say=partial(print, flush=True)
+        )
+        write_atomically(weights, lambda aside: save_file(trained.state_dict(), aside))
     listed = {name: list_shards(map(str, paths)) for name, paths in shards.items()}
     return Experiment(model, listed["train"], listed["test"], NAMES[dataset], seed=seed)
 
@@ -128,7 +129,7 @@ def reproduce(experiment: Experiment, out: Path, resources: Resources = Resource
     explaining = ExplainConfig(one.model, folder, one.test, folder, batch, methods, outputs=("npy",))
     explain(replace(explaining, max_samples=SHOWN, seed=seed), resources)
     draw(run, out, one.names)
-    write_aside(out / "results.md", partial(Path.write_text, data=results(run)))
+    write_atomically(out / "results.md", partial(Path.write_text, data=results(run)))
     return out / "results.md"
 
 
@@ -143,7 +144,7 @@ def draw(run: Run, out: Path, names: tuple[str, ...]) -> None:
     draw_grid(out / "figure-6.png", [replace(s, maps={m: s.maps[m] for m in COMPARED}) for s in shown], columns=1)
     for number, name in ((3, "quality.png"), (4, "degradation.png")):
         drawn = (run.folder / name).read_bytes()
-        write_aside(out / f"figure-{number}.png", partial(Path.write_bytes, data=drawn))
+        write_atomically(out / f"figure-{number}.png", partial(Path.write_bytes, data=drawn))
 
 
 def results(run: Run) -> str:

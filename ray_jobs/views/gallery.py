@@ -16,16 +16,17 @@ from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 
 from patterns import UserError
-from patterns.attribution.rendering import Shown, photograph, picture
+from patterns.attribution import Shown, photograph, picture
 from ray_jobs.config import Preprocessing
 from ray_jobs.data.image_decoding import cropped, decode, formats_of, upright
 from ray_jobs.data.image_folders import EXTENSIONS
-from ray_jobs.data.samples import extension_of, image_in, printable
+from ray_jobs.data.samples import extension_of, image_in
 from ray_jobs.data.shard_reader import read_shard
 from ray_jobs.io.object_store import fetched, read_table
 from ray_jobs.models.class_names import captions, class_names
 from ray_jobs.runs.map_files import Outputs, beside, outputs
 from ray_jobs.runs.run_folder import Run
+from ray_jobs.units import printable
 
 SHOWN = "Run `patternnet explain` with --output png, npy or parquet."
 Row = dict[str, Any]  # of explanations.parquet

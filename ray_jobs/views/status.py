@@ -4,12 +4,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from patterns import UserError
-from ray_jobs.engine.progress import spoken
 from ray_jobs.runs.lease import STALE, WATCH_EVERY, Driver, change
 from ray_jobs.runs.run_folder import JOBS, Run
+from ray_jobs.units import format_duration
 
 
-def spoken_status(run: Run, now: float, patience: float = 0.0) -> Iterator[str]:
+def status_lines(run: Run, now: float, patience: float = 0.0) -> Iterator[str]:
     """Report what a run's files say of its jobs.
 
     Args:
@@ -31,10 +31,10 @@ def spoken_status(run: Run, now: float, patience: float = 0.0) -> Iterator[str]:
             yield f"{job}: complete, {section['samples']} samples{missing} ({section['written']})"
         else:
             noted = progress if progress.get("job", "").startswith(job) else {}
-            yield from spoken_progress(job, section, noted, now, run, patience)
+            yield from progress_lines(job, section, noted, now, run, patience)
 
 
-def spoken_progress(
+def progress_lines(
     job: str, section: dict[str, Any], progress: dict[str, Any], now: float, run: Run, patience: float
 ) -> Iterator[str]:
     """What the last driver of a job that is not done noted; nothing, if it has not."""
@@ -47,13 +47,13 @@ def spoken_progress(
     since = now - progress["time"]
     silent = max(since, 0.0)
     for worker in sorted(progress.get("workers", ()), key=lambda worker: worker["rate"]):
-        shard, seconds = worker["shard"], spoken(worker["seconds"] + silent)
+        shard, seconds = worker["shard"], format_duration(worker["seconds"] + silent)
         at = "waits" if shard is None else f"{seconds} at {shard}"
         yield f"  {worker['worker']}: {worker['rate']:.1f} samples/s, {at}"
     go_on = "the same command goes on where it ended"
     if progress.get("ended"):
-        yield f"  stopped {spoken(silent)} ago; {go_on}"
+        yield f"  stopped {format_duration(silent)} ago; {go_on}"
     elif Driver(**progress["driver"]).gone() or (
         not 0 <= since <= STALE and not change(run, progress, patience, WATCH_EVERY)
     ):
-        yield f"  stale: its driver said nothing for {spoken(silent)}; {go_on}"
+        yield f"  stale: its driver said nothing for {format_duration(silent)}; {go_on}"

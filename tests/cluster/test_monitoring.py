@@ -297,7 +297,7 @@ def test_prometheus_finds_a_clusters_nodes_and_sees_all_of_a_job_on_them_and_no_
         begun = time.time()
         env = {**os.environ, **cluster.environment, "OMP_NUM_THREADS": "1"}
         job = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
-        while not (working := [p for p in cluster.workers() if "GatherWorker.work" in p.title]):
+        while not (working := [p for p in cluster.workers() if "MomentsWorker.work" in p.title]):
             assert job.poll() is None, job.communicate()
             time.sleep(0.5)
         os.kill(working[0].pid, signal.SIGKILL)

@@ -11,7 +11,15 @@ from torch import Tensor
 
 from patterns import Gate, Moments, Operator
 from patterns.moments.moments import Accumulator, Wanted
-from patterns.operators.operator import Addition, AveragePool, Convolution, Kind, Linear, Scale, TransposedConvolution
+from patterns.operators.operator import (
+    Addition,
+    AveragePool,
+    Convolution,
+    Linear,
+    OperatorType,
+    Scale,
+    TransposedConvolution,
+)
 from tests.oracles import (
     Neuron,
     channel_patches,
@@ -31,7 +39,7 @@ Inputs = tuple[Tensor, ...]
 class Case:
     """unfold: gives each group's patches of some inputs, (samples, D)."""
 
-    kind: Kind
+    kind: OperatorType
     weight: Tensor
     inputs: Inputs
     unfold: Callable[..., list[Tensor]]

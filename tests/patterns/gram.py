@@ -12,7 +12,15 @@ from torch import Tensor
 
 from patterns import Gate, Operator
 from patterns.moments.patches import Draw, PatchAccumulator, PatchMoments
-from patterns.operators.operator import Addition, AveragePool, Convolution, Kind, Linear, Scale, TransposedConvolution
+from patterns.operators.operator import (
+    Addition,
+    AveragePool,
+    Convolution,
+    Linear,
+    OperatorType,
+    Scale,
+    TransposedConvolution,
+)
 from tests.oracles import Neuron, channel_patches, linear_patches, neurons, window_patches
 
 RELU = (0.0, float("inf"))
@@ -53,7 +61,7 @@ def drawn(seeds: Tensor, name: str, available: int, positions: int, seed: int = 
     return [draw.of(name, available) for _ in range(call + 1)][-1]
 
 
-def case(kind: Kind, weight: Tensor, *shapes: tuple[int, ...], unfold: Callable[..., list[Tensor]]) -> Case:
+def case(kind: OperatorType, weight: Tensor, *shapes: tuple[int, ...], unfold: Callable[..., list[Tensor]]) -> Case:
     bias = None if isinstance(kind, Addition | AveragePool) else torch.linspace(-0.5, 0.5, len(weight)).double()
     return Case(Operator("it", kind, weight, bias, (), (), "", Gate(*RELU)), shapes, unfold)
 

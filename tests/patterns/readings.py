@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from patterns import Network, trace
-from patterns.operators.operator import Addition, AveragePool, Kind, Scale
+from patterns.operators.operator import Addition, AveragePool, OperatorType, Scale
 from tests.patterns.networks import randomise
 
 
@@ -44,7 +44,8 @@ def conv() -> nn.Conv2d:
 
 
 IMAGE, TOKENS = (5, 4, 6, 6), (5, 7, 4)
-READINGS: dict[str, tuple[Callable[[Calls, Tensor], Tensor], tuple[int, ...], dict[str, object], list[Kind]]] = {
+Reading = tuple[Callable[[Calls, Tensor], Tensor], tuple[int, ...], dict[str, object], list[OperatorType]]
+READINGS: dict[str, Reading] = {
     "difference": (lambda m, x: m.a(x) - m.b(x), IMAGE, {"a": conv(), "b": conv()}, [Addition((1.0, -1.0))]),
     "difference with alpha": (
         lambda m, x: torch.sub(m.a(x), m.b(x), alpha=2), IMAGE, {"a": conv(), "b": conv()}, [Addition((1.0, -2.0))]

@@ -17,7 +17,7 @@ from torch import Tensor
 from patterns import CHOICES, ESTIMATORS, Moments, solve
 from patterns.estimation.estimators import RIDGE, wanted
 from patterns.moments.moments import Accumulator, planned_bytes, zero
-from patterns.operators.operator import KINDS
+from patterns.operators.operator import OPERATOR_TYPES
 from tests import oracles
 from tests.oracles import Neuron
 from tests.patterns.cases import FIXED, Case, fixed
@@ -125,7 +125,7 @@ def assert_same(a: Mapping[str, Tensor], b: Mapping[str, Tensor], rtol: float) -
 
 
 def test_every_kind_and_every_estimator_goes_through_the_harness() -> None:
-    assert {type(case().kind) for case in FIXED.values()} == set(KINDS.values())
+    assert {type(case().kind) for case in FIXED.values()} == set(OPERATOR_TYPES.values())
     rows = {row for gated, free in CHOICES.values() for row in (*gated, *free)}
     assert rows == ESTIMATORS.keys() == CLOSED_FORMS.keys()
 

@@ -14,7 +14,7 @@ from patterns.evaluation.degradation import (
     degraded,
     patch_of,
     patch_sums,
-    spoken_for,
+    relevance_of,
     turns,
 )
 
@@ -56,8 +56,8 @@ def test_patches_have_their_turns_by_their_sums_and_of_equal_ones_the_first_come
 
 def test_the_sign_counts_for_attributions_and_not_for_signals() -> None:
     maps = torch.tensor([1.0, -3.0]).view(1, 2, 1, 1)
-    assert spoken_for("patternattribution", maps).item() == -2
-    assert spoken_for("patternnet", maps).item() == 4
+    assert relevance_of("patternattribution", maps).item() == -2
+    assert relevance_of("patternnet", maps).item() == 4
 
 
 def replaced_by_hand(kind: str, x: np.ndarray, size: int) -> np.ndarray:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from patterns import CHOICES, Gate, Moments, Operator, Sums, accumulate, solve, trace
 from patterns.moments.moments import Accumulator, Wanted, zero
-from patterns.operators.operator import Convolution, Kind, Linear, Scale
+from patterns.operators.operator import Convolution, Linear, OperatorType, Scale
 from tests.oracles import Neuron, channel_patches, linear_patches, neurons, window_patches
 from tests.patterns.cases import STRATEGIES, Case, any_case, fixed
 from tests.patterns.networks import relative
@@ -261,7 +261,7 @@ def test_activations_thirty_deviations_from_zero_keep_their_patterns_in_float32(
         assert ((found - truth).norm(dim=1) / truth.norm(dim=1)).max() < reach, row
 
 
-HALF: dict[str, tuple[Kind, Shape, Shape]] = {
+HALF: dict[str, tuple[OperatorType, Shape, Shape]] = {
     "convolution": (Convolution((1, 1), (1, 1), (1, 1)), (4, 3, 3, 3), (2, 3, 190, 190)),
     "linear": (Linear(), (4, 6), (70_000, 6)),
 }  # with more positions than float16 has numbers
@@ -290,7 +290,7 @@ def test_half_precision_loses_no_sample_and_no_digit_of_what_the_model_computed(
 
 # One batch with more positions than float32 can count: sums over them one by one end at 2²⁴.
 COUNT = 2**24 + 2**20
-MANY: dict[str, tuple[Kind, Shape, Shape]] = {
+MANY: dict[str, tuple[OperatorType, Shape, Shape]] = {
     "linear": (Linear(), (1, 1), (COUNT, 1)),
     "tokens": (Linear(), (1, 1), (COUNT // 2**10, 2**10, 1)),
     "convolution": (Convolution((1,), (1,), (1,)), (1, 1, 2), (COUNT // 2**15, 1, 2**15)),

@@ -133,7 +133,7 @@ def assert_same(a: PatchMoments, b: PatchMoments, rtol: float = 0.0) -> None:
 
 
 def test_the_gram_moments_of_every_kind_of_operator_are_tested() -> None:
-    assert {type(case().operator.kind) for case in KINDS.values()} == set(operator.KINDS.values())
+    assert {type(case().operator.kind) for case in KINDS.values()} == set(operator.OPERATOR_TYPES.values())
 
 
 @every_kind

@@ -29,7 +29,7 @@ from patterns import (
 )
 from patterns.estimation.observer import Observer
 from patterns.io.safetensors_stream import TensorFile, specs_of, write_tensors
-from patterns.io.storage import load_moments, merge_moments, save_moments, write_aside, write_json
+from patterns.io.storage import load_moments, merge_moments, save_moments, write_atomically, write_json
 from patterns.moments.moments import Wanted
 
 
@@ -341,7 +341,7 @@ def test_a_crash_while_writing_leaves_the_old_file_and_nothing_else(
         raise crash("the power went")
 
     with pytest.raises(crash, match="the power went"):
-        write_aside(path, write)
+        write_atomically(path, write)
     assert [p.name for p in tmp_path.iterdir()] == ([] if old is None else ["file"])
     assert old is None or path.read_bytes() == old
 
@@ -355,7 +355,7 @@ def test_a_file_is_not_seen_before_it_is_whole(tmp_path: Path) -> None:
         assert aside.parent == path.parent  # renaming is atomic within one file system only
         assert path.read_text() == "old"
 
-    write_aside(path, write)
+    write_atomically(path, write)
     assert path.read_text() == "new"
     assert list(tmp_path.iterdir()) == [path]
 

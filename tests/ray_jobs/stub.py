@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
 
-from ray_jobs.runs.ledger import Part
+from ray_jobs.runs.ledger import PartialMoments
 
 TELL_EVERY = 3.0  # as in ray_jobs.engine.shard_worker
 
 
 @dataclass(frozen=True)
-class Place:
+class WorkerInfo:
     """As of ray_jobs.engine.shard_worker."""
 
     name: str
@@ -37,8 +37,8 @@ class Stub:
         self.seconds, self.held = seconds, list[int]()
         self.folder, self.workers = folder, workers
 
-    def place(self) -> Place:
-        return Place(f"simulated/{os.getpid()}")
+    def place(self) -> WorkerInfo:
+        return WorkerInfo(f"simulated/{os.getpid()}")
 
     def ready(self) -> None:
         (self.folder / str(os.getpid())).touch()
@@ -54,7 +54,7 @@ class Stub:
         self.held.append(number)
         yield Report(100)
 
-    def commit(self) -> Part:
+    def commit(self) -> PartialMoments:
         time.sleep(0.05)
         held, self.held = tuple(self.held), []
-        return Part(f"part-{uuid4().hex}.safetensors", held, 100 * len(held))
+        return PartialMoments(f"part-{uuid4().hex}.safetensors", held, 100 * len(held))

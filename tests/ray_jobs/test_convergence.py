@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 
 from patterns import Network, accumulate, trace
-from patterns.estimation.jackknife import Look, converged, look
+from patterns.estimation.jackknife import ConvergenceCheck, converged, look
 from ray_jobs.figures.convergence_curves import SCHEMA, append, draw_convergence, latest, plain, rows_of
 
 
@@ -21,7 +21,7 @@ def network() -> Network:
     return trace(nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)).double(), torch.zeros(2, 6).double())
 
 
-def looks(network: Network, parts: int) -> dict[str, Look]:
+def looks(network: Network, parts: int) -> dict[str, ConvergenceCheck]:
     held = [accumulate(network, [x]) for x in torch.randn(64, 20, 6, dtype=torch.float64)[:parts]]
     return {
         name: look(operator, [partial(part.__getitem__, name) for part in held])

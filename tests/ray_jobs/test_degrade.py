@@ -19,7 +19,7 @@ from ray_jobs.config import DegradeConfig, ModelConfig, Resources
 from ray_jobs.data.image_decoding import decode
 from ray_jobs.data.samples import seed_of
 from ray_jobs.data.shard_reader import read_shard
-from ray_jobs.jobs.degrade import Mean, degrade, spoken_areas
+from ray_jobs.jobs.degrade import Mean, area_lines, degrade
 from ray_jobs.jobs.fit.fit import fit
 from ray_jobs.models import loading
 from tests.ray_jobs.runs import PREPARED, configured
@@ -108,7 +108,7 @@ def test_what_a_model_looks_at_goes_first_and_a_random_order_falls_at_its_expect
     areas = run.manifest()["degrade"]["areas"]
     assert areas["gradient-x-input"]["area"] == pytest.approx((start - end) * PATCHES / (PATCHES + 1), rel=1e-4)
     assert areas["random"]["high"] < areas["gradient-x-input"]["low"]
-    spoken = [line.split()[0] for line in spoken_areas(run)]
+    spoken = [line.split()[0] for line in area_lines(run)]
     assert spoken[0] == "gradient-x-input"
     assert sorted(spoken[1:]) == sorted(BASELINES)
     assert (tmp_path / "run" / "degradation.png").read_bytes().startswith(b"\x89PNG")

@@ -11,7 +11,7 @@ from patterns.io.storage import write_json
 from ray_jobs.runs import lease
 from ray_jobs.runs.lease import Driver
 from ray_jobs.runs.run_folder import Run
-from ray_jobs.views.status import spoken_status
+from ray_jobs.views.status import status_lines
 
 
 @pytest.mark.parametrize("skew", [-7200.0, -1.0, 0.0, 7200.0])
@@ -44,6 +44,6 @@ def test_status_waits_for_a_driver_whose_clock_differs(tmp_path: Path) -> None:
     write_json(tmp_path / "manifest.json", {"format": 1, "fit": section})
     note = {"driver": vars(elsewhere), "time": time.time() + 3600, "job": "fit"}
     write_json(tmp_path / "progress.json", note)
-    assert "stale" in list(spoken_status(Run(tmp_path), time.time(), patience=0.01))[-1]
+    assert "stale" in list(status_lines(Run(tmp_path), time.time(), patience=0.01))[-1]
     threading.Timer(0.1, write_json, (tmp_path / "progress.json", note | {"time": time.time() + 3605})).start()
-    assert "stale" not in list(spoken_status(Run(tmp_path), time.time(), patience=60))[-1]
+    assert "stale" not in list(status_lines(Run(tmp_path), time.time(), patience=60))[-1]

@@ -19,7 +19,7 @@ from ray_jobs.config import ExplainConfig, FitConfig, ModelConfig, Resources
 from ray_jobs.data.samples import seed_of
 from ray_jobs.data.shard_reader import ShardReader, read_shard
 from ray_jobs.engine.shard_job import ShardJob
-from ray_jobs.engine.shard_worker import Place
+from ray_jobs.engine.shard_worker import WorkerInfo
 from ray_jobs.jobs.explain.explain import explain
 from ray_jobs.jobs.explain.map_statistics import summaries
 from ray_jobs.jobs.fit.fit import fit
@@ -94,7 +94,7 @@ def test_only_what_is_missing_is_done_again_and_gives_the_same_bytes(
     killed: list[int] = []
     started, counts = ShardJob.started, ShardJob.counts
 
-    def note(self: ShardJob, told: Place) -> None:
+    def note(self: ShardJob, told: WorkerInfo) -> None:
         pids.append(told.pid)
         started(self, told)
 

@@ -19,19 +19,19 @@ from safetensors.torch import load_file
 from patterns import CHOICES, UserError, accumulate, solve
 from ray_jobs.config import FITTED, FitConfig, ModelConfig, Resources
 from ray_jobs.data.shard_reader import ShardReader
-from ray_jobs.engine.progress import spoken
 from ray_jobs.engine.ray_session import places, worker_options
-from ray_jobs.engine.shard_worker import Place, Share
+from ray_jobs.engine.shard_worker import WorkerInfo, WorkerResources
 from ray_jobs.engine.signals import StoppedShortError
 from ray_jobs.io.object_store import located
 from ray_jobs.jobs import reduction
 from ray_jobs.jobs.fit.fit import fit, merge, observer
 from ray_jobs.jobs.fit.fit import solve as solve_more
-from ray_jobs.jobs.moments_job import GatherJob, GatherTask, GatherWorker, Observe, read_ledger
+from ray_jobs.jobs.moments_job import MomentsJob, MomentsTask, MomentsWorker, Observe, read_ledger
 from ray_jobs.models import loading
 from ray_jobs.runs.ledger import Ledger
 from ray_jobs.runs.run_folder import Run
-from ray_jobs.views.status import spoken_status
+from ray_jobs.units import format_duration
+from ray_jobs.views.status import status_lines
 from tests.conftest import make_shards, write_tar
 from tests.ray_jobs.runs import PREPARED, configured, same_patterns
 
@@ -92,20 +92,20 @@ def test_a_killed_worker_changes_no_digit(
 ) -> None:
     pids: list[int] = []
     worked: list[str] = []
-    started, heard = GatherJob.started, GatherJob.worked
+    started, heard = MomentsJob.started, MomentsJob.worked
 
-    def note(self: GatherJob, told: Place) -> None:
+    def note(self: MomentsJob, told: WorkerInfo) -> None:
         pids.append(told.pid)
         started(self, told)
 
-    def kill_the_first_worker(self: GatherJob, item: str, told: object) -> None:
+    def kill_the_first_worker(self: MomentsJob, item: str, told: object) -> None:
         worked.append(item)
         heard(self, item, told)  # type: ignore[arg-type]
         if len(worked) == 5:
             os.kill(pids[0], signal.SIGKILL)
 
-    monkeypatch.setattr(GatherJob, "started", note)
-    monkeypatch.setattr(GatherJob, "worked", kill_the_first_worker)
+    monkeypatch.setattr(MomentsJob, "started", note)
+    monkeypatch.setattr(MomentsJob, "worked", kill_the_first_worker)
     run = fit(configured(model_spec, shards, tmp_path / "run"), on_cpu(2))
     assert len(worked) > len(shards), "no shard was done again: the killed worker had nothing to lose"
     same_patterns(undisturbed, run.folder)
@@ -181,8 +181,8 @@ def test_a_killed_reducer_changes_no_digit(
 def test_each_worker_has_a_gpu_of_its_own(local_ray: None, model_spec: str, shards: list[str], tmp_path: Path) -> None:
     options = worker_options(Resources())
     assert places(options) == 2
-    actor, arguments = ray.remote(GatherWorker), worker_of(configured(model_spec, shards, tmp_path / "run"))
-    workers = [actor.options(**options).remote(*arguments, Share(1, 1)) for _ in range(2)]
+    actor, arguments = ray.remote(MomentsWorker), worker_of(configured(model_spec, shards, tmp_path / "run"))
+    workers = [actor.options(**options).remote(*arguments, WorkerResources(1, 1)) for _ in range(2)]
     told = ray.get([w.place.remote() for w in workers])
     for worker in workers:
         ray.kill(worker)
@@ -265,7 +265,7 @@ def test_fits_that_do_not_go_together_are_not_merged(
 
 def test_status_reads_how_far_a_run_is_from_its_files_alone(undisturbed: Path, tmp_path: Path) -> None:
     now = time.time()
-    (line,) = spoken_status(Run(undisturbed), now)
+    (line,) = status_lines(Run(undisturbed), now)
     assert line.startswith("fit: complete, 72 samples (")
     manifest = json.loads((undisturbed / "manifest.json").read_text())
     manifest["fit"]["status"] = "begun"
@@ -277,17 +277,17 @@ def test_status_reads_how_far_a_run_is_from_its_files_alone(undisturbed: Path, t
     for ended, silent, last in ((False, 20, None), (False, 90, "stale"), (True, 20, "stopped")):
         note = {**progress, "time": now - silent, "ended": ended, "workers": [worker], "driver": driver}
         (tmp_path / "progress.json").write_text(json.dumps(note))
-        first, work, *more = spoken_status(Run(tmp_path), now)
+        first, work, *more = status_lines(Run(tmp_path), now)
         assert first.startswith(f"fit: {progress['shards']}/12 shards, ")
-        assert work == f"  here/7: 2.5 samples/s, {spoken(10 + silent)} at x.tar"
+        assert work == f"  here/7: 2.5 samples/s, {format_duration(10 + silent)} at x.tar"
         assert [line.split()[0].rstrip(":") for line in more] == [last] * (last is not None)
     early = {"job": "fit", "time": now - 90, "driver": driver}  # of a driver that was killed before it had a worker
     (tmp_path / "progress.json").write_text(json.dumps(early))
-    first, stale = spoken_status(Run(tmp_path), now)
+    first, stale = status_lines(Run(tmp_path), now)
     assert first.startswith("fit: begun, and no shard worked on yet")
     assert stale.startswith("  stale: its driver said nothing for")
     with pytest.raises(UserError, match="holds no run"):
-        list(spoken_status(Run(tmp_path / "none"), now))
+        list(status_lines(Run(tmp_path / "none"), now))
 
 
 @pytest.mark.slow
@@ -360,12 +360,12 @@ def test_a_worker_that_fails_midway_forgets_what_it_had(model_spec: str, shards:
     broken = tmp_path / "broken.tar"
     broken.write_bytes(Path(shards[0]).read_bytes()[:-4096])
     config = configured(model_spec, [*shards, str(broken)], tmp_path / "run")
-    worker = GatherWorker(*worker_of(config))
+    worker = MomentsWorker(*worker_of(config))
     worker.ready()
-    list(worker.work(GatherTask(0, shards[0]), GatherTask(12, str(broken))))
+    list(worker.work(MomentsTask(0, shards[0]), MomentsTask(12, str(broken))))
     with pytest.raises(UserError, match=r"cannot be read|cut short"):
-        list(worker.work(GatherTask(12, str(broken)), GatherTask(1, shards[1])))
-    list(worker.work(GatherTask(1, shards[1])))
+        list(worker.work(MomentsTask(12, str(broken)), MomentsTask(1, shards[1])))
+    list(worker.work(MomentsTask(1, shards[1])))
     part = worker.commit()
     assert part.shards == (1,)
     assert part.samples == 6

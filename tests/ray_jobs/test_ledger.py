@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 
 from ray_jobs.config import equal_share
-from ray_jobs.runs.ledger import Ledger, Part, numbers, spoken, together
+from ray_jobs.runs.ledger import Ledger, PartialMoments, format_numbers, numbers, together
 
 SHARDS = range(8)
 
@@ -27,16 +27,18 @@ class Fit(RuleBasedStateMachine):
     def begin(self) -> None:
         self.ledger, self.file, self.written, self.round = Ledger(), json.dumps(Ledger().to_json()), 0, 0
 
-    def part(self, shards: list[int]) -> Part:
+    def part(self, shards: list[int]) -> PartialMoments:
         self.written += 1
-        return Part(f"part-{self.written}", tuple(shards), sum(2 * s + 1 for s in shards), len(shards), self.round)
+        return PartialMoments(
+            f"part-{self.written}", tuple(shards), sum(2 * s + 1 for s in shards), len(shards), self.round
+        )
 
     @rule(target=parts, shards=st.lists(st.sampled_from(SHARDS), min_size=1, max_size=4, unique=True))
-    def a_worker_writes_a_part(self, shards: list[int]) -> Part:
+    def a_worker_writes_a_part(self, shards: list[int]) -> PartialMoments:
         return self.part(shards)
 
     @rule(part=parts)
-    def the_driver_commits_a_part_or_refuses_it_since_it_is_late(self, part: Part) -> None:
+    def the_driver_commits_a_part_or_refuses_it_since_it_is_late(self, part: PartialMoments) -> None:
         fresh = not self.ledger.counted(part.round) & set(part.shards)
         if fresh and (part.round == 0 or self.ledger.counted() >= set(part.shards)):
             self.ledger = self.ledger.commit(part)
@@ -45,7 +47,7 @@ class Fit(RuleBasedStateMachine):
                 self.ledger.commit(part)
 
     @rule(part=consumes(parts))
-    def a_worker_is_lost_with_its_part(self, part: Part) -> None:
+    def a_worker_is_lost_with_its_part(self, part: PartialMoments) -> None:
         pass
 
     @rule()
@@ -103,7 +105,7 @@ TestFit = Fit.TestCase
 TestFit.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
 
 
-WRONG: dict[str, Callable[[Part], Part]] = {
+WRONG: dict[str, Callable[[PartialMoments], PartialMoments]] = {
     "twice in one part": lambda part: replace(part, shards=(1, 1)),
     "counted before": lambda part: replace(part, shards=(2, 0)),
     "tried again before it counts": lambda part: replace(part, round=1, shards=(5,)),
@@ -111,26 +113,28 @@ WRONG: dict[str, Callable[[Part], Part]] = {
 
 
 @pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
-def test_a_part_that_would_count_a_shard_twice_is_refused(wrong: Callable[[Part], Part]) -> None:
-    ledger = Ledger().commit(Part("a", (0, 3), 7))
+def test_a_part_that_would_count_a_shard_twice_is_refused(wrong: Callable[[PartialMoments], PartialMoments]) -> None:
+    ledger = Ledger().commit(PartialMoments("a", (0, 3), 7))
     with pytest.raises(ValueError, match=r"count already|do not count yet"):
-        ledger.commit(wrong(Part("b", (1,), 1)))
-    assert ledger.commit(Part("b", (1,), 1)).samples == 8
+        ledger.commit(wrong(PartialMoments("b", (1,), 1)))
+    assert ledger.commit(PartialMoments("b", (1,), 1)).samples == 8
 
 
 @given(st.sets(st.integers(0, 200)))
 def test_numbers_are_written_as_ranges_and_read_back(chosen: set[int]) -> None:
-    assert list(numbers(spoken(chosen))) == sorted(chosen)
+    assert list(numbers(format_numbers(chosen))) == sorted(chosen)
 
 
 def test_ranges_are_written_as_people_do() -> None:
-    assert spoken([7, 0, 1, 2, 4, 5]) == "0-2,4-5,7"
+    assert format_numbers([7, 0, 1, 2, 4, 5]) == "0-2,4-5,7"
 
 
 def test_the_ledger_of_a_hundred_thousand_shards_is_small() -> None:
     ledger = Ledger()
     for worker in range(64):
-        ledger = ledger.commit(Part(f"part-{worker:032x}.safetensors", tuple(range(worker, 100_000, 64)), 1_000_000))
+        ledger = ledger.commit(
+            PartialMoments(f"part-{worker:032x}.safetensors", tuple(range(worker, 100_000, 64)), 1_000_000)
+        )
     assert len(json.dumps(ledger.to_json())) < 1_000_000
     names = tuple(part.file for part in ledger.parts)
     merged = ledger.merge(names, together("part-merged.safetensors", ledger.parts))

@@ -15,9 +15,9 @@ from patterns import UserError
 from ray_jobs.cli.app import exit_status
 from ray_jobs.config import FitConfig, ModelConfig, QualityConfig, Resources
 from ray_jobs.data.shard_reader import ShardReader
-from ray_jobs.engine.shard_worker import Place
+from ray_jobs.engine.shard_worker import WorkerInfo
 from ray_jobs.jobs.fit.fit import fit, solve
-from ray_jobs.jobs.moments_job import GatherJob
+from ray_jobs.jobs.moments_job import MomentsJob
 from ray_jobs.jobs.quality import measure
 from ray_jobs.models import loading
 from ray_jobs.runs.run_folder import Run
@@ -109,20 +109,20 @@ def test_neither_workers_nor_losses_nor_resuming_change_a_digit(
     whole = measure(config, HERE)
     pids: list[int] = []
     worked: list[str] = []
-    started, heard = GatherJob.started, GatherJob.worked
+    started, heard = MomentsJob.started, MomentsJob.worked
 
-    def note(self: GatherJob, told: Place) -> None:
+    def note(self: MomentsJob, told: WorkerInfo) -> None:
         pids.append(told.pid)
         started(self, told)
 
-    def kill_the_first_worker(self: GatherJob, item: str, told: object) -> None:
+    def kill_the_first_worker(self: MomentsJob, item: str, told: object) -> None:
         worked.append(item)
         heard(self, item, told)  # type: ignore[arg-type]
         if len(worked) == 2:
             os.kill(pids[0], signal.SIGKILL)
 
-    monkeypatch.setattr(GatherJob, "started", note)
-    monkeypatch.setattr(GatherJob, "worked", kill_the_first_worker)
+    monkeypatch.setattr(MomentsJob, "started", note)
+    monkeypatch.setattr(MomentsJob, "worked", kill_the_first_worker)
     other = measure(configured(model, fitted, sets, tmp_path / "two", positions=3), RESOURCES)
     assert len(worked) > 6, "no shard was done again: the killed worker had nothing to lose"
     again = measure(configured(model, fitted, sets, tmp_path / "two", positions=3), HERE)
@@ -141,7 +141,7 @@ def test_estimators_solved_since_are_judged_without_data(
     config = configured(model, a.folder, sets, a.folder)
     measure(config, HERE)
     solve(str(a.folder), ["random", "identity"], HERE)
-    monkeypatch.setattr(GatherJob, "worked", lambda *_: pytest.fail("read data again"))
+    monkeypatch.setattr(MomentsJob, "worked", lambda *_: pytest.fail("read data again"))
     measure(config, HERE)
     rows = pq.read_table(a.folder / "quality.parquet").to_pylist()
     assert {r["estimator"] for r in rows} == {"linear", "random", "identity"}

@@ -93,16 +93,16 @@ def test_fits_on_an_object_store_resume_and_merge(
     model_spec: str, bucket: str, uploaded: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = configured(model_spec, uploaded[:3], f"{bucket}/a")
-    commit, commits = moments_job.GatherWorker.commit, []
+    commit, commits = moments_job.MomentsWorker.commit, []
 
-    def third_fails(self: moments_job.GatherWorker) -> object:
+    def third_fails(self: moments_job.MomentsWorker) -> object:
         commits.append(self.shards)
         if len(commits) == 3:
             raise RuntimeError("the process is lost")
         return commit(self)
 
     with monkeypatch.context() as patched:
-        patched.setattr(moments_job.GatherWorker, "commit", third_fails)
+        patched.setattr(moments_job.MomentsWorker, "commit", third_fails)
         with pytest.raises(RuntimeError, match="is lost"):
             fit(config, HERE)
     assert moments_job.read_ledger(located(f"{bucket}/a/moments")).counted() == {0, 1}

@@ -23,7 +23,7 @@ from ray_jobs.jobs import moments_job
 from ray_jobs.jobs.fit.fit import fit, merge, solve
 from ray_jobs.jobs.fit.memory_plan import passes
 from ray_jobs.runs import lease
-from ray_jobs.runs.lease import Driver, TakenOverError, driving
+from ray_jobs.runs.lease import Driver, TakenOverError, hold_lease
 from ray_jobs.runs.run_folder import Run
 from tests.conftest import make_shards, write_tar
 from tests.ray_jobs.runs import configured, same_patterns
@@ -130,15 +130,15 @@ def test_an_interrupted_round_goes_on_with_or_without_being_asked_again(
     fit(config, HERE)
     for number in range(3):
         write_tar(tmp_path / f"{number}.tar", tensors(3, seed=number))
-    commit, commits = moments_job.GatherWorker.commit, []
+    commit, commits = moments_job.MomentsWorker.commit, []
 
-    def second_fails(self: moments_job.GatherWorker) -> object:
+    def second_fails(self: moments_job.MomentsWorker) -> object:
         commits.append(self.shards)
         if len(commits) == 2:
             raise OSError(28, "No space left on device")
         return commit(self)
 
-    monkeypatch.setattr(moments_job.GatherWorker, "commit", second_fails)
+    monkeypatch.setattr(moments_job.MomentsWorker, "commit", second_fails)
     with pytest.raises(OSError, match="No space left"):
         fit(config, HERE, retry_quarantined=True)
     assert Run(tmp_path / "run").manifest()["fit"]["samples"] == 6
@@ -274,7 +274,7 @@ def test_a_second_driver_is_refused_while_the_first_is_alive(
     config = configured(model_spec, shards[:1], tmp_path / "run")
     run = Run(tmp_path / "run")
     with (
-        driving(run, "fit"),
+        hold_lease(run, "fit"),
         pytest.raises(UserError, match=rf"process {os.getpid()} on \S+ works on it\. Wait"),
     ):
         fit(config, HERE)
@@ -285,7 +285,7 @@ def test_a_driver_that_is_dead_holds_up_no_other(tmp_path: Path) -> None:
     dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
     gone = replace(Driver.this(), pid=int(dead.stdout))
     (tmp_path / "progress.json").write_text(json.dumps({"driver": vars(gone), "time": time.time()}))
-    with driving(Run(tmp_path), "fit"):
+    with hold_lease(Run(tmp_path), "fit"):
         pass
 
 
@@ -298,15 +298,15 @@ def test_a_driver_that_was_taken_over_counts_nothing_more(
     model_spec: str, shards: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = configured(model_spec, shards[:3], tmp_path / "run")
-    commit, taken = moments_job.GatherWorker.commit, []
+    commit, taken = moments_job.MomentsWorker.commit, []
 
-    def taken_over(self: moments_job.GatherWorker) -> object:
+    def taken_over(self: moments_job.MomentsWorker) -> object:
         if taken:
-            lease.Beat(Run(tmp_path / "run"), Driver.this(), "fit").note()
+            lease.Heartbeat(Run(tmp_path / "run"), Driver.this(), "fit").note()
         taken.append(self.shards)
         return commit(self)
 
-    monkeypatch.setattr(moments_job.GatherWorker, "commit", taken_over)
+    monkeypatch.setattr(moments_job.MomentsWorker, "commit", taken_over)
     with pytest.raises(TakenOverError, match="another driver works on it now"):
         fit(config, HERE)
     assert moments_job.read_ledger(moments_job.located(tmp_path / "run" / "moments")).counted() == {0}
@@ -336,15 +336,15 @@ def test_ctrl_c_without_ray_commits_what_is_done(
     model_spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shards = make_shards(tmp_path / "s", 6, 2)
-    work, done = moments_job.GatherWorker.work, []
+    work, done = moments_job.MomentsWorker.work, []
 
-    def interrupted(self: moments_job.GatherWorker, *task: object) -> object:
+    def interrupted(self: moments_job.MomentsWorker, *task: object) -> object:
         done.append(task)
         if len(done) == 3:
             os.kill(os.getpid(), signal.SIGINT)
         return work(self, *task)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(moments_job.GatherWorker, "work", interrupted)
+    monkeypatch.setattr(moments_job.MomentsWorker, "work", interrupted)
     config = configured(model_spec, shards, tmp_path / "run")
     with pytest.raises(StoppedShortError, match="stopped with 3 of 6 shards undone; the same command goes on"):
         fit(config, replace(HERE, max_loss=900.0))

@@ -12,11 +12,11 @@ import ray
 from ray_jobs.config import ModelConfig, Resources
 from ray_jobs.engine import worker_pool
 from ray_jobs.engine.ray_tasks import Here, Pending
-from ray_jobs.engine.shard_worker import Place, ShardReport
+from ray_jobs.engine.shard_worker import ShardReport, WorkerInfo
 from ray_jobs.jobs import moments_job
-from ray_jobs.jobs.moments_job import Gathering, GatherJob, read_ledger
-from ray_jobs.runs.lease import driving
-from ray_jobs.runs.ledger import Part
+from ray_jobs.jobs.moments_job import MomentsJob, MomentsSpec, read_ledger
+from ray_jobs.runs.lease import hold_lease
+from ray_jobs.runs.ledger import PartialMoments
 from ray_jobs.runs.run_folder import Run
 from tests.ray_jobs.stub import Stub
 
@@ -39,10 +39,10 @@ class Simulated:
 
 def simulate(folder: Path, workers: int, shards: int, seconds: float) -> Simulated:
     names = tuple(f"s3://bucket/train-{i:06d}.tar" for i in range(shards))
-    task = Gathering(ModelConfig("none"), names, str(folder / "moments"), 32)
-    with driving(Run(folder), "fit") as beat:
+    task = MomentsSpec(ModelConfig("none"), names, str(folder / "moments"), 32)
+    with hold_lease(Run(folder), "fit") as beat:
         resources = Resources(workers=workers, cpus_per_worker=0, max_loss=15.0)
-        job = GatherJob("fit", beat, task, NoMerging(), resources)
+        job = MomentsJob("fit", beat, task, NoMerging(), resources)
         job.options = {"num_cpus": 0, "num_gpus": 0, "max_restarts": 0}
         actor = ray.remote(Stub).options(num_cpus=0)
         ready = folder / "ready"
@@ -93,18 +93,18 @@ def test_sixty_four_workers_and_ten_thousand_shards(local_ray: None, tmp_path: P
 def test_a_driver_of_a_hundred_thousand_shards_stays_small(tmp_path: Path) -> None:
     names = tuple(f"s3://bucket/imagenet/train-{i:06d}.tar" for i in range(100_000))
     tracemalloc.start()
-    with driving(Run(tmp_path), "fit") as beat:
-        task = Gathering(ModelConfig("none"), names, str(tmp_path / "moments"), 32)
+    with hold_lease(Run(tmp_path), "fit") as beat:
+        task = MomentsSpec(ModelConfig("none"), names, str(tmp_path / "moments"), 32)
         before = tracemalloc.get_traced_memory()[0]
-        job = GatherJob("fit", beat, task, NoMerging(), Resources(workers=0))
-        place = Place("here", 1, "cpu", "")
+        job = MomentsJob("fit", beat, task, NoMerging(), Resources(workers=0))
+        place = WorkerInfo("here", 1, "cpu", "")
         job.started(place)
         for start in range(0, len(names), 100):
             items = list(names[start : start + 100])
             for item in items:
                 job.began(item, place)
                 job.worked(item, ShardReport(1000, 0))
-            job.counts(items, Part(moments_job.new_part(), tuple(range(start, start + 100)), 100_000))
+            job.counts(items, PartialMoments(moments_job.new_part(), tuple(range(start, start + 100)), 100_000))
             if start % 5000 == 0:
                 job.flush()
                 job.tick()

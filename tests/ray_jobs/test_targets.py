@@ -9,8 +9,8 @@ from torch import nn
 from torchvision.models import ResNet18_Weights
 
 from patterns import Network, UserError, trace
-from ray_jobs.jobs.explain.targets import named, target_of
-from ray_jobs.models.class_names import captions, class_names, names_for
+from ray_jobs.jobs.explain.targets import named, names_for, target_of
+from ray_jobs.models.class_names import captions, class_names
 
 SCORES = torch.tensor([[0.1, 3.0, 2.0, -1.0], [5.0, 1.0, 4.0, 4.0]])
 LABELS = [2, 3]

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from ray_jobs.engine.shard_worker import Stream
-from ray_jobs.io.prefetch import AHEAD, Ahead, Behind, in_order
+from ray_jobs.engine.shard_worker import BatchStream
+from ray_jobs.io.prefetch import AHEAD, Prefetcher, WriteBehind, in_order
 
 Made = Callable[[Iterable[int]], Iterator[int]]
 MAKERS: dict[str, tuple[Made, int]] = {
-    "ahead": (lambda items: iter(Ahead(items)), AHEAD + 1),
+    "ahead": (lambda items: iter(Prefetcher(items)), AHEAD + 1),
     "in order, one thread": (lambda items: in_order(lambda i: i, items, 1), 1),
     "in order, three threads": (lambda items: in_order(lambda i: i, items, 3), 6),
 }
@@ -62,7 +62,7 @@ def test_an_error_of_the_source_comes_after_its_items(stream: Made, held: int) -
 
 def test_a_reader_that_stops_early_closes_the_source_and_ends_its_thread() -> None:
     before, source = threading.active_count(), Source(10**6)
-    stream = Ahead(source.items())
+    stream = Prefetcher(source.items())
     assert next(iter(stream)) == 0
     stream.close()
     assert source.closed
@@ -71,7 +71,7 @@ def test_a_reader_that_stops_early_closes_the_source_and_ends_its_thread() -> No
 
 def test_a_worker_that_fails_amid_a_shard_ends_its_reading_thread() -> None:
     before, source = threading.active_count(), Source(10**6)
-    batches = Stream(source, torch.device("cpu"))  # type: ignore[arg-type]
+    batches = BatchStream(source, torch.device("cpu"))  # type: ignore[arg-type]
 
     def work() -> None:
         with closing(batches):
@@ -88,8 +88,8 @@ def test_a_worker_that_fails_amid_a_shard_ends_its_reading_thread() -> None:
 
 def test_what_follows_begins_once_all_before_is_made_though_not_yet_worked_on() -> None:
     first, second = Source(6), Source(10**6)
-    before = Ahead(first)
-    after = Ahead(second, before.made)
+    before = Prefetcher(first)
+    after = Prefetcher(second, before.made)
     numbers = iter(before)
     for number in range(3):
         assert next(numbers) == number
@@ -104,9 +104,9 @@ def test_what_follows_begins_once_all_before_is_made_though_not_yet_worked_on() 
 
 
 def test_what_follows_ends_though_what_is_before_never_does() -> None:
-    before, first = set(threading.enumerate()), Ahead(Source(10**6))
+    before, first = set(threading.enumerate()), Prefetcher(Source(10**6))
     second = Source(1)
-    Ahead(second, first.made).close()
+    Prefetcher(second, first.made).close()
     assert second.taken == 0
     first.close()
     assert set(threading.enumerate()) <= before
@@ -119,14 +119,14 @@ def native_threads() -> int:
 
 def behind(work: Callable[[], int]) -> list[int]:
     found: list[int] = []
-    with Behind() as worker:
+    with WriteBehind() as worker:
         worker.do(lambda: found.append(work()))
         worker.done()
     return found
 
 
 BESIDE: dict[str, Callable[[Callable[[], int]], Iterable[int]]] = {
-    "ahead": lambda work: Ahead(work() for _ in range(1)),
+    "ahead": lambda work: Prefetcher(work() for _ in range(1)),
     "in order": lambda work: in_order(lambda _: work(), range(1), 3),
     "behind": behind,
 }
@@ -186,12 +186,12 @@ def test_what_is_done_behind_is_done_in_order_and_its_error_is_told() -> None:
             raise OSError("the disk is full")
         done.append(number)
 
-    def do_all(behind: Behind) -> None:
+    def do_all(behind: WriteBehind) -> None:
         for number in range(100):
             behind.do(work, number)
         behind.done()
 
-    with Behind() as behind, pytest.raises(OSError, match="the disk is full"):
+    with WriteBehind() as behind, pytest.raises(OSError, match="the disk is full"):
         do_all(behind)
     assert done[:5] == [0, 1, 2, 3, 4]
     assert len(done) < 5 + 2 + AHEAD

@@ -65,7 +65,7 @@ def test_a_fit_that_was_stopped_when_it_was_sure_enough_reads_no_more(
         patched.setattr("ray_jobs.jobs.fit.fit.finish", stopped)
         with pytest.raises(StoppedShortError):
             fit(again, HERE)
-    monkeypatch.setattr("ray_jobs.jobs.moments_job.GatherWorker.work", lambda *_: pytest.fail("a shard was read"))
+    monkeypatch.setattr("ray_jobs.jobs.moments_job.MomentsWorker.work", lambda *_: pytest.fail("a shard was read"))
     section = fit(again, HERE).manifest()["fit"]
     assert section["converged"]["error"] <= 0.4
     assert section["samples"] == section["converged"]["samples"]  # the shard it was at is looked at too

@@ -15,7 +15,7 @@ from ray_jobs.config import ModelConfig
 from ray_jobs.data import shard_reader
 from ray_jobs.data.samples import Sample
 from ray_jobs.engine.shard_worker import ShardReport
-from ray_jobs.jobs.moments_job import GatherTask, GatherWorker
+from ray_jobs.jobs.moments_job import MomentsTask, MomentsWorker
 from ray_jobs.models import loading
 from tests.conftest import make_shards
 from tests.ray_jobs.runs import PREPARED
@@ -60,22 +60,22 @@ def opened(seen: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> list[tuple[st
 
 
 @pytest.fixture
-def worker(model_spec: str, tmp_path: Path, seen: list[Tensor]) -> GatherWorker:
+def worker(model_spec: str, tmp_path: Path, seen: list[Tensor]) -> MomentsWorker:
     model = ModelConfig(model_spec, **PREPARED)
     made: Any = partial(Observed, seen)
-    worker = GatherWorker(model, str(tmp_path), 2, made, loading.load(model).digests)
+    worker = MomentsWorker(model, str(tmp_path), 2, made, loading.load(model).digests)
     worker.ready()
     return worker
 
 
-def work(worker: GatherWorker, tasks: list[GatherTask], promised: list[GatherTask | None]) -> list[ShardReport]:
+def work(worker: MomentsWorker, tasks: list[MomentsTask], promised: list[MomentsTask | None]) -> list[ShardReport]:
     return [list(worker.work(task, following))[-1] for task, following in zip(tasks, promised)]
 
 
 def test_a_shard_that_was_told_to_follow_is_opened_before_the_one_before_is_done(
-    worker: GatherWorker, opened: list[tuple[str, int]], tmp_path: Path
+    worker: MomentsWorker, opened: list[tuple[str, int]], tmp_path: Path
 ) -> None:
-    tasks = [GatherTask(n, shard) for n, shard in enumerate(make_shards(tmp_path, 4, 8))]
+    tasks = [MomentsTask(n, shard) for n, shard in enumerate(make_shards(tmp_path, 4, 8))]
     first, *_ = work(worker, tasks, [*tasks[1:], None])
     assert first.waited > LATENCY / 2
     assert [shard for shard, _ in opened] == [task.shard for task in tasks], "each is read once"
@@ -84,9 +84,9 @@ def test_a_shard_that_was_told_to_follow_is_opened_before_the_one_before_is_done
 
 
 def test_what_was_told_to_follow_and_did_not_changes_nothing(
-    worker: GatherWorker, seen: list[Tensor], opened: list[tuple[str, int]], tmp_path: Path
+    worker: MomentsWorker, seen: list[Tensor], opened: list[tuple[str, int]], tmp_path: Path
 ) -> None:
-    tasks = [GatherTask(n, shard) for n, shard in enumerate(make_shards(tmp_path, 3, 4))]
+    tasks = [MomentsTask(n, shard) for n, shard in enumerate(make_shards(tmp_path, 3, 4))]
     again = tasks[1]._replace(only=frozenset({"s001-2"}), round=1)  # the same shard, but not all of it
     told = work(worker, [*tasks, again], [tasks[2], again, tasks[1], None])
     assert [report.samples for report in told] == [4, 4, 4, 1]
@@ -96,8 +96,8 @@ def test_what_was_told_to_follow_and_did_not_changes_nothing(
     assert all(torch.equal(a, b) for a, b in zip(seen, expected, strict=True))
 
 
-def test_a_shard_that_failed_ahead_and_was_mended_is_read_anew(worker: GatherWorker, tmp_path: Path) -> None:
-    first, second = (GatherTask(n, shard) for n, shard in enumerate(make_shards(tmp_path, 2, 4)))
+def test_a_shard_that_failed_ahead_and_was_mended_is_read_anew(worker: MomentsWorker, tmp_path: Path) -> None:
+    first, second = (MomentsTask(n, shard) for n, shard in enumerate(make_shards(tmp_path, 2, 4)))
     whole = Path(second.shard).read_bytes()
     Path(second.shard).write_bytes(whole[:600])
     list(worker.work(first, second))
@@ -109,9 +109,9 @@ def test_a_shard_that_failed_ahead_and_was_mended_is_read_anew(worker: GatherWor
 
 
 def test_a_worker_that_hangs_in_what_will_not_follow_goes_on(
-    worker: GatherWorker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    worker: MomentsWorker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, second, hung = (GatherTask(n, shard) for n, shard in enumerate(make_shards(tmp_path, 3, 2)))
+    first, second, hung = (MomentsTask(n, shard) for n, shard in enumerate(make_shards(tmp_path, 3, 2)))
     read, begun = shard_reader.raw_samples, list[str]()
 
     def raw(shard: str) -> Iterator[Sample]:

@@ -1,0 +1,1 @@
+"""The job that explains samples, and its service."""

@@ -12,24 +12,23 @@ import torch
 from torch import Tensor
 
 from patterns import Explainer, UserError, choose
-from patterns.attribution.explainer import Explanation
-from patterns.attribution.methods import method_of, settings_of
-from patterns.io.storage import write_table
+from patterns.attribution import Explanation, method_of, settings_of
+from patterns.io import write_table
 from ray_jobs.config import ExplainConfig, MethodsConfig, Resources
-from ray_jobs.data.samples import SampleError, printable, seed_of
+from ray_jobs.data.samples import SampleError, seed_of
 from ray_jobs.data.shard_reader import Batch, ShardReader
 from ray_jobs.engine.ray_session import connected
-from ray_jobs.engine.shard_worker import ShardReport, ShardWorker, Share, check_mode
+from ray_jobs.engine.shard_worker import ShardReport, ShardWorker, WorkerResources, check_mode
 from ray_jobs.io.object_store import located, published, read_table
-from ray_jobs.io.prefetch import Behind
+from ray_jobs.io.prefetch import WriteBehind
 from ray_jobs.jobs.explain.map_statistics import COLUMNS, REDUCTIONS, shaped, summaries
 from ray_jobs.jobs.explain.targets import Target, target_of
 from ray_jobs.jobs.per_shard_job import ShardTask, enough_used, shard_by_shard
 from ray_jobs.models import loading
-from ray_jobs.runs.lease import driving, tidy
+from ray_jobs.runs.lease import hold_lease, tidy
 from ray_jobs.runs.map_files import OUTPUTS, Explained, bytes_per_sample, import_zarr, writers
 from ray_jobs.runs.run_folder import Run, load_patterns, write_refused
-from ray_jobs.units import spoken_bytes
+from ray_jobs.units import format_bytes, printable
 
 Scales = dict[str, list[int]]  # the potential of each method's pass: see `Explainer.scales`
 
@@ -62,7 +61,7 @@ class ExplainWorker(ShardWorker[ShardTask]):
         config: ExplainConfig,
         weights: loading.ModelDigests,
         scales: Scales,
-        share: Share = Share(),  # noqa: B008 - frozen
+        share: WorkerResources = WorkerResources(),  # noqa: B008 - frozen
     ) -> None:
         super().__init__(share)
         self.config, self.weights, self.scales = config, weights, scales
@@ -87,7 +86,7 @@ class ExplainWorker(ShardWorker[ShardTask]):
             closing(self.stream(task, following)) as stream,
             published(out.folder) as folder,
             writers(folder, out, self.config.outputs) as written,
-            Behind() as behind,
+            WriteBehind() as behind,
         ):
             for batch in stream:
                 explained = self.explain(batch)
@@ -200,14 +199,14 @@ def cost(config: ExplainConfig, loaded: loading.Loaded, target: Target) -> str:
     several = (target.maps,) if target.maps > 1 else ()
     each = bytes_per_sample(dict.fromkeys(config.methods, (*several, *shape)), config.outputs)
     total = sum(each.values())
-    by_kind = ", ".join(f"{kind} {spoken_bytes(size)}" for kind, size in each.items())
-    line = f"a sample takes at most {spoken_bytes(total)} ({by_kind}), 1000 samples {spoken_bytes(1000 * total)}"
+    by_kind = ", ".join(f"{kind} {format_bytes(size)}" for kind, size in each.items())
+    line = f"a sample takes at most {format_bytes(total)} ({by_kind}), 1000 samples {format_bytes(1000 * total)}"
     if config.max_samples is not None:
-        line += f", all {config.max_samples} at most {spoken_bytes(config.max_samples * total)}"
+        line += f", all {config.max_samples} at most {format_bytes(config.max_samples * total)}"
     folder = located(config.out)
     if folder.local is not None:
         there = next(p for p in (folder.local, *folder.local.parents) if p.exists())
-        line += f"; {spoken_bytes(shutil.disk_usage(there).free)} are free at {config.out}"
+        line += f"; {format_bytes(shutil.disk_usage(there).free)} are free at {config.out}"
     return line
 
 
@@ -241,7 +240,7 @@ def explain(config: ExplainConfig, resources: Resources = Resources()) -> Run:  
     # Before anything is written, so that wrong patterns are told; once for all workers and resumptions.
     made = explainer(config, loaded, target.operator, section.get("scales", {}))
     scales = made.scales
-    with driving(run, "explain") as beat, connected(resources):
+    with hold_lease(run, "explain") as beat, connected(resources):
         check_mode(config.compile, resources)
         section |= {"scales": scales, "settings": made.settings}
         run.record("explain", section, loaded)

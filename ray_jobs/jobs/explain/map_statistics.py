@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from patterns.evaluation.degradation import PATCH, spoken_for
+from patterns.evaluation import PATCH, relevance_of
 from ray_jobs.data.samples import Box
 
 # The columns of a method: `{method}_{name}`.
@@ -30,15 +30,15 @@ def summaries(method: str, maps: Tensor, boxes: Sequence[Sequence[Box] | None]) 
     """For each map of (N, C, H, W), its columns. boxes: of each sample, in the map's pixels, None where it has
     none."""
     mass = maps.float().abs().sum(1)
-    spoken = spoken_for(method, maps)
+    relevance = relevance_of(method, maps)
     total = mass.flatten(1).sum(1)
     shares = mass / torch.where(total > 0, total, 1.0)[:, None, None]
     height, width = mass.shape[-2:]
     middle = shares[:, height // 4 : height - height // 4, width // 4 : width - width // 4].flatten(1).sum(1)
     entropy = torch.special.entr(shares).flatten(1).sum(1) / max(math.log(height * width), 1e-9)
     size = min(PATCH, height, width)
-    patches = F.avg_pool2d(spoken[:, None], size, stride=1)[:, 0]
-    top, peak = patches.flatten(1).argmax(1).tolist(), spoken.flatten(1).argmax(1).tolist()
+    patches = F.avg_pool2d(relevance[:, None], size, stride=1)[:, 0]
+    top, peak = patches.flatten(1).argmax(1).tolist(), relevance.flatten(1).argmax(1).tolist()
     rows = []
     for k, (centre, spread) in enumerate(zip(middle.tolist(), entropy.tolist())):
         row = {

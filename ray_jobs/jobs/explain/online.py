@@ -14,10 +14,11 @@ from ray_jobs.config import ExplainConfig, ModelConfig
 from ray_jobs.data.image_decoding import by_pillow, check_size, decode, turned
 from ray_jobs.data.samples import SampleError
 from ray_jobs.data.shard_reader import Batch
-from ray_jobs.engine.shard_worker import Share
+from ray_jobs.engine.shard_worker import WorkerResources
 from ray_jobs.io.object_store import located
 from ray_jobs.jobs.explain.explain import ExplainWorker, checked
-from ray_jobs.models.class_names import captions, class_names, names_for
+from ray_jobs.jobs.explain.targets import names_for
+from ray_jobs.models.class_names import captions, class_names
 from ray_jobs.models.loading import ModelDigests
 from ray_jobs.runs.map_files import Explained
 from ray_jobs.runs.run_folder import Run
@@ -94,12 +95,12 @@ class OnlineExplainer:
         return self.worker.explain(Batch(images, named_, list(none), list(none)))
 
 
-def own_share() -> Share:
+def own_share() -> WorkerResources:
     """What of the machine Ray gave this process; all of it, where it is none of Ray's actors."""
     if not ray.is_initialized() or ray.get_runtime_context().get_actor_id() is None:
-        return Share(torch.get_num_threads(), torch.cuda.device_count())
+        return WorkerResources(torch.get_num_threads(), torch.cuda.device_count())
     given = ray.get_runtime_context().get_assigned_resources()
-    return Share(given.get("CPU", 1.0), given.get("GPU", 0.0))
+    return WorkerResources(given.get("CPU", 1.0), given.get("GPU", 0.0))
 
 
 def as_sample(image: Any) -> dict[str, Any]:

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from patterns import Network, UserError
+from ray_jobs.models.class_names import Names, class_names
 
 Labels = Sequence[int | None]
-Names = tuple[tuple[str, int], ...]  # names of classes with their numbers; two classes may share a name
 Pick = Callable[[Tensor, Labels], Tensor]  # of each sample's scores (N, classes) and label: its class, int64 (N,)
 
 AGAINST = "-vs-"
@@ -158,6 +158,18 @@ def named(spec: str) -> bool:
     return not re.fullmatch(TOP, spec) and any(
         not word.isdecimal() and word not in WORDS for word in spec.split(AGAINST)
     )
+
+
+def names_for(target: str, spec: str, file: str | None) -> Names:
+    """Return the names of classes that a target may need.
+
+    A file of names is read for every target, because a name in it may be a word that targets use, but then only such
+    names are returned.
+    """
+    if named(target):
+        return class_names(spec, file)
+    found = () if file is None else class_names(spec, file)
+    return tuple((name, number) for name, number in found if name in (target, *target.split(AGAINST)))
 
 
 def rank(place: int) -> Pick:

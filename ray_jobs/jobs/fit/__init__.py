@@ -1,0 +1,1 @@
+"""The job that fits patterns."""

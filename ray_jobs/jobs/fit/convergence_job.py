@@ -13,17 +13,15 @@ import torch
 from torch import Tensor
 
 from patterns import Moments, Operator
-from patterns.estimation.estimators import ESTIMATORS
-from patterns.estimation.jackknife import converged, look, samples_needed
-from patterns.io.safetensors_stream import TensorFile, write_tensors
-from patterns.io.storage import load_moments, solution_specs, write_aside
+from patterns.estimation import ESTIMATORS, converged, look, samples_needed
+from patterns.io import TensorFile, load_moments, solution_specs, write_atomically, write_tensors
 from ray_jobs.config import Resources
 from ray_jobs.engine.ray_tasks import Pending, Tasks
 from ray_jobs.figures.convergence_curves import append, draw_convergence, rows_of
 from ray_jobs.io.object_store import located, published
-from ray_jobs.jobs.moments_job import Gathering, GatherJob, Observe
+from ray_jobs.jobs.moments_job import MomentsJob, MomentsSpec, Observe
 from ray_jobs.models.loading import ModelDigests
-from ray_jobs.runs.lease import Beat
+from ray_jobs.runs.lease import Heartbeat
 from ray_jobs.runs.ledger import Ledger
 
 GROWTH = 1.25  # how many times the samples of the last look there must be for the next
@@ -41,14 +39,14 @@ class Until:
     seed: int
 
 
-class ConvergingJob(GatherJob):
+class ConvergingJob(MomentsJob):
     """Gathers until the patterns' standard errors are below a tolerance.
 
     Shards are taken in a seeded random order, so that those seen are a fair draw of all.
     """
 
     def __init__(
-        self, name: str, beat: Beat, task: Gathering, tasks: Tasks, resources: Resources, until: Until
+        self, name: str, beat: Heartbeat, task: MomentsSpec, tasks: Tasks, resources: Resources, until: Until
     ) -> None:
         super().__init__(name, beat, task, tasks, resources)
         self.until, self.seen = until, 0
@@ -132,7 +130,7 @@ def look_at(folder: str, files: Sequence[str], until: Until, samples: int) -> li
     with ExitStack() as stack, published(place) as out:
         there = (place / LOOKED).exists()
         before = stack.enter_context(TensorFile(place / LOOKED)) if there else None
-        write_aside(out / LOOKED, lambda aside: write_tensors(aside, specs, looked(before), {}))
+        write_atomically(out / LOOKED, lambda aside: write_tensors(aside, specs, looked(before), {}))
     return tables
 
 

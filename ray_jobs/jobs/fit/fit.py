@@ -6,9 +6,8 @@ from functools import partial
 from typing import Any
 
 from patterns import Network, Observer, Operator, UserError
-from patterns.estimation.estimators import parsed, wanted
-from patterns.io import storage
-from patterns.io.storage import write_json
+from patterns.estimation import parsed, wanted
+from patterns.io import save_in_turn, solution_specs, write_json
 from ray_jobs.config import FitConfig, ModelConfig, Resources
 from ray_jobs.engine.ray_session import connected
 from ray_jobs.engine.ray_tasks import Tasks
@@ -19,9 +18,9 @@ from ray_jobs.jobs.fit.convergence_job import ConvergingJob, Until, waited_for
 from ray_jobs.jobs.fit.memory_plan import passes
 from ray_jobs.jobs.fit.position_pilot import settled
 from ray_jobs.jobs.input_size import sized
-from ray_jobs.jobs.moments_job import LEDGER, Gathering, GatherJob, apart, beside, read_ledger, read_refused
+from ray_jobs.jobs.moments_job import LEDGER, MomentsJob, MomentsSpec, apart, beside, read_ledger, read_refused
 from ray_jobs.models import loading
-from ray_jobs.runs.lease import driving, tidy
+from ray_jobs.runs.lease import hold_lease, tidy
 from ray_jobs.runs.ledger import Ledger
 from ray_jobs.runs.run_folder import Run, current, difference
 
@@ -87,7 +86,7 @@ def fit(config: FitConfig, resources: Resources = Resources(), retry_quarantined
         begun += 1
     parsed(config.estimators, loaded.network.operators)
     through = planned(run, loaded.network, config)
-    with driving(run, "fit") as beat, connected(resources) as tasks:
+    with hold_lease(run, "fit") as beat, connected(resources) as tasks:
         check_mode(config.compile, resources)
         run.record("fit", section | {"rounds": begun, "rounds_done": done}, loaded)
         missing: dict[str, str] = {}
@@ -95,10 +94,10 @@ def fit(config: FitConfig, resources: Resources = Resources(), retry_quarantined
         for number, one in enumerate(through):
             name = "fit" if len(through) == 1 else f"fit, pass {number + 1} of {len(through)}"
             most = config.max_samples
-            task = Gathering(config.model, config.shards, str(one.folder), config.batch_size, most, begun)
+            task = MomentsSpec(config.model, config.shards, str(one.folder), config.batch_size, most, begun)
             observe = partial(observer, config, one.operators)
             if config.until_converged is None:
-                job = GatherJob(name, beat, task, tasks, resources)
+                job = MomentsJob(name, beat, task, tasks, resources)
             else:
                 operators = [loaded.network.operators[name] for name in one.operators]
                 until = Until(config.until_converged, operators, waited_for(config.estimators), config.seed)
@@ -165,7 +164,7 @@ def reduce_to_patterns(
     parts = part_files(through)
     solutions = reduction.solve_all(parts, operators, sums, choices, seed, tasks)
     with object_store.published(run.folder) as folder:
-        storage.save_in_turn(folder, storage.solution_specs(operators, choices), solutions, loaded.digest)
+        save_in_turn(folder, solution_specs(operators, choices), solutions, loaded.digest)
 
 
 def part_files(through: Sequence[Pass]) -> dict[str, list[str]]:
@@ -216,7 +215,7 @@ def solve(folder: str, estimators: Sequence[str], resources: Resources = Resourc
     through = planned(run, loaded.network, config)
     if not all(one.ledger.parts for one in through):
         raise UserError(folder, "its moments are gone", f"Fit again, with --estimators {','.join(solved)}.")
-    with driving(run, "solve"), connected(resources) as tasks:
+    with hold_lease(run, "solve"), connected(resources) as tasks:
         reduce_to_patterns(run, through, loaded, solved, config.estimators, config.seed, tasks)
         run.record("fit", section | {"solved": solved}, loaded)
     return run
@@ -250,7 +249,7 @@ def merge(folders: Sequence[str], out: str, resources: Resources = Resources()) 
     missing = {shard: reason for s in sections for shard, reason in s["missing"].items()}
     rounds = max(s.get("rounds_done", 0) for s in sections)
     section |= {"missing": missing, "merged": list(folders), "rounds": rounds, "rounds_done": rounds}
-    with driving(merged, "merge"), connected(resources) as tasks:
+    with hold_lease(merged, "merge"), connected(resources) as tasks:
         merged.record("fit", section, loaded)
         for number, one in enumerate(through):
             ledger, first = Ledger(), 0

@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 
 from patterns import Network, Operator, UserError
-from patterns.estimation.estimators import wanted
-from patterns.moments.moments import PIECE, planned_bytes
-from patterns.operators.winograd import BLOCK
+from patterns.estimation import wanted
+from patterns.moments import buffer_bytes, planned_bytes
 from ray_jobs.jobs.reduction import grouped
-from ray_jobs.units import spoken_bytes
+from ray_jobs.units import format_bytes
 
 # An operator's inputs and outputs, the output gradients, and what the layer before still holds.
 COPIES = 3
@@ -19,8 +18,7 @@ def model_bytes(network: Network, batch_size: int) -> int:
     weights = sum(op.weight.nbytes for op in operators)
     sizes = [sum(map(elements, op.input_shapes)) + elements(op.output_shape) for op in operators]
     item = network.like.element_size()
-    blocks = max(2 * 8 * PIECE, 4 * item * BLOCK)  # of sums on their way to float64, or of what is combined before
-    return weights + COPIES * batch_size * item * max(sizes) + blocks
+    return weights + COPIES * batch_size * item * max(sizes) + buffer_bytes(item)
 
 
 def elements(shape: Sequence[int]) -> int:
@@ -48,11 +46,11 @@ def passes(network: Network, estimators: Sequence[str], memory: int | None, batc
 
 def too_large(operator: Operator, estimators: Sequence[str], size: int, memory: int, room: int) -> UserError:
     what = (
-        f"its moments take {spoken_bytes(size)}, and --memory {spoken_bytes(memory)} leaves {spoken_bytes(room)} "
+        f"its moments take {format_bytes(size)}, and --memory {format_bytes(memory)} leaves {format_bytes(room)} "
         "beside the model and a batch"
     )
-    remedy = f"Give --memory {spoken_bytes(memory - room + size)}"
+    remedy = f"Give --memory {format_bytes(memory - room + size)}"
     small = planned_bytes(operator, wanted(operator, ["default"]))
     if small < size:
-        remedy += f", or fewer sums: --estimators '{operator.name}=default,…' takes {spoken_bytes(small)} for it"
+        remedy += f", or fewer sums: --estimators '{operator.name}=default,…' takes {format_bytes(small)} for it"
     return UserError(operator.name, what, f"{remedy}.")

@@ -7,8 +7,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from patterns import UserError
-from patterns.estimation.jackknife import FEWEST_GROUPS
-from patterns.estimation.position_pilot import positions_needed
+from patterns.estimation import FEWEST_GROUPS, positions_needed
 from ray_jobs.config import FitConfig
 from ray_jobs.data.shard_reader import ShardReader, read_shard
 from ray_jobs.jobs.fit.convergence_job import waited_for

@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from patterns import UserError
-from ray_jobs.engine.progress import spoken
 from ray_jobs.io.object_store import read_table
 from ray_jobs.models.class_names import captions, class_names
 from ray_jobs.runs.run_folder import JOBS, Run
+from ray_jobs.units import format_duration
 from ray_jobs.views.gallery import Gallery
 from ray_jobs.views.report.charts import WHISKERS, Chart, banded, narrowing, spreads
 from ray_jobs.views.report.filters import Filters, filters
@@ -39,7 +39,7 @@ class Job:
 
     @property
     def time(self) -> str:
-        return "" if self.seconds is None else spoken(self.seconds)
+        return "" if self.seconds is None else format_duration(self.seconds)
 
     @property
     def rate(self) -> str:
@@ -144,7 +144,7 @@ def contents(folder: str, number: int, count: int, classes: str | None, seed: in
         facts=facts(manifest),
         jobs=jobs,
         refused=refused(table_of(run, "quarantine.parquet")),
-        options=[(name, spoken_options(manifest[name]["options"])) for name in JOBS if name in manifest],
+        options=[(name, format_options(manifest[name]["options"])) for name in JOBS if name in manifest],
         versions=manifest["versions"],
         rho=rho(id_, table_of(run, "quality.parquet")),
         health=health(table_of(run, "neurons.parquet")),
@@ -209,16 +209,16 @@ def refused(table: pa.Table | None) -> list[tuple[str, str, str, int]]:
     return [(*said, count) for said, count in rows[:REASONS]] + more
 
 
-def spoken_options(options: Mapping[str, Any]) -> list[tuple[str, str]]:
+def format_options(options: Mapping[str, Any]) -> list[tuple[str, str]]:
     """A job's options in words; those that were not set are left out."""
-    return [(name, spoken_option(name, value)) for name, value in options.items() if value not in (None, [], {}, "")]
+    return [(name, format_option(name, value)) for name, value in options.items() if value not in (None, [], {}, "")]
 
 
-def spoken_option(name: str, value: Any) -> str:
+def format_option(name: str, value: Any) -> str:
     if name in SHARDS and len(value) > 2:
         return f"{len(value)}: {value[0]} … {value[-1]}"
     if isinstance(value, dict):
-        return ", ".join(f"{k} {spoken_option(k, v)}" for k, v in value.items())
+        return ", ".join(f"{k} {format_option(k, v)}" for k, v in value.items())
     if isinstance(value, list):
         return ", ".join("=".join(map(str, v)) if isinstance(v, list) else str(v) for v in value[:50])
     return str(value)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from patterns import UserError
-from patterns.attribution.rendering import centred, coloured, png
+from patterns.attribution import centred, coloured, png
 from ray_jobs.config import ModelConfig
 from ray_jobs.models import loading
 from ray_jobs.runs.run_folder import Run, load_patterns

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from patterns.io.storage import write_aside
+from patterns.io import write_atomically
 from ray_jobs.views.report.contents import FLAGS, Contents, contents
 
 HERE = Path(__file__).parent
@@ -24,7 +24,7 @@ def write_report(
     """
     told = [contents(run, number, count, classes, seed, len(runs)) for number, run in enumerate(runs)]
     page = rendered(told)
-    write_aside(out, lambda aside: aside.write_text(page, encoding="utf-8", errors="backslashreplace"))
+    write_atomically(out, lambda aside: aside.write_text(page, encoding="utf-8", errors="backslashreplace"))
     return told
 
 

@@ -9,7 +9,7 @@ from itertools import groupby
 
 from PIL import Image
 
-from patterns.attribution.rendering import png
+from patterns.attribution import png
 from ray_jobs.views.gallery import Gallery, Row
 
 LARGEST = 256  # pixels: what a picture is shown at, enlarged, on most screens
