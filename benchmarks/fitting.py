@@ -26,8 +26,9 @@ from benchmarks.timing import (
 from patterns import Gate, Network, Observer, Operator, PatchMoments, solve, trace
 from patterns.estimation.estimators import wanted
 from patterns.estimation.signal_quality import cov_xx, quality
+from patterns.moments.gram import PatchAccumulator
 from patterns.moments.moments import Wanted
-from patterns.moments.patches import Draw, PatchAccumulator
+from patterns.moments.position_sampling import Draw
 from patterns.moments.sampled import BLOCK
 from patterns.operators.operator import Convolution
 from ray_jobs.config import FITTED, FitConfig, ModelConfig, Resources

@@ -11,9 +11,9 @@ from patterns.estimation.estimators import CHOICES, ESTIMATORS, Solution, solve
 from patterns.estimation.observer import Observer, PatchObserver, accumulate, accumulate_patches
 from patterns.estimation.signal_quality import quality
 from patterns.evaluation.conservation import Loss, conservation
-from patterns.io.storage import choose, load, save
+from patterns.io.pattern_files import choose, load, save
+from patterns.moments.gram import PatchMoments
 from patterns.moments.moments import Moments, Sums
-from patterns.moments.patches import PatchMoments
 from patterns.operators.operator import Gate, Operator
 from patterns.tracing.digests import digest
 from patterns.tracing.network import Network, trace

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from patterns.attribution import gradient_scaling
 from patterns.attribution.gradient_scaling import Crossing, Step, Values
-from patterns.attribution.methods import Backward, method_of, settings_of
-from patterns.attribution.rectifier_rules import Rule, add_rules, gated
+from patterns.attribution.methods import Backward, parse_method, resolve_settings
+from patterns.attribution.rectifier_rules import Rule, insert_rules, gated
 from patterns.attribution.rendering import Shown, photograph, picture
 from patterns.compilation import ForwardBackward
 from patterns.errors import UserError
-from patterns.io.storage import TracedAs, choose, load, traced_as
+from patterns.io.pattern_files import TracedAs, choose, load, traced_as
 from patterns.operators.operator import Operator
 from patterns.tracing.digests import digest
 from patterns.tracing.inputs import Targets, ready_inputs, ready_targets
@@ -53,7 +53,7 @@ class Explanation:
         caption = "" if self.targets.is_floating_point() else f"{int(target)}"
         if caption and self.scores.dim() == 2:
             caption += f": {float(self.scores[number].softmax(0)[target]):.0%}"
-        pictures = {name: picture(name, m.float().cpu().numpy()) for name, m in maps.items()}
+        pictures = {name: render_map(name, m.float().cpu().numpy()) for name, m in maps.items()}
         return Shown(beside, caption, pictures)
 
 
@@ -85,8 +85,8 @@ class Explainer:
             what = "the model gives one number for each sample, no score for each class"
             raise UserError("model", what, "Explain a model whose output is (N, classes).")
         self.network, self._like = network, network.like
-        self._methods = {name: method_of(name) for name in methods}
-        self.settings = settings_of(self._methods, settings or {})
+        self._methods = {name: parse_method(name) for name in methods}
+        self.settings = resolve_settings(self._methods, settings or {})
         by_estimator = {"": patterns or {}, **(estimators or {})}
         self._procedures = {
             name: method.procedure(network, {key: self.settings[f"{name}.{key}"] for key in method.settings})
@@ -94,14 +94,14 @@ class Explainer:
             if method.procedure is not None
         }
         passes = dict.fromkeys(method.backward for method in self._methods.values() if method.backward is not None)
-        self._weights = {b: backward_weights(network, by_estimator.get(b.estimator, {}), b) for b in passes}
+        self._weights = {b: compute_backward_weights(network, by_estimator.get(b.estimator, {}), b) for b in passes}
         self._exponents = dict.fromkeys(passes, 0)
         self._restored = dict.fromkeys(passes, 0)  # of a scaled pass whose result is in range itself
         self._current: Weights = {}
         self._rule: Rule = gated
         self._module = network.rewrite(lambda op: Explained(op, lambda: self._current[op.name]))
         if any(backward.rectifier is not gated for backward in passes):
-            add_rules(self._module, lambda: self._rule)
+            insert_rules(self._module, lambda: self._rule)
         self._potentials = self._keep_in_range(network, scales or {})
         self._compiled: dict[torch.Size, ForwardBackward] = {}
 
@@ -137,7 +137,7 @@ class Explainer:
             strip_softmax=as_fitted.strip_softmax,
         )
         patterns = load(folder, digest(model) if strict else None)
-        passes = [method_of(name).backward for name in methods]
+        passes = [parse_method(name).backward for name in methods]
         named = {b.estimator for b in passes if b is not None and b.estimator}
         chosen = choose(network, patterns, estimator) if any(b and b.needs_patterns for b in passes) else None
         return cls(
@@ -216,7 +216,7 @@ class Explainer:
         else:
             chosen = targets(scores) if callable(targets) else ready_targets(targets, scores)
         several = not chosen.is_floating_point() and chosen.dim() == 2
-        starts = [start_of(t, scores) for t in (chosen.unbind(1) if several else [chosen])]
+        starts = [make_output_gradient(t, scores) for t in (chosen.unbind(1) if several else [chosen])]
         seeds = [0] * len(inputs) if seeds is None else list(seeds)
         found = [self._maps(inputs, start, results, seeds) for start, results in zip(starts, back(starts))]
         maps = {name: torch.stack([m[name] for m in found], 1) if several else found[0][name] for name in found[0]}
@@ -292,7 +292,7 @@ class Explainer:
                 potentials[backward] = []
         if len(potentials) == len(self._weights) and not any(potentials.values()):
             return potentials
-        ones = gradient_scaling.add_crossings(self._module, lambda name: self._current[name])
+        ones = gradient_scaling.insert_branch_scales(self._module, lambda name: self._current[name])
         classes = gradient_scaling.values(self._module)
         for backward in self._weights:
             self._weights[backward] = {**self._weights[backward], **{name: one.to(like) for name, one in ones.items()}}
@@ -335,7 +335,7 @@ class Explainer:
         return largest
 
 
-def start_of(targets: Tensor, scores: Tensor) -> Tensor:
+def make_output_gradient(targets: Tensor, scores: Tensor) -> Tensor:
     """What a pass starts from: 1 at each sample's target and 0 elsewhere, or as it is given."""
     if targets.is_floating_point():
         return targets
@@ -343,7 +343,7 @@ def start_of(targets: Tensor, scores: Tensor) -> Tensor:
     return torch.zeros_like(scores).scatter_(1, index, 1.0)
 
 
-def backward_weights(network: Network, patterns: Weights, backward: Backward) -> Weights:
+def compute_backward_weights(network: Network, patterns: Weights, backward: Backward) -> Weights:
     """The weights of a backward pass, by operator, on the operator's device."""
     weights = {}
     for name, operator in network.operators.items():

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from patterns.compilation import Function, compiled, compiling, graph_of, warm_runs
 from patterns.errors import UserError
+from patterns.moments.gram import PatchAccumulator, PatchMoments
 from patterns.moments.moments import Accumulator, Moments, Wanted
-from patterns.moments.patches import Draw, PatchAccumulator, PatchMoments
+from patterns.moments.position_sampling import Draw
 from patterns.moments.sampled import SampledAccumulator
 from patterns.operators.operator import Inputs, Operator
 from patterns.tracing.inputs import batch_of, images_of, ready_inputs

@@ -35,8 +35,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from patterns.estimation.estimators import PAIRS, VANISHING
+from patterns.moments.gram import PatchMoments
 from patterns.moments.moments import Sums, required
-from patterns.moments.patches import PatchMoments
 
 # Directions with at most this share of the largest variance of x are left out of the pseudo-inverse.
 CUTOFF = 1e-10

@@ -1,8 +1,7 @@
 """Files of patterns and moments."""
 
-from patterns.io.safetensors_stream import TensorFile, write_tensors
-from patterns.io.storage import (
-    TEMPORARY,
+from patterns.io.atomic import TEMPORARY, temporary_path, write_atomically, write_json, write_table
+from patterns.io.pattern_files import (
     Patterns,
     load,
     load_moments,
@@ -10,11 +9,8 @@ from patterns.io.storage import (
     save_in_turn,
     save_moments,
     solution_specs,
-    temporary_path,
-    write_atomically,
-    write_json,
-    write_table,
 )
+from patterns.io.safetensors_stream import TensorFile, write_tensors
 
 __all__ = [
     "TEMPORARY",

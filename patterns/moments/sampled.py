@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from patterns.moments.moments import Accumulator, Moments, Wanted
-from patterns.moments.patches import Draw, Gatherer, chosen, per_image
+from patterns.moments.patch_gathering import Gatherer, chosen, per_image
+from patterns.moments.position_sampling import Draw
 from patterns.operators.operator import Inputs, Operator, Shape
 
 # Samples that are gathered before they are summed, and elements of patches at most, on a CPU and on a GPU: matrix

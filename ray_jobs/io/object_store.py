@@ -250,7 +250,7 @@ def published(folder: Location) -> Iterator[Path]:
     """Give a folder of this machine; what is written into it stands in `folder` afterwards.
 
     If `folder` is on this machine it is the same, and files get their names when they are complete (see
-    `patterns.io.storage.temporary_path`); else each file is put there as one object. UserError if that fails.
+    `patterns.io.temporary_path`); else each file is put there as one object. UserError if that fails.
     """
     if folder.local is not None:
         with written(str(folder)):

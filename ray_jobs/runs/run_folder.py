@@ -160,7 +160,7 @@ def refused_in(path: object_store.Location) -> list[Rejected]:
 
 
 def load_patterns(run: str, weights: str, operators: Collection[str] | None = None) -> Patterns:
-    """The patterns of a run, wherever its folder is: see `patterns.io.storage.load`."""
+    """The patterns of a run, wherever its folder is: see `patterns.load`."""
     with object_store.fetched(object_store.located(run) / "patterns.safetensors") as file:
         return load(file.parent, weights, operators)
 

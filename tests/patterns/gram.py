@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from patterns import Gate, Operator
-from patterns.moments.patches import Draw, PatchAccumulator, PatchMoments
+from patterns.moments.gram import PatchAccumulator, PatchMoments
+from patterns.moments.position_sampling import Draw
 from patterns.operators.operator import (
     Addition,
     AveragePool,

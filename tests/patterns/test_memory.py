@@ -64,7 +64,7 @@ def test_sampling_patches_needs_at_most_a_third_more_than_a_forward_pass(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     at_a_time = 2**16
-    monkeypatch.setattr("patterns.moments.patches.PATCH_ELEMENTS", at_a_time)
+    monkeypatch.setattr("patterns.moments.gram.PATCH_ELEMENTS", at_a_time)
     torch.manual_seed(0)
     model = nn.Sequential(*convolutions(), *small_head()).eval().requires_grad_(False)
     x = torch.randn(8, 3, 64, 64)

@@ -10,16 +10,8 @@ from torch.nn import functional as F
 
 from patterns import UserError, accumulate, trace
 from patterns.estimation.observer import PatchObserver
-from patterns.moments.patches import (
-    STEP,
-    Draw,
-    PatchAccumulator,
-    PatchMoments,
-    bytes_of,
-    mixed,
-    uniform,
-    zero,
-)
+from patterns.moments.gram import PatchAccumulator, PatchMoments, bytes_of, zero
+from patterns.moments.position_sampling import STEP, Draw, mixed, uniform
 from patterns.operators import operator
 from tests.oracles import Neuron, window_patches
 from tests.patterns.gram import ALL, CASES, SCALES, drawn
@@ -221,7 +213,7 @@ def test_patches_written_out_in_pieces_give_the_same_sums(monkeypatch: pytest.Mo
     case = CASES["grouped"]()
     inputs = case.inputs(7, 1)
     whole = case.moments(inputs, 2)
-    monkeypatch.setattr("patterns.moments.patches.PATCH_ELEMENTS", 40)
+    monkeypatch.setattr("patterns.moments.gram.PATCH_ELEMENTS", 40)
     assert_same(case.moments(inputs, 2), whole, rtol=1e-11)
 
 

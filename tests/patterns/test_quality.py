@@ -6,7 +6,8 @@ from torch import Tensor, nn
 from patterns import Gate, Operator, solve, trace
 from patterns.estimation.observer import PatchObserver
 from patterns.estimation.signal_quality import correlation, quality, rho, signals, whiten
-from patterns.moments.patches import Draw, PatchAccumulator, PatchMoments, zero
+from patterns.moments.gram import PatchAccumulator, PatchMoments, zero
+from patterns.moments.position_sampling import Draw
 from patterns.operators.operator import Linear, Scale
 from tests.oracles import Neuron, channel_patches, window_patches
 from tests.patterns.gram import ALL, CASES, ESTIMATORS, IMAGES, RELU, Case, case, drawn, every_kind, normal

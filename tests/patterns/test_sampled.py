@@ -12,7 +12,7 @@ from patterns import Observer, PatchObserver, UserError, accumulate, solve, trac
 from patterns.estimation.observer import laid_out
 from patterns.moments import sampled
 from patterns.moments.moments import Wanted
-from patterns.moments.patches import Draw
+from patterns.moments.position_sampling import Draw
 from patterns.moments.sampled import SampledAccumulator
 from patterns.operators.operator import Addition
 from tests.oracles import Neuron

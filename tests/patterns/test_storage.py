@@ -28,8 +28,9 @@ from patterns import (
     trace,
 )
 from patterns.estimation.observer import Observer
+from patterns.io.atomic import write_atomically, write_json
+from patterns.io.pattern_files import load_moments, merge_moments, save_moments
 from patterns.io.safetensors_stream import TensorFile, specs_of, write_tensors
-from patterns.io.storage import load_moments, merge_moments, save_moments, write_atomically, write_json
 from patterns.moments.moments import Wanted
 
 
@@ -369,7 +370,7 @@ def test_a_crash_while_saving_again_leaves_patterns_that_still_load(
         path.write_bytes(b"half")
         raise OSError("no space left")
 
-    monkeypatch.setattr("patterns.io.storage.write_tensors", broken)
+    monkeypatch.setattr("patterns.io.pattern_files.write_tensors", broken)
     with pytest.raises(OSError, match="no space left"):
         save(tmp_path, run.solutions, "sha256:two")
     assert torch.equal(load(tmp_path, "sha256:one")["0"]["linear"], run.solutions["0"].patterns["linear"])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from patterns.io.storage import write_json
+from patterns.io.atomic import write_json
 from ray_jobs.runs import lease
 from ray_jobs.runs.lease import Driver
 from ray_jobs.runs.run_folder import Run

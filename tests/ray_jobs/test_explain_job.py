@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from patterns import METHODS, Explainer, choose
-from patterns.io.storage import load
+from patterns.io.pattern_files import load
 from ray_jobs.config import ExplainConfig, FitConfig, ModelConfig, Resources
 from ray_jobs.data.samples import seed_of
 from ray_jobs.data.shard_reader import ShardReader, read_shard

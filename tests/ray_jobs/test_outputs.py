@@ -18,7 +18,7 @@ import zarr
 from PIL import Image
 
 from patterns import UserError
-from patterns.io.storage import load
+from patterns.io.pattern_files import load
 from ray_jobs.cli.app import main
 from ray_jobs.config import ExplainConfig, FitConfig, ModelConfig, Resources
 from ray_jobs.data.shard_reader import ShardReader, read_shard

@@ -4,14 +4,12 @@ Every file is written aside and renamed, so it is wholly there or not there.
 """
 
 import json
-import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 from typing import TypeVar
-from uuid import uuid4
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,14 +19,14 @@ from torch import Tensor
 
 from patterns.errors import UserError
 from patterns.estimation.estimators import Choices, Solution, chosen, parsed, selected
+from patterns.io.atomic import temporary_path, write_atomically
 from patterns.io.safetensors_stream import Specs, TensorFile, specs_of, write_tensors
+from patterns.moments.gram import PatchMoments
 from patterns.moments.moments import Moments
-from patterns.moments.patches import PatchMoments
 from patterns.operators.operator import Operator
 from patterns.tracing.network import Network
 
 FORMAT = "1"
-TEMPORARY = ".aside-"  # part of the name of every file still being written
 Patterns = dict[str, dict[str, Tensor]]  # by operator and row of ESTIMATORS
 
 
@@ -225,42 +223,3 @@ def neuron_table(item: tuple[str, Solution]) -> pa.Table:
     columns = [[operator] * k, range(k), s.n.numpy(), s.n_positive.numpy(), s.mean_y.numpy(), s.var_y.numpy(), s.flags]
     arrays = [pa.array(column, field.type) for column, field in zip(columns, NEURON_SCHEMA)]
     return pa.Table.from_arrays(arrays, schema=NEURON_SCHEMA)
-
-
-def write_table(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
-    """Write tables one after the other, each its own row group."""
-
-    def write(aside: Path) -> None:
-        with pq.ParquetWriter(aside, schema) as writer:
-            for table in tables:
-                writer.write_table(table)
-
-    write_atomically(path, write)
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write a value as readable JSON."""
-    write_atomically(path, lambda aside: aside.write_text(json.dumps(value, indent=1) + "\n"))
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file under another name, make it durable, and rename it to its own."""
-    with temporary_path(path) as aside:
-        write(aside)
-
-
-@contextmanager
-def temporary_path(path: Path) -> Iterator[Path]:
-    """Another name to write a file under, which then is made durable and renamed to its own."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{TEMPORARY}{uuid4().hex}-{path.name}")
-    try:
-        aside.touch()
-        mode = aside.stat().st_mode
-        yield aside
-        aside.chmod(mode)  # safetensors would keep other users out
-        with open(aside, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
