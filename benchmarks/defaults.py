@@ -18,13 +18,13 @@ from torch.nn import functional as F
 from zennit.image import get_cmap
 
 from patterns import Explainer, Gate, Network, Observer, accumulate, choose, solve
-from patterns.attribution.rendering import COLOUR_MAP, centred
+from patterns.attribution.rendering import COLOR_MAP, center_values
 from patterns.estimation.estimators import wanted
 from patterns.moments.moments import Moments
 from patterns.operators.operator import Addition, Operator
 from ray_jobs.config import ModelConfig
 from ray_jobs.data.packing import pack
-from ray_jobs.data.shard_reader import ShardReader
+from ray_jobs.data.shard_reader import ReaderConfig, ShardReader
 from ray_jobs.figures.drawing import save_figure
 from ray_jobs.models import loading
 from ray_jobs.models.loading import Loaded
@@ -61,7 +61,7 @@ class Fitted:
 
 def plain_additions(fitted: Fitted) -> Patterns:
     """The default, but that additions pass the whole signal to each of their inputs."""
-    plain = {n: op.weight for n, op in fitted.network.operators.items() if isinstance(op.kind, Addition)}
+    plain = {n: op.weight for n, op in fitted.network.operators.items() if isinstance(op.operator_type, Addition)}
     return fitted.solved("default") | plain
 
 
@@ -70,7 +70,7 @@ def all_gated(fitted: Fitted) -> Patterns:
     patterns = fitted.solved("default")
     *hidden, _ = fitted.network.operators.values()
     for operator in hidden:
-        if operator.gate is None and not isinstance(operator.kind, Addition):
+        if operator.gate is None and not isinstance(operator.operator_type, Addition):
             gated = with_gate(operator)
             patterns[operator.name] = solve(gated, fitted.as_if_gated[operator.name]).patterns["positive"]
     return patterns
@@ -91,7 +91,9 @@ def with_gate(operator: Operator) -> Operator:
     """The operator as if a ReLU followed it."""
     shapes = operator.input_shapes, operator.output_shape
     gate = operator.gate or Gate(0.0, float("inf"))
-    return Operator(operator.name, operator.kind, operator.weight, operator.bias, *shapes, operator.source, gate)
+    return Operator(
+        operator.name, operator.operator_type, operator.weight, operator.bias, *shapes, operator.source, gate
+    )
 
 
 def fit(loaded: Loaded, crops: Sequence[str]) -> Fitted:
@@ -106,7 +108,7 @@ def fit(loaded: Loaded, crops: Sequence[str]) -> Fitted:
 
 def images(loaded: Loaded, shards: Sequence[str]) -> Iterator[Tensor]:
     for shard in shards:
-        yield from (batch.images for batch in ShardReader(shard, loaded.preprocessing, 20, loaded.dtype))
+        yield from (batch.images for batch in ShardReader(shard, ReaderConfig(loaded.preprocessing, 20, loaded.dtype)))
 
 
 def falls(network: Network, photographs: Tensor, maps: Tensor) -> Tensor:
@@ -137,9 +139,9 @@ def drawn(photograph: Tensor, found: dict[str, Tensor]) -> list[np.ndarray]:
     for name, values in found.items():
         array = values.numpy()
         if name.endswith("patternattribution"):
-            pictures.append(get_cmap(COLOUR_MAP)(centred(array.sum(0)))[..., :3])
+            pictures.append(get_cmap(COLOR_MAP)(center_values(array.sum(0)))[..., :3])
         else:
-            pictures.append(centred(array).transpose(1, 2, 0))
+            pictures.append(center_values(array).transpose(1, 2, 0))
     return pictures
 
 

@@ -29,7 +29,7 @@ CONSTANTS = 0.01**2, 0.03**2  # (K₁L)² and (K₂L)² there, for values of the
 
 def learned(network: Network) -> list[str]:
     """The operators whose weights were trained, from the input on: all but sums and average pooling."""
-    return [name for name, op in network.operators.items() if not isinstance(op.kind, Addition | AveragePool)]
+    return [name for name, op in network.operators.items() if not isinstance(op.operator_type, Addition | AveragePool)]
 
 
 def randomised(network: Network, names: Collection[str], generator: torch.Generator) -> Network:
@@ -63,8 +63,8 @@ def shifted(network: Network, name: str, shift: Tensor) -> Network:
     Raises UserError where no bias can absorb it, as of a convolution whose padding is not shifted.
     """
     operator = network.operators[name]
-    response = operator.kind.forward((shift.reshape(1, *operator.input_shapes[0]),), operator.weight, None)
-    per_neuron = response.movedim(operator.kind.axis, 0).flatten(1)
+    response = operator.operator_type.forward((shift.reshape(1, *operator.input_shapes[0]),), operator.weight, None)
+    per_neuron = response.movedim(operator.operator_type.axis, 0).flatten(1)
     absorbed = per_neuron[:, 0]
     if not torch.allclose(per_neuron, absorbed[:, None].expand_as(per_neuron)):
         remedy = "Take a constant for each channel, and an operator without padding."
@@ -82,7 +82,7 @@ def redrawn(values: Tensor, generator: torch.Generator) -> Tensor:
 def changed(operator: Operator, weight: Tensor, bias: Tensor | None) -> Operator:
     """The operator with another weight and bias."""
     shapes = operator.input_shapes, operator.output_shape
-    other = Operator(operator.name, operator.kind, weight, bias, *shapes, operator.source, operator.gate)
+    other = Operator(operator.name, operator.operator_type, weight, bias, *shapes, operator.source, operator.gate)
     other.calls, other.mixed_gates = operator.calls, operator.mixed_gates
     return other
 

@@ -295,7 +295,7 @@ class Operator(nn.Module):
     def __init__(
         self,
         name: str,
-        kind: OperatorType,
+        operator_type: OperatorType,
         weight: Tensor,
         bias: Tensor | None,
         input_shapes: tuple[Shape, ...],
@@ -304,14 +304,14 @@ class Operator(nn.Module):
         gate: Gate | None = None,
     ) -> None:
         super().__init__()
-        self.name, self.kind, self.gate, self.source = name, kind, gate, source
+        self.name, self.operator_type, self.gate, self.source = name, operator_type, gate, source
         self.calls, self.mixed_gates, self.per_image = 1, False, True
         self.input_shapes, self.output_shape = input_shapes, output_shape
         self.register_buffer("weight", weight.detach())
         self.register_buffer("bias", None if bias is None else bias.detach())
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        return self.kind.forward(inputs, self.weight, self.bias)
+        return self.operator_type.forward(inputs, self.weight, self.bias)
 
     @property
     def neurons(self) -> int:
@@ -326,10 +326,10 @@ class Operator(nn.Module):
     @property
     def groups(self) -> int:
         """G: neurons of one group see the same inputs; each is a group where their kind knows of none."""
-        return getattr(self.kind, "groups", self.neurons)
+        return getattr(self.operator_type, "groups", self.neurons)
 
     def extra_repr(self) -> str:
-        return f"{self.name}: {self.kind}, weight {tuple(self.weight.shape)}, gate {self.gate}"
+        return f"{self.name}: {self.operator_type}, weight {tuple(self.weight.shape)}, gate {self.gate}"
 
 
 def along(axis: int, values: Tensor, like: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ def window_of(operator: Operator) -> Window | None:
     """Where an operator's neurons look, None where at their own position. UserError where nobody can say."""
     kernel, ones = operator.weight.shape[2:], (1,) * len(operator.weight.shape[2:])
     taps = tuple(range(k) for k in kernel)
-    match operator.kind:
+    match operator.operator_type:
         case Convolution(stride, padding, dilation):
             if set(kernel) == set(stride) == {1} and not any(padding):
                 return None
@@ -72,7 +72,7 @@ def window_of(operator: Operator) -> Window | None:
             return Window(taps, stride, ones, padding, padding, ones)
         case Linear() | Scale() | Addition():
             return None
-    kind = type(operator.kind).__name__
+    kind = type(operator.operator_type).__name__
     raise UserError(operator.name, f"the patches of {kind} cannot be sampled", "Leave it out of the operators.")
 
 

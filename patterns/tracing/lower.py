@@ -38,17 +38,17 @@ def lift_operators(draft: Draft) -> None:
         lifted = lift(draft, node) if lift else None
         if lifted is None:
             continue
-        identity = (lifted.kind, lifted.key) if lifted.key else node
+        identity = (lifted.operator_type, lifted.key) if lifted.key else node
         if identity not in made:
             name = lifted.name
             if name is None:
-                kind = TYPE_NAMES[type(lifted.kind)]
+                kind = TYPE_NAMES[type(lifted.operator_type)]
                 name = f"{kind}.{orders[kind]}"
                 orders[kind] += 1
             elif name in operators:
                 name = f"{name}.{node.name}"
             made[identity] = name
-            operators[name] = Operator(name, lifted.kind, lifted.weight, lifted.bias, (), (), source(node))
+            operators[name] = Operator(name, lifted.operator_type, lifted.weight, lifted.bias, (), (), source(node))
         with draft.graph.inserting_before(node):
             call = draft.graph.call_module(made[identity], lifted.inputs)
         call.meta = dict(node.meta)
@@ -74,7 +74,7 @@ def set_constants_apart(draft: Draft) -> None:
 class Lifted:
     """A linear operation read off a node. `key` tells apart what shares parameters from what does not."""
 
-    kind: OperatorType
+    operator_type: OperatorType
     weight: Tensor
     bias: Tensor | None
     inputs: tuple[Node, ...]

@@ -120,8 +120,8 @@ class Network:
             if (gate := found.gate) is not None:
                 limits = (None if math.isinf(bound) else bound for bound in (gate.low, gate.high))
                 out = module.graph.call_function(aten.clamp.default, (out, *limits))
-            if found.kind.axis != 1:
-                out = module.graph.call_function(torch.movedim, (out, found.kind.axis, 1))
+            if found.operator_type.axis != 1:
+                out = module.graph.call_function(torch.movedim, (out, found.operator_type.axis, 1))
         end.args = (out,)
         wanted = {end, *ancestors(end)}
         for node in reversed(module.graph.nodes):
@@ -129,7 +129,9 @@ class Network:
                 module.graph.erase_node(node)
         module.recompile()
         shape = list(found.output_shape)
-        shape.insert(0, shape.pop(found.kind.axis - 1 if found.kind.axis > 0 else found.kind.axis))
+        shape.insert(
+            0, shape.pop(found.operator_type.axis - 1 if found.operator_type.axis > 0 else found.operator_type.axis)
+        )
         return Network(module, self.input_shape, tuple(shape), self.constants)
 
 
@@ -237,15 +239,15 @@ def fold_scales(draft: Draft) -> None:
     """Fold each batch norm into the convolution or linear operator before it, if that has no other use."""
     calls = Counter(node.target for node in draft.graph.nodes if node.op == "call_module")
     for node in list(draft.graph.nodes):
-        if node.op != "call_module" or not isinstance(draft.parts[str(node.target)].kind, Scale):
+        if node.op != "call_module" or not isinstance(draft.parts[str(node.target)].operator_type, Scale):
             continue
         scale = draft.parts[str(node.target)]
         before, axis = operator_before(draft, node)
-        if before is None or axis != scale.kind.axis % node.meta["val"].dim():
+        if before is None or axis != scale.operator_type.axis % node.meta["val"].dim():
             continue
         linear = draft.parts[str(before.target)]
         if (
-            not isinstance(linear.kind, Convolution | TransposedConvolution | Linear)
+            not isinstance(linear.operator_type, Convolution | TransposedConvolution | Linear)
             or calls[node.target] > 1
             or calls[before.target] > 1
         ):
@@ -257,7 +259,7 @@ def fold_scales(draft: Draft) -> None:
             bias = bias + scale.bias.double()
         dtype = linear.weight.dtype
         draft.parts[str(before.target)] = Operator(
-            linear.name, linear.kind, weight.to(dtype), bias.to(dtype), (), (), linear.source
+            linear.name, linear.operator_type, weight.to(dtype), bias.to(dtype), (), (), linear.source
         )
         draft.replace(node, node.args[0])
 
@@ -273,7 +275,7 @@ def operator_before(draft: Draft, node: Node) -> tuple[Node | None, int | None]:
             return None, None
     if before.op != "call_module" or len(readers(before)) > 1:
         return None, None
-    axis = draft.parts[str(before.target)].kind.axis % before.meta["val"].dim()
+    axis = draft.parts[str(before.target)].operator_type.axis % before.meta["val"].dim()
     for change in reversed(path):
         axis = None if axis is None else moved_axis(change, axis)
     return before, axis

@@ -205,7 +205,7 @@ def described(operator: Operator) -> dict[str, Any]:
     gate = operator.gate
     return {
         "name": operator.name,
-        "kind": TYPE_NAMES[type(operator.kind)],
+        "kind": TYPE_NAMES[type(operator.operator_type)],
         "weight": list(operator.weight.shape),
         "input": [list(s) for s in operator.input_shapes],
         "output": list(operator.output_shape),

@@ -73,8 +73,8 @@ def test_only_what_is_named_is_drawn_anew_and_the_network_stays_as_it_was() -> N
         old = it.network.operators[name]
         assert torch.equal(old.weight, before[name])
         assert torch.equal(op.weight, old.weight) == (name not in ("head", "one"))
-        assert (op.kind, op.gate, op.input_shapes, op.output_shape) == (
-            old.kind, old.gate, old.input_shapes, old.output_shape
+        assert (op.operator_type, op.gate, op.input_shapes, op.output_shape) == (
+            old.operator_type, old.gate, old.input_shapes, old.output_shape
         )  # fmt: skip
     assert not torch.equal(other.operators["one"].bias, it.network.operators["one"].bias)  # type: ignore[arg-type]
     assert not torch.equal(other.module(it.inputs), it.network.module(it.inputs))

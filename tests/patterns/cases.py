@@ -39,7 +39,7 @@ Inputs = tuple[Tensor, ...]
 class Case:
     """unfold: gives each group's patches of some inputs, (samples, D)."""
 
-    kind: OperatorType
+    operator_type: OperatorType
     weight: Tensor
     inputs: Inputs
     unfold: Callable[..., list[Tensor]]
@@ -49,8 +49,8 @@ class Case:
     @cached_property
     def operator(self) -> Operator:
         shapes = tuple(tuple(x.shape[1:]) for x in self.inputs)
-        output = tuple(self.kind.forward(self.inputs, self.weight, self.bias).shape[1:])
-        return Operator("it", self.kind, self.weight, self.bias, shapes, output, "", self.gate)
+        output = tuple(self.operator_type.forward(self.inputs, self.weight, self.bias).shape[1:])
+        return Operator("it", self.operator_type, self.weight, self.bias, shapes, output, "", self.gate)
 
     @property
     def limits(self) -> tuple[float, float] | None:
@@ -165,7 +165,9 @@ FIXED: dict[str, Callable[[], Case]] = {
 def fixed(name: str, gate: str) -> Case:
     """A case of the table with this gate; with a bias, where its kind can have one."""
     case = FIXED[name]()
-    bias = None if isinstance(case.kind, Addition | AveragePool) else torch.linspace(-0.5, 0.5, len(case.weight))
+    bias = (
+        None if isinstance(case.operator_type, Addition | AveragePool) else torch.linspace(-0.5, 0.5, len(case.weight))
+    )
     if bias is not None and name == "a dead and a constant neuron":
         bias[0] = -1000.0
     return replace(case, gate=GATES[gate], bias=bias if bias is None else bias.double())
@@ -262,6 +264,6 @@ def any_case(draw: st.DrawFn, strategy: str | None = None) -> Case:
     """Any operator of any kind, or of one; with any gate and a bias where it may have one."""
     random = draw(drawn_numbers())
     case = draw(STRATEGIES[strategy or draw(st.sampled_from(sorted(STRATEGIES)))](random))
-    biased = not isinstance(case.kind, Addition | AveragePool) and draw(st.booleans())
+    biased = not isinstance(case.operator_type, Addition | AveragePool) and draw(st.booleans())
     bias = random(len(case.weight)) if biased else None
     return replace(case, bias=bias, gate=GATES[draw(st.sampled_from(sorted(GATES)))])

@@ -125,7 +125,7 @@ def assert_same(a: Mapping[str, Tensor], b: Mapping[str, Tensor], rtol: float) -
 
 
 def test_every_kind_and_every_estimator_goes_through_the_harness() -> None:
-    assert {type(case().kind) for case in FIXED.values()} == set(OPERATOR_TYPES.values())
+    assert {type(case().operator_type) for case in FIXED.values()} == set(OPERATOR_TYPES.values())
     rows = {row for gated, free in CHOICES.values() for row in (*gated, *free)}
     assert rows == ESTIMATORS.keys() == CLOSED_FORMS.keys()
 

@@ -62,7 +62,7 @@ def test_without_gates_and_borders_the_map_sums_to_the_targets_value(choice: str
     torch.manual_seed(6)
     x = torch.randn(40, 2, 17, 17, dtype=torch.float64) + 0.2
     network = trace(Linear().double(), x[:1])
-    kinds = {type(op.kind).__name__ for op in network.operators.values()}
+    kinds = {type(op.operator_type).__name__ for op in network.operators.values()}
     assert kinds == {"Convolution", "Scale", "Addition", "AveragePool", "Linear"}
     patterns = fitted(network, x.split(20), choice)
     targets = torch.arange(5) % 3

@@ -98,7 +98,7 @@ def test_batch_norm_of_anything_but_an_operators_channels_is_a_scale_of_its_own(
     model = Calls(forward, layer=layer, norm=nn.BatchNorm1d(features)).double()
     randomise(model.norm)
     network = network_of(model)
-    assert isinstance(network.operators["norm"].kind, Scale)
+    assert isinstance(network.operators["norm"].operator_type, Scale)
     assert_same_outputs(model, network, image(3), image(1))
 
 

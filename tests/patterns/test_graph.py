@@ -23,7 +23,7 @@ def test_tracing_and_folding_leave_the_outputs_as_they_were_at_any_batch_size(na
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_no_batch_norm_is_left_that_follows_a_convolution(name: str) -> None:
     it = traced(name)
-    kinds = [type(operator.kind) for operator in it.network.operators.values()]
+    kinds = [type(operator.operator_type) for operator in it.network.operators.values()]
     assert Scale not in kinds
     assert kinds.count(Convolution) == sum(isinstance(m, nn.Conv2d) for m in it.model.modules())
     assert kinds.count(Linear) == sum(isinstance(m, nn.Linear) for m in it.model.modules())
@@ -32,11 +32,11 @@ def test_no_batch_norm_is_left_that_follows_a_convolution(name: str) -> None:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_operators_are_named_by_their_parameters(name: str) -> None:
     it = traced(name)
-    named = [n for n, op in it.network.operators.items() if isinstance(op.kind, Convolution | Linear)]
+    named = [n for n, op in it.network.operators.items() if isinstance(op.operator_type, Convolution | Linear)]
     layers = [n for n, m in it.model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     assert sorted(named) == sorted(layers)
     for operator in it.network.operators.values():
-        if isinstance(operator.kind, Addition | AveragePool):
+        if isinstance(operator.operator_type, Addition | AveragePool):
             kind, _, order = operator.name.partition(".")
             assert kind in {"addition", "average_pool"}
             assert order.isdigit()
@@ -93,7 +93,7 @@ def test_batch_norm_standing_alone_is_a_scale_whose_pattern_is_one_over_its_weig
     randomise(model.norm)
     network, x = network_of(model), image(4)
     scale = network.operators["norm"]
-    assert isinstance(scale.kind, Scale)
+    assert isinstance(scale.operator_type, Scale)
     assert scale.gate == RELU
     assert_same_outputs(model, network, x, x[:1])
     expected = model.norm.weight / (model.norm.running_var + model.norm.eps).sqrt()
@@ -129,8 +129,8 @@ def test_average_pooling_keeps_the_outputs_and_every_window_weighs_one_over_k(po
     network = network_of(model, x[:2])
     assert_same_outputs(model, network, x, x[:1])
     *scales, operator = network.operators.values()
-    assert [type(scale.kind) for scale in scales] == [Scale] * (pooling == "a divisor of its own")
-    assert isinstance(operator.kind, AveragePool)
+    assert [type(scale.operator_type) for scale in scales] == [Scale] * (pooling == "a divisor of its own")
+    assert isinstance(operator.operator_type, AveragePool)
     sums = operator.weight.flatten(1).sum(1)
     torch.testing.assert_close(sums, torch.ones_like(sums), rtol=1e-12, atol=0)
 
@@ -188,7 +188,7 @@ def test_a_product_with_a_constant_matrix_is_a_linear_operator_named_by_it() -> 
     network = network_of(model)
     assert list(network.operators) == ["head.conv", "head.matrix"]
     operator = network.operators["head.matrix"]
-    assert isinstance(operator.kind, Linear)
+    assert isinstance(operator.operator_type, Linear)
     assert operator.gate == RELU
     assert torch.equal(operator.weight, model.head.matrix.detach().T)
     assert_same_outputs(model, network, image(3), image(1))

@@ -85,7 +85,7 @@ def test_what_several_positions_tell_of_an_input_is_averaged(neurons: int, strid
     a = multivariate(case).view_as(weight)
 
     def summed(grad: Tensor, pattern: Tensor) -> Tensor:
-        return case.kind.input_gradient(grad, pattern, ((len(grad), pattern.shape[1], size),))[0]
+        return case.operator_type.input_gradient(grad, pattern, ((len(grad), pattern.shape[1], size),))[0]
 
     share = summed(torch.ones(1, 1, len(case.neurons[0].y) // 4).double(), 1 / case.seeing[:1, None, :3])
     inside = share[..., 3:-3]

@@ -48,8 +48,8 @@ def assert_transpose(case: Case) -> None:
     grad = normal(len(inputs[0]), *case.operator.output_shape, seed=4)
     patches = case.unfold(*inputs)
     y = [patches[k * len(patches) // len(pattern)] @ a for k, a in enumerate(pattern.flatten(1))]
-    expected = torch.autograd.grad(torch.stack(y), inputs, grad.movedim(case.kind.axis, 0).flatten(1))
-    found = case.kind.input_gradient(grad, pattern, tuple(tuple(x.shape) for x in inputs))
+    expected = torch.autograd.grad(torch.stack(y), inputs, grad.movedim(case.operator_type.axis, 0).flatten(1))
+    found = case.operator_type.input_gradient(grad, pattern, tuple(tuple(x.shape) for x in inputs))
     for one, truth in zip(found, expected, strict=True):
         torch.testing.assert_close(one, truth, rtol=1e-12, atol=1e-12)
 
@@ -130,7 +130,7 @@ def test_with_the_weights_for_patterns_the_pass_is_autograds() -> None:
 def test_the_pass_is_the_product_of_explicit_matrices_with_real_patterns() -> None:
     model, x = decoder_model()
     network = network_of(model, x)
-    assert [type(op.kind) for op in network.operators.values()] == [
+    assert [type(op.operator_type) for op in network.operators.values()] == [
         TransposedConvolution, Scale, TransposedConvolution, Addition, Linear, AveragePool, Scale, Addition, Linear,
     ]  # fmt: skip
     patterns = {name: normal(*op.weight.shape, seed=n) for n, (name, op) in enumerate(network.operators.items())}
@@ -166,7 +166,11 @@ def test_the_pass_is_the_product_of_explicit_matrices_with_real_patterns() -> No
 @pytest.mark.parametrize("name", READINGS)
 def test_an_operation_is_read_as_its_kind_with_its_channels_and_keeps_outputs_and_gradient(name: str) -> None:
     it = read(name)
-    found = [op.kind for op in it.network.operators.values() if isinstance(op.kind, Scale | Addition | AveragePool)]
+    found = [
+        op.operator_type
+        for op in it.network.operators.values()
+        if isinstance(op.operator_type, Scale | Addition | AveragePool)
+    ]
     assert found == READINGS[name][3]
     assert relative(it.network.module(it.inputs[:1]), it.model(it.inputs[:1])) < 1e-10
     outputs, gradients = [], []

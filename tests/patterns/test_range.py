@@ -110,7 +110,9 @@ class Rounded(Operator):
 
     def __init__(self, operator: Operator, dtype: torch.dtype) -> None:
         shapes = operator.input_shapes, operator.output_shape
-        super().__init__(operator.name, operator.kind, operator.weight, operator.bias, *shapes, "", operator.gate)
+        super().__init__(
+            operator.name, operator.operator_type, operator.weight, operator.bias, *shapes, "", operator.gate
+        )
         self.double()
         self.narrow = copy.deepcopy(operator).to(dtype)
 
