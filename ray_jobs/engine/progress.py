@@ -101,9 +101,9 @@ class Reporter:
             self.total_line()
 
     def total_line(self) -> None:
-        self.line(f"{self.counts.shards}/{self.total} shards, {self.state()}", samples=self.counts.samples)
+        self.log(f"{self.counts.shards}/{self.total} shards, {self.state()}", samples=self.counts.samples)
 
-    def line(self, text: str, **about: Any) -> None:
+    def log(self, text: str, **about: Any) -> None:
         """A line for the log, with what machines want to know of it: worker, shard, …"""
         if self.as_json:
             when = datetime.now(UTC).isoformat(timespec="milliseconds")

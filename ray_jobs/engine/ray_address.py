@@ -17,7 +17,7 @@ SENDING = ("token", "k8s")  # values of RAY_AUTH_MODE
 TOKEN_REMEDY = "Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH."
 
 
-def found(address: str) -> str:
+def resolve_address(address: str) -> str:
     """Return the HOST:PORT of the cluster that `auto` means on this machine; any other address as it is.
 
     Empty if Ray is to be started here. UserError if `auto` finds none: Ray itself would wait for minutes for a
@@ -28,10 +28,10 @@ def found(address: str) -> str:
     try:
         return str(services.canonicalize_bootstrap_address("auto"))
     except Exception as error:  # it reads processes and files of others, which may end meanwhile
-        raise no_answer(address) from error
+        raise no_answer_error(address) from error
 
 
-def knock(address: str) -> None:
+def require_answer(address: str) -> None:
     """UserError where nothing answers at HOST:PORT, or asks for a token that this process does not have.
 
     Addresses of other forms, and clusters with TLS, are left to Ray.
@@ -43,19 +43,19 @@ def knock(address: str) -> None:
             headers = AuthenticationTokenLoader.instance().get_token_for_http_header()
             channel.unary_unary(CALL)(b"", timeout=PATIENCE, metadata=list(headers.items()))
         except AuthenticationError as error:
-            raise no_token(address) from error
+            raise no_token_error(address) from error
         except grpc.RpcError as error:
             if error.code() == grpc.StatusCode.UNAUTHENTICATED:
-                raise no_token(address) from error
+                raise no_token_error(address) from error
             if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
-                raise no_answer(address) from error
+                raise no_answer_error(address) from error
 
 
-def no_answer(address: str) -> UserError:
+def no_answer_error(address: str) -> UserError:
     return UserError(f"--address {address}", "no Ray cluster answers there", "Check the address and RAY_AUTH_MODE.")
 
 
-def no_token(address: str) -> UserError:
+def no_token_error(address: str) -> UserError:
     """For a cluster that asks for a token, whether this process has another, or does not send it, or has none."""
     if os.environ.get("RAY_AUTH_MODE") not in SENDING:
         how = "RAY_AUTH_MODE is not token here, so none is sent"
@@ -71,7 +71,7 @@ def has_token() -> bool:
         return False
 
 
-def other_version(address: str, told: str) -> UserError:
+def version_error(address: str, told: str) -> UserError:
     """For a cluster of another Ray or Python, of which Ray tells in several lines."""
     what = " ".join(told.split()).replace("started with: Ray:", "started with Ray")
     return UserError(f"--address {address}", what.rstrip("."), "Take the same Ray and Python here as there.")

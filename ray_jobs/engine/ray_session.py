@@ -13,54 +13,54 @@ from ray.exceptions import AuthenticationError
 
 from patterns import UserError
 from ray_jobs.config import Resources
-from ray_jobs.engine.environment import give_token, temporary_folder
-from ray_jobs.engine.ray_address import found, knock, no_answer, no_token, other_version
-from ray_jobs.engine.ray_tasks import Here, InRay, Tasks
+from ray_jobs.engine.environment import choose_temporary_folder, ensure_token
+from ray_jobs.engine.ray_address import no_answer_error, no_token_error, require_answer, resolve_address, version_error
+from ray_jobs.engine.ray_tasks import InProcessTasks, RayTasks, Tasks
 from ray_jobs.io.file_systems import message
 
 
 @contextlib.contextmanager
-def connected(resources: Resources) -> Iterator[Tasks]:
+def connect(resources: Resources) -> Iterator[Tasks]:
     """Ray: attached to the cluster that is meant, else started here; none for a job without workers.
 
     UserError where it does not answer.
     """
     if resources.workers == 0:
-        yield Here()
+        yield InProcessTasks()
         return
     if ray.is_initialized():  # a notebook, or a test, that brought its own
-        yield InRay()
+        yield RayTasks()
         return
     terminated = signal.getsignal(signal.SIGTERM)
     start(resources.address or os.environ.get("RAY_ADDRESS", "").strip())
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, terminated)  # which Ray has made its own
     try:
-        yield InRay()
+        yield RayTasks()
     finally:
         ray.shutdown()
 
 
 def start(named: str) -> None:
     """Attach to the cluster that is named, or start a Ray here. UserError if that fails, for whatever reason."""
-    address = found(named)
+    address = resolve_address(named)
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address:
-        knock(address)
+        require_answer(address)
     else:
         # A fresh Ray even if another runs on this machine: `auto` would attach to somebody else's.
         address = "local"
-        give_token()
-        options |= {"include_dashboard": False, "_temp_dir": temporary_folder()}
+        ensure_token()
+        options |= {"include_dashboard": False, "_temp_dir": choose_temporary_folder()}
     try:
         ray.init(address=address, **options)
     except AuthenticationError as error:
-        raise no_token(address) from error
+        raise no_token_error(address) from error
     except Exception as error:  # Ray has no common base for what can be wrong with a cluster or a machine
         if "Version mismatch" in str(error):
-            raise other_version(address, str(error)) from error
+            raise version_error(address, str(error)) from error
         if address != "local":
-            raise no_answer(address) from error
+            raise no_answer_error(address) from error
         what = f"Ray cannot be started here ({message(error)})"
         remedy = "Check memory, disk, `ulimit -n` and RAY_TMPDIR, or run with --workers 0."
         raise UserError("ray", what, remedy) from error
@@ -75,11 +75,11 @@ def worker_gpus(resources: Resources) -> float | None:
     return 1.0 if any(node.get("GPU", 0) for node in nodes()) else 0.0
 
 
-def worker_options(resources: Resources) -> dict[str, Any]:
+def make_worker_options(resources: Resources) -> dict[str, Any]:
     """What each worker takes. UserError where no node could ever hold one."""
     gpus = worker_gpus(resources)
     options = {"num_cpus": resources.cpus_per_worker, "num_gpus": gpus, "max_restarts": 0, "max_task_retries": 0}
-    if not (resources.min_workers or places(options)):
+    if not (resources.min_workers or count_worker_slots(options)):
         cpus, most = (max(node.get(name, 0) for node in nodes()) for name in ("CPU", "GPU"))
         raise UserError(
             "--cpus-per-worker --gpus-per-worker",
@@ -90,7 +90,7 @@ def worker_options(resources: Resources) -> dict[str, Any]:
     return options
 
 
-def places(options: dict[str, Any]) -> int:
+def count_worker_slots(options: dict[str, Any]) -> int:
     """How many workers the cluster's nodes hold, were nothing else there."""
 
     def fits(node: dict[str, float]) -> int:

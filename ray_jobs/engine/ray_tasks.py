@@ -10,7 +10,7 @@ import ray
 AHEAD = 4  # calls whose results may lie ready before the first is taken
 
 
-class Pending(Protocol):
+class PendingCall(Protocol):
     """A call under way."""
 
     def done(self) -> bool:
@@ -23,17 +23,17 @@ class Pending(Protocol):
 class Tasks(Protocol):
     """Where pure functions are called."""
 
-    def each(self, function: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+    def map(self, function: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
         """`function(*call)` for each call, in order."""
 
-    def start(self, function: Callable[..., Any], *arguments: object) -> Pending:
+    def submit(self, function: Callable[..., Any], *arguments: object) -> PendingCall:
         """Call a function while other work goes on."""
 
 
-class InRay:
+class RayTasks:
     """As Ray tasks. One that is lost with its process or node is called again by Ray: it has no state to lose."""
 
-    def each(self, function: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+    def map(self, function: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
         task = ray.remote(function)
         pending: deque[Any] = deque()
         for call in calls:
@@ -43,9 +43,9 @@ class InRay:
         while pending:
             yield ray.get(pending.popleft())
 
-    def start(self, function: Callable[..., Any], *arguments: object) -> Pending:
+    def submit(self, function: Callable[..., Any], *arguments: object) -> PendingCall:
         # Without a CPU of its own, for which it would wait until the workers are gone.
-        return InRay.Call(ray.remote(function).options(num_cpus=0).remote(*arguments))
+        return RayTasks.Call(ray.remote(function).options(num_cpus=0).remote(*arguments))
 
     class Call:
         def __init__(self, reference: Any) -> None:
@@ -58,14 +58,14 @@ class InRay:
             return ray.get(self.reference)
 
 
-class Here:
+class InProcessTasks:
     """In this process, at once."""
 
-    def each(self, function: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+    def map(self, function: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
         return starmap(function, calls)
 
-    def start(self, function: Callable[..., Any], *arguments: object) -> Pending:
-        return Here.Call(function(*arguments))
+    def submit(self, function: Callable[..., Any], *arguments: object) -> PendingCall:
+        return InProcessTasks.Call(function(*arguments))
 
     class Call:
         def __init__(self, value: Any) -> None:

@@ -16,7 +16,7 @@ import torch
 from patterns import UserError
 from patterns.compilation import RECORDED, mode_options
 from ray_jobs.config import ModelConfig, Resources
-from ray_jobs.data.shard_reader import Batch, ShardReader
+from ray_jobs.data.shard_reader import Batch, ReaderConfig, ShardReader, ShardTask
 from ray_jobs.engine.ray_session import worker_gpus
 from ray_jobs.io.prefetch import Prefetcher
 from ray_jobs.models import loading
@@ -53,7 +53,7 @@ class WorkerResources:
     cpus: float = 1.0
     gpus: float = 0.0
 
-    def place(self) -> WorkerInfo:
+    def describe(self) -> WorkerInfo:
         """Where this process runs."""
         node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
         return WorkerInfo(
@@ -123,7 +123,7 @@ class BatchStream:
         """Decode no more."""
         self.ahead.close()
 
-    def due(self) -> bool:
+    def report_due(self) -> bool:
         """Whether it is time to tell how far the work is: now and then, since telling costs the driver a while."""
         now = time.monotonic()
         due = now - self.told > TELL_EVERY
@@ -135,27 +135,28 @@ class BatchStream:
         return ShardReport(samples, len(self.reader.refused) + refused, self.count, self.waited)
 
 
-Task = TypeVar("Task")
+Task = TypeVar("Task", bound=ShardTask)
 
 
 class ShardWorker(Generic[Task]):
     """Streams one shard after the other; the first batches of each are decoded before the last of the one before."""
 
     loaded: loading.Loaded
+    reader_config: ReaderConfig
 
-    def __init__(self, share: WorkerResources) -> None:
-        self.share = share
+    def __init__(self, resources: WorkerResources) -> None:
+        self.resources = resources
         self.following: tuple[Task, BatchStream] | None = None
 
-    def place(self) -> WorkerInfo:
+    def describe(self) -> WorkerInfo:
         """Where this worker runs."""
-        return self.share.place()
+        return self.resources.describe()
 
     def reader(self, task: Task) -> ShardReader:
-        """What reads a task's shard."""
-        raise NotImplementedError
+        """Return the reader of a task's shard."""
+        return ShardReader(task.shard, self.reader_config, task.max_samples, task.only)
 
-    def stream(self, task: Task, following: Task | None) -> BatchStream:
+    def open_stream(self, task: Task, following: Task | None) -> BatchStream:
         """A task's batches. Those of the one that is likely to follow are begun as soon as these are decoded."""
         begun = self.following
         if begun is None or begun[0] != task or begun[1].ahead.failed:  # what failed may be mended by now
@@ -173,7 +174,7 @@ class ShardWorker(Generic[Task]):
             self.following = None
 
 
-def check_mode(mode: str | None, resources: Resources) -> None:
+def validate_compile_mode(mode: str | None, resources: Resources) -> None:
     """UserError for a mode of `--compile` that there is not, and for one of a GPU where no worker will have any.
 
     That may not be known before Ray is `connected`.

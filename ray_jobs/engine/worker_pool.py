@@ -17,7 +17,7 @@ from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, Ray
 from ray_jobs.engine.signals import pause
 
 TROUBLES = 3  # failures to start a worker, or to commit, one after the other, before the pool gives up
-STARTING = ("place", "ready")
+STARTING = ("describe", "prepare")
 TICK = 0.5  # seconds
 BACK_OFF = 1.0  # seconds until an item is tried again, doubled by each attempt
 COMMIT_SHARE = 200  # a worker works so many times as long as its last commit took, before the next
@@ -40,45 +40,45 @@ class Job(Protocol):
     attempts: int
     bad_input: type[Exception]
 
-    def places(self) -> int:
+    def wanted_workers(self) -> int:
         """How many workers to have now."""
 
     def spawn(self) -> Any:
-        """A new actor with methods `place()`, `ready()`, `work(task, following)` and, where it commits, `commit()`.
+        """A new actor with methods `describe()`, `prepare()`, `work(task, following)` and, where it commits, `commit()`.
 
-        `place` answers as soon as the actor has a place, which it may wait for; `ready` prepares it. `work`
+        `describe` answers as soon as the actor has a place, which it may wait for; `prepare` loads what it needs. `work`
         is a generator that tells now and then how far it is; the last it tells is its result. It may begin to
         read the task that is likely to follow, None where there is none; `close()` leaves what was begun.
         """
 
-    def task(self, item: str) -> Any:
+    def make_task(self, item: str) -> Any:
         """What a worker is told of an item."""
 
-    def started(self, told: Any) -> None:
-        """A worker is ready; `told` is what its `place()` returned."""
+    def on_ready(self, told: Any) -> None:
+        """A worker is ready; `told` is what its `describe()` returned."""
 
-    def leaving(self, told: Any) -> bool:
+    def must_leave(self, told: Any) -> bool:
         """Whether the worker at this place must leave its node."""
 
-    def gone(self, told: Any, error: Exception | None) -> None:
+    def on_removed(self, told: Any, error: Exception | None) -> None:
         """A worker left, or was lost by an error."""
 
-    def began(self, item: str, by: Any) -> None:
+    def on_assigned(self, item: str, by: Any) -> None:
         """A worker, known by its place, was given an item."""
 
-    def heard(self, item: str, told: Any) -> None:
+    def on_progress(self, item: str, told: Any) -> None:
         """How far a worker is with an item."""
 
-    def worked(self, item: str, told: Any) -> None:
+    def on_done(self, item: str, told: Any) -> None:
         """A worker worked on an item, which may still be lost; `told` is its result."""
 
-    def failed(self, item: str, error: Exception) -> None:
+    def on_failed(self, item: str, error: Exception) -> None:
         """A worker failed at an item, which may be tried again."""
 
-    def lost(self, items: list[str]) -> None:
+    def on_lost(self, items: list[str]) -> None:
         """Items that were worked on are lost, and will be worked on again."""
 
-    def counts(self, items: list[str], told: Any) -> None:
+    def on_committed(self, items: list[str], told: Any) -> None:
         """Items are done for good; `told` is what `commit()`, or else `work()`, returned."""
 
 
@@ -91,7 +91,7 @@ class Worker:
 
     actor: Any
     place: Any = None
-    doing: str = "place"
+    doing: str = "describe"
     item: str | None = None
     promised: str | None = None
     told: Any = None
@@ -177,7 +177,7 @@ class _Pool:
         self.later = [(due, item) for due, item in self.later if due > now]
         working, self.idle = self.idle, []
         for worker in working:
-            leaving = self.job.leaving(worker.place)
+            leaving = self.job.must_leave(worker.place)
             item = self.choose(worker)
             alone = item is not None and self.risky(item)  # must not take others' work with it
             due = worker.uncommitted and now - worker.since > interval(self.job, worker.commit_cost)
@@ -186,16 +186,16 @@ class _Pool:
             elif leaving:
                 self.promise(worker, None)
                 ray.kill(worker.actor)
-                self.job.gone(worker.place, None)
+                self.job.on_removed(worker.place, None)
             elif item is not None and not self.stopping():
                 self.work(worker, item)
             else:
                 self.idle.append(worker)
         if not self.stopping():
             busy = sum(worker.doing not in STARTING for worker in self.calls.values())
-            wanted = min(self.job.places(), busy + len(self.idle) + len(self.queue))
+            wanted = min(self.job.wanted_workers(), busy + len(self.idle) + len(self.queue))
             for _ in range(wanted - len(self.calls) - len(self.idle)):
-                self.call(Worker(self.job.spawn()), "place")
+                self.call(Worker(self.job.spawn()), "describe")
 
     def choose(self, worker: Worker) -> str | None:
         """What a worker is to do next: what it was promised, or what is promised to none, or else what is left."""
@@ -219,9 +219,9 @@ class _Pool:
         if not self.risky(item):
             free = (i for i in self.queue if i not in self.promised and not self.risky(i))
             self.promise(worker, next(free, None))
-        self.job.began(item, worker.place)
-        following = None if worker.promised is None else self.job.task(worker.promised)
-        self.call(worker, "work", item, self.job.task(item), following)
+        self.job.on_assigned(item, worker.place)
+        following = None if worker.promised is None else self.job.make_task(worker.promised)
+        self.call(worker, "work", item, self.job.make_task(item), following)
 
     def call(self, worker: Worker, method: str, item: str | None = None, *arguments: Any) -> None:
         worker.doing, worker.item, worker.told = method, item, None
@@ -241,7 +241,7 @@ class _Pool:
                     pass
                 else:
                     self.calls[call] = worker
-                    self.job.heard(str(worker.item), worker.told)
+                    self.job.on_progress(str(worker.item), worker.told)
                     return
             else:
                 worker.told = ray.get(call, timeout=60)
@@ -249,8 +249,8 @@ class _Pool:
             self.fail(worker, plain(error))
         else:
             self.take(worker, worker.told)
-            if worker.doing == "place":
-                self.call(worker, "ready")
+            if worker.doing == "describe":
+                self.call(worker, "prepare")
             else:
                 self.idle.append(worker)
 
@@ -258,7 +258,7 @@ class _Pool:
         """Give up workers that have not said a word for too long, but those that may be waiting for a place."""
         now = time.monotonic()
         for call, worker in list(self.calls.items()):
-            if worker.doing != "place" and now - worker.heard > self.job.stall_timeout:
+            if worker.doing != "describe" and now - worker.heard > self.job.stall_timeout:
                 del self.calls[call]
                 self.fail(worker, StalledError(f"no progress for {self.job.stall_timeout:.0f} s"))
             elif worker.item is not None and now - worker.begun > self.job.item_timeout:
@@ -267,20 +267,20 @@ class _Pool:
 
     def take(self, worker: Worker, result: Any) -> None:
         now = time.monotonic()
-        if worker.doing == "place":
+        if worker.doing == "describe":
             worker.place = result
-        elif worker.doing == "ready":
+        elif worker.doing == "prepare":
             self.troubles["be started"] = 0
-            self.job.started(worker.place)
+            self.job.on_ready(worker.place)
         elif worker.doing == "commit":
             self.troubles["commit"] = 0
             worker.commit_cost = now - worker.begun
-            self.job.counts(worker.uncommitted, result)
+            self.job.on_committed(worker.uncommitted, result)
             worker.uncommitted = []
         elif worker.item is not None:
-            self.job.worked(worker.item, result)
+            self.job.on_done(worker.item, result)
             if self.job.max_loss is None:
-                self.job.counts([worker.item], result)
+                self.job.on_committed([worker.item], result)
             else:
                 if not worker.uncommitted:
                     worker.since = worker.begun
@@ -292,10 +292,10 @@ class _Pool:
         for item in worker.uncommitted:
             self.queue[item] = None
             self.queue.move_to_end(item, last=False)
-        self.job.lost(worker.uncommitted)
+        self.job.on_lost(worker.uncommitted)
         worker.uncommitted = []
         if worker.item is not None:
-            self.job.failed(worker.item, error)
+            self.job.on_failed(worker.item, error)
             self.retry(worker.item, blamed, error)
         elif isinstance(error, self.job.bad_input):
             self.error = self.error or error
@@ -310,7 +310,7 @@ class _Pool:
             self.promise(worker, None)
             ray.kill(worker.actor)
             if worker.doing not in STARTING:
-                self.job.gone(worker.place, error)
+                self.job.on_removed(worker.place, error)
 
     def blamed(self, worker: Worker, error: Exception) -> bool:
         """Whether it is surely for its item that a worker failed.
@@ -346,9 +346,9 @@ def alone(items: Iterable[str], job: Job, worker: Any, stop: Callable[[], bool],
     """As `run`, by one worker in this process, without Ray."""
     queue, uncommitted, since = deque(items), list[str](), 0.0
     attempts, failed = Counter[str](), dict[str, Exception]()
-    place = worker.place()
-    worker.ready()
-    job.started(place)
+    place = worker.describe()
+    worker.prepare()
+    job.on_ready(place)
     commit_cost = FIRST_COMMIT / COMMIT_SHARE
 
     def commit() -> None:
@@ -357,7 +357,7 @@ def alone(items: Iterable[str], job: Job, worker: Any, stop: Callable[[], bool],
             begun = time.monotonic()
             part = worker.commit()
             commit_cost = time.monotonic() - begun
-            job.counts(list(uncommitted), part)
+            job.on_committed(list(uncommitted), part)
             uncommitted.clear()
 
     try:
@@ -365,20 +365,20 @@ def alone(items: Iterable[str], job: Job, worker: Any, stop: Callable[[], bool],
             item = queue.popleft()
             if attempts[item]:
                 commit()
-            job.began(item, place)
+            job.on_assigned(item, place)
             if not uncommitted:
                 since = time.monotonic()
             told = None
             try:
-                following = job.task(queue[0]) if queue and not attempts[queue[0]] else None
-                for told in worker.work(job.task(item), following):
-                    job.heard(item, told)
+                following = job.make_task(queue[0]) if queue and not attempts[queue[0]] else None
+                for told in worker.work(job.make_task(item), following):
+                    job.on_progress(item, told)
                     tick()
             except job.bad_input as error:
                 queue.extendleft(uncommitted)
-                job.lost(list(uncommitted))
+                job.on_lost(list(uncommitted))
                 uncommitted.clear()
-                job.failed(item, error)
+                job.on_failed(item, error)
                 attempts[item] += 1
                 if attempts[item] < job.attempts:
                     queue.append(item)
@@ -386,9 +386,9 @@ def alone(items: Iterable[str], job: Job, worker: Any, stop: Callable[[], bool],
                 else:
                     failed[item] = error
                 continue
-            job.worked(item, told)
+            job.on_done(item, told)
             if job.max_loss is None:
-                job.counts([item], told)
+                job.on_committed([item], told)
             else:
                 uncommitted.append(item)
                 if time.monotonic() - since > interval(job, commit_cost):

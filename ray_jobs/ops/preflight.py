@@ -13,7 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from patterns import UserError
 from ray_jobs.config import Resources
-from ray_jobs.engine.ray_session import connected, places, worker_options
+from ray_jobs.engine.ray_session import connect, count_worker_slots, make_worker_options
 from ray_jobs.io.object_store import located, published, remove
 from ray_jobs.ops import node_probe
 from ray_jobs.ops.node_probe import Facts
@@ -67,12 +67,12 @@ def examine(resources: Resources, shards: Sequence[str], out: str | None, patien
 
     patience: seconds that a node may take. UserError where the cluster itself cannot be reached.
     """
-    with connected(resources), marked(out) as mark:
+    with connect(resources), marked(out) as mark:
         found = looked(shards, out, mark, patience)
         mine = node_probe.look((), None, mark)
         troubles = [trouble for node in found for trouble in (*of_node(node, out), *differences(node, mine))]
         try:
-            workers = places(worker_options(resources))
+            workers = count_worker_slots(make_worker_options(resources))
         except UserError as error:
             workers, troubles = 0, [*troubles, error]
     return Diagnosis(found, workers, together(troubles))

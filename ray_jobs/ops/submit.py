@@ -22,7 +22,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobErrorType, JobStatus, JobSubmissionClient
 
 from patterns import UserError
-from ray_jobs.engine.ray_address import no_answer, no_token
+from ray_jobs.engine.ray_address import no_answer_error, no_token_error
 from ray_jobs.engine.signals import StoppedShortError
 
 STOP_WITHIN = "600"  # seconds that a job has to commit when it is stopped; Ray's own 3 are too few
@@ -78,9 +78,9 @@ def submit(submission: Submission, address: str, wait: bool, patience: float, sa
     try:
         name, begun = sent(client, submission, address)
     except AuthenticationError as error:
-        raise no_token(address) from error
+        raise no_token_error(address) from error
     except AWAY as error:  # where the job was begun all the same, this command finds it
-        raise no_answer(address) from error
+        raise no_answer_error(address) from error
     how = f"the same command follows it again, `ray job stop --address {address} {name}` ends it"
     try:
         say(f"{name}: {'sent' if begun else 'found at work'}; {how}")
@@ -88,7 +88,7 @@ def submit(submission: Submission, address: str, wait: bool, patience: float, sa
             return 0
         return status_of(asyncio.run(Follower(client, name, patience, say).job()), name)
     except AuthenticationError as error:
-        raise no_token(address) from error
+        raise no_token_error(address) from error
     except KeyboardInterrupt as error:
         raise StoppedShortError(f"{name} goes on without this command; {how}") from error
 
@@ -100,9 +100,9 @@ def client_of(address: str) -> JobSubmissionClient:
     try:
         return JobSubmissionClient(address)
     except AuthenticationError as error:
-        raise no_token(address) from error
+        raise no_token_error(address) from error
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise no_answer(address) from error
+        raise no_answer_error(address) from error
 
 
 def sent(client: JobSubmissionClient, submission: Submission, address: str) -> tuple[str, bool]:

@@ -60,7 +60,7 @@ class Driver:
 
     def gone(self) -> bool:
         """Whether it is known to have ended; not known of other machines."""
-        if not self.here():
+        if not self.is_local():
             return False
         return begun(self.pid) != self.begun or (self.pid == os.getpid() and self.token not in MINE)
 
@@ -97,9 +97,9 @@ class Heartbeat:
         while not self.over.wait(BEAT_EVERY):
             with suppress(OSError, UserError):  # where the folder cannot be reached now, the next note may
                 if not self.taken_over():
-                    self.note()
+                    self.write()
 
-    def note(self, **more: Any) -> None:
+    def write(self, **more: Any) -> None:
         note = {**self.told, **more, "driver": asdict(self.driver), "time": time.time()}
         with published(self.run.folder) as folder:
             write_json(folder / PROGRESS, note)
@@ -108,16 +108,16 @@ class Heartbeat:
         """Whether another driver has begun to work on the run, since this one was silent for long."""
         return bool(self.run.progress().get("driver", {}).get("token") != self.driver.token)
 
-    def check(self) -> None:
+    def require_lease(self) -> None:
         """TakenOverError where another driver has begun to work on the run: what this one does no longer counts."""
         if self.taken_over():
             raise TakenOverError(str(self.run.folder), "another driver works on it now", "Leave it to that one.")
 
 
-def tidy(run: Run) -> None:
+def remove_leftovers(run: Run) -> None:
     """Delete what the last driver left half written, if it died with its work done."""
     before = run.progress()
-    if before.get("driver") and not before.get("ended") and Driver(**before["driver"]).gone():
+    if before.get("driver") and not before.get("ended") and Driver(**before["driver"]).has_ended():
         with hold_lease(run, before["job"]):
             run.clean()
 
@@ -132,9 +132,9 @@ def working(run: Run, patience: float, pause: float) -> Driver | None:
     if not first.get("driver") or first.get("ended"):
         return None
     other = Driver(**first["driver"])
-    if other.gone():
+    if other.has_ended():
         return None
-    if other.here() and 0 <= time.time() - first["time"] < patience:  # the same clock
+    if other.is_local() and 0 <= time.time() - first["time"] < patience:  # the same clock
         return other
     print(f"watching for {patience:.0f} s whether {other} still works on {run.folder}", file=sys.stderr, flush=True)
     now = change(run, first, patience, pause)
@@ -156,14 +156,14 @@ def hold_lease(run: Run, job: str) -> Iterator[Heartbeat]:
     """Drive a job of a run. UserError if another driver does."""
     if other := working(run, STALE, WATCH_EVERY):
         raise UserError(str(run.folder), f"{other} works on it", "Wait until it ends, or stop it.")
-    beat = Heartbeat(run, Driver.this(), job)
-    beat.note()
-    beat.thread.start()
+    heartbeat = Heartbeat(run, Driver.current(), job)
+    heartbeat.write()
+    heartbeat.thread.start()
     try:
-        yield beat
+        yield heartbeat
     finally:
-        MINE.discard(beat.driver.token)  # its last note may fail
-        beat.over.set()
-        beat.thread.join()
-        if not beat.taken_over():
-            beat.note(ended=True)
+        MINE.discard(heartbeat.driver.token)  # its last note may fail
+        heartbeat.over.set()
+        heartbeat.thread.join()
+        if not heartbeat.taken_over():
+            heartbeat.write(ended=True)

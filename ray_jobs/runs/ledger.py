@@ -35,7 +35,7 @@ class Ledger:
 
         ValueError if a shard of one counts already in its round, or is tried again before it counts.
         """
-        counted = {round_: set(self.counted(round_)) for round_ in {0, *(part.round for part in parts)}}
+        counted = {round_: set(self.counted_shards(round_)) for round_ in {0, *(part.round for part in parts)}}
         for part in parts:
             there = counted[part.round]
             if repeated := [s for s in part.shards if s in there] or len(set(part.shards)) < len(part.shards):
@@ -51,17 +51,17 @@ class Ledger:
         ValueError if it does not name just their shards and samples, or they are not all here.
         """
         old = [part for part in self.parts if part.file in files]
-        if len(old) < len(files) or together(merged.file, old) != merged:
+        if len(old) < len(files) or combine_entries(merged.file, old) != merged:
             raise ValueError(f"{merged.file} is not what {len(files)} parts hold")
         return Ledger((*(part for part in self.parts if part.file not in files), merged))
 
-    def counted(self, round_: int = 0) -> frozenset[int]:
+    def counted_shards(self, round_: int = 0) -> frozenset[int]:
         """The shards that count in a round."""
         return frozenset(s for part in self.parts if part.round == round_ for s in part.shards)
 
-    def left(self, shards: Iterable[int], round_: int = 0) -> list[int]:
+    def remaining(self, shards: Iterable[int], round_: int = 0) -> list[int]:
         """Those of some shards that do not count in a round yet, in order."""
-        counted = self.counted(round_)
+        counted = self.counted_shards(round_)
         return [s for s in shards if s not in counted]
 
     @property
@@ -79,7 +79,7 @@ class Ledger:
         return Ledger(tuple(PartialMoments(**{**part, "shards": numbers(part["shards"])}) for part in value["parts"]))
 
 
-def together(file: str, parts: Collection[PartialMoments]) -> PartialMoments:
+def combine_entries(file: str, parts: Collection[PartialMoments]) -> PartialMoments:
     """What a file of several parts' sums holds. ValueError for parts of different rounds."""
     (round_,) = {part.round for part in parts}
     shards = tuple(sorted(s for part in parts for s in part.shards))

@@ -17,10 +17,10 @@ class Actor:
     def __init__(self, folder: Path) -> None:
         self.folder, self.held = folder, []  # type: ignore[var-annotated]
 
-    def place(self) -> int:
+    def describe(self) -> int:
         return os.getpid()
 
-    def ready(self) -> None:
+    def prepare(self) -> None:
         if (self.folder / "no-start").exists():
             raise RuntimeError("no such device")
         if (self.folder / "stop-at-start").exists():

@@ -37,10 +37,10 @@ class Stub:
         self.seconds, self.held = seconds, list[int]()
         self.folder, self.workers = folder, workers
 
-    def place(self) -> WorkerInfo:
+    def describe(self) -> WorkerInfo:
         return WorkerInfo(f"simulated/{os.getpid()}")
 
-    def ready(self) -> None:
+    def prepare(self) -> None:
         (self.folder / str(os.getpid())).touch()
         while len(list(self.folder.iterdir())) < self.workers:
             time.sleep(0.05)

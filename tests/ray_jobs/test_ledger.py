@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 
 from ray_jobs.config import equal_share
-from ray_jobs.runs.ledger import Ledger, PartialMoments, format_numbers, numbers, together
+from ray_jobs.runs.ledger import Ledger, PartialMoments, combine_entries, format_numbers, numbers
 
 SHARDS = range(8)
 
@@ -39,8 +39,8 @@ class Fit(RuleBasedStateMachine):
 
     @rule(part=parts)
     def the_driver_commits_a_part_or_refuses_it_since_it_is_late(self, part: PartialMoments) -> None:
-        fresh = not self.ledger.counted(part.round) & set(part.shards)
-        if fresh and (part.round == 0 or self.ledger.counted() >= set(part.shards)):
+        fresh = not self.ledger.counted_shards(part.round) & set(part.shards)
+        if fresh and (part.round == 0 or self.ledger.counted_shards() >= set(part.shards)):
             self.ledger = self.ledger.commit(part)
         else:
             with pytest.raises(ValueError, match=r"count already|do not count yet"):
@@ -64,7 +64,7 @@ class Fit(RuleBasedStateMachine):
         if len(alike) < 2:
             return multiple()
         chosen = data.draw(st.lists(st.sampled_from(alike), min_size=2, unique=True))
-        merged = together(f"merged-{len(self.file)}-{self.written}", chosen)
+        merged = combine_entries(f"merged-{len(self.file)}-{self.written}", chosen)
         files, before = [part.file for part in chosen], self.ledger
         with pytest.raises(ValueError, match="is not what"):
             before.merge(files, replace(merged, samples=merged.samples + 1))
@@ -72,12 +72,12 @@ class Fit(RuleBasedStateMachine):
             before.merge([*files, "none"], merged)
         self.ledger = before.merge(files, merged)
         assert self.ledger.samples == before.samples
-        assert self.ledger.counted(self.round) == before.counted(self.round)
+        assert self.ledger.counted_shards(self.round) == before.counted_shards(self.round)
         return multiple(*chosen)  # what was merged may come again, late
 
     @rule()
     def all_that_is_left_is_done_and_the_refused_are_tried_again(self) -> None:
-        if left := self.ledger.left(SHARDS, self.round):
+        if left := self.ledger.remaining(SHARDS, self.round):
             self.ledger = self.ledger.commit(self.part(left))
         whole = [part for part in self.ledger.parts if part.round == self.round]
         assert sorted(s for part in whole for s in part.shards) == list(SHARDS)
@@ -91,8 +91,8 @@ class Fit(RuleBasedStateMachine):
             parts = [part for part in self.ledger.parts if part.round == round_]
             counted = [s for part in parts for s in part.shards]
             assert len(counted) == len(set(counted))
-            assert self.ledger.counted(round_) == set(counted)
-            assert sorted([*self.ledger.left(SHARDS, round_), *counted]) == list(SHARDS)
+            assert self.ledger.counted_shards(round_) == set(counted)
+            assert sorted([*self.ledger.remaining(SHARDS, round_), *counted]) == list(SHARDS)
             assert sum(part.samples for part in parts) == sum(2 * s + 1 for s in counted)
 
     @invariant()
@@ -137,7 +137,7 @@ def test_the_ledger_of_a_hundred_thousand_shards_is_small() -> None:
         )
     assert len(json.dumps(ledger.to_json())) < 1_000_000
     names = tuple(part.file for part in ledger.parts)
-    merged = ledger.merge(names, together("part-merged.safetensors", ledger.parts))
+    merged = ledger.merge(names, combine_entries("part-merged.safetensors", ledger.parts))
     assert len(json.dumps(merged.to_json())) < 200
 
 

@@ -29,35 +29,35 @@ class Recorded:
         self.leavers: set[int] = set()
         self.size = 2
 
-    def places(self) -> int:
+    def wanted_workers(self) -> int:
         return self.size
 
     def spawn(self) -> Any:
         return ray.remote(Actor).options(num_cpus=0).remote(self.folder)
 
-    def task(self, item: str) -> str:
+    def make_task(self, item: str) -> str:
         return item
 
-    def started(self, told: int) -> None:
+    def on_ready(self, told: int) -> None:
         self.pids.append(told)
 
-    def gone(self, told: int, error: Exception | None) -> None: ...
+    def on_removed(self, told: int, error: Exception | None) -> None: ...
 
-    def failed(self, item: str, error: Exception) -> None: ...
+    def on_failed(self, item: str, error: Exception) -> None: ...
 
-    def leaving(self, told: int) -> bool:
+    def must_leave(self, told: int) -> bool:
         return told in self.leavers
 
-    def began(self, item: str, by: int) -> None: ...
+    def on_assigned(self, item: str, by: int) -> None: ...
 
-    def heard(self, item: str, told: int) -> None: ...
+    def on_progress(self, item: str, told: int) -> None: ...
 
-    def worked(self, item: str, told: int) -> None:
+    def on_done(self, item: str, told: int) -> None:
         assert told == 2, "the last that a generator tells is its result"
 
-    def lost(self, items: list[str]) -> None: ...
+    def on_lost(self, items: list[str]) -> None: ...
 
-    def counts(self, items: list[str], told: Any) -> None:
+    def on_committed(self, items: list[str], told: Any) -> None:
         if self.max_loss is not None:
             assert sorted(items) == sorted(told), "the pool and the worker disagree on what counts"
         self.commits += 1

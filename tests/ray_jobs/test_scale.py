@@ -11,7 +11,7 @@ import ray
 
 from ray_jobs.config import ModelConfig, Resources
 from ray_jobs.engine import worker_pool
-from ray_jobs.engine.ray_tasks import Here, Pending
+from ray_jobs.engine.ray_tasks import InProcessTasks, PendingCall
 from ray_jobs.engine.shard_worker import ShardReport, WorkerInfo
 from ray_jobs.jobs import moments_job
 from ray_jobs.jobs.moments_job import MomentsJob, MomentsSpec, read_ledger
@@ -21,12 +21,12 @@ from ray_jobs.runs.run_folder import Run
 from tests.ray_jobs.stub import Stub
 
 
-class NoMerging(Here):
+class NoMerging(InProcessTasks):
     """Stub workers write no files that could be merged."""
 
-    def start(self, function: Any, *arguments: Any) -> Pending:
+    def submit(self, function: Any, *arguments: Any) -> PendingCall:
         (_, parts) = arguments
-        return Here.Call(moments_job.together(moments_job.new_part(), parts))
+        return InProcessTasks.Call(moments_job.combine_entries(moments_job.new_part(), parts))
 
 
 @dataclass(frozen=True)
@@ -39,18 +39,18 @@ class Simulated:
 
 def simulate(folder: Path, workers: int, shards: int, seconds: float) -> Simulated:
     names = tuple(f"s3://bucket/train-{i:06d}.tar" for i in range(shards))
-    task = MomentsSpec(ModelConfig("none"), names, str(folder / "moments"), 32)
-    with hold_lease(Run(folder), "fit") as beat:
+    task = MomentsSpec(ModelConfig(spec="none"), names, str(folder / "moments"), 32)
+    with hold_lease(Run(folder), "fit") as heartbeat:
         resources = Resources(workers=workers, cpus_per_worker=0, max_loss=15.0)
-        job = MomentsJob("fit", beat, task, NoMerging(), resources)
+        job = MomentsJob("fit", heartbeat, task, NoMerging(), resources)
         job.options = {"num_cpus": 0, "num_gpus": 0, "max_restarts": 0}
         actor = ray.remote(Stub).options(num_cpus=0)
         ready = folder / "ready"
         ready.mkdir()
         job.spawn = lambda: actor.remote(seconds, ready, workers)  # type: ignore[method-assign]
-        task_of = job.task
-        job.task = lambda item: tuple(task_of(item))  # type: ignore[assignment,method-assign,return-value]  # no torch
-        job.places = lambda: workers  # type: ignore[method-assign]
+        task_of = job.make_task
+        job.make_task = lambda item: tuple(task_of(item))  # type: ignore[assignment,method-assign,return-value]  # no torch
+        job.wanted_workers = lambda: workers  # type: ignore[method-assign]
         begun: list[tuple[float, float, int]] = []
 
         def tick() -> None:
@@ -59,14 +59,14 @@ def simulate(folder: Path, workers: int, shards: int, seconds: float) -> Simulat
                 begun.append((time.monotonic(), time.thread_time(), job.reporter.counts.shards))
 
         ended: list[tuple[float, float, int]] = []
-        worked = job.worked
+        worked = job.on_done
 
         def note(item: str, told: ShardReport) -> None:
             worked(item, told)
             if job.reporter.counts.shards >= shards - workers and not ended:  # before the last ones wait for each other
                 ended.append((time.monotonic(), time.thread_time(), job.reporter.counts.shards))
 
-        job.worked = note  # type: ignore[method-assign]
+        job.on_done = note  # type: ignore[method-assign]
         worker_pool.run(names, job, lambda: False, tick)
         job.flush()
     ledger = read_ledger(moments_job.located(folder / "moments"))
@@ -93,18 +93,18 @@ def test_sixty_four_workers_and_ten_thousand_shards(local_ray: None, tmp_path: P
 def test_a_driver_of_a_hundred_thousand_shards_stays_small(tmp_path: Path) -> None:
     names = tuple(f"s3://bucket/imagenet/train-{i:06d}.tar" for i in range(100_000))
     tracemalloc.start()
-    with hold_lease(Run(tmp_path), "fit") as beat:
-        task = MomentsSpec(ModelConfig("none"), names, str(tmp_path / "moments"), 32)
+    with hold_lease(Run(tmp_path), "fit") as heartbeat:
+        task = MomentsSpec(ModelConfig(spec="none"), names, str(tmp_path / "moments"), 32)
         before = tracemalloc.get_traced_memory()[0]
-        job = MomentsJob("fit", beat, task, NoMerging(), Resources(workers=0))
+        job = MomentsJob("fit", heartbeat, task, NoMerging(), Resources(workers=0))
         place = WorkerInfo("here", 1, "cpu", "")
-        job.started(place)
+        job.on_ready(place)
         for start in range(0, len(names), 100):
             items = list(names[start : start + 100])
             for item in items:
-                job.began(item, place)
-                job.worked(item, ShardReport(1000, 0))
-            job.counts(items, PartialMoments(moments_job.new_part(), tuple(range(start, start + 100)), 100_000))
+                job.on_assigned(item, place)
+                job.on_done(item, ShardReport(1000, 0))
+            job.on_committed(items, PartialMoments(moments_job.new_part(), tuple(range(start, start + 100)), 100_000))
             if start % 5000 == 0:
                 job.flush()
                 job.tick()
@@ -113,4 +113,4 @@ def test_a_driver_of_a_hundred_thousand_shards_stays_small(tmp_path: Path) -> No
     tracemalloc.stop()
     assert held < 200 << 20, "the driver may use 1 GiB, of which Python, torch and Ray take a half"
     assert (tmp_path / "moments" / "ledger.json").stat().st_size < 1 << 20
-    assert len(read_ledger(moments_job.located(tmp_path / "moments")).counted()) == len(names)
+    assert len(read_ledger(moments_job.located(tmp_path / "moments")).counted_shards()) == len(names)

@@ -61,10 +61,10 @@ def opened(seen: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> list[tuple[st
 
 @pytest.fixture
 def worker(model_spec: str, tmp_path: Path, seen: list[Tensor]) -> MomentsWorker:
-    model = ModelConfig(model_spec, **PREPARED)
+    model = ModelConfig(spec=model_spec, **PREPARED)
     made: Any = partial(Observed, seen)
     worker = MomentsWorker(model, str(tmp_path), 2, made, loading.load(model).digests)
-    worker.ready()
+    worker.prepare()
     return worker
 
 
