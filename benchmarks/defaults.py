@@ -19,7 +19,7 @@ from zennit.image import get_cmap
 
 from patterns import Explainer, Gate, Network, Observer, accumulate, choose, solve
 from patterns.attribution.rendering import COLOR_MAP, center_values
-from patterns.estimation.estimators import wanted
+from patterns.estimation.estimators import required_sums
 from patterns.moments.moments import Moments
 from patterns.operators.operator import Addition, Operator
 from ray_jobs.config import ModelConfig
@@ -100,7 +100,7 @@ def fit(loaded: Loaded, crops: Sequence[str]) -> Fitted:
     """All moments of a model over some shards."""
     network = loaded.network
     moments = accumulate(network, images(loaded, crops))
-    observer = Observer(replace(network, module=network.rewrite(with_gate)), lambda op: wanted(op, "default"))
+    observer = Observer(replace(network, module=network.rewrite(with_gate)), lambda op: required_sums(op, "default"))
     for batch in images(loaded, crops):
         observer.update(batch)
     return Fitted(network, moments, observer.moments())
@@ -209,7 +209,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         here = Path(folder)
-        config = ModelConfig(SPEC, str(prepare_weights(here / "weights.safetensors")))
+        config = ModelConfig(spec=SPEC, weights=str(prepare_weights(here / "weights.safetensors")))
         loaded = loading.load(config)
         originals = prepare_photographs(here / "photographs")
         crops, whole = pack(originals, here / "fit", crops=CROPS), pack(originals, here / "whole")

@@ -24,11 +24,11 @@ from benchmarks.timing import (
     write_shards,
 )
 from patterns import Gate, Network, Observer, Operator, PatchMoments, solve, trace
-from patterns.estimation.estimators import wanted
+from patterns.estimation.estimators import required_sums
 from patterns.estimation.signal_quality import cov_xx, quality
 from patterns.moments.gram import PatchAccumulator
-from patterns.moments.moments import Wanted
-from patterns.moments.position_sampling import Draw
+from patterns.moments.moments import RequiredSums
+from patterns.moments.position_sampling import PositionSampler
 from patterns.moments.sampled import BLOCK
 from patterns.operators.operator import Convolution
 from ray_jobs.config import FITTED, FitConfig, ModelConfig, Resources
@@ -53,8 +53,8 @@ WANTED = {
 
 
 def observer_of(network: Network, *choices: str, positions: int | None = None) -> Observer:
-    def wants(operator: Operator) -> Wanted:
-        return wanted(operator, choices)
+    def wants(operator: Operator) -> RequiredSums:
+        return required_sums(operator, choices)
 
     return Observer(network, wants, positions=positions)
 
@@ -114,11 +114,11 @@ def judging(bench: Bench) -> Row:
 
 def patch_moments(operator: Operator, generator: torch.Generator) -> PatchMoments:
     """Moments of 2 D random patches, each an image of one position."""
-    draw = Draw(1)
-    accumulator = PatchAccumulator(operator, draw)
+    sampler = PositionSampler(1)
+    accumulator = PatchAccumulator(operator, sampler)
     for _ in range(2):
         images = torch.randn(D, *operator.input_shapes[0], generator=generator, dtype=torch.float64) + 0.5
-        draw.begin(torch.arange(D))
+        sampler.begin(torch.arange(D))
         accumulator.update((images,), operator(images))
     return accumulator.moments()
 
@@ -127,8 +127,10 @@ def throughput(workers: int, threads: int, images: int = JOB_IMAGES) -> float:
     """Samples a second of the fit job over shards of so many, from the first worker's start to the last commit."""
     with tempfile.TemporaryDirectory() as folder:
         shards = write_shards(Path(folder), images)
-        spec = ModelConfig("benchmarks.timing:vgg16_features")
-        config = FitConfig(spec, list_shards(shards), f"{folder}/run", JOB_BATCH, ("default",))
+        spec = ModelConfig(spec="benchmarks.timing:vgg16_features")
+        config = FitConfig(
+            model=spec, shards=list_shards(shards), out=f"{folder}/run", batch_size=JOB_BATCH, estimators=("default",)
+        )
         done = fit(config, Resources(workers=workers, cpus_per_worker=threads)).manifest()["fit"]
     return float(done["samples"] / done["seconds"])
 

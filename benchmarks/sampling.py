@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.convergence import prepared
 from patterns import Moments, Network, Observer, choose, solve
-from patterns.estimation.estimators import wanted
+from patterns.estimation.estimators import required_sums
 from ray_jobs.engine.shard_worker import keep_freed_memory
 
 CHOICES = ("default", "linear")
@@ -56,7 +56,7 @@ def error(network: Network, patterns: Patterns, truth: Patterns) -> float:
 
 def curve(network: Network, images: Tensor, positions: int | None, truth: dict[str, Patterns]) -> list[Point]:
     """Points at every doubling of the images."""
-    observer = Observer(network, lambda op: wanted(op, CHOICES), positions=positions)
+    observer = Observer(network, lambda op: required_sums(op, CHOICES), positions=positions)
     points, spent, forward, look = [], 0.0, 0.0, 2 * BATCH
     for done, batch in enumerate(images.split(BATCH), 1):
         begun = time.perf_counter()
@@ -142,7 +142,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         loaded, crops = prepared(Path(temporary), SIZE)
         network = loaded.network
-        exact = Observer(network, lambda op: wanted(op, CHOICES))
+        exact = Observer(network, lambda op: required_sums(op, CHOICES))
         for _ in range(0, options.truth, BATCH):
             exact.update(crops.draw(BATCH))
         truth = solved(network, exact.moments())

@@ -13,8 +13,8 @@ import torchvision
 from torch import Tensor, nn
 
 from patterns import Explainer, Network, Observer, UserError, choose, solve
-from patterns.estimation.estimators import wanted
-from patterns.moments.moments import Wanted, planned_bytes
+from patterns.estimation.estimators import required_sums
+from patterns.moments.moments import RequiredSums, moments_bytes
 from patterns.tracing.aten_graph import export
 from patterns.tracing.linearize import HELD_NORMS
 from patterns.tracing.network import network_of
@@ -24,7 +24,7 @@ TABLE = Path(__file__).parents[1] / "docs" / "models.md"
 LARGE = 30_000_000  # parameters
 TOO_LARGE_FOR_FLOAT64 = 400_000_000  # parameters
 MOMENTS = 2**30  # bytes of moments taken in one pass over the batches
-NOTHING = Wanted(total=False, open=False)
+NOTHING = RequiredSums(total=False, open=False)
 SMALL = ["torchvision:squeezenet1_1", "timm:resnet10t", "timm:vit_tiny_patch16_224", "timm:convnext_atto"]
 
 # Where 64×64, or 32×32 for large models, does not do.
@@ -189,7 +189,9 @@ def fit(network: Network, batches: Tensor) -> dict[str, Tensor]:
     """Patterns of every operator, in as many passes over the batches as keep the moments small."""
     patterns: dict[str, dict[str, Tensor]] = {}
     for group in groups(network):
-        observer = Observer(network, lambda op, group=group: wanted(op, ["default"]) if op.name in group else NOTHING)
+        observer = Observer(
+            network, lambda op, group=group: required_sums(op, ["default"]) if op.name in group else NOTHING
+        )
         for batch in batches:
             observer.update(batch)
         moments = observer.moments()
@@ -206,7 +208,7 @@ def groups(network: Network) -> list[set[str]]:
     found: list[set[str]] = []
     room = 0
     for name, operator in network.operators.items():
-        size = planned_bytes(operator, wanted(operator, ["default"]))
+        size = moments_bytes(operator, required_sums(operator, ["default"]))
         if size > room:
             found.append(set())
             room = MOMENTS

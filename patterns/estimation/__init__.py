@@ -1,26 +1,39 @@
 """From moments to patterns, with their quality and their standard error."""
 
-from patterns.estimation.estimators import ESTIMATORS, Solution, chosen, parsed, selected, wanted
-from patterns.estimation.jackknife import FEWEST_GROUPS, ConvergenceCheck, converged, look, samples_needed
-from patterns.estimation.observer import Observation
+from patterns.estimation.estimators import (
+    ESTIMATORS,
+    Solution,
+    parse_estimators,
+    required_sums,
+    select_choices,
+    select_estimators,
+)
+from patterns.estimation.jackknife import (
+    FEWEST_GROUPS,
+    ConvergenceCheck,
+    check_convergence,
+    has_converged,
+    samples_needed,
+)
+from patterns.estimation.observer import OperatorObserver
 from patterns.estimation.position_pilot import positions_needed
-from patterns.estimation.signal_quality import CUTOFF, quality, signals
+from patterns.estimation.signal_quality import CUTOFF, group_by_estimator, quality
 
 __all__ = [
     "CUTOFF",
     "ESTIMATORS",
     "FEWEST_GROUPS",
     "ConvergenceCheck",
-    "Observation",
+    "OperatorObserver",
     "Solution",
-    "chosen",
-    "converged",
-    "look",
-    "parsed",
+    "check_convergence",
+    "group_by_estimator",
+    "has_converged",
+    "parse_estimators",
     "positions_needed",
     "quality",
+    "required_sums",
     "samples_needed",
-    "selected",
-    "signals",
-    "wanted",
+    "select_choices",
+    "select_estimators",
 ]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from patterns.errors import UserError
-from patterns.moments.moments import Moments, Sums, Wanted, required
+from patterns.moments.moments import Moments, RequiredSums, Sums, require
 from patterns.operators.operator import Operator
 from patterns.operators.receptive_fields import overlap
 
@@ -65,7 +65,7 @@ def positive(problem: Problem) -> Tensor:
     Not invariant to a constant c added to x, since E₊[x]E[y] does not centre E₊[xy]: the direction moves by
     c(E₊[y] - E[y]). That is the paper's form, and its authors' code.
     """
-    return regressed(problem, required(problem.moments.open), problem.moments.total.mean_y())
+    return regressed(problem, require(problem.moments.open), problem.moments.total.mean_y())
 
 
 def negative(problem: Problem) -> Tensor:
@@ -75,7 +75,7 @@ def negative(problem: Problem) -> Tensor:
 
 def positive_own_mean(problem: Problem) -> Tensor:
     """cov₊[x, y] / var₊[y]: `positive` with E[y] taken within the open gate. Invariant as `linear` is."""
-    opened = required(problem.moments.open)
+    opened = require(problem.moments.open)
     return regressed(problem, opened, opened.mean_y())
 
 
@@ -138,7 +138,7 @@ class Estimator:
     """A row of the table. `sums`: the large sums it needs.  `joint`: whether it takes all neurons at once."""
 
     solve: Callable[[Problem], Tensor]
-    sums: Wanted
+    sums: RequiredSums
     joint: bool = False
 
     @property
@@ -147,7 +147,12 @@ class Estimator:
         return self.sums.total or self.sums.open
 
 
-NOTHING, TOTAL, OPEN, BOTH = Wanted(False, False), Wanted(open=False), Wanted(total=False), Wanted()
+NOTHING, TOTAL, OPEN, BOTH = (
+    RequiredSums(False, False),
+    RequiredSums(open=False),
+    RequiredSums(total=False),
+    RequiredSums(),
+)
 
 ESTIMATORS: dict[str, Estimator] = {
     "filter": Estimator(filter_, NOTHING),
@@ -182,7 +187,7 @@ PAIRS = {name: rows for name, (rows, _) in CHOICES.items() if len(rows) == 2}
 Choices = str | Iterable[str]
 
 
-def parsed(choices: Choices, operators: Collection[str] | None = None) -> list[tuple[str, str]]:
+def parse_estimators(choices: Choices, operators: Collection[str] | None = None) -> list[tuple[str, str]]:
     """Choices as pairs: a pattern of operators' names, and a row of CHOICES.
 
     UserError for an estimator that is not in CHOICES, and for a pattern that matches none of these operators.
@@ -199,21 +204,21 @@ def parsed(choices: Choices, operators: Collection[str] | None = None) -> list[t
     return pairs
 
 
-def selected(operator: str, choices: Choices) -> list[str]:
+def select_choices(operator: str, choices: Choices) -> list[str]:
     """The rows of CHOICES that are meant for an operator of this name, in order."""
-    return [name for pattern, name in parsed(choices) if fnmatchcase(operator, pattern)] or ["default"]
+    return [name for pattern, name in parse_estimators(choices) if fnmatchcase(operator, pattern)] or ["default"]
 
 
-def chosen(operator: Operator, choices: Choices) -> list[str]:
+def select_estimators(operator: Operator, choices: Choices) -> list[str]:
     """The rows of ESTIMATORS that some choices mean for an operator, in their order, each once."""
-    rows = (row for name in selected(operator.name, choices) for row in CHOICES[name][operator.gate is None])
+    rows = (row for name in select_choices(operator.name, choices) for row in CHOICES[name][operator.gate is None])
     return list(dict.fromkeys(rows))
 
 
-def wanted(operator: Operator, choices: Choices) -> Wanted:
+def required_sums(operator: Operator, choices: Choices) -> RequiredSums:
     """The large sums that some choices need of an operator."""
-    rows = [ESTIMATORS[name].sums for name in chosen(operator, choices)]
-    return Wanted(any(r.total for r in rows), any(r.open for r in rows))
+    rows = [ESTIMATORS[name].sums for name in select_estimators(operator, choices)]
+    return RequiredSums(any(r.total for r in rows), any(r.open for r in rows))
 
 
 @dataclass(frozen=True)
@@ -243,7 +248,7 @@ def solve(operator: Operator, moments: Moments, choices: Choices = "default", se
     n_positive, var_y = total.n if opened is None else opened.n, total.var_y()
     seen = ((n_positive > 0) & (var_y > 0))[:, None]
     dtype = torch.promote_types(operator.weight.dtype, torch.float32)
-    preferred, names = chosen(operator, "default")[0], chosen(operator, choices)
+    preferred, names = select_estimators(operator, "default")[0], select_estimators(operator, choices)
     judged = preferred if preferred in names else next(iter(names), None)
     patterns, vanished = {}, torch.zeros_like(var_y, dtype=torch.bool)
     for name in names:

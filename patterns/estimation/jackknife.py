@@ -30,7 +30,7 @@ Load = Callable[[], Moments]
 
 
 @dataclass(frozen=True)
-class Error:
+class StandardErrors:
     """Relative standard errors ‖se‖ / ‖a‖ of one row's patterns, where ‖se‖² = Σ var[â] over a neuron's inputs.
 
     neurons: of each neuron that has a pattern, float64, never empty. Dead, constant and degenerate neurons are
@@ -63,14 +63,16 @@ class ConvergenceCheck:
     """
 
     solution: Solution
-    errors: dict[str, Error | None]
+    errors: dict[str, StandardErrors | None]
 
     def changes(self, before: Solution) -> dict[str, float]:
         """By row of `errors`: the median of ‖a - a'‖ / ‖a‖ over neurons that have a pattern, a' being that before."""
-        return {row: change(self.solution.patterns[row], before.patterns[row]) for row in self.errors}
+        return {row: median_change(self.solution.patterns[row], before.patterns[row]) for row in self.errors}
 
 
-def look(operator: Operator, parts: Sequence[Load], choices: Choices = "default", seed: int = 0) -> ConvergenceCheck:
+def check_convergence(
+    operator: Operator, parts: Sequence[Load], choices: Choices = "default", seed: int = 0
+) -> ConvergenceCheck:
     """Patterns of all parts of an operator's moments, and their standard errors.
 
     parts: each loads its moments, and is called twice; parts without samples do not count, and more than GROUPS
@@ -84,7 +86,7 @@ def look(operator: Operator, parts: Sequence[Load], choices: Choices = "default"
     sized = []
     for part in parts:
         sized.append(add(total, part(), 1))
-    groups = grouped(sized)
+    groups = group_partial_moments(sized)
     size = sum(part.n for part in sized)
     whole = solve(operator, Moments.from_tensors(total), choices, seed)
     learned = {row: a for row, a in whole.patterns.items() if ESTIMATORS[row].learns and a.any()}
@@ -98,29 +100,29 @@ def look(operator: Operator, parts: Sequence[Load], choices: Choices = "default"
         for row, spread in spreads.items():
             spread.leave_out(patterns[row], left_out / size)
     return ConvergenceCheck(
-        whole, {row: Error(relative(spread.variance(), learned[row])) for row, spread in spreads.items()}
+        whole, {row: StandardErrors(relative(spread.variance(), learned[row])) for row, spread in spreads.items()}
     )
 
 
 @dataclass(frozen=True)
-class Size:
+class PartialSize:
     """The samples of a part, and a name that its sums alone decide."""
 
     n: int
     name: str
 
 
-def add(sums: dict[str, Tensor], part: Moments, sign: int) -> Size:
+def add(sums: dict[str, Tensor], part: Moments, sign: int) -> PartialSize:
     """Add a part to named sums, in place, or take it away."""
     for name, more in part.tensors().items():
         if name in sums:
             sums[name].add_(more, alpha=sign)
         else:
             sums[name] = more.clone()
-    return Size(int(part.total.n.max()), hashlib.sha256(part.total.y.numpy().tobytes()).hexdigest())
+    return PartialSize(int(part.total.n.max()), hashlib.sha256(part.total.y.numpy().tobytes()).hexdigest())
 
 
-def grouped(parts: Sequence[Size]) -> list[list[int]]:
+def group_partial_moments(parts: Sequence[PartialSize]) -> list[list[int]]:
     """Which parts to leave out together: at most GROUPS, of about equal size.
 
     The largest part first, each to the smallest group. Among equals the name decides, which has nothing to do with
@@ -179,13 +181,13 @@ def relative(variance: Tensor, pattern: Tensor) -> Tensor:
     return variance[size > 0].sqrt() / size[size > 0]
 
 
-def change(pattern: Tensor, before: Tensor) -> float:
+def median_change(pattern: Tensor, before: Tensor) -> float:
     """The median of ‖a - a'‖ / ‖a‖ over the neurons that have a pattern, both (K, …); 0 where none has."""
     moved = relative((pattern.double() - before.double()).flatten(1).square().sum(1), pattern)
     return float(moved.median()) if len(moved) else 0.0
 
 
-def converged(errors: Collection[float | None], tolerance: float) -> bool:
+def has_converged(errors: Collection[float | None], tolerance: float) -> bool:
     """Whether a fit may stop: the p90 of every row of every operator is known, and within the tolerance."""
     return bool(errors) and all(error is not None and error <= tolerance for error in errors)
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from patterns.compilation import Function, compiled, compiling, graph_of, warm_runs
 from patterns.errors import UserError
 from patterns.moments.gram import PatchAccumulator, PatchMoments
-from patterns.moments.moments import Accumulator, Moments, Wanted
-from patterns.moments.position_sampling import Draw
+from patterns.moments.moments import Accumulator, Moments, RequiredSums
+from patterns.moments.position_sampling import PositionSampler
 from patterns.moments.sampled import SampledAccumulator
 from patterns.operators.operator import Inputs, Operator
 from patterns.tracing.inputs import batch_of, images_of, ready_inputs
@@ -46,22 +46,24 @@ class Observed(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         op = self.operator
-        z = op(*inputs) if self.laid_out is None else op.kind.forward(inputs, self.laid_out, op.bias)
+        z = op(*inputs) if self.laid_out is None else op.operator_type.forward(inputs, self.laid_out, op.bias)
         self.accumulator.update(inputs, z)
         return z
 
 
-class Observation(Generic[M_co]):
+class OperatorObserver(Generic[M_co]):
     """A network some of whose operators feed accumulators while it runs."""
 
-    def __init__(self, network: Network, accumulators: Mapping[str, Fed[M_co]], draw: Draw | None = None) -> None:
+    def __init__(
+        self, network: Network, accumulators: Mapping[str, Fed[M_co]], draw: PositionSampler | None = None
+    ) -> None:
         self._network, self._fed, self._draw, self._seen = network, accumulators, draw, 0
         self._like = network.like
 
         def observed(op: Operator) -> nn.Module:
             if op.name not in accumulators:
                 return op
-            return Observed(op, accumulators[op.name], None if draw is None else laid_out(op.weight))
+            return Observed(op, accumulators[op.name], None if draw is None else to_channels_last(op.weight))
 
         self._module = network.rewrite(observed)
         self._compiled: dict[torch.Size, Function] = {}
@@ -96,7 +98,7 @@ class Observation(Generic[M_co]):
         if self._draw is not None:
             numbers = range(self._seen, self._seen + len(batch)) if seeds is None else seeds
             self._draw.begin(torch.tensor(numbers, dtype=torch.int64).to(batch.device))
-            batch = laid_out(batch)
+            batch = to_channels_last(batch)
         self._seen += len(batch)
         run = self._compiled.get(batch.shape)
         if run is not None:
@@ -124,7 +126,7 @@ class Observation(Generic[M_co]):
         return {name: accumulator.moments() for name, accumulator in self._fed.items()}
 
 
-class Observer(Observation[Moments]):
+class Observer(OperatorObserver[Moments]):
     """Accumulates the moments of a network's operators over batches.
 
     wanted: the sums to take of an operator.  operators: the names of those observed; None: all.
@@ -135,7 +137,7 @@ class Observer(Observation[Moments]):
     def __init__(
         self,
         network: Network,
-        wanted: Callable[[Operator], Wanted] = lambda _: Wanted(),
+        wanted: Callable[[Operator], RequiredSums] = lambda _: RequiredSums(),
         operators: Collection[str] | None = None,
         positions: int | None = None,
         seed: int = 0,
@@ -146,7 +148,9 @@ class Observer(Observation[Moments]):
         def sampled(op: Operator) -> bool:
             return positions is not None and op.per_image and prod(op.output_shape) // op.neurons > positions
 
-        draw = Draw(positions, seed) if positions is not None and any(map(sampled, observed.values())) else None
+        draw = (
+            PositionSampler(positions, seed) if positions is not None and any(map(sampled, observed.values())) else None
+        )
 
         def accumulator(op: Operator) -> Fed[Moments]:
             if draw is None or not sampled(op):
@@ -156,7 +160,7 @@ class Observer(Observation[Moments]):
         super().__init__(network, {name: accumulator(op) for name, op in observed.items()}, draw)
 
 
-class PatchObserver(Observation[PatchMoments]):
+class PatchObserver(OperatorObserver[PatchMoments]):
     """Accumulates the Gram moments of chosen operators over batches, from sampled positions of each image.
 
     operators: names in the network.  positions: drawn from each image, all where it has no more.
@@ -167,7 +171,7 @@ class PatchObserver(Observation[PatchMoments]):
     """
 
     def __init__(self, network: Network, operators: Collection[str], positions: int, seed: int = 0) -> None:
-        chosen, draw = {name: network.operators[name] for name in operators}, Draw(positions, seed)
+        chosen, draw = {name: network.operators[name] for name in operators}, PositionSampler(positions, seed)
         for name, op in chosen.items():
             if not op.per_image:
                 what = "its inputs are windows or tokens of several images, of whose positions none can be drawn"
@@ -175,7 +179,7 @@ class PatchObserver(Observation[PatchMoments]):
         super().__init__(network, {name: PatchAccumulator(op, draw) for name, op in chosen.items()}, draw)
 
 
-def laid_out(values: Tensor) -> Tensor:
+def to_channels_last(values: Tensor) -> Tensor:
     """A batch of images or a weight (N, C, H, W) on a CPU with each position's channels together: so they are
     gathered at once, and convolutions are faster as well, down to half the time. Others as they are.
     """
@@ -197,7 +201,7 @@ def accumulate(network: Network, batches: Iterable[Any]) -> dict[str, Moments]:
     return moments_over(Observer(network), batches)
 
 
-def moments_over(observer: Observation[M_co], batches: Iterable[Any]) -> dict[str, M_co]:
+def moments_over(observer: OperatorObserver[M_co], batches: Iterable[Any]) -> dict[str, M_co]:
     """Return what an observer takes of some batches. UserError if there is none."""
     count = 0
     for batch in batches:

@@ -6,8 +6,8 @@ from math import prod
 
 from torch import Tensor
 
-from patterns.estimation.estimators import Choices, wanted
-from patterns.estimation.jackknife import FEWEST_GROUPS, look, samples_needed
+from patterns.estimation.estimators import Choices, required_sums
+from patterns.estimation.jackknife import FEWEST_GROUPS, check_convergence, samples_needed
 from patterns.estimation.observer import Observer
 from patterns.moments.moments import Moments
 from patterns.tracing.network import Network
@@ -38,13 +38,15 @@ def positions_needed(
     if len(pilot) < FEWEST_GROUPS:
         raise ValueError(f"{len(pilot)} batches say nothing of errors; at least {FEWEST_GROUPS} do")
     for positions in CANDIDATES:
-        observer = Observer(network, lambda op: wanted(op, choices), [op.name for op in asked], positions, seed)
+        observer = Observer(network, lambda op: required_sums(op, choices), [op.name for op in asked], positions, seed)
         parts: list[dict[str, Moments]] = []
         for batch in pilot:
             observer.update(batch)
             parts.append(observer.moments())
             observer.reset()
-        looks = (look(op, [partial(part.__getitem__, op.name) for part in parts], choices, seed) for op in asked)
+        looks = (
+            check_convergence(op, [partial(part.__getitem__, op.name) for part in parts], choices, seed) for op in asked
+        )
         errors = [None if error is None else error.p90 for seen in looks for error in seen.errors.values()]
         needed = samples_needed(errors, sum(map(len, pilot)), tolerance)
         if not errors or (needed is not None and needed <= images):

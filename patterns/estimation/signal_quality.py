@@ -36,7 +36,7 @@ from torch.nn import functional as F
 
 from patterns.estimation.estimators import PAIRS, VANISHING
 from patterns.moments.gram import PatchMoments
-from patterns.moments.moments import Sums, required
+from patterns.moments.moments import Sums, require
 
 # Directions with at most this share of the largest variance of x are left out of the pseudo-inverse.
 CUTOFF = 1e-10
@@ -46,7 +46,7 @@ Components = tuple[Tensor, ...]
 T = TypeVar("T")
 
 
-def signals(patterns: Mapping[str, T]) -> dict[str, tuple[T, ...]]:
+def group_by_estimator(patterns: Mapping[str, T]) -> dict[str, tuple[T, ...]]:
     """The estimators that some solved patterns make up: name → their patterns, as `rho` takes them.
 
     The patterns of both sides of the gate together are an estimator, and neither is one alone. `multivariate`
@@ -72,7 +72,9 @@ def quality(
     regressed, evaluated: of B and C; may be one.  cutoff: see the module.
     """
     whitening = whiten(regressed, cutoff)
-    return {name: rho(components, weight, whitening, evaluated) for name, components in signals(patterns).items()}
+    return {
+        name: rho(components, weight, whitening, evaluated) for name, components in group_by_estimator(patterns).items()
+    }
 
 
 @dataclass(frozen=True)
@@ -240,7 +242,7 @@ def normalised(components: Components, w: Tensor, *sets: PatchMoments) -> tuple[
     if len(components) == 1:
         return a, live.squeeze(-1).squeeze(-1)
     # A pattern of a side that no sample is on multiplies zeros; any will do that keeps wᵀd = 0.
-    sides = [(required(m.moments.open).n, m.moments.closed.n) for m in sets]
+    sides = [(require(m.moments.open).n, m.moments.closed.n) for m in sets]
     unused = torch.stack([sum(side).view(w.shape[:2]) == 0 for side in zip(*sides)], -1)[..., None]
     replaced = ~live & unused & live.flip(2)
     return torch.where(replaced, a.flip(2), a), (live | replaced).all(2).squeeze(-1)
@@ -271,19 +273,19 @@ class Covariances:
 def covariances(moments: PatchMoments, components: int) -> Covariances:
     """With s = y for one component, s = (m·y, (1 - m)·y) for two."""
     total, groups = moments.moments.total, len(moments.xx)
-    parts: list[Sums] = [total] if components == 1 else [required(moments.moments.open), moments.moments.closed]
+    parts: list[Sums] = [total] if components == 1 else [require(moments.moments.open), moments.moments.closed]
     n = samples(moments)
-    x = (required(total.x) / n)[:, None, None]
+    x = (require(total.x) / n)[:, None, None]
     y = torch.stack([part.y for part in parts], -1).unflatten(0, (groups, -1)) / n
     yy = torch.stack([part.yy for part in parts], -1).unflatten(0, (groups, -1)) / n
-    xy = torch.stack([required(part.xy) for part in parts], 1).unflatten(0, (groups, -1)) / n
+    xy = torch.stack([require(part.xy) for part in parts], 1).unflatten(0, (groups, -1)) / n
     # The components are never both different from 0.
     return Covariances(xy - x * y[..., None], torch.diag_embed(yy) - y[..., None] * y[..., None, :])
 
 
 def cov_xx(moments: PatchMoments) -> Tensor:
     """Cov[x], (G, D, D)."""
-    mean = required(moments.moments.total.x) / samples(moments)
+    mean = require(moments.moments.total.x) / samples(moments)
     return moments.xx / samples(moments) - mean[:, :, None] * mean[:, None]
 
 

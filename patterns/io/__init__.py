@@ -1,27 +1,27 @@
 """Files of patterns and moments."""
 
-from patterns.io.atomic import TEMPORARY, temporary_path, write_atomically, write_json, write_table
+from patterns.io.atomic import TEMPORARY_PREFIX, temporary_path, write_atomically, write_json, write_table
 from patterns.io.pattern_files import (
     Patterns,
     load,
     load_moments,
     merge_moments,
-    save_in_turn,
+    pattern_specs,
     save_moments,
-    solution_specs,
+    save_solutions,
 )
 from patterns.io.safetensors_stream import TensorFile, write_tensors
 
 __all__ = [
-    "TEMPORARY",
+    "TEMPORARY_PREFIX",
     "Patterns",
     "TensorFile",
     "load",
     "load_moments",
     "merge_moments",
-    "save_in_turn",
+    "pattern_specs",
     "save_moments",
-    "solution_specs",
+    "save_solutions",
     "temporary_path",
     "write_atomically",
     "write_json",

@@ -10,7 +10,7 @@ from uuid import uuid4
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-TEMPORARY = ".aside-"  # part of the name of every file still being written
+TEMPORARY_PREFIX = ".aside-"  # part of the name of every file still being written
 
 
 def write_table(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
@@ -39,7 +39,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 def temporary_path(path: Path) -> Iterator[Path]:
     """Another name to write a file under, which then is made durable and renamed to its own."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{TEMPORARY}{uuid4().hex}-{path.name}")
+    aside = path.with_name(f"{TEMPORARY_PREFIX}{uuid4().hex}-{path.name}")
     try:
         aside.touch()
         mode = aside.stat().st_mode

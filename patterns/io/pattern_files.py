@@ -18,9 +18,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from patterns.errors import UserError
-from patterns.estimation.estimators import Choices, Solution, chosen, parsed, selected
+from patterns.estimation.estimators import Choices, Solution, parse_estimators, select_choices, select_estimators
 from patterns.io.atomic import temporary_path, write_atomically
-from patterns.io.safetensors_stream import Specs, TensorFile, specs_of, write_tensors
+from patterns.io.safetensors_stream import Specs, TensorFile, tensor_specs, write_tensors
 from patterns.moments.gram import PatchMoments
 from patterns.moments.moments import Moments
 from patterns.operators.operator import Operator
@@ -34,10 +34,10 @@ def save(folder: str | Path, solutions: Mapping[str, Solution], weights_digest: 
     """Write patterns.safetensors, patterns.parquet and neurons.parquet."""
     folder = Path(folder)
     named = {f"{operator}/{row}": p for operator, s in solutions.items() for row, p in s.patterns.items()}
-    save_in_turn(folder, specs_of(named), solutions.items(), weights_digest)
+    save_solutions(folder, tensor_specs(named), solutions.items(), weights_digest)
 
 
-def save_in_turn(folder: Path, specs: Specs, solutions: Iterable[tuple[str, Solution]], weights_digest: str) -> None:
+def save_solutions(folder: Path, specs: Specs, solutions: Iterable[tuple[str, Solution]], weights_digest: str) -> None:
     """As `save`, for solutions that come one by one, given what they will hold: see `solution_specs`."""
     names = ("patterns.safetensors", "patterns.parquet", "neurons.parquet")
     with ExitStack() as stack:
@@ -55,7 +55,7 @@ def save_in_turn(folder: Path, specs: Specs, solutions: Iterable[tuple[str, Solu
         write_tensors(tensors, specs, written(), {"format": FORMAT, "weights": weights_digest})
 
 
-def solution_specs(operators: Iterable[Operator], choices: Choices) -> Specs:
+def pattern_specs(operators: Iterable[Operator], choices: Choices) -> Specs:
     """What the patterns of some choices will be for some operators, before they are solved for."""
     return {
         f"{operator.name}/{row}": (
@@ -63,7 +63,7 @@ def solution_specs(operators: Iterable[Operator], choices: Choices) -> Specs:
             tuple(operator.weight.shape),
         )
         for operator in operators
-        for row in chosen(operator, choices)
+        for row in select_estimators(operator, choices)
     }
 
 
@@ -97,13 +97,13 @@ def choose(network: Network, patterns: Patterns, choices: Choices = "default") -
 
     UserError where the run does not hold it, and for the identity, which has none.
     """
-    used = {selected(name, choices)[0] for name in network.operators}
-    if unused := [choice for _, choice in parsed(choices, network.operators) if choice not in used]:
+    used = {select_choices(name, choices)[0] for name in network.operators}
+    if unused := [choice for _, choice in parse_estimators(choices, network.operators) if choice not in used]:
         what = f"{unused[0]!r} is never used, since an earlier estimator has all its operators"
         raise UserError("--estimator", what, "Write one for all operators, or OPERATORS=ESTIMATOR before it.")
     picked = {}
     for name, operator in network.operators.items():
-        row = next(iter(chosen(operator, choices)), None)
+        row = next(iter(select_estimators(operator, choices)), None)
         if row is None:
             raise UserError(name, "the identity has no pattern", "Choose another --estimator for this operator.")
         if row not in patterns.get(name, {}):
@@ -114,7 +114,7 @@ def choose(network: Network, patterns: Patterns, choices: Choices = "default") -
 
 
 @dataclass(frozen=True)
-class TracedAs:
+class TraceOptions:
     """How the model of a run was traced: see `patterns.trace`. input_shape: without the batch."""
 
     input_shape: tuple[int, ...]
@@ -122,14 +122,14 @@ class TracedAs:
     strip_softmax: bool = False
 
 
-def traced_as(folder: Path) -> TracedAs:
+def load_trace_options(folder: Path) -> TraceOptions:
     """Read how the model of a run was traced. UserError if the folder has no manifest of a fit."""
     path = folder / "manifest.json"
     try:
         manifest = json.loads(path.read_text())
         model = manifest["fit"]["model"]
         shape = tuple(manifest["model"]["input_shape"])
-        return TracedAs(shape, tuple(model["pass_through"]), bool(model.get("strip_softmax", False)))
+        return TraceOptions(shape, tuple(model["pass_through"]), bool(model.get("strip_softmax", False)))
     except (OSError, ValueError, KeyError, TypeError) as error:
         remedy = "Name the folder of a finished fit, or give an example input."
         raise UserError(str(path), "no manifest of a fit", remedy) from error
@@ -141,7 +141,7 @@ M = TypeVar("M", Moments, PatchMoments)
 def save_moments(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write the named sums of some operators, `{operator}/total.xy` and so on: see `Observation.tensors`."""
     about = {"format": FORMAT, **metadata}
-    write_atomically(path, lambda aside: write_tensors(aside, specs_of(tensors), tensors.values(), about))
+    write_atomically(path, lambda aside: write_tensors(aside, tensor_specs(tensors), tensors.values(), about))
 
 
 def load_moments(files: Sequence[TensorFile], operator: str, kind: type[M] = Moments) -> M:  # type: ignore[assignment]

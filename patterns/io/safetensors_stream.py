@@ -23,7 +23,7 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 LARGEST_HEADER = 100 << 20  # bytes, the format's own limit
 
 
-def specs_of(tensors: Mapping[str, Tensor]) -> Specs:
+def tensor_specs(tensors: Mapping[str, Tensor]) -> Specs:
     """Types and shapes of some tensors."""
     return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
 

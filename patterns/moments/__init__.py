@@ -1,6 +1,11 @@
 """Sums over data: the sufficient statistics of the estimators."""
 
-from patterns.moments.gram import bytes_of
-from patterns.moments.moments import Wanted, buffer_bytes, planned_bytes
+from patterns.moments.gram import patch_moments_bytes
+from patterns.moments.moments import RequiredSums, buffer_bytes, moments_bytes
 
-__all__ = ["Wanted", "buffer_bytes", "bytes_of", "planned_bytes"]
+__all__ = [
+    "RequiredSums",
+    "buffer_bytes",
+    "moments_bytes",
+    "patch_moments_bytes",
+]

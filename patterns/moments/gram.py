@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from patterns.moments import moments as sums
-from patterns.moments.moments import Moments, Wanted, planned_bytes
-from patterns.moments.patch_gathering import Gatherer, chosen, per_image
-from patterns.moments.position_sampling import Draw
+from patterns.moments.moments import Moments, RequiredSums, moments_bytes
+from patterns.moments.patch_gathering import PatchGatherer, flatten_positions, gather_positions
+from patterns.moments.position_sampling import PositionSampler
 from patterns.operators.operator import Inputs, Operator
 
 # Elements of patches written out at a time: 64 MiB of float64.
 PATCH_ELEMENTS = 2**23
-SUMS = Wanted()
+SUMS = RequiredSums()
 
 
 @dataclass(frozen=True)
@@ -51,16 +51,16 @@ class PatchMoments:
         return PatchMoments(Moments.from_tensors({k: t for k, t in named.items() if k != "xx"}), named["xx"])
 
 
-def zero(operator: Operator) -> PatchMoments:
+def zero_patch_moments(operator: Operator) -> PatchMoments:
     """The neutral element: the sums of no patches, on the operator's device."""
     d = operator.inputs_per_neuron
     xx = torch.zeros((operator.groups, d, d), dtype=torch.float64, device=operator.weight.device)
-    return PatchMoments(sums.zero(operator, SUMS), xx)
+    return PatchMoments(sums.zero_moments(operator, SUMS), xx)
 
 
-def bytes_of(operator: Operator) -> int:
+def patch_moments_bytes(operator: Operator) -> int:
     """Bytes of an operator's PatchMoments, known before any data is read."""
-    return planned_bytes(operator, SUMS) + 8 * operator.groups * operator.inputs_per_neuron**2
+    return moments_bytes(operator, SUMS) + 8 * operator.groups * operator.inputs_per_neuron**2
 
 
 class PatchAccumulator:
@@ -74,13 +74,13 @@ class PatchAccumulator:
     draw: which positions count.
     """
 
-    def __init__(self, operator: Operator, draw: "Draw") -> None:
-        self._operator, self._draw, self._gather = operator, draw, Gatherer(operator)
+    def __init__(self, operator: Operator, draw: PositionSampler) -> None:
+        self._operator, self._draw, self._gather = operator, draw, PatchGatherer(operator)
         self.reset()
 
     def reset(self) -> None:
         """Forget all sums."""
-        self._sums = zero(self._operator)
+        self._sums = zero_patch_moments(self._operator)
 
     def settle(self) -> None:
         """Sum what waits: nothing does."""
@@ -100,12 +100,16 @@ class PatchAccumulator:
         if not z.numel():
             return
         drawn = self._draw.of(op.name, z[0].numel() // op.neurons)
-        gate = None if op.gate is None else per_image(op.gate.open(z), op.kind.axis)
+        gate = None if op.gate is None else flatten_positions(op.gate.open(z), op.operator_type.axis)
         images = max(1, PATCH_ELEMENTS // (drawn.shape[1] * op.groups * op.inputs_per_neuron))
         for start in range(0, len(z), images):
             part = slice(start, start + images)
             x = self._gather.by_group(tuple(i[part] for i in inputs), drawn[part]).double()
-            mask = None if gate is None else chosen(gate[part], drawn[part], gate.new_empty(x.shape[1], op.neurons))
+            mask = (
+                None
+                if gate is None
+                else gather_positions(gate[part], drawn[part], gate.new_empty(x.shape[1], op.neurons))
+            )
             self._add(x, None if mask is None else mask.mT.double())
 
     def _add(self, x: Tensor, mask: Tensor | None) -> None:

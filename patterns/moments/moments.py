@@ -71,12 +71,12 @@ class Sums:
 
     def mean_x(self) -> Tensor:
         """E[x] for each neuron, shape (K, D); 0 without samples."""
-        x = required(self.x)
+        x = require(self.x)
         return x.repeat_interleave(len(self.n) // len(x), 0) / self.n.clamp(min=1)[:, None]
 
     def mean_xy(self) -> Tensor:
         """E[x·y], shape (K, D); 0 without samples."""
-        return required(self.xy) / self.n.clamp(min=1)[:, None]
+        return require(self.xy) / self.n.clamp(min=1)[:, None]
 
 
 FIELDS = ("n", "y", "yy", "x", "xy")
@@ -97,12 +97,12 @@ class Moments:
     @property
     def closed(self) -> Sums:
         """Sums over the closed gate, Σx of shape (K, D); exactly 0 for a neuron that never closes."""
-        opened = required(self.open)
-        x = required(self.total.x)
+        opened = require(self.open)
+        x = require(self.total.x)
         closed = replace(self.total, x=x.repeat_interleave(len(self.total.n) // len(x), 0)) - opened
         # Without samples the difference of two sums is rounding, which is a direction like any other.
         some = closed.n > 0
-        large = {f: torch.where(some[:, None], required(getattr(closed, f)), 0.0) for f in ("x", "xy")}
+        large = {f: torch.where(some[:, None], require(getattr(closed, f)), 0.0) for f in ("x", "xy")}
         return replace(closed, y=torch.where(some, closed.y, 0.0), yy=torch.where(some, closed.yy, 0.0), **large)
 
     def __add__(self, other: "Moments") -> "Moments":
@@ -144,18 +144,18 @@ class Moments:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class RequiredSums:
     """Which of the large sums to take: Σx and Σxy over all samples, over the open gate."""
 
     total: bool = True
     open: bool = True
 
-    def __le__(self, other: "Wanted") -> bool:
+    def __le__(self, other: "RequiredSums") -> bool:
         """Whether the other has all sums of this one."""
         return self.total <= other.total and self.open <= other.open
 
 
-def zero(operator: Operator, wanted: Wanted) -> Moments:
+def zero_moments(operator: Operator, wanted: RequiredSums) -> Moments:
     """The neutral element: the moments of no samples, on the operator's device."""
     k, d = operator.neurons, operator.inputs_per_neuron
     device = operator.weight.device
@@ -182,8 +182,12 @@ class Accumulator:
     kind: of the inputs and outputs that it is given, where that is not the operator's.
     """
 
-    def __init__(self, operator: Operator, wanted: Wanted, kind: Summed | None = None) -> None:
-        self._operator, self._kind, self._sums = operator, kind or operator.kind, zero(operator, wanted)
+    def __init__(self, operator: Operator, wanted: RequiredSums, kind: Summed | None = None) -> None:
+        self._operator, self._kind, self._sums = (
+            operator,
+            kind or operator.operator_type,
+            zero_moments(operator, wanted),
+        )
 
     @torch.inference_mode()  # sums that were made in it cannot be changed outside
     def reset(self) -> None:
@@ -307,14 +311,14 @@ def buffer_bytes(element_size: int) -> int:
     return max(converted, transformed)
 
 
-def planned_bytes(operator: Operator, wanted: Wanted) -> int:
+def moments_bytes(operator: Operator, wanted: RequiredSums) -> int:
     """Bytes of an operator's moments, known before any data is read."""
     k, d = operator.neurons, operator.inputs_per_neuron
     small, total, opened = 3 * k, (operator.groups + k) * d * wanted.total, 2 * k * d * wanted.open
     return 8 * (small + total + (0 if operator.gate is None else small + opened))
 
 
-def required(value: T | None) -> T:
+def require(value: T | None) -> T:
     if value is None:
         raise ValueError("these moments were taken without the sums that this needs (Σx and Σxy, or the gate's)")
     return value

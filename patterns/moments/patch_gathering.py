@@ -10,7 +10,7 @@ from patterns.operators.operator import Addition, Inputs, Operator, Shape
 from patterns.operators.receptive_fields import window_of
 
 
-class Gatherer:
+class PatchGatherer:
     """An operator's inputs at some of its output positions. UserError for a kind whose patches cannot be gathered.
 
     taps: T, the places in a neuron's window or the terms of an addition; D/T inputs of a neuron lie at each.
@@ -20,7 +20,7 @@ class Gatherer:
         self._operator, self._window = operator, window_of(operator)
         self._looks: dict[Shape, tuple[Tensor, Tensor | None]] = {}  # by the input's sizes: index, and 1 where inside
         shape = operator.weight.shape
-        self.taps = shape[1] if isinstance(operator.kind, Addition) else prod(shape[2:])
+        self.taps = shape[1] if isinstance(operator.operator_type, Addition) else prod(shape[2:])
 
     def empty(self, inputs: Inputs, samples: int) -> Tensor:
         """Memory for the inputs of so many samples (n, T, G, D/T)."""
@@ -34,15 +34,15 @@ class Gatherer:
         inputs: the operator's, batch first.  positions: int64 (N, P), each an index into the output's positions of
         its image, flattened.
         """
-        kind, x, out = self._operator.kind, inputs[0], out.flatten(2)
+        kind, x, out = self._operator.operator_type, inputs[0], out.flatten(2)
         if self._window is not None:
             self._windows(x, positions, out)
         elif isinstance(kind, Addition):
             shape = torch.broadcast_shapes(*(i.shape for i in inputs))
             for term, x in enumerate(inputs):
-                chosen(per_image(x.expand(shape), kind.axis), positions, out[:, term])
+                gather_positions(flatten_positions(x.expand(shape), kind.axis), positions, out[:, term])
         else:
-            chosen(per_image(x, kind.axis), positions, out[:, 0])
+            gather_positions(flatten_positions(x, kind.axis), positions, out[:, 0])
 
     def by_group(self, inputs: Inputs, positions: Tensor) -> Tensor:
         """The same as (G, N·P, D)."""
@@ -58,12 +58,12 @@ class Gatherer:
             index, outside = self._window.looks(sizes)
             self._looks[sizes] = index.to(x.device), None if outside is None else outside.logical_not().to(x)
         index, inside = self._looks[sizes]
-        chosen(x.flatten(2).mT, index[positions].flatten(1), out.flatten(0, 1))
+        gather_positions(x.flatten(2).mT, index[positions].flatten(1), out.flatten(0, 1))
         if inside is not None:
             out.mul_(inside[positions].flatten(0, 1)[..., None])  # masks are slow on CPUs
 
 
-def chosen(values: Tensor, positions: Tensor, out: Tensor) -> Tensor:
+def gather_positions(values: Tensor, positions: Tensor, out: Tensor) -> Tensor:
     """Values (N, positions, C) at some positions (N, P) of each image, in `out` (N·P, C)."""
     images, available = values.shape[:2]
     # As in channels_last, where each position's numbers are copied at once.
@@ -80,7 +80,7 @@ def multiples(step: int, count: int, device: torch.device) -> Tensor:
     return torch.arange(count, device=device)[:, None] * step
 
 
-def per_image(values: Tensor, axis: int) -> Tensor:
+def flatten_positions(values: Tensor, axis: int) -> Tensor:
     """(N, *…) with neurons or inputs along `axis` → (N, positions, that dimension)."""
     moved = values.movedim(axis, -1)
     return moved.reshape(len(moved), prod(moved.shape[1:-1]), moved.shape[-1])

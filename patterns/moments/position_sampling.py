@@ -21,7 +21,7 @@ def salt_of(seed: int, name: str, call: int) -> int:
     return int.from_bytes(digest[:8], "big", signed=True)
 
 
-def mixed(values: Tensor) -> Tensor:
+def mix(values: Tensor) -> Tensor:
     """splitmix64's finaliser, int64 to int64, one to one."""
     for shift, factor in zip(SHIFTS, (*FACTORS, 1)):
         values = (values ^ shifted(values, shift)) * factor
@@ -33,11 +33,11 @@ def shifted(values: Tensor, by: int) -> Tensor:
     return (values >> by) & (2 ** (64 - by) - 1)
 
 
-def uniform(seeds: Tensor, salts: Tensor, count: int) -> Tensor:
+def draw_uniform(seeds: Tensor, salts: Tensor, count: int) -> Tensor:
     """Numbers in [0, 1), float64 (R, N, count), for seeds int64 (N,) and salts int64 (R,); others give others."""
     counters = torch.arange(1, count + 1, device=seeds.device) * STEP
-    states = mixed(seeds + salts[:, None])[..., None] + counters
-    return shifted(mixed(states), 11).double() * 2.0**-53
+    states = mix(seeds + salts[:, None])[..., None] + counters
+    return shifted(mix(states), 11).double() * 2.0**-53
 
 
 def drawn_positions(seeds: Tensor, salts: Tensor, available: Tensor, positions: int) -> Tensor:
@@ -49,14 +49,14 @@ def drawn_positions(seeds: Tensor, salts: Tensor, available: Tensor, positions: 
     positions it is, more than are drawn; int64 (R,).
     """
     edges = torch.arange(positions + 1, device=seeds.device) * available[:, None] // positions
-    numbers, lengths = uniform(seeds, salts, positions + 1), edges.diff()[:, None]
+    numbers, lengths = draw_uniform(seeds, salts, positions + 1), edges.diff()[:, None]
     # Rounding up to the next whole number is the one thing that could leave a stretch.
     inside = torch.minimum((numbers[..., :-1] * lengths).long(), lengths - 1)
     of = available[:, None, None]
     return (edges[:, None, :-1] + inside + (numbers[..., -1:] * of).long()) % of
 
 
-class Draw:
+class PositionSampler:
     """Which positions of each image count, for one operator's call others than for another's.
 
     An image's seed, the operator's name, `seed` and, where one pass calls the operator several times, by which call

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from patterns.moments.moments import Accumulator, Moments, Wanted
-from patterns.moments.patch_gathering import Gatherer, chosen, per_image
-from patterns.moments.position_sampling import Draw
+from patterns.moments.moments import Accumulator, Moments, RequiredSums
+from patterns.moments.patch_gathering import PatchGatherer, flatten_positions, gather_positions
+from patterns.moments.position_sampling import PositionSampler
 from patterns.operators.operator import Inputs, Operator, Shape
 
 # Samples that are gathered before they are summed, and elements of patches at most, on a CPU and on a GPU: matrix
@@ -26,8 +26,8 @@ PRODUCTS = (2**19, 2**25)
 class SampledAccumulator:
     """Moments of one operator from some positions of each image, those of `draw`, grown batch by batch."""
 
-    def __init__(self, operator: Operator, wanted: Wanted, draw: Draw) -> None:
-        self._operator, self._draw, self._gather = operator, draw, Gatherer(operator)
+    def __init__(self, operator: Operator, wanted: RequiredSums, draw: PositionSampler) -> None:
+        self._operator, self._draw, self._gather = operator, draw, PatchGatherer(operator)
         size = operator.groups * operator.inputs_per_neuron
         rows, elements = BLOCK[operator.weight.device.type == "cuda"]
         self._block = max(1, min(rows, elements // size))
@@ -56,7 +56,7 @@ class SampledAccumulator:
         op = self._operator
         if not z.numel():
             return
-        outputs = per_image(z, op.kind.axis)
+        outputs = flatten_positions(z, op.operator_type.axis)
         drawn = self._draw.of(op.name, outputs.shape[1])
         rows = drawn.numel()
         if self._count + rows > len(self._x):
@@ -66,7 +66,7 @@ class SampledAccumulator:
                 self._x, self._z = self._gather.empty(inputs, room), z.new_empty(room, op.neurons)
         taken = slice(self._count, self._count + rows)
         self._gather(inputs, drawn, self._x[taken])
-        chosen(outputs, drawn, self._z[taken])
+        gather_positions(outputs, drawn, self._z[taken])
         self._count += rows
         if self._count >= self._block:
             self.settle()

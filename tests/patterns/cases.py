@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from patterns import Gate, Moments, Operator
-from patterns.moments.moments import Accumulator, Wanted
+from patterns.moments.moments import Accumulator, RequiredSums
 from patterns.operators.operator import (
     Addition,
     AveragePool,
@@ -72,9 +72,9 @@ class Case:
         counts = torch.stack(positions_seeing(self.unfold, self.operator.input_shapes))
         return counts.repeat_interleave(len(self.weight) // len(counts), 0)
 
-    def moments(self, wanted: Wanted | None = None, inputs: Inputs | None = None) -> Moments:
+    def moments(self, wanted: RequiredSums | None = None, inputs: Inputs | None = None) -> Moments:
         inputs = self.inputs if inputs is None else inputs
-        accumulator = Accumulator(self.operator, wanted or Wanted())
+        accumulator = Accumulator(self.operator, wanted or RequiredSums())
         accumulator.update(inputs, self.operator(*inputs))
         return accumulator.moments()
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from patterns import Gate, Moments, Operator, solve
 from patterns.estimation.jackknife import (
-    Error,
-    look,
+    StandardErrors,
+    check_convergence,
 )
-from patterns.moments.moments import Accumulator, Wanted
+from patterns.moments.moments import Accumulator, RequiredSums
 from patterns.operators.operator import Convolution
 
 D, K = 6, 5
@@ -52,7 +52,7 @@ def data(n: int, seed: int = 0, draws: int = 1) -> Tensor:
 
 
 def moments(operator: Operator, x: Tensor) -> Moments:
-    accumulator = Accumulator(operator, Wanted())
+    accumulator = Accumulator(operator, RequiredSums())
     accumulator.update((x,), operator(x))
     return accumulator.moments()
 
@@ -70,8 +70,8 @@ def solved(operator: Operator, held: Sequence[Moments], choices: Sequence[str] =
     return {row: a.flatten(1) for row, a in solve(operator, reduce(add, held), choices).patterns.items()}
 
 
-def errors(operator: Operator, held: Sequence[Moments], choices: Sequence[str] = CHOICES) -> dict[str, Error]:
-    found = look(operator, loads(held), choices).errors
+def errors(operator: Operator, held: Sequence[Moments], choices: Sequence[str] = CHOICES) -> dict[str, StandardErrors]:
+    found = check_convergence(operator, loads(held), choices).errors
     assert None not in found.values()
     return {row: error for row, error in found.items() if error is not None}
 

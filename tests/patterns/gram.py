@@ -12,7 +12,7 @@ from torch import Tensor
 
 from patterns import Gate, Operator
 from patterns.moments.gram import PatchAccumulator, PatchMoments
-from patterns.moments.position_sampling import Draw
+from patterns.moments.position_sampling import PositionSampler
 from patterns.operators.operator import (
     Addition,
     AveragePool,
@@ -45,7 +45,7 @@ class Case:
         return tuple((i + 1) * (common + n).relu() + 0.5 * n.roll(1, -1) + 0.3 for i, n in enumerate(noise))
 
     def moments(self, inputs: tuple[Tensor, ...], positions: int = ALL, seed: int = 0) -> PatchMoments:
-        draw = Draw(positions, seed)
+        draw = PositionSampler(positions, seed)
         accumulator = PatchAccumulator(self.operator, draw)
         draw.begin(torch.arange(len(inputs[0])))
         accumulator.update(inputs, self.operator(*inputs))
@@ -57,7 +57,7 @@ class Case:
 
 def drawn(seeds: Tensor, name: str, available: int, positions: int, seed: int = 0, call: int = 0) -> Tensor:
     """The positions that count at one call of an operator."""
-    draw = Draw(positions, seed)
+    draw = PositionSampler(positions, seed)
     draw.begin(seeds)
     return [draw.of(name, available) for _ in range(call + 1)][-1]
 

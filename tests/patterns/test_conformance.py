@@ -15,8 +15,8 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from patterns import CHOICES, ESTIMATORS, Moments, solve
-from patterns.estimation.estimators import RIDGE, wanted
-from patterns.moments.moments import Accumulator, planned_bytes, zero
+from patterns.estimation.estimators import RIDGE, required_sums
+from patterns.moments.moments import Accumulator, moments_bytes, zero_moments
 from patterns.operators.operator import OPERATOR_TYPES
 from tests import oracles
 from tests.oracles import Neuron
@@ -100,7 +100,7 @@ every = pytest.mark.parametrize(("name", "gate", "choice"), SAMPLES, ids=["/".jo
 
 def moments_of(case: Case, choice: str, images: slice = slice(None)) -> Moments:
     """The sums that this choice asks for, over some images."""
-    return case.moments(wanted(case.operator, choice), tuple(x[images] for x in case.inputs))
+    return case.moments(required_sums(case.operator, choice), tuple(x[images] for x in case.inputs))
 
 
 def patterns_of(case: Case, moments: Moments, choice: str) -> dict[str, Tensor]:
@@ -175,11 +175,11 @@ def test_any_split_of_the_samples_in_any_merge_tree_gives_the_same(
     images = list(range(len(case.inputs[0])))
     random.shuffle(images)
     cuts = [0, *sorted(random.sample(range(1, len(images)), random.randrange(min(5, len(images))))), len(images)]
-    accumulator, parts = Accumulator(case.operator, wanted(case.operator, choice)), []
+    accumulator, parts = Accumulator(case.operator, required_sums(case.operator, choice)), []
     for start, stop in pairwise(cuts):
         batch = tuple(x[images[start:stop]] for x in case.inputs)
         accumulator.update(batch, case.operator(*batch))
-        parts.append(case.moments(wanted(case.operator, choice), batch))
+        parts.append(case.moments(required_sums(case.operator, choice), batch))
     random.shuffle(parts)
     while len(parts) > 1:
         at = random.randrange(len(parts) - 1)
@@ -205,11 +205,11 @@ def test_merging_commutes_and_associates_to_the_last_rounding(name: str, gate: s
 @every
 def test_an_empty_side_is_neutral_left_and_right(name: str, gate: str, choice: str) -> None:
     case = case_of(name, gate)
-    a, nothing = moments_of(case, choice), zero(case.operator, wanted(case.operator, choice))
+    a, nothing = moments_of(case, choice), zero_moments(case.operator, required_sums(case.operator, choice))
     assert_same((a + nothing).tensors(), a.tensors(), 0.0)
     assert_same((nothing + a).tensors(), a.tensors(), 0.0)
     assert_same(moments_of(case, choice, slice(0)).tensors(), nothing.tensors(), 0.0)
-    assert nothing.nbytes == planned_bytes(case.operator, wanted(case.operator, choice)) == a.nbytes
+    assert nothing.nbytes == moments_bytes(case.operator, required_sums(case.operator, choice)) == a.nbytes
     for row, pattern in patterns_of(case, nothing, choice).items():
         assert not ESTIMATORS[row].learns or (pattern == 0).all()
 
@@ -217,7 +217,7 @@ def test_an_empty_side_is_neutral_left_and_right(name: str, gate: str, choice: s
 @every
 def test_merging_and_solving_change_none_of_their_inputs(name: str, gate: str, choice: str) -> None:
     case = case_of(name, gate)
-    nothing = zero(case.operator, wanted(case.operator, choice))
+    nothing = zero_moments(case.operator, required_sums(case.operator, choice))
     sides = moments_of(case, choice, slice(0, 3)), moments_of(case, choice, slice(3, None)), nothing
     kept = [copied(side) for side in sides]
     for a, b in ((0, 1), (0, 2), (2, 0)):

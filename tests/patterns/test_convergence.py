@@ -18,9 +18,9 @@ from patterns.estimation.jackknife import (
     FEWEST_GROUPS,
     GROUPS,
     Jackknife,
-    Size,
-    grouped,
-    look,
+    PartialSize,
+    check_convergence,
+    group_partial_moments,
 )
 from tests.patterns.drawn import (
     CHOICES,
@@ -151,7 +151,7 @@ def test_the_order_of_parts_does_not_matter(sizes: list[int], shuffling: random.
 
 @given(st.lists(st.integers(0, 1000), max_size=60))
 def test_groups_hold_every_part_once_and_are_about_equal(sizes: list[int]) -> None:
-    groups = grouped([Size(n, str(i)) for i, n in enumerate(sizes)])
+    groups = group_partial_moments([PartialSize(n, str(i)) for i, n in enumerate(sizes)])
     assert sorted(i for group in groups for i in group) == [i for i, n in enumerate(sizes) if n]
     assert len(groups) == min(GROUPS, sum(n > 0 for n in sizes))
     for group in groups:  # no group is above the smallest by more than its own last part
@@ -163,7 +163,7 @@ def test_groups_hold_every_part_once_and_are_about_equal(sizes: list[int]) -> No
 def test_from_too_few_parts_nothing_is_known(count: int) -> None:
     operator = layer()
     held = [*parts(operator, data(40 * count), 40), *([moments(operator, data(0))] * 5)]
-    found = look(operator, loads(held), CHOICES)
+    found = check_convergence(operator, loads(held), CHOICES)
     assert found.errors == dict.fromkeys(ROWS)
     assert found.solution.patterns.keys() == set(ROWS)
 
@@ -171,7 +171,7 @@ def test_from_too_few_parts_nothing_is_known(count: int) -> None:
 def test_the_solution_is_that_of_all_parts() -> None:
     operator = layer()
     x = data(300)
-    found = look(operator, loads(parts(operator, x, 7)), CHOICES).solution
+    found = check_convergence(operator, loads(parts(operator, x, 7)), CHOICES).solution
     expected = solve(operator, moments(operator, x), CHOICES)
     assert found.flags == expected.flags
     for row in ROWS:
@@ -192,7 +192,7 @@ def test_each_part_is_loaded_twice_and_only_one_is_held() -> None:
         alive.add(part)
         return part
 
-    look(operator, [partial(load, number) for number in range(len(held))], CHOICES)
+    check_convergence(operator, [partial(load, number) for number in range(len(held))], CHOICES)
     assert loaded == [2] * len(held)
     assert most == 0
 
@@ -201,7 +201,7 @@ def test_the_parts_are_left_as_they_were() -> None:
     operator = layer()
     held = parts(operator, data(200), 20)
     before = [{name: t.clone() for name, t in part.tensors().items()} for part in held]
-    look(operator, loads(held), CHOICES)
+    check_convergence(operator, loads(held), CHOICES)
     for part, tensors in zip(held, before):
         assert all(torch.equal(part.tensors()[name], t) for name, t in tensors.items())
 
@@ -224,7 +224,7 @@ def silent(flag: str) -> Operator:
 def test_neurons_without_a_pattern_are_left_out(flag: str) -> None:
     operator = silent(flag)
     held = parts(operator, data(800), 50)
-    assert look(operator, loads(held)).solution.flags[0] == flag
+    assert check_convergence(operator, loads(held)).solution.flags[0] == flag
     for error in errors(operator, held, ["linear", "two-component"]).values():
         assert len(error.neurons) == K - 1
         assert error.neurons.isfinite().all()

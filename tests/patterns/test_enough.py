@@ -9,10 +9,10 @@ import torch
 from patterns import Moments
 from patterns.estimation.jackknife import (
     GROUPS,
-    Error,
-    change,
-    converged,
-    look,
+    StandardErrors,
+    check_convergence,
+    has_converged,
+    median_change,
     samples_needed,
 )
 from tests.patterns.drawn import (
@@ -44,7 +44,7 @@ def test_a_fit_that_stopped_is_as_near_the_truth_as_was_asked() -> None:
         for row, ended in ends.items():
             away = distance(patterns[row], truth(one, row).repeat(draws, 1)).view(draws, neurons).quantile(0.9, 1)
             for draw, of_one in enumerate(found[row].neurons.view(draws, neurons)):
-                if draw not in ended and converged([Error(of_one).p90], tolerance):
+                if draw not in ended and has_converged([StandardErrors(of_one).p90], tolerance):
                     ended[draw] = float(away[draw]) / tolerance
     for ended in ends.values():
         # The neurons of an operator err together, so what nine in ten stay below varies from draw to draw.
@@ -66,7 +66,7 @@ def test_the_truth_of_these_tests_is_what_patterns_tend_to() -> None:
 def test_a_fit_stops_when_every_error_is_known_and_within_the_tolerance(
     found: list[float | None], enough: bool
 ) -> None:
-    assert converged(found, 0.02) is enough
+    assert has_converged(found, 0.02) is enough
 
 
 def test_the_samples_needed_follow_from_the_root_law() -> None:
@@ -88,14 +88,14 @@ def test_the_change_is_the_median_over_neurons_that_have_a_pattern() -> None:
     before = torch.tensor([[3.0, 4.0], [1.0, 0.0], [0.0, 2.0], [7.0, 7.0]])
     now = torch.tensor([[3.0, 4.5], [2.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
     moved = [0.5 / math.hypot(3, 4.5), 0.5, 0.0]
-    assert change(now, before) == pytest.approx(sorted(moved)[1])
-    assert change(torch.zeros(3, 2), before[:3]) == 0
+    assert median_change(now, before) == pytest.approx(sorted(moved)[1])
+    assert median_change(torch.zeros(3, 2), before[:3]) == 0
 
 
 def test_a_look_tells_what_changed_since_the_one_before() -> None:
     operator = layer()
     held = parts(operator, data(800), 50)
-    first, second = look(operator, loads(held[:8]), CHOICES), look(operator, loads(held), CHOICES)
+    first, second = check_convergence(operator, loads(held[:8]), CHOICES), check_convergence(operator, loads(held), CHOICES)
     assert second.changes(second.solution) == dict.fromkeys(ROWS, 0.0)
     found, a, b = second.changes(first.solution), solved(operator, held), solved(operator, held[:8])
     for row in ROWS:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from patterns import CHOICES, ESTIMATORS, Moments, Network, Operator, UserError, accumulate, choose, solve, trace
-from patterns.estimation.estimators import Problem, chosen, parsed, wanted
-from patterns.moments.moments import Wanted
+from patterns.estimation.estimators import Problem, parse_estimators, required_sums, select_estimators
+from patterns.moments.moments import RequiredSums
 from tests.oracles import Neuron, covariance
 from tests.patterns.cases import GATES, convolution, linear, normal
 
@@ -197,26 +197,26 @@ def network_of_three() -> Network:
 def test_estimators_are_chosen_by_patterns_of_operators_names() -> None:
     network = network_of_three()
     operators = network.operators
-    rows = {name: chosen(op, "[02]=linear,2=two-component, filter") for name, op in operators.items()}
+    rows = {name: select_estimators(op, "[02]=linear,2=two-component, filter") for name, op in operators.items()}
     assert rows == {"0": ["linear", "filter"], "2": ["linear", "positive", "negative", "filter"], "4": ["filter"]}
-    assert {name: chosen(op, "2=linear") for name, op in operators.items()} == {
+    assert {name: select_estimators(op, "2=linear") for name, op in operators.items()} == {
         "0": ["positive"], "2": ["linear"], "4": ["linear"],
     }  # fmt: skip
     moments = accumulate(network, [torch.randn(20, 3, generator=torch.Generator().manual_seed(0))])
     solved = {name: list(solve(op, moments[name], "2=linear,4=filter").patterns) for name, op in operators.items()}
     assert solved == {"0": ["positive"], "2": ["linear"], "4": ["filter"]}
-    assert wanted(operators["0"], "2=multivariate") == Wanted(total=False, open=True)
-    assert wanted(operators["2"], "2=multivariate") == Wanted(total=True, open=False)
-    assert wanted(operators["4"], "identity,random") == Wanted(total=False, open=False)
+    assert required_sums(operators["0"], "2=multivariate") == RequiredSums(total=False, open=True)
+    assert required_sums(operators["2"], "2=multivariate") == RequiredSums(total=True, open=False)
+    assert required_sums(operators["4"], "identity,random") == RequiredSums(total=False, open=False)
 
 
 def test_a_pattern_of_names_that_no_operator_has_is_refused() -> None:
     operators = network_of_three().operators
-    assert parsed("[02]=linear,4=filter", operators) == [("[02]", "linear"), ("4", "filter")]
+    assert parse_estimators("[02]=linear,4=filter", operators) == [("[02]", "linear"), ("4", "filter")]
     with pytest.raises(UserError, match=r"no operator matches 'fc\*'\. `patternnet plan` lists their names"):
-        parsed("fc*=linear", operators)
+        parse_estimators("fc*=linear", operators)
     with pytest.raises(UserError, match="no estimator 'liner'"):
-        parsed("0=liner", operators)
+        parse_estimators("0=liner", operators)
 
 
 def test_explanations_take_the_first_estimator_that_is_meant_for_an_operator() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from patterns import CHOICES, Gate, Moments, Operator, Sums, accumulate, solve, trace
-from patterns.moments.moments import Accumulator, Wanted, zero
+from patterns.moments.moments import Accumulator, RequiredSums, zero_moments
 from patterns.operators.operator import Convolution, Linear, OperatorType, Scale
 from tests.oracles import Neuron, channel_patches, linear_patches, neurons, window_patches
 from tests.patterns.cases import STRATEGIES, Case, any_case, fixed
@@ -89,7 +89,7 @@ def test_moments_equal_sums_over_samples_written_out(strategy: str, monkeypatch:
 def test_a_gate_is_closed_just_on_its_limits(high: float, expected: int) -> None:
     z = torch.tensor([[-1.0], [0.0], [1e-30], [3.0], [6.0], [7.0]])
     operator = Operator("it", Linear(), torch.ones(1, 1), None, (), (), "", Gate(0.0, high))
-    accumulator = Accumulator(operator, Wanted())
+    accumulator = Accumulator(operator, RequiredSums())
     accumulator.update((z,), operator(z))
     opened = accumulator.moments().open
     assert opened is not None
@@ -177,7 +177,7 @@ def test_a_neuron_that_never_closes_has_exactly_no_closed_sums() -> None:
 
 def test_moments_handed_out_do_not_change_with_later_batches() -> None:
     case = small()
-    accumulator = Accumulator(case.operator, Wanted())
+    accumulator = Accumulator(case.operator, RequiredSums())
     accumulator.update(case.inputs, case.operator(*case.inputs))
     first = accumulator.moments()
     kept = Moments.from_tensors({k: v.clone() for k, v in first.tensors().items()})
@@ -185,7 +185,7 @@ def test_moments_handed_out_do_not_change_with_later_batches() -> None:
     assert_same(first, kept)
     assert_same(accumulator.moments(), kept + kept, rtol=1e-12)
     accumulator.reset()
-    assert_same(accumulator.moments(), zero(case.operator, Wanted()))
+    assert_same(accumulator.moments(), zero_moments(case.operator, RequiredSums()))
 
 
 def test_moments_with_and_without_a_gate_do_not_merge() -> None:
@@ -197,13 +197,13 @@ def test_moments_with_and_without_a_gate_do_not_merge() -> None:
 def test_sums_taken_on_one_side_alone_do_not_merge() -> None:
     case = small()
     with pytest.raises(ValueError, match="one side has Σx and Σxy, the other has not"):
-        case.moments() + case.moments(Wanted(total=False))
+        case.moments() + case.moments(RequiredSums(total=False))
 
 
 @pytest.mark.parametrize("left_out", ["total", "open"])
 def test_sums_that_are_not_wanted_are_not_taken_and_change_no_others(left_out: str) -> None:
     case = small()
-    partial, whole = case.moments(replace(Wanted(), **{left_out: False})).tensors(), case.moments().tensors()
+    partial, whole = case.moments(replace(RequiredSums(), **{left_out: False})).tensors(), case.moments().tensors()
     assert whole.keys() - partial.keys() == {f"{left_out}.x", f"{left_out}.xy"}
     for name, value in partial.items():
         assert torch.equal(value, whole[name])
@@ -274,7 +274,7 @@ def test_half_precision_loses_no_sample_and_no_digit_of_what_the_model_computed(
     generator = torch.Generator().manual_seed(0)
     weight, x = ((torch.randn(size, generator=generator) + 1).to(dtype) for size in (weight_shape, shape))
     operator = Operator("it", kind, weight, torch.linspace(-1, 1, 4).to(dtype), (), (), "", Gate(0.0, float("inf")))
-    accumulator, z = Accumulator(operator, Wanted()), operator(x)
+    accumulator, z = Accumulator(operator, RequiredSums()), operator(x)
     accumulator.update((x,), z)
     found = accumulator.moments()
     patches = window_patches(x, (3, 3), (1, 1), (1, 1), (1, 1))[0] if name == "convolution" else x.double()
@@ -305,7 +305,7 @@ def test_one_batch_of_more_positions_than_float32_can_count_loses_nothing(name: 
     x = torch.ones(shape)
     x.view(-1)[::8] = -0.5
     operator = Operator("it", kind, torch.ones(weight), None, (), (), "", Gate(0.0, float("inf")))
-    accumulator = Accumulator(operator, Wanted())
+    accumulator = Accumulator(operator, RequiredSums())
     z = operator(x)
     accumulator.update((x,), z)
     found = accumulator.moments()
@@ -331,8 +331,8 @@ def test_a_thousand_million_samples_add_up_exactly_and_one_more_batch_still_coun
     assert torch.equal(many.total.n, samples)  # beyond int32 too
     for name, value in many.tensors().items():
         assert torch.equal(value, part.tensors()[name] * 2**doublings), name
-    accumulator = Accumulator(case.operator, Wanted())
-    accumulator._sums = many + zero(case.operator, Wanted())  # as if this worker had seen them all
+    accumulator = Accumulator(case.operator, RequiredSums())
+    accumulator._sums = many + zero_moments(case.operator, RequiredSums())  # as if this worker had seen them all
     accumulator.update(case.inputs, case.operator(*case.inputs))
     for more in (many + part, accumulator.moments()):
         for name, value in more.tensors().items():

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from patterns import UserError, accumulate, trace
 from patterns.estimation.observer import PatchObserver
-from patterns.moments.gram import PatchAccumulator, PatchMoments, bytes_of, zero
-from patterns.moments.position_sampling import STEP, Draw, mixed, uniform
+from patterns.moments.gram import PatchAccumulator, PatchMoments, patch_moments_bytes, zero_patch_moments
+from patterns.moments.position_sampling import STEP, PositionSampler, draw_uniform, mix
 from patterns.operators import operator
 from tests.oracles import Neuron, window_patches
 from tests.patterns.gram import ALL, CASES, SCALES, drawn
@@ -89,7 +89,7 @@ def test_the_draw_depends_on_seed_operator_call_and_image_alone() -> None:
 
 
 def test_draws_made_at_once_are_those_made_one_by_one() -> None:
-    draw, calls = Draw(5), [("a", 1000), ("b", 77), ("a", 9), ("c", 5), ("b", 77)]
+    draw, calls = PositionSampler(5), [("a", 1000), ("b", 77), ("a", 9), ("c", 5), ("b", 77)]
     for seeds in (torch.tensor([3, 8, -5]), torch.tensor([4]), torch.tensor([3, 8])):
         draw.begin(seeds)
         seen: list[str] = []
@@ -99,7 +99,7 @@ def test_draws_made_at_once_are_those_made_one_by_one() -> None:
 
 
 def test_numbers_are_uniform_and_independent_and_those_of_splitmix64() -> None:
-    numbers = uniform(torch.arange(2000), torch.tensor([5]), 50)[0]
+    numbers = draw_uniform(torch.arange(2000), torch.tensor([5]), 50)[0]
     assert ((numbers >= 0) & (numbers < 1)).all()
     counts = torch.histc(numbers, 20, 0, 1)
     assert ((counts - 5000).abs() < 5 * (5000 * 0.95) ** 0.5).all()
@@ -109,12 +109,12 @@ def test_numbers_are_uniform_and_independent_and_those_of_splitmix64() -> None:
     assert along.abs().max() < 6 * 50**-0.5
     # The published first outputs of splitmix64 from seed 1234567.
     states = torch.tensor(1234567) + torch.tensor([1, 2]) * STEP
-    assert [value % 2**64 for value in mixed(states).tolist()] == [6457827717110365317, 3203168211198807973]
+    assert [value % 2**64 for value in mix(states).tolist()] == [6457827717110365317, 3203168211198807973]
 
 
 def test_no_positions_are_refused() -> None:
     with pytest.raises(UserError, match="0 is no number of positions"):
-        Draw(0)
+        PositionSampler(0)
 
 
 def assert_same(a: PatchMoments, b: PatchMoments, rtol: float = 0.0) -> None:
@@ -125,7 +125,7 @@ def assert_same(a: PatchMoments, b: PatchMoments, rtol: float = 0.0) -> None:
 
 
 def test_the_gram_moments_of_every_kind_of_operator_are_tested() -> None:
-    assert {type(case().operator.kind) for case in KINDS.values()} == set(operator.OPERATOR_TYPES.values())
+    assert {type(case().operator.operator_type) for case in KINDS.values()} == set(operator.OPERATOR_TYPES.values())
 
 
 @every_kind
@@ -133,7 +133,7 @@ def test_gram_moments_are_a_commutative_monoid(name: str) -> None:
     case = KINDS[name]()
     inputs = case.inputs(7, 1)
     a, b, c = (case.moments(part) for part in zip(*(x.split([2, 4, 1]) for x in inputs)))
-    nothing = zero(case.operator)
+    nothing = zero_patch_moments(case.operator)
     assert_same(a + b, b + a)
     assert_same((a + b) + c, a + (b + c), rtol=1e-11)
     assert_same(a + nothing, a)
@@ -143,7 +143,7 @@ def test_gram_moments_are_a_commutative_monoid(name: str) -> None:
     for t in (a + b).tensors().values():
         t.zero_()
     assert_same(a, PatchMoments.from_tensors(kept))
-    assert PatchMoments.from_tensors(a.tensors()).nbytes == bytes_of(case.operator)
+    assert PatchMoments.from_tensors(a.tensors()).nbytes == patch_moments_bytes(case.operator)
 
 
 @every_kind
@@ -163,7 +163,7 @@ def test_saved_gram_moments_load_to_the_last_digit_and_only_under_their_own_name
 def test_images_give_the_same_sums_in_any_order_and_batches(cuts: list[int]) -> None:
     case = CASES["conv2d"]()
     (x,), seeds = case.inputs(7, 1), torch.arange(7) * 5
-    draws = Draw(3), Draw(3)
+    draws = PositionSampler(3), PositionSampler(3)
     whole, cut = (PatchAccumulator(case.operator, draw) for draw in draws)
     draws[0].begin(seeds)
     whole.update((x,), case.operator(x))
@@ -250,6 +250,6 @@ def test_a_network_feeds_the_chosen_operators_what_the_model_computes_there() ->
     assert list(one.moments()) == ["branch"]
     assert one.moments()["branch"].moments.total.n.tolist() == [12] * 4
     one.reset()
-    assert_same(one.moments()["branch"], zero(network.operators["branch"]))
+    assert_same(one.moments()["branch"], zero_patch_moments(network.operators["branch"]))
     with pytest.raises(KeyError):
         PatchObserver(network, ["nowhere"], 2)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from patterns import Network, Observer, trace
-from patterns.estimation.jackknife import look
+from patterns.estimation.jackknife import check_convergence
 from patterns.estimation.position_pilot import CANDIDATES, positions_needed
 
 
@@ -30,7 +30,7 @@ def worst(network: Network, positions: int | None, seed: int) -> float:
         observer.update(batch)
         parts.append(observer.moments())
         observer.reset()
-    found = [look(network.operators[n], [lambda p=p, n=n: p[n] for p in parts]) for n in names]  # type: ignore[misc]
+    found = [check_convergence(network.operators[n], [lambda p=p, n=n: p[n] for p in parts]) for n in names]  # type: ignore[misc]
     return max(error.p90 for seen in found for error in seen.errors.values() if error is not None)
 
 

@@ -5,9 +5,9 @@ from torch import Tensor, nn
 
 from patterns import Gate, Operator, solve, trace
 from patterns.estimation.observer import PatchObserver
-from patterns.estimation.signal_quality import correlation, quality, rho, signals, whiten
-from patterns.moments.gram import PatchAccumulator, PatchMoments, zero
-from patterns.moments.position_sampling import Draw
+from patterns.estimation.signal_quality import correlation, group_by_estimator, quality, rho, whiten
+from patterns.moments.gram import PatchAccumulator, PatchMoments, zero_patch_moments
+from patterns.moments.position_sampling import PositionSampler
 from patterns.operators.operator import Linear, Scale
 from tests.oracles import Neuron, channel_patches, window_patches
 from tests.patterns.gram import ALL, CASES, ESTIMATORS, IMAGES, RELU, Case, case, drawn, every_kind, normal
@@ -35,7 +35,7 @@ def assert_rho(case: Case, patterns: dict[str, Tensor], b: tuple[Tensor, ...], c
     found = quality(patterns, case.operator.weight, case.moments(b), case.moments(c))
     assert found.keys() == set(ESTIMATORS)
     on_b, on_c = case.neurons(b), case.neurons(c)
-    for name, components in signals(patterns).items():
+    for name, components in group_by_estimator(patterns).items():
         assert found[name].shape == (case.operator.neurons,)
         for k, w in enumerate(case.operator.weight.flatten(1)):
             expected = regressed_rho(components, k, w, on_b[k], on_c[k])
@@ -52,7 +52,7 @@ def test_quality_equals_least_squares_on_held_out_samples(name: str) -> None:
     patterns = patterns_of(case, case.moments(a))
     assert_rho(case, patterns, b, c)
     on_b, on_c = whiten(case.moments(b)), case.moments(c)
-    for components in signals(patterns).values():  # before `rho` cuts off the rounding
+    for components in group_by_estimator(patterns).values():  # before `rho` cuts off the rounding
         found = correlation(components, case.operator.weight, on_b, on_c)
         assert (found.abs() <= 1 + 1e-9).all()
 
@@ -64,7 +64,7 @@ def test_on_a_single_set_quality_lies_in_0_1_and_that_of_linear_is_1(name: str) 
     patterns = patterns_of(case, moments)
     found = quality(patterns, case.operator.weight, moments, moments)
     on_b = whiten(moments)
-    for components in signals(patterns).values():
+    for components in group_by_estimator(patterns).values():
         corr = correlation(components, case.operator.weight, on_b, moments)
         assert ((corr >= -1e-9) & (corr <= 1 + 1e-9)).all()
     torch.testing.assert_close(found["linear"], torch.ones_like(found["linear"]), rtol=0, atol=1e-8)
@@ -88,7 +88,7 @@ def test_inputs_that_span_fewer_dimensions_leave_learned_patterns_their_quality(
     on_b, on_c = case.neurons(b), case.neurons(c)
     for name in ("linear", "two-component"):
         for k, w in enumerate(case.operator.weight):
-            components = tuple(p.double() for p in signals(patterns)[name])
+            components = tuple(p.double() for p in group_by_estimator(patterns)[name])
             # Float32 patterns stick out by rounding; least squares must be told not to look there.
             confined_w = torch.cat([(w[:1] + w[1:2]), torch.zeros(2), w[3:]])
             rows = [torch.cat([p[:, :1], torch.zeros(len(p), 2), p[:, 3:]], 1) for p in components]
@@ -118,7 +118,9 @@ def test_quality_does_not_depend_on_a_patterns_length() -> None:
 def test_quality_does_not_depend_on_the_bias_but_through_the_gate() -> None:
     case = CASES["conv2d"]()
     a, b, c = (case.moments(case.inputs(12, seed)) for seed in (1, 2, 3))
-    free = Case(Operator("it", case.operator.kind, case.operator.weight, None, (), (), ""), case.shapes, case.unfold)
+    free = Case(
+        Operator("it", case.operator.operator_type, case.operator.weight, None, (), (), ""), case.shapes, case.unfold
+    )
     b_free, c_free = (free.moments(free.inputs(12, seed)) for seed in (2, 3))
     patterns = {name: p for name, p in patterns_of(case, a).items() if name in {"filter", "random", "linear"}}
     for name, r in quality(patterns, case.operator.weight, b, c).items():
@@ -128,7 +130,7 @@ def test_quality_does_not_depend_on_the_bias_but_through_the_gate() -> None:
 
 def test_the_two_component_quality_needs_the_gates_sums() -> None:
     operator = Operator("it", Linear(), normal(2, 3), None, (), (), "")
-    draw = Draw(ALL)
+    draw = PositionSampler(ALL)
     accumulator = PatchAccumulator(operator, draw)
     draw.begin(torch.arange(9))
     accumulator.update((normal(9, 3),), operator(normal(9, 3)))
@@ -139,8 +141,8 @@ def test_the_two_component_quality_needs_the_gates_sums() -> None:
 
 def test_estimators_are_named_by_their_patterns() -> None:
     one, two = torch.ones(1, 1), torch.zeros(1, 1)
-    assert signals({"linear": one, "positive": one, "negative": two}) == {"linear": (one,), "two-component": (one, two)}
-    assert signals({"positive": one, "filter": two}) == {"filter": (two,)}
+    assert group_by_estimator({"linear": one, "positive": one, "negative": two}) == {"linear": (one,), "two-component": (one, two)}
+    assert group_by_estimator({"positive": one, "filter": two}) == {"filter": (two,)}
 
 
 def undefined(found: Tensor) -> list[bool]:
@@ -152,7 +154,7 @@ def test_where_quality_is_undefined_it_is_nan_for_that_neuron_alone() -> None:
     a, b = case.moments(case.inputs(60, 1)), case.moments(case.inputs(60, 2))
     weight = case.operator.weight
     assert undefined(rho((), weight, whiten(b), b)) == [True] * 4  # identity
-    (dead,) = signals({"linear": patterns_of(case, a)["linear"].clone()}).values()
+    (dead,) = group_by_estimator({"linear": patterns_of(case, a)["linear"].clone()}).values()
     dead[0][1] = 0
     assert undefined(rho(dead, weight, whiten(b), b)) == [False, True, False, False]
     (x,) = case.inputs(60, 2)
@@ -176,7 +178,7 @@ def test_a_neuron_of_one_input_has_no_distractor() -> None:
 
 def test_no_samples_have_no_quality() -> None:
     case = CASES["linear"]()
-    nothing, some = zero(case.operator), case.moments(case.inputs(50, 1))
+    nothing, some = zero_patch_moments(case.operator), case.moments(case.inputs(50, 1))
     for b, c in ((nothing, some), (some, nothing)):
         assert undefined(quality({"filter": case.operator.weight}, case.operator.weight, b, c)["filter"]) == [True] * 4
 

@@ -9,10 +9,10 @@ from torch.nn import functional as F
 from torchvision import models
 
 from patterns import Observer, PatchObserver, UserError, accumulate, solve, trace
-from patterns.estimation.observer import laid_out
+from patterns.estimation.observer import to_channels_last
 from patterns.moments import sampled
-from patterns.moments.moments import Wanted
-from patterns.moments.position_sampling import Draw
+from patterns.moments.moments import RequiredSums
+from patterns.moments.position_sampling import PositionSampler
 from patterns.moments.sampled import SampledAccumulator
 from patterns.operators.operator import Addition
 from tests.oracles import Neuron
@@ -40,8 +40,8 @@ def test_sums_are_those_of_the_drawn_positions(
     monkeypatch.setattr(sampled, "PRODUCTS", (products, products))
     case = KINDS[name]()
     inputs = tuple(x.contiguous(memory_format=layout) if x.dim() == 4 else x for x in case.inputs(5, 1))
-    draw = Draw(2, seed=7)
-    accumulator = SampledAccumulator(case.operator, Wanted(), draw)
+    draw = PositionSampler(2, seed=7)
+    accumulator = SampledAccumulator(case.operator, RequiredSums(), draw)
     for at in (slice(0, 3), slice(3, 5)):
         part = tuple(x[at] for x in inputs)
         draw.begin(torch.arange(5)[at])
@@ -144,7 +144,7 @@ def test_neither_order_nor_batches_change_more_than_the_last_digits() -> None:
 def test_layers_without_more_positions_are_summed_exactly() -> None:
     x = images(8)
     network = trace(Small().double(), x[:1])
-    exact = accumulate(network, [laid_out(x)])["head"]
+    exact = accumulate(network, [to_channels_last(x)])["head"]
     observer = Observer(network, positions=3)
     observer.update(x)
     for field, value in replace(exact).tensors().items():
@@ -176,7 +176,7 @@ def test_terms_of_two_precisions_keep_the_wider_ones_range() -> None:
     torch.manual_seed(0)
     x = torch.randn(4, 2, 6, 6, dtype=torch.float16)
     network = trace(Mixed().half(), x)
-    (name,) = [name for name, op in network.operators.items() if isinstance(op.kind, Addition)]
+    (name,) = [name for name, op in network.operators.items() if isinstance(op.operator_type, Addition)]
     observer = Observer(network, operators=[name], positions=30)
     observer.update(x)
     total = observer.moments()[name].total
@@ -187,7 +187,7 @@ def test_terms_of_two_precisions_keep_the_wider_ones_range() -> None:
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_on_a_cpu_what_convolutions_give_has_each_positions_channels_together(channels: int) -> None:
-    z = nn.Conv2d(channels, 8, 3)(laid_out(torch.randn(2, channels, 6, 6)))
+    z = nn.Conv2d(channels, 8, 3)(to_channels_last(torch.randn(2, channels, 6, 6)))
     assert z.is_contiguous(memory_format=torch.channels_last)
     assert not z.is_contiguous()
 

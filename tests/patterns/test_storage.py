@@ -30,8 +30,8 @@ from patterns import (
 from patterns.estimation.observer import Observer
 from patterns.io.atomic import write_atomically, write_json
 from patterns.io.pattern_files import load_moments, merge_moments, save_moments
-from patterns.io.safetensors_stream import TensorFile, specs_of, write_tensors
-from patterns.moments.moments import Wanted
+from patterns.io.safetensors_stream import TensorFile, tensor_specs, write_tensors
+from patterns.moments.moments import RequiredSums
 
 
 @dataclass(frozen=True)
@@ -271,11 +271,11 @@ def test_tensors_other_than_announced_are_not_written(tmp_path: Path) -> None:
     one = torch.ones(2, 3)
     for tensors in ([one.double()], [one.T], [one, one], []):
         with pytest.raises(ValueError, match=r"announced|zip\(\)"):
-            write_tensors(tmp_path / "file", specs_of({"one": one}), tensors, {})
+            write_tensors(tmp_path / "file", tensor_specs({"one": one}), tensors, {})
 
 
 def test_moments_without_their_large_sums_come_back_without_them(run: Run, tmp_path: Path) -> None:
-    observer = Observer(run.network, lambda operator: Wanted(total=False, open=True))
+    observer = Observer(run.network, lambda operator: RequiredSums(total=False, open=True))
     observer.update(torch.randn(2, 2, 6, 6))
     save_moments(tmp_path / "part", observer.tensors(), {})
     with TensorFile(tmp_path / "part") as part:
@@ -385,7 +385,7 @@ def test_json_is_readable_and_ends_with_a_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_patterns_are_stored_in_float32_at_least(dtype: torch.dtype, run: Run, tmp_path: Path) -> None:
     source = run.network.operators["0"]
-    narrow = Operator("0", source.kind, source.weight.to(dtype), None, (), (), "", source.gate)
+    narrow = Operator("0", source.operator_type, source.weight.to(dtype), None, (), (), "", source.gate)
     solution = solve(narrow, run.moments["0"])
     save(tmp_path, {"0": solution}, "sha256:one")
     expected = torch.float64 if dtype == torch.float64 else torch.float32

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from patterns import Network, Operator, UserError
-from patterns.estimation import wanted
-from patterns.moments import buffer_bytes, planned_bytes
+from patterns.estimation import required_sums
+from patterns.moments import buffer_bytes, moments_bytes
 from ray_jobs.jobs.reduction import grouped
 from ray_jobs.units import format_bytes
 
@@ -37,7 +37,7 @@ def passes(network: Network, estimators: Sequence[str], memory: int | None, batc
     if memory is None:
         return [operators]
     room = memory - model_bytes(network, batch_size)
-    sizes = [planned_bytes(op, wanted(op, estimators)) for op in operators]
+    sizes = [moments_bytes(op, required_sums(op, estimators)) for op in operators]
     for operator, size in zip(operators, sizes):
         if size > room:
             raise too_large(operator, estimators, size, memory, room)
@@ -50,7 +50,7 @@ def too_large(operator: Operator, estimators: Sequence[str], size: int, memory: 
         "beside the model and a batch"
     )
     remedy = f"Give --memory {format_bytes(memory - room + size)}"
-    small = planned_bytes(operator, wanted(operator, ["default"]))
+    small = moments_bytes(operator, required_sums(operator, ["default"]))
     if small < size:
         remedy += f", or fewer sums: --estimators '{operator.name}=default,…' takes {format_bytes(small)} for it"
     return UserError(operator.name, what, f"{remedy}.")
