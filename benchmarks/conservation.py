@@ -40,9 +40,11 @@ def main() -> None:
         photographs = prepare_photographs(here / "photographs")
         crops, whole = pack(photographs, here / "fit", crops=CROPS), pack(photographs, here / "whole")
         names = {
-            "EfficientNet-Lite0, trained": ModelConfig(SPEC, str(prepare_weights(here / "weights.safetensors"))),
-            "ResNet-18, random": ModelConfig("torchvision:resnet18", "random"),
-            "VGG-11, random": ModelConfig(f"{HERE}:vgg11_convolutions", image_size=224, resize=256),
+            "EfficientNet-Lite0, trained": ModelConfig(
+                spec=SPEC, weights=str(prepare_weights(here / "weights.safetensors"))
+            ),
+            "ResNet-18, random": ModelConfig(spec="torchvision:resnet18", weights="random"),
+            "VGG-11, random": ModelConfig(spec=f"{HERE}:vgg11_convolutions", image_size=224, resize=256),
         }
         print("| model | patterns | reaches the input | lost at gates | at borders | in neurons | elsewhere |")
         print("| --- | --- | --- | --- | --- | --- | --- |")

@@ -58,7 +58,7 @@ class Crops:
 def prepared(folder: Path, size: int) -> tuple[loading.Loaded, Crops]:
     """EfficientNet-Lite0 with its ImageNet weights, and crops of photographs, which are put into the folder."""
     weights = prepare_weights(folder / "weights.safetensors")
-    loaded = loading.load(ModelConfig(SPEC, str(weights), image_size=size, resize=size))
+    loaded = loading.load(ModelConfig(spec=SPEC, weights=str(weights), image_size=size, resize=size))
     files = sorted(prepare_photographs(folder / "photographs").rglob("*.jpg"))
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (loaded.preprocessing.mean, loaded.preprocessing.std))
     return loaded, Crops([pil_to_tensor(opened(file)).float() / 255 for file in files], mean, std, size)

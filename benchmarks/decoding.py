@@ -56,7 +56,9 @@ def reading(bench: Bench) -> Iterator[Row]:
 
 
 def ours(shard: str, interpolation: str) -> int:
-    preprocessing = Preprocessing(SIZE, 256, interpolation, IMAGENET.mean, IMAGENET.std)
+    preprocessing = Preprocessing(
+        image_size=SIZE, resize=256, interpolation=interpolation, mean=IMAGENET.mean, std=IMAGENET.std
+    )
     return sum(len(batch.keys) for batch in ShardReader(shard, preprocessing, BATCH))
 
 

@@ -91,9 +91,26 @@ def whole_job(bench: Bench) -> Iterator[Row]:
     """The explain job's worker on JPEG shards, all outputs written, against its inner loop over tensors in memory."""
     with tempfile.TemporaryDirectory() as folder:
         shards = list_shards(write_shards(Path(folder)))
-        model = ModelConfig("benchmarks.timing:vgg16_features")
-        fit(FitConfig(model, shards[:1], f"{folder}/run", JOB_BATCH, ("default",), max_samples=JOB_BATCH), HERE)
-        config = ExplainConfig(model, f"{folder}/run", shards, f"{folder}/run", JOB_BATCH, FIVE[-1:])
+        model = ModelConfig(spec="benchmarks.timing:vgg16_features")
+        fit(
+            FitConfig(
+                model=model,
+                shards=shards[:1],
+                out=f"{folder}/run",
+                batch_size=JOB_BATCH,
+                estimators=("default",),
+                max_samples=JOB_BATCH,
+            ),
+            HERE,
+        )
+        config = ExplainConfig(
+            model=model,
+            patterns=f"{folder}/run",
+            shards=shards,
+            out=f"{folder}/run",
+            batch_size=JOB_BATCH,
+            methods=FIVE[-1:],
+        )
         # So that a core is left for the threads that read and write.
         loaded = loading.load(model)
         worker = job.ExplainWorker(config, loaded.digests, {}, WorkerResources(cpus=1))

@@ -28,9 +28,11 @@ def test_the_notebook_of_the_readme_runs(tmp_path: Path) -> None:
 
 
 def test_the_code_of_the_page_on_explanations_runs(model_spec: str, shards: list[str], tmp_path: Path) -> None:
-    model_config = ModelConfig(model_spec, **PREPARED)  # type: ignore[arg-type]
-    run = fit(FitConfig(model_config, tuple(shards[:2]), str(tmp_path)), Resources(workers=0)).folder
-    explain(ExplainConfig(model_config, str(run), (shards[0],), str(run)), Resources(workers=0))
+    model_config = ModelConfig(spec=model_spec, **PREPARED)  # type: ignore[arg-type]
+    run = fit(FitConfig(model=model_config, shards=tuple(shards[:2]), out=str(tmp_path)), Resources(workers=0)).folder
+    explain(
+        ExplainConfig(model=model_config, patterns=str(run), shards=(shards[0],), out=str(run)), Resources(workers=0)
+    )
     blocks = re.findall(r"```python\n(.*?)```", (README.parent / "docs" / "explanations.md").read_text(), re.DOTALL)
     assert len(blocks) == 3
     scope: dict[str, Any] = {

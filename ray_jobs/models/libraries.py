@@ -55,8 +55,13 @@ def torchvision_preprocessing(preset: Any, spec: str) -> Preprocessing:
     """Convert torchvision's preset for a set of weights."""
     if len(preset.crop_size) != 1 or len(preset.resize_size) != 1:
         raise not_supported(spec, f"resizes to {preset.resize_size} and crops to {preset.crop_size}, not to a square")
-    sizes = preset.crop_size[0], preset.resize_size[0]
-    return Preprocessing(*sizes, preset.interpolation.value, tuple(preset.mean), tuple(preset.std))
+    return Preprocessing(
+        image_size=preset.crop_size[0],
+        resize=preset.resize_size[0],
+        interpolation=preset.interpolation.value,
+        mean=tuple(preset.mean),
+        std=tuple(preset.std),
+    )
 
 
 def torchvision_classes(name: str) -> list[str]:
@@ -114,7 +119,14 @@ def timm_preprocessing(config: Mapping[str, Any], spec: str) -> Preprocessing:
     if config["crop_mode"] not in CROP_MODES:
         raise not_supported(spec, f"has crop_mode {config['crop_mode']!r}; {', '.join(CROP_MODES)} are supported")
     resize = math.floor(height / config["crop_pct"])
-    return Preprocessing(height, resize, config["interpolation"], mean, std, config["crop_mode"])
+    return Preprocessing(
+        image_size=height,
+        resize=resize,
+        interpolation=config["interpolation"],
+        mean=mean,
+        std=std,
+        crop_mode=config["crop_mode"],
+    )
 
 
 def unknown_model(library: str, name: str, names: Sequence[str]) -> UserError:

@@ -18,7 +18,9 @@ from ray_jobs.models.libraries import torchvision_classes as torchvision_classes
 from ray_jobs.models.modules import cast, materialize, prepare, refuse_not_finite
 
 PRECISIONS = {"float32": torch.float32, "tf32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
-IMAGENET = Preprocessing(224, 256, "bilinear", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+IMAGENET = Preprocessing(
+    image_size=224, resize=256, interpolation="bilinear", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
+)
 LIBRARIES = ("torchvision", "timm")
 
 

@@ -37,15 +37,34 @@ def demo(out: Path, resources: Resources) -> Path:
     count = sum(1 for _ in photographs.rglob("*.jpg"))
     crops = pack(photographs, out / "shards" / "fit", per_shard=-(-count * CROPS // SHARDS), crops=CROPS)
     whole = pack(photographs, out / "shards" / "explain", per_shard=-(-count // 4))
-    model = ModelConfig(SPEC, str(weights))
+    model = ModelConfig(spec=SPEC, weights=str(weights))
     estimators = "random", "filter", *FITTED
-    run = fit(FitConfig(model, list_shards(map(str, crops)), str(out / "run"), 20, estimators), resources)
+    run = fit(
+        FitConfig(
+            model=model, shards=list_shards(map(str, crops)), out=str(out / "run"), batch_size=20, estimators=estimators
+        ),
+        resources,
+    )
     shards = list_shards(map(str, whole))
-    explain(ExplainConfig(model, str(run.folder), shards, str(run.folder), batch_size=5, methods=SHOWN), resources)
+    explain(
+        ExplainConfig(
+            model=model, patterns=str(run.folder), shards=shards, out=str(run.folder), batch_size=5, methods=SHOWN
+        ),
+        resources,
+    )
     others = pack(photographs, out / "shards" / "judge", per_shard=count * CROPS // SHARDS, crops=CROPS // 2, seed=1)
     judging = list_shards(map(str, others))
     measure(
-        QualityConfig(model, str(run.folder), judging[::2], judging[1::2], str(run.folder), JUDGED, 64, batch_size=20),
+        QualityConfig(
+            model=model,
+            patterns=str(run.folder),
+            shards=judging[::2],
+            evaluate=judging[1::2],
+            out=str(run.folder),
+            operators=JUDGED,
+            positions=64,
+            batch_size=20,
+        ),
         resources,
     )
     picture = out / "grid.png"

@@ -82,7 +82,7 @@ def digits(dataset: str, data: Path, out: Path, most: int | None, seed: int) -> 
     parts = {"train": read_digits(data, "train", most), "test": read_digits(data, "t10k", most and -(-most // 2))}
     count = len(parts["train"][0])
     weights = out / f"weights-{count}-{seed}.safetensors"  # none of another training is taken for this one's
-    model = ModelConfig(SPEC, str(weights), image_size=28, resize=28, mean=(0.5,), std=(0.5,))
+    model = ModelConfig(spec=SPEC, weights=str(weights), image_size=28, resize=28, mean=(0.5,), std=(0.5,))
     shards = {}
     for name, (images, labels) in parts.items():
         shards[name] = write_digits(images, labels, out / f"shards-{count}", name)
@@ -120,13 +120,49 @@ def reproduce(experiment: Experiment, out: Path, resources: Resources = Resource
     folder, batch, seed = str(out / "run"), one.batch_size, one.seed
     of_half = one.max_samples and one.max_samples // 2
     parts = one.train[:half], one.train[half:]
-    run = fit(FitConfig(one.model, parts[0], folder, batch, ESTIMATORS, of_half, seed), resources)
-    quality = QualityConfig(one.model, folder, parts[1], one.test, folder, batch_size=batch, max_samples=of_half)
+    run = fit(
+        FitConfig(
+            model=one.model,
+            shards=parts[0],
+            out=folder,
+            batch_size=batch,
+            estimators=ESTIMATORS,
+            max_samples=of_half,
+            seed=seed,
+        ),
+        resources,
+    )
+    quality = QualityConfig(
+        model=one.model,
+        patterns=folder,
+        shards=parts[1],
+        evaluate=one.test,
+        out=folder,
+        batch_size=batch,
+        max_samples=of_half,
+    )
     measure(replace(quality, seed=seed), resources)
-    degrading = DegradeConfig(one.model, folder, one.test, folder, batch, DEGRADED, patch=patch, steps=steps)
+    degrading = DegradeConfig(
+        model=one.model,
+        patterns=folder,
+        shards=one.test,
+        out=folder,
+        batch_size=batch,
+        methods=DEGRADED,
+        patch=patch,
+        steps=steps,
+    )
     degrade(replace(degrading, replacement=replacement, max_samples=one.degraded, seed=seed), resources)
     methods = tuple(dict.fromkeys((*COMPARED, *SIGNALS, *ATTRIBUTIONS)))
-    explaining = ExplainConfig(one.model, folder, one.test, folder, batch, methods, outputs=("npy",))
+    explaining = ExplainConfig(
+        model=one.model,
+        patterns=folder,
+        shards=one.test,
+        out=folder,
+        batch_size=batch,
+        methods=methods,
+        outputs=("npy",),
+    )
     explain(replace(explaining, max_samples=SHOWN, seed=seed), resources)
     draw(run, out, one.names)
     write_atomically(out / "results.md", partial(Path.write_text, data=results(run)))

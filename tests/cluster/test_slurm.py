@@ -52,7 +52,9 @@ def test_fit_and_explain_give_what_this_process_gives_and_leave_nothing_behind(
     here, there = tmp_path / "here", tmp_path / "there"
     config = configured(model_spec, shards, here)
     fit(config, Resources(workers=0))
-    explain(ExplainConfig(config.model, str(here), tuple(shards), str(here)), Resources(workers=0))
+    explain(
+        ExplainConfig(model=config.model, patterns=str(here), shards=tuple(shards), out=str(here)), Resources(workers=0)
+    )
 
     given = ["--shards", f"{tmp_path}/shards/train-{{000..003}}.tar", "--batch-size", "4"]
     status, log = sbatch(slurm, tmp_path, "fit", "--model", model_spec, *given, "--out", there, *OPTIONS)

@@ -146,7 +146,12 @@ def test_jobs_with_a_gpu_find_what_those_without_find(model_spec: str, shards: l
         plain = configured(model_spec, shards, tmp_path / "plain")
         recorded = replace(plain, out=str(tmp_path / "recorded"), compile="cudagraphs")
         same_patterns(*(fit(config, resources).folder for config in (plain, recorded)))
-        config = ExplainConfig(configured(model_spec, shards, "").model, str(here.folder), tuple(shards), str(tmp_path))
+        config = ExplainConfig(
+            model=configured(model_spec, shards, "").model,
+            patterns=str(here.folder),
+            shards=tuple(shards),
+            out=str(tmp_path),
+        )
         explain(config, resources)
         explain(replace(config, out=str(tmp_path / "cpu")), Resources(workers=0))
     finally:

@@ -104,7 +104,11 @@ def main() -> None:
     told = json.loads(sys.argv[1])
     folder = Path(told["folder"])
     # In float64, so that patterns that were rounded to float32 hide nothing.
-    config = FitConfig(ModelConfig(told["model"], precision="float64", **PREPARED), tuple(told["shards"]), str(folder))
+    config = FitConfig(
+        model=ModelConfig(spec=told["model"], precision="float64", **PREPARED),
+        shards=tuple(told["shards"]),
+        out=str(folder),
+    )
     torch.set_num_threads(1)  # a fork has no other threads
     loaded = loading.load(config.model)
     loading.load = lambda *_: loaded  # type: ignore[assignment]

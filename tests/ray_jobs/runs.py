@@ -17,7 +17,9 @@ OPTIONS = ["--image-size", "16", "--resize", "16", "--mean", "0.5,0.5,0.5", "--s
 
 def configured(spec: str, shards: list[str], out: Path | str, **options: object) -> FitConfig:
     """A fit of a model for 16×16 images."""
-    return FitConfig(ModelConfig(spec, **PREPARED), tuple(shards), str(out), batch_size=4, **options)  # type: ignore[arg-type]
+    return FitConfig(
+        model=ModelConfig(spec=spec, **PREPARED), shards=tuple(shards), out=str(out), batch_size=4, **options
+    )  # type: ignore[arg-type]
 
 
 def same_patterns(one: Path, other: Path) -> None:

@@ -230,7 +230,7 @@ def test_the_demos_model_knows_its_photographs(tmp_path: Path) -> None:
 
     weights = prepare_weights(tmp_path / "weights.safetensors")
     files = sorted(prepare_photographs(tmp_path / "photographs").rglob("*.jpg"))
-    loaded = loading.load(ModelConfig("timm:tf_efficientnet_lite0", str(weights)))
+    loaded = loading.load(ModelConfig(spec="timm:tf_efficientnet_lite0", weights=str(weights)))
     images = torch.stack([decode({"jpg": f.read_bytes()}, loaded.preprocessing) for f in files])
     with torch.no_grad():
         predicted = loaded.network.module(images).argmax(1).tolist()

@@ -43,7 +43,14 @@ def test_compiled_jobs_find_what_uncompiled_ones_find_and_go_on_as_they_were_beg
         fit(replace(compiled, compile=None), resources)
 
     config = ExplainConfig(
-        plain.model, plain.out, plain.shards, plain.out, 4, METHODS, target="top-2", outputs=("npy",)
+        model=plain.model,
+        patterns=plain.out,
+        shards=plain.shards,
+        out=plain.out,
+        batch_size=4,
+        methods=METHODS,
+        target="top-2",
+        outputs=("npy",),
     )
     explain(config, resources)
     explain(replace(config, out=str(tmp_path / "explained"), compile="default"), resources)
@@ -82,7 +89,15 @@ def test_a_mode_of_gpus_is_refused_before_the_run_has_it_by_a_ray_that_tells_of_
     local_ray: None, model_spec: str, shards: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = configured(model_spec, shards[:1], tmp_path / "run", estimators=SMALL)
-    explained = ExplainConfig(config.model, config.out, config.shards, config.out, 4, METHODS, compile="cudagraphs")
+    explained = ExplainConfig(
+        model=config.model,
+        patterns=config.out,
+        shards=config.shards,
+        out=config.out,
+        batch_size=4,
+        methods=METHODS,
+        compile="cudagraphs",
+    )
     for job in (lambda: fit(replace(config, compile="cudagraphs"), ONE), lambda: explain(explained, ONE)):
         told = iter([None, 0.0])  # before Ray is connected nobody knows
         monkeypatch.setattr(shard_worker, "worker_gpus", lambda resources, told=told: next(told))

@@ -23,8 +23,8 @@ from ray_jobs.data.image_decoding import decode, label_of, upright
 from ray_jobs.data.samples import NAMED_FORMATS, SampleError
 from tests.conftest import jpeg
 
-PLAIN = Preprocessing(16, 16, "bilinear", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-GREY = Preprocessing(16, 16, "bilinear", (0.0,), (1.0,))
+PLAIN = Preprocessing(image_size=16, resize=16, interpolation="bilinear", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+GREY = Preprocessing(image_size=16, resize=16, interpolation="bilinear", mean=(0.0,), std=(1.0,))
 
 
 def smooth(mode: str, width: int = 24, height: int = 20, seed: int = 0) -> Image.Image:
@@ -153,7 +153,9 @@ def test_a_jpeg_decoded_at_a_part_of_its_size_is_seen_as_if_it_were_not(
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = saved(image, "jpeg", exif=exif)
-    preprocessing = Preprocessing(112, 128, interpolation, (0.0,) * 3, (1.0,) * 3)
+    preprocessing = Preprocessing(
+        image_size=112, resize=128, interpolation=interpolation, mean=(0.0,) * 3, std=(1.0,) * 3
+    )
     whole = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
     way = InterpolationMode(interpolation)
     expected = pil_to_tensor(center_crop(resize(whole, [128], way), [112])).float()

@@ -76,9 +76,9 @@ def bright(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def degrading(spec: str, shards: list[str], out: Path, **options: object) -> DegradeConfig:
-    model = ModelConfig(spec, **PREPARED)  # type: ignore[arg-type]
+    model = ModelConfig(spec=spec, **PREPARED)  # type: ignore[arg-type]
     told: dict[str, object] = {"batch_size": 7, "methods": METHODS, "patch": 4, "steps": PATCHES}
-    return DegradeConfig(model, str(out), tuple(shards), str(out), **told | options)  # type: ignore[arg-type]
+    return DegradeConfig(model=model, patterns=str(out), shards=tuple(shards), out=str(out), **told | options)  # type: ignore[arg-type]
 
 
 def test_what_a_model_looks_at_goes_first_and_a_random_order_falls_at_its_expectation(

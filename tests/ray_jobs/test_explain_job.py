@@ -32,20 +32,22 @@ HERE = Resources(workers=0)
 
 @pytest.fixture(scope="module")
 def model(model_spec: str) -> ModelConfig:
-    return ModelConfig(model_spec, image_size=16, resize=16, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+    return ModelConfig(spec=model_spec, image_size=16, resize=16, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 
 
 @pytest.fixture(scope="module")
 def fitted(model: ModelConfig, shards: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = str(tmp_path_factory.mktemp("fitted") / "run")
-    return fit(FitConfig(model, tuple(shards), out), HERE).folder
+    return fit(FitConfig(model=model, shards=tuple(shards), out=out), HERE).folder
 
 
 def test_explanations_line_up_with_their_shards_and_are_the_librarys(
     local_ray: None, fitted: Path, model: ModelConfig, shards: list[str], tmp_path: Path
 ) -> None:
     methods, shards = (*METHODS, "patternattribution:linear"), shards[:4]
-    config = ExplainConfig(model, str(fitted), tuple(shards), str(tmp_path), batch_size=4, methods=methods)
+    config = ExplainConfig(
+        model=model, patterns=str(fitted), shards=tuple(shards), out=str(tmp_path), batch_size=4, methods=methods
+    )
     run = explain(config, RESOURCES)
     loaded = loading.load(model)
     patterns = load(fitted, loaded.digest)
@@ -89,7 +91,7 @@ def test_only_what_is_missing_is_done_again_and_gives_the_same_bytes(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    config = ExplainConfig(model, str(fitted), tuple(shards), str(tmp_path))
+    config = ExplainConfig(model=model, patterns=str(fitted), shards=tuple(shards), out=str(tmp_path))
     pids: list[int] = []
     killed: list[int] = []
     started, counts = ShardJob.started, ShardJob.counts
@@ -112,7 +114,7 @@ def test_only_what_is_missing_is_done_again_and_gives_the_same_bytes(
     assert len(list(folder.glob("*.tar"))) == 12
     assert not [p for p in tmp_path.rglob("*") if "aside" in p.name]
     again = tmp_path / "again"
-    explain(ExplainConfig(model, str(fitted), tuple(shards), str(again)), HERE)
+    explain(ExplainConfig(model=model, patterns=str(fitted), shards=tuple(shards), out=str(again)), HERE)
     for tar in folder.glob("*.tar"):
         assert tar.read_bytes() == (again / "explanations" / tar.name).read_bytes()
 
@@ -127,7 +129,9 @@ def test_labels_are_explained_where_asked_and_missing_ones_refused(
         {"__key__": "c", "jpg": jpeg(rng), "cls": b"5"},
     ]
     shard = str(write_tar(tmp_path / "x.tar", samples))
-    config = ExplainConfig(model, str(fitted), (shard,), str(tmp_path / "out"), target="label")
+    config = ExplainConfig(
+        model=model, patterns=str(fitted), shards=(shard,), out=str(tmp_path / "out"), target="label"
+    )
     run = explain(config, replace(HERE, max_bad_fraction=1.0))
     (row,) = pq.read_table(run.folder / "explanations.parquet").to_pylist()
     assert (row["key"], row["target"]) == ("a", 2)
@@ -143,6 +147,8 @@ def test_shards_of_one_name_in_two_folders_keep_apart(fitted: Path, model: Model
     paths = [
         str(write_tar(tmp_path / name / "0.tar", [{"__key__": name, "jpg": jpeg(rng)}])) for name in ("one", "two")
     ]
-    run = explain(ExplainConfig(model, str(fitted), tuple(paths), str(tmp_path / "out")), HERE)
+    run = explain(
+        ExplainConfig(model=model, patterns=str(fitted), shards=tuple(paths), out=str(tmp_path / "out")), HERE
+    )
     found = {p.parent.name: next(iter(read_shard(str(p))))["__key__"] for p in Path(run.folder).rglob("*.tar")}
     assert found == {"one": "one", "two": "two"}

@@ -34,7 +34,7 @@ def load(tmp_path: Path) -> Load:
 
     def loading(code: str, precision: str = "float32") -> loading.Loaded:
         (tmp_path / "m.py").write_text(NET + code)
-        return loading.load(ModelConfig(f"{tmp_path / 'm.py'}:made", precision=precision, image_size=8, resize=8))
+        return loading.load(ModelConfig(spec=f"{tmp_path / 'm.py'}:made", precision=precision, image_size=8, resize=8))
 
     return loading
 
@@ -187,7 +187,7 @@ def test_a_package_of_the_current_folder_is_found(tmp_path: Path, monkeypatch: p
 def test_a_model_of_a_module_is_loaded_as_it_is_every_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "module_of_a_test.py").write_text(NET + "\nmade = net()")
     monkeypatch.chdir(tmp_path)
-    config = ModelConfig("module_of_a_test:made", precision="float64", image_size=8, resize=8)
+    config = ModelConfig(spec="module_of_a_test:made", precision="float64", image_size=8, resize=8)
     first = loading.load(config)
     nn.init.zeros_(first.model[0].weight)  # type: ignore[index, arg-type]
     assert loading.load(config).digest == first.digest

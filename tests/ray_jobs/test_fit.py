@@ -63,7 +63,7 @@ def undisturbed(model_spec: str, shards: list[str], tmp_path_factory: pytest.Tem
 
 def test_the_job_computes_what_one_process_computes(undisturbed: Path, model_spec: str, shards: list[str]) -> None:
     torch.set_num_threads(1)
-    loaded = loading.load(ModelConfig(model_spec, **PREPARED))  # type: ignore[arg-type]
+    loaded = loading.load(ModelConfig(spec=model_spec, **PREPARED))  # type: ignore[arg-type]
     batches = [b.images for s in shards for b in ShardReader(s, loaded.preprocessing, batch_size=4)]
     moments = accumulate(loaded.network, batches)
     saved = load_file(undisturbed / "patterns.safetensors")

@@ -28,17 +28,20 @@ NAMES = {0: "ant", 1: "bee"}
 
 @pytest.fixture(scope="module")
 def model(model_spec: str) -> ModelConfig:
-    return ModelConfig(model_spec, **PREPARED)  # type: ignore[arg-type]
+    return ModelConfig(spec=model_spec, **PREPARED)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
 def fitted(model: ModelConfig, shards: list[str], tmp_path_factory: pytest.TempPathFactory) -> str:
     out = str(tmp_path_factory.mktemp("fitted") / "run")
-    return str(fit(FitConfig(model, tuple(shards), out), HERE).folder)
+    return str(fit(FitConfig(model=model, shards=tuple(shards), out=out), HERE).folder)
 
 
 def explained(fitted: str, model: ModelConfig, shards: list[str], out: Path, **options: Any) -> Run:
-    return explain(ExplainConfig(model, fitted, tuple(shards), str(out), methods=METHODS, **options), HERE)
+    return explain(
+        ExplainConfig(model=model, patterns=fitted, shards=tuple(shards), out=str(out), methods=METHODS, **options),
+        HERE,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +67,7 @@ def test_pictures_are_those_of_the_job_from_every_kind_of_file(
 
 
 def test_each_photograph_is_its_own_samples_as_the_model_sees_it(run: Run, shards: list[str]) -> None:
-    preprocessing = Preprocessing(16, 16, "bilinear", (0.5,) * 3, (0.25,) * 3)
+    preprocessing = Preprocessing(image_size=16, resize=16, interpolation="bilinear", mean=(0.5,) * 3, std=(0.25,) * 3)
     found = Gallery(run, {})
     rows = found.rows()
     assert len(rows) == 18

@@ -67,18 +67,23 @@ def test_a_key_gives_its_name_again_and_survives_a_tar(name: str) -> None:
 
 @pytest.fixture(scope="module")
 def model(model_spec: str) -> ModelConfig:
-    return ModelConfig(model_spec, **PREPARED)  # type: ignore[arg-type]
+    return ModelConfig(spec=model_spec, **PREPARED)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
 def fitted(model: ModelConfig, shards: list[str], tmp_path_factory: pytest.TempPathFactory) -> str:
     out = str(tmp_path_factory.mktemp("fitted") / "run")
-    return str(fit(FitConfig(model, tuple(shards[:2]), out), HERE).folder)
+    return str(fit(FitConfig(model=model, shards=tuple(shards[:2]), out=out), HERE).folder)
 
 
 def explained(fitted: str, model: ModelConfig, shard: Path, outputs: tuple[str, ...] = ("npy", "png")) -> Run:
     out = str(shard.parent / "run")
-    return explain(ExplainConfig(model, fitted, (str(shard),), out, methods=("gradient",), outputs=outputs), HERE)
+    return explain(
+        ExplainConfig(
+            model=model, patterns=fitted, shards=(str(shard),), out=out, methods=("gradient",), outputs=outputs
+        ),
+        HERE,
+    )
 
 
 def photographs(count: int) -> list[bytes]:

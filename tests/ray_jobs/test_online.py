@@ -37,9 +37,11 @@ def png(image: Image.Image) -> bytes:
 @pytest.fixture(scope="module")
 def fitted(model_spec: str, shards: list[str], tmp_path_factory: pytest.TempPathFactory) -> str:
     out = str(tmp_path_factory.mktemp("fitted") / "run")
-    model = ModelConfig(model_spec, **PREPARED)  # type: ignore[arg-type]
-    run = fit(FitConfig(model, tuple(shards), out), Resources(workers=0))
-    explain(ExplainConfig(model, out, (shards[0],), out, methods=METHODS), Resources(workers=0))
+    model = ModelConfig(spec=model_spec, **PREPARED)  # type: ignore[arg-type]
+    run = fit(FitConfig(model=model, shards=tuple(shards), out=out), Resources(workers=0))
+    explain(
+        ExplainConfig(model=model, patterns=out, shards=(shards[0],), out=out, methods=METHODS), Resources(workers=0)
+    )
     return str(run.folder)
 
 

@@ -37,17 +37,19 @@ METHODS = ("gradient", "patternattribution", "random")
 
 @pytest.fixture(scope="module")
 def model(model_spec: str) -> ModelConfig:
-    return ModelConfig(model_spec, **PREPARED)  # type: ignore[arg-type]
+    return ModelConfig(spec=model_spec, **PREPARED)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
 def fitted(model: ModelConfig, shards: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = str(tmp_path_factory.mktemp("fitted") / "run")
-    return Path(str(fit(FitConfig(model, tuple(shards), out), HERE).folder))
+    return Path(str(fit(FitConfig(model=model, shards=tuple(shards), out=out), HERE).folder))
 
 
 def config(fitted: Path, model: ModelConfig, shards: list[str], out: Path, **options: Any) -> ExplainConfig:
-    return ExplainConfig(model, str(fitted), tuple(shards), str(out), methods=METHODS, batch_size=4, **options)
+    return ExplainConfig(
+        model=model, patterns=str(fitted), shards=tuple(shards), out=str(out), methods=METHODS, batch_size=4, **options
+    )
 
 
 def in_tar(folder: Path, name: str) -> dict[str, dict[str, np.ndarray]]:
@@ -323,7 +325,10 @@ model = ModelConfig(**model)
 shards = tuple(f"{shard}-{n:03d}.tar" for n in range(times))
 methods = ("patternattribution", "guided-backprop", "lrp-epsilon-plus-flat", "integrated-gradients", "random")
 steps = (("integrated-gradients.steps", 2),)
-config = ExplainConfig(model, fitted, shards, out, 50, methods, settings=steps, outputs=("npy",))
+config = ExplainConfig(
+    model=model, patterns=fitted, shards=shards, out=out, batch_size=50, methods=methods, settings=steps,
+    outputs=("npy",),
+)
 job.explain(config, Resources(workers=0, log="json"))
 print(json.dumps(peaks))
 """

@@ -21,7 +21,7 @@ def products() -> list[bool]:
 def test_products_are_exact_unless_tf32_is_asked_for(model_spec: str, precision: str) -> None:
     for before in ("tf32", "float32"):
         for each in (before, precision):
-            loaded = loading.load(ModelConfig(model_spec, precision=each, **PREPARED))  # type: ignore[arg-type]
+            loaded = loading.load(ModelConfig(spec=model_spec, precision=each, **PREPARED))  # type: ignore[arg-type]
         assert products() == [precision == "tf32"] * 2
         assert loaded.dtype == (torch.float64 if precision == "float64" else torch.float32)
 
@@ -31,6 +31,6 @@ def test_where_there_is_no_tf32_it_changes_nothing(model_spec: str, shards: list
         pytest.skip("this machine may have TF32")
     config = configured(model_spec, shards[:3], tmp_path / "one")
     one = fit(config, Resources(workers=0))
-    model = ModelConfig(model_spec, precision="tf32", **PREPARED)  # type: ignore[arg-type]
+    model = ModelConfig(spec=model_spec, precision="tf32", **PREPARED)  # type: ignore[arg-type]
     other = fit(replace(config, model=model, out=str(tmp_path / "other")), Resources(workers=0))
     same_patterns(one.folder, other.folder)

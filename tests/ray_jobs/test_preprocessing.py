@@ -135,7 +135,9 @@ def test_boxes_stay_on_their_objects(crop_mode: str, size: tuple[int, int], resi
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "png")
     sample = {"__key__": "a", "png": buffer.getvalue(), "json": json.dumps({"boxes": [box]}).encode()}
-    preprocessing = Preprocessing(32, resize, "bilinear", (0.0,), (1.0,), crop_mode)
+    preprocessing = Preprocessing(
+        image_size=32, resize=resize, interpolation="bilinear", mean=(0.0,), std=(1.0,), crop_mode=crop_mode
+    )
     ((x0, y0, x1, y1),) = boxes_of(sample, preprocessing) or ()
     rows, columns = (decode(sample, preprocessing)[0] > 0.5).nonzero(as_tuple=True)
     found = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
@@ -157,7 +159,7 @@ def test_means_and_deviations_that_cannot_be_are_refused(
     mean: tuple[float, ...], std: tuple[float, ...], named: str
 ) -> None:
     with pytest.raises(UserError) as caught:
-        overridden(IMAGENET, ModelConfig("m.py:net", mean=mean, std=std))
+        overridden(IMAGENET, ModelConfig(spec="m.py:net", mean=mean, std=std))
     assert named in caught.value.what
 
 
@@ -165,18 +167,18 @@ def test_means_and_deviations_that_cannot_be_are_refused(
 def test_the_scale_of_bytes_is_refused_with_the_values_that_give_the_same_inputs(std: tuple[float, ...]) -> None:
     mean = (123.675, 116.28, 103.53)
     with pytest.raises(UserError) as caught:
-        overridden(IMAGENET, ModelConfig("m.py:net", mean=mean, std=std))
+        overridden(IMAGENET, ModelConfig(spec="m.py:net", mean=mean, std=std))
     words = caught.value.remedy.rstrip(".").split()
     advised = {word: tuple(map(float, words[words.index(word) + 1].split(","))) for word in ("--mean", "--std")}
     pixels = torch.rand(3, 8)
     as_meant = (255 * pixels - torch.tensor(mean)[:, None]) / torch.tensor(std)[:, None]
     as_advised = (pixels - torch.tensor(advised["--mean"])[:, None]) / torch.tensor(advised["--std"])[:, None]
     torch.testing.assert_close(as_advised, as_meant, rtol=1e-3, atol=1e-2)
-    overridden(IMAGENET, ModelConfig("m.py:net", mean=advised["--mean"], std=advised["--std"]))
+    overridden(IMAGENET, ModelConfig(spec="m.py:net", mean=advised["--mean"], std=advised["--std"]))
 
 
 def test_a_run_whose_manifest_lacks_newer_fields_goes_on(model_spec: str, tmp_path: Path) -> None:
-    config = FitConfig(ModelConfig(model_spec, **PREPARED), ("a.tar",), str(tmp_path / "run"))  # type: ignore[arg-type]
+    config = FitConfig(model=ModelConfig(spec=model_spec, **PREPARED), shards=("a.tar",), out=str(tmp_path / "run"))  # type: ignore[arg-type]
     loaded, run = loading.load(config.model), Run(config.out)
     section = run.section("fit", config, loaded)
     del section["options"]["preprocessing"]["crop_mode"]
@@ -190,6 +192,6 @@ def test_a_run_whose_manifest_lacks_newer_fields_goes_on(model_spec: str, tmp_pa
 
 def test_a_mean_alone_is_converted_alone() -> None:
     with pytest.raises(UserError) as caught:
-        overridden(IMAGENET, ModelConfig("m.py:net", mean=(123.675, 116.28, 103.53)))
+        overridden(IMAGENET, ModelConfig(spec="m.py:net", mean=(123.675, 116.28, 103.53)))
     assert caught.value.where == "--mean"
     assert "--std" not in caught.value.remedy

@@ -31,7 +31,16 @@ EVERYWHERE = 10**6
 
 @pytest.fixture(scope="module")
 def model(model_spec: str) -> ModelConfig:
-    return ModelConfig(model_spec, "default", "float64", 0, 16, 16, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    return ModelConfig(
+        spec=model_spec,
+        weights="default",
+        precision="float64",
+        seed=0,
+        image_size=16,
+        resize=16,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.25, 0.25, 0.25),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +53,30 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], ...]:
 @pytest.fixture(scope="module")
 def fitted(model: ModelConfig, sets: tuple[list[str], ...], tmp_path_factory: object) -> Path:
     out = tmp_path_factory.mktemp("fitted") / "run"  # type: ignore[attr-defined]
-    return fit(FitConfig(model, tuple(sets[0]), str(out), 4, ("linear", "two-component", "filter")), HERE).folder
+    return fit(
+        FitConfig(
+            model=model,
+            shards=tuple(sets[0]),
+            out=str(out),
+            batch_size=4,
+            estimators=("linear", "two-component", "filter"),
+        ),
+        HERE,
+    ).folder
 
 
 def configured(
     model: ModelConfig, fitted: Path, sets: tuple[list[str], ...], out: Path, **options: object
 ) -> QualityConfig:
-    return QualityConfig(model, str(fitted), tuple(sets[1]), tuple(sets[2]), str(out), batch_size=4, **options)  # type: ignore[arg-type]
+    return QualityConfig(
+        model=model,
+        patterns=str(fitted),
+        shards=tuple(sets[1]),
+        evaluate=tuple(sets[2]),
+        out=str(out),
+        batch_size=4,
+        **options,
+    )  # type: ignore[arg-type]
 
 
 def first_layer(model: ModelConfig, shards: list[str]) -> tuple[list[Neuron], nn.Conv2d]:
@@ -137,7 +163,16 @@ def test_neither_workers_nor_losses_nor_resuming_change_a_digit(
 def test_estimators_solved_since_are_judged_without_data(
     model: ModelConfig, sets: tuple[list[str], ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    a = fit(FitConfig(model, tuple(sets[0]), str(tmp_path / "run"), 4, ("linear", "multivariate")), HERE)
+    a = fit(
+        FitConfig(
+            model=model,
+            shards=tuple(sets[0]),
+            out=str(tmp_path / "run"),
+            batch_size=4,
+            estimators=("linear", "multivariate"),
+        ),
+        HERE,
+    )
     config = configured(model, a.folder, sets, a.folder)
     measure(config, HERE)
     solve(str(a.folder), ["random", "identity"], HERE)
@@ -179,7 +214,12 @@ def test_what_cannot_be_judged_is_said_before_data_is_read(
 ) -> None:
     with pytest.raises(UserError, match=r"no operator matches 'conv\*'"):
         measure(configured(model, fitted, sets, tmp_path / "out", operators=("conv*",)), HERE)
-    half = fit(FitConfig(model, tuple(sets[0]), str(tmp_path / "half"), 4, ("default",)), HERE)
+    half = fit(
+        FitConfig(
+            model=model, shards=tuple(sets[0]), out=str(tmp_path / "half"), batch_size=4, estimators=("default",)
+        ),
+        HERE,
+    )
     with pytest.raises(UserError, match="patterns of one side of the gate only"):
         measure(configured(model, half.folder, sets, tmp_path / "out", operators=("0",)), HERE)
     with pytest.raises(UserError, match=r"holds no finished fit\. Run `patternnet fit`"):

@@ -35,8 +35,8 @@ def test_a_fit_of_ready_tensors_needs_no_options(tmp_path: Path, channels: int) 
     (tmp_path / "m.py").write_text(NET.format(channels))
     shards = (tensors(tmp_path / "a.tar", channels, 28, 28), tensors(tmp_path / "b.tar", channels, 28, 28))
     spec = f"{tmp_path / 'm.py'}:net"
-    config = FitConfig(ModelConfig(spec), shards, str(tmp_path / "run"))
-    spelled = ModelConfig(spec, image_size=28, resize=28, mean=(0.0,) * channels, std=(1.0,) * channels)
+    config = FitConfig(model=ModelConfig(spec=spec), shards=shards, out=str(tmp_path / "run"))
+    spelled = ModelConfig(spec=spec, image_size=28, resize=28, mean=(0.0,) * channels, std=(1.0,) * channels)
     run = fit(config, HERE)
     assert run.manifest()["fit"]["samples"] == 8
     assert ModelConfig(**run.fitted_model()) == spelled
@@ -46,14 +46,14 @@ def test_a_fit_of_ready_tensors_needs_no_options(tmp_path: Path, channels: int) 
 
 
 def test_other_data_and_options_leave_a_config_as_it_is(tmp_path: Path) -> None:
-    config = ModelConfig("m.py:net")
+    config = ModelConfig(spec="m.py:net")
     images = make_shards(tmp_path, 1, 2)
     small = tensors(tmp_path / "small.tar", 1, 8, 8)
     assert sized(config, images) == config
     assert sized(config, [tensors(tmp_path / "usual.tar", 3, 224, 224)]) == config
     both = {"jpg": jpeg(np.random.default_rng(0)), "npy": npy(7, 7, 7)}
     assert sized(config, [tensors(tmp_path / "both.tar", 1, 8, 8, first=both)]) == config
-    for other in (ModelConfig("m.py:net", mean=(0.5,), std=(0.5,)), ModelConfig("timm:resnet18")):
+    for other in (ModelConfig(spec="m.py:net", mean=(0.5,), std=(0.5,)), ModelConfig(spec="timm:resnet18")):
         assert sized(other, [small]) == other
     assert sized(config, [str(tmp_path / "none.tar")]) == config
 
@@ -61,14 +61,14 @@ def test_other_data_and_options_leave_a_config_as_it_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize("first", [{"npy": b"no tensor"}, {"npy": npy(3)}, {"txt": b"text"}])
 def test_the_first_sample_with_a_shape_counts(tmp_path: Path, first: dict[str, object]) -> None:
     shards = [str(tmp_path / "none.tar"), tensors(tmp_path / "a.tar", 2, 8, 8, first=first)]
-    found = sized(ModelConfig("m.py:net"), shards)
+    found = sized(ModelConfig(spec="m.py:net"), shards)
     assert (found.image_size, found.resize, found.mean, found.std) == (8, 8, (0.0, 0.0), (1.0, 1.0))
 
 
 def test_tensors_that_are_not_square_are_refused(tmp_path: Path) -> None:
     shard = tensors(tmp_path / "a.tar", 3, 8, 9)
     with pytest.raises(UserError) as caught:
-        sized(ModelConfig("m.py:net"), [shard])
+        sized(ModelConfig(spec="m.py:net"), [shard])
     assert caught.value.where == shard
     assert "(3, 8, 9)" in caught.value.what
 
@@ -77,6 +77,8 @@ def test_images_are_rejected_by_a_model_of_another_number_of_channels(tmp_path: 
     (tmp_path / "m.py").write_text(NET.format(2))
     samples = [{"__key__": "s0", "npy": npy(2, 28, 28)}, {"__key__": "s1", "jpg": jpeg(np.random.default_rng(0))}]
     shard = str(write_tar(tmp_path / "a.tar", samples))
-    run = fit(FitConfig(ModelConfig(f"{tmp_path / 'm.py'}:net"), (shard,), str(tmp_path / "run")), HERE)
+    run = fit(
+        FitConfig(model=ModelConfig(spec=f"{tmp_path / 'm.py'}:net"), shards=(shard,), out=str(tmp_path / "run")), HERE
+    )
     section = run.manifest()["fit"]
     assert (section["samples"], section["refused"]) == (1, 1)

@@ -78,7 +78,9 @@ def test_a_run_on_an_object_store_is_the_run_on_a_disk(
 
     solve(str(store.folder), ["filter"], HERE)
     assert "0/filter" in patterns_of(store)
-    config = ExplainConfig(ModelConfig(model_spec, **PREPARED), "", tuple(uploaded[:3]), "", batch_size=4)  # type: ignore[arg-type]
+    config = ExplainConfig(
+        model=ModelConfig(spec=model_spec, **PREPARED), patterns="", shards=tuple(uploaded[:3]), out="", batch_size=4
+    )  # type: ignore[arg-type]
     outs = [
         explain(replace(config, patterns=str(run.folder), out=str(run.folder)), HERE).folder / "explanations"
         for run in (disk, store)

@@ -51,7 +51,7 @@ MEGABYTES = 15
 
 @pytest.fixture(scope="module")
 def model(model_spec: str) -> ModelConfig:
-    return ModelConfig(model_spec, **PREPARED)  # type: ignore[arg-type]
+    return ModelConfig(spec=model_spec, **PREPARED)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -77,19 +77,37 @@ def run(
     """All that a run's folder may hold."""
     out = str(tmp_path_factory.mktemp("reported") / "whole")
     fit(
-        FitConfig(model, tuple(shards), out, 4, ("filter", *FITTED), until_converged=1e-3),
+        FitConfig(
+            model=model,
+            shards=tuple(shards),
+            out=out,
+            batch_size=4,
+            estimators=("filter", *FITTED),
+            until_converged=1e-3,
+        ),
         Resources(workers=0, max_loss=0.0),
     )
     judging = make_shards(Path(out).parent / "judging", 4, 8, seed=9)
-    measure(QualityConfig(model, out, tuple(judging[:2]), tuple(judging[2:]), out), HERE)
-    degrade(DegradeConfig(model, out, tuple(shards[:2]), out, methods=METHODS[1:], patch=4, steps=10), HERE)
-    return explain(ExplainConfig(model, out, tuple(hostile_shards), out, methods=METHODS), HERE)
+    measure(
+        QualityConfig(model=model, patterns=out, shards=tuple(judging[:2]), evaluate=tuple(judging[2:]), out=out), HERE
+    )
+    degrade(
+        DegradeConfig(
+            model=model, patterns=out, shards=tuple(shards[:2]), out=out, methods=METHODS[1:], patch=4, steps=10
+        ),
+        HERE,
+    )
+    return explain(
+        ExplainConfig(model=model, patterns=out, shards=tuple(hostile_shards), out=out, methods=METHODS), HERE
+    )
 
 
 @pytest.fixture(scope="module")
 def bare(model: ModelConfig, shards: list[str], tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A fit and nothing else."""
-    return fit(FitConfig(model, tuple(shards[:3]), str(tmp_path_factory.mktemp("reported") / "bare")), HERE)
+    return fit(
+        FitConfig(model=model, shards=tuple(shards[:3]), out=str(tmp_path_factory.mktemp("reported") / "bare")), HERE
+    )
 
 
 @pytest.fixture(scope="module")
@@ -322,10 +340,12 @@ def test_two_hundred_samples_of_six_methods_open_in_time(browser: Chrome, model_
         for i in range(4)
         for rng in [np.random.default_rng(i)]
     ]
-    model = ModelConfig(model_spec, **PREPARED | {"image_size": size, "resize": size})  # type: ignore[arg-type]
+    model = ModelConfig(spec=model_spec, **PREPARED | {"image_size": size, "resize": size})  # type: ignore[arg-type]
     out = str(tmp_path / "run")
-    fit(FitConfig(model, tuple(shards), out, max_samples=20), HERE)
-    explain(ExplainConfig(model, out, tuple(shards), out, methods=SIX, outputs=("png",)), HERE)
+    fit(FitConfig(model=model, shards=tuple(shards), out=out, max_samples=20), HERE)
+    explain(
+        ExplainConfig(model=model, patterns=out, shards=tuple(shards), out=out, methods=SIX, outputs=("png",)), HERE
+    )
     page = tmp_path / "report.html"
     (told,) = write_report(page, [out])
     assert told.samples is not None
@@ -401,8 +421,8 @@ def test_without_the_model_patterns_are_shown_alone(
 ) -> None:
     copy = tmp_path / "gone.py"
     shutil.copyfile(model_spec.partition(":")[0], copy)
-    gone = ModelConfig(f"{copy}:small", **PREPARED)  # type: ignore[arg-type]
-    run = fit(FitConfig(gone, tuple(shards[:2]), str(tmp_path / "run")), HERE)
+    gone = ModelConfig(spec=f"{copy}:small", **PREPARED)  # type: ignore[arg-type]
+    run = fit(FitConfig(model=gone, shards=tuple(shards[:2]), out=str(tmp_path / "run")), HERE)
     copy.unlink()
     (page,) = told(tmp_path, run)
     assert page.filters is not None
@@ -423,7 +443,12 @@ def test_photographs_that_are_gone_do_not_keep_the_rest_from_being_shown(
     run: Run, model: ModelConfig, tmp_path: Path
 ) -> None:
     shards = make_shards(tmp_path / "s", 1, 4)
-    explain(ExplainConfig(model, str(run.folder), tuple(shards), str(tmp_path / "run"), methods=METHODS), HERE)
+    explain(
+        ExplainConfig(
+            model=model, patterns=str(run.folder), shards=tuple(shards), out=str(tmp_path / "run"), methods=METHODS
+        ),
+        HERE,
+    )
     Path(shards[0]).unlink()
     (page,) = write_report(tmp_path / "x.html", [str(tmp_path / "run")])
     assert page.samples is None

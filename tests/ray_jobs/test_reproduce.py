@@ -83,7 +83,7 @@ def test_shards_hold_the_images_and_labels_of_the_files(files: Path, tmp_path: P
     paths = write_digits(images, labels, tmp_path, "train")
     assert len(paths) == 8
     model = ModelConfig(
-        "ray_jobs.studies.small_cnn:small_cnn", "random", image_size=28, resize=28, mean=(0.5,), std=(0.5,)
+        spec="ray_jobs.studies.small_cnn:small_cnn", weights="random", image_size=28, resize=28, mean=(0.5,), std=(0.5,)
     )
     batches = [b for path in paths for b in ShardReader(str(path), load(model).preprocessing, 7)]
     x = torch.cat([batch.images for batch in batches])

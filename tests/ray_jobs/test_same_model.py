@@ -65,7 +65,9 @@ def test_a_model_that_draws_numbers_of_its_own_is_refused_by_the_first_worker(
 ) -> None:
     monkeypatch.setenv("PATTERNNET_TEST_CASE", case)
     shards = make_shards(tmp_path / "shards", 1, 2)
-    config = FitConfig(ModelConfig(f"{spec}:Net", **PREPARED), tuple(shards), str(tmp_path / "run"))
+    config = FitConfig(
+        model=ModelConfig(spec=f"{spec}:Net", **PREPARED), shards=tuple(shards), out=str(tmp_path / "run")
+    )
     with pytest.raises(UserError) as caught:
         fit(config, HERE)
     assert "random" in caught.value.remedy
@@ -75,11 +77,11 @@ def test_a_model_that_holds_another_number_than_when_it_was_fitted_is_refused(
     spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shards, run = make_shards(tmp_path / "shards", 1, 2), str(tmp_path / "run")
-    model = ModelConfig(f"{spec}:Net", **PREPARED)
-    fit(FitConfig(model, tuple(shards), run), HERE)
+    model = ModelConfig(spec=f"{spec}:Net", **PREPARED)
+    fit(FitConfig(model=model, shards=tuple(shards), out=run), HERE)
     Path(spec).write_text(MODEL.replace("else 0.5", "else 0.75"))
     with pytest.raises(UserError) as caught:
-        explain(ExplainConfig(model, run, tuple(shards), run), HERE)
+        explain(ExplainConfig(model=model, patterns=run, shards=tuple(shards), out=run), HERE)
     assert "other numbers" in caught.value.what
 
 
@@ -102,18 +104,25 @@ def test_probabilities_are_refused_and_stripped_to_logits_by_every_job(
 
 def test_one_number_for_each_sample_is_explained_as_the_gradient_by_autograd(spec: str, tmp_path: Path) -> None:
     shards, run = make_shards(tmp_path / "shards", 1, 3), tmp_path / "run"
-    model = ModelConfig(f"{spec}:Binary", **PREPARED)
-    fit(FitConfig(model, tuple(shards), str(run)), HERE)
+    model = ModelConfig(spec=f"{spec}:Binary", **PREPARED)
+    fit(FitConfig(model=model, shards=tuple(shards), out=str(run)), HERE)
     for target in ("predicted", "label"):
         out = tmp_path / target
-        config = ExplainConfig(model, str(run), tuple(shards), str(out), methods=("gradient",), target=target)
+        config = ExplainConfig(
+            model=model, patterns=str(run), shards=tuple(shards), out=str(out), methods=("gradient",), target=target
+        )
         explain(config, HERE)
         rows = pq.read_table(out / "explanations.parquet").to_pylist()
         assert [(row["prediction"], row["probability"], row["target"]) for row in rows] == [(None, None, 0)] * 3
         scores = np.array([row["score"] for row in rows])
         assert scores.std() > 0
     with pytest.raises(UserError) as caught:
-        explain(ExplainConfig(model, str(run), tuple(shards), str(tmp_path / "no"), target="second"), HERE)
+        explain(
+            ExplainConfig(
+                model=model, patterns=str(run), shards=tuple(shards), out=str(tmp_path / "no"), target="second"
+            ),
+            HERE,
+        )
     assert "one number" in caught.value.what
 
 
@@ -122,9 +131,11 @@ def test_the_score_of_a_single_number_is_the_models_own(spec: str, tmp_path: Pat
     from ray_jobs.models import loading
 
     shards, run = make_shards(tmp_path / "shards", 1, 3), tmp_path / "run"
-    config = ModelConfig(f"{spec}:Binary", **PREPARED)
-    fit(FitConfig(config, tuple(shards), str(run)), HERE)
-    explain(ExplainConfig(config, str(run), tuple(shards), str(run), methods=("gradient",)), HERE)
+    config = ModelConfig(spec=f"{spec}:Binary", **PREPARED)
+    fit(FitConfig(model=config, shards=tuple(shards), out=str(run)), HERE)
+    explain(
+        ExplainConfig(model=config, patterns=str(run), shards=tuple(shards), out=str(run), methods=("gradient",)), HERE
+    )
     loaded = loading.load(config)
     (batch,) = ShardReader(shards[0], loaded.preprocessing, 8)
     with torch.no_grad():

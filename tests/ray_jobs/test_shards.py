@@ -19,7 +19,7 @@ from ray_jobs.data.shard_specs import list_shards
 from ray_jobs.models import loading
 from tests.conftest import jpeg, make_shards, write_tar
 
-PLAIN = Preprocessing(16, 16, "bilinear", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+PLAIN = Preprocessing(image_size=16, resize=16, interpolation="bilinear", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 
 
 def photograph(width: int, height: int) -> bytes:
@@ -130,7 +130,7 @@ def steps(difference: torch.Tensor, preprocessing: Preprocessing) -> int:
 @pytest.mark.parametrize("size", [(320, 256), (200, 500)])
 def test_images_are_prepared_as_torchvision_says(size: tuple[int, int]) -> None:
     data = photograph(*size)
-    loaded = loading.overridden(loading.torchvision_model("resnet50", "random")[1], ModelConfig("x"))
+    loaded = loading.overridden(loading.torchvision_model("resnet50", "random")[1], ModelConfig(spec="x"))
     expected = ResNet50_Weights.DEFAULT.transforms()(Image.open(io.BytesIO(data)))
     assert steps(decode({"png": data}, loaded) - expected, loaded) <= 1
 
@@ -144,7 +144,7 @@ def test_images_are_prepared_as_timm_says() -> None:
 
 
 def test_one_mean_reads_grey_images() -> None:
-    grey = Preprocessing(16, 16, "bilinear", (0.0,), (1.0,))
+    grey = Preprocessing(image_size=16, resize=16, interpolation="bilinear", mean=(0.0,), std=(1.0,))
     assert decode({"png": photograph(32, 32)}, grey).shape == (1, 16, 16)
 
 

@@ -128,7 +128,7 @@ def test_a_cluster_with_a_token_gives_the_patterns_and_maps_of_this_process(
     here, there = tmp_path / "here", tmp_path / "there"
     config = configured(model_spec, shards, here)
     fit(config, Resources(workers=0))
-    methods = ExplainConfig(config.model, str(here), tuple(shards), str(here))
+    methods = ExplainConfig(model=config.model, patterns=str(here), shards=tuple(shards), out=str(here))
     explain(methods, Resources(workers=0))
 
     given = ["--shards", f"{tmp_path}/shards/train-{{000..003}}.tar", "--batch-size", "4", "--workers", "2"]

@@ -74,7 +74,7 @@ def test_channels_are_reduced_and_sizes_keep_the_mean() -> None:
     torch.testing.assert_close(small, torch.full((1, 1, 5, 5), 3.0))
 
 
-GREY = Preprocessing(8, 8, "bilinear", (0.0,), (1.0,))
+GREY = Preprocessing(image_size=8, resize=8, interpolation="bilinear", mean=(0.0,), std=(1.0,))
 
 
 def white(box: tuple[int, int, int, int], size: tuple[int, int], turn: int = 1) -> bytes:

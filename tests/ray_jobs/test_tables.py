@@ -20,7 +20,7 @@ from ray_jobs.data.shard_reader import ShardReader, read_shard
 from ray_jobs.data.shard_specs import list_shards
 from tests.conftest import jpeg
 
-PLAIN = Preprocessing(16, 16, "bilinear", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+PLAIN = Preprocessing(image_size=16, resize=16, interpolation="bilinear", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 IMAGES = [jpeg(np.random.default_rng(i)) for i in range(50)]
 
 

@@ -16,7 +16,7 @@ from ray_jobs.data.samples import Sample
 from ray_jobs.data.shard_reader import ShardReader, read_shard
 from tests.conftest import jpeg, make_shards
 
-PLAIN = Preprocessing(16, 16, "bilinear", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+PLAIN = Preprocessing(image_size=16, resize=16, interpolation="bilinear", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 GNU, PAX, USTAR = tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT
 Entry = tuple[str | tarfile.TarInfo, bytes]
 

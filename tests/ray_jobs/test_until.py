@@ -20,8 +20,15 @@ HERE = Resources(workers=0, max_loss=0.0)
 def config(model_spec: str, tmp_path_factory: pytest.TempPathFactory) -> FitConfig:
     folder = tmp_path_factory.mktemp("until")
     shards = make_shards(folder / "s", 40, 8, seed=3)
-    model = ModelConfig(model_spec, **PREPARED)  # type: ignore[arg-type]
-    return FitConfig(model, tuple(shards), str(folder / "run"), 8, ("linear",), until_converged=0.4)
+    model = ModelConfig(spec=model_spec, **PREPARED)  # type: ignore[arg-type]
+    return FitConfig(
+        model=model,
+        shards=tuple(shards),
+        out=str(folder / "run"),
+        batch_size=8,
+        estimators=("linear",),
+        until_converged=0.4,
+    )
 
 
 def test_a_fit_ends_once_its_patterns_are_sure_enough_and_keeps_and_draws_the_curve(config: FitConfig) -> None:

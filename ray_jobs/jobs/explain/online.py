@@ -47,10 +47,10 @@ class OnlineExplainer:
         model = fitted.fitted_model()
         self.names = captions(class_names(model["spec"], classes))
         config = ExplainConfig(
-            ModelConfig(**{**model, "weights": weights or model["weights"]}),
-            str(located(run)),
-            (),
-            str(located(run)),
+            model=ModelConfig(**{**model, "weights": weights or model["weights"]}),
+            patterns=str(located(run)),
+            shards=(),
+            out=str(located(run)),
             methods=tuple(methods),
             estimator=tuple(estimator),
             settings=tuple((settings or {}).items()),

@@ -182,7 +182,13 @@ def fitted(run: Run) -> FitConfig:
     names = ("batch_size", "max_samples", "seed", "memory", "until_converged", "positions", "compile")
     same = {name: options.get(name) for name in names}
     model = ModelConfig(**run.fitted_model())
-    return FitConfig(model, tuple(options["shards"]), str(run.folder), estimators=tuple(options["estimators"]), **same)
+    return FitConfig(
+        model=model,
+        shards=tuple(options["shards"]),
+        out=str(run.folder),
+        estimators=tuple(options["estimators"]),
+        **same,
+    )
 
 
 def of_the_fit(run: Run, config: FitConfig) -> loading.Loaded:
