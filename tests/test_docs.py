@@ -1,8 +1,10 @@
-"""The pages of docs/: their commands run, their links lead somewhere, the API is that of the docstrings."""
+"""The pages of docs/: commands run, links are valid, the site builds, and the API page equals the docstrings."""
 
 import importlib.util
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +15,11 @@ from PIL import Image
 from ray_jobs.cli.app import exit_status
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md"])
+ELSEWHERE = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "cluster/image/README.md")
+PAGES = sorted([*(ROOT / "docs").glob("*.md"), *(ROOT / name for name in ELSEWHERE)])
 
 
-def test_the_tutorial_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_of_the_tutorial_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (ROOT / "docs" / "tutorial.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     commands = "".join(re.findall(r"```console\n(.*?)```", text, re.DOTALL)).splitlines()
@@ -42,8 +45,8 @@ def anchors(page: Path) -> set[str]:
     }
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page: Path) -> None:
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_are_valid(page: Path) -> None:
     for link in re.findall(r"\]\(([^)]+)\)", page.read_text()):
         if not link.startswith(("http:", "https:")):
             file, _, anchor = link.partition("#")
@@ -52,14 +55,26 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert not anchor or anchor in anchors(target), link
 
 
-def test_every_page_is_reached_from_the_index() -> None:
+def test_index_links_to_every_page() -> None:
     index = (ROOT / "docs" / "index.md").read_text()
     assert {page.name for page in PAGES if page.parent.name == "docs"} - {"index.md"} <= set(
         re.findall(r"\((\w[\w-]*\.md)\)", index)
     )
 
 
-def test_the_api_page_is_that_of_the_docstrings() -> None:
+def test_site_builds_in_strict_mode_with_every_page(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
+    names = {page.stem for page in PAGES if page.parent.name == "docs"} | {"changelog", "contributing", "image"}
+    assert {f"{name}.html" for name in names} <= {path.name for path in tmp_path.iterdir()}
+    loaded = re.findall(
+        r'(?:src|href)="(?:https?:)?//[^"]+\.(?:js|css|woff2?)"', (tmp_path / "tutorial.html").read_text()
+    )
+    assert loaded == []
+
+
+def test_api_page_equals_the_docstrings() -> None:
     description = importlib.util.spec_from_file_location("api", ROOT / "docs" / "api.py")
     assert description is not None
     assert description.loader is not None
