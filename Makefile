@@ -3,25 +3,40 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DEMO := $(VENV)/.ready-demo
 # The pair is pinned together: other pairs of torch and torchvision break.
 TORCH := torch==2.14.1 torchvision==0.29.1
 
-.PHONY: demo test test-gpu soak bench bench-gpu lock audit dist image clean
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-demo: $(READY)
+.PHONY: demo lint check test test-gpu soak docs bench bench-gpu lock audit dist image clean
+
+demo: $(DEMO)
 	$(BIN)/patternnet demo --out demo-run
 
-test: $(READY)
+lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 3 --dist loadfile --no-loadscope-reorder --timeout 600
+	$(BIN)/lint-imports
+	git ls-files -z | xargs -0 $(BIN)/codespell
+
+# Numerics and jobs in this process, without Ray.
+check: lint
+	$(PYTEST) -m "not slow and not full and not ray" -n 2 --dist worksteal --timeout 300
+
+# Everything that must hold.
+test: lint
+	$(PYTEST) -m "not slow" -n 3 --dist worksteal --timeout 600
 
 test-gpu: $(READY)
 	$(BIN)/python -m pytest tests/gpu
 
 soak: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+docs: $(READY)
+	$(BIN)/mkdocs build --strict
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks --write docs/benchmarks.md
@@ -58,12 +73,14 @@ image:
 		--build-arg TORCH_INDEX=$(TORCH_INDEX) --build-arg VERSION=$(VERSION) \
 		--build-arg REVISION=$$(git rev-parse HEAD) .
 
-$(READY): pyproject.toml
+$(READY): EXTRA := dev
+$(DEMO): EXTRA := demo
+$(READY) $(DEMO): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet --editable '.[dev]'
-	touch $(READY)
+	$(BIN)/pip install --quiet --editable '.[$(EXTRA)]'
+	touch $@
 
 clean:
 	rm -rf $(VENV) demo-run

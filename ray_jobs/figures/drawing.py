@@ -1,4 +1,4 @@
-"""Pictures of explanations, as the paper draws them."""
+"""Figures of explanations, pattern quality and image degradation, in the style of the paper."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,12 +7,19 @@ from typing import Any
 import matplotlib
 import pyarrow as pa
 
-from patterns.attribution import BASELINES, Shown
+from patterns.attribution import BASELINES, RenderedExplanation
 from patterns.io import write_atomically
 
 
-def draw_grid(path: Path, rows: Sequence[Shown], columns: int = 2, scale: float = 1.3) -> None:
-    """Draw photographs and their explanations, one photograph a row, in blocks side by side."""
+def draw_grid(path: Path, rows: Sequence[RenderedExplanation], columns: int = 2, scale: float = 1.3) -> None:
+    """Draw photographs and their maps, one photograph per row.
+
+    Args:
+        path: The file to write, PNG or SVG by its suffix.
+        rows: The photographs with their maps; all have the same methods.
+        columns: Number of blocks of rows side by side.
+        scale: Width and height of one picture in inches.
+    """
     from matplotlib.figure import Figure
 
     methods = list(rows[0].maps)
@@ -34,8 +41,14 @@ def draw_grid(path: Path, rows: Sequence[Shown], columns: int = 2, scale: float 
     save_figure(path, figure)
 
 
-def draw_sample(path: Path, sample: Shown, columns: int = 3) -> None:
-    """Draw one photograph and its explanations, as large as fits a screen."""
+def draw_sample(path: Path, sample: RenderedExplanation, columns: int = 3) -> None:
+    """Draw one photograph and its maps, as large as fits a screen.
+
+    Args:
+        path: The file to write, PNG or SVG by its suffix.
+        sample: The photograph with its maps.
+        columns: Maximum number of pictures per row.
+    """
     from matplotlib.figure import Figure
 
     images = {sample.caption: sample.photograph, **sample.maps}
@@ -51,8 +64,17 @@ def draw_sample(path: Path, sample: Shown, columns: int = 3) -> None:
     save_figure(path, figure)
 
 
-def draw_estimators(path: Path, sample: Shown, signals: Sequence[str], attributions: Sequence[str]) -> None:
-    """Draw one photograph by every estimator as the paper's Figure 5: signals above attributions."""
+def draw_estimators(
+    path: Path, sample: RenderedExplanation, signals: Sequence[str], attributions: Sequence[str]
+) -> None:
+    """Draw the maps of one photograph for every estimator, like Figure 5 of the paper.
+
+    Args:
+        path: The file to write, PNG or SVG by its suffix.
+        sample: The photograph with its maps.
+        signals: Methods of the upper row.
+        attributions: Methods of the lower row.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(1.9 * (1 + len(signals)), 4.2), dpi=130, layout="constrained")
@@ -69,9 +91,13 @@ def draw_estimators(path: Path, sample: Shown, signals: Sequence[str], attributi
 
 
 def draw_quality(path: Path, table: pa.Table) -> None:
-    """Draw ρ by operator and estimator as the paper's Figure 3: the distribution over neurons, side by side.
+    """Draw ρ by operator and estimator as box plots over neurons, like Figure 3 of the paper.
 
-    table: of quality.parquet. A box holds the middle half of an operator's neurons, a whisker 90 %.
+    A box spans the 25th to 75th percentile of an operator's neurons, and the whiskers the 5th to 95th.
+
+    Args:
+        path: The file to write, PNG or SVG by its suffix.
+        table: Rows of quality.parquet.
     """
     from matplotlib.figure import Figure
 
@@ -83,16 +109,16 @@ def draw_quality(path: Path, table: pa.Table) -> None:
     axis = figure.subplots()
     width = 1 / (len(estimators) + 1)
     for number, estimator in enumerate(estimators):
-        colour = matplotlib.colormaps["tab10"](number % 10)
-        places = [i for i, operator in enumerate(operators) if (operator, estimator) in rho]
+        color = matplotlib.colormaps["tab10"](number % 10)
+        measured = [i for i, operator in enumerate(operators) if (operator, estimator) in rho]
         axis.boxplot(
-            [rho[operators[i], estimator] for i in places],
-            positions=[i + (number - (len(estimators) - 1) / 2) * width for i in places],
+            [rho[operators[i], estimator] for i in measured],
+            positions=[i + (number - (len(estimators) - 1) / 2) * width for i in measured],
             widths=0.8 * width, whis=(5, 95), showfliers=False, patch_artist=True,
-            boxprops={"facecolor": colour, "linewidth": 0.5}, medianprops={"color": "black", "linewidth": 0.8},
+            boxprops={"facecolor": color, "linewidth": 0.5}, medianprops={"color": "black", "linewidth": 0.8},
             whiskerprops={"linewidth": 0.5}, capprops={"linewidth": 0.5}, manage_ticks=False,
         )  # fmt: skip
-        axis.bar(0, 0, color=colour, label=estimator)
+        axis.bar(0, 0, color=color, label=estimator)
     axis.set_xticks(range(len(operators)), operators, rotation=90, fontsize=6)
     axis.set_xlim(-0.6, len(operators) - 0.4)
     axis.set_ylim(bottom=min(0.0, *(min(values) for values in rho.values())))
@@ -104,9 +130,11 @@ def draw_quality(path: Path, table: pa.Table) -> None:
 
 
 def draw_degradation(path: Path, curves: pa.Table) -> None:
-    """Draw the paper's Figure 4: each method's mean curve and its confidence band.
+    """Draw each method's mean degradation curve with its confidence band, like Figure 4 of the paper.
 
-    curves: of degradation-curves.parquet.
+    Args:
+        path: The file to write, PNG or SVG by its suffix.
+        curves: Rows of degradation-curves.parquet.
     """
     from matplotlib.figure import Figure
 
@@ -115,10 +143,10 @@ def draw_degradation(path: Path, curves: pa.Table) -> None:
     for number, method in enumerate(curves["method"].unique().to_pylist()):
         own = curves.filter(pa.compute.equal(curves["method"], method)).to_pydict()
         baseline = method in BASELINES
-        colour = "0.45" if baseline else matplotlib.colormaps["tab10"](number % 10)
+        color = "0.45" if baseline else matplotlib.colormaps["tab10"](number % 10)
         style = ("--", ":", "-.")[BASELINES.index(method)] if baseline else "-"
-        axis.plot(own["step"], own["mean"], style, color=colour, label=method, linewidth=1.4)
-        axis.fill_between(own["step"], own["low"], own["high"], color=colour, alpha=0.1, linewidth=0)
+        axis.plot(own["step"], own["mean"], style, color=color, label=method, linewidth=1.4)
+        axis.fill_between(own["step"], own["low"], own["high"], color=color, alpha=0.1, linewidth=0)
     axis.set_xlabel("patches replaced")
     axis.set_ylabel("probability of the first prediction")
     axis.set_xlim(0, max(curves["step"].to_pylist()))
@@ -129,6 +157,6 @@ def draw_degradation(path: Path, curves: pa.Table) -> None:
 
 
 def save_figure(path: Path, figure: Any) -> None:
-    """Write a figure of matplotlib's, its kind by the file's name."""
+    """Write a matplotlib figure in the format of the file's suffix."""
     with matplotlib.rc_context({"savefig.facecolor": "white"}):
         write_atomically(path, lambda aside: figure.savefig(aside, format=path.suffix[1:]))

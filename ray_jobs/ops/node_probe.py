@@ -1,6 +1,7 @@
-"""What a node of the cluster finds out about itself. Sent there by value: it must run where this program is missing.
+"""The probe that runs on every node of a cluster and reports facts about the node.
 
-So nothing of this program is imported but inside functions, and what is found are values of Python alone.
+It is sent by value, because a node may lack this program. So it imports this program inside functions only, and its
+results are plain Python values.
 """
 
 import os
@@ -19,45 +20,51 @@ from typing import Any
 
 PACKAGES = "patternnet-ray", "torch", "torchvision", "ray", "webdataset", "pyarrow", "numpy"
 PROGRAM = "patterns", "ray_jobs"
-RAYS_LIMIT = 0.95  # unless it was started with another
-READERS = 8  # shards that are opened at once
-READ_FOR, CHUNK = 5.0, 1 << 20  # seconds for which a shard is read to see how fast; bytes at a time
-WRITTEN = 1 << 20  # bytes written where the job will write
+RAYS_LIMIT = 0.95  # Ray's default limit of disk and memory usage
+READERS = 8  # number of shards that are opened at once
+READ_FOR, CHUNK = 5.0, 1 << 20  # seconds of the measurement of the read rate; bytes per read
+WRITTEN = 1 << 20  # bytes of the file that tests writing
 
 Facts = dict[str, Any]
 
 
-def look(shards: Sequence[str], out: str | None, mark: str) -> Facts:
-    """Everything about this node and what it can reach; `errors` is what went wrong, by what was looked at.
+def probe(shards: Sequence[str], out: str | None, mark: str) -> Facts:
+    """Return facts about this node and what it can reach.
 
-    mark: the name of a file that the driver has put into `out`.
+    Args:
+        shards: Shards to read.
+        out: Folder to write to; None to skip it.
+        mark: Name of a file that the driver has written into `out`.
+
+    Returns:
+        Each fact by name; None if it could not be determined. `errors` holds the reasons by name.
     """
     facts: Facts = {"errors": {}}
-    looks: dict[str, Callable[[], Any]] = {
+    questions: dict[str, Callable[[], Any]] = {
         "host": platform.node,
         "python": platform.python_version,
         "packages": versions,
         "code": code,
         "memory": memory,
-        "disks": lambda: {place: disk(place) for place in (session_folder(), *local(out))},
+        "disks": lambda: {folder: disk(folder) for folder in (session_folder(), *local_folders(out))},
         "limits": limits,
         "gpus": gpus,
         "unreadable": lambda: unreadable(shards),
         "speed": lambda: speed(shards[0]) if shards else None,
         "written": lambda: write(out, mark) if out else None,
-        "time": time.time,  # last, for the caller knows when it has the answer
+        "time": time.time,  # last, because the caller compares it with the time of the answer
     }
-    for name, find in looks.items():
+    for name, find in questions.items():
         try:
             facts[name] = find()
-        except Exception as error:  # each of them may fail in ways of its own, and the others are still of use
+        except Exception as error:  # each fact may fail in its own way, and the others are still useful
             facts[name] = None
             facts["errors"][name] = reason(error)
     return facts
 
 
 def versions() -> dict[str, str]:
-    """The version of each of PACKAGES that is installed."""
+    """Return the versions of the installed packages of `PACKAGES`."""
     found = {}
     for name in PACKAGES:
         try:
@@ -68,7 +75,7 @@ def versions() -> dict[str, str]:
 
 
 def code() -> str | None:
-    """A digest of this program's code, which may differ under the same version; None where there is none."""
+    """Return a digest of this program's code, which can differ under one version; None if it is not installed."""
     digest = sha256()
     for name in PROGRAM:
         spec = util.find_spec(name)
@@ -81,7 +88,7 @@ def code() -> str | None:
 
 
 def memory() -> tuple[int, int]:
-    """Bytes of memory in all and in use, of the container where there is one, as Ray sees them."""
+    """Return total and used bytes of memory as Ray counts them, of the container if there is one."""
     from ray._common.utils import get_system_memory
     from ray._private.utils import get_used_memory
 
@@ -89,20 +96,21 @@ def memory() -> tuple[int, int]:
 
 
 def session_folder() -> str:
-    """Where Ray writes on this node."""
+    """Return the folder that Ray writes to on this node."""
     import ray
 
     node = ray._private.worker._global_node
     return str(node.get_session_dir_path()) if node else tempfile.gettempdir()
 
 
-def local(out: str | None) -> list[str]:
+def local_folders(out: str | None) -> list[str]:
+    """Return the folder as a list if it is on a file system of this node."""
     return [out] if out and "://" not in out else []
 
 
-def disk(place: str) -> tuple[int, int]:
-    """Bytes of the disk that holds a folder in all, and free of them for us."""
-    path = Path(place)
+def disk(folder: str) -> tuple[int, int]:
+    """Return total and free bytes of the disk that holds a folder."""
+    path = Path(folder)
     while not path.exists():
         path = path.parent
     usage = shutil.disk_usage(path)
@@ -110,14 +118,14 @@ def disk(place: str) -> tuple[int, int]:
 
 
 def limits() -> tuple[float, float]:
-    """The share of a disk beyond which Ray starts nothing here, and of memory beyond which it kills workers."""
+    """Return the usage of a disk at which Ray starts nothing, and of memory at which it kills workers, in [0, 1]."""
     names = "RAY_local_fs_capacity_threshold", "RAY_memory_usage_threshold"
     disk, memory = (float(os.environ.get(name, RAYS_LIMIT)) for name in names)
     return disk, memory
 
 
 def gpus() -> list[tuple[str, int, int]]:
-    """Each GPU that torch reaches: its name, and bytes of its memory in all and free."""
+    """Return name, total bytes and free bytes of each GPU, after a small computation on it."""
     import torch
 
     found = []
@@ -129,19 +137,20 @@ def gpus() -> list[tuple[str, int, int]]:
 
 
 def unreadable(shards: Sequence[str]) -> dict[str, str]:
-    """Why, for each shard whose first sample cannot be read."""
+    """Return for each shard whose first sample cannot be read the reason."""
     with ThreadPoolExecutor(READERS) as pool:
         return {shard: why for shard, why in zip(shards, pool.map(why_unreadable, shards)) if why}
 
 
 def why_unreadable(shard: str) -> str:
+    """Return the reason why the first sample of a shard cannot be read; empty if it can."""
     from ray_jobs.data.byte_streams import opened
     from ray_jobs.data.parquet_reader import is_table
     from ray_jobs.data.shard_reader import read_shard
     from ray_jobs.io.file_systems import is_url
 
     try:
-        if is_table(shard) and is_url(shard):  # it would be copied whole for its first sample
+        if is_table(shard) and is_url(shard):  # its first sample would need a copy of the whole file
             with closing(opened(shard).__enter__()) as stream:
                 stream.read(CHUNK)
         else:
@@ -153,17 +162,17 @@ def why_unreadable(shard: str) -> str:
 
 
 def reason(error: Exception) -> str:
-    """What is wrong, of this program's errors without where and what to do, for that is said otherwise here."""
+    """Return what is wrong, without the place and the remedy of this program's errors."""
     return str(getattr(error, "what", None) or traceback.format_exception_only(error)[-1].strip())
 
 
 def speed(shard: str) -> float:
-    """Bytes a second of a shard read from its source, for some seconds at most."""
+    """Return the rate in bytes per second at which a shard is read from its source, measured for a few seconds."""
     from ray_jobs.data.byte_streams import source
     from ray_jobs.data.image_folders import SHARD
 
     if SHARD.fullmatch(shard):
-        raise ValueError("a folder of images is no single file")
+        raise ValueError("a folder of images is not a single file")
     begun, size = time.monotonic(), 0
     with source(shard) as (stream, _):
         while time.monotonic() - begun < READ_FOR and (data := stream.read(CHUNK)):
@@ -172,17 +181,17 @@ def speed(shard: str) -> float:
 
 
 def write(out: str, mark: str) -> int:
-    """Write a file where the job will, as the job does, and read it back; gives its size."""
+    """Write a file in the way of a job, read it back, and return its size in bytes."""
     from ray_jobs.io.object_store import located, published, remove
 
     folder, name, data = located(out), f"doctor-{platform.node()}-{os.getpid()}", os.urandom(WRITTEN)
     if not (folder / mark).exists():
-        raise OSError("it is not the folder that the driver sees under this name")
+        raise OSError("the driver sees another folder under this name")
     try:
         with published(folder) as here:
             (here / name).write_bytes(data)
         if (folder / name).read_bytes() != data:
-            raise OSError("what is read back is not what was written")
+            raise OSError("the file that was read back differs from the one that was written")
     finally:
         remove(folder / name)
     return len(data)

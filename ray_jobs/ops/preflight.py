@@ -1,4 +1,4 @@
-"""Whether a cluster is fit for a long run, before it begins: looked at from every node, said with what to mend."""
+"""Examine every node of a cluster before a long run and report each problem with its fix."""
 
 import contextlib
 import secrets
@@ -19,18 +19,23 @@ from ray_jobs.ops import node_probe
 from ray_jobs.ops.node_probe import Facts
 from ray_jobs.units import format_bytes
 
-EVERYWHERE = 16  # shards that every node tries; of more, each node tries its share beside them
-NAMED = 4  # nodes with the same trouble that are named
-SKEW = 5.0  # seconds that a node's clock may differ: drivers are held for dead by the time they were last heard
-ROOM = 1 << 30  # bytes that a disk should have free
-MEMORY = 2 << 30  # bytes that a worker takes with a model of moderate size
+COMMON = 16  # shards that every node reads; each node also reads its share of the others
+NAMED = 4  # maximum number of nodes that are named for one problem
+SKEW = 5.0  # maximum difference of a node's clock in seconds, because heartbeats carry the time
+FREE_DISK = 1 << 30  # minimum of free bytes on a disk
+FREE_MEMORY = 2 << 30  # bytes of a worker with a model of moderate size
 
 
 @dataclass(frozen=True)
 class Node:
-    """A node of the cluster. facts: what it found out about itself; None where it did not answer, and `lost` says why.
+    """A node of the cluster.
 
-    offered: its resources as Ray has them.  skew: seconds that its clock differs at least.
+    Attributes:
+        address: IP address.
+        offered: The node's resources as Ray reports them.
+        facts: The probe's result; None if the node did not answer.
+        lost: The reason why the node did not answer; empty if it did.
+        skew: Lower bound of the difference of its clock, in seconds.
     """
 
     address: str
@@ -40,7 +45,7 @@ class Node:
     skew: float = 0.0
 
     def cells(self) -> list[str]:
-        """Address, host, CPUs, GPUs, free memory and disk, bytes a second of the source, and version of the code."""
+        """Return the node's row: address, host, CPUs, GPUs, free memory, free disk, read rate and version."""
         if self.facts is None:
             return [self.address, "?", *["-"] * 6]
         facts = self.facts
@@ -49,51 +54,79 @@ class Node:
         gpus = ", ".join(name for name, _, _ in facts["gpus"] or ()) or "-"
         speed = f"{format_bytes(int(facts['speed']))}/s" if facts["speed"] else "-"
         version = f"{(facts['packages'] or {}).get('patternnet-ray', '-')} {facts['code'] or ''}"
-        room = format_bytes(total - used), format_bytes(free)
-        return [self.address, facts["host"] or "?", f"{self.offered.get('CPU', 0):g}", gpus, *room, speed, version]
+        memory_and_disk = format_bytes(total - used), format_bytes(free)
+        return [
+            self.address,
+            facts["host"] or "?",
+            f"{self.offered.get('CPU', 0):g}",
+            gpus,
+            *memory_and_disk,
+            speed,
+            version,
+        ]
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """workers: how many the cluster holds.  troubles: what must be mended, where, and how."""
+    """The result of an examination.
+
+    Attributes:
+        nodes: The nodes of the cluster.
+        workers: Number of workers that fit the cluster.
+        problems: The problems, each with its place and fix.
+    """
 
     nodes: list[Node]
     workers: int
-    troubles: list[UserError]
+    problems: list[UserError]
 
 
 def examine(resources: Resources, shards: Sequence[str], out: str | None, patience: float) -> Diagnosis:
-    """Look at a cluster from each of its nodes at the same time.
+    """Examine all nodes of a cluster at the same time.
 
-    patience: seconds that a node may take. UserError where the cluster itself cannot be reached.
+    Args:
+        resources: The resources of a worker, and the address of the cluster.
+        shards: The shards that the job will read.
+        out: The folder that the job will write; None to skip it.
+        patience: Timeout of a node in seconds.
+
+    Raises:
+        UserError: If the cluster cannot be reached, or `out` cannot be written from here.
     """
-    with connect(resources), marked(out) as mark:
-        found = looked(shards, out, mark, patience)
-        mine = node_probe.look((), None, mark)
-        troubles = [trouble for node in found for trouble in (*of_node(node, out), *differences(node, mine))]
+    with connect(resources), marker_file(out) as mark:
+        found = probe_nodes(shards, out, mark, patience)
+        mine = node_probe.probe((), None, mark)
+        problems = [p for node in found for p in (*node_problems(node, out), *version_differences(node, mine))]
         try:
             workers = count_worker_slots(make_worker_options(resources))
         except UserError as error:
-            workers, troubles = 0, [*troubles, error]
-    return Diagnosis(found, workers, together(troubles))
+            workers, problems = 0, [*problems, error]
+    return Diagnosis(found, workers, group(problems))
 
 
-def together(troubles: Sequence[UserError]) -> list[UserError]:
-    """Each trouble once, with the places that have it."""
-    places_of: dict[tuple[str, str], list[str]] = {}
-    for trouble in troubles:
-        places_of.setdefault((trouble.what, trouble.remedy), []).append(trouble.where)
-    return [UserError(listed(where), what, remedy) for (what, remedy), where in places_of.items()]
+def group(problems: Sequence[UserError]) -> list[UserError]:
+    """Return each problem once, with the nodes that have it."""
+    nodes_of: dict[tuple[str, str], list[str]] = {}
+    for problem in problems:
+        nodes_of.setdefault((problem.what, problem.remedy), []).append(problem.where)
+    return [UserError(name_some(nodes), what, remedy) for (what, remedy), nodes in nodes_of.items()]
 
 
-def listed(places: Sequence[str]) -> str:
-    more = f" and {len(places) - NAMED} more" if len(places) > NAMED else ""
-    return f"{', '.join(places[:NAMED])}{more}"
+def name_some(nodes: Sequence[str]) -> str:
+    """Return the names of the first nodes and the number of the others."""
+    more = f" and {len(nodes) - NAMED} more" if len(nodes) > NAMED else ""
+    return f"{', '.join(nodes[:NAMED])}{more}"
 
 
 @contextlib.contextmanager
-def marked(out: str | None) -> Iterator[str]:
-    """The name of a file that stands in a folder meanwhile. UserError where it cannot be written."""
+def marker_file(out: str | None) -> Iterator[str]:
+    """Create a file in a folder for the duration of the block and yield its name.
+
+    Other nodes look for the file to confirm that they see the same folder.
+
+    Raises:
+        UserError: If the file cannot be written.
+    """
     mark = f"doctor-{secrets.token_hex(8)}"
     if out is None:
         yield mark
@@ -107,90 +140,99 @@ def marked(out: str | None) -> Iterator[str]:
     finally:
         remove(folder / mark)
         if fresh and folder.local is not None:
-            with contextlib.suppress(OSError):  # it is in use by now
+            with contextlib.suppress(OSError):  # a job uses the folder already
                 folder.local.rmdir()
 
 
-def looked(shards: Sequence[str], out: str | None, mark: str, patience: float) -> list[Node]:
+def probe_nodes(shards: Sequence[str], out: str | None, mark: str, patience: float) -> list[Node]:
+    """Run the probe on every node that is alive; a node without an answer in time is reported as lost."""
     alive = [node for node in ray.nodes() if node["Alive"]]
-    cloudpickle.register_pickle_by_value(node_probe)  # so that it runs where this program is missing, or another
-    look = ray.remote(node_probe.look)
+    cloudpickle.register_pickle_by_value(node_probe)  # nodes may lack this program, or have another version
+    probe = ray.remote(node_probe.probe)
     begun, asked = time.time(), {}
     for number, node in enumerate(alive):
-        there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        task = look.options(num_cpus=0, max_retries=0, scheduling_strategy=there)
+        on_node = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        task = probe.options(num_cpus=0, max_retries=0, scheduling_strategy=on_node)
         asked[task.remote(share(shards, number, len(alive)), out, mark)] = node
     answers, waiting, deadline = {}, list(asked), time.monotonic() + patience
     while waiting and time.monotonic() < deadline:
         done, waiting = ray.wait(waiting, timeout=deadline - time.monotonic())
         for each in done:
             answers[each] = answer(each, asked[each], begun)
-    silent = f"it did not answer within {patience:.0f} s"
-    return [answers.get(each) or named(node, None, silent) for each, node in asked.items()]
+    silent = f"no answer within {patience:.0f} s"
+    return [answers.get(each) or describe_node(node, None, silent) for each, node in asked.items()]
 
 
 def answer(task: Any, node: dict[str, Any], begun: float) -> Node:
+    """Return a node with the probe's result."""
     try:
         facts = ray.get(task)
-    except Exception as error:  # whatever is wrong with the node is what is to be told
-        return named(node, None, f"nothing runs there ({' '.join(str(error).split())[:200]})")
+    except Exception as error:  # any failure is a property of the node to be reported
+        return describe_node(node, None, f"tasks do not run there ({' '.join(str(error).split())[:200]})")
     skew = max(begun - facts["time"], facts["time"] - time.time(), 0.0)
-    return named(node, facts, skew=skew)
+    return describe_node(node, facts, skew=skew)
 
 
-def named(node: dict[str, Any], facts: Facts | None, lost: str = "", skew: float = 0.0) -> Node:
+def describe_node(node: dict[str, Any], facts: Facts | None, lost: str = "", skew: float = 0.0) -> Node:
+    """Return a node from Ray's description of it and the probe's result."""
     return Node(node["NodeManagerAddress"], node["Resources"], facts, lost, skew)
 
 
 def share(shards: Sequence[str], number: int, of: int) -> list[str]:
-    """The shards that a node tries: some that all do, and its share of the others. It reads its own first."""
-    common = shards[:: -(-len(shards) // EVERYWHERE) or 1]
+    """Return the shards that a node reads: first its share of all shards, then some that every node reads."""
+    common = shards[:: -(-len(shards) // COMMON) or 1]
     return list(dict.fromkeys((*shards[number::of], *common)))
 
 
-def of_node(node: Node, out: str | None) -> Iterator[UserError]:
-    """What is wrong with a node by itself."""
+def node_problems(node: Node, out: str | None) -> Iterator[UserError]:
+    """Yield the problems of a node that do not depend on other nodes."""
     if node.facts is None:
-        yield UserError(node.address, node.lost, "Look at its log, or take it out of the cluster.")
+        yield UserError(node.address, node.lost, "Read the log of its raylet, or remove the node from the cluster.")
         return
     facts, where = node.facts, f"{node.address} ({node.facts['host']})"
     if facts["code"] is None:
-        yield UserError(where, "patternnet-ray is not installed there", "Install it, or submit with --working-dir.")
+        yield UserError(where, "patternnet-ray is not installed", "Install it, or submit with --working-dir.")
         return
-    most_disk, most_memory = facts["limits"] or (node_probe.RAYS_LIMIT,) * 2
-    for place, (total, free) in (facts["disks"] or {}).items():
-        rays = place != out
-        if free < ROOM or (rays and free < (1 - most_disk) * total):
-            what = f"the disk of {place} is full: {format_bytes(free)} of {format_bytes(total)} are free"
-            rule = f"; on a disk of Ray's that is {100 * most_disk:g} % full it starts nothing" if rays else ""
-            yield UserError(where, what, f"Make room{rule}.")
+    max_disk, max_memory = facts["limits"] or (node_probe.RAYS_LIMIT,) * 2
+    for folder, (total, free) in (facts["disks"] or {}).items():
+        rays = folder != out
+        if free < FREE_DISK or (rays and free < (1 - max_disk) * total):
+            what = f"the disk of {folder} is full: {format_bytes(free)} of {format_bytes(total)} are free"
+            rule = f" Ray starts nothing on a node whose disk is {100 * max_disk:g} % full." if rays else ""
+            yield UserError(where, what, f"Free disk space.{rule}")
     if facts["memory"]:
         total, used = facts["memory"]
-        if total - used < MEMORY or used > most_memory * total:
+        if total - used < FREE_MEMORY or used > max_memory * total:
             what = f"{format_bytes(total - used)} of {format_bytes(total)} memory are free"
-            rule = f"Ray kills workers on a node that is {100 * most_memory:g} % full"
-            yield UserError(where, what, f"End what else runs there; {rule}.")
-    yield from of_gpus(node, where)
+            rule = f"Ray kills workers on a node that is {100 * max_memory:g} % full"
+            yield UserError(where, what, f"Stop other processes on the node. {rule}.")
+    yield from gpu_problems(node, where)
     for shard, reason in (facts["unreadable"] or {}).items():
-        yield UserError(where, f"{shard} {reason}", "Mend it, mount it there, or give the credentials.")
+        yield UserError(
+            where, f"{shard} {reason}", "Fix the shard, mount its folder on the node, or pass the credentials."
+        )
     for name, error in facts["errors"].items():
-        what, remedy = COULD_NOT.get(name, (f"no telling of its {name}", "Look at its log."))
+        what, remedy = FAILED.get(name, (f"cannot determine its {name}", "Read the log of its raylet."))
         yield UserError(where, f"{what.format(out=out)}: {error}", remedy)
     if node.skew > SKEW:
-        yield UserError(where, f"its clock is off by {node.skew:.0f} s", "Have it kept by NTP.")
+        yield UserError(where, f"its clock is off by {node.skew:.0f} s", "Synchronize it by NTP.")
 
 
-COULD_NOT = {
-    "written": ("--out {out}", "Mount it there, make room, or give the right or the credentials."),
-    "gpus": ("its GPUs do not work", "Check `nvidia-smi` and the driver's version there."),
+FAILED = {
+    "written": (
+        "--out {out}",
+        "Mount the folder on the node, free disk space, fix the permissions, or pass the credentials.",
+    ),
+    "gpus": ("its GPUs do not work", "Run `nvidia-smi` on the node and check the version of the driver."),
 }
 
 
-def of_gpus(node: Node, where: str) -> Iterator[UserError]:
+def gpu_problems(node: Node, where: str) -> Iterator[UserError]:
+    """Yield differences between the GPUs that Ray offers and those that torch can use."""
     assert node.facts is not None
     offered, seen = round(node.offered.get("GPU", 0)), len(node.facts["gpus"] or ())
     if seen < offered and "gpus" not in node.facts["errors"]:
-        remedy = "Install the driver and torch for CUDA there, or start the node with fewer GPUs (--num-gpus)."
+        remedy = "Install the driver and torch for CUDA on the node, or start it with fewer GPUs (--num-gpus)."
         yield UserError(where, f"Ray offers {offered} GPUs, torch sees {seen}", remedy)
     if seen > offered:
         yield UserError(
@@ -198,14 +240,16 @@ def of_gpus(node: Node, where: str) -> Iterator[UserError]:
         )
 
 
-def differences(node: Node, mine: Facts) -> Iterator[UserError]:
-    """Where a node has not what this process has."""
+def version_differences(node: Node, mine: Facts) -> Iterator[UserError]:
+    """Yield the packages whose versions on a node differ from those of this process."""
     if node.facts is None or node.facts["code"] is None:
         return
     where = f"{node.address} ({node.facts['host']})"
     for name, wanted in {"Python": mine["python"], **mine["packages"]}.items():
         there = node.facts["python"] if name == "Python" else node.facts["packages"].get(name, "none")
         if there != wanted:
-            yield UserError(where, f"{name} {there}, but {wanted} here", "Install the same everywhere.")
+            yield UserError(where, f"{name} {there}, but {wanted} here", "Install the same version on all nodes.")
     if node.facts["code"] != mine["code"]:
-        yield UserError(where, "its code of patternnet-ray is not the code here", "Install the same everywhere.")
+        yield UserError(
+            where, "its code of patternnet-ray differs from the code here", "Install the same version on all nodes."
+        )

@@ -1,6 +1,6 @@
-"""A command as a job of a cluster that is elsewhere: sent once, followed to its end, whatever the line does.
+"""Submit a command as a Ray job, exactly once, and follow it to its end over interrupted connections.
 
-Ray's own `ray job submit` turns this program's exit status into 0 or 1, and ends when the connection does.
+`ray job submit` itself turns the program's exit status into 0 or 1, and ends when the connection is lost.
 """
 
 import asyncio
@@ -25,22 +25,25 @@ from patterns import UserError
 from ray_jobs.engine.ray_address import no_answer_error, no_token_error
 from ray_jobs.engine.signals import StoppedShortError
 
-STOP_WITHIN = "600"  # seconds that a job has to commit when it is stopped; Ray's own 3 are too few
+STOP_WITHIN = "600"  # seconds that a stopped job has to commit; Ray's default of 3 is too short
 PROGRAM = "python -m ray_jobs"
-SILENCE = 60.0  # seconds without a word of the log, after which the job is asked for whether it lives
-PAUSE, LONGEST_PAUSE = 1.0, 30.0  # seconds between attempts to reach a cluster that does not answer
+SILENCE = 60.0  # seconds without new log text after which the status of the job is requested
+PAUSE, MAX_PAUSE = 1.0, 30.0  # seconds between attempts to reach a cluster that does not answer
 Chunks = AsyncGenerator[str, None]
-# What the job's server, or the line to it, raise on the way.
-AWAY = (OSError, RuntimeError, aiohttp.ClientError)
+# Errors of the job server and of the connection to it.
+CONNECTION_ERRORS = (OSError, RuntimeError, aiohttp.ClientError)
 
 
 @dataclass(frozen=True)
 class Submission:
     """A command for a cluster.
 
-    arguments: of the program: ("fit", "--model", …).
-    working_dir: a folder of this machine that the job gets a copy of and runs in; None: the program installed there.
-    pip: requirements that are installed for the job.  env: variables of the job and its workers.
+    Attributes:
+        arguments: Arguments of the program: ("fit", "--model", …).
+        working_dir: A local folder that is copied to the cluster and in which the job runs; None for the program that
+            is installed there.
+        pip: Requirements that are installed for the job.
+        env: Environment variables of the job and its workers.
     """
 
     arguments: tuple[str, ...]
@@ -50,53 +53,71 @@ class Submission:
 
     @property
     def name(self) -> str:
-        """The same for the same command, whatever the variables' values, which may be secrets."""
-        told = [self.arguments, self.working_dir, self.pip, [name for name, _ in self.env]]
-        return f"patternnet-{self.arguments[0]}-{hashlib.sha256(json.dumps(told).encode()).hexdigest()[:10]}"
+        """The name of the job without its number: equal for equal commands.
+
+        The values of environment variables do not count, because they may be secrets.
+        """
+        identity = [self.arguments, self.working_dir, self.pip, [name for name, _ in self.env]]
+        return f"patternnet-{self.arguments[0]}-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:10]}"
 
     @property
     def runtime_env(self) -> dict[str, Any]:
+        """The runtime environment of the Ray job."""
         env = {"RAY_JOB_STOP_WAIT_TIME_S": STOP_WITHIN, **dict(self.env)}
         parts = {"working_dir": self.working_dir, "pip": list(self.pip), "env_vars": env}
         return {name: value for name, value in parts.items() if value}
 
 
 def submit(submission: Submission, address: str, wait: bool, patience: float, say: Callable[[str], None]) -> int:
-    """Send a command, or find it where it was sent before and runs yet; follow its log; gives its exit status.
+    """Submit a command and follow its log. If the same command runs already, follow that job instead.
 
-    patience: seconds for which a cluster may not answer before it is given up; the job goes on then.
-    UserError where it cannot be sent; StoppedShortError where its end is not known, or another ended it.
+    Args:
+        submission: The command.
+        address: The address of the cluster's dashboard.
+        wait: Follow the job to its end; else return after it was submitted.
+        patience: Seconds without an answer after which the cluster is given up. The job continues.
+        say: Prints a line.
+
+    Returns:
+        The exit status of the command; 0 without `wait`.
+
+    Raises:
+        UserError: If the command cannot be submitted.
+        StoppedShortError: If the end of the job is unknown, or the job was stopped.
     """
-    for talker in ("dashboard_sdk", "job.sdk"):
-        logging.getLogger(f"ray.dashboard.modules.{talker}").setLevel(logging.ERROR)
+    for module in ("dashboard_sdk", "job.sdk"):
+        logging.getLogger(f"ray.dashboard.modules.{module}").setLevel(logging.ERROR)
     logging.getLogger("ray._private.runtime_env.packaging").setLevel(logging.ERROR)
     if submission.working_dir is not None and not Path(submission.working_dir).is_dir():
         raise UserError(
-            f"--working-dir {submission.working_dir}", "no such folder", "Name one to send, or leave it out."
+            f"--working-dir {submission.working_dir}",
+            "no such folder",
+            "Pass an existing folder, or leave the option out.",
         )
-    client = client_of(address)
+    client = connect_client(address)
     try:
-        name, begun = sent(client, submission, address)
+        name, is_new = find_or_send(client, submission, address)
     except AuthenticationError as error:
         raise no_token_error(address) from error
-    except AWAY as error:  # where the job was begun all the same, this command finds it
+    except CONNECTION_ERRORS as error:  # if the job was started nevertheless, the next call finds it
         raise no_answer_error(address) from error
-    how = f"the same command follows it again, `ray job stop --address {address} {name}` ends it"
+    how = f"the same command follows it again, `ray job stop --address {address} {name}` stops it"
     try:
-        say(f"{name}: {'sent' if begun else 'found at work'}; {how}")
+        say(f"{name}: {'submitted' if is_new else 'already running'}; {how}")
         if not wait:
             return 0
-        return status_of(asyncio.run(Follower(client, name, patience, say).job()), name)
+        return exit_status_of(asyncio.run(Follower(client, name, patience, say).job()), name)
     except AuthenticationError as error:
         raise no_token_error(address) from error
     except KeyboardInterrupt as error:
-        raise StoppedShortError(f"{name} goes on without this command; {how}") from error
+        raise StoppedShortError(f"{name} continues without this command; {how}") from error
 
 
-def client_of(address: str) -> JobSubmissionClient:
+def connect_client(address: str) -> JobSubmissionClient:
+    """Connect to a dashboard; raise UserError if that fails."""
     if not address.startswith(("http://", "https://")):
-        raise UserError(f"--address {address}", "not a dashboard's address", "Write http://HOST:8265.")
-    os.environ["RAY_API_SERVER_ADDRESS"] = address  # which Ray would else prefer to what it is told
+        raise UserError(f"--address {address}", "not the address of a dashboard", "Write http://HOST:8265.")
+    os.environ["RAY_API_SERVER_ADDRESS"] = address  # Ray prefers this variable to the argument
     try:
         return JobSubmissionClient(address)
     except AuthenticationError as error:
@@ -105,36 +126,44 @@ def client_of(address: str) -> JobSubmissionClient:
         raise no_answer_error(address) from error
 
 
-def sent(client: JobSubmissionClient, submission: Submission, address: str) -> tuple[str, bool]:
-    """The job's name, and whether it was begun by this: Ray takes no name twice, so that none begins twice."""
-    earlier = {name: job for name, job in jobs(client).items() if name.startswith(f"{submission.name}-")}
+def find_or_send(client: JobSubmissionClient, submission: Submission, address: str) -> tuple[str, bool]:
+    """Return the name of the job and whether this call started it.
+
+    Ray rejects a name that is in use, so a command never runs twice at the same time.
+    """
+    earlier = {name: job for name, job in list_jobs(client).items() if name.startswith(f"{submission.name}-")}
     for name, job in earlier.items():
         if not job.status.is_terminal():
             return name, False
-    last = max((int(name.rpartition("-")[2]) for name in earlier), default=0)  # some may have been deleted
+    last = max(
+        (int(name.rpartition("-")[2]) for name in earlier), default=0
+    )  # numbers may be missing: jobs can be deleted
     name = f"{submission.name}-{last + 1}"
     command = f"{PROGRAM} {shlex.join(submission.arguments)}"
     try:
         client.submit_job(entrypoint=command, submission_id=name, runtime_env=submission.runtime_env)
-    except (*AWAY, ValueError) as error:
-        if name not in jobs(client):  # else its answer was lost on the way, or another was as quick
-            what = f"the job was not taken ({' '.join(str(error).split())[:300]})"
-            raise UserError(
-                f"--address {address}", what, "Check --working-dir, of at most 100 MiB, and --pip."
-            ) from error
+    except (*CONNECTION_ERRORS, ValueError) as error:
+        if name not in list_jobs(client):  # if it is listed, the answer was lost, or another process sent it
+            what = f"the cluster rejected the job ({' '.join(str(error).split())[:300]})"
+            raise UserError(f"--address {address}", what, "Check --working-dir (at most 100 MiB) and --pip.") from error
     return name, True
 
 
-def jobs(client: JobSubmissionClient) -> dict[str, JobDetails]:
-    """The jobs that the cluster knows, by the names they were sent under."""
+def list_jobs(client: JobSubmissionClient) -> dict[str, JobDetails]:
+    """Return the cluster's jobs by submission id."""
     return {job.submission_id: job for job in client.list_jobs() if job.submission_id}
 
 
 @dataclass
 class Follower:
-    """Shows a job's log as it grows, each character once, over as many connections as it takes.
+    """Prints the log of a job as it grows, each character once, over any number of connections.
 
-    shown: characters of the log that were shown.
+    Attributes:
+        client: The connection to the dashboard.
+        name: The submission id of the job.
+        patience: Seconds without an answer after which the cluster is given up.
+        say: Prints a line.
+        shown: Number of characters of the log that were printed.
     """
 
     client: JobSubmissionClient
@@ -144,66 +173,72 @@ class Follower:
     shown: int = 0
 
     async def job(self) -> JobDetails:
-        """Follow the job to its end, and give what the cluster says of it then."""
-        heard, pause = time.monotonic(), PAUSE
+        """Follow the job to its end and return its details."""
+        last_answer, pause = time.monotonic(), PAUSE
         while True:
-            with suppress(*AWAY):  # the cluster may answer all the same
+            with suppress(*CONNECTION_ERRORS):  # the cluster may answer nevertheless
                 await self.follow()
             try:
-                job = jobs(self.client).get(self.name)
+                job = list_jobs(self.client).get(self.name)
                 if job is not None and job.status.is_terminal():
                     self.show(self.client.get_job_logs(self.name)[self.shown :])
                     return job
-                heard, pause = time.monotonic(), PAUSE
-            except AWAY as error:
-                if time.monotonic() - heard > self.patience:
+                last_answer, pause = time.monotonic(), PAUSE
+            except CONNECTION_ERRORS as error:
+                if time.monotonic() - last_answer > self.patience:
                     what = f"{self.name}: the cluster did not answer for {self.patience:.0f} s"
                     raise StoppedShortError(f"{what}; the same command follows it again") from error
                 if pause == PAUSE:
-                    self.say(f"{self.name}: the cluster does not answer; trying again for {self.patience:.0f} s")
-                pause = min(2 * pause, LONGEST_PAUSE)
+                    self.say(f"{self.name}: no answer from the cluster; retrying for {self.patience:.0f} s")
+                pause = min(2 * pause, MAX_PAUSE)
             else:
                 if job is None:
                     raise StoppedShortError(
-                        f"{self.name}: the cluster knows it no more; the same command sends it anew"
+                        f"{self.name}: the cluster no longer knows the job; the same command submits it again"
                     )
             await asyncio.sleep(pause)
 
     async def follow(self) -> None:
-        """Show the log until it ends, or says nothing for long, as when this machine has slept."""
+        """Print the log until it ends, or until there is no new text for `SILENCE` seconds (a suspended laptop)."""
         seen = 0
         async with aclosing(cast(Chunks, self.client.tail_job_logs(self.name))) as chunks:
-            while (chunk := await next_of(chunks)) is not None:
+            while (chunk := await next_chunk(chunks)) is not None:
                 self.show(chunk[max(self.shown - seen, 0) :])
                 seen += len(chunk)
 
     def show(self, text: str) -> None:
+        """Print new text of the log."""
         sys.stdout.write(text)
         sys.stdout.flush()
         self.shown += len(text)
 
 
-async def next_of(chunks: Chunks) -> str | None:
-    """The next chunk; None at the end, or after SILENCE."""
+async def next_chunk(chunks: Chunks) -> str | None:
+    """Return the next chunk; None at the end, or after `SILENCE` seconds."""
     try:
         return await asyncio.wait_for(anext(chunks, None), SILENCE)
     except TimeoutError:
         return None
 
 
-def status_of(job: JobDetails, name: str) -> int:
-    """The exit status of a job that has ended: its program's own, where it had one."""
+def exit_status_of(job: JobDetails, name: str) -> int:
+    """Return the exit status of a finished job's program.
+
+    Raises:
+        UserError: If the runtime environment could not be prepared.
+        StoppedShortError: If the job was stopped, killed or lost.
+    """
     if job.status == JobStatus.SUCCEEDED:
         return 0
     if job.status == JobStatus.STOPPED:
-        raise StoppedShortError(f"{name} was stopped; the same command goes on")
+        raise StoppedShortError(f"{name} was stopped; the same command resumes it")
     if job.driver_exit_code is not None and 0 <= job.driver_exit_code < 128:
         return job.driver_exit_code
     if job.driver_exit_code is not None:
-        raise StoppedShortError(f"{name} was killed (its status is {job.driver_exit_code}); the same command goes on")
-    told = " ".join((job.message or "no reason given").split())[:300]
+        raise StoppedShortError(f"{name} was killed (exit status {job.driver_exit_code}); the same command resumes it")
+    reason = " ".join((job.message or "no reason given").split())[:300]
     if job.error_type == JobErrorType.RUNTIME_ENV_SETUP_FAILURE:
         raise UserError(
-            name, f"the cluster could not prepare the job ({told})", "Check --pip, --env and --working-dir."
+            name, f"the cluster could not prepare the job ({reason})", "Check --pip, --env and --working-dir."
         )
-    raise StoppedShortError(f"{name} was lost ({told}); the same command goes on")
+    raise StoppedShortError(f"{name} was lost ({reason}); the same command resumes it")

@@ -1,4 +1,4 @@
-"""How far a run is, from its files alone: on any machine that sees them, whatever the cluster says."""
+"""Report the progress of a run from its files alone, on any machine that can read them."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -10,12 +10,12 @@ from ray_jobs.units import format_duration
 
 
 def status_lines(run: Run, now: float, patience: float = 0.0) -> Iterator[str]:
-    """Report what a run's files say of its jobs.
+    """Yield lines that describe the jobs of a run and their progress.
 
     Args:
         run: The run.
         now: The time in seconds since 1970.
-        patience: Seconds to wait for a driver whose last note is old or in the future by this machine's clock.
+        patience: Seconds to wait for a heartbeat if the last one is old, or in the future by this machine's clock.
 
     Raises:
         UserError: If the folder holds no run.
@@ -37,23 +37,23 @@ def status_lines(run: Run, now: float, patience: float = 0.0) -> Iterator[str]:
 def progress_lines(
     job: str, section: dict[str, Any], progress: dict[str, Any], now: float, run: Run, patience: float
 ) -> Iterator[str]:
-    """What the last driver of a job that is not done noted; nothing, if it has not."""
+    """Yield the progress that the last driver of an unfinished job recorded."""
     if "state" in progress:
         yield f"{job}: {progress['shards']}/{progress['of']} shards, {progress['state']}"
     else:
-        yield f"{job}: begun, and no shard worked on yet ({section['written']})"
+        yield f"{job}: started, no shard processed yet ({section['written']})"
     if not progress:
         return
     since = now - progress["time"]
     silent = max(since, 0.0)
     for worker in sorted(progress.get("workers", ()), key=lambda worker: worker["rate"]):
         shard, seconds = worker["shard"], format_duration(worker["seconds"] + silent)
-        at = "waits" if shard is None else f"{seconds} at {shard}"
+        at = "idle" if shard is None else f"{seconds} at {shard}"
         yield f"  {worker['worker']}: {worker['rate']:.1f} samples/s, {at}"
-    go_on = "the same command goes on where it ended"
+    resume = "the same command resumes it"
     if progress.get("ended"):
-        yield f"  stopped {format_duration(silent)} ago; {go_on}"
-    elif Driver(**progress["driver"]).gone() or (
+        yield f"  stopped {format_duration(silent)} ago; {resume}"
+    elif Driver(**progress["driver"]).has_ended() or (
         not 0 <= since <= STALE and not change(run, progress, patience, WATCH_EVERY)
     ):
-        yield f"  stale: its driver said nothing for {format_duration(silent)}; {go_on}"
+        yield f"  stale: no heartbeat from its driver for {format_duration(silent)}; {resume}"

@@ -17,7 +17,7 @@ from ray_jobs.data.shard_reader import read_shard
 from ray_jobs.jobs.explain.explain import explain
 from ray_jobs.jobs.fit.fit import fit
 from ray_jobs.runs.run_folder import Run
-from ray_jobs.views.gallery import Gallery, gallery
+from ray_jobs.views.gallery import Gallery, open_gallery
 from tests.conftest import jpeg, write_tar
 from tests.ray_jobs.runs import PREPARED
 
@@ -59,7 +59,7 @@ def test_pictures_are_those_of_the_job_from_every_kind_of_file(
 ) -> None:
     other = explained(fitted, model, shards[:3], tmp_path, outputs=outputs)
     rows = Gallery(run, {}).rows()[::5]
-    for one, two in zip(Gallery(run, {}).shown(rows), Gallery(other, {}).shown(rows)):
+    for one, two in zip(Gallery(run, {}).pictures(rows), Gallery(other, {}).pictures(rows)):
         assert one.caption == two.caption
         assert same(one.photograph, two.photograph)
         for method in METHODS:
@@ -71,8 +71,8 @@ def test_each_photograph_is_its_own_samples_as_the_model_sees_it(run: Run, shard
     found = Gallery(run, {})
     rows = found.rows()
     assert len(rows) == 18
-    images = {s["__key__"]: s["jpg"] for shard in shards[:3] for s in read_shard(shard)}
-    for row, shown in zip(rows[::-1], found.shown(rows[::-1])):  # in the order asked for
+    images = {s.key: s.files["jpg"] for shard in shards[:3] for s in read_shard(shard)}
+    for row, shown in zip(rows[::-1], found.pictures(rows[::-1])):  # in the order asked for
         assert same(shown.photograph, to_pil_image(cropped(upright(images[row["key"]], "RGB"), preprocessing)))
 
 
@@ -89,14 +89,14 @@ def test_the_worst_are_the_surest_of_the_wrong(run: Run) -> None:
 
 def test_random_samples_are_the_same_for_the_same_seed(run: Run) -> None:
     found = Gallery(run, {})
-    assert found.drawn(4, 1) == found.drawn(4, 1) != found.drawn(4, 2)
-    assert len(found.drawn(1000, 1)) == 18
+    assert found.draw(4, 1) == found.draw(4, 1) != found.draw(4, 2)
+    assert len(found.draw(1000, 1)) == 18
 
 
 def test_captions_name_classes_where_their_names_are_known(run: Run, tmp_path: Path) -> None:
     file = tmp_path / "classes.json"
     file.write_text('["ant", "bee"]')
-    for row in (found := gallery(str(run.folder), str(file))).rows():
+    for row in (found := open_gallery(str(run.folder), str(file))).rows():
         label, prediction = (NAMES.get(row[c], str(row[c])) for c in ("label", "prediction"))
         assert found.caption(row) == f"{label} → {prediction} {row['probability']:.0%}"
 
@@ -134,4 +134,4 @@ def test_what_cannot_be_shown_is_told(
     assert "--worst: no sample has a label" in complaint("grid", str(unlabelled.folder), "--worst", 1)
     write_tar(shard, [{"__key__": "b", "jpg": jpeg(rng)}])
     with pytest.raises(UserError, match="has no sample 'a' any more"):
-        Gallery(unlabelled, {}).shown(Gallery(unlabelled, {}).rows())
+        Gallery(unlabelled, {}).pictures(Gallery(unlabelled, {}).rows())

@@ -1,4 +1,4 @@
-"""What a page says of a run: its files → values that the templates only have to place."""
+"""Read a run's files into the values that the report's templates show."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -15,40 +15,49 @@ from ray_jobs.models.class_names import captions, class_names
 from ray_jobs.runs.run_folder import JOBS, Run
 from ray_jobs.units import format_duration
 from ray_jobs.views.gallery import Gallery
-from ray_jobs.views.report.charts import WHISKERS, Chart, banded, narrowing, spreads
-from ray_jobs.views.report.filters import Filters, filters
-from ray_jobs.views.report.samples import Samples, samples
+from ray_jobs.views.report.charts import WHISKERS, Chart, convergence_lines, curves_with_bands, spreads
+from ray_jobs.views.report.filters import Filters, read_filters
+from ray_jobs.views.report.samples import Samples, read_samples
 
 FLAGS = ("ok", "dead", "constant", "degenerate")
-REASONS = 12  # for refused samples that are told apart
-SHARDS = "shards", "evaluate"  # options that are long lists
+REASONS = 12  # maximum number of different rejection reasons in the table
+SHARDS = "shards", "evaluate"  # options that hold long lists
 
 
 @dataclass(frozen=True)
 class Job:
-    """A row of the table of jobs; empty where it is not known."""
+    """A row of the table of jobs; None if a value is unknown."""
 
     name: str
     status: str
     samples: int | None
     shards: int | None
     missing: int
-    refused: int | None
+    rejected: int | None
     seconds: float | None
     written: str
 
     @property
     def time(self) -> str:
+        """The duration of the job as text."""
         return "" if self.seconds is None else format_duration(self.seconds)
 
     @property
     def rate(self) -> str:
+        """Samples per second as text."""
         return f"{self.samples / self.seconds:.3g}" if self.samples and self.seconds else ""
 
 
 @dataclass(frozen=True)
 class Rho:
-    """ρ of a run. medians: over all neurons, by estimator; rows: by operator, None where it is undefined."""
+    """ρ of a run.
+
+    Attributes:
+        chart: The distribution over neurons by operator and estimator.
+        estimators: The columns of `rows`.
+        medians: The median over all neurons by estimator.
+        rows: For each operator the median of each estimator; None if it is undefined.
+    """
 
     chart: Chart
     estimators: list[str]
@@ -58,7 +67,7 @@ class Rho:
 
 @dataclass(frozen=True)
 class Health:
-    """Neurons by what became of them, for each operator and in all: counts in the order of FLAGS."""
+    """Counts of neurons by flag, in the order of `FLAGS`, for each operator and in total."""
 
     rows: list[tuple[str, list[int]]]
     total: list[int]
@@ -66,9 +75,12 @@ class Health:
 
 @dataclass(frozen=True)
 class Curves:
-    """Degradation. areas: by method, with the ends of its confidence band, which one image has not.
+    """Results of the image degradation.
 
-    least_first: small areas are good.
+    Attributes:
+        chart: The mean curve of each method.
+        areas: Method, area and the bounds of its confidence interval; None for the bounds if there is one image.
+        least_first: The least relevant patches were replaced first, so small areas are good.
     """
 
     chart: Chart
@@ -78,14 +90,14 @@ class Curves:
 
 @dataclass(frozen=True)
 class Contents:
-    """What there is of a run; None for what has not been made."""
+    """Everything that the page shows of a run; None for results that do not exist."""
 
     id: str
     name: str
     folder: str
     facts: dict[str, str]
     jobs: list[Job]
-    refused: list[tuple[str, str, str, int]]
+    rejected: list[tuple[str, str, str, int]]
     options: list[tuple[str, list[tuple[str, str]]]]
     versions: dict[str, str]
     rho: Rho | None
@@ -95,18 +107,22 @@ class Contents:
     tolerance: float | None
     curves: Curves | None
     samples: Samples | None
-    unseen: str  # why explanations that there are cannot be shown
+    unseen: str  # the reason why existing explanations cannot be shown
 
     @property
     def compared(self) -> dict[str, dict[str, str]]:
-        """What is set beside other runs, group by group."""
+        """Values to compare with other runs, in groups."""
         counts = {
-            f"{job.name}: {what}": said
+            f"{job.name}: {what}": text
             for job in self.jobs
-            for what, said in (("samples", counted(job.samples)), ("refused", counted(job.refused)), ("time", job.time),
-                               ("per second", job.rate))
-        }  # fmt: skip
-        neurons = zip(FLAGS, map(counted, self.health.total)) if self.health else ()
+            for what, text in (
+                ("samples", thousands(job.samples)),
+                ("rejected", thousands(job.rejected)),
+                ("time", job.time),
+                ("per second", job.rate),
+            )
+        }
+        neurons = zip(FLAGS, map(thousands, self.health.total)) if self.health else ()
         groups = {
             "Model": {**self.facts, "Folder": self.folder},
             "Data": counts,
@@ -117,16 +133,25 @@ class Contents:
         return {name: {k: v for k, v in rows.items() if v} for name, rows in groups.items()}
 
 
-def contents(folder: str, number: int, count: int, classes: str | None, seed: int, pages: int) -> Contents:
-    """What a run's folder holds. number: of the run on the page; pages: how many runs it shows.
+def read_contents(folder: str, number: int, count: int, classes: str | None, seed: int, pages: int) -> Contents:
+    """Read everything that the page shows of a run.
 
-    UserError where the folder is none of a run, or the classes cannot be read.
+    Args:
+        folder: The folder of the run.
+        number: The number of the run on the page.
+        count: Maximum number of samples to show.
+        classes: A file of class names; None for the names of the model's library.
+        seed: Seed of the random choice of samples.
+        pages: Number of runs on the page.
+
+    Raises:
+        UserError: If the folder does not hold a run, or the class names cannot be read.
     """
     run = Run(folder)
     manifest = run.manifest()
     jobs = [job_of(name, manifest[name]) for name in JOBS if name in manifest]
     if not jobs:
-        raise UserError(str(run.folder), "holds no run", "Name the folder that was given to --out.")
+        raise UserError(str(run.folder), "holds no run", "Name the folder that was passed as --out.")
     complete = {job.name for job in jobs if job.status == "complete"}
     id_, options = f"run{number}", manifest.get("fit", {}).get("options", {})
     tolerance = options.get("until_converged")
@@ -134,7 +159,7 @@ def contents(folder: str, number: int, count: int, classes: str | None, seed: in
     if "explain" in complete and count:
         names = captions(class_names(manifest["explain"]["model"]["spec"], classes))
         try:
-            seen = samples(Gallery(run, names), count, seed, pages)
+            seen = read_samples(Gallery(run, names), count, seed, pages)
         except UserError as error:
             unseen = str(error)
     return Contents(
@@ -143,12 +168,12 @@ def contents(folder: str, number: int, count: int, classes: str | None, seed: in
         folder=str(run.folder),
         facts=facts(manifest),
         jobs=jobs,
-        refused=refused(table_of(run, "quarantine.parquet")),
+        rejected=count_rejections(table_of(run, "quarantine.parquet")),
         options=[(name, format_options(manifest[name]["options"])) for name in JOBS if name in manifest],
         versions=manifest["versions"],
         rho=rho(id_, table_of(run, "quality.parquet")),
         health=health(table_of(run, "neurons.parquet")),
-        filters=filters(run, manifest) if "fit" in complete else None,
+        filters=read_filters(run, manifest) if "fit" in complete else None,
         convergence=convergence(id_, table_of(run, "convergence.parquet"), tolerance),
         tolerance=tolerance,
         curves=curves(id_, table_of(run, "degradation-curves.parquet"), manifest.get("degrade", {})),
@@ -157,18 +182,20 @@ def contents(folder: str, number: int, count: int, classes: str | None, seed: in
     )
 
 
-def counted(value: int | None) -> str:
+def thousands(value: int | None) -> str:
+    """Format a count with separators; empty for None."""
     return "" if value is None else f"{value:,}"
 
 
 def table_of(run: Run, name: str) -> pa.Table | None:
-    """A table of a run, if it has rows."""
+    """Return a table of a run; None if the file is missing or has no rows."""
     path = run.folder / name
     table = read_table(path) if path.exists() else None
     return table if table is not None and len(table) else None
 
 
 def job_of(name: str, section: Mapping[str, Any]) -> Job:
+    """Return the row of a job from its section of the manifest."""
     return Job(
         name,
         section["status"],
@@ -182,11 +209,11 @@ def job_of(name: str, section: Mapping[str, Any]) -> Job:
 
 
 def facts(manifest: Mapping[str, Any]) -> dict[str, str]:
-    """The model in a few words."""
+    """Return the main properties of the model."""
     section: Mapping[str, Any] = next((manifest[name] for name in JOBS if name in manifest), {})
     kinds = Counter(op["kind"].replace("_", " ") for op in manifest["operators"])
     estimators = manifest.get("fit", {}).get("solved", section["options"].get("estimators", []))
-    told = {
+    found = {
         "Model": section["model"]["spec"],
         "Weights": manifest["model"]["digest"].removeprefix("sha256:")[:12],
         "Precision": section["model"]["precision"],
@@ -196,17 +223,17 @@ def facts(manifest: Mapping[str, Any]) -> dict[str, str]:
         "Methods": ", ".join(manifest.get("explain", {}).get("options", {}).get("methods", [])),
         "Target": str(manifest.get("explain", {}).get("options", {}).get("target", "")),
     }
-    return {name: value for name, value in told.items() if value}
+    return {name: value for name, value in found.items() if value}
 
 
-def refused(table: pa.Table | None) -> list[tuple[str, str, str, int]]:
-    """Job, stage, reason and count of refused samples, the most frequent first."""
+def count_rejections(table: pa.Table | None) -> list[tuple[str, str, str, int]]:
+    """Return job, stage, reason and count of rejected samples, the most frequent first."""
     if table is None:
         return []
     rows = Counter(zip(*(table[name].to_pylist() for name in ("job", "stage", "reason")))).most_common()
     rest = sum(count for _, count in rows[REASONS:])
     more = [("", "", f"{len(rows) - REASONS} other reasons", rest)] if rest else []
-    return [(*said, count) for said, count in rows[:REASONS]] + more
+    return [(*row, count) for row, count in rows[:REASONS]] + more
 
 
 def format_options(options: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -215,6 +242,7 @@ def format_options(options: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def format_option(name: str, value: Any) -> str:
+    """Format the value of an option; long lists of shards are shortened."""
     if name in SHARDS and len(value) > 2:
         return f"{len(value)}: {value[0]} … {value[-1]}"
     if isinstance(value, dict):
@@ -225,7 +253,7 @@ def format_option(name: str, value: Any) -> str:
 
 
 def rho(id_: str, table: pa.Table | None) -> Rho | None:
-    """ρ by operator and estimator, and its figure."""
+    """Return ρ by operator and estimator with its chart; None if it was not measured."""
     table = table and table.drop_null()
     if not table:
         return None
@@ -240,7 +268,7 @@ def rho(id_: str, table: pa.Table | None) -> Rho | None:
 
 
 def health(table: pa.Table | None) -> Health | None:
-    """What became of each operator's neurons."""
+    """Count the neurons of each operator by flag; None without a table."""
     if table is None:
         return None
     counts = {operator: dict.fromkeys(FLAGS, 0) for operator in table["operator"].unique().to_pylist()}
@@ -251,7 +279,7 @@ def health(table: pa.Table | None) -> Health | None:
 
 
 def convergence(id_: str, table: pa.Table | None, tolerance: float | None) -> list[Chart] | None:
-    """For each estimator, how the standard error of every operator's patterns fell, where it was known."""
+    """Return for each estimator a chart of the standard error of every operator's patterns."""
     if table is None:
         return None
     known = table.filter(pc.greater(table["p90"], 0)).sort_by("samples")
@@ -262,19 +290,19 @@ def convergence(id_: str, table: pa.Table | None, tolerance: float | None) -> li
         for operator, count, error in zip(*(own[name].to_pylist() for name in ("operator", "samples", "p90"))):
             lines.setdefault(operator, []).append((count, error))
         name = f"{id_}-convergence{number}"
-        charts.append(narrowing(name, one, "images", "standard error / pattern", lines, tolerance))
+        charts.append(convergence_lines(name, one, "images", "standard error / pattern", lines, tolerance))
     return charts
 
 
 def curves(id_: str, table: pa.Table | None, section: Mapping[str, Any]) -> Curves | None:
-    """How the prediction falls as patches are taken away, method by method."""
+    """Return the degradation curves with their areas; None if they were not measured."""
     if table is None:
         return None
     rows: dict[str, list[tuple[float, float, float, float]]] = {m: [] for m in table["method"].unique().to_pylist()}
     for row in table.sort_by("step").to_pylist():
         rows[row["method"]].append((row["step"], row["mean"], row["low"], row["high"]))
     title = "probability of the first prediction"
-    chart = banded(f"{id_}-degradation", title.capitalize(), "patches replaced", title, rows)
+    chart = curves_with_bands(f"{id_}-degradation", title.capitalize(), "patches replaced", title, rows)
     areas = [(method, a["area"], a["low"], a["high"]) for method, a in section.get("areas", {}).items()]
     least_first = bool(section.get("options", {}).get("least_first"))
     return Curves(chart, sorted(areas, key=lambda area: -area[1]), least_first)

@@ -1,4 +1,4 @@
-"""The first convolution's neurons as pictures: what they weigh, beside what makes them fire."""
+"""Pictures of the first convolution's neurons: the weights and the patterns."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ from patterns.attribution import centred, coloured, png
 from ray_jobs.config import ModelConfig
 from ray_jobs.models import loading
 from ray_jobs.runs.run_folder import Run, load_patterns
-from ray_jobs.views.report.samples import encoded
+from ray_jobs.views.report.samples import embed
 
-MOST = 64  # neurons
+MAX_NEURONS = 64
 WEIGHT = "w"
-# Rows of `patterns.estimation.estimators.ESTIMATORS` as they are shown, in this order.
+# Titles of the shown estimators (rows of `patterns.ESTIMATORS`), in this order.
 SHOWN = {
     "linear": "a",
     "positive": "a₊",
@@ -32,7 +32,13 @@ SHOWN = {
 
 @dataclass(frozen=True)
 class Neuron:
-    """pictures: data URIs, by row; None where there is no pattern.  cosine: between w and the first pattern."""
+    """A neuron.
+
+    Attributes:
+        number: Its number in the operator.
+        pictures: A data URI for each row; None if there is no pattern.
+        cosine: Cosine similarity of w and the first pattern; None if one of them is missing.
+    """
 
     number: int
     pictures: list[str | None]
@@ -41,18 +47,27 @@ class Neuron:
 
 @dataclass(frozen=True)
 class Filters:
-    """rows: what the pictures of a neuron show, with the estimator.  total: neurons, of which the first are shown."""
+    """The neurons of an operator.
+
+    Attributes:
+        operator: Name of the operator.
+        kernel: Size of the kernel.
+        rows: Symbol and estimator of each picture of a neuron.
+        neurons: The first neurons.
+        total: Number of neurons of the operator.
+        weights_missing: The reason why w is not shown; empty if it is.
+    """
 
     operator: str
     kernel: str
     rows: list[tuple[str, str]]
     neurons: list[Neuron]
     total: int
-    weights_missing: str  # why w is not shown, if it is not
+    weights_missing: str
 
 
-def filters(run: Run, manifest: Mapping[str, Any]) -> Filters | None:
-    """The first convolution's. None where there is none, or none that can be seen as pictures."""
+def read_filters(run: Run, manifest: Mapping[str, Any]) -> Filters | None:
+    """Return the neurons of the first convolution; None if its kernels cannot be shown as gray or color pictures."""
     first = next((op for op in manifest["operators"] if op["kind"] == "convolution"), None)
     if first is None or len(first["weight"]) != 4 or first["weight"][1] not in (1, 3) or max(first["weight"][2:]) < 2:
         return None
@@ -67,29 +82,30 @@ def filters(run: Run, manifest: Mapping[str, Any]) -> Filters | None:
     shown = ({} if weight is None else {WEIGHT: weight}) | chosen
     rows = [(SHOWN.get(row, WEIGHT), "weight" if row == WEIGHT else row) for row in shown]
     out, _, *kernel = first["weight"]
-    neurons = [neuron(number, shown) for number in range(min(MOST, out))]
+    neurons = [neuron(number, shown) for number in range(min(MAX_NEURONS, out))]
     return Filters(name, " × ".join(map(str, kernel)), rows, neurons, out, why)
 
 
 def weight_of(run: Run, operator: str, digest: str) -> tuple[Tensor | None, str]:
-    """The operator's weight in the run's model; or why there is none."""
+    """Return the operator's weight in the run's model; or None and the reason why it is not available."""
     try:
         loaded = loading.load(ModelConfig(**run.fitted_model()))
     except UserError as error:
         return None, f"the model cannot be loaded here ({error.what})"
     if loaded.digest != digest:
-        return None, "the model here has other weights than the run's"
+        return None, "the model has other weights than the run"
     return loaded.network.operators[operator].weight.detach().cpu(), ""
 
 
 def neuron(number: int, shown: Mapping[str, Tensor]) -> Neuron:
+    """Return one neuron with its pictures."""
     values = {row: tensor[number].float() for row, tensor in shown.items()}
-    pictures = [None if not bool(v.any()) else encoded("png", png(drawn(v.numpy()))) for v in values.values()]
+    pictures = [None if not bool(v.any()) else embed("png", png(draw_weights(v.numpy()))) for v in values.values()]
     return Neuron(number, pictures, cosine(values))
 
 
 def cosine(values: Mapping[str, Tensor]) -> float | None:
-    """Between w and the first pattern that is not zero."""
+    """Return the cosine similarity of w and the first pattern that is not zero."""
     others: Sequence[Tensor] = [v for row, v in values.items() if row != WEIGHT and bool(v.any())]
     if WEIGHT not in values or not others:
         return None
@@ -97,6 +113,6 @@ def cosine(values: Mapping[str, Tensor]) -> float | None:
     return float(F.cosine_similarity(w, a, dim=0))
 
 
-def drawn(values: np.ndarray) -> Image.Image:
-    """A neuron's weights (C, H, W), each at its own contrast: grey is nothing."""
+def draw_weights(values: np.ndarray) -> Image.Image:
+    """Return a neuron's weights (C, H, W) as a picture at its own contrast; gray is zero."""
     return coloured(centred(values))

@@ -1,4 +1,4 @@
-"""Contents → one file of HTML that asks for nothing else, and runs no script but its own."""
+"""Write the report: one HTML file that loads nothing else and runs only its own script."""
 
 import base64
 import hashlib
@@ -9,7 +9,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from patterns.io import write_atomically
-from ray_jobs.views.report.contents import FLAGS, Contents, contents
+from ray_jobs.views.report.contents import FLAGS, Contents, read_contents
 
 HERE = Path(__file__).parent
 
@@ -17,19 +17,29 @@ HERE = Path(__file__).parent
 def write_report(
     out: Path, runs: Sequence[str], count: int = 200, classes: str | None = None, seed: int = 0
 ) -> list[Contents]:
-    """Write a page about some runs, with so many samples of each at most; gives what it says of each.
+    """Write a page about one or more runs.
 
-    classes: a file of the classes' names, else as the model's library has them.
-    UserError where a folder is none of a run, or the classes cannot be read.
+    Args:
+        out: The HTML file to write.
+        runs: The folders of the runs.
+        count: Maximum number of samples to show of each run.
+        classes: A file of class names; None for the names of the model's library.
+        seed: Seed of the random choice of samples.
+
+    Returns:
+        The contents of the page, one item for each run.
+
+    Raises:
+        UserError: If a folder does not hold a run, or the class names cannot be read.
     """
-    told = [contents(run, number, count, classes, seed, len(runs)) for number, run in enumerate(runs)]
-    page = rendered(told)
+    pages = [read_contents(run, number, count, classes, seed, len(runs)) for number, run in enumerate(runs)]
+    page = render(pages)
     write_atomically(out, lambda aside: aside.write_text(page, encoding="utf-8", errors="backslashreplace"))
-    return told
+    return pages
 
 
-def rendered(runs: Sequence[Contents]) -> str:
-    """The page. All that comes from a run is escaped by the templates; only our own style and script are not."""
+def render(runs: Sequence[Contents]) -> str:
+    """Return the page. Templates escape everything that comes from a run."""
     templates = Environment(
         loader=FileSystemLoader(HERE),
         autoescape=True,
@@ -41,7 +51,7 @@ def rendered(runs: Sequence[Contents]) -> str:
     style, script = ((HERE / f"report.{kind}").read_text() for kind in ("css", "js"))
     return templates.get_template("report.html.jinja").render(
         runs=runs,
-        compared=[(name, rows) for name, rows in compared(runs) if rows],
+        compared=[(name, rows) for name, rows in compare(runs) if rows],
         flags=FLAGS,
         style=style,
         script=script,
@@ -51,7 +61,7 @@ def rendered(runs: Sequence[Contents]) -> str:
 
 
 def policy(style: str, script: str) -> str:
-    """The Content-Security-Policy under which this style and this script are all that counts."""
+    """Return a Content-Security-Policy that allows this style, this script and embedded images only."""
     allowed = {
         "default-src": "'none'",
         "img-src": "data:",
@@ -64,11 +74,12 @@ def policy(style: str, script: str) -> str:
 
 
 def fingerprint(text: str) -> str:
+    """Return the hash by which a Content-Security-Policy names a text."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
-def compared(runs: Sequence[Contents]) -> Iterator[tuple[str, list[tuple[str, list[str | None]]]]]:
-    """What is set side by side, group by group: rows by name over all runs, None where a run lacks one."""
+def compare(runs: Sequence[Contents]) -> Iterator[tuple[str, list[tuple[str, list[str | None]]]]]:
+    """Yield each group of compared values: rows by name with one value per run, None if a run lacks the value."""
     groups = [run.compared for run in runs]
     for group in groups[0]:
         columns = [each[group] for each in groups]
