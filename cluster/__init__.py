@@ -1,1 +1,1 @@
-"""How to get a Ray cluster: several nodes on this machine, for development and tests."""
+"""Ray clusters: several nodes on this machine, for development and tests, and definitions for other clusters."""

@@ -1,4 +1,4 @@
-"""What runs on this machine, as Linux's /proc tells it."""
+"""Processes of this machine, read from /proc of Linux."""
 
 import contextlib
 import os
@@ -8,14 +8,18 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-LOOK_EVERY = 0.05  # seconds between two looks
+CHECK_EVERY = 0.05  # seconds between two checks
 
 
 @dataclass(frozen=True)
 class Process:
-    """A process that has not ended. title: its command line; Ray's workers write there what they do.
+    """A process that has not ended.
 
-    session: the process id of the first process of its session, which all its descendants share unless they leave it.
+    Attributes:
+        pid: Process id.
+        parent: Process id of its parent.
+        session: Process id of the first process of its session, which its descendants share unless they leave it.
+        title: Command line; Ray's workers write the name of their class or function there.
     """
 
     pid: int
@@ -25,7 +29,7 @@ class Process:
 
 
 def processes() -> Iterator[Process]:
-    """Every process of this machine but those that have ended and wait to be reaped."""
+    """Yield every process of this machine except those that have ended and were not reaped."""
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             fields = (folder / "stat").read_text().rpartition(")")[2].split()
@@ -37,13 +41,13 @@ def processes() -> Iterator[Process]:
             yield Process(int(folder.name), int(parent), int(session), title)
 
 
-def of_session(session: int) -> list[Process]:
-    """The processes of a session."""
+def processes_of_session(session: int) -> list[Process]:
+    """Return the processes of a session."""
     return [p for p in processes() if p.session == session]
 
 
-def below(ancestor: int) -> list[Process]:
-    """The descendants of a process."""
+def descendants(ancestor: int) -> list[Process]:
+    """Return the descendants of a process."""
     children: dict[int, list[Process]] = {}
     for process in processes():
         children.setdefault(process.parent, []).append(process)
@@ -55,15 +59,15 @@ def below(ancestor: int) -> list[Process]:
     return found
 
 
-def end_session(session: int, but: int = 0) -> None:
-    """SIGKILL every process of a session but one, and wait until none is left."""
-    while others := [p.pid for p in of_session(session) if p.pid != but]:
+def end_session(session: int, except_pid: int = 0) -> None:
+    """Send SIGKILL to every process of a session except one, and wait until they have ended."""
+    while others := [p.pid for p in processes_of_session(session) if p.pid != except_pid]:
         send(signal.SIGKILL, others)
-        time.sleep(LOOK_EVERY)
+        time.sleep(CHECK_EVERY)
 
 
 def send(number: signal.Signals, pids: Iterable[int]) -> None:
-    """Send a signal to processes, of which some may have ended meanwhile."""
+    """Send a signal to processes; processes that have ended are skipped."""
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)

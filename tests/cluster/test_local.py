@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from cluster.local import ROOT, LocalCluster, Node
-from cluster.processes import of_session, processes
+from cluster.processes import processes_of_session, processes
 
 # Attached drivers, as users have them: each prints one line of JSON.
 # It ends once a node is dead.
@@ -102,9 +102,9 @@ def test_a_lost_node_is_dead_to_the_cluster_and_none_of_its_processes_lives_on(
 def test_nothing_is_left_behind_by_a_keeper_that_is_killed() -> None:
     with LocalCluster(nodes=2) as cluster:
         session, folder = cluster.keeper.pid, Path(cluster.folder)
-        assert len(of_session(session)) > 5
+        assert len(processes_of_session(session)) > 5
         cluster.keeper.kill()
-    assert not of_session(session)
+    assert not processes_of_session(session)
     assert not folder.exists()
 
 
@@ -112,9 +112,9 @@ def test_nothing_is_left_behind_by_an_owner_that_is_killed() -> None:
     with subprocess.Popen([sys.executable, "-c", OWNER], cwd=ROOT, stdout=subprocess.PIPE, text=True) as owner:
         assert owner.stdout is not None
         session, folder = owner.stdout.readline().split()
-        assert len(of_session(int(session))) > 5
+        assert len(processes_of_session(int(session))) > 5
         owner.kill()
-    assert within(30, lambda: not of_session(int(session)) and not Path(folder).exists())
+    assert within(30, lambda: not processes_of_session(int(session)) and not Path(folder).exists())
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
@@ -126,7 +126,7 @@ def test_the_command_says_how_to_use_the_cluster_and_stops_it_on(number: signal.
         (keeper,) = [p for p in processes() if p.parent == owner.pid]
         owner.send_signal(number)
         assert owner.wait(30) == 0
-    assert not of_session(keeper.session)
+    assert not processes_of_session(keeper.session)
     assert said[0].startswith("1 nodes at 127.0.0.1:")
     assert re.search(
         r"export RAY_\S+ RAY_AUTH_MODE=token RAY_AUTH_TOKEN=[0-9a-f]{64} RAY_ADDRESS=127.0.0.1:\d+$", said[1]
