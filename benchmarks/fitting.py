@@ -29,7 +29,7 @@ from patterns.estimation.signal_quality import cov_xx, quality
 from patterns.moments.gram import PatchAccumulator
 from patterns.moments.moments import RequiredSums
 from patterns.moments.position_sampling import PositionSampler
-from patterns.moments.sampled import BLOCK
+from patterns.moments.sampled import BLOCK_LIMITS
 from patterns.operators.operator import Convolution
 from ray_jobs.config import FITTED, FitConfig, ModelConfig, Resources
 from ray_jobs.data.shard_specs import list_shards
@@ -78,7 +78,7 @@ def sampling(bench: Bench, name: str, model: nn.Module, network: Network, images
     Its own forward pass is channels-last on a CPU, so it is also told against such a model's.
     """
     update = observer_of(network, *FITTED, positions=POSITIONS).update
-    batches = max(1, BLOCK[images.is_cuda][0] // (POSITIONS * len(images)))
+    batches = max(1, BLOCK_LIMITS[images.is_cuda][0] // (POSITIONS * len(images)))
 
     def repeated(work: Callable[[Tensor], object]) -> None:
         for _ in range(batches):
@@ -118,7 +118,7 @@ def patch_moments(operator: Operator, generator: torch.Generator) -> PatchMoment
     accumulator = PatchAccumulator(operator, sampler)
     for _ in range(2):
         images = torch.randn(D, *operator.input_shapes[0], generator=generator, dtype=torch.float64) + 0.5
-        sampler.begin(torch.arange(D))
+        sampler.start_pass(torch.arange(D))
         accumulator.update((images,), operator(images))
     return accumulator.moments()
 

@@ -65,7 +65,7 @@ def curve(network: Network, images: Tensor, positions: int | None, truth: dict[s
         between = time.perf_counter()
         observer.update(batch)
         if done * BATCH == look:
-            observer.settle()
+            observer.flush()
         forward += between - begun
         spent += time.perf_counter() - between
         if done * BATCH == look:

@@ -15,7 +15,7 @@ from torch import Tensor
 from patterns.errors import UserError
 from patterns.moments.moments import Moments, RequiredSums, Sums, require
 from patterns.operators.operator import Operator
-from patterns.operators.receptive_fields import overlap
+from patterns.operators.receptive_fields import mean_overlap
 
 # A denominator below this share of what it is made of is rounding, not signal.
 VANISHING = 1e-9
@@ -24,7 +24,7 @@ VANISHING = 1e-9
 # Added to every output's variance, as a share of it, before Cov[y] is inverted.
 RIDGE = 1e-6
 # Elements of a large operator's patterns that are worked on in float64 at a time.
-BLOCK = 2**23
+BLOCK_ELEMENTS = 2**23
 
 
 @dataclass(frozen=True)
@@ -115,10 +115,10 @@ def multivariate(problem: Problem) -> Tensor:
     # In units in which every output has variance 1; one that tells nothing stands alone, and has pattern 0.
     correlation.diagonal(dim1=1, dim2=2).copy_(torch.full_like(unit, 1 + RIDGE))
     factors, pivots = torch.linalg.lu_factor(correlation)
-    for inputs in cov_xy.split(max(1, BLOCK // cov_xy.shape[1]), 2):
+    for inputs in cov_xy.split(max(1, BLOCK_ELEMENTS // cov_xy.shape[1]), 2):
         inputs.copy_(unit[..., None] * torch.linalg.lu_solve(factors, pivots, unit[..., None] * inputs))
     a = cov_xy
-    seen = overlap(problem.operator).expand(1, *problem.operator.weight.shape[1:])
+    seen = mean_overlap(problem.operator).expand(1, *problem.operator.weight.shape[1:])
     return a.flatten(0, 1).div_(seen.flatten(1))
 
 
@@ -256,7 +256,7 @@ def solve(operator: Operator, moments: Moments, choices: Choices = "default", se
         patterns[name] = torch.empty(operator.weight.shape, dtype=dtype)
         for rows in [slice(None)] if row.joint else blocks(operator):
             weight = operator.weight[rows].detach().cpu().double().flatten(1)
-            pattern = row.solve(Problem(operator, moments.rows(rows), weight, seed))
+            pattern = row.solve(Problem(operator, moments.select_neurons(rows), weight, seed))
             if row.learns:
                 pattern = torch.where(seen[rows], pattern, 0.0)
             if name == judged:
@@ -267,7 +267,7 @@ def solve(operator: Operator, moments: Moments, choices: Choices = "default", se
 
 def blocks(operator: Operator) -> list[slice]:
     """Neurons that are solved for at a time; all where groups of them see different inputs, which are small."""
-    count = operator.neurons if operator.groups > 1 else max(1, BLOCK // operator.inputs_per_neuron)
+    count = operator.neurons if operator.groups > 1 else max(1, BLOCK_ELEMENTS // operator.inputs_per_neuron)
     return [slice(start, start + count) for start in range(0, operator.neurons, count)]
 
 

@@ -7,14 +7,14 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from patterns.compilation import Function, compiled, compiling, graph_of, warm_runs
+from patterns.compilation import Function, capture_graph, compile_graph, translate_errors, warm_up_runs
 from patterns.errors import UserError
 from patterns.moments.gram import PatchAccumulator, PatchMoments
 from patterns.moments.moments import Accumulator, Moments, RequiredSums
 from patterns.moments.position_sampling import PositionSampler
 from patterns.moments.sampled import SampledAccumulator
 from patterns.operators.operator import Inputs, Operator
-from patterns.tracing.inputs import batch_of, images_of, ready_inputs
+from patterns.tracing.inputs import require_batch, select_images, validate_inputs
 from patterns.tracing.network import Network
 
 M_co = TypeVar("M_co", covariant=True)
@@ -27,7 +27,7 @@ class Fed(Protocol[M_co]):
 
     def reset(self) -> None: ...
 
-    def settle(self) -> None: ...
+    def flush(self) -> None: ...
 
     def tensors(self) -> Mapping[str, Tensor]: ...
 
@@ -80,9 +80,9 @@ class OperatorObserver(Generic[M_co]):
             raise UserError("--compile", what, "Take all positions, or do without.")
         batch = self._network.like.new_zeros((batch_size, *self._network.input_shape))
         try:
-            with compiling(mode, batch), torch.no_grad():
-                run = compiled(graph_of(self._module, batch), mode, batch)
-                for _ in warm_runs(mode):
+            with translate_errors(mode, batch), torch.no_grad():
+                run = compile_graph(capture_graph(self._module, batch), mode, batch)
+                for _ in warm_up_runs(mode):
                     run(batch)
                 self._compiled[batch.shape] = run
         finally:
@@ -94,10 +94,10 @@ class OperatorObserver(Generic[M_co]):
         seeds: of each image, for what draws positions from it, so that the sums depend neither on the order of images
         nor on their batches; without any, images are numbered as they come.
         """
-        batch = ready_inputs(batch_of(batch, self._network.input_shape), self._like)
+        batch = validate_inputs(require_batch(batch, self._network.input_shape), self._like)
         if self._draw is not None:
             numbers = range(self._seen, self._seen + len(batch)) if seeds is None else seeds
-            self._draw.begin(torch.tensor(numbers, dtype=torch.int64).to(batch.device))
+            self._draw.start_pass(torch.tensor(numbers, dtype=torch.int64).to(batch.device))
             batch = to_channels_last(batch)
         self._seen += len(batch)
         run = self._compiled.get(batch.shape)
@@ -107,10 +107,10 @@ class OperatorObserver(Generic[M_co]):
         with torch.inference_mode():
             return self._module(batch)
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Sum what was gathered and waits for more, as at the end of a shard: so its sums depend on the shard alone."""
         for accumulator in self._fed.values():
-            accumulator.settle()
+            accumulator.flush()
 
     def reset(self) -> None:
         """Forget all sums."""
@@ -205,7 +205,7 @@ def moments_over(observer: OperatorObserver[M_co], batches: Iterable[Any]) -> di
     """Return what an observer takes of some batches. UserError if there is none."""
     count = 0
     for batch in batches:
-        observer.update(images_of(batch))
+        observer.update(select_images(batch))
         count += 1
     if not count:
         raise UserError("batches", "there is none", "Give at least one; a generator gives its batches only once.")

@@ -1,11 +1,6 @@
-"""Sums over data: the sufficient statistics of the estimators."""
+"""Sums over data from which patterns are computed."""
 
 from patterns.moments.gram import patch_moments_bytes
 from patterns.moments.moments import RequiredSums, buffer_bytes, moments_bytes
 
-__all__ = [
-    "RequiredSums",
-    "buffer_bytes",
-    "moments_bytes",
-    "patch_moments_bytes",
-]
+__all__ = ["RequiredSums", "buffer_bytes", "moments_bytes", "patch_moments_bytes"]

@@ -1,8 +1,7 @@
-"""Moments with the Gram matrix Σxxᵀ, over patches at positions sampled from each image.
+"""Moments with the Gram matrix Σxxᵀ, over patches at sampled positions.
 
-The quality of a pattern needs Σxxᵀ, the one sum that is no weight gradient: here patches are written
-out, but only at the sampled positions, gathered by index. Everything that enters the quality of an
-operator is summed over the same patches.
+The quality of a pattern needs Σxxᵀ, the only sum that is not a weight gradient. So the patches are written out here,
+at the sampled positions only. All sums that enter the quality of an operator are taken over the same patches.
 """
 
 from collections.abc import Mapping
@@ -11,23 +10,29 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from patterns.moments import moments as sums
-from patterns.moments.moments import Moments, RequiredSums, moments_bytes
+from patterns.moments.moments import Moments, RequiredSums, Sums, moments_bytes, require, zero_moments
 from patterns.moments.patch_gathering import PatchGatherer, flatten_positions, gather_positions
 from patterns.moments.position_sampling import PositionSampler
 from patterns.operators.operator import Inputs, Operator
 
-# Elements of patches written out at a time: 64 MiB of float64.
-PATCH_ELEMENTS = 2**23
-SUMS = RequiredSums()
+PATCH_ELEMENTS = 2**23  # elements of patches that are written out at once: 64 MiB of float64
+ALL_SUMS = RequiredSums()
 
 
 @dataclass(frozen=True)
 class PatchMoments:
-    """Sums over sampled patches, those of second order in x included; a commutative monoid under `+`.
+    """Moments of sampled patches, including Σxxᵀ. Patch moments of different data add up with `+`.
 
-    moments: the sums of `Moments` over the sampled patches, Σx and Σxy among them.
-    xx: Σxxᵀ of the inputs that a group of neurons shares, float64, shape (G, D, D).
+    Attributes:
+        moments: The moments of the sampled patches, with all large sums.
+        xx: Σxxᵀ for each group of neurons that share their inputs, float64, shape (G, D, D).
+
+    Example:
+        >>> import torch, patterns
+        >>> network = patterns.trace(torch.nn.Linear(3, 2), torch.zeros(2, 3))
+        >>> found = patterns.accumulate_patches(network, [torch.eye(3)], ["linear.0"])["linear.0"]
+        >>> torch.equal(found.xx[0], torch.eye(3, dtype=torch.float64))
+        True
     """
 
     moments: Moments
@@ -38,96 +43,117 @@ class PatchMoments:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held."""
+        """Number of bytes of the sums."""
         return self.moments.nbytes + self.xx.nbytes
 
     def tensors(self) -> dict[str, Tensor]:
-        """The sums as named tensors: those of `Moments.tensors`, and `xx`."""
+        """Return the sums by name: those of `Moments.tensors`, and `xx`."""
         return {**self.moments.tensors(), "xx": self.xx}
 
     @staticmethod
     def from_tensors(named: Mapping[str, Tensor]) -> "PatchMoments":
-        """The inverse of `tensors`. KeyError where a sum is missing, ValueError where one is not known."""
+        """Return the moments with these sums; the inverse of `tensors`.
+
+        Args:
+            named: The sums by name.
+
+        Raises:
+            KeyError: If a sum is missing.
+            ValueError: If a name is unknown.
+        """
         return PatchMoments(Moments.from_tensors({k: t for k, t in named.items() if k != "xx"}), named["xx"])
 
 
 def zero_patch_moments(operator: Operator) -> PatchMoments:
-    """The neutral element: the sums of no patches, on the operator's device."""
+    """Return the moments of no patches, on the operator's device."""
     d = operator.inputs_per_neuron
     xx = torch.zeros((operator.groups, d, d), dtype=torch.float64, device=operator.weight.device)
-    return PatchMoments(sums.zero_moments(operator, SUMS), xx)
+    return PatchMoments(zero_moments(operator, ALL_SUMS), xx)
 
 
 def patch_moments_bytes(operator: Operator) -> int:
-    """Bytes of an operator's PatchMoments, known before any data is read."""
-    return moments_bytes(operator, SUMS) + 8 * operator.groups * operator.inputs_per_neuron**2
+    """Return the bytes of an operator's `PatchMoments`, before any data is read.
+
+    Args:
+        operator: The operator.
+
+    Example:
+        >>> import torch, patterns
+        >>> operator = patterns.trace(torch.nn.Linear(3, 2), torch.zeros(2, 3)).operators["linear.0"]
+        >>> patch_moments_bytes(operator) - moments_bytes(operator, RequiredSums()) == 8 * 3 * 3
+        True
+    """
+    return moments_bytes(operator, ALL_SUMS) + 8 * operator.groups * operator.inputs_per_neuron**2
 
 
 class PatchAccumulator:
-    """PatchMoments of one operator, grown in place batch by batch.
+    """Accumulator of the `PatchMoments` of one operator over batches.
 
-    Patches and outputs y = wᵀx are taken to float64 before anything is multiplied, whatever the model's
-    precision: the sampled patches are few, and the small eigenvalues of Cov[x] and the exact kernel of
-    Cov[d] (wᵀd = 0) survive neither float32 sums nor outputs rounded to float32. Activations with a
-    mean of m deviations lose m² of 2⁵³. The gate alone is the model's own.
-
-    draw: which positions count.
+    Patches are converted to float64, and y = wᵀx is computed from them, whatever the model's precision: the sampled
+    patches are few, and neither the small eigenvalues of Cov[x] nor the exact kernel of Cov[d] (wᵀd = 0) survive
+    float32 sums or outputs rounded to float32. Activations with a mean of m deviations lose m² of 2⁵³. Only the
+    gate is computed from the model's own outputs.
     """
 
-    def __init__(self, operator: Operator, draw: PositionSampler) -> None:
-        self._operator, self._draw, self._gather = operator, draw, PatchGatherer(operator)
+    def __init__(self, operator: Operator, sampler: PositionSampler) -> None:
+        """Start with sums of 0; `sampler` selects the positions of each image."""
+        self._operator, self._sampler, self._gatherer = operator, sampler, PatchGatherer(operator)
         self.reset()
 
     def reset(self) -> None:
-        """Forget all sums."""
+        """Set the sums to 0."""
         self._sums = zero_patch_moments(self._operator)
 
-    def settle(self) -> None:
-        """Sum what waits: nothing does."""
+    def flush(self) -> None:
+        """Do nothing: this accumulator does not buffer."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """The sums so far by name: the very tensors that the next batch changes."""
+        """Return the current sums by name. The next `update` changes these tensors in place."""
         return self._sums.tensors()
 
     def moments(self) -> PatchMoments:
-        """The sums so far: a copy on the CPU."""
+        """Return a copy of the current moments on the CPU."""
         return PatchMoments.from_tensors({name: t.to("cpu", copy=True) for name, t in self.tensors().items()})
 
     @torch.no_grad()
     def update(self, inputs: Inputs, z: Tensor) -> None:
-        """Add a batch: the operator's inputs, and its outputs z = y + b in the model's own layout."""
+        """Add a batch.
+
+        Args:
+            inputs: The operator's inputs.
+            z: The operator's outputs y + b, in the model's layout.
+        """
         op = self._operator
         if not z.numel():
             return
-        drawn = self._draw.of(op.name, z[0].numel() // op.neurons)
+        sampled = self._sampler.sample(op.name, z[0].numel() // op.neurons)
         gate = None if op.gate is None else flatten_positions(op.gate.open(z), op.operator_type.axis)
-        images = max(1, PATCH_ELEMENTS // (drawn.shape[1] * op.groups * op.inputs_per_neuron))
+        images = max(1, PATCH_ELEMENTS // (sampled.shape[1] * op.groups * op.inputs_per_neuron))
         for start in range(0, len(z), images):
-            part = slice(start, start + images)
-            x = self._gather.by_group(tuple(i[part] for i in inputs), drawn[part]).double()
-            mask = (
-                None
-                if gate is None
-                else gather_positions(gate[part], drawn[part], gate.new_empty(x.shape[1], op.neurons))
-            )
-            self._add(x, None if mask is None else mask.mT.double())
+            chunk = slice(start, start + images)
+            x = self._gatherer.gather_by_group(tuple(i[chunk] for i in inputs), sampled[chunk]).double()
+            mask = None
+            if gate is not None:
+                out = gate.new_empty(x.shape[1], op.neurons)
+                mask = gather_positions(gate[chunk], sampled[chunk], out).mT.double()
+            self._add(x, mask)
 
     def _add(self, x: Tensor, mask: Tensor | None) -> None:
-        """Add patches (G, n, D), and where they open the gate, (K, n)."""
+        """Add patches (G, n, D), of which those with mask 1, (K, n), open the gate."""
         weight = self._operator.weight.double().flatten(1).unflatten(0, (len(x), -1))
         y = (weight @ x.mT).flatten(0, 1)
         total, opened = self._sums.moments.total, self._sums.moments.open
         self._sums.xx.baddbmm_(x.mT, x)
-        add(total, torch.full_like(total.n, x.shape[1]), y, y, x.sum(1), x)
+        add_samples(total, torch.full_like(total.n, x.shape[1]), y, y, x.sum(1), x)
         if opened is not None and mask is not None:
             x_open = (mask.unflatten(0, (len(x), -1)) @ x).flatten(0, 1)
-            add(opened, mask.sum(1).long(), y, mask * y, x_open, x)
+            add_samples(opened, mask.sum(1).long(), y, mask * y, x_open, x)
 
 
-def add(into: sums.Sums, n: Tensor, y: Tensor, y_chosen: Tensor, x_sum: Tensor, x: Tensor) -> None:
-    """Add n samples: y (K, n), the same with 0 for what is not chosen, Σx of the chosen, patches (G, n, D)."""
-    into.n.add_(n)
-    into.y.add_(y_chosen.sum(1))
-    into.yy.add_((y * y_chosen).sum(1))
-    sums.required(into.x).add_(x_sum)
-    sums.required(into.xy).add_((y_chosen.unflatten(0, (len(x), -1)) @ x).flatten(0, 1))
+def add_samples(sums: Sums, n: Tensor, y: Tensor, y_masked: Tensor, x_sum: Tensor, x: Tensor) -> None:
+    """Add n samples, given y (K, n), y times its mask, Σx over the samples with mask 1, and patches (G, n, D)."""
+    sums.n.add_(n)
+    sums.y.add_(y_masked.sum(1))
+    sums.yy.add_((y * y_masked).sum(1))
+    require(sums.x).add_(x_sum)
+    require(sums.xy).add_((y_masked.unflatten(0, (len(x), -1)) @ x).flatten(0, 1))

@@ -1,4 +1,4 @@
-"""Which positions of each image are sampled."""
+"""Which positions of each image are sampled for which operator."""
 
 import hashlib
 from collections import Counter
@@ -8,90 +8,106 @@ from torch import Tensor
 
 from patterns.errors import UserError
 
-# splitmix64 (Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators"): a number for each counter,
-# the same on every device. As int64, in which torch wraps as C does.
+# splitmix64 (Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators") maps each counter to the
+# same number on every device. The constants are int64, because torch's int64 wraps around as C's unsigned does.
 STEP = 0x9E3779B97F4A7C15 - 2**64
 FACTORS = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
 SHIFTS = (30, 27, 31)
 
 
-def salt_of(seed: int, name: str, call: int) -> int:
-    """What tells an operator's draw from others'."""
+def make_salt(seed: int, name: str, call: int) -> int:
+    """Return a number, int64, that differs by seed, operator name and call."""
     digest = hashlib.sha256(f"positions/{seed}/{name}/{call}".encode()).digest()
     return int.from_bytes(digest[:8], "big", signed=True)
 
 
 def mix(values: Tensor) -> Tensor:
-    """splitmix64's finaliser, int64 to int64, one to one."""
+    """Apply splitmix64's finalizer, a one-to-one map from int64 to int64."""
     for shift, factor in zip(SHIFTS, (*FACTORS, 1)):
-        values = (values ^ shifted(values, shift)) * factor
+        values = (values ^ shift_right(values, shift)) * factor
     return values
 
 
-def shifted(values: Tensor, by: int) -> Tensor:
-    """int64 as 64 bits, shifted right, zeros coming in."""
+def shift_right(values: Tensor, by: int) -> Tensor:
+    """Shift int64 as 64 unsigned bits to the right."""
     return (values >> by) & (2 ** (64 - by) - 1)
 
 
 def draw_uniform(seeds: Tensor, salts: Tensor, count: int) -> Tensor:
-    """Numbers in [0, 1), float64 (R, N, count), for seeds int64 (N,) and salts int64 (R,); others give others."""
+    """Return numbers in [0, 1), float64 (R, N, count), for seeds (N,) and salts (R,), both int64."""
     counters = torch.arange(1, count + 1, device=seeds.device) * STEP
     states = mix(seeds + salts[:, None])[..., None] + counters
-    return shifted(mix(states), 11).double() * 2.0**-53
+    return shift_right(mix(states), 11).double() * 2.0**-53
 
 
-def drawn_positions(seeds: Tensor, salts: Tensor, available: Tensor, positions: int) -> Tensor:
-    """For each draw and image, which positions to take: int64 (R, N, positions), no one twice, in any order.
+def sample_positions(seeds: Tensor, salts: Tensor, available: Tensor, positions: int) -> Tensor:
+    """Sample positions of each image without replacement, in no particular order.
 
-    Each is taken with the same probability, so that sums are unbiased. The draw is stratified: one from each of as
-    many stretches of about equal length, laid round the image from a random start.
-    seeds: of the images, int64 (N,).  salts, available: of each draw what tells it from others, and of how many
-    positions it is, more than are drawn; int64 (R,).
+    All positions have the same probability, so sums are unbiased. The sample is stratified: the image's positions
+    are divided into `positions` stretches of about equal length, beginning at a random position, and one is taken
+    from each stretch.
+
+    Args:
+        seeds: The seed of each image, int64 (N,).
+        salts: One number for each sample to draw, which makes it independent of the others; int64 (R,).
+        available: How many positions there are to choose from, more than `positions`; int64 (R,).
+        positions: How many to take.
+
+    Returns:
+        Indices, int64 (R, N, positions).
     """
     edges = torch.arange(positions + 1, device=seeds.device) * available[:, None] // positions
     numbers, lengths = draw_uniform(seeds, salts, positions + 1), edges.diff()[:, None]
-    # Rounding up to the next whole number is the one thing that could leave a stretch.
-    inside = torch.minimum((numbers[..., :-1] * lengths).long(), lengths - 1)
-    of = available[:, None, None]
-    return (edges[:, None, :-1] + inside + (numbers[..., -1:] * of).long()) % of
+    # The product may be rounded up to the length, which would be in the next stretch.
+    offsets = torch.minimum((numbers[..., :-1] * lengths).long(), lengths - 1)
+    count = available[:, None, None]
+    return (edges[:, None, :-1] + offsets + (numbers[..., -1:] * count).long()) % count
 
 
 class PositionSampler:
-    """Which positions of each image count, for one operator's call others than for another's.
+    """Sampler of the positions of each image that count, independently for each operator and call.
 
-    An image's seed, the operator's name, `seed` and, where one pass calls the operator several times, by which call
-    it is, say which: neither the order of images nor their batches. All draws of a pass are made at once, as far as
-    the passes before told of them: they are of few numbers, and each alone would cost as many small operations.
-
-    positions: of each image, without replacement; all where an image has no more.  UserError for none.
+    The positions follow from the image's seed, the operator's name, `seed` and, if one pass calls the operator
+    several times, the number of the call. They depend neither on the order of the images nor on the batches. From
+    the second pass on, the samples for all calls are drawn at once: each consists of few numbers, and drawn alone it
+    would cost as many small operations as all together.
     """
 
     def __init__(self, positions: int, seed: int = 0) -> None:
+        """Sample `positions` of each image, or all if it has no more; UserError if `positions` is below 1."""
         if positions < 1:
-            raise UserError("--gram-positions", f"{positions} is no number of positions", "Give at least 1.")
+            raise UserError("", f"{positions} is not a number of positions", "Pass at least 1.", "positions")
         self._positions, self._seed = positions, seed
-        self._rows: dict[tuple[str, int, int], int] = {}  # by name, call and available positions: a number
+        self._rows: dict[tuple[str, int, int], int] = {}  # row number by name, call and available positions
         self._constants = torch.empty(2, 0, dtype=torch.int64)  # salt and available positions of each row
 
-    def begin(self, seeds: Tensor) -> None:
-        """The next pass is of images with these seeds, int64 (N,)."""
+    def start_pass(self, seeds: Tensor) -> None:
+        """Start a pass over images with these seeds, int64 (N,)."""
         self._seeds, self._calls = seeds, Counter[str]()
         self._constants = self._constants.to(seeds.device)
-        self._drawn = list(self._draws(self._constants))
+        self._sampled = list(self._sample_rows(self._constants))
 
-    def of(self, name: str, available: int) -> Tensor:
-        """The positions for the next call of an operator, which has so many: int64 (N, ≤ positions)."""
+    def sample(self, name: str, available: int) -> Tensor:
+        """Return the positions for the next call of an operator in this pass.
+
+        Args:
+            name: The operator's name.
+            available: How many positions its output has.
+
+        Returns:
+            Indices of positions, int64 (N, ≤ positions).
+        """
         key = (name, self._calls[name], available)
         self._calls[name] += 1
         if self._positions >= available:
             return torch.arange(available, device=self._seeds.device).expand(len(self._seeds), -1)
         if key not in self._rows:
             self._rows[key] = len(self._rows)
-            constants = torch.tensor([[salt_of(self._seed, *key[:2])], [available]], device=self._seeds.device)
+            constants = torch.tensor([[make_salt(self._seed, *key[:2])], [available]], device=self._seeds.device)
             self._constants = torch.cat([self._constants, constants], 1)
-            self._drawn += self._draws(constants)
-        return self._drawn[self._rows[key]]
+            self._sampled += self._sample_rows(constants)
+        return self._sampled[self._rows[key]]
 
-    def _draws(self, constants: Tensor) -> Tensor:
+    def _sample_rows(self, constants: Tensor) -> Tensor:
         salts, available = constants
-        return drawn_positions(self._seeds, salts, available, self._positions)
+        return sample_positions(self._seeds, salts, available, self._positions)

@@ -55,7 +55,7 @@ def test_moments_are_those_of_the_cpu(model: nn.Module, positions: int | None) -
     for device in ("cpu", "cuda"):
         observer = Observer(on(device, model), positions=positions)
         observer.update(images().to(device), range(8))
-        observer.settle()
+        observer.flush()
         found.append(observer.moments())
     for name, expected in found[0].items():
         for field, sums in expected.tensors().items():

@@ -47,7 +47,7 @@ class Case:
     def moments(self, inputs: tuple[Tensor, ...], positions: int = ALL, seed: int = 0) -> PatchMoments:
         draw = PositionSampler(positions, seed)
         accumulator = PatchAccumulator(self.operator, draw)
-        draw.begin(torch.arange(len(inputs[0])))
+        draw.start_pass(torch.arange(len(inputs[0])))
         accumulator.update(inputs, self.operator(*inputs))
         return accumulator.moments()
 
@@ -58,8 +58,8 @@ class Case:
 def drawn(seeds: Tensor, name: str, available: int, positions: int, seed: int = 0, call: int = 0) -> Tensor:
     """The positions that count at one call of an operator."""
     draw = PositionSampler(positions, seed)
-    draw.begin(seeds)
-    return [draw.of(name, available) for _ in range(call + 1)][-1]
+    draw.start_pass(seeds)
+    return [draw.sample(name, available) for _ in range(call + 1)][-1]
 
 
 def case(kind: OperatorType, weight: Tensor, *shapes: tuple[int, ...], unfold: Callable[..., list[Tensor]]) -> Case:

@@ -254,7 +254,7 @@ def test_neurons_solved_in_blocks_have_the_same_patterns(
     moments = moments_of(case, choice)
     whole = solve(case.operator, moments, choice)
     for block in (1, 20, 60):
-        monkeypatch.setattr("patterns.estimation.estimators.BLOCK", block)
+        monkeypatch.setattr("patterns.estimation.estimators.BLOCK_ELEMENTS", block)
         parted = solve(case.operator, moments, choice)
         assert parted.flags == whole.flags
         for row, pattern in whole.patterns.items():

@@ -31,7 +31,7 @@ def test_moments_are_taken_where_the_network_is(elsewhere: Network, positions: i
     observer = Observer(elsewhere, positions=positions)
     for _ in range(2):
         assert observer.update(torch.zeros(4, 3, 64, 64, device="meta")).device.type == "meta"
-    observer.settle()
+    observer.flush()
     assert {t.device.type for t in observer.tensors().values()} == {"meta"}
 
 

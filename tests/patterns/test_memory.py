@@ -15,7 +15,7 @@ def test_the_measure_sees_what_operations_make_and_what_they_need_inside() -> No
     size, few = ones.nbytes, 64  # the numbers that are added
     assert peak(lambda: ones + 1) == pytest.approx(size, abs=few)
     assert peak(lambda: (ones + 1) + 1) == pytest.approx(2 * size, abs=few)
-    # A sum in float64 and, inside, a copy of what is added to it: the reason for patterns.moments.moments.PIECE.
+    # A sum in float64 and, inside, a copy of what is added to it: the reason for patterns.moments.moments.CHUNK_ELEMENTS.
     assert peak(lambda: torch.zeros(2**20, dtype=torch.float64).add_(ones)) == pytest.approx(4 * size, abs=few)
 
 
@@ -40,7 +40,7 @@ def test_accumulating_needs_at_most_a_third_more_than_forward_and_backward_besid
     head: Callable[[], list[nn.Module]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # As much smaller as this network is than VGG-16: 2²² of 103 million weights, and of 13 million activations.
-    monkeypatch.setattr("patterns.moments.moments.PIECE", 2**18)
+    monkeypatch.setattr("patterns.moments.moments.CHUNK_ELEMENTS", 2**18)
     monkeypatch.setattr("patterns.operators.winograd.BLOCK", 2**18)
     torch.manual_seed(0)
     model = nn.Sequential(*convolutions(), *head()).eval().requires_grad_(False)

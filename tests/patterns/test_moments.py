@@ -74,7 +74,7 @@ def assert_brute_force(case: Case) -> None:
 @pytest.mark.parametrize("strategy", [*STRATEGIES, "wide convolution"])
 def test_moments_equal_sums_over_samples_written_out(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if strategy == "wide convolution":
-        monkeypatch.setattr("patterns.operators.winograd.WIDE", 0)
+        monkeypatch.setattr("patterns.operators.winograd.MIN_CHANNEL_COLUMNS", 0)
         strategy = "convolution"
 
     @given(any_case(strategy))
@@ -210,7 +210,7 @@ def test_sums_that_are_not_wanted_are_not_taken_and_change_no_others(left_out: s
 
 
 @pytest.mark.parametrize("name", ["conv2d", "conv2d in groups", "transposed conv1d", "linear on tokens", "addition"])
-@pytest.mark.parametrize("limit", ["AT_ONCE", "PIECE"])
+@pytest.mark.parametrize("limit", ["CHUNK_POSITIONS", "CHUNK_ELEMENTS"])
 def test_a_batch_summed_in_pieces_gives_the_same_sums(limit: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = fixed(name, "relu")
     whole = case.moments()
@@ -236,7 +236,7 @@ def test_activations_thirty_deviations_from_zero_keep_their_patterns_in_float32(
     layer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if layer == "wide convolution":
-        monkeypatch.setattr("patterns.operators.winograd.WIDE", 0)
+        monkeypatch.setattr("patterns.operators.winograd.MIN_CHANNEL_COLUMNS", 0)
         layer = "convolution"
     torch.manual_seed(2)
     make, shape = LAYERS[layer]

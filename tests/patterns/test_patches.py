@@ -91,10 +91,10 @@ def test_the_draw_depends_on_seed_operator_call_and_image_alone() -> None:
 def test_draws_made_at_once_are_those_made_one_by_one() -> None:
     draw, calls = PositionSampler(5), [("a", 1000), ("b", 77), ("a", 9), ("c", 5), ("b", 77)]
     for seeds in (torch.tensor([3, 8, -5]), torch.tensor([4]), torch.tensor([3, 8])):
-        draw.begin(seeds)
+        draw.start_pass(seeds)
         seen: list[str] = []
         for name, available in calls:
-            assert torch.equal(draw.of(name, available), drawn(seeds, name, available, 5, call=seen.count(name)))
+            assert torch.equal(draw.sample(name, available), drawn(seeds, name, available, 5, call=seen.count(name)))
             seen.append(name)
 
 
@@ -165,11 +165,11 @@ def test_images_give_the_same_sums_in_any_order_and_batches(cuts: list[int]) -> 
     (x,), seeds = case.inputs(7, 1), torch.arange(7) * 5
     draws = PositionSampler(3), PositionSampler(3)
     whole, cut = (PatchAccumulator(case.operator, draw) for draw in draws)
-    draws[0].begin(seeds)
+    draws[0].start_pass(seeds)
     whole.update((x,), case.operator(x))
     order = torch.tensor([4, 2, 6, 0, 1, 5, 3])
     for part, told in zip(x[order].split(cuts), seeds[order].split(cuts)):
-        draws[1].begin(told)
+        draws[1].start_pass(told)
         cut.update((part,), case.operator(part))
     assert_same(cut.moments(), whole.moments(), rtol=1e-11)
 

@@ -132,7 +132,7 @@ def test_the_two_component_quality_needs_the_gates_sums() -> None:
     operator = Operator("it", Linear(), normal(2, 3), None, (), (), "")
     draw = PositionSampler(ALL)
     accumulator = PatchAccumulator(operator, draw)
-    draw.begin(torch.arange(9))
+    draw.start_pass(torch.arange(9))
     accumulator.update((normal(9, 3),), operator(normal(9, 3)))
     moments = accumulator.moments()
     with pytest.raises(ValueError, match="taken without the sums that this needs"):

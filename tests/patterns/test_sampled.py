@@ -36,15 +36,15 @@ def of_drawn(case: Case, inputs: tuple[Tensor, ...], positions: int) -> list[Neu
 def test_sums_are_those_of_the_drawn_positions(
     name: str, block: int, products: int, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sampled, "BLOCK", ((block, 2**23),) * 2)
-    monkeypatch.setattr(sampled, "PRODUCTS", (products, products))
+    monkeypatch.setattr(sampled, "BLOCK_LIMITS", ((block, 2**23),) * 2)
+    monkeypatch.setattr(sampled, "PRODUCT_ELEMENTS", (products, products))
     case = KINDS[name]()
     inputs = tuple(x.contiguous(memory_format=layout) if x.dim() == 4 else x for x in case.inputs(5, 1))
     draw = PositionSampler(2, seed=7)
     accumulator = SampledAccumulator(case.operator, RequiredSums(), draw)
     for at in (slice(0, 3), slice(3, 5)):
         part = tuple(x[at] for x in inputs)
-        draw.begin(torch.arange(5)[at])
+        draw.start_pass(torch.arange(5)[at])
         accumulator.update(part, case.operator(*part))
     found, truth = accumulator.moments(), of_drawn(case, inputs, 2)
     assert {name: t.dtype for name, t in found.tensors().items() if t.dtype != torch.float64}.keys() <= {

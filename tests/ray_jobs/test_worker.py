@@ -31,7 +31,7 @@ class Observed:
 
     def reset(self) -> None: ...
 
-    def settle(self) -> None: ...
+    def flush(self) -> None: ...
 
     def update(self, images: Tensor, seeds: list[int]) -> Tensor:
         time.sleep(STEP)
@@ -102,7 +102,7 @@ def test_a_shard_that_failed_ahead_and_was_mended_is_read_anew(worker: MomentsWo
     Path(second.shard).write_bytes(whole[:600])
     list(worker.work(first, second))
     assert worker.following is not None
-    worker.following[1].ahead.made.wait(60)
+    worker.following[1].prefetcher.made.wait(60)
     Path(second.shard).write_bytes(whole)
     (*_, told) = worker.work(second, None)
     assert told.samples == 4
