@@ -1,10 +1,30 @@
 """PatternNet and PatternAttribution (Kindermans et al., ICLR 2018) in plain torch.
 
-trace a model → accumulate its moments over data → solve for patterns → judge their quality → explain.
+The steps are: `trace` a model into a network of linear operators, `accumulate` the moments of data, `solve` for the
+patterns of each operator, measure their `quality`, and explain inputs with an `Explainer`.
+
+`PatternAttributionComposite` (for zennit) and `quantus_explain` (for Quantus) are imported on first use, because
+importing zennit is slow.
+
+Example:
+    >>> import torch
+    >>> from patterns import Explainer, accumulate, choose, solve, trace
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
+    >>> data = torch.randn(64, 4)
+    >>> network = trace(model, data[:2])
+    >>> moments = accumulate(network, [data])
+    >>> solutions = {name: solve(op, moments[name]).patterns for name, op in network.operators.items()}
+    >>> explainer = Explainer(network, choose(network, solutions), ["patternattribution"])
+    >>> explainer(data[:5]).maps["patternattribution"].shape
+    torch.Size([5, 4])
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from patterns.attribution.captum_api import PatternAttribution, PatternNet
-from patterns.attribution.explainer import Explainer, Explanation
+from patterns.attribution.explainer import Explainer
+from patterns.attribution.explanation import Explanation
 from patterns.attribution.methods import METHODS
 from patterns.errors import UserError
 from patterns.estimation.estimators import CHOICES, ESTIMATORS, Solution, solve
@@ -17,6 +37,9 @@ from patterns.moments.moments import Moments, Sums
 from patterns.operators.operator import Gate, Operator
 from patterns.tracing.digests import digest
 from patterns.tracing.network import Network, trace
+
+if TYPE_CHECKING:
+    from patterns.attribution.adapters import PatternAttributionComposite, quantus_explain
 
 __all__ = [
     "CHOICES",
@@ -33,6 +56,7 @@ __all__ = [
     "PatchMoments",
     "PatchObserver",
     "PatternAttribution",
+    "PatternAttributionComposite",
     "PatternNet",
     "Solution",
     "Sums",
@@ -44,7 +68,14 @@ __all__ = [
     "digest",
     "load",
     "quality",
+    "quantus_explain",
     "save",
     "solve",
     "trace",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("PatternAttributionComposite", "quantus_explain"):
+        return getattr(import_module("patterns.attribution.adapters"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

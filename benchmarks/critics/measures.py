@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from patterns.attribution.explainer import Explained, Explainer
+from patterns.attribution.backward_weights import OperatorWithBackwardWeight
+from patterns.attribution.explainer import Explainer
 from patterns.errors import UserError
 from patterns.operators.operator import Addition, AveragePool, Operator
 from patterns.tracing.network import Network
@@ -112,11 +113,11 @@ def backward_convergence(explainer: Explainer, inputs: Tensor, generator: torch.
         found[name] = cosine(*gradient.chunk(2))
 
     def follow(part: nn.Module, arguments: tuple[Any, ...]) -> None:
-        assert isinstance(part, Explained)
+        assert isinstance(part, OperatorWithBackwardWeight)
         name = part.name
         arguments[0].register_hook(lambda gradient: note(name, gradient))
 
-    parts = [part for part in module.modules() if isinstance(part, Explained)]
+    parts = [part for part in module.modules() if isinstance(part, OperatorWithBackwardWeight)]
     hooks = [part.register_forward_pre_hook(follow) for part in parts]
     twice = torch.cat([inputs, inputs]).detach().requires_grad_()
     scores = module(twice)

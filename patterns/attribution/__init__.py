@@ -1,19 +1,17 @@
 """From a network and its patterns to maps. The adapters for zennit and Quantus are in `adapters`."""
 
-from patterns.attribution.explainer import Explanation
-from patterns.attribution.methods import BASELINES, WITH_PATTERNS, method_of, settings_of
-from patterns.attribution.rendering import Shown, centred, coloured, photograph, picture, png
+from patterns.attribution.explanation import Explanation
+from patterns.attribution.methods import BASELINES, WITH_PATTERNS, parse_method, resolve_settings
+from patterns.attribution.rendering import RenderedExplanation, encode_png, render_input, render_map
 
 __all__ = [
     "BASELINES",
     "WITH_PATTERNS",
     "Explanation",
-    "Shown",
-    "centred",
-    "coloured",
-    "method_of",
-    "photograph",
-    "picture",
-    "png",
-    "settings_of",
+    "RenderedExplanation",
+    "encode_png",
+    "parse_method",
+    "render_input",
+    "render_map",
+    "resolve_settings",
 ]

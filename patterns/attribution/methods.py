@@ -1,13 +1,14 @@
-"""The methods by name, and what may be set about them.
+"""Table of the attribution methods and their settings.
 
-Most are a backward pass of the unchanged forward pass: a choice of weights for the operators (the gradient takes w,
-PatternNet the pattern a, PatternAttribution w⊙a: Kindermans et al. 2018, §3.3) and of a rule for the rectifiers. Max
-pooling and changes of shape keep their usual backward. Such methods share the forward pass.
+A method is either a backward pass or a procedure of its own. A backward pass leaves the forward pass unchanged and
+chooses two things: the weights that the operators use backward (w for the gradient, the pattern a for PatternNet, w⊙a
+for PatternAttribution: Kindermans et al. 2018, §3.3), and a rule for the rectifiers. Max pooling and reshaping keep
+their usual backward. All backward passes share one forward pass.
 
-`gradient-x-input` is x ⊙ ∂z/∂x, so it starts from 1. In a rectifier network it equals LRP-z, which starts from
-the target's value z: there an input x of a neuron z receives x w R/z, so R/z is handed back as a gradient is,
-and a rectifier's output is z times its slope (Shrikumar et al. 2016, arXiv 1605.01713; Kindermans et al. 2016,
-arXiv 1611.07270).
+`gradient-x-input` is x ⊙ ∂z/∂x, so its output gradient is 1. In a rectifier network it equals LRP-z, whose output
+gradient is the target's value z: there, an input x of a neuron z receives x w R/z, so R/z propagates like a gradient,
+and a rectifier's output is z times its slope (Shrikumar et al. 2016, arXiv 1605.01713; Kindermans et al. 2016, arXiv
+1611.07270).
 """
 
 from collections.abc import Callable, Mapping
@@ -17,123 +18,152 @@ from importlib import import_module
 from torch import Tensor
 
 from patterns.attribution import baselines
-from patterns.attribution.baselines import Map, Settings
-from patterns.attribution.rectifier_rules import Rule, gated, gated_and_rectified, rectified
+from patterns.attribution.baselines import MapFunction, Settings
+from patterns.attribution.rectifier_rules import Rule, gate, gate_and_rectify, rectify
 from patterns.errors import UserError
 from patterns.tracing.network import Network
 
 
 @dataclass(frozen=True)
-class Backward:
-    """A way back through the network; positively homogeneous in the gradient, so that scaling is exact.
+class BackwardPass:
+    """A backward pass through the network. It is positively homogeneous in the gradient, so scaling it is exact.
 
-    operator: the backward weight, from an operator's weight and pattern.
-    starts_from_value: it starts from the target's value, else from 1.
-    estimator: whose patterns it takes; "": those that the explainer takes by default.
+    Attributes:
+        operator: Function from an operator's weight and pattern to its backward weight.
+        rectifier: The rule for rectifiers.
+        needs_patterns: Whether `operator` uses the pattern.
+        starts_from_value: Whether the output gradient is the target's value; otherwise it is 1.
+        estimator: The estimator whose patterns are used; "" for the explainer's default patterns.
     """
 
     operator: Callable[[Tensor, Tensor | None], Tensor | None]
-    rectifier: Rule = gated
+    rectifier: Rule = gate
     needs_patterns: bool = False
     starts_from_value: bool = False
     estimator: str = ""
 
 
-Procedure = Callable[[Network, Settings], Map]
+Procedure = Callable[[Network, Settings], MapFunction]
 
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the table: a backward pass, which methods of the same one share, or a procedure of its own.
+    """A row of `METHODS`: either a backward pass, which several methods can share, or a procedure of its own.
 
-    times_input: the map is the pass's result times the input.
-    attributes: the map says how much each input contributed; else it is a signal, an image of its own.
-    settings: what may be set about it, and the values that it has else.
+    Attributes:
+        backward: The backward pass; None for a procedure.
+        times_input: Whether the map is the result of the backward pass times the input.
+        is_attribution: Whether the map states how much each input contributed; otherwise it is a signal, an image.
+        procedure: Function from the network and the settings to the function that computes maps.
+        settings: The settings and their defaults. An int stands for a setting that must be a whole number.
     """
 
-    backward: Backward | None = None
+    backward: BackwardPass | None = None
     times_input: bool = False
-    attributes: bool = False
+    is_attribution: bool = False
     procedure: Procedure | None = None
     settings: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def needs_patterns(self) -> bool:
+        """Whether the method uses patterns."""
         return self.backward is not None and self.backward.needs_patterns
 
 
-def weight(w: Tensor, a: Tensor | None) -> Tensor:
-    """w, whatever the pattern."""
+def use_weight(w: Tensor, a: Tensor | None) -> Tensor:
+    """Return the weight itself: the backward weight of the gradient."""
     return w
 
 
-def by_zennit(name: str) -> Procedure:
-    """A procedure of `zennit_methods`, which is imported once it is asked for: zennit takes its time."""
+def load_zennit_method(name: str) -> Procedure:
+    """Return a procedure of `zennit_methods`, which is imported on the first use because importing zennit is slow."""
 
-    def procedure(network: Network, settings: Settings) -> Map:
-        made: Map = getattr(import_module("patterns.attribution.zennit_methods"), name)(network, settings)
-        return made
+    def procedure(network: Network, settings: Settings) -> MapFunction:
+        function: MapFunction = getattr(import_module("patterns.attribution.zennit_methods"), name)(network, settings)
+        return function
 
     return procedure
 
 
-GRADIENT = Backward(weight)
-SIGNAL = Backward(lambda w, a: a, needs_patterns=True, starts_from_value=True)
-# Σ map = the target's value, less what is lost at gates and borders: patterns/evaluation/conservation.py.
+GRADIENT = BackwardPass(use_weight)
+SIGNAL = BackwardPass(lambda w, a: a, needs_patterns=True, starts_from_value=True)
+# Σ map is the target's value, less the losses at gates and borders: patterns/evaluation/conservation.py.
 ATTRIBUTION = replace(SIGNAL, operator=lambda w, a: w * a)  # type: ignore[operator]
 
 METHODS: dict[str, Method] = {
     "gradient": Method(GRADIENT),
-    "gradient-x-input": Method(GRADIENT, times_input=True, attributes=True),
-    "deconvnet": Method(Backward(weight, rectified)),
-    "guided-backprop": Method(Backward(weight, gated_and_rectified)),
+    "gradient-x-input": Method(GRADIENT, times_input=True, is_attribution=True),
+    "deconvnet": Method(BackwardPass(use_weight, rectify)),
+    "guided-backprop": Method(BackwardPass(use_weight, gate_and_rectify)),
     "patternnet": Method(SIGNAL),
-    "patternattribution": Method(ATTRIBUTION, attributes=True),
-    # S_x of the paper: the estimate that takes all of the input for signal.
-    "signal:identity": Method(procedure=lambda network, settings: lambda inputs, start, seeds: inputs.detach()),
-    "lrp-z": Method(procedure=by_zennit("lrp_z"), attributes=True, settings={"epsilon": 1e-6}),
+    "patternattribution": Method(ATTRIBUTION, is_attribution=True),
+    # S_x of the paper: the estimate that takes the whole input as signal.
+    "signal:identity": Method(procedure=lambda network, settings: lambda inputs, gradient, seeds: inputs.detach()),
+    "lrp-z": Method(procedure=load_zennit_method("lrp_z"), is_attribution=True, settings={"epsilon": 1e-6}),
     "lrp-epsilon-plus-flat": Method(
-        procedure=by_zennit("lrp_epsilon_plus_flat"), attributes=True, settings={"epsilon": 1e-6}
+        procedure=load_zennit_method("lrp_epsilon_plus_flat"), is_attribution=True, settings={"epsilon": 1e-6}
     ),
-    "smoothgrad": Method(procedure=by_zennit("smoothgrad"), settings={"samples": 20, "noise": 0.1}),
+    "smoothgrad": Method(procedure=load_zennit_method("smoothgrad"), settings={"samples": 20, "noise": 0.1}),
     "integrated-gradients": Method(
-        procedure=by_zennit("integrated_gradients"), attributes=True, settings={"steps": 20}
+        procedure=load_zennit_method("integrated_gradients"), is_attribution=True, settings={"steps": 20}
     ),
-    "random": Method(procedure=baselines.random, attributes=True),
+    "random": Method(procedure=baselines.random, is_attribution=True),
     "sobel": Method(procedure=baselines.edges),
 }
-# What every score of a map is read beside: noise, edges, and the input itself, which know nothing of the model.
-BASELINES = ("random", "sobel", "signal:identity")
+BASELINES = ("random", "sobel", "signal:identity")  # the methods that do not depend on the model
 WITH_PATTERNS = tuple(name for name, method in METHODS.items() if method.needs_patterns)
 
 
-def method_of(name: str) -> Method:
-    """The method of a name, which for those with patterns may say whose: `patternnet:linear`. UserError without one."""
+def parse_method(name: str) -> Method:
+    """Return the method of a name.
+
+    Args:
+        name: A name from `METHODS`. A method with patterns can name an estimator: `patternnet:linear`.
+
+    Raises:
+        UserError: If there is no such method.
+
+    Example:
+        >>> parse_method("patternnet:linear").backward.estimator
+        'linear'
+    """
     if name in METHODS:
         return METHODS[name]
     base, _, estimator = name.partition(":")
     method = METHODS.get(base)
     if method is None or not estimator or not method.needs_patterns:
         remedy = (
-            f"Choose from {', '.join(METHODS)}; {' and '.join(WITH_PATTERNS)} also as {WITH_PATTERNS[0]}:ESTIMATOR."
+            f"Choose from {', '.join(METHODS)}. "
+            f"{' and '.join(WITH_PATTERNS)} can name an estimator: {WITH_PATTERNS[0]}:ESTIMATOR."
         )
-        raise UserError("--methods", f"no method {name!r}", remedy)
+        raise UserError("", f"no method {name!r}", remedy, "methods")
     assert method.backward is not None
     return replace(method, backward=replace(method.backward, estimator=estimator))
 
 
-def settings_of(names: Mapping[str, Method], given: Mapping[str, float]) -> dict[str, float]:
-    """What is set of some methods, as `{method}.{setting}`: as given, else as it is by default.
+def resolve_settings(methods: Mapping[str, Method], given: Mapping[str, float]) -> dict[str, float]:
+    """Return all settings of some methods, with the defaults replaced by the given values.
 
-    UserError for a setting that none of them has, and for a value that is none: all are above 0.
+    Args:
+        methods: The methods by name.
+        given: Values by `{method}.{setting}`.
+
+    Returns:
+        A value for each `{method}.{setting}` of these methods.
+
+    Raises:
+        UserError: If no method has a given setting, or its value is not a number above 0.
+
+    Example:
+        >>> resolve_settings({"smoothgrad": METHODS["smoothgrad"]}, {"smoothgrad.samples": 5})
+        {'smoothgrad.samples': 5, 'smoothgrad.noise': 0.1}
     """
-    known = {f"{name}.{key}": value for name, method in names.items() for key, value in method.settings.items()}
+    known = {f"{name}.{key}": value for name, method in methods.items() for key, value in method.settings.items()}
     for name, value in given.items():
         if name not in known:
-            raise UserError(
-                "--set", f"no setting {name!r} of these methods", f"There are {', '.join(known) or 'none'}."
-            )
+            remedy = f"Choose from {', '.join(known)}." if known else "Leave it out: these methods have no settings."
+            raise UserError("", f"no setting {name!r} of these methods", remedy, "settings")
         if not 0 < value < float("inf") or (isinstance(known[name], int) and value != int(value)):
-            kind = "a whole number" if isinstance(known[name], int) else "a number"
-            raise UserError("--set", f"{name}={value:g}", f"Give {kind} above 0.")
+            number = "a whole number" if isinstance(known[name], int) else "a number"
+            raise UserError("", f"{name}={value:g}", f"Pass {number} above 0.", "settings")
     return known | {name: type(known[name])(value) for name, value in given.items()}

@@ -1,8 +1,8 @@
-"""Methods of others, computed by zennit (Anders et al. 2021, arXiv 2106.13200) on a traced network.
+"""Methods of other papers, computed by zennit (Anders et al. 2021, arXiv 2106.13200) on a traced network.
 
-zennit's rules work on torch's layers. Here each call of an operator becomes a layer of its own, which is treated as
-the layer that its kind stands for; so the rules reach every network that can be traced, functional calls,
-additions and folded batch norms included.
+zennit's rules apply to torch's layers. Here each call of an operator becomes a layer of its own, and zennit treats it
+like the torch layer of the same operator type. So the rules reach every network that can be traced, with functional
+calls, additions and folded batch norms.
 """
 
 from collections.abc import Iterable
@@ -18,8 +18,8 @@ from zennit.core import Composite
 from zennit.layer import Sum
 from zennit.rules import Epsilon
 
-from patterns.attribution.baselines import Map, Settings, Start, generators, noise
-from patterns.attribution.rectifier_rules import add_rules, passed
+from patterns.attribution.baselines import MapFunction, OutputGradient, Settings, draw_noise, make_generators
+from patterns.attribution.rectifier_rules import insert_rules, pass_all
 from patterns.operators.operator import (
     AveragePool,
     Convolution,
@@ -29,36 +29,38 @@ from patterns.operators.operator import (
     Scale,
     TransposedConvolution,
 )
-from patterns.tracing.network import Network, operator_calls
+from patterns.tracing.network import Network, find_operator_calls
 
 
 class Layer(nn.Module):
-    """One call of an operator. stacked: its inputs come as one tensor, along the last dimension."""
+    """One call of an operator. If `stacked`, its inputs come as one tensor, stacked along the last dimension."""
 
     def __init__(self, operator: Operator, stacked: bool) -> None:
         super().__init__()
-        self.kind, self.stacked = operator.kind, stacked
+        self.operator_type, self.stacked = operator.operator_type, stacked
         self.weight = nn.Parameter(operator.weight, requires_grad=False)
         self.bias = None if operator.bias is None else nn.Parameter(operator.bias, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.kind.forward(x.unbind(-1) if self.stacked else (x,), self.weight, self.bias)
+        """Apply the operator."""
+        return self.operator_type.forward(x.unbind(-1) if self.stacked else (x,), self.weight, self.bias)
 
 
 class Stack(nn.Module):
-    """An operator of several inputs as a layer of one, which is all that zennit's rules know."""
+    """An operator with several inputs as a layer with one, because zennit's rules handle one input."""
 
     def __init__(self, operator: Operator) -> None:
         super().__init__()
         self.layer = Layer(operator, stacked=True)
 
     def forward(self, *inputs: Tensor) -> Tensor:
+        """Stack the inputs and apply the layer."""
         return self.layer(torch.stack(torch.broadcast_tensors(*inputs), -1))
 
 
-def stand_in(kind: OperatorType) -> nn.Module:
-    """The layer of torch or zennit as which zennit's composites treat a kind."""
-    match kind:
+def equivalent_layer(operator_type: OperatorType) -> nn.Module:
+    """Return the layer of torch or zennit that zennit's composites treat like this operator type."""
+    match operator_type:
         case Convolution():
             return nn.Conv2d(1, 1, 1)
         case TransposedConvolution():
@@ -73,72 +75,78 @@ def stand_in(kind: OperatorType) -> nn.Module:
             return Sum()
 
 
-def layered(network: Network) -> GraphModule:
-    """The network in layers, with rectifiers that pass on all relevance."""
+def convert_to_layers(network: Network) -> GraphModule:
+    """Return the network with a `Layer` for each call of an operator and rectifiers that pass all relevance."""
     module = network.rewrite(lambda op: op)
-    for number, (node, operator) in enumerate(list(operator_calls(module))):
-        node.target = f"layers.{number}"  # zennit's hooks remember one call of a layer
+    for number, (node, operator) in enumerate(list(find_operator_calls(module))):
+        node.target = f"layers.{number}"  # one layer per call, because zennit's hooks store one call of a layer
         several = len(operator.input_shapes) > 1
         module.add_submodule(node.target, Stack(operator) if several else Layer(operator, stacked=False))
     module.recompile()
-    add_rules(module, lambda: passed)
+    insert_rules(module, lambda: pass_all)
     return module
 
 
-class ByKind(Composite):  # type: ignore[misc] # zennit has no types
-    """A composite of zennit's for the layers of `layered`."""
+class OperatorComposite(Composite):  # type: ignore[misc] # zennit has no types
+    """One of zennit's composites, applied to the layers of `convert_to_layers`."""
 
     def __init__(self, composite: Composite) -> None:
         def rule(context: dict[Any, Any], name: str, module: nn.Module) -> Any:
-            return composite.module_map(context, name, stand_in(module.kind)) if isinstance(module, Layer) else None
+            if not isinstance(module, Layer):
+                return None
+            return composite.module_map(context, name, equivalent_layer(module.operator_type))
 
         super().__init__(module_map=rule)
 
 
-def lrp_z(network: Network, settings: Settings) -> Map:
-    """Every operator gives its inputs their shares of its output z; the bias's is lost (Bach et al. 2015, eq. 56)."""
-    return relevance(network, LayerMapComposite([(nn.Module, Epsilon(settings["epsilon"]))]))
+def lrp_z(network: Network, settings: Settings) -> MapFunction:
+    """LRP-z: each input of an operator gets its share of z, and the bias's is lost (Bach et al. 2015, eq. 56)."""
+    return propagate_relevance(network, LayerMapComposite([(nn.Module, Epsilon(settings["epsilon"]))]))
 
 
-def lrp_epsilon_plus_flat(network: Network, settings: Settings) -> Map:
-    """zennit's composite: ε rule in linear layers, z⁺ in convolutions, the first one flat (Montavon et al. 2019)."""
-    return relevance(network, EpsilonPlusFlat(settings["epsilon"]))
+def lrp_epsilon_plus_flat(network: Network, settings: Settings) -> MapFunction:
+    """LRP with the ε rule in linear layers, z⁺ in convolutions, and flat in the first one (Montavon et al. 2019)."""
+    return propagate_relevance(network, EpsilonPlusFlat(settings["epsilon"]))
 
 
-def relevance(network: Network, composite: Composite) -> Map:
-    """Layer-wise relevance propagation of the target's value by a composite of zennit's."""
-    attributor = Gradient(layered(network), ByKind(composite))
-    return lambda inputs, start, _: attributed(attributor, inputs, lambda scores: start(scores) * scores)
+def propagate_relevance(network: Network, composite: Composite) -> MapFunction:
+    """Layer-wise relevance propagation of the target's value with one of zennit's composites."""
+    attributor = Gradient(convert_to_layers(network), OperatorComposite(composite))
+    return lambda inputs, output_gradient, _: run(attributor, inputs, lambda z: output_gradient(z) * z)
 
 
-def smoothgrad(network: Network, settings: Settings) -> Map:
-    """The mean gradient of noisy copies, the last without noise (Smilkov et al. 2017); noise by share of the range."""
+def smoothgrad(network: Network, settings: Settings) -> MapFunction:
+    """The mean gradient of noisy copies, the last of them without noise (Smilkov et al. 2017).
+
+    The standard deviation of the noise is `noise` times the range of the sample's values.
+    """
     attributor = SmoothGrad(network.module, noise_level=settings["noise"], n_iter=int(settings["samples"]))
 
-    def average(inputs: Tensor, start: Start, seeds: list[int]) -> Tensor:
+    def average(inputs: Tensor, output_gradient: OutputGradient, seeds: list[int]) -> Tensor:
         with SeededNoise(seeds):
-            return attributed(attributor, inputs, start)
+            return run(attributor, inputs, output_gradient)
 
     return average
 
 
-def integrated_gradients(network: Network, settings: Settings) -> Map:
-    """x ⊙ the mean gradient along the way from 0 to x (Sundararajan et al. 2017), at the ends of equal steps."""
+def integrated_gradients(network: Network, settings: Settings) -> MapFunction:
+    """The mean gradient on the line from 0 to x, times x, at the ends of equal steps (Sundararajan et al. 2017)."""
     attributor = IntegratedGradients(network.module, n_iter=int(settings["steps"]))
-    return lambda inputs, start, _: attributed(attributor, inputs, start)
+    return lambda inputs, output_gradient, _: run(attributor, inputs, output_gradient)
 
 
-def attributed(attributor: Attributor, inputs: Tensor, start: Start) -> Tensor:
-    _, found = attributor(inputs.detach().clone(), start)
-    return found.detach()
+def run(attributor: Attributor, inputs: Tensor, output_gradient: OutputGradient) -> Tensor:
+    """Return the maps that an attributor computes."""
+    _, maps = attributor(inputs.detach().clone(), output_gradient)
+    return maps.detach()
 
 
 class SeededNoise(TorchFunctionMode):
-    """Within it, `torch.randn_like` draws for each sample of a batch from the sample's own seed, batches or not."""
+    """Context in which `torch.randn_like` draws each sample of a batch from the sample's own seed."""
 
     def __init__(self, seeds: Iterable[int]) -> None:
         super().__init__()
-        self.generators = generators(seeds)
+        self.generators = make_generators(seeds)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return noise(self.generators, args[0]) if func is torch.randn_like else func(*args, **(kwargs or {}))
+        return draw_noise(self.generators, args[0]) if func is torch.randn_like else func(*args, **(kwargs or {}))

@@ -1,15 +1,15 @@
-"""Where PatternAttribution keeps relevance, and where it loses it.
+"""How much relevance PatternAttribution conserves, and where it loses the rest.
 
-On the way back, a neuron of relevance R gives w_i a_i R to its i-th input, and wᵀa = 1: all of R, that
-of its bias too. So the sum over the input equals the target's value, except for what is lost
+In the backward pass, a neuron with relevance R gives w_i a_i R to its i-th input. Because wᵀa = 1, these add up to R,
+which includes the share of the bias. So the sum of the map equals the target's value, except for the losses
 
-- at gates, which give nothing back where they are closed: what reaches a value that is 0, or 6, from above;
-- at borders, where a neuron's window leaves the image: the share Σ w_i a_i over its padding; and in transposed
-  convolutions of a stride, whose windows lie on zeros between their inputs: the share over these;
-- in neurons whose pattern is 0 (dead, constant or degenerate) or otherwise not wᵀa = 1.
+- at gates: relevance for a gate that is closed (the value is 0, or 6) ends there;
+- at borders: the share Σ w_i a_i over the padding in a neuron's receptive field; in transposed convolutions with a
+  stride also the share over the zeros between the inputs;
+- in neurons without wᵀa = 1, such as those with pattern 0 (dead, constant or degenerate).
 
-Max pooling, changes of shape, concatenations and values with several readers pass on all that they get.
-Shares are signed, as relevance is: a closed gate that loses negative relevance raises the sum.
+Max pooling, reshaping, concatenation and values with several readers lose nothing. Shares are signed because relevance
+is: a closed gate that loses negative relevance raises the sum.
 """
 
 from collections.abc import Callable
@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
-from patterns.attribution.explainer import Explained, Weights, backward_weights
+from patterns.attribution.backward_weights import OperatorWithBackwardWeight, Weights, compute_backward_weights
 from patterns.attribution.methods import ATTRIBUTION
-from patterns.attribution.rectifier_rules import rectifier
-from patterns.operators.operator import along
+from patterns.attribution.rectifier_rules import rectifier_function
+from patterns.operators.operator import reshape_along
 from patterns.tracing.aten_graph import opname
 from patterns.tracing.network import Network
 
@@ -33,9 +33,18 @@ Gradients = tuple[Tensor | None, ...]
 
 @dataclass(frozen=True)
 class Loss:
-    """What relevance a part of the network gets from above and gives on, as shares of the target's value.
+    """The relevance that one step of the network receives from above and passes on, as shares of the target's value.
 
-    cause: `gate`, `border`, `neuron`, or `other` for a part that is none of the project's operators.
+    Attributes:
+        name: The operator, or the node of the traced graph.
+        cause: `gate`, `border`, `neuron`, or `other` for a step that is neither an operator nor a gate nor padding.
+        received: The share that the step receives.
+        given: The share that it passes on.
+
+    Example:
+        >>> from patterns import Loss
+        >>> Loss("relu", "gate", received=1.0, given=0.75).lost
+        0.25
     """
 
     name: str
@@ -45,53 +54,77 @@ class Loss:
 
     @property
     def lost(self) -> float:
+        """The share that is lost."""
         return self.received - self.given
 
 
 def conservation(network: Network, patterns: Weights, inputs: Tensor, targets: Tensor) -> list[Loss]:
-    """The losses of PatternAttribution, from the output to the input; 1 - Σ lost is what reaches the input.
+    """Measure where PatternAttribution loses relevance.
 
-    Each is a mean over samples, in the network's dtype and without scaling. An operator has two rows:
-    its neurons', then its borders'.  inputs: (N, *input_shape); targets: int64 (N,).
+    Args:
+        network: The traced network.
+        patterns: Patterns by operator name.
+        inputs: Shape (N, *input_shape).
+        targets: Classes, int64, shape (N,).
+
+    Returns:
+        The losses from the output to the input, means over the samples. An operator has two: that of its neurons, then
+        that of its borders. The share that reaches the input is 1 - Σ lost. The backward pass runs in the network's
+        dtype without scaling.
+
+    Raises:
+        UserError: If a pattern is missing or has the wrong shape.
+
+    Example:
+        >>> import torch
+        >>> from patterns import accumulate, choose, conservation, solve, trace
+        >>> model, data = torch.nn.Linear(4, 2), torch.randn(64, 4)
+        >>> network = trace(model, data[:2])
+        >>> moments = accumulate(network, [data])
+        >>> solutions = {name: solve(op, moments[name]).patterns for name, op in network.operators.items()}
+        >>> losses = conservation(network, choose(network, solutions), data[:5], torch.tensor([0, 1, 0, 1, 0]))
+        >>> [loss.cause for loss in losses], all(abs(loss.lost) < 1e-5 for loss in losses)
+        (['neuron', 'border'], True)
     """
     operators = network.operators
-    weights = backward_weights(network, patterns, ATTRIBUTION)
-    module = network.rewrite(lambda op: Explained(op, lambda: weights[op.name]))
+    weights = compute_backward_weights(network, patterns, ATTRIBUTION)
+    module = network.rewrite(lambda op: OperatorWithBackwardWeight(op, lambda: weights[op.name]))
     losses: list[Loss] = []
 
     def total(gradients: Gradients) -> float:
         return sum(float(g.double().sum()) for g in gradients if g is not None) / len(inputs)
 
-    def note(node: Node, given: Gradients, received: Gradients) -> None:
+    def record(node: Node, given: Gradients, received: Gradients) -> None:
         if node.op != "call_module":
-            cause = "gate" if rectifier(node) else "border" if "pad" in opname(node) else "other"
+            cause = "gate" if rectifier_function(node) else "border" if "pad" in opname(node) else "other"
             losses.append(Loss(node.name, cause, total(received), total(given)))
             return
         operator, relevance = operators[str(node.target)], received[0]
         assert relevance is not None
         shares = weights[operator.name].flatten(1).sum(1)
-        answered = total((relevance * along(operator.kind.axis, shares, relevance),))
-        losses.append(Loss(operator.name, "neuron", total(received), answered))
-        losses.append(Loss(operator.name, "border", answered, total(given)))
+        by_neurons = total((relevance * reshape_along(operator.operator_type.axis, shares, relevance),))
+        losses.append(Loss(operator.name, "neuron", total(received), by_neurons))
+        losses.append(Loss(operator.name, "border", by_neurons, total(given)))
 
     inputs = inputs.detach().requires_grad_()
-    scores = Followed(module, note).run(inputs)
+    scores = GradientRecorder(module, record).run(inputs)
     torch.autograd.grad(scores, inputs, torch.zeros_like(scores).scatter_(1, targets[:, None], 1.0))
     return losses
 
 
-class Followed(Interpreter):
-    """Runs a graph, and tells of each node on the way back what it gave its inputs, and what it had received."""
+class GradientRecorder(Interpreter):
+    """Runs a graph and reports, in the backward pass, the gradients that each node passes on and receives."""
 
-    def __init__(self, module: GraphModule, note: Callable[[Node, Gradients, Gradients], None]) -> None:
+    def __init__(self, module: GraphModule, record: Callable[[Node, Gradients, Gradients], None]) -> None:
         super().__init__(module)
-        self.note = note
-        self.followed: set[Any] = set()  # several nodes may be one to autograd: the parts of a split
+        self.record = record
+        self.hooked: set[Any] = set()  # several nodes can have one autograd function, for example those of a split
 
     def run_node(self, n: Node) -> Any:
+        """Run a node and hook its autograd function."""
         result = super().run_node(n)
-        step = result.grad_fn if isinstance(result, Tensor) else None
-        if step is not None and step not in self.followed:
-            self.followed.add(step)
-            step.register_hook(partial(self.note, n))
+        function = result.grad_fn if isinstance(result, Tensor) else None
+        if function is not None and function not in self.hooked:
+            self.hooked.add(function)
+            function.register_hook(partial(self.record, n))
         return result

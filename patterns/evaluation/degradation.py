@@ -1,7 +1,7 @@
-"""Image degradation: how soon a prediction falls when what a map says matters is taken away.
+"""Image degradation: how fast a prediction falls as the patches that a map marks as relevant are replaced.
 
-Samek et al. 2016 (arXiv 1509.06321), as Kindermans et al. 2018 do it in §5 and Figure 4: the image is parted in
-patches, these are sorted by the sum of the map in each, and patch after patch is replaced by its own mean per channel.
+Samek et al. 2016 (arXiv 1509.06321), as in Kindermans et al. 2018, §5 and Figure 4: the image is divided into patches,
+these are sorted by the sum of the map in each, and one patch after another is replaced by its own mean per channel.
 """
 
 from collections.abc import Callable
@@ -10,90 +10,106 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from patterns.attribution.methods import method_of
+from patterns.attribution.methods import parse_method
 
-PATCH = 9  # pixels: the height and width of a patch in the paper's §5
-STEPS = 100  # patches that the paper replaces at most
+PATCH = 9  # height and width of a patch in pixels (Kindermans et al. 2018, §5)
+STEPS = 100  # maximum number of replaced patches in the paper
 
 
-def relevance_of(method: str, maps: Tensor) -> Tensor:
-    """What of a map (N, C, H, W) speaks for its target, float32 (N, H, W): of an attribution the channels' sum, of a
-    signal, whose sign says nothing, Σ|channel|."""
+def compute_relevance(method: str, maps: Tensor) -> Tensor:
+    """Reduce the channels of maps to the relevance of each pixel.
+
+    Args:
+        method: The name of the method.
+        maps: Shape (N, C, H, W).
+
+    Returns:
+        float32, shape (N, H, W): of an attribution the sum over channels, of a signal, whose sign has no meaning,
+        Σ|channel|.
+    """
     values = maps.float()
-    return values.sum(1) if method_of(method).attributes else values.abs().sum(1)
+    return values.sum(1) if parse_method(method).is_attribution else values.abs().sum(1)
 
 
-def patch_of(height: int, width: int, size: int) -> Tensor:
-    """The patch that each pixel is in, row by row from 0: int64 (H, W). Those at the lower and right edge may be
-    smaller."""
+def index_patches(height: int, width: int, size: int) -> Tensor:
+    """Return the number of the patch of each pixel, int64 (H, W), row by row from 0.
+
+    Patches at the lower and right edges can be smaller than `size`.
+    """
     y, x = (torch.arange(n) // size for n in (height, width))
     return y[:, None] * -(-width // size) + x
 
 
-def patch_sums(values: Tensor, size: int) -> Tensor:
-    """The sum of values (N, H, W) in each patch: (N, patches)."""
+def sum_patches(values: Tensor, size: int) -> Tensor:
+    """Return the sums of values (N, H, W) in each patch, shape (N, patches)."""
     height, width = values.shape[1:]
     padded = F.pad(values, (0, -width % size, 0, -height % size))
     return padded.unflatten(2, (-1, size)).unflatten(1, (-1, size)).sum((2, 4)).flatten(1)
 
 
-def turns(sums: Tensor, least_first: bool = False) -> Tensor:
-    """When each patch has its turn, int64 (N, patches), 0 first: by decreasing sums, or by increasing ones.
+def rank_patches(sums: Tensor, least_first: bool = False) -> Tensor:
+    """Return the step in which each patch is replaced, int64 (N, patches), from 0.
 
-    Of patches with the same sum, the one above or to the left has its turn first.
+    Args:
+        sums: The sums of the map in each patch, shape (N, patches). Patches with equal sums keep their order.
+        least_first: Replace patches with small sums first instead of patches with large sums.
     """
     return torch.argsort(sums, dim=1, descending=not least_first, stable=True).argsort(1)
 
 
-def means(images: Tensor, size: int, black: Tensor) -> Tensor:
-    """Each patch's own mean per channel."""
+def patch_means(images: Tensor, size: int, black: Tensor) -> Tensor:
+    """Replace each patch by its own mean per channel."""
     height, width = images.shape[2:]
-    sums = patch_sums(images.flatten(0, 1), size)
-    counts = patch_sums(images.new_ones(1, height, width), size)
-    where = patch_of(height, width, size).to(images.device)
-    return (sums / counts)[:, where].view_as(images)
+    sums = sum_patches(images.flatten(0, 1), size)
+    counts = sum_patches(images.new_ones(1, height, width), size)
+    patches = index_patches(height, width, size).to(images.device)
+    return (sums / counts)[:, patches].view_as(images)
 
 
-def blurred(images: Tensor, size: int, black: Tensor) -> Tensor:
-    """The image through a Gaussian whose deviation is a patch's size: what is replaced stays like an image."""
-    reach = 2 * size
-    x = torch.arange(-reach, reach + 1, dtype=images.dtype, device=images.device)
+def blur(images: Tensor, size: int, black: Tensor) -> Tensor:
+    """Replace by the image blurred with a Gaussian whose standard deviation is the patch size."""
+    radius = 2 * size
+    x = torch.arange(-radius, radius + 1, dtype=images.dtype, device=images.device)
     kernel = torch.exp(-0.5 * (x / size) ** 2)
     kernel /= kernel.sum()
     planes = images.flatten(0, 1)[:, None]
-    across = F.conv2d(F.pad(planes, (reach, reach, 0, 0), mode="replicate"), kernel.view(1, 1, 1, -1))
-    return F.conv2d(F.pad(across, (0, 0, reach, reach), mode="replicate"), kernel.view(1, 1, -1, 1)).view_as(images)
+    across = F.conv2d(F.pad(planes, (radius, radius, 0, 0), mode="replicate"), kernel.view(1, 1, 1, -1))
+    return F.conv2d(F.pad(across, (0, 0, radius, radius), mode="replicate"), kernel.view(1, 1, -1, 1)).view_as(images)
 
 
 def black_pixels(images: Tensor, size: int, black: Tensor) -> Tensor:
-    """Black."""
+    """Replace by black."""
     return black.to(images).expand_as(images)
 
 
 def dataset_mean(images: Tensor, size: int, black: Tensor) -> Tensor:
-    """The mean that pixels are normalised by, which is 0 in the model's input."""
+    """Replace by the mean that images are normalized by, which is 0 in the model's input."""
     return torch.zeros_like(images)
 
 
-# From images (N, C, H, W), the size of a patch and black's values (C, 1, 1) in the model's input, to what replaces
-# each pixel.
+# Functions from images (N, C, H, W), the size of a patch, and the value of black in the model's input, shape (C, 1, 1),
+# to the replacement of each pixel, shape (N, C, H, W).
 REPLACEMENTS: dict[str, Callable[[Tensor, int, Tensor], Tensor]] = {
-    "mean": means,
-    "blur": blurred,
+    "mean": patch_means,
+    "blur": blur,
     "zero": black_pixels,
     "dataset-mean": dataset_mean,
 }
 
 
-def degraded(images: Tensor, replaced: Tensor, turn: Tensor, steps: Tensor) -> Tensor:
-    """Images (N, C, H, W) after some numbers of patches, int64 (S,), were replaced: (N, S, C, H, W).
+def degrade_images(images: Tensor, replacement: Tensor, ranks: Tensor, steps: Tensor) -> Tensor:
+    """Return images after some numbers of patches were replaced, shape (N, S, C, H, W).
 
-    replaced: what replaces each pixel, of the images' shape.  turn: of each pixel's patch, int64 (N, H, W).
+    Args:
+        images: Shape (N, C, H, W).
+        replacement: The replacement of each pixel, shape (N, C, H, W).
+        ranks: The step in which each pixel's patch is replaced, int64 (N, H, W); see `rank_patches`.
+        steps: The numbers of replaced patches, int64 (S,).
     """
-    gone = turn[:, None, None] < steps.view(1, -1, 1, 1, 1)
-    return torch.where(gone, replaced[:, None], images[:, None])
+    replaced = ranks[:, None, None] < steps.view(1, -1, 1, 1, 1)
+    return torch.where(replaced, replacement[:, None], images[:, None])
 
 
-def area_over(curve: Tensor) -> Tensor:
-    """The area over curves (…, steps + 1) that begin at the whole image: the mean fall from there (Samek et al.)."""
+def area_over_curve(curve: Tensor) -> Tensor:
+    """Return the area over curves (…, steps + 1): the mean fall from the whole image's value (Samek et al. 2016)."""
     return (curve[..., :1] - curve).mean(-1)

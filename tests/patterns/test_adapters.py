@@ -33,7 +33,7 @@ from patterns.attribution.adapters import (
     PatternNetComposite,
     quantus_explain,
 )
-from patterns.attribution.rendering import Shown
+from patterns.attribution.rendering import RenderedExplanation
 from tests.patterns.networks import randomise, relative
 
 CALLERS = {
@@ -186,7 +186,7 @@ def test_a_folder_without_a_manifest_needs_an_example(run: Path, model: nn.Modul
 # --- in a notebook --------------------------------------------------------------------------------
 
 
-def pictures(shown: Shown) -> list[Image.Image]:
+def pictures(shown: RenderedExplanation) -> list[Image.Image]:
     found = re.findall(r'src="data:image/png;base64,([^"]+)" alt', shown._repr_html_())
     return [Image.open(io.BytesIO(base64.b64decode(data))) for data in found]
 
@@ -217,7 +217,7 @@ def test_reprs_say_what_things_are(run: Path, model: nn.Module, images: Tensor) 
 
 def test_what_a_notebook_shows_is_escaped() -> None:
     nothing = Image.new("RGB", (2, 2))
-    shown = Shown(nothing, '<script>alert("x")</script>', {'"><b>': nothing})
+    shown = RenderedExplanation(nothing, '<script>alert("x")</script>', {'"><b>': nothing})
     text = shown._repr_html_()
     assert "<script>" not in text
     assert "<b>" not in text
@@ -225,4 +225,4 @@ def test_what_a_notebook_shows_is_escaped() -> None:
 
 def test_of_several_maps_a_notebook_shows_the_first(run: Path, model: nn.Module, images: Tensor) -> None:
     explanation: Explanation = Explainer.load(run, model, ["gradient"])(images, torch.tensor([[1, 2], [3, 4]]))
-    assert explanation.shown(1, Image.new("RGB", (1, 1))).caption.startswith("3: ")
+    assert explanation.render(1, Image.new("RGB", (1, 1))).caption.startswith("3: ")

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from patterns.evaluation.degradation import (
     REPLACEMENTS,
-    area_over,
-    degraded,
-    patch_of,
-    patch_sums,
-    relevance_of,
-    turns,
+    area_over_curve,
+    compute_relevance,
+    degrade_images,
+    index_patches,
+    rank_patches,
+    sum_patches,
 )
 
 BLACK = torch.tensor([-1.0, -2.0, -3.0]).view(-1, 1, 1)
@@ -38,7 +38,7 @@ def boxes(height: int, width: int, size: int) -> list[tuple[slice, slice]]:
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 13))
 def test_every_pixel_is_in_one_patch_and_patches_are_summed(height: int, width: int, size: int) -> None:
     values = images(2, height, width)[:, 0]
-    sums, where = patch_sums(values, size), patch_of(height, width, size)
+    sums, where = sum_patches(values, size), index_patches(height, width, size)
     for number, (rows, columns) in enumerate(boxes(height, width, size)):
         torch.testing.assert_close(sums[:, number], values[:, rows, columns].sum((1, 2)))
         assert (where[rows, columns] == number).all()
@@ -48,7 +48,7 @@ def test_every_pixel_is_in_one_patch_and_patches_are_summed(height: int, width: 
 @pytest.mark.parametrize("least_first", [False, True])
 def test_patches_have_their_turns_by_their_sums_and_of_equal_ones_the_first_comes_first(least_first: bool) -> None:
     sums = torch.tensor([[3.0, -1.0, 7.0, 3.0], [0.0, 0.0, 0.0, 0.0]])
-    found = turns(sums, least_first)
+    found = rank_patches(sums, least_first)
     for row, told in zip(sums.tolist(), found.tolist()):
         order = sorted(range(4), key=lambda i: (row[i] if least_first else -row[i], i))
         assert [told[i] for i in order] == [0, 1, 2, 3]
@@ -56,8 +56,8 @@ def test_patches_have_their_turns_by_their_sums_and_of_equal_ones_the_first_come
 
 def test_the_sign_counts_for_attributions_and_not_for_signals() -> None:
     maps = torch.tensor([1.0, -3.0]).view(1, 2, 1, 1)
-    assert relevance_of("patternattribution", maps).item() == -2
-    assert relevance_of("patternnet", maps).item() == 4
+    assert compute_relevance("patternattribution", maps).item() == -2
+    assert compute_relevance("patternnet", maps).item() == 4
 
 
 def replaced_by_hand(kind: str, x: np.ndarray, size: int) -> np.ndarray:
@@ -78,10 +78,10 @@ def replaced_by_hand(kind: str, x: np.ndarray, size: int) -> np.ndarray:
 def test_images_are_degraded_as_by_a_loop_over_patches(kind: str) -> None:
     x, size = images(), 4
     values = images(3)[:, 1]
-    turn = turns(patch_sums(values, size))
+    turn = rank_patches(sum_patches(values, size))
     steps = [0, 1, 5, 12]
     replaced = REPLACEMENTS[kind](x, size, BLACK)
-    found = degraded(x, replaced, turn[:, patch_of(11, 14, size)], torch.tensor(steps)).numpy()
+    found = degrade_images(x, replaced, turn[:, index_patches(11, 14, size)], torch.tensor(steps)).numpy()
     other = replaced_by_hand(kind, x.numpy(), size)
     for n in range(len(x)):
         order = sorted(boxes(11, 14, size), key=lambda box: -float(values[n][box].sum()))
@@ -93,4 +93,4 @@ def test_images_are_degraded_as_by_a_loop_over_patches(kind: str) -> None:
 
 
 def test_the_area_over_a_curve_is_the_mean_fall_from_its_beginning() -> None:
-    assert area_over(torch.tensor([[0.8, 0.8, 0.8], [0.9, 0.3, 0.0]])).tolist() == pytest.approx([0.0, 0.5])
+    assert area_over_curve(torch.tensor([[0.8, 0.8, 0.8], [0.9, 0.3, 0.0]])).tolist() == pytest.approx([0.0, 0.5])

@@ -159,7 +159,7 @@ def test_a_method_that_keeps_the_rectifiers_leaves_the_graph_alone(monkeypatch: 
     def refuse(*_: object) -> None:
         raise AssertionError("rectifiers were replaced")
 
-    monkeypatch.setattr(explainer, "add_rules", refuse)
+    monkeypatch.setattr(explainer, "insert_rules", refuse)
     alone = Explainer(network, None, ["gradient", "gradient-x-input"])(x).maps
     for method, maps in alone.items():
         assert torch.equal(maps, found[method])
@@ -168,6 +168,6 @@ def test_a_method_that_keeps_the_rectifiers_leaves_the_graph_alone(monkeypatch: 
 
 
 def test_only_contributions_are_called_attributions() -> None:
-    assert [m for m, row in METHODS.items() if row.attributes] == [
+    assert [m for m, row in METHODS.items() if row.is_attribution] == [
         "gradient-x-input", "patternattribution", "lrp-z", "lrp-epsilon-plus-flat", "integrated-gradients", "random",
     ]  # fmt: skip

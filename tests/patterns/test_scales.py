@@ -79,9 +79,9 @@ def test_magnitudes_beyond_float32_come_out_as_in_float64(growth: float) -> None
 def test_scaling_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     network, inputs = deep()
     patterns = patterns_of(network, 30.0)
-    monkeypatch.setattr(gradient_scaling, "SAFE", 10_000)
+    monkeypatch.setattr(gradient_scaling, "SAFE_DIGITS", 10_000)
     true, unscaled = explained(network, patterns, inputs, torch.float64)
-    monkeypatch.setattr(gradient_scaling, "SAFE", 1)
+    monkeypatch.setattr(gradient_scaling, "SAFE_DIGITS", 1)
     found, exponent = explained(network, patterns, inputs, torch.float64)
     assert unscaled == 0
     assert exponent > 150
