@@ -11,7 +11,7 @@ import torch
 from benchmarks import compiling, decoding, explaining, fitting
 from benchmarks.machine import Machine
 from benchmarks.timing import HEAD, MODELS, SIZE, THREADS, Bench, Row
-from patterns.compilation import RECORDED
+from patterns.compilation import CUDA_GRAPHS
 from ray_jobs.engine.shard_worker import keep_freed_memory
 
 PARTS: dict[str, Callable[[Bench], Iterable[Row]]] = {
@@ -40,7 +40,7 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.precision == "tf32"
     keep_freed_memory()  # as the workers do; for every variant alike
     batch = options.batch or (4 if options.device == "cpu" else 64)
-    mode = options.compile or ("default" if options.device == "cpu" else RECORDED)
+    mode = options.compile or ("default" if options.device == "cpu" else CUDA_GRAPHS)
     bench = Bench(Machine.measured(options.device), options.rounds, batch, options.models, mode)
     parts = options.only or (PARTS if options.device == "cpu" else ON_GPU)
     name = bench.machine.name()  # now, since jobs set their own number of threads

@@ -9,7 +9,7 @@ from benchmarks.fitting import FITS, observer_of
 from benchmarks.machine import peak
 from benchmarks.timing import Bench, Row, Variant, infer
 from patterns import Explainer, trace
-from patterns.compilation import RECORDED
+from patterns.compilation import CUDA_GRAPHS
 
 DEFAULT = next(iter(FITS))
 
@@ -31,7 +31,7 @@ def compiled(bench: Bench) -> Iterator[Row]:
         variants |= {what: partial(before.update, images), f"{what}, {done}": partial(after.update, images)}
 
         timed = bench.timed(variants, min(3, bench.rounds), measured=False)
-        if bench.mode != RECORDED:  # whose memory was taken before
+        if bench.mode != CUDA_GRAPHS:  # whose memory was taken before
             timed = {key: replace(found, peak=peak(variants[key], bench.device)) for key, found in timed.items()}
         yield bench.row(f"{name}: {what}, {done}", timed[f"{what}, {done}"], "forward", timed["forward"])
         for key in list(timed)[1::2]:

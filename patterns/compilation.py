@@ -18,37 +18,39 @@ from torch.fx.node import map_arg
 from patterns.errors import UserError
 
 Function = Callable[..., Any]
-RECORDED = "cudagraphs"  # the operations as they are, in one CUDA graph
+CUDA_GRAPHS = "cudagraphs"  # the operations as they are, in one CUDA graph
 
 
-def mode_options(mode: str) -> dict[str, Any]:
+def compiler_options(mode: str) -> dict[str, Any]:
     """The options of the compiler that a mode stands for, none for `cudagraphs`. UserError for what is no mode."""
-    modes = {**torch._inductor.list_mode_options(), RECORDED: {}}
+    modes = {**torch._inductor.list_mode_options(), CUDA_GRAPHS: {}}
     if mode not in modes:
         raise UserError("--compile", f"no mode {mode!r}", f"There are {', '.join(modes)}.")
     return dict(modes[mode])
 
 
 @contextmanager
-def compiling(mode: str, like: Tensor) -> Iterator[None]:
+def translate_errors(mode: str, like: Tensor) -> Iterator[None]:
     """UserError where torch's compilers give up, and before anything is traced where there is no such mode there.
 
     like: a tensor of the network.
     """
     from torch._dynamo.exc import TorchDynamoException  # imported here, as below, since it takes a second
 
-    mode_options(mode)
-    if mode == RECORDED and not like.is_cuda:
-        raise UserError("--compile", f"{RECORDED} are a GPU's, and here is none", "Take another mode, or do without.")
+    compiler_options(mode)
+    if mode == CUDA_GRAPHS and not like.is_cuda:
+        raise UserError(
+            "--compile", f"{CUDA_GRAPHS} are a GPU's, and here is none", "Take another mode, or do without."
+        )
     try:
         yield
     except TorchDynamoException as error:
-        what = f"torch.compile gave up: {cause(getattr(error, 'inner_exception', error))}"
+        what = f"torch.compile gave up: {extract_cause(getattr(error, 'inner_exception', error))}"
         remedy = "Mend that (on a CPU it takes g++, on a GPU gcc or clang), or do without."
         raise UserError("--compile", what, remedy) from error
 
 
-def cause(error: BaseException) -> str:
+def extract_cause(error: BaseException) -> str:
     """The line that says most."""
     from torch._inductor.compile_worker.subproc_pool import SubprocException
     from torch._inductor.exc import CppCompileError
@@ -59,24 +61,24 @@ def cause(error: BaseException) -> str:
     return more[-1] if more and isinstance(error, SubprocException) else first
 
 
-def warm_runs(mode: str) -> range:
+def warm_up_runs(mode: str) -> range:
     """As many runs as it takes until a CUDA graph is recorded, where the mode has any."""
-    return range(3 if mode_options(mode).get("triton.cudagraphs") else 0)
+    return range(3 if compiler_options(mode).get("triton.cudagraphs") else 0)
 
 
-def graph_of(function: Function, *inputs: Tensor) -> GraphModule:
+def capture_graph(function: Function, *inputs: Tensor) -> GraphModule:
     """What a function does with tensors of these shapes, and with those that it holds; it is done once."""
     return make_fx(function)(*inputs)
 
 
-def compiled(graph: GraphModule, mode: str, *inputs: Tensor, begins: bool = True) -> Function:
+def compile_graph(graph: GraphModule, mode: str, *inputs: Tensor, begins: bool = True) -> Function:
     """A graph compiled for inputs of these shapes, and run once. In inference mode it would be compiled anew.
 
     begins: whether a call begins a step; a CUDA graph overwrites what was given in the step before.
     """
-    if mode == RECORDED:
-        return Recorded(graph, *inputs)
-    options = mode_options(mode)
+    if mode == CUDA_GRAPHS:
+        return CudaGraph(graph, *inputs)
+    options = compiler_options(mode)
     if inputs[0].device.type == "cpu":
         options["layout_optimization"] = False  # channels last, an explanation takes longer than it does uncompiled
     made = torch.compile(graph, fullgraph=True, dynamic=False, options=options)
@@ -92,7 +94,7 @@ def compiled(graph: GraphModule, mode: str, *inputs: Tensor, begins: bool = True
     return run
 
 
-class Recorded:
+class CudaGraph:
     """A graph's operations as one CUDA graph: a GPU need not wait until they are asked for, one by one.
 
     inputs: where it will read them, and where later ones are copied to. What it gives is overwritten by the next call.
@@ -115,10 +117,10 @@ class Recorded:
                 with torch.cuda.graph(self._recording, stream=beside, capture_error_mode="thread_local"):
                     self._given = graph(*inputs)
             except RuntimeError as error:
-                told = list(causes(error))
+                told = list(list_contexts(error))
                 if any(isinstance(e, torch.OutOfMemoryError) for e in told) or "captur" not in "".join(map(str, told)):
                     raise
-                what = f"the model makes no CUDA graph: {cause(told[-1])}"
+                what = f"the model makes no CUDA graph: {extract_cause(told[-1])}"
                 raise UserError("--compile", what, "Take another mode, or do without.") from error
             finally:
                 torch.cuda.set_stream(before)
@@ -134,7 +136,7 @@ class Recorded:
         return self._given
 
 
-def causes(error: BaseException | None) -> Iterator[BaseException]:
+def list_contexts(error: BaseException | None) -> Iterator[BaseException]:
     """An error, what was being handled when it came, and so on."""
     while error is not None:
         yield error
@@ -149,12 +151,12 @@ class ForwardBackward:
     """
 
     def __init__(self, function: Function, mode: str, inputs: Tensor, start: Tensor) -> None:
-        with compiling(mode, inputs):
-            there, back = parted(graph_of(function, inputs, start))
-            self._there = compiled(there, mode, inputs)
+        with translate_errors(mode, inputs):
+            there, back = split_graph(capture_graph(function, inputs, start))
+            self._there = compile_graph(there, mode, inputs)
             _, *kept = self._there(inputs)
-            self._back = compiled(back, mode, *kept, start, begins=False)
-            for _ in warm_runs(mode):
+            self._back = compile_graph(back, mode, *kept, start, begins=False)
+            for _ in warm_up_runs(mode):
                 list(self(inputs)[1]([start]))
 
     def __call__(self, inputs: Tensor) -> tuple[Tensor, Callable[[Sequence[Tensor]], Iterator[list[Tensor]]]]:
@@ -168,20 +170,20 @@ class ForwardBackward:
         return scores.clone(), back
 
 
-def parted(graph: GraphModule) -> tuple[GraphModule, GraphModule]:
+def split_graph(graph: GraphModule) -> tuple[GraphModule, GraphModule]:
     """A graph with the output (first, rest) as two: inputs but the last → (first, *kept), and (*kept, last) → rest."""
     nodes = list(graph.graph.nodes)
     *inputs, last = graph.graph.find_nodes(op="placeholder")
     ((first, rest),) = nodes[-1].args
-    late = reached(nodes, [last])
-    early = reached(nodes, inputs) - late
+    late = find_dependents(nodes, [last])
+    early = find_dependents(nodes, inputs) - late
     kept = [node for node in nodes if node in early and not late.isdisjoint(node.users)]
-    there = copied(graph, [n for n in nodes[:-1] if n not in late], [], (first, *kept))
-    back = copied(graph, [n for n in nodes[:-1] if n not in early], kept, rest)
+    there = copy_nodes(graph, [n for n in nodes[:-1] if n not in late], [], (first, *kept))
+    back = copy_nodes(graph, [n for n in nodes[:-1] if n not in early], kept, rest)
     return there, back
 
 
-def reached(nodes: Iterable[Node], sources: Iterable[Node]) -> set[Node]:
+def find_dependents(nodes: Iterable[Node], sources: Iterable[Node]) -> set[Node]:
     """The sources, and what is made of them."""
     found = set(sources)
     for node in nodes:
@@ -190,7 +192,7 @@ def reached(nodes: Iterable[Node], sources: Iterable[Node]) -> set[Node]:
     return found
 
 
-def copied(source: GraphModule, nodes: Iterable[Node], given: Iterable[Node], output: Any) -> GraphModule:
+def copy_nodes(source: GraphModule, nodes: Iterable[Node], given: Iterable[Node], output: Any) -> GraphModule:
     """Some nodes of a graph as one with an output of its own, which is given the values of others."""
     graph = Graph()
     copies = {node: graph.placeholder(node.name) for node in given}

@@ -16,8 +16,8 @@ from patterns import Explainer, Network, Observer, UserError, choose, solve
 from patterns.estimation.estimators import required_sums
 from patterns.moments.moments import RequiredSums, moments_bytes
 from patterns.tracing.aten_graph import export
-from patterns.tracing.linearize import HELD_NORMS
-from patterns.tracing.network import network_of
+from patterns.tracing.linearize import DETACHED_NORMS
+from patterns.tracing.network import build_network
 from tests.patterns.networks import relative
 
 TABLE = Path(__file__).parents[1] / "docs" / "models.md"
@@ -147,7 +147,7 @@ def traced(model: nn.Module, example: Tensor, spec: str) -> tuple[Network, tuple
     exported = export(model, example, spec)
     while True:
         try:
-            return network_of(exported.copy(), example, spec, needed), tuple(needed)
+            return build_network(exported.copy(), example, spec, needed), tuple(needed)
         except UserError as error:
             found = re.search(r"no pattern is defined for (\w+) in .*Pass --pass-through (\S+) to use", str(error))
             if found is None or set(found[2].split(",")) & set(needed):
@@ -158,7 +158,7 @@ def traced(model: nn.Module, example: Tensor, spec: str) -> tuple[Network, tuple
 
 def released(network: Network) -> tuple[Network, int]:
     """The network with its usual gradient wherever it holds something still, and in how many places that is."""
-    norms = {held: norm for norm, held in HELD_NORMS.items()}
+    norms = {held: norm for norm, held in DETACHED_NORMS.items()}
     module, held = network.rewrite(lambda operator: operator), 0
     for node in module.graph.nodes:
         if node.target in norms:

@@ -23,7 +23,7 @@ Shape = tuple[int, ...]
 aten = torch.ops.aten
 
 
-class Summed(Protocol):
+class Summable(Protocol):
     """Inputs and outputs whose products can be summed. `inputs` are the operator's inputs, samples first."""
 
     @property
@@ -40,7 +40,7 @@ class Summed(Protocol):
         ...
 
 
-class OperatorType(Summed, Protocol):
+class OperatorType(Summable, Protocol):
     """What an operator kind can do."""
 
     def forward(self, inputs: Inputs, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -76,7 +76,7 @@ class Convolution:
             return (grad * x).sum(0)[:, None]  # a mean over whole images
         if x.device.type == "cpu" and len(kernel) == 2:
             plain = self.groups == 1 and set(self.stride) == set(self.dilation) == {1}
-            if plain and winograd.pays(x, grad, kernel):
+            if plain and winograd.is_faster(x, grad, kernel):
                 return winograd.weight_gradient(x, grad, kernel, self.padding)
             # oneDNN is fast for small depthwise kernels only; with others on large images, faster in this layout.
             if weight_shape[1] == 1 and min(kernel) > 3 and grad[0, 0].numel() > 10 * prod(kernel):
@@ -111,19 +111,19 @@ class TransposedConvolution:
     axis: int = 1
 
     def forward(self, inputs: Inputs, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return aten.convolution(*inputs, swapped(weight, self.groups), bias, *self._options())
+        return aten.convolution(*inputs, swap_channels(weight, self.groups), bias, *self._options())
 
     def weight_gradient(self, inputs: Inputs, grad: Tensor, weight_shape: Shape) -> Tensor:
         (x,) = inputs
-        weight = swapped(x.new_empty(1).expand(weight_shape), self.groups)
+        weight = swap_channels(x.new_empty(1).expand(weight_shape), self.groups)
         gradient = aten.convolution_backward(grad, x, weight, None, *self._options(), (False, True, False))[1]
-        return swapped(gradient, self.groups)
+        return swap_channels(gradient, self.groups)
 
     def input_sum(self, inputs: Inputs, output_shape: Shape, weight_shape: Shape) -> Tensor:
         return sum_of_patches(self, inputs[0], output_shape, weight_shape)
 
     def input_gradient(self, grad: Tensor, weight: Tensor, input_shapes: tuple[Shape, ...]) -> Inputs:
-        x, weight = grad.new_empty(1).expand(input_shapes[0]), swapped(weight, self.groups)
+        x, weight = grad.new_empty(1).expand(input_shapes[0]), swap_channels(weight, self.groups)
         return (aten.convolution_backward(grad, x, weight, None, *self._options(), (True, False, False))[0],)
 
     def _options(self) -> tuple[Any, ...]:
@@ -150,7 +150,7 @@ def sum_of_patches(
     return kind.weight_gradient((x.sum(0, keepdim=True),), ones, shape).flatten(1)
 
 
-def swapped(weight: Tensor, groups: int) -> Tensor:
+def swap_channels(weight: Tensor, groups: int) -> Tensor:
     """A convolution's weight (K, C/groups, …) as torch's transposed ones have it, (C, K/groups, …), and back."""
     return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
 
@@ -182,8 +182,8 @@ class Scale:
     axis: int = 1
 
     def forward(self, inputs: Inputs, weight: Tensor, bias: Tensor | None) -> Tensor:
-        z = inputs[0] * along(self.axis, weight[:, 0], inputs[0])
-        return z if bias is None else z + along(self.axis, bias, z)
+        z = inputs[0] * reshape_along(self.axis, weight[:, 0], inputs[0])
+        return z if bias is None else z + reshape_along(self.axis, bias, z)
 
     def weight_gradient(self, inputs: Inputs, grad: Tensor, weight_shape: Shape) -> Tensor:
         return sum_positions(grad * inputs[0], self.axis)[:, None]
@@ -192,7 +192,7 @@ class Scale:
         return sum_positions(inputs[0], self.axis)[:, None]
 
     def input_gradient(self, grad: Tensor, weight: Tensor, input_shapes: tuple[Shape, ...]) -> Inputs:
-        return (grad * along(self.axis, weight[:, 0], grad),)
+        return (grad * reshape_along(self.axis, weight[:, 0], grad),)
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ class Addition:
         return torch.stack([sum_positions(x, self.axis) for x in inputs], 1)
 
     def input_gradient(self, grad: Tensor, weight: Tensor, input_shapes: tuple[Shape, ...]) -> Inputs:
-        return tuple(grad * along(self.axis, w, grad) for w in weight.unbind(1))
+        return tuple(grad * reshape_along(self.axis, w, grad) for w in weight.unbind(1))
 
 
 @dataclass(frozen=True)
@@ -271,7 +271,7 @@ class Gate:
         mask = z > self.low
         return mask if self.high == float("inf") else mask.logical_and_(z < self.high)
 
-    def passed(self, values: Tensor, z: Tensor, out: Tensor) -> Tensor:
+    def mask(self, values: Tensor, z: Tensor, out: Tensor) -> Tensor:
         """Values where the gate is open and 0 elsewhere, as the rectifier's own gradient: masks are slow on CPUs."""
         return aten.hardtanh_backward.grad_input(values.expand_as(z), z, self.low, self.high, grad_input=out)
 
@@ -332,7 +332,7 @@ class Operator(nn.Module):
         return f"{self.name}: {self.operator_type}, weight {tuple(self.weight.shape)}, gate {self.gate}"
 
 
-def along(axis: int, values: Tensor, like: Tensor) -> Tensor:
+def reshape_along(axis: int, values: Tensor, like: Tensor) -> Tensor:
     """A vector, shaped to multiply dimension `axis` of `like`."""
     shape = [1] * like.dim()
     shape[axis] = -1
@@ -341,16 +341,16 @@ def along(axis: int, values: Tensor, like: Tensor) -> Tensor:
 
 def sum_positions(values: Tensor, axis: int) -> Tensor:
     """The sum over every dimension but `axis`, shape (K,)."""
-    return values.sum(positions(values, axis))
+    return values.sum(sample_dimensions(values, axis))
 
 
 def sum_squares(values: Tensor, axis: int) -> Tensor:
     """The sum of squares over every dimension but `axis`, shape (K,)."""
     if axis % values.dim() == values.dim() - 1:  # down columns torch's norm takes three times as long
-        return values.square().sum(positions(values, axis))
-    return torch.linalg.vector_norm(values, dim=positions(values, axis)).square()
+        return values.square().sum(sample_dimensions(values, axis))
+    return torch.linalg.vector_norm(values, dim=sample_dimensions(values, axis)).square()
 
 
-def positions(values: Tensor, axis: int) -> list[int]:
+def sample_dimensions(values: Tensor, axis: int) -> list[int]:
     """The dimensions that count samples: all but `axis`."""
     return [d for d in range(values.dim()) if d != axis % values.dim()]

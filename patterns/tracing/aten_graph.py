@@ -34,27 +34,27 @@ SEEN_THROUGH = {
 
 
 @dataclass(frozen=True)
-class Draft:
+class AtenGraph:
     """A graph under work, and the tensors and modules that its nodes name."""
 
-    graph: Graph
-    parts: dict[str, Any]
+    fx: Graph
+    attributes: dict[str, Any]
 
-    def copy(self) -> "Draft":
-        """A draft of its own with the same tensors."""
-        return Draft(copy_graph(self.graph), dict(self.parts))
+    def copy(self) -> "AtenGraph":
+        """A graph of its own with the same tensors."""
+        return AtenGraph(copy_graph(self.fx), dict(self.attributes))
 
     def constant(self, node: Node, value: Tensor) -> Node:
         """A node for a tensor, made before `node`."""
-        target = f"constants.{node.name}_{len(self.parts)}"
-        self.parts[target] = value
-        with self.graph.inserting_before(node):
-            return self.graph.get_attr(target)
+        target = f"constants.{node.name}_{len(self.attributes)}"
+        self.attributes[target] = value
+        with self.fx.inserting_before(node):
+            return self.fx.get_attr(target)
 
     def call(self, before: Node, target: Any, *args: Any, like: Node | None = None) -> Node:
         """Make a call before a node, at the same place of the model's code as `like`, by default that of the node."""
-        with self.graph.inserting_before(before):
-            node = self.graph.call_function(target, args)
+        with self.fx.inserting_before(before):
+            node = self.fx.call_function(target, args)
         values = [self._value(n) for n in node.all_input_nodes]
         mode = next(v.fake_mode for v in tree_leaves(values) if isinstance(v, FakeTensor))
         fakes = {
@@ -69,19 +69,19 @@ class Draft:
     def replace(self, node: Node, replacement: Node) -> None:
         """Let a node's users use another in its place."""
         node.replace_all_uses_with(replacement)
-        self.graph.erase_node(node)
+        self.fx.erase_node(node)
 
     def _value(self, node: Node) -> Any:
-        return node.meta["val"] if "val" in node.meta else self.parts[str(node.target)]
+        return node.meta["val"] if "val" in node.meta else self.attributes[str(node.target)]
 
 
-def export(model: nn.Module, example: Tensor, name: str) -> Draft:
+def export(model: nn.Module, example: Tensor, name: str) -> AtenGraph:
     """Return the functional ATen graph of one call of a model that takes the example, with its batch size free."""
     example = example[:1].repeat(2, *[1] * (example.dim() - 1))  # torch.export would make a batch of 1 a constant
     try:
         batch = {0: torch.export.Dim.DYNAMIC}
         # Where it fails, torch.export prints the graph so far; the error says what the user needs.
-        with redirect_stdout(StringIO()), redirect_stderr(StringIO()), known_constants():
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()), readable_constants():
             program = torch.export.export(model, (example,), dynamic_shapes=(batch,), strict=False)
             require_any_batch(program, name)
             module: Any = program.run_decompositions({}).module()
@@ -96,7 +96,7 @@ def export(model: nn.Module, example: Tensor, name: str) -> Draft:
             ) from error
         raise UserError(
             name,
-            f"the model cannot be exported as a graph{blamed(error)} ({first_line(error).rstrip('.')})",
+            f"the model cannot be exported as a graph{describe_model_line(error)} ({first_line(error).rstrip('.')})",
             "Remove control flow that depends on the data or on the batch size from its forward.",
         ) from error
     graph = copy_graph(module.graph)
@@ -106,21 +106,21 @@ def export(model: nn.Module, example: Tensor, name: str) -> Draft:
     parts: dict[str, Any] = {}
     for node in list(graph.nodes):
         if node.op == "get_attr":
-            parts[str(node.target)] = attribute(module, str(node.target))
+            parts[str(node.target)] = get_attribute(module, str(node.target))
         elif node.target is torch.ops.aten.view.default:  # what comes before may come to lie otherwise in memory
             node.target = torch.ops.aten.reshape.default
         elif node.op == "call_module" or opname(node) in CHECKS:  # torch.export's guards on shapes and dtypes
             graph.erase_node(node)
-    return Draft(graph, parts)
+    return AtenGraph(graph, parts)
 
 
 # What torch.export adds to check shapes and dtypes while the graph runs.
 CHECKS = {"_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range", "sym_constrain_range_for_size"}
-KNOWN_NUMBERS = 4096
+READABLE_NUMBERS = 4096
 
 
 @contextmanager
-def known_constants() -> Iterator[None]:
+def readable_constants() -> Iterator[None]:
     """Let torch.export look into constant tensors of up to 4096 numbers, not of one only.
 
     So a forward pass may ask them: torchvision's `normalize` asks `(std == 0).any()`.
@@ -128,7 +128,7 @@ def known_constants() -> Iterator[None]:
     limited = [module for module in (proxy_tensor, fake_tensor) if hasattr(module, "CONSTANT_NUMEL_LIMIT")]
     before = [module.CONSTANT_NUMEL_LIMIT for module in limited]
     for module in limited:
-        setattr(module, "CONSTANT_NUMEL_LIMIT", KNOWN_NUMBERS)  # noqa: B010 - the modules do not export it
+        setattr(module, "CONSTANT_NUMEL_LIMIT", READABLE_NUMBERS)  # noqa: B010 - the modules do not export it
     try:
         yield
     finally:
@@ -145,8 +145,8 @@ def require_any_batch(program: torch.export.ExportedProgram, name: str) -> None:
             raise UserError(name, what, "Remove what depends on the batch size from its forward.")
 
 
-def constant_of(draft: Draft, node: Node | None) -> Tensor | None:
-    return draft.parts[str(node.target)] if node is not None and node.op == "get_attr" else None
+def get_constant(graph: AtenGraph, node: Node | None) -> Tensor | None:
+    return graph.attributes[str(node.target)] if node is not None and node.op == "get_attr" else None
 
 
 def arguments(node: Node) -> dict[str, Any]:
@@ -156,7 +156,7 @@ def arguments(node: Node) -> dict[str, Any]:
     return {a.name: a.default_value for a in schema} | dict(zip(names, node.args)) | dict(node.kwargs)
 
 
-def spread(value: Any, dims: int) -> tuple[int, ...]:
+def per_dimension(value: Any, dims: int) -> tuple[int, ...]:
     """One number for each dimension, as ATen reads a shorter list; () stays empty."""
     values = (value,) if isinstance(value, int) else tuple(value)
     return values * dims if len(values) == 1 else values
@@ -176,31 +176,38 @@ def opname(node: Node) -> str:
     return getattr(node.target, "__name__", str(node.target))
 
 
-def mark_channels(draft: Draft) -> None:
+def passes_values(node: Node) -> bool:
+    """Return whether a call only passes values on: all or some of them, in any shape."""
+    return opname(node) in SEEN_THROUGH or node.target is torch.ops.aten.max.dim
+
+
+def mark_channels(graph: AtenGraph) -> None:
     """Note which dimension of each value holds the channels, as `meta["axis"]`.
 
     It is 1 for the input and behind convolutions and pooling, the last behind linear layers, and goes
     along with permutations. A change of shape keeps it where a dimension of the same size and stride
     remains; else the channels count as the last dimension if they were it before, and as dimension 1 if not.
     """
-    for node in draft.graph.nodes:
-        value = first_value(node)
+    for node in graph.fx.nodes:
+        value = first_tensor(node)
         if value is not None:
-            axis = channel_axis(node, value)
+            axis = find_channel_axis(node, value)
             node.meta["axis"] = axis if 1 <= axis < value.dim() else min(1, value.dim() - 1)
 
 
-def channel_axis(node: Node, value: Tensor) -> int:
+def find_channel_axis(node: Node, value: Tensor) -> int:
     """Where a node's result has its channels, given where its arguments have them."""
     operation, rank = opname(node), value.dim()
-    inputs = [n for n in node.all_input_nodes if n.op != "get_attr" and "axis" in n.meta and first_value(n) is not None]
+    inputs = [
+        n for n in node.all_input_nodes if n.op != "get_attr" and "axis" in n.meta and first_tensor(n) is not None
+    ]
     if not inputs or operation.startswith(("conv", "max_pool", "avg_pool", "adaptive_", "upsample_", "_upsample_")):
         return 1
     if operation in {"linear", "matmul", "bmm", "scaled_dot_product_attention"}:
         return rank - 1
-    ranks = [first_value(n).dim() for n in inputs]  # type: ignore[union-attr]
+    ranks = [first_tensor(n).dim() for n in inputs]  # type: ignore[union-attr]
     same = ranks.index(rank) if rank in ranks else 0
-    axis, before = inputs[same].meta["axis"], first_value(inputs[same])
+    axis, before = inputs[same].meta["axis"], first_tensor(inputs[same])
     assert before is not None
     if operation == "expand":
         return axis + rank - before.dim()
@@ -209,7 +216,7 @@ def channel_axis(node: Node, value: Tensor) -> int:
         return axis - (dim < axis)
     if operation == "stack":
         return axis + (arguments(node)["dim"] % rank <= axis)
-    moved = moved_axis(node, axis)
+    moved = follow_axis(node, axis)
     if moved is not None:
         return moved
     if operation in RESHAPES or rank != before.dim():
@@ -217,13 +224,13 @@ def channel_axis(node: Node, value: Tensor) -> int:
     return axis
 
 
-def moved_axis(node: Node, axis: int) -> int | None:
+def follow_axis(node: Node, axis: int) -> int | None:
     """Where a dimension of a node's input lies in its result.
 
     None where the node changes more than the order or the number of dimensions, and where it joins this one with
     others or takes it apart.
     """
-    operation, value = opname(node), first_value(node)
+    operation, value = opname(node), first_tensor(node)
     if value is None or operation not in {"permute", "transpose", "t", *RESHAPES, *UNCHANGED}:
         return None
     rank = value.dim()
@@ -246,7 +253,7 @@ UNCHANGED = {"contiguous", "clone", "alias", "dropout", "_to_copy", "to"}
 RESHAPES = {"view", "_unsafe_view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"}
 
 
-def first_value(node: Node) -> Tensor | None:
+def first_tensor(node: Node) -> Tensor | None:
     """A node's tensor, or the first of several."""
     value = node.meta.get("val")
     if isinstance(value, tuple | list) and value:
@@ -266,14 +273,14 @@ def source(node: Node) -> str:
     return f"{module} ({file.rpartition('/')[2]}:{line}: {code.strip()})"
 
 
-def blamed(error: Exception) -> str:
+def describe_model_line(error: Exception) -> str:
     """The line of the model's code that an error comes from, if it is one."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [f for f in frames if "/torch/" not in f.filename and f.filename != __file__]
     return f" because of {own[-1].filename.rpartition('/')[2]}:{own[-1].lineno}: {own[-1].line}" if own else ""
 
 
-def attribute(module: nn.Module, target: str) -> Any:
+def get_attribute(module: nn.Module, target: str) -> Any:
     return attrgetter(target)(module)
 
 

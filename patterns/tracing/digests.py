@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from patterns.tracing.aten_graph import Draft
+from patterns.tracing.aten_graph import AtenGraph
 
 
 def digest(model: nn.Module) -> str:
@@ -19,7 +19,7 @@ def digest(model: nn.Module) -> str:
     return digest_of(sorted(tensors.items()))
 
 
-def constants_digest(draft: Draft, model: nn.Module) -> str:
+def constants_digest(graph: AtenGraph, model: nn.Module) -> str:
     """Return the SHA-256 of the numbers that an exported graph holds in addition to the model's parameters and buffers.
 
     These are tensors that are plain attributes, tensors made in the forward pass, and numbers in its calls. They are
@@ -27,8 +27,8 @@ def constants_digest(draft: Draft, model: nn.Module) -> str:
     """
     known = {n for n, _ in model.named_parameters(remove_duplicate=False)}
     known |= {n for n, _ in model.named_buffers(remove_duplicate=False)}
-    tensors = [value for name, value in draft.parts.items() if name not in known and isinstance(value, Tensor)]
-    leaves = [leaf for node in draft.graph.nodes for leaf in tree_leaves((node.args, node.kwargs))]
+    tensors = [value for name, value in graph.attributes.items() if name not in known and isinstance(value, Tensor)]
+    leaves = [leaf for node in graph.fx.nodes for leaf in tree_leaves((node.args, node.kwargs))]
     numbers = sorted(repr(leaf) for leaf in leaves if type(leaf) is float)
     digests = sorted(digest_of([("", value)]) for value in tensors)
     return f"sha256:{hashlib.sha256('/'.join(digests + numbers).encode()).hexdigest()}"

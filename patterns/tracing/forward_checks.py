@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from patterns.errors import UserError
-from patterns.tracing.aten_graph import Draft, arguments, first_line, opname, source
+from patterns.tracing.aten_graph import AtenGraph, arguments, first_line, opname, source
 
 INPUT_REMEDY = "Set --image-size, --mean and --std to what the model takes (as many means as it has input channels)."
 ROWS_REMEDY = (
@@ -19,14 +19,14 @@ ROWS_REMEDY = (
 RANDOM_REMEDY = "Remove it from evaluation: pass training=self.training to F.dropout, or use nn.Dropout."
 
 
-def samples_like(example: Tensor, count: int = 3) -> Tensor:
+def draw_samples_like(example: Tensor, count: int = 3) -> Tensor:
     """Return random samples (count, …) of an example's shape, dtype and device, in [0, 1), the same in each process."""
     generator = torch.Generator().manual_seed(0)
     values = torch.rand((count, *example.shape[1:]), generator=generator, dtype=torch.float64)
     return values.to(example)
 
 
-def outputs_by_sample(model: nn.Module, samples: Tensor, name: str) -> Tensor:
+def compute_independent_outputs(model: nn.Module, samples: Tensor, name: str) -> Tensor:
     """Return a model's output for three samples, each row of which depends on its own sample alone.
 
     Args:
@@ -42,11 +42,11 @@ def outputs_by_sample(model: nn.Module, samples: Tensor, name: str) -> Tensor:
             not give n rows, if the output is random, or if a row depends on the other samples of the batch.
     """
     with torch.random.fork_rng():
-        whole = output_of(model, samples, name)
-        reordered = output_of(model, samples[[1, 0]], name)
-        if agree(reordered, whole[[1, 0]]) and same_alone(model, samples[2:], whole[2:]):
+        whole = run_model(model, samples, name)
+        reordered = run_model(model, samples[[1, 0]], name)
+        if agree(reordered, whole[[1, 0]]) and gives_same_alone(model, samples[2:], whole[2:]):
             return whole
-        again = output_of(model, samples, name)
+        again = run_model(model, samples, name)
     if not agree(again, whole):
         what = "the forward pass is random or changes from call to call: the same input gives other outputs"
         raise UserError(name, what, RANDOM_REMEDY)
@@ -59,7 +59,7 @@ def outputs_by_sample(model: nn.Module, samples: Tensor, name: str) -> Tensor:
     )
 
 
-def same_alone(model: nn.Module, sample: Tensor, expected: Tensor) -> bool:
+def gives_same_alone(model: nn.Module, sample: Tensor, expected: Tensor) -> bool:
     """Whether a model gives the same for one sample alone, perhaps without the dimension of the batch.
 
     Also True if the model does not take one sample: the network, which is traced with several, does.
@@ -78,7 +78,7 @@ def normalizes_batches(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.batchnorm._BatchNorm) and not module.track_running_stats
 
 
-def output_of(model: nn.Module, samples: Tensor, name: str) -> Tensor:
+def run_model(model: nn.Module, samples: Tensor, name: str) -> Tensor:
     """Return the model's output for a batch. UserError if it is not one tensor with a row for each sample."""
     try:
         output = model(samples)
@@ -98,24 +98,24 @@ def agree(found: Tensor, expected: Tensor) -> bool:
     if found.shape != expected.shape or found.is_meta:  # the meta device has shapes alone
         return found.shape == expected.shape
     largest = float(expected.nan_to_num(0.0, 0.0, 0.0).abs().max()) if expected.numel() else 0.0
-    return torch.allclose(found, expected, rtol=0.0, atol=rounding(expected) * largest, equal_nan=True)
+    return torch.allclose(found, expected, rtol=0.0, atol=rounding_tolerance(expected) * largest, equal_nan=True)
 
 
-def rounding(output: Tensor) -> float:
+def rounding_tolerance(output: Tensor) -> float:
     """How far outputs may differ by rounding, relative to the largest: 2e-3 for float32, 5e-7 for float64."""
     tf32 = output.is_cuda and output.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     return (2.0**-10 if tf32 else torch.finfo(output.dtype).eps) ** 0.4
 
 
-def refuse_random(draft: Draft, name: str) -> None:
+def require_deterministic(graph: AtenGraph, name: str) -> None:
     """Raise UserError if the exported graph draws random numbers."""
-    for node in draft.graph.nodes:
-        if draws(node):
+    for node in graph.fx.nodes:
+        if draws_random_numbers(node):
             what = f"the forward pass draws random numbers in evaluation mode: {opname(node)} in {source(node)}"
             raise UserError(name, what, RANDOM_REMEDY)
 
 
-def draws(node: Node) -> bool:
+def draws_random_numbers(node: Node) -> bool:
     """Whether a call draws random numbers: not if its arguments say that it is not training, or drops nothing."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return False

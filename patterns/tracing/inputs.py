@@ -8,21 +8,21 @@ import torch
 from torch import Tensor
 
 from patterns.errors import UserError
-from patterns.tracing.aten_graph import Draft
+from patterns.tracing.aten_graph import AtenGraph
 
 Targets = int | Sequence[int] | np.ndarray | Tensor
 
 
-def expect_shape(draft: Draft, shape: tuple[int, ...]) -> None:
+def add_shape_check(graph: AtenGraph, shape: tuple[int, ...]) -> None:
     """Let a graph refuse inputs of another shape, of which its slices and pools would take a part."""
-    (placeholder,) = draft.graph.find_nodes(op="placeholder")
-    with draft.graph.inserting_after(placeholder):
-        checked = draft.graph.call_function(batch_of, (placeholder, shape))
+    (placeholder,) = graph.fx.find_nodes(op="placeholder")
+    with graph.fx.inserting_after(placeholder):
+        checked = graph.fx.call_function(require_batch, (placeholder, shape))
     checked.meta = dict(placeholder.meta)
     placeholder.replace_all_uses_with(checked, delete_user_cb=lambda user: user is not checked)
 
 
-def batch_of(inputs: Tensor, shape: tuple[int, ...]) -> Tensor:
+def require_batch(inputs: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Return inputs of shape (N, *shape). UserError for other shapes."""
     if tuple(inputs.shape[1:]) != shape:
         what = f"shape {tuple(inputs.shape)}, and the network was traced for (N, {', '.join(map(str, shape))})"
@@ -32,7 +32,7 @@ def batch_of(inputs: Tensor, shape: tuple[int, ...]) -> Tensor:
     return inputs
 
 
-def ready_inputs(inputs: Tensor, like: Tensor) -> Tensor:
+def validate_inputs(inputs: Tensor, like: Tensor) -> Tensor:
     """Return inputs that autograd takes. UserError if they have another type or device than a network's weights."""
     for name in ("dtype", "device"):
         found, wanted = getattr(inputs, name), getattr(like, name)
@@ -43,7 +43,7 @@ def ready_inputs(inputs: Tensor, like: Tensor) -> Tensor:
     return inputs.clone() if inputs.is_inference() else inputs
 
 
-def images_of(batch: Any) -> Tensor:
+def select_images(batch: Any) -> Tensor:
     """Return the images of a batch: itself, or the first of (images, labels, …), as a DataLoader gives them."""
     images = batch[0] if isinstance(batch, tuple | list) and batch else batch
     if not isinstance(images, Tensor):
@@ -52,7 +52,7 @@ def images_of(batch: Any) -> Tensor:
     return images
 
 
-def ready_targets(targets: Targets, scores: Tensor) -> Tensor:
+def resolve_targets(targets: Targets, scores: Tensor) -> Tensor:
     """Return targets as a tensor on the device of the scores.
 
     Args:

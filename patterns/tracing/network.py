@@ -16,56 +16,40 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
-from torch.fx.node import map_arg
 
 from patterns.errors import UserError
-from patterns.operators.operator import Convolution, Gate, Linear, Operator, Scale, TransposedConvolution, along
+from patterns.operators.operator import Gate, Operator
 from patterns.tracing.aten_graph import (
-    SEEN_THROUGH,
-    Draft,
+    AtenGraph,
     arguments,
-    attribute,
     copy_graph,
     export,
+    get_attribute,
     mark_channels,
-    moved_axis,
     opname,
-    source,
+    passes_values,
 )
+from patterns.tracing.average_pools import canonicalize_average_pools
 from patterns.tracing.canonicalize import (
-    fixed_product,
-    squeeze_by_dimension,
-    unify_maps,
-    unify_pooling,
-    unify_selections,
-    unify_sums,
-    weighted_sum,
+    canonicalize_selections,
+    canonicalize_squeezes,
+    canonicalize_sums,
 )
+from patterns.tracing.constant_products import canonicalize_products
 from patterns.tracing.digests import constants_digest
-from patterns.tracing.forward_checks import agree, outputs_by_sample, refuse_random, samples_like
-from patterns.tracing.inputs import expect_shape
-from patterns.tracing.linearize import HELD_NORMS, hold_gates
-from patterns.tracing.lower import lift_operators
-from patterns.tracing.outputs import PROBABILITIES, end_in_classes, exported_output, refuse_ending, strip_ending
-from patterns.tracing.rectifiers import IN_PLACE, RECTIFIERS, unify_rectifiers
+from patterns.tracing.folding import fold_constants, fold_scales
+from patterns.tracing.forward_checks import agree, compute_independent_outputs, draw_samples_like, require_deterministic
+from patterns.tracing.inputs import add_shape_check
+from patterns.tracing.linearize import linearize_operations
+from patterns.tracing.lower import lower_operations
+from patterns.tracing.outputs import PROBABILITIES, add_class_dimension, evaluate_graph, require_logits, strip_ending
+from patterns.tracing.rectifiers import IN_PLACE, RECTIFIERS, canonicalize_rectifiers
+from patterns.tracing.supported_operations import require_supported
 
 aten = torch.ops.aten
 
-# Fixed linear maps without a weight of their own: they pass with their usual backward.
-FIXED_LINEAR = {
-    "pad", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad2d",
-    "gather", "repeat", "im2col", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d",
-    "_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d", "upsample_linear1d",
-    "upsample_bilinear2d", "upsample_trilinear3d", "upsample_bicubic2d", "_upsample_bilinear2d_aa",
-    "_upsample_bicubic2d_aa",
-}  # fmt: skip
 
-REWRITTEN = {fixed_product, weighted_sum, *HELD_NORMS.values()}
 SYMBOLIC = {"sym_size", "mul", "add", "sub", "floordiv", "mod"}  # arithmetic on the batch size
-SUPPORTED = (
-    "convolution, linear, batch norm in inference mode, sums, products with constants, average pooling, "
-    "ReLU and its variants, max pooling, and changes of shape"
-)
 
 
 @dataclass(frozen=True)
@@ -87,7 +71,7 @@ class Network:
     @property
     def operators(self) -> dict[str, Operator]:
         """The operators by name, in the order in which the model first calls them."""
-        return {operator.name: operator for _, operator in operator_calls(self.module)}
+        return {operator.name: operator for _, operator in find_operator_calls(self.module)}
 
     @property
     def like(self) -> Tensor:
@@ -99,7 +83,7 @@ class Network:
         parts: dict[str, Any] = {}
         for node in self.module.graph.nodes:
             if node.op == "get_attr":
-                parts[node.target] = attribute(self.module, node.target)
+                parts[node.target] = get_attribute(self.module, node.target)
         for name, module in self.operators.items():
             parts[name] = replace(module)
         return GraphModule(parts, copy_graph(self.module.graph), type(self.module).__name__)
@@ -113,7 +97,7 @@ class Network:
             close = difflib.get_close_matches(operator, self.operators) or list(self.operators)[-3:]
             raise UserError(operator, "the model has no such operator", f"It has {', '.join(close)}, …")
         module = self.rewrite(lambda op: op)
-        last, found = [(node, op) for node, op in operator_calls(module) if op.name == operator][-1]
+        last, found = [(node, op) for node, op in find_operator_calls(module) if op.name == operator][-1]
         (end,) = module.graph.find_nodes(op="output")
         with module.graph.inserting_before(end):
             out = last
@@ -123,7 +107,7 @@ class Network:
             if found.operator_type.axis != 1:
                 out = module.graph.call_function(torch.movedim, (out, found.operator_type.axis, 1))
         end.args = (out,)
-        wanted = {end, *ancestors(end)}
+        wanted = {end, *find_ancestors(end)}
         for node in reversed(module.graph.nodes):
             if node not in wanted and node.op != "placeholder":
                 module.graph.erase_node(node)
@@ -164,40 +148,40 @@ def trace(
         what = "the model was made in torch.inference_mode(), and its weights cannot be exported"
         raise UserError(name, what, "Make or load it outside of inference mode.")
     with torch.inference_mode(False), torch.no_grad():
-        samples = samples_like(example)
-        output = outputs_by_sample(model, samples, name)
-        draft = export(model, example, name)
-        refuse_random(draft, name)
-        constants = constants_digest(draft, model)
-        if strip_softmax and strip_ending(draft):
-            output = exported_output(draft, samples)
-        network = network_of(draft, example, name, pass_through)
+        samples = draw_samples_like(example)
+        output = compute_independent_outputs(model, samples, name)
+        graph = export(model, example, name)
+        require_deterministic(graph, name)
+        constants = constants_digest(graph, model)
+        if strip_softmax and strip_ending(graph):
+            output = evaluate_graph(graph, samples)
+        network = build_network(graph, example, name, pass_through)
         require_same_output(network, samples, output, name)
     return replace(network, constants=constants)
 
 
-def network_of(draft: Draft, example: Tensor, name: str, pass_through: Collection[str]) -> Network:
+def build_network(graph: AtenGraph, example: Tensor, name: str, pass_through: Collection[str]) -> Network:
     """The network of an exported graph, which becomes its own."""
-    squeeze_by_dimension(draft)
-    end_in_classes(draft)
-    fold_constants(draft)
-    mark_channels(draft)
-    hold_gates(draft, pass_through)
-    unify_rectifiers(draft)
-    unify_selections(draft)
-    unify_sums(draft)
-    unify_pooling(draft)
-    unify_maps(draft)
-    mark_channels(draft)
-    lift_operators(draft)
-    fold_scales(draft)
+    canonicalize_squeezes(graph)
+    add_class_dimension(graph)
+    fold_constants(graph)
+    mark_channels(graph)
+    linearize_operations(graph, pass_through)
+    canonicalize_rectifiers(graph)
+    canonicalize_selections(graph)
+    canonicalize_sums(graph)
+    canonicalize_average_pools(graph)
+    canonicalize_products(graph)
+    mark_channels(graph)
+    lower_operations(graph)
+    fold_scales(graph)
     if not PROBABILITIES & set(pass_through):
-        refuse_ending(draft, name)
-    refuse_unknown(draft, name, pass_through)
+        require_logits(graph, name)
+    require_supported(graph, name, pass_through)
     input_shape = tuple(example.shape[1:])
-    expect_shape(draft, input_shape)
-    module = GraphModule(draft.parts, draft.graph, "Network")
-    find_gates(module)
+    add_shape_check(graph, input_shape)
+    module = GraphModule(graph.attributes, graph.fx, "Network")
+    assign_gates(module)
     rectify_in_place(module)
     output_shape = record_shapes(module, example)
     return Network(module.requires_grad_(False), input_shape, output_shape)
@@ -212,147 +196,33 @@ def require_same_output(network: Network, samples: Tensor, expected: Tensor, nam
             raise UserError(name, what, "Write its forward without what depends on the batch size or on earlier calls.")
 
 
-def fold_constants(draft: Draft) -> None:
-    """Evaluate what does not depend on the input's values (standardised weights, position tables, masks)."""
-    values: dict[Node, Any] = {}
-    for node in list(draft.graph.nodes):
-        if node.op == "get_attr":
-            values[node] = draft.parts[node.target]
-        elif node.op == "call_function" and all(n in values for n in node.all_input_nodes):
-            with torch.no_grad():
-                values[node] = node.target(*resolve(node.args, values), **resolve(node.kwargs, values))
-        elif opname(node) in FILLED and len(node.all_input_nodes) == 1:  # of an input, only its dtype and device
-            like = torch.empty(0, dtype=node.meta["val"].dtype, device=node.meta["val"].device)
-            values[node] = node.target(like, *node.args[1:], **node.kwargs)
-        if node.op == "call_function" and isinstance(values.get(node), Tensor):
-            constant = draft.constant(node, values[node])
-            constant.meta = dict(node.meta)
-            values[constant] = values[node]
-            node.replace_all_uses_with(constant)
-    draft.graph.eliminate_dead_code()
-
-
-FILLED = {"new_zeros", "new_ones", "new_full"}
-
-
-def fold_scales(draft: Draft) -> None:
-    """Fold each batch norm into the convolution or linear operator before it, if that has no other use."""
-    calls = Counter(node.target for node in draft.graph.nodes if node.op == "call_module")
-    for node in list(draft.graph.nodes):
-        if node.op != "call_module" or not isinstance(draft.parts[str(node.target)].operator_type, Scale):
-            continue
-        scale = draft.parts[str(node.target)]
-        before, axis = operator_before(draft, node)
-        if before is None or axis != scale.operator_type.axis % node.meta["val"].dim():
-            continue
-        linear = draft.parts[str(before.target)]
-        if (
-            not isinstance(linear.operator_type, Convolution | TransposedConvolution | Linear)
-            or calls[node.target] > 1
-            or calls[before.target] > 1
-        ):
-            continue
-        factor = scale.weight[:, 0].double()
-        weight = linear.weight.double() * along(0, factor, linear.weight)
-        bias = torch.zeros_like(factor) if linear.bias is None else linear.bias.double() * factor
-        if scale.bias is not None:
-            bias = bias + scale.bias.double()
-        dtype = linear.weight.dtype
-        draft.parts[str(before.target)] = Operator(
-            linear.name, linear.operator_type, weight.to(dtype), bias.to(dtype), (), (), linear.source
-        )
-        draft.replace(node, node.args[0])
-
-
-def operator_before(draft: Draft, node: Node) -> tuple[Node | None, int | None]:
-    """The operator's call that a node alone reads, perhaps in another shape, and where its neurons then lie."""
-    path: list[Node] = []
-    before: Any = node.args[0]
-    while before.op == "call_function" and len(readers(before)) == 1 and before.args:
-        path.append(before)
-        before = before.args[0]
-        if not isinstance(before, Node):
-            return None, None
-    if before.op != "call_module" or len(readers(before)) > 1:
-        return None, None
-    axis = draft.parts[str(before.target)].operator_type.axis % before.meta["val"].dim()
-    for change in reversed(path):
-        axis = None if axis is None else moved_axis(change, axis)
-    return before, axis
-
-
-def readers(node: Node) -> list[Node]:
-    """The users of a value's elements, not of its sizes."""
-    return [user for user in node.users if opname(user) != "sym_size"]
-
-
-def refuse_unknown(draft: Draft, name: str, pass_through: Collection[str]) -> None:
-    """Raise UserError for operations that the explanation pass would not know how to go back through."""
-    unknown: dict[str, str] = {}
-    valueless = of_shape_alone(draft)
-    for node in draft.graph.nodes:
-        if node.op != "call_function" or node.target in RECTIFIERS or node.target in REWRITTEN:
-            continue
-        operation = opname(node)
-        if operation in SEEN_THROUGH or operation in FIXED_LINEAR or operation in pass_through:
-            continue
-        if node in valueless or is_shift(node) or node.target is aten.max.dim:
-            continue
-        unknown.setdefault(operation, source(node))
-    if unknown:
-        what = "; ".join(f"{operation} in {where}" for operation, where in list(unknown.items())[:3])
-        more = f" (and {len(unknown) - 3} more kinds)" if len(unknown) > 3 else ""
-        remedy = f"Pass --pass-through {','.join(unknown)} to use their gradient. Supported are {SUPPORTED}."
-        raise UserError(name, f"no pattern is defined for {what}{more}", remedy)
-
-
-def of_shape_alone(draft: Draft) -> set[Node]:
-    """What is made of constants and of the batch size: no gradient goes through it."""
-    found: set[Node] = set()
-    for node in draft.graph.nodes:
-        made = node.op == "call_function" and all(n in found for n in node.all_input_nodes)
-        if made or node.op == "get_attr" or opname(node) in FILLED | {"sym_size"}:
-            found.add(node)
-    return found
-
-
-def is_shift(node: Node) -> bool:
-    """An added or subtracted constant: part of no neuron's weight, and its gradient is the identity."""
-    if node.target in (aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar):
-        first, *others = node.args
-        return sum(isinstance(t, Node) and t.op != "get_attr" for t in (first, *others)) == 1 and (
-            node.target in (aten.add.Tensor, aten.add.Scalar) or (isinstance(first, Node) and first.op != "get_attr")
-        )
-    return False
-
-
-def find_gates(module: GraphModule) -> None:
+def assign_gates(module: GraphModule) -> None:
     """Give each operator its gate: the one rectifier that all its calls feed, and nothing else."""
     gates: dict[str, set[Gate | None]] = {}
-    calls = Counter(operator.name for _, operator in operator_calls(module))
-    for node, operator in operator_calls(module):
-        gates.setdefault(operator.name, set()).update(consumers(node))
-    for _, operator in operator_calls(module):
+    calls = Counter(operator.name for _, operator in find_operator_calls(module))
+    for node, operator in find_operator_calls(module):
+        gates.setdefault(operator.name, set()).update(find_consumer_gates(node))
+    for _, operator in find_operator_calls(module):
         operator.calls = calls[operator.name]
         found = gates[operator.name]
         operator.gate = found.copy().pop() if len(found) == 1 else None
         operator.mixed_gates = len(found) > 1
 
 
-def consumers(node: Node) -> Iterator[Gate | None]:
+def find_consumer_gates(node: Node) -> Iterator[Gate | None]:
     """What each path from a node leads to: a rectifier's gate, or None for anything else."""
     for user in node.users:
         if user.op == "call_function" and user.target in RECTIFIERS:
             yield RECTIFIERS[user.target](arguments(user))
-        elif user.op == "call_function" and (opname(user) in SEEN_THROUGH or user.target is aten.max.dim):
-            yield from consumers(user)
+        elif passes_values(user):
+            yield from find_consumer_gates(user)
         elif opname(user) not in SYMBOLIC:
             yield None
 
 
 def rectify_in_place(module: GraphModule) -> None:
     """Let a rectifier take the memory of an operator's output that nobody else reads."""
-    for node, _ in operator_calls(module):
+    for node, _ in find_operator_calls(module):
         user, *others = node.users
         if not others and user.target in IN_PLACE:
             user.target = IN_PLACE[user.target]
@@ -368,7 +238,7 @@ def record_shapes(module: GraphModule, example: Tensor) -> tuple[int, ...]:
         operator.output_shape = tuple(output.shape[1:])
         operator.per_image = operator.per_image and all(len(values) == 1 for values in (*inputs, output))
 
-    hooks = [operator.register_forward_hook(note) for _, operator in operator_calls(module)]
+    hooks = [operator.register_forward_hook(note) for _, operator in find_operator_calls(module)]
     with torch.no_grad():
         output = module(example[:1])
     for hook in hooks:
@@ -376,7 +246,7 @@ def record_shapes(module: GraphModule, example: Tensor) -> tuple[int, ...]:
     return tuple(output.shape[1:])
 
 
-def operator_calls(module: GraphModule) -> Iterator[tuple[Node, Operator]]:
+def find_operator_calls(module: GraphModule) -> Iterator[tuple[Node, Operator]]:
     for node in module.graph.nodes:
         if node.op == "call_module":
             operator = module.get_submodule(str(node.target))
@@ -384,7 +254,7 @@ def operator_calls(module: GraphModule) -> Iterator[tuple[Node, Operator]]:
             yield node, operator
 
 
-def ancestors(node: Node) -> set[Node]:
+def find_ancestors(node: Node) -> set[Node]:
     """All that a node is computed from."""
     found: set[Node] = set()
     todo = [node]
@@ -393,7 +263,3 @@ def ancestors(node: Node) -> set[Node]:
         found |= new
         todo += new
     return found
-
-
-def resolve(args: Any, values: dict[Node, Any]) -> Any:
-    return map_arg(args, lambda n: values[n])

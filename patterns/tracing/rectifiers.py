@@ -17,12 +17,12 @@ import torch
 from torch.fx import Node
 
 from patterns.operators.operator import Gate
-from patterns.tracing.aten_graph import Draft, arguments, constant_of, is_activation, opname
+from patterns.tracing.aten_graph import AtenGraph, arguments, get_constant, is_activation, opname
 
 aten = torch.ops.aten
 
 
-def limit(value: float | None, unlimited: str) -> float:
+def parse_limit(value: float | None, unlimited: str) -> float:
     """Return a clamp's limit, infinite if it has none."""
     return float(unlimited if value is None else value)
 
@@ -32,7 +32,7 @@ RECTIFIERS: dict[Any, Callable[[dict[str, Any]], Gate]] = {
     aten.relu.default: lambda _: Gate(0.0, float("inf")),
     aten.relu6.default: lambda _: Gate(0.0, 6.0),
     aten.hardtanh.default: lambda a: Gate(float(a["min_val"]), float(a["max_val"])),
-    aten.clamp.default: lambda a: Gate(limit(a["min"], "-inf"), limit(a["max"], "inf")),
+    aten.clamp.default: lambda a: Gate(parse_limit(a["min"], "-inf"), parse_limit(a["max"], "inf")),
     aten.clamp_min.default: lambda a: Gate(float(a["min"]), float("inf")),
     aten.clamp_max.default: lambda a: Gate(float("-inf"), float(a["max"])),
     aten.threshold.default: lambda a: Gate(float(a["threshold"]), float("inf")),
@@ -55,46 +55,46 @@ CLAMPS = {
 FILLS = {"zeros_like": 0.0, "ones_like": 1.0}
 
 
-def unify_rectifiers(draft: Draft) -> None:
+def canonicalize_rectifiers(graph: AtenGraph) -> None:
     """Rewrite every spelling of a rectifier; see the table above."""
-    for node in list(draft.graph.nodes):
+    for node in list(graph.fx.nodes):
         rewrite = REWRITES.get(opname(node))
-        replacement = rewrite(draft, node) if rewrite else None
+        replacement = rewrite(graph, node) if rewrite else None
         if replacement is not None:
-            draft.replace(node, replacement)
-    draft.graph.eliminate_dead_code()
+            graph.replace(node, replacement)
+    graph.fx.eliminate_dead_code()
 
 
-def clamp_of_two(draft: Draft, node: Node) -> Node | None:
+def rewrite_maximum(graph: AtenGraph, node: Node) -> Node | None:
     """The larger, or the smaller, of a value and one number."""
     if node.target not in CLAMPS:
         return None
     x, bound = node.args
-    if is_activation(bound) and number_of(draft, bound) is None:
+    if is_activation(bound) and find_number(graph, bound) is None:
         x, bound = bound, x
-    limit = number_of(draft, bound)
+    limit = find_number(graph, bound)
     if limit is None or not is_activation(x) or x.meta["val"].shape != node.meta["val"].shape:  # type: ignore[union-attr]
         return None
-    return draft.call(node, CLAMPS[node.target], x, limit)
+    return graph.call(node, CLAMPS[node.target], x, limit)
 
 
-def clamp(draft: Draft, node: Node) -> Node | None:
+def rewrite_clamp(graph: AtenGraph, node: Node) -> Node | None:
     """`clip`, and a clamp whose limits are tensors of one number."""
     if node.target is aten.clamp.default:
         return None
     a = arguments(node)
-    limits = [None if a[key] is None else number_of(draft, a[key]) for key in ("min", "max")]
+    limits = [None if a[key] is None else find_number(graph, a[key]) for key in ("min", "max")]
     if any(limit is None and a[key] is not None for key, limit in zip(("min", "max"), limits)):
         return None
-    return draft.call(node, aten.clamp.default, a["self"], *limits)
+    return graph.call(node, aten.clamp.default, a["self"], *limits)
 
 
-def randomized_leaky(draft: Draft, node: Node) -> Node | None:
+def rewrite_rrelu(graph: AtenGraph, node: Node) -> Node | None:
     """`rrelu` in evaluation: a leaky rectifier with the mean of its slopes."""
     a = arguments(node)
     if a["training"]:
         return None
-    return draft.call(node, aten.leaky_relu.default, a["self"], (a["lower"] + a["upper"]) / 2)
+    return graph.call(node, aten.leaky_relu.default, a["self"], (a["lower"] + a["upper"]) / 2)
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Condition:
     strict: bool
 
 
-def condition_of(draft: Draft, mask: Any) -> Condition | None:
+def match_condition(graph: AtenGraph, mask: Any) -> Condition | None:
     """Read a mask: a comparison of a value with one number, perhaps inverted or cast to another dtype."""
     turned = False
     while isinstance(mask, Node) and opname(mask) in COPIES | CASTS | INVERSIONS:
@@ -118,18 +118,18 @@ def condition_of(draft: Draft, mask: Any) -> Condition | None:
     operation = opname(mask)
     if operation == "heaviside":  # at 0 its value is the second argument, times x that is 0
         x, _ = mask.args
-        return Condition(base(x), 0.0, not turned, True)
+        return Condition(skip_copies(x), 0.0, not turned, True)
     if operation not in COMPARISONS:
         return None
     x, bound = mask.args
     above, strict = COMPARISONS[operation]
-    limit = number_of(draft, bound)
+    limit = find_number(graph, bound)
     if limit is None:
         x, bound, above = bound, x, not above
-        limit = number_of(draft, bound)
+        limit = find_number(graph, bound)
     if limit is None or not is_activation(x):
         return None
-    return Condition(base(x), limit, above ^ turned, strict ^ turned)
+    return Condition(skip_copies(x), limit, above ^ turned, strict ^ turned)
 
 
 COMPARISONS = {"gt": (True, True), "ge": (True, False), "lt": (False, True), "le": (False, False)}
@@ -137,107 +137,107 @@ COPIES, CASTS = {"clone", "alias", "contiguous", "detach"}, {"_to_copy", "to"}
 INVERSIONS = {"logical_not", "bitwise_not"}
 
 
-def base(node: Any) -> Any:
+def skip_copies(node: Any) -> Any:
     """Return the value that a chain of copies is a copy of."""
     while isinstance(node, Node) and opname(node) in COPIES:
         node = node.args[0]
     return node
 
 
-def choice(draft: Draft, node: Node, mask: Any, chosen: Any, other: Any) -> Node | None:
+def match_choice(graph: AtenGraph, node: Node, mask: Any, chosen: Any, other: Any) -> Node | None:
     """The rectifier that takes one value where a mask holds and another elsewhere; None if it is none.
 
     chosen, other: a node or a number.
     """
-    condition = condition_of(draft, mask)
+    condition = match_condition(graph, mask)
     if condition is None:
         return None
     x, t = condition.x, condition.threshold
     upper, lower = (chosen, other) if condition.above else (other, chosen)
     strict = condition.strict == condition.above  # whether x == t takes the lower value
-    if base(upper) is x:
-        slope = slope_of(draft, lower, x)
+    if skip_copies(upper) is x:
+        slope = find_slope(graph, lower, x)
         if slope is not None and 0 <= slope <= 1 and t == 0:
-            return draft.call(node, aten.leaky_relu.default, x, slope)
-        value = value_of(draft, lower)
+            return graph.call(node, aten.leaky_relu.default, x, slope)
+        value = find_value(graph, lower)
         if value == t:
-            return draft.call(node, aten.relu.default, x) if t == 0 else draft.call(node, aten.clamp_min.default, x, t)
+            return graph.call(node, aten.relu.default, x) if t == 0 else graph.call(node, aten.clamp_min.default, x, t)
         if value is not None and strict:
-            return draft.call(node, aten.threshold.default, x, t, value)
-    elif base(lower) is x and value_of(draft, upper) == t:
-        return draft.call(node, aten.clamp_max.default, x, t)
+            return graph.call(node, aten.threshold.default, x, t, value)
+    elif skip_copies(lower) is x and find_value(graph, upper) == t:
+        return graph.call(node, aten.clamp_max.default, x, t)
     return None
 
 
-def slope_of(draft: Draft, node: Any, x: Node) -> float | None:
+def find_slope(graph: AtenGraph, node: Any, x: Node) -> float | None:
     """Return s if a node is s · x with one number s."""
     if not isinstance(node, Node) or opname(node) not in {"neg", "mul", "div"}:
         return None
     if opname(node) == "neg":
-        return -1.0 if base(node.args[0]) is x else None
+        return -1.0 if skip_copies(node.args[0]) is x else None
     one, other = node.args
-    if base(other) is x and opname(node) == "mul":
+    if skip_copies(other) is x and opname(node) == "mul":
         one, other = other, one
-    slope = value_of(draft, other) if base(one) is x else None
+    slope = find_value(graph, other) if skip_copies(one) is x else None
     return slope if slope is None or opname(node) == "mul" else 1 / slope
 
 
-def value_of(draft: Draft, value: Any) -> float | None:
+def find_value(graph: AtenGraph, value: Any) -> float | None:
     """Return the one number that an argument is, or a node holds everywhere."""
-    return number_of(draft, value) if isinstance(value, Node) else float(value)
+    return find_number(graph, value) if isinstance(value, Node) else float(value)
 
 
-def where(draft: Draft, node: Node) -> Node | None:
+def rewrite_where(graph: AtenGraph, node: Node) -> Node | None:
     """`where(mask, chosen, other)`."""
-    return choice(draft, node, *node.args) if len(node.args) == 3 else None
+    return match_choice(graph, node, *node.args) if len(node.args) == 3 else None
 
 
-def masked_fill(draft: Draft, node: Node) -> Node | None:
+def rewrite_masked_fill(graph: AtenGraph, node: Node) -> Node | None:
     """`x.masked_fill(mask, value)`."""
     x, mask, value = node.args
-    return choice(draft, node, mask, value, x)
+    return match_choice(graph, node, mask, value, x)
 
 
-def masked_assignment(draft: Draft, node: Node) -> Node | None:
+def rewrite_masked_assignment(graph: AtenGraph, node: Node) -> Node | None:
     """`x[mask] = value`."""
     a = arguments(node)
-    if a["accumulate"] or len(a["indices"]) != 1 or value_of(draft, a["values"]) is None:
+    if a["accumulate"] or len(a["indices"]) != 1 or find_value(graph, a["values"]) is None:
         return None
-    return choice(draft, node, a["indices"][0], value_of(draft, a["values"]), a["self"])
+    return match_choice(graph, node, a["indices"][0], find_value(graph, a["values"]), a["self"])
 
 
-def masked_product(draft: Draft, node: Node) -> Node | None:
+def rewrite_masked_product(graph: AtenGraph, node: Node) -> Node | None:
     """`x * mask`."""
     for x, mask in (node.args[:2], node.args[1::-1]):
         if is_activation(x) and isinstance(mask, Node):
-            found = choice(draft, node, mask, x, 0.0)
+            found = match_choice(graph, node, mask, x, 0.0)
             if found is not None:
                 return found
     return None
 
 
-REWRITES: dict[str, Callable[[Draft, Node], Node | None]] = {
-    **dict.fromkeys(("maximum", "minimum", "fmax", "fmin", "max", "min"), clamp_of_two),
-    "clip": clamp,
-    "clamp": clamp,
-    "rrelu": randomized_leaky,
-    "where": where,
-    "masked_fill": masked_fill,
-    "index_put": masked_assignment,
-    "mul": masked_product,
+REWRITES: dict[str, Callable[[AtenGraph, Node], Node | None]] = {
+    **dict.fromkeys(("maximum", "minimum", "fmax", "fmin", "max", "min"), rewrite_maximum),
+    "clip": rewrite_clamp,
+    "clamp": rewrite_clamp,
+    "rrelu": rewrite_rrelu,
+    "where": rewrite_where,
+    "masked_fill": rewrite_masked_fill,
+    "index_put": rewrite_masked_assignment,
+    "mul": rewrite_masked_product,
 }
 
 
-def number_of(draft: Draft, node: Any) -> float | None:
+def find_number(graph: AtenGraph, node: Any) -> float | None:
     """Return the one number that a tensor holds everywhere, if it is known; of a number, itself."""
     if isinstance(node, int | float):
         return float(node)
-    node = base(node)
+    node = skip_copies(node)
     if opname(node) in FILLS:
         return FILLS[opname(node)]
     if opname(node) in {"full_like", "full"}:
-        return value_of(draft, node.args[1])
-    value = constant_of(draft, node) if isinstance(node, Node) else None
+        return find_value(graph, node.args[1])
+    value = get_constant(graph, node) if isinstance(node, Node) else None
     if value is None or value.numel() == 0 or value.is_complex():
         return None
     first = value.flatten()[0]

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from patterns import Explainer, Network, Observer, UserError, solve, trace
-from patterns.compilation import cause
+from patterns.compilation import extract_cause
 from patterns.operators import winograd
 from tests.patterns.networks import PASSES, relative
 from tests.patterns.small import every_kind, image
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no
 
 @pytest.fixture
 def network(monkeypatch: pytest.MonkeyPatch) -> Network:
-    monkeypatch.setattr("patterns.operators.winograd.WIDE", 0)
+    monkeypatch.setattr("patterns.operators.winograd.MIN_CHANNEL_COLUMNS", 0)
     return trace(every_kind(), image())
 
 
@@ -159,10 +159,10 @@ def test_what_is_told_of_a_failure_is_the_line_that_says_why() -> None:
     output = (
         "In file included from a.cpp:1:\n/tmp/a.cpp:3:10: fatal error: omp.h: No such file\ncompilation terminated."
     )
-    assert cause(CppCompileError(["g++"], output)) == "/tmp/a.cpp:3:10: fatal error: omp.h: No such file"
+    assert extract_cause(CppCompileError(["g++"], output)) == "/tmp/a.cpp:3:10: fatal error: omp.h: No such file"
     assert (
-        cause(SubprocException("Traceback:\n  raise PTXASError(error)\nPTXASError: no ptxas\n"))
+        extract_cause(SubprocException("Traceback:\n  raise PTXASError(error)\nPTXASError: no ptxas\n"))
         == "PTXASError: no ptxas"
     )
-    assert cause(ValueError("out of range\nlater errors may follow")) == "out of range"
-    assert cause(ValueError()) == "ValueError"
+    assert extract_cause(ValueError("out of range\nlater errors may follow")) == "out of range"
+    assert extract_cause(ValueError()) == "ValueError"

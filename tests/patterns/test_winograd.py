@@ -87,7 +87,7 @@ def test_a_convolution_takes_it_where_it_may_and_where_that_pays(name: str, monk
         return gradient(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(winograd, "weight_gradient", noted)
-    monkeypatch.setattr(winograd, "WIDE", 16 * 12)
+    monkeypatch.setattr(winograd, "MIN_CHANNEL_COLUMNS", 16 * 12)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, channels, *[12] * len(kernel), generator=generator, dtype=torch.float64)
     weight = torch.randn(neurons, channels // kind.groups, *kernel, generator=generator, dtype=torch.float64)

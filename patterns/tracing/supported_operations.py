@@ -1,0 +1,74 @@
+"""x."""
+
+from collections.abc import Collection
+
+import torch
+from torch.fx import Node
+
+from patterns.errors import UserError
+from patterns.tracing.aten_graph import AtenGraph, opname, passes_values, source
+from patterns.tracing.average_pools import fixed_product
+from patterns.tracing.canonicalize import weighted_sum
+from patterns.tracing.folding import FILLED
+from patterns.tracing.linearize import DETACHED_NORMS
+from patterns.tracing.rectifiers import RECTIFIERS
+
+aten = torch.ops.aten
+
+# Fixed linear maps without a weight of their own: they pass with their usual backward.
+FIXED_LINEAR = {
+    "pad", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad2d",
+    "gather", "repeat", "im2col", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d",
+    "_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d", "upsample_linear1d",
+    "upsample_bilinear2d", "upsample_trilinear3d", "upsample_bicubic2d", "_upsample_bilinear2d_aa",
+    "_upsample_bicubic2d_aa",
+}  # fmt: skip
+
+
+REWRITTEN = {fixed_product, weighted_sum, *DETACHED_NORMS.values()}
+
+
+SUPPORTED = (
+    "convolution, linear, batch norm in inference mode, sums, products with constants, average pooling, "
+    "ReLU and its variants, max pooling, and changes of shape"
+)
+
+
+def require_supported(graph: AtenGraph, name: str, pass_through: Collection[str]) -> None:
+    """Raise UserError for operations that the explanation pass would not know how to go back through."""
+    unknown: dict[str, str] = {}
+    valueless = find_input_independent(graph)
+    for node in graph.fx.nodes:
+        if node.op != "call_function" or node.target in RECTIFIERS or node.target in REWRITTEN:
+            continue
+        operation = opname(node)
+        if passes_values(node) or operation in FIXED_LINEAR or operation in pass_through:
+            continue
+        if node in valueless or is_shift(node):
+            continue
+        unknown.setdefault(operation, source(node))
+    if unknown:
+        what = "; ".join(f"{operation} in {where}" for operation, where in list(unknown.items())[:3])
+        more = f" (and {len(unknown) - 3} more kinds)" if len(unknown) > 3 else ""
+        remedy = f"Pass --pass-through {','.join(unknown)} to use their gradient. Supported are {SUPPORTED}."
+        raise UserError(name, f"no pattern is defined for {what}{more}", remedy)
+
+
+def find_input_independent(graph: AtenGraph) -> set[Node]:
+    """What is made of constants and of the batch size: no gradient goes through it."""
+    found: set[Node] = set()
+    for node in graph.fx.nodes:
+        made = node.op == "call_function" and all(n in found for n in node.all_input_nodes)
+        if made or node.op == "get_attr" or opname(node) in FILLED | {"sym_size"}:
+            found.add(node)
+    return found
+
+
+def is_shift(node: Node) -> bool:
+    """An added or subtracted constant: part of no neuron's weight, and its gradient is the identity."""
+    if node.target in (aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar):
+        first, *others = node.args
+        return sum(isinstance(t, Node) and t.op != "get_attr" for t in (first, *others)) == 1 and (
+            node.target in (aten.add.Tensor, aten.add.Scalar) or (isinstance(first, Node) and first.op != "get_attr")
+        )
+    return False
