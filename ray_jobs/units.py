@@ -7,7 +7,7 @@ UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
-def duration(text: str | float) -> float:
+def parse_duration(text: str | float) -> float:
     """Seconds of `90`, `90s`, `15m`, `2h` or `1d`. ValueError for anything else."""
     if isinstance(text, float | int):
         return float(text)
@@ -17,7 +17,7 @@ def duration(text: str | float) -> float:
     return float(number) * UNITS[unit]
 
 
-def byte_count(text: str) -> int:
+def parse_bytes(text: str) -> int:
     """Bytes of `16G`, `512M`, `1.5GiB` or `1000000`. ValueError for anything else."""
     plain = text.upper().removesuffix("B").removesuffix("I")
     number, unit = (plain, "") if plain[-1:].isdigit() else (plain[:-1], plain[-1:])
@@ -26,7 +26,7 @@ def byte_count(text: str) -> int:
     return int(float(number) * 1024 ** POWERS[unit])
 
 
-def position_count(text: str) -> int | Literal["auto"] | None:
+def parse_positions(text: str) -> int | Literal["auto"] | None:
     """Positions of `16`; None of `all`; `auto` as it stands. ValueError for anything else."""
     if text == "auto":
         return "auto"
@@ -45,7 +45,7 @@ def format_bytes(size: int) -> str:
     return f"{size / 2**10:.2f} KiB"
 
 
-def version_of(package: str) -> str:
+def find_version(package: str) -> str:
     """The version of a package; of one that runs from a folder as it is, as a job's working directory, that."""
     try:
         return version(package)
@@ -53,18 +53,18 @@ def version_of(package: str) -> str:
         return "not installed"
 
 
-def first_line(error: BaseException) -> str:
+def format_first_line(error: BaseException) -> str:
     """Return the first line of an exception's message, or its type if it has none."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
-def encoded(name: str) -> bytes:
+def encode_name(name: str) -> bytes:
     return name.encode("utf-8", "surrogateescape")
 
 
-def printable(name: str) -> str:
+def make_printable(name: str) -> str:
     r"""A name with the bytes that are not UTF-8 written as \xNN, so that it can stand in any file."""
-    return encoded(name).decode("utf-8", "backslashreplace")
+    return encode_name(name).decode("utf-8", "backslashreplace")
 
 
 def format_duration(seconds: float) -> str:

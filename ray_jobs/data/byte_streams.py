@@ -15,8 +15,8 @@ import pyarrow as pa
 from fsspec.compression import compr
 
 from ray_jobs.data.samples import ShardError
-from ray_jobs.data.shell_pipes import piped
-from ray_jobs.io.file_systems import file_system, is_url
+from ray_jobs.data.shell_pipes import open_pipe
+from ray_jobs.io.file_systems import is_url, open_file_system
 
 READ_TIMEOUT = 60.0  # seconds without a byte from an HTTP server
 CHUNK = 1 << 18
@@ -34,7 +34,7 @@ COMPRESSIONS = {
 }
 
 
-class Counted(io.RawIOBase):
+class CountingReader(io.RawIOBase):
     """A stream that knows how many bytes were read."""
 
     def __init__(self, source: Any) -> None:
@@ -51,16 +51,16 @@ class Counted(io.RawIOBase):
 
 
 @contextmanager
-def opened(path: str) -> Iterator[BinaryIO]:
+def open_stream(path: str) -> Iterator[BinaryIO]:
     """The bytes behind a path, a URL or `pipe:COMMAND`, decompressed where they are gzip, bzip2, xz or zstd.
 
     A reader that leaves the block as usual has the rest read too: ShardError where the bytes turn out
     to be other than the file's size, the object's size or the server's Content-Length said.
     """
-    with source(path) as (raw, size):
-        counted = Counted(raw)
+    with open_source(path) as (raw, size):
+        counted = CountingReader(raw)
         compressed = io.BufferedReader(counted, CHUNK)
-        stream = decompressed(compressed)
+        stream = decompress(compressed)
         yield stream
         for each in (stream, compressed):
             while each.read(CHUNK):
@@ -70,20 +70,20 @@ def opened(path: str) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def seekable(path: str) -> Iterator[BinaryIO]:
+def open_seekable(path: str) -> Iterator[BinaryIO]:
     """The bytes behind a path or URL as a file that can be read in any order: a copy on disk, where it is remote."""
     if not is_url(path):
         with open(path, "rb") as file:
             yield file
     else:
         with TemporaryFile() as copy:
-            with opened(path) as stream:
+            with open_stream(path) as stream:
                 shutil.copyfileobj(stream, copy, CHUNK)
             copy.seek(0)
             yield copy
 
 
-def decompressed(stream: "io.BufferedReader[Any]") -> BinaryIO:
+def decompress(stream: "io.BufferedReader[Any]") -> BinaryIO:
     start = stream.peek(8)
     for magic, name in COMPRESSIONS.items():
         if start.startswith(magic):
@@ -94,10 +94,10 @@ def decompressed(stream: "io.BufferedReader[Any]") -> BinaryIO:
 
 
 @contextmanager
-def source(path: str) -> Iterator[tuple[Any, int | None]]:
+def open_source(path: str) -> Iterator[tuple[Any, int | None]]:
     """A file-like object, and how many bytes it should give, where that is known."""
     if path.startswith("pipe:"):
-        with piped(path.removeprefix("pipe:")) as output:
+        with open_pipe(path.removeprefix("pipe:")) as output:
             yield output, None
     elif path.startswith(("http://", "https://")):
         # Plain HTTP: fsspec's asks for ranges, which not every server gives, and ends any read after five minutes.
@@ -108,7 +108,7 @@ def source(path: str) -> Iterator[tuple[Any, int | None]]:
         except TimeoutError as error:
             raise ShardError(f"no byte for {READ_TIMEOUT:g} s") from error
     elif is_url(path):
-        filesystem, name = file_system(path)
+        filesystem, name = open_file_system(path)
         with filesystem.open(name, "rb", block_size=REMOTE_BLOCK) as file:
             yield file, getattr(file, "size", None)
     else:

@@ -3,7 +3,7 @@
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,19 +17,18 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as T
 
 from ray_jobs.config import Preprocessing
-from ray_jobs.data.labels import MAX_CLASS, UNLABELLED
+from ray_jobs.data.labels import MAX_CLASS, UNLABELED
 from ray_jobs.data.samples import (
     IMAGES,
     NAMED_FORMATS,
     TENSOR,
     UNREAD_IMAGES,
     Box,
-    Sample,
     SampleError,
+    explain_unread_format,
     extension_of,
-    image_in,
-    not_decoded,
-    tensor_in,
+    find_image,
+    find_tensor,
 )
 
 # Pillow's decoders: these are chosen by the content, whatever a file is named.
@@ -46,7 +45,7 @@ SIGNATURES = {
 MAX_PIXELS = 89_478_485  # before and after resizing; where Pillow too begins to warn, 256 MiB of RGB
 
 # An EXIF orientation as a transposition and what is flipped after it.
-TURNS = {
+ORIENTATIONS = {
     2: (False, (2,)),
     3: (False, (1, 2)),
     4: (False, (1,)),
@@ -56,8 +55,8 @@ TURNS = {
     8: (True, (1,)),
 }
 # A JPEG is decoded at a part of its size where that leaves so many pixels for one of the model's.
-PIXELS_EACH = 2
-PARTS = (8, 4, 2)  # by which libjpeg-turbo divides fast
+MIN_OVERSAMPLING = 2
+JPEG_DIVISORS = (8, 4, 2)  # by which libjpeg-turbo divides fast
 
 
 @dataclass(frozen=True)
@@ -72,13 +71,13 @@ class Picture:
         return T.to_pil_image(self.pixels)
 
 
-def decode(sample: Sample, preprocessing: Preprocessing) -> Tensor:
+def decode(files: Mapping[str, bytes], preprocessing: Preprocessing) -> Tensor:
     """A sample's input, float32 of shape (C, H, W). SampleError where it cannot be used."""
-    return inputs([seen(sample, preprocessing)], preprocessing)[0]
+    return normalize_batch([decode_input(files, preprocessing)], preprocessing)[0]
 
 
-def inputs(images: Sequence[Tensor], preprocessing: Preprocessing) -> Tensor:
-    """What `seen` gave of some samples as the model takes it, float32 of shape (N, C, H, W).
+def normalize_batch(images: Sequence[Tensor], preprocessing: Preprocessing) -> Tensor:
+    """What `decode_input` gave of some samples as the model takes it, float32 of shape (N, C, H, W).
 
     In one go, since threads that each do many small things to an image wait for each other.
     """
@@ -92,48 +91,48 @@ def inputs(images: Sequence[Tensor], preprocessing: Preprocessing) -> Tensor:
     return batch.sub_(torch.where(pixels, mean / std, 0.0).float())
 
 
-def seen(sample: Sample, preprocessing: Preprocessing) -> Tensor:
+def decode_input(files: Mapping[str, bytes], preprocessing: Preprocessing) -> Tensor:
     """What the model sees of a sample's image, uint8 (C, H, W), or its ready tensor, float32 of the same shape.
 
     SampleError where it cannot be used.
     """
     try:
-        if image := image_in(sample):
+        if image := find_image(files):
             channels = len(preprocessing.mean)
             if channels not in (1, 3):
                 raise SampleError(f"an image has 1 or 3 channels, the model takes {channels}")
             mode = "RGB" if channels == 3 else "L"
-            picture = upright(sample[image], mode, PIXELS_EACH * preprocessing.resize, formats_of(image))
-            return cropped(picture, preprocessing)
-        if tensor := tensor_in(sample):
-            return ready_tensor(sample[tensor], preprocessing)
+            picture = decode_upright(files[image], mode, MIN_OVERSAMPLING * preprocessing.resize, list_formats(image))
+            return resize_and_crop(picture, preprocessing)
+        if tensor := find_tensor(files):
+            return parse_tensor(files[tensor], preprocessing)
     except SampleError:
         raise
     except Exception as error:  # untrusted bytes make Pillow and numpy raise anything, MemoryError too
         raise SampleError(f"{type(error).__name__}: {error}") from error
-    raise SampleError(without_input(sorted(k for k in sample if not k.startswith("__"))))
+    raise SampleError(explain_missing_input(sorted(files)))
 
 
-def without_input(files: Sequence[str]) -> str:
+def explain_missing_input(files: Sequence[str]) -> str:
     """Why a sample of these files has no input."""
     if unread := [file for file in files if extension_of(file) in UNREAD_IMAGES]:
-        return not_decoded(extension_of(unread[0]))
+        return explain_unread_format(extension_of(unread[0]))
     reason = f"neither an image ({', '.join(IMAGES)}) nor a tensor ({TENSOR}); it has {', '.join(files) or 'nothing'}"
     if any(extension_of(file) in IMAGES for file in files):
         reason += "; WebDataset ends a key at the first dot of a file's name: rename the files"
     return reason
 
 
-def formats_of(name: str) -> tuple[str, ...]:
+def list_formats(name: str) -> tuple[str, ...]:
     """Pillow's formats that a file of this name is read in."""
     named = NAMED_FORMATS.get(extension_of(name))
     return FORMATS if named is None else (*FORMATS, named)
 
 
-def ready_tensor(data: bytes, preprocessing: Preprocessing) -> Tensor:
+def parse_tensor(data: bytes, preprocessing: Preprocessing) -> Tensor:
     """The tensor of an npy file, checked by its header before anything of its claimed size is made."""
     file = io.BytesIO(data)
-    shape, columns_first, dtype = npy_header(file)
+    shape, columns_first, dtype = parse_npy_header(file)
     if dtype.kind not in "biuf":
         raise SampleError(f"a tensor of type {dtype}, not of real numbers; nothing is unpickled")
     if shape != preprocessing.input_shape:
@@ -149,7 +148,7 @@ def ready_tensor(data: bytes, preprocessing: Preprocessing) -> Tensor:
     return tensor
 
 
-def npy_header(file: io.BytesIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+def parse_npy_header(file: io.BytesIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     """Return the shape of an npy file's array, whether columns are stored first, and its type.
 
     Raises:
@@ -162,7 +161,7 @@ def npy_header(file: io.BytesIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     return header[version](file)
 
 
-def upright(data: bytes, mode: str, enough: int | None = None, formats: tuple[str, ...] = FORMATS) -> Picture:
+def decode_upright(data: bytes, mode: str, enough: int | None = None, formats: tuple[str, ...] = FORMATS) -> Picture:
     """Decode the first frame of an image file in Pillow's mode RGB or L.
 
     The image is turned as its EXIF orientation says. Transparency is dropped, as torchvision and timm do; of 16 bits
@@ -186,30 +185,30 @@ def upright(data: bytes, mode: str, enough: int | None = None, formats: tuple[st
         looks = next((name for start, name in SIGNATURES.items() if data.startswith(start)), None)
         raise SampleError(f"{what}; the bytes look like {looks}" if looks else what) from error
     with opened:
-        check_size(opened)
+        validate_size(opened)
         pixels = None
         if opened.format == "JPEG" and opened.mode in ("RGB", "L") and mode == "RGB":
-            part = next((n for n in PARTS if enough and min(opened.size) >= n * enough), 1)
-            pixels = sound_jpeg(data, opened.height, opened.width, part)
-        return turned(opened, by_pillow(opened, mode) if pixels is None else pixels)
+            part = next((n for n in JPEG_DIVISORS if enough and min(opened.size) >= n * enough), 1)
+            pixels = decode_jpeg(data, opened.height, opened.width, part)
+        return apply_orientation(opened, decode_with_pillow(opened, mode) if pixels is None else pixels)
 
 
-def check_size(image: Image.Image) -> None:
+def validate_size(image: Image.Image) -> None:
     """SampleError for more than MAX_PIXELS."""
     if image.width * image.height > MAX_PIXELS:
         raise SampleError(f"{image.width}×{image.height} pixels; at most {MAX_PIXELS} are decoded")
 
 
-def turned(image: Image.Image, pixels: Tensor) -> Picture:
+def apply_orientation(image: Image.Image, pixels: Tensor) -> Picture:
     """The pixels of an image, turned as its EXIF orientation says."""
     height, width = image.height, image.width
-    transposed, flipped = TURNS.get(orientation(image), (False, ()))
+    transposed, flipped = ORIENTATIONS.get(read_orientation(image), (False, ()))
     if transposed:
         pixels, height, width = pixels.mT, width, height
     return Picture(pixels.flip(flipped) if flipped else pixels, (height, width))
 
 
-def sound_jpeg(data: bytes, height: int, width: int, part: int) -> Tensor | None:
+def decode_jpeg(data: bytes, height: int, width: int, part: int) -> Tensor | None:
     """A JPEG of this size by libjpeg-turbo, its sides divided by 1, 2, 4 or 8, as uint8 (3, H, W).
 
     None where something about it is unusual, or wrong.
@@ -222,7 +221,7 @@ def sound_jpeg(data: bytes, height: int, width: int, part: int) -> Tensor | None
     return torch.from_numpy(array).permute(2, 0, 1) if array.shape[:2] == size else None
 
 
-def by_pillow(opened: Image.Image, mode: str) -> Tensor:
+def decode_with_pillow(opened: Image.Image, mode: str) -> Tensor:
     """An opened file's pixels, uint8 (C, H, W)."""
     opened.load()
     opened.info.pop("transparency", None)  # else some modes are converted by way of an alpha channel
@@ -233,7 +232,7 @@ def by_pillow(opened: Image.Image, mode: str) -> Tensor:
     return T.pil_to_tensor(opened.convert(mode))
 
 
-def orientation(image: Image.Image) -> int:
+def read_orientation(image: Image.Image) -> int:
     """The EXIF orientation; 1, as it stands, where there is none."""
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
@@ -241,13 +240,13 @@ def orientation(image: Image.Image) -> int:
         return 1
 
 
-def cropped(picture: Picture, preprocessing: Preprocessing) -> Tensor:
+def resize_and_crop(picture: Picture, preprocessing: Preprocessing) -> Tensor:
     """Return the part of an image that the model sees, at the model's resolution: uint8 (C, S, S).
 
     Raises:
         SampleError: If the image is too long and thin to be resized.
     """
-    size = resized(*picture.size, preprocessing)
+    size = compute_resized_shape(*picture.size, preprocessing)
     if min(size) == 0 or math.prod(size) > MAX_PIXELS:
         raise SampleError(f"{picture.size[1]}×{picture.size[0]} pixels: too long and thin to be resized")
     pixels, interpolation = picture.pixels, InterpolationMode(preprocessing.interpolation)
@@ -256,11 +255,11 @@ def cropped(picture: Picture, preprocessing: Preprocessing) -> Tensor:
     else:  # Pillow's alone, or another of the same name
         pixels = T.pil_to_tensor(T.resize(T.to_pil_image(pixels), list(size), interpolation))
     if preprocessing.crop_mode == "border":
-        return bordered(pixels, preprocessing)
+        return crop_with_border(pixels, preprocessing)
     return T.center_crop(pixels, [preprocessing.image_size, preprocessing.image_size])
 
 
-def resized(height: int, width: int, preprocessing: Preprocessing) -> tuple[int, int]:
+def compute_resized_shape(height: int, width: int, preprocessing: Preprocessing) -> tuple[int, int]:
     """Return the height and width that an image is resized to before the crop, rounded as timm and torchvision do."""
     resize, shorter, longer = preprocessing.resize, min(height, width), max(height, width)
     if preprocessing.crop_mode == "squash":
@@ -270,52 +269,51 @@ def resized(height: int, width: int, preprocessing: Preprocessing) -> tuple[int,
     return (resize, int(resize * width / shorter)) if height <= width else (int(resize * height / shorter), resize)
 
 
-def crop_offset(side: int, size: int) -> int:
+def compute_crop_offset(side: int, size: int) -> int:
     """Return where a center crop of `size` begins in a resized side; negative if the side is padded."""
     return round((side - size) / 2) if side >= size else -((size - side) // 2)
 
 
-def bordered(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
+def crop_with_border(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
     """Return the center crop of an image, with the mean color where the image is smaller than the crop."""
     size = preprocessing.image_size
     color = torch.tensor([round(255 * value) for value in preprocessing.mean], dtype=torch.uint8)
     canvas = color.view(-1, 1, 1).expand(len(pixels), size, size).clone()
-    top, left = (crop_offset(side, size) for side in pixels.shape[1:])
+    top, left = (compute_crop_offset(side, size) for side in pixels.shape[1:])
     inner = pixels[:, max(top, 0) :, max(left, 0) :][:, :size, :size]
     y, x = max(-top, 0), max(-left, 0)
     canvas[:, y : y + inner.shape[1], x : x + inner.shape[2]] = inner
     return canvas
 
 
-def label_of(sample: Sample) -> int | None:
-    """The class of a sample: its `cls`, else the `label` of its `json`; None without either, or where it is -1.
+def parse_label(files: Mapping[str, bytes]) -> int | None:
+    """Return the class of a sample: its `cls`, else the `label` of its `json`.
 
-    SampleError where it is no class number.
+    Returns:
+        The class number; None if the sample has neither file, or if the label is -1.
+
+    Raises:
+        SampleError: If the label is not a class number.
     """
-    if "cls" in sample:
-        name, value = "cls", sample["cls"]
-    elif "json" in sample:
-        name, value = "json's label", json_label(sample["json"])
-    else:
-        return None
+    name, value = ("cls", files["cls"]) if "cls" in files else ("json's label", parse_json_label(files.get("json")))
     if value is None:
         return None
     try:
         label = value if isinstance(value, int) else int(value.replace(b"_", b"?"))  # Python takes 1_0 for 10
     except ValueError:
         label = MAX_CLASS
-    if not UNLABELLED <= label < MAX_CLASS:
-        raise SampleError(f"{name} is no class number: {value[:20] if isinstance(value, bytes) else value!r}")
-    return None if label == UNLABELLED else label
+    if not UNLABELED <= label < MAX_CLASS:
+        raise SampleError(f"{name} is not a class number: {value[:20] if isinstance(value, bytes) else value!r}")
+    return None if label == UNLABELED else label
 
 
-def boxes_of(sample: Sample, preprocessing: Preprocessing) -> list[Box] | None:
+def parse_boxes(files: Mapping[str, bytes], preprocessing: Preprocessing) -> list[Box] | None:
     """Where a sample's objects are in the model's input: the `boxes` of its `json`, [x0, y0, x1, y1] each, in pixels of
     the upright image; of a ready tensor, in its own. None where it has none.
 
     SampleError where they are no boxes.
     """
-    found = json_value(sample["json"], "boxes") if "json" in sample else None
+    found = parse_json_value(files["json"], "boxes") if "json" in files else None
     if found is None:
         return None
     try:
@@ -324,22 +322,22 @@ def boxes_of(sample: Sample, preprocessing: Preprocessing) -> list[Box] | None:
         raise SampleError("json's boxes are no lists of four numbers") from error
     if not np.isfinite(boxes).all():
         raise SampleError("json's boxes are not finite")
-    file = image_in(sample)
+    file = find_image(files)
     if file is None:
         return [(x0, y0, x1, y1) for x0, y0, x1, y1 in boxes.tolist()]
     try:
-        with Image.open(io.BytesIO(sample[file]), formats=formats_of(file)) as image:
-            turned = orientation(image) >= 5
+        with Image.open(io.BytesIO(files[file]), formats=list_formats(file)) as image:
+            turned = read_orientation(image) >= 5
             width, height = image.size[::-1] if turned else image.size
     except Exception as error:  # untrusted bytes make Pillow raise anything
         raise SampleError(f"{type(error).__name__}: {error}") from error
-    sides = resized(height, width, preprocessing)[::-1]
-    offsets = [crop_offset(side, preprocessing.image_size) for side in sides]
+    sides = compute_resized_shape(height, width, preprocessing)[::-1]
+    offsets = [compute_crop_offset(side, preprocessing.image_size) for side in sides]
     boxes = boxes * np.tile(np.array(sides) / (width, height), 2) - np.tile(offsets, 2)
     return [(x0, y0, x1, y1) for x0, y0, x1, y1 in boxes.tolist()]
 
 
-def json_value(data: bytes, name: str) -> Any:
+def parse_json_value(data: bytes, name: str) -> Any:
     """One value of a sample's json. SampleError where it cannot be parsed."""
     try:
         value = json.loads(data)
@@ -348,8 +346,9 @@ def json_value(data: bytes, name: str) -> Any:
     return value.get(name) if isinstance(value, dict) else None
 
 
-def json_label(data: bytes) -> int | None:
-    label = json_value(data, "label")
+def parse_json_label(data: bytes | None) -> int | None:
+    """Return the `label` of a sample's json; None without a json or a label."""
+    label = None if data is None else parse_json_value(data, "label")
     if label is not None and type(label) is not int:  # True is an int
-        raise SampleError(f"json's label is no class number: {str(label)[:20]!r}")
+        raise SampleError(f"json's label is not a class number: {str(label)[:20]!r}")
     return label

@@ -17,8 +17,8 @@ from pathlib import Path, PurePosixPath
 
 import fsspec
 
-from ray_jobs.data.byte_streams import opened
-from ray_jobs.data.labels import labels_in, numbered
+from ray_jobs.data.byte_streams import open_stream
+from ray_jobs.data.labels import number_classes, parse_labels
 from ray_jobs.data.samples import (
     IMAGES,
     MAX_SAMPLE_BYTES,
@@ -26,13 +26,13 @@ from ray_jobs.data.samples import (
     UNREAD_IMAGES,
     Sample,
     ShardError,
+    explain_unread_format,
     extension_of,
-    key_of,
-    not_decoded,
-    refused,
+    make_key,
+    reject,
 )
 from ray_jobs.io.file_systems import is_url
-from ray_jobs.units import printable
+from ray_jobs.units import make_printable
 
 IMAGES_PER_SHARD = 1000
 SHARD = re.compile(r"(?P<folder>.+)/images-(?P<first>\d{5,})-of-(?P<step>\d{5,})-(?P<digest>[0-9a-f]{8})")
@@ -42,11 +42,11 @@ LABEL_FILES = (
     *("{folder}/labels.txt", "{folder}/labels.csv", "{folder}/val_annotations.txt", "{folder}.txt", "{folder}.csv"),
     "{parent}/val_annotations.txt",
 )
-KEYS = "keys 2"  # in every digest: versions before 0.3 gave other keys, which their runs hold
+KEY_VERSION = "keys 2"  # in every digest: versions before 0.3 gave other keys, which their runs hold
 
 
 @dataclass(frozen=True)
-class Folder:
+class ImageFolder:
     """The images of a folder, by their paths in it, sorted; `labels` in the same order.
 
     Files of image formats that are not decoded are among them, so that each is listed as a rejected sample.
@@ -59,7 +59,7 @@ class Folder:
     @cached_property
     def digest(self) -> str:
         """Eight hexadecimal digits of what is in the folder."""
-        state = hashlib.sha256(KEYS.encode())
+        state = hashlib.sha256(KEY_VERSION.encode())
         for image, label in zip(self.images, self.labels):
             state.update(f"{image}\n{label}\n".encode("utf-8", "surrogateescape"))
         return state.hexdigest()[:8]
@@ -67,7 +67,7 @@ class Folder:
     @cached_property
     def keys(self) -> list[str]:
         """The key of each image."""
-        return keys_of(self.images)
+        return make_keys(self.images)
 
     def shards(self) -> list[str]:
         """The names of its shards, of at most IMAGES_PER_SHARD images each."""
@@ -75,42 +75,42 @@ class Folder:
         return [f"{self.path}/images-{first:05}-of-{step:05}-{self.digest}" for first in range(step)]
 
 
-def folder_at(path: str) -> Folder:
+def scan_folder(path: str) -> ImageFolder:
     """What is in a folder, by its path or URL. ShardError where its labels do not fit it."""
     path = path.rstrip("/")
-    images, classes = (remote_images if is_url(path) else local_images)(path)
+    images, classes = (list_remote_images if is_url(path) else list_local_images)(path)
     images.sort()
-    numbers = numbered(classes)
+    numbers = number_classes(classes)
     labels = [numbers.get(image.partition("/")[0]) for image in images]
-    return Folder(path, tuple(images), tuple(listed_labels(path, images) or labels))
+    return ImageFolder(path, tuple(images), tuple(read_labels(path, images) or labels))
 
 
-cached_folder = lru_cache(maxsize=1)(folder_at)  # a worker takes many shards of one folder
+scan_folder_cached = lru_cache(maxsize=1)(scan_folder)  # a worker takes many shards of one folder
 
 
 def is_image(name: str) -> bool:
     return not name.startswith(".") and extension_of(name) in EXTENSIONS
 
 
-def local_images(folder: str) -> tuple[list[str], list[str]]:
+def list_local_images(folder: str) -> tuple[list[str], list[str]]:
     """The paths of a folder's images in it, at any depth, and its class folders, with images or without."""
     with os.scandir(folder) as entries:
         classes = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
-    images = list(walked(folder, ""))
+    images = list(walk_images(folder, ""))
     return images, classes
 
 
-def walked(folder: str, prefix: str) -> Iterator[str]:
+def walk_images(folder: str, prefix: str) -> Iterator[str]:
     with os.scandir(f"{folder}/{prefix}") as entries:
         for entry in entries:
             # A class folder may be a link; deeper ones are not followed, since they may lead in circles.
             if entry.is_dir(follow_symlinks=not prefix) and not entry.name.startswith("."):
-                yield from walked(folder, f"{prefix}{entry.name}/")
+                yield from walk_images(folder, f"{prefix}{entry.name}/")
             elif is_image(entry.name) and not entry.is_dir():
                 yield prefix + entry.name
 
 
-def remote_images(folder: str) -> tuple[list[str], list[str]]:
+def list_remote_images(folder: str) -> tuple[list[str], list[str]]:
     filesystem, root = fsspec.core.url_to_fs(folder)
     filesystem.invalidate_cache()
     paths = [path.removeprefix(root).lstrip("/") for path in filesystem.find(root)]
@@ -118,66 +118,65 @@ def remote_images(folder: str) -> tuple[list[str], list[str]]:
     return images, [image.partition("/")[0] for image in images if "/" in image]
 
 
-def listed_labels(folder: str, images: Sequence[str]) -> list[int | None] | None:
+def read_labels(folder: str, images: Sequence[str]) -> list[int | None] | None:
     """The labels that a folder's file of labels gives its images; None if it has no such file."""
     parent, _, name = folder.rpartition("/")
     for pattern in LABEL_FILES if images else ():
         path = pattern.format(folder=folder, parent=parent)
         filesystem, file = fsspec.core.url_to_fs(path)
         if filesystem.isfile(file):
-            with opened(path) as stream:
+            with open_stream(path) as stream:
                 data = stream.read()
             try:
-                return labels_in(data, images, name)
+                return parse_labels(data, images, name)
             except ShardError as error:
                 if not path.startswith(f"{folder}/") and all("/" in image for image in images):
                     continue  # the file may be about something else, and these images have class folders
-                raise ShardError(f"{printable(path)}: {error}") from error
+                raise ShardError(f"{make_printable(path)}: {error}") from error
     return None
 
 
-def keys_of(images: Sequence[str]) -> list[str]:
+def make_keys(images: Sequence[str]) -> list[str]:
     """The key of each image by its path in a folder: without its extension, unless two images would then be the same.
 
     Example:
-        >>> keys_of(["cat/1.jpg", "cat/1.png", "cat/2.jpg"])
+        >>> make_keys(["cat/1.jpg", "cat/1.png", "cat/2.jpg"])
         ['cat/1%2Ejpg', 'cat/1%2Epng', 'cat/2']
     """
     stems = [image.rpartition(".")[0] for image in images]
     # The image 1.jpg.png must have its extension in its key too if 1.jpg has it.
     taken = Counter([*stems, *images])
-    return [key_of(stem if taken[stem] == 1 else image) for image, stem in zip(images, stems)]
+    return [make_key(stem if taken[stem] == 1 else image) for image, stem in zip(images, stems)]
 
 
-def samples(shard: re.Match[str]) -> Iterator[Sample]:
+def read_samples(shard: re.Match[str]) -> Iterator[Sample]:
     """The samples of a shard of a folder, named after their paths. ShardError if the folder has changed."""
-    folder = cached_folder(shard["folder"])
+    folder = scan_folder_cached(shard["folder"])
     if folder.digest != shard["digest"]:
-        cached_folder.cache_clear()
-        folder = cached_folder(shard["folder"])
+        scan_folder_cached.cache_clear()
+        folder = scan_folder_cached(shard["folder"])
     if folder.digest != shard["digest"]:
         raise ShardError("the folder's images or labels are other than when they were listed, or version 0.2 listed it")
     mine = slice(int(shard["first"]), None, int(shard["step"]))
     for image, label, key in zip(folder.images[mine], folder.labels[mine], folder.keys[mine]):
-        yield sample_at(folder.path, image, label, key)
+        yield read_sample(folder.path, image, label, key)
 
 
-def sample_at(folder: str, image: str, label: int | None, key: str) -> Sample:
+def read_sample(folder: str, image: str, label: int | None, key: str) -> Sample:
     extension = extension_of(image)
     if extension in UNREAD_IMAGES:
-        return refused(key, not_decoded(extension))
+        return reject(key, explain_unread_format(extension))
     path = f"{folder}/{image}"
-    if not is_url(folder) and (trouble := no_file(path)):
-        return refused(key, trouble)
-    with opened(path) as stream:
+    if not is_url(folder) and (trouble := find_file_problem(path)):
+        return reject(key, trouble)
+    with open_stream(path) as stream:
         data = stream.read(MAX_SAMPLE_BYTES + 1)
     if len(data) > MAX_SAMPLE_BYTES:
-        return refused(key, f"it has more than {MAX_SAMPLE_BYTES} bytes")
-    sample: Sample = {"__key__": key, extension: data}
-    return sample if label is None else sample | {"cls": str(label).encode()}
+        return reject(key, f"it has more than {MAX_SAMPLE_BYTES} bytes")
+    return Sample(key, {extension: data} if label is None else {extension: data, "cls": str(label).encode()})
 
 
-def no_file(path: str) -> str | None:
+def find_file_problem(path: str) -> str | None:
     """Why there will never be bytes at a path that was listed; None for a file, and if it has vanished since."""
     try:
         kind = Path(path).stat().st_mode

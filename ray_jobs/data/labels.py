@@ -15,7 +15,7 @@ from typing import NamedTuple
 from ray_jobs.data.samples import IMAGES, ShardError, extension_of
 
 MAX_CLASS = 2**31
-UNLABELLED = -1  # as Hugging Face writes it
+UNLABELED = -1  # as Hugging Face writes it
 # The headings of a column of labels, in the order of preference.
 HEADINGS = (
     *("label", "labels", "class_index", "class_id", "classid", "class_idx", "label_id", "target", "cls", "class"),
@@ -31,13 +31,13 @@ CLASS_AND_BOXES = re.compile(r"(\S+)(?:\s+-?\d+){4}(?:\s+\S+(?:\s+-?\d+){4})*")
 COMMENT = re.compile(r"#(\s|$)")
 BOX = 4  # numbers that follow the class in Tiny ImageNet's val_annotations.txt
 ENCODINGS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
-EXAMINED = 1000  # lines by which separator and columns are recognized
-SHOWN = 60  # characters of a line that are shown in a message
+MAX_EXAMINED_LINES = 1000  # lines by which separator and columns are recognized
+MAX_SHOWN = 60  # characters of a line that are shown in a message
 
 Row = list[str]
 
 
-def numbered(names: Iterable[str]) -> dict[str, int]:
+def number_classes(names: Iterable[str]) -> dict[str, int]:
     """Return the class number of each name.
 
     If all names are class numbers, and no two the same one as 7 and 007 are, each is its own number. Otherwise the
@@ -50,7 +50,7 @@ def numbered(names: Iterable[str]) -> dict[str, int]:
     return {name: number for number, name in enumerate(ordered)}
 
 
-def labels_in(data: bytes, images: Sequence[str], folder: str) -> list[int | None]:
+def parse_labels(data: bytes, images: Sequence[str], folder: str) -> list[int | None]:
     """Return the label of each image of a folder from its file of labels; None for an image that the file omits.
 
     Args:
@@ -61,39 +61,41 @@ def labels_in(data: bytes, images: Sequence[str], folder: str) -> list[int | Non
     Raises:
         ShardError: If the file names no image, or its labels are ambiguous.
     """
-    lines = [line for line in text_of(data).splitlines() if line.strip() and not COMMENT.match(line)]
+    lines = [line for line in decode_text(data).splitlines() if line.strip() and not COMMENT.match(line)]
     if not lines:
         raise ShardError("the file of labels is empty")
-    names = Names(images, folder)
-    layout = layout_of(lines[:EXAMINED], names) or layout_of(lines, names)
+    names = ImageNames(images, folder)
+    layout = detect_layout(lines[:MAX_EXAMINED_LINES], names) or detect_layout(lines, names)
     if layout is None:
-        labels = one_per_line(lines, names)
-        numbers = class_numbers(labels)
+        labels = parse_one_per_line(lines, names)
+        numbers = parse_class_numbers(labels)
         return [numbers[label] for label in labels]
     separate, column = layout
     rows = separate(lines)
     heading = rows[0] if is_heading(rows, column, names) else None
     rows = rows[heading is not None :]
-    label = label_column(heading, rows, column)
+    label = find_label_column(heading, rows, column)
     found: dict[str, tuple[int, str]] = {}
     for row in rows:
         if len(row) <= max(column, label):
-            raise ShardError(f"a line without a label: {' '.join(row)[:SHOWN]!r}")
+            raise ShardError(f"a line without a label: {' '.join(row)[:MAX_SHOWN]!r}")
         if (named := names.find(row[column])) is None:
             continue
         if named.other is not None:
             raise ShardError(f"{row[column]!r} names several images: {named.image} and {named.other}")
         rank, text = found.get(named.image, (-1, ""))
         if rank == named.rank and text != row[label].strip():
-            raise ShardError(f"two labels for {named.image}: {text[:SHOWN]!r} and {row[label].strip()[:SHOWN]!r}")
+            raise ShardError(
+                f"two labels for {named.image}: {text[:MAX_SHOWN]!r} and {row[label].strip()[:MAX_SHOWN]!r}"
+            )
         if rank < named.rank:
             found[named.image] = named.rank, row[label].strip()
     # Classes are numbered over all lines, because the folder may hold only some of the images.
-    numbers = class_numbers(row[label].strip() for row in rows)
+    numbers = parse_class_numbers(row[label].strip() for row in rows)
     return [numbers[found[image][1]] if image in found else None for image in images]
 
 
-def text_of(data: bytes) -> str:
+def decode_text(data: bytes) -> str:
     encoding = next((name for mark, name in ENCODINGS.items() if data.startswith(mark)), "utf-8")
     try:
         return data.decode(encoding)
@@ -101,7 +103,7 @@ def text_of(data: bytes) -> str:
         raise ShardError("the file of labels is not UTF-8 text; save it as UTF-8") from error
 
 
-class Named(NamedTuple):
+class NamedImage(NamedTuple):
     """The image that an entry names.
 
     other: another image that it may mean as well.  rank: 2 if it is named by its path, 1 if the folder's own name
@@ -114,7 +116,7 @@ class Named(NamedTuple):
     whole: bool
 
 
-class Names:
+class ImageNames:
     """Finds the images of a folder, given by their paths in it, by the names that files of labels use."""
 
     def __init__(self, images: Sequence[str], folder: str) -> None:
@@ -132,16 +134,16 @@ class Names:
         """The images by path, path without extension, file name, and file name without extension."""
         parts: list[Callable[[str], str]] = [str]
         if any("/" in image for image in self.images):
-            parts.append(name_of)
+            parts.append(file_name)
         for part in parts:
-            for form in (str, without_extension):
+            for form in (str, strip_extension):
                 table: dict[str, tuple[str, str | None]] = {}
                 for image in self.images:
                     key = letters(form(part(image)))
                     table[key] = (image, None) if key not in table else (table[key][0], image)
                 yield table
 
-    def find(self, entry: str) -> Named | None:
+    def find(self, entry: str) -> NamedImage | None:
         """The image that an entry names; None if it names none."""
         entry = entry.strip()
         slashes = entry.replace("\\", "/")
@@ -152,37 +154,41 @@ class Names:
                 rank = 2 if first == 0 else int(parts[first - 1] == self.folder)
                 for number, table in enumerate(self.any_case if any_case else self.exact):
                     if name in table:
-                        return Named(*table[name], rank, number % 2 == 0)
+                        return NamedImage(*table[name], rank, number % 2 == 0)
         return None
 
 
-def name_of(path: str) -> str:
+def file_name(path: str) -> str:
     return path.rpartition("/")[2]
 
 
-def without_extension(path: str) -> str:
+def strip_extension(path: str) -> str:
     return path.rpartition(".")[0]
 
 
-def separated(character: str) -> Callable[[Sequence[str]], list[Row]]:
+def split_at(character: str) -> Callable[[Sequence[str]], list[Row]]:
     return lambda lines: list(csv.reader(lines, delimiter=character, skipinitialspace=True))
 
 
-def spaced(lines: Sequence[str]) -> list[Row]:
+def split_at_spaces(lines: Sequence[str]) -> list[Row]:
     """Columns separated by white space; names with spaces stand in quotes."""
     return list(csv.reader([" ".join(line.split()) for line in lines], delimiter=" "))
 
 
-def last_word(lines: Sequence[str]) -> list[Row]:
+def split_off_last_word(lines: Sequence[str]) -> list[Row]:
     """Names with spaces, and a label of one word."""
     return [line.rsplit(None, 1) for line in lines]
 
 
-SEPARATORS: tuple[Callable[[Sequence[str]], list[Row]], ...] = (*map(separated, "\t,;|"), last_word, spaced)
+SEPARATORS: tuple[Callable[[Sequence[str]], list[Row]], ...] = (
+    *map(split_at, "\t,;|"),
+    split_off_last_word,
+    split_at_spaces,
+)
 Layout = tuple[Callable[[Sequence[str]], list[Row]], int]
 
 
-def layout_of(lines: Sequence[str], names: Names) -> Layout | None:
+def detect_layout(lines: Sequence[str], names: ImageNames) -> Layout | None:
     """How to separate the columns, and which of them names images; None if none does."""
     best, layout = 0, None
     for separate in SEPARATORS:
@@ -196,76 +202,76 @@ def layout_of(lines: Sequence[str], names: Names) -> Layout | None:
     return layout
 
 
-def is_heading(rows: Sequence[Row], column: int, names: Names) -> bool:
+def is_heading(rows: Sequence[Row], column: int, names: ImageNames) -> bool:
     """Whether the first row is a heading instead of an image and its label."""
-    words = heading_words(rows[0])
+    words = normalize_heading(rows[0])
     if column >= len(words) or names.find(rows[0][column]) is not None or extension_of(words[column]) in IMAGES:
         return False
-    rest = [row[column] for row in rows[1:EXAMINED] if len(row) > column]
+    rest = [row[column] for row in rows[1:MAX_EXAMINED_LINES] if len(row) > column]
     if any(extension_of(name) in IMAGES for name in rest) or {*HEADINGS, *NAME_HEADINGS} & set(words):
         return True
     return all(names.find(name) is not None for name in rest)
 
 
-def heading_words(row: Row) -> list[str]:
+def normalize_heading(row: Row) -> list[str]:
     return [word.strip().casefold().replace(" ", "_") for word in row]
 
 
-def label_column(heading: Row | None, rows: Sequence[Row], names: int) -> int:
+def find_label_column(heading: Row | None, rows: Sequence[Row], names: int) -> int:
     """The column of the labels."""
     width = max(map(len, [*rows, heading or []]))
     columns = [column for column in range(width) if column != names]
     if heading is not None:
-        words = heading_words(heading)
+        words = normalize_heading(heading)
         found = [words.index(word) for word in HEADINGS if word in words and words.index(word) != names]
         if found:
             return found[0]
     if len(columns) == 1:
         labels = [row[columns[0]].strip() for row in rows if len(row) > columns[0]]
         # In `1 cat.jpg` the number counts the lines; captions and file names differ in every line.
-        if all_different(labels) and (columns[0] < names or not all_numbers(labels)):
-            raise ShardError(f"every image has a label of its own ({labels[0][:SHOWN]!r}, …): these are no classes")
+        if are_all_different(labels) and (columns[0] < names or not are_numbers(labels)):
+            raise ShardError(f"every image has a label of its own ({labels[0][:MAX_SHOWN]!r}, …): these are no classes")
         return columns[0]
     boxes = [row[-BOX:] for row in rows]
-    if names == 0 and len(columns) == 1 + BOX and all(map(all_numbers, boxes)):
+    if names == 0 and len(columns) == 1 + BOX and all(map(are_numbers, boxes)):
         return 1
-    what = f"{len(columns)} columns may hold the labels ({' '.join(rows[0])[:SHOWN]!r})"
+    what = f"{len(columns)} columns may hold the labels ({' '.join(rows[0])[:MAX_SHOWN]!r})"
     raise ShardError(f"{what}; write the heading `label` above the right one")
 
 
-def all_numbers(values: Iterable[str]) -> bool:
+def are_numbers(values: Iterable[str]) -> bool:
     return all(NUMBER.fullmatch(value.strip()) for value in values)
 
 
-def all_different(values: Sequence[str]) -> bool:
+def are_all_different(values: Sequence[str]) -> bool:
     return len(values) > 2 and len(set(values)) == len(values)
 
 
-def one_per_line(lines: Sequence[str], names: Names) -> list[str]:
+def parse_one_per_line(lines: Sequence[str], names: ImageNames) -> list[str]:
     """The labels of a file that holds one a line, in the order of the sorted images."""
     labels = [line.strip() for line in lines]
     if len(labels) == len(names.images) + 1 and labels[0].casefold() in HEADINGS:
         labels = labels[1:]
-    first = name_of(names.images[0]).casefold()
+    first = file_name(names.images[0]).casefold()
     for label in labels:
         if not NUMBER.fullmatch(label) and (names.find(label) or first in label.casefold()):
-            raise ShardError(f"a line names an image, but its label is not recognized: {label[:SHOWN]!r}")
+            raise ShardError(f"a line names an image, but its label is not recognized: {label[:MAX_SHOWN]!r}")
     if len(labels) != len(names.images):
         what = f"{len(labels)} labels for {len(names.images)} images, and no line names an image"
-        raise ShardError(f"{what} ({labels[0][:SHOWN]!r})")
-    if all_different(labels) and not all_numbers(labels):
-        raise ShardError(f"no line names an image, and every line is different ({labels[0][:SHOWN]!r}, …)")
+        raise ShardError(f"{what} ({labels[0][:MAX_SHOWN]!r})")
+    if are_all_different(labels) and not are_numbers(labels):
+        raise ShardError(f"no line names an image, and every line is different ({labels[0][:MAX_SHOWN]!r}, …)")
     return labels
 
 
-def class_numbers(labels: Iterable[str]) -> dict[str, int | None]:
+def parse_class_numbers(labels: Iterable[str]) -> dict[str, int | None]:
     """The class number of each label as a file writes it; None for an empty one and for -1."""
     class_of = {label: boxes[1] if (boxes := CLASS_AND_BOXES.fullmatch(label)) else label for label in labels}
     classes = {name for name in class_of.values() if name not in ("", "-1")}
-    if not all_numbers(classes):
-        numbers = numbered(classes)
+    if not are_numbers(classes):
+        numbers = number_classes(classes)
     else:
         numbers = {name: int(name.partition(".")[0]) for name in classes}
         if odd := next((name for name, number in numbers.items() if not 0 <= number < MAX_CLASS), None):
-            raise ShardError(f"{odd[:SHOWN]} is no class number")
+            raise ShardError(f"{odd[:MAX_SHOWN]} is not a class number")
     return {label: numbers.get(name) for label, name in class_of.items()}

@@ -14,11 +14,11 @@ from webdataset import TarWriter
 
 from patterns import UserError
 from patterns.io import write_atomically, write_json
-from ray_jobs.data.image_decoding import formats_of, upright
-from ray_jobs.data.image_folders import keys_of, local_images, no_file
-from ray_jobs.data.labels import numbered
-from ray_jobs.data.samples import IMAGES, TENSOR, UNREAD_IMAGES, extension_of, not_decoded
-from ray_jobs.io.object_store import located, published
+from ray_jobs.data.image_decoding import decode_upright, list_formats
+from ray_jobs.data.image_folders import find_file_problem, list_local_images, make_keys
+from ray_jobs.data.labels import number_classes
+from ray_jobs.data.samples import IMAGES, TENSOR, UNREAD_IMAGES, explain_unread_format, extension_of
+from ray_jobs.io.object_store import locate, publish
 
 JPEG_QUALITY = 95
 
@@ -43,21 +43,21 @@ def pack(images: Path, out: Path, per_shard: int = 1000, crops: int = 0, size: i
     Raises:
         UserError: If there are no images, one cannot be read, or the shards cannot be written.
     """
-    found = images_in(images)
+    found = list_images(images)
     if (whole := out.resolve()).is_relative_to(inside := images.resolve()):
         what = f"lies within the images' folder {inside}, where a later run takes it for a class"
         raise UserError(str(whole), what, "Choose a folder elsewhere.")
-    classes = numbered(class_folders(images))
-    readable(images, found, bool(crops))
+    classes = number_classes(list_class_folders(images))
+    validate_images(images, found, bool(crops))
     place = {name: number for number, name in enumerate(classes)}
     found.sort(key=lambda image: (place[image.partition("/")[0]], image.split("/")))
-    keys = dict(zip(found, keys_of(found)))
+    keys = dict(zip(found, make_keys(found)))
     rng = random.Random(seed)
     rng.shuffle(found)
     samples = [(image, crop) for image in found for crop in range(crops or 1)]
     rng.shuffle(samples)
     shards = []
-    with published(located(out)) as folder:
+    with publish(locate(out)) as folder:
         for number, first in enumerate(range(0, len(samples), per_shard)):
 
             def write(aside: Path, chosen: list[tuple[str, int]] = samples[first : first + per_shard]) -> None:
@@ -65,10 +65,10 @@ def pack(images: Path, out: Path, per_shard: int = 1000, crops: int = 0, size: i
                     for image, crop in chosen:
                         key, cls = keys[image], str(classes[image.partition("/")[0]]).encode()
                         if crops:
-                            data = random_crop(images / image, size, seed + crop)
+                            data = crop_randomly(images / image, size, seed + crop)
                             tar.write({"__key__": f"{key}-{crop}", "jpg": data, "cls": cls})
                         else:
-                            tar.write({"__key__": key, extension_of(image): data_of(images / image), "cls": cls})
+                            tar.write({"__key__": key, extension_of(image): read_file(images / image), "cls": cls})
 
             write_atomically(folder / f"{number:06d}.tar", write)
             shards.append(out / f"{number:06d}.tar")
@@ -76,12 +76,12 @@ def pack(images: Path, out: Path, per_shard: int = 1000, crops: int = 0, size: i
     return shards
 
 
-def images_in(folder: Path) -> list[str]:
+def list_images(folder: Path) -> list[str]:
     """The images in class folders, by their paths, sorted. UserError if there are none."""
     if not folder.is_dir():
         raise UserError(str(folder), "no such folder", "Name a folder that holds one folder for each class.")
     try:
-        found, _ = local_images(str(folder))
+        found, _ = list_local_images(str(folder))
     except OSError as error:
         raise UserError(str(error.filename), f"cannot be read ({error.strerror})", "Fix its permissions.") from error
     found = sorted(image for image in found if "/" in image and extension_of(image) != TENSOR)
@@ -91,34 +91,34 @@ def images_in(folder: Path) -> list[str]:
     return found
 
 
-def class_folders(folder: Path) -> list[str]:
+def list_class_folders(folder: Path) -> list[str]:
     return [f.name for f in folder.iterdir() if f.is_dir() and not f.name.startswith(".")]
 
 
-def readable(images: Path, found: list[str], crops: bool) -> None:
+def validate_images(images: Path, found: list[str], crops: bool) -> None:
     """UserError for the first image that cannot be packed, before anything is written."""
     for path, image in ((images / image, image) for image in found):
-        trouble = no_file(str(path))
+        trouble = find_file_problem(str(path))
         if trouble is None and not os.access(path, os.R_OK):
             trouble = "its permissions do not allow reading it"
         if trouble is None and crops and extension_of(image) in UNREAD_IMAGES:
-            trouble = not_decoded(extension_of(image))
+            trouble = explain_unread_format(extension_of(image))
         if trouble is not None:
             raise UserError(str(path), f"cannot be packed ({trouble})", "Delete or replace it.")
 
 
-def data_of(file: Path) -> bytes:
+def read_file(file: Path) -> bytes:
     try:
         return file.read_bytes()
     except OSError as error:
         raise UserError(str(file), f"cannot be read ({error.strerror or error})", "Delete or replace it.") from error
 
 
-def random_crop(file: Path, size: int, seed: int) -> bytes:
+def crop_randomly(file: Path, size: int, seed: int) -> bytes:
     """A random crop of an image, flipped or not, as JPEG; the same for the same file name and seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(crc32(f"{file.name}/{seed}".encode("utf-8", "surrogateescape")))
-        image = opened(file)
+        image = open_image(file)
         crop = RandomResizedCrop.get_params(image, [0.25, 1.0], [3 / 4, 4 / 3])
         image = T.resized_crop(image, *crop, [size, size], InterpolationMode.BICUBIC)
         if torch.rand(()) < 0.5:
@@ -128,10 +128,10 @@ def random_crop(file: Path, size: int, seed: int) -> bytes:
     return buffer.getvalue()
 
 
-def opened(file: Path) -> Image.Image:
+def open_image(file: Path) -> Image.Image:
     """An image file, upright, as RGB. UserError if it cannot be decoded."""
     try:
-        return upright(data_of(file), "RGB", formats=formats_of(file.name)).image()
+        return decode_upright(read_file(file), "RGB", formats=list_formats(file.name)).image()
     except UserError:
         raise
     except Exception as error:  # untrusted bytes make Pillow raise anything

@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ray_jobs.data.labels import MAX_CLASS, UNLABELLED
+from ray_jobs.data.labels import MAX_CLASS, UNLABELED
 from ray_jobs.data.samples import (
     IMAGES,
     MAX_SAMPLE_BYTES,
@@ -18,25 +18,25 @@ from ray_jobs.data.samples import (
     SampleError,
     ShardError,
     extension_of,
-    key_of,
-    refused,
+    make_key,
+    reject,
 )
 
-ROWS = 16  # read at once
+BATCH_ROWS = 16  # read at once
 MAX_GROUP_BYTES = 1 << 31
 IMAGE_COLUMNS = ("image", "img", *IMAGES, "bytes", "image_bytes", "content")
 LABEL_COLUMNS = ("label", "labels", "cls", "class", "target", "fine_label")
 KEY_COLUMNS = ("__key__", "key")
 MAX_KEY = 4096  # characters
-WHOLE = re.compile(r"[+-]?[0-9]{1,20}(\.0*)?")
+WHOLE_NUMBER = re.compile(r"[+-]?[0-9]{1,20}(\.0*)?")
 
 
-def is_table(shard: str) -> bool:
+def is_parquet(shard: str) -> bool:
     """Whether a shard is a Parquet file, by its name."""
     return re.search(r"\.(parquet|pq)($|\?)", shard) is not None
 
 
-def samples(file: BinaryIO) -> Iterator[Sample]:
+def read_samples(file: BinaryIO) -> Iterator[Sample]:
     """The rows of a Parquet file in its order, named after their number or by its column `__key__` or `key`.
 
     The image: a column of bytes, or a struct with the field `bytes`, as Hugging Face has it. The label: a
@@ -44,29 +44,29 @@ def samples(file: BinaryIO) -> Iterator[Sample]:
     """
     table = pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)
     schema = table.schema_arrow
-    image = image_column(schema)
+    image = find_image_column(schema)
     key = next((name for name in KEY_COLUMNS if name in schema.names), None)
     label = next((name for name in LABEL_COLUMNS if name in schema.names), None)
     for number in range(table.metadata.num_row_groups):
         size = table.metadata.row_group(number).total_byte_size
         if size > MAX_GROUP_BYTES:
             raise ShardError(f"row group {number} has {size} bytes; at most {MAX_GROUP_BYTES} are read")
-    classes = class_names(schema, label) if label else ()
+    classes = read_class_names(schema, label) if label else ()
     rows = 0
-    for batch in table.iter_batches(ROWS, columns=[c for c in (image, label, key) if c], use_threads=False):
-        names = key_column(batch, key)
+    for batch in table.iter_batches(BATCH_ROWS, columns=[c for c in (image, label, key) if c], use_threads=False):
+        names = read_keys(batch, key)
         for name, row in zip(names, batch.drop_columns([key] if key else []).to_pylist()):
             nth = f"{rows:08}"
             if len(name) > MAX_KEY:
-                yield refused(nth, f"its key has {len(name)} characters; at most {MAX_KEY} are possible")
+                yield reject(nth, f"its key has {len(name)} characters; at most {MAX_KEY} are possible")
             else:
-                yield sample_of(name or nth, row[image], row[label] if label else None, classes)
+                yield make_sample(name or nth, row[image], row[label] if label else None, classes)
             rows += 1
     if rows != table.metadata.num_rows:
         raise ShardError(f"{rows} rows were read, its footer says {table.metadata.num_rows}")
 
 
-def key_column(batch: pa.RecordBatch, key: str | None) -> list[str]:
+def read_keys(batch: pa.RecordBatch, key: str | None) -> list[str]:
     """The keys of some rows; empty if a row has none. Bytes that are not UTF-8 become surrogate escapes."""
     if key is None:
         return [""] * len(batch)
@@ -79,7 +79,7 @@ def key_column(batch: pa.RecordBatch, key: str | None) -> list[str]:
     return [os.fsdecode(v) if isinstance(v, bytes) else "" if v is None else str(v) for v in values]
 
 
-def image_column(schema: pa.Schema) -> str:
+def find_image_column(schema: pa.Schema) -> str:
     """The column that holds the images: by its name, else the only one that can."""
     able = [field.name for field in schema if holds_bytes(field.type)]
     named = [name for name in IMAGE_COLUMNS if name in able]
@@ -94,23 +94,23 @@ def holds_bytes(kind: pa.DataType) -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
 
 
-def sample_of(name: str, image: Any, label: Any, classes: Sequence[str]) -> Sample:
-    key = key_of(name)
+def make_sample(name: str, image: Any, label: Any, classes: Sequence[str]) -> Sample:
+    key = make_key(name)
     data, path = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (image, None)
     if data is None:
-        return refused(key, "no image bytes in this row")
+        return reject(key, "no image bytes in this row")
     if len(data) > MAX_SAMPLE_BYTES:
-        return refused(key, f"it has more than {MAX_SAMPLE_BYTES} bytes")
+        return reject(key, f"it has more than {MAX_SAMPLE_BYTES} bytes")
     try:
-        number = class_number(label, classes)
+        number = parse_class_number(label, classes)
     except SampleError as error:
-        return refused(key, str(error))
+        return reject(key, str(error))
     extension = extension_of(path) if isinstance(path, str) else ""
-    sample: Sample = {"__key__": key, extension if extension in NAMED_FORMATS else IMAGES[0]: data}
-    return sample if number is None else sample | {"cls": str(number).encode()}
+    files = {extension if extension in NAMED_FORMATS else IMAGES[0]: data}
+    return Sample(key, files if number is None else files | {"cls": str(number).encode()})
 
 
-def class_number(value: Any, classes: Sequence[str] = ()) -> int | None:
+def parse_class_number(value: Any, classes: Sequence[str] = ()) -> int | None:
     """Return a cell of a column of labels as a class number; None for null, NaN and -1.
 
     Args:
@@ -121,23 +121,23 @@ def class_number(value: Any, classes: Sequence[str] = ()) -> int | None:
         SampleError: If it is none.
     """
     if isinstance(value, list) and len(value) == 1:
-        return class_number(value[0], classes)
+        return parse_class_number(value[0], classes)
     if value is None or value != value:  # NaN
         return None
     if isinstance(value, str) and value in classes:
         return classes.index(value)
     text = value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
     text = str(int(value)) if isinstance(value, bool) else text.strip()
-    if not WHOLE.fullmatch(text):
+    if not WHOLE_NUMBER.fullmatch(text):
         remedy = "write the number of its class into the column" if isinstance(value, str) else "write one number"
-        raise SampleError(f"the label {text[:40]!r} is no class number: {remedy}")
+        raise SampleError(f"the label {text[:40]!r} is not a class number: {remedy}")
     number = int(text.partition(".")[0])
-    if not UNLABELLED <= number < MAX_CLASS:
-        raise SampleError(f"the label {text[:40]} is no class number")
-    return None if number == UNLABELLED else number
+    if not UNLABELED <= number < MAX_CLASS:
+        raise SampleError(f"the label {text[:40]} is not a class number")
+    return None if number == UNLABELED else number
 
 
-def class_names(schema: pa.Schema, column: str) -> tuple[str, ...]:
+def read_class_names(schema: pa.Schema, column: str) -> tuple[str, ...]:
     """The names of the classes that Hugging Face's `ClassLabel` puts into a file's metadata; none if it has none."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]

@@ -1,15 +1,13 @@
 """A sample: its key and its files, and why it may be rejected before anything is decoded."""
 
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
 
-from ray_jobs.units import encoded, printable
-
-# `__key__`; the bytes of each file by its extension in lower case; `__refused__`, if it must not be used: why.
-Sample = dict[str, Any]
+from patterns import UserError
+from ray_jobs.units import encode_name, make_printable
 
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels
 
@@ -33,7 +31,7 @@ MAX_SAMPLE_BYTES = 1 << 27  # of all files of a sample; a ready tensor of 3×102
 UNSAFE = re.compile(r"[%.,\\\x00-\x1f\x7f-\x9f\u2028\u2029\udc80-\udcff]|\A/|(?<=/)/|/\Z|\A\s+|\s+\Z|\A_(?=_)")
 
 
-def key_of(name: str) -> str:
+def make_key(name: str) -> str:
     """Return a name as a sample's key, which tars, tables, file names and `--keys` can carry.
 
     Characters that would be misread are percent-encoded, so `urllib.parse.unquote` gives the name again. The slashes
@@ -43,39 +41,63 @@ def key_of(name: str) -> str:
         name: A path in a folder, or the key column of a Parquet file; bytes that are not UTF-8 as surrogate escapes.
 
     Example:
-        >>> key_of("n01440764/img.1.jpg")
+        >>> make_key("n01440764/img.1.jpg")
         'n01440764/img%2E1%2Ejpg'
     """
-    return UNSAFE.sub(lambda match: "".join(f"%{byte:02X}" for byte in encoded(match[0])), name)
-
-
-def file_in(sample: Sample, extensions: Iterable[str]) -> str | None:
-    """The file of a sample that has one of some extensions, or such a name before it as `image`; None without one.
-
-    Of several the first in the order of the extensions; a plain extension comes first.
-    """
-    names = list(extensions)
-    wanted = (*names, *(f"{prefix}.{name}" for prefix in INPUT_NAMES for name in names))
-    return next((name for name in wanted if name in sample), None)
-
-
-def image_in(sample: Sample) -> str | None:
-    """The file of a sample that holds its image."""
-    return file_in(sample, IMAGES)
-
-
-def tensor_in(sample: Sample) -> str | None:
-    """The file of a sample that holds its ready tensor; None if it has an image, which is used instead."""
-    return None if image_in(sample) else file_in(sample, [TENSOR])
-
-
-def seed_of(name: str) -> int:
-    """A seed for what is random about a sample, from a name of it alone."""
-    return int.from_bytes(blake2b(encoded(name), digest_size=7).digest())
+    return UNSAFE.sub(lambda match: "".join(f"%{byte:02X}" for byte in encode_name(match[0])), name)
 
 
 @dataclass(frozen=True)
-class Rejected:
+class Sample:
+    """A sample as its shard holds it.
+
+    Attributes:
+        key: The key, unique within the shard.
+        files: The bytes of each file by its extension in lower case.
+        rejection: Why the sample must not be used; None if it may be.
+    """
+
+    key: str
+    files: dict[str, bytes] = field(default_factory=dict)
+    rejection: str | None = None
+
+
+def reject(key: str, reason: str) -> Sample:
+    """Return a sample without files that must not be used."""
+    return Sample(make_printable(key), rejection=reason)
+
+
+def find_file(files: Container[str], extensions: Iterable[str]) -> str | None:
+    """Return the first of a sample's files with one of these extensions, in the order of the extensions.
+
+    A name of an input may stand before the extension, as in `image.jpg`. Plain extensions are preferred.
+
+    Args:
+        files: The names of the sample's files.
+        extensions: The extensions, the preferred ones first.
+    """
+    names = list(extensions)
+    wanted = (*names, *(f"{prefix}.{name}" for prefix in INPUT_NAMES for name in names))
+    return next((name for name in wanted if name in files), None)
+
+
+def find_image(files: Container[str]) -> str | None:
+    """Return the name of the file that holds the image of a sample; None if there is no image."""
+    return find_file(files, IMAGES)
+
+
+def find_tensor(files: Container[str]) -> str | None:
+    """Return the name of the file that holds the ready tensor of a sample; None if an image is used instead."""
+    return None if find_image(files) else find_file(files, [TENSOR])
+
+
+def derive_seed(name: str) -> int:
+    """A seed for what is random about a sample, from a name of it alone."""
+    return int.from_bytes(blake2b(encode_name(name), digest_size=7).digest())
+
+
+@dataclass(frozen=True)
+class RejectedSample:
     """A sample that was not used, at which stage (read, decode, model), and why."""
 
     shard: str
@@ -92,25 +114,50 @@ class ShardError(Exception):
     """A shard that cannot be read as a whole; its message says why."""
 
 
-def refused(key: str, reason: str) -> Sample:
-    """A sample that must not be used."""
-    return {"__key__": printable(key), "__refused__": reason}
-
-
 def extension_of(name: str) -> str:
     """The last extension of a file's name, in lower case."""
     return name.rpartition(".")[2].lower()
 
 
-def not_decoded(extension: str) -> str:
+def explain_unread_format(extension: str) -> str:
     """Why an image of a format that is not decoded is rejected."""
     return f"{extension.upper()} images are not decoded; convert it to PNG or JPEG"
 
 
-def distinct(samples: Iterable[Sample]) -> Iterator[Sample]:
-    """The same samples, but of those with the same key only the first is used; the next are KEY#2, KEY#3, …"""
+def reject_duplicates(samples: Iterable[Sample]) -> Iterator[Sample]:
+    """Yield the samples; those whose key an earlier sample has are rejected as KEY#2, KEY#3 and so on."""
     seen: dict[str, int] = {}
     for sample in samples:
-        key = sample["__key__"]
+        key = sample.key
         seen[key] = seen.get(key, 0) + 1
-        yield sample if seen[key] == 1 else refused(f"{key}#{seen[key]}", "an earlier sample has the same key")
+        yield sample if seen[key] == 1 else reject(f"{key}#{seen[key]}", "an earlier sample has the same key")
+
+
+def zip_explanations(
+    inputs: Iterable[Mapping[str, Any]], explanations: Iterable[Mapping[str, Any]]
+) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    """Yield each explained sample of a shard with its explanation; rejected inputs have none and are left out.
+
+    Args:
+        inputs: The samples of a shard as WebDataset reads them, in order.
+        explanations: The samples of the shard of its explanations, likewise.
+
+    Raises:
+        UserError: If an explanation has no input.
+
+    Example:
+        >>> inputs = [{"__key__": "a"}, {"__key__": "b"}]
+        >>> [sample["__key__"] for sample, _ in zip_explanations(inputs, [{"__key__": "b", "gradient.npy": b""}])]
+        ['b']
+    """
+    remaining = iter(explanations)
+    explained = next(remaining, None)
+    for sample in inputs:
+        if explained is None:
+            return
+        if sample["__key__"] == explained["__key__"]:
+            yield sample, explained
+            explained = next(remaining, None)
+    if explained is not None:
+        remedy = "Zip a shard with its own explanations, in order."
+        raise UserError(explained["__key__"], "this explanation has no input", remedy)

@@ -26,15 +26,15 @@ from zlib import crc32
 from braceexpand import braceexpand
 
 from patterns import UserError
-from ray_jobs.data.byte_streams import opened
-from ray_jobs.data.image_folders import folder_at
-from ray_jobs.io.file_systems import file_system, is_url, translated
-from ray_jobs.io.object_store import Location, plain
+from ray_jobs.data.byte_streams import open_stream
+from ray_jobs.data.image_folders import scan_folder
+from ray_jobs.io.file_systems import is_url, open_file_system, translate_errors
+from ray_jobs.io.object_store import Location, normalize_location
 
 PIPE = "pipe:"
 EXTENSIONS = r"(\.tar|\.tgz|\.parquet|\.pq)?(\.(gz|bz2|xz|zst))?$"
 MAX_NAME = 200
-WILD = "*?["
+WILDCARDS = "*?["
 
 
 def list_shards(specs: Iterable[str], allow_pipes: bool = False) -> tuple[str, ...]:
@@ -46,10 +46,10 @@ def list_shards(specs: Iterable[str], allow_pipes: bool = False) -> tuple[str, .
     """
     shards: list[str] = []
     for spec in specs:
-        for line in listed(spec):
+        for line in read_list(spec):
             if line.startswith(PIPE) and not allow_pipes:
                 raise UserError(line, "a pipe runs a shell command", "Allow it with --allow-pipes.")
-            shards += expand(line)
+            shards += expand_spec(line)
     if not shards:
         raise UserError("--shards", "no shards were named", "Name at least one tar file.")
     if len(set(shards)) < len(shards):
@@ -58,14 +58,14 @@ def list_shards(specs: Iterable[str], allow_pipes: bool = False) -> tuple[str, .
     return tuple(shards)
 
 
-def listed(spec: str) -> Iterator[str]:
+def read_list(spec: str) -> Iterator[str]:
     """The specs that a list file names, relative to its folder; any other spec itself."""
     if not spec.startswith("@") or os.path.lexists(spec.partition("/")[0]):  # a name that exists
         yield spec
         return
-    path = plain(spec[1:])
+    path = normalize_location(spec[1:])
     path = path if is_url(path) else str(Path(path).absolute())
-    with translated(path, remedy="Check --shards; @FILE names a list of shards."), opened(path) as file:
+    with translate_errors(path, remedy="Check --shards; @FILE names a list of shards."), open_stream(path) as file:
         lines = file.read().decode("utf-8-sig").splitlines()
     for line in lines:
         entry = line.partition(" #")[0].strip()
@@ -74,17 +74,17 @@ def listed(spec: str) -> Iterator[str]:
             yield entry if whole else f"{path.rpartition('/')[0]}/{entry}"
 
 
-def expand(spec: str) -> Iterator[str]:
+def expand_spec(spec: str) -> Iterator[str]:
     """The shards of a path, URL, command or folder, with braces and wildcards."""
     if spec.startswith(PIPE):
-        yield from braces(spec)
+        yield from expand_braces(spec)
         return
-    spec = plain(spec)
-    for path in remote(spec) if is_url(spec) else on_this_machine(spec):
-        yield from of_folder(path) if path.endswith("/") else [path]
+    spec = normalize_location(spec)
+    for path in match_urls(spec) if is_url(spec) else match_paths(spec):
+        yield from list_folder_shards(path) if path.endswith("/") else [path]
 
 
-def braces(spec: str, whole: str = "") -> list[str]:
+def expand_braces(spec: str, whole: str = "") -> list[str]:
     """The words that bash makes of `{a,b}` and `{000..015}`."""
     if "{" not in spec:
         return [spec]
@@ -94,39 +94,39 @@ def braces(spec: str, whole: str = "") -> list[str]:
         raise UserError(f"--shards {whole or spec}", "a brace that is not closed", "Ranges are {000..015}.") from error
 
 
-def remote(spec: str) -> Iterator[str]:
+def match_urls(spec: str) -> Iterator[str]:
     """The URLs that a URL with braces and wildcards matches; those of folders end with a slash."""
-    for number, url in enumerate(braces(spec)):
+    for number, url in enumerate(expand_braces(spec)):
         # A query may hold anything, and an IPv6 address has brackets.
         http = url.startswith(("http:", "https:"))
-        wild = "*" in urlsplit(url).path if http else any(c in url for c in WILD)
+        wild = "*" in urlsplit(url).path if http else any(c in url for c in WILDCARDS)
         if number == 0:  # a package that is missing is known now
-            file_system(url)
+            open_file_system(url)
         if not wild or (not http and Location(url).exists()):
             yield url
             continue
-        with translated(url, remedy="Check --shards, or name each shard if the server gives no lists."):
-            filesystem, path = file_system(url)
+        with translate_errors(url, remedy="Check --shards, or name each shard if the server gives no lists."):
+            filesystem, path = open_file_system(url)
             entries = filesystem.glob(path, detail=True).items()
             found = sorted(filesystem.unstrip_protocol(p) + "/" * (e["type"] == "directory") for p, e in entries)
         if not found:
-            raise nothing(url)
+            raise no_match_error(url)
         yield from found
 
 
-def on_this_machine(spec: str) -> Iterator[str]:
+def match_paths(spec: str) -> Iterator[str]:
     """The absolute paths that a path with braces and wildcards matches; those of folders end with a slash.
 
     Names that exist are meant literally: braces and wildcards count only behind the folders that do.
     """
-    with translated(spec, remedy="Check --shards."):
-        head, tail = literal(Path(spec).absolute())
-        for pattern in braces(tail, spec) if tail else [""]:
+    with translate_errors(spec, remedy="Check --shards."):
+        head, tail = split_existing(Path(spec).absolute())
+        for pattern in expand_braces(tail, spec) if tail else [""]:
             found = [head / pattern]
-            if any(c in pattern for c in WILD):
+            if any(c in pattern for c in WILDCARDS):
                 found = sorted(head.glob(pattern.rstrip("/")))
                 if not found:
-                    raise nothing(f"{head}/{pattern}")
+                    raise no_match_error(f"{head}/{pattern}")
             for each in found:
                 if not each.exists():
                     raise UserError(str(each), "no such shard", "Check --shards; brace ranges are {000..015}.")
@@ -135,7 +135,7 @@ def on_this_machine(spec: str) -> Iterator[str]:
                 yield f"{each}/" if each.is_dir() else str(each)
 
 
-def literal(path: Path) -> tuple[Path, str]:
+def split_existing(path: Path) -> tuple[Path, str]:
     """The longest beginning of an absolute path that exists, and the rest."""
     parts = path.parts
     head = Path(parts[0])
@@ -146,25 +146,25 @@ def literal(path: Path) -> tuple[Path, str]:
     return head, ""
 
 
-def nothing(pattern: str) -> UserError:
+def no_match_error(pattern: str) -> UserError:
     return UserError(f"--shards {pattern}", "nothing matches", "Check the path.")
 
 
-def of_folder(path: str) -> list[str]:
+def list_folder_shards(path: str) -> list[str]:
     """The shards of a folder of images."""
-    with translated(path, remedy="Check --shards; shards in a folder are named by FOLDER/*.tar."):
-        shards = folder_at(path).shards()
+    with translate_errors(path, remedy="Check --shards; shards in a folder are named by FOLDER/*.tar."):
+        shards = scan_folder(path).shards()
     if not shards:
         raise UserError(path, "a folder without images", "Shards in a folder are named by FOLDER/*.tar.")
     return shards
 
 
-def output_names(shards: Sequence[str]) -> dict[str, str]:
+def name_outputs(shards: Sequence[str]) -> dict[str, str]:
     """For each shard a relative path to name its outputs after, without extension, safe, and no two the same.
 
     It is the shard's own path less the folders that all have in common; never a URL's query, which may be a secret.
     """
-    paths = [path_of(shard) for shard in shards]
+    paths = [make_shard_path(shard) for shard in shards]
     common = os.path.commonpath([os.path.dirname(path) for path in paths])  # noqa: PTH120 - may be parts of URLs
     names = [re.sub(EXTENSIONS, "", path.removeprefix(common).lstrip("/")) for path in paths]
     taken = Counter(names)
@@ -176,7 +176,7 @@ def output_names(shards: Sequence[str]) -> dict[str, str]:
     }
 
 
-def path_of(shard: str) -> str:
+def make_shard_path(shard: str) -> str:
     """What names a shard: its path, for URLs with the host or bucket; for a pipe its command, as one component."""
     if shard.startswith(PIPE):
         path = shard.removeprefix(PIPE).replace("/", "_")

@@ -13,7 +13,7 @@ PIPES: set[int] = set()  # process groups of the commands that are read from
 
 
 @contextmanager
-def piped(command: str) -> Iterator[Any]:
+def open_pipe(command: str) -> Iterator[Any]:
     """Give the output of a shell command. ShardError if it fails."""
     # A process group of its own: all that the command starts is ended with it, and Ctrl-C, which lets the job end
     # its shards, does not reach it.
@@ -26,18 +26,18 @@ def piped(command: str) -> Iterator[Any]:
             raise ShardError(f"the command ended with exit status {status}")
     finally:
         process.stdout.close()
-        end_group(process.pid)
+        kill_group(process.pid)
         process.wait()
         PIPES.discard(process.pid)
 
 
-def end_group(leader: int) -> None:
+def kill_group(leader: int) -> None:
     """Kill the processes of a group, if any are left."""
     with suppress(ProcessLookupError):
         os.killpg(leader, signal.SIGKILL)
 
 
-def end_pipes() -> None:
+def kill_pipes() -> None:
     """Kill all commands that shards are read from."""
     for leader in list(PIPES):
-        end_group(leader)
+        kill_group(leader)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from ray_jobs.data.samples import MAX_SAMPLE_BYTES, Sample, ShardError
-from ray_jobs.units import printable
+from ray_jobs.units import make_printable
 
 BLOCK = tarfile.BLOCKSIZE
 MAX_HEADER_BYTES = 1 << 20  # of one extended header; a path in it has some hundred bytes
@@ -69,7 +69,7 @@ class Archive:
         extended: dict[str, str] = {}
         while (header := self.header()) is not None:
             if header.type in PAX_HEADERS:
-                extended |= records(self.extension(header))
+                extended |= parse_pax_records(self.extension(header))
             elif header.type == tarfile.GNUTYPE_LONGNAME:
                 name, end, _ = self.extension(header).partition(b"\0")
                 if not end:
@@ -105,7 +105,7 @@ class Archive:
         """The contents of an extended header."""
         if header.size > MAX_HEADER_BYTES:
             raise ShardError(f"an extended header of {header.size} bytes; at most {MAX_HEADER_BYTES} are read")
-        return self.take(padded(header.size))[: header.size]
+        return self.take(pad_size(header.size))[: header.size]
 
     def member(self, header: tarfile.TarInfo, extended: dict[str, str]) -> Member:
         name, size, trouble = extended.get("path", header.name), header.size, None
@@ -119,15 +119,15 @@ class Archive:
             name, trouble = extended.get("GNU.sparse.name", name), "a sparse file"
         elif header.type not in FILES:
             trouble = f"a member of unknown type {header.type!r}"
-        self.unread = padded(size)
+        self.unread = pad_size(size)
         return Member(name, size, trouble)
 
 
-def padded(size: int) -> int:
+def pad_size(size: int) -> int:
     return -(-size // BLOCK) * BLOCK
 
 
-def records(data: bytes) -> dict[str, str]:
+def parse_pax_records(data: bytes) -> dict[str, str]:
     """The records of a pax header: LENGTH KEYWORD=VALUE."""
     found = {}
     position = 0
@@ -142,7 +142,7 @@ def records(data: bytes) -> dict[str, str]:
     return found
 
 
-def unsafe(name: str) -> str | None:
+def find_name_problem(name: str) -> str | None:
     """Why a file's name must not become a key, after which outputs are named; None if it may."""
     if name.startswith("/") or ".." in name.split("/"):
         return "its path leads out of the folder"
@@ -151,29 +151,28 @@ def unsafe(name: str) -> str | None:
     return None
 
 
-def samples(stream: BinaryIO) -> Iterator[Sample]:
+def read_samples(stream: BinaryIO) -> Iterator[Sample]:
     """The samples of a tar: neighbours with the same name up to the first dot of its last component.
 
     Directories, hidden files, files without an extension and webdataset's `__…__` files are passed over.
     """
     archive = Archive(stream)
-    sample: Sample = {}
-    room = 0
+    key, files, rejection, room = "", dict[str, bytes](), None, 0
     for member in archive:
         match = NAME.fullmatch(member.name)
         if match is None or META.match(member.name):
             continue
-        key, extension = printable(match[1]), match[2].lower()
-        if key != sample.get("__key__") or extension in sample:
-            if sample:
-                yield sample
-            sample, room = {"__key__": key}, MAX_SAMPLE_BYTES
+        name, extension = make_printable(match[1]), match[2].lower()
+        if name != key or extension in files:
+            if files:
+                yield Sample(key, files, rejection)
+            key, files, rejection, room = name, {}, None, MAX_SAMPLE_BYTES
         room -= member.size + BLOCK
-        trouble = member.trouble or unsafe(member.name)
+        trouble = member.trouble or find_name_problem(member.name)
         if room < 0:
             trouble = f"its files have more than {MAX_SAMPLE_BYTES} bytes"
-        if trouble:
-            sample.setdefault("__refused__", f"{printable(extension)}: {trouble}")
-        sample[extension] = b"" if trouble else archive.read(member.size)
-    if sample:
-        yield sample
+        if trouble and rejection is None:
+            rejection = f"{make_printable(extension)}: {trouble}"
+        files[extension] = b"" if trouble else archive.read(member.size)
+    if files:
+        yield Sample(key, files, rejection)

@@ -14,8 +14,8 @@ from fsspec.registry import known_implementations, registry
 
 from patterns import UserError
 
-ANSWER = 45.0  # seconds for the answer to a small request
-LONGEST_REASON = 300  # characters of a file system's own message
+ANSWER_TIMEOUT = 45.0  # seconds for the answer to a small request
+MAX_MESSAGE = 300  # characters of a file system's own message
 T = TypeVar("T")
 
 # Modules whose package has another name on PyPI.
@@ -59,7 +59,7 @@ class MissingError(UserError, FileNotFoundError):
 
 
 @contextmanager
-def translated(where: str, action: str = "read", remedy: str = "") -> Iterator[None]:
+def translate_errors(where: str, action: str = "read", remedy: str = "") -> Iterator[None]:
     """Raise a UserError in the place of any error of a file system: they have no common base class.
 
     Args:
@@ -72,22 +72,22 @@ def translated(where: str, action: str = "read", remedy: str = "") -> Iterator[N
     except UserError:
         raise
     except Exception as error:
-        raise as_user_error(error, where, action, remedy) from error
+        raise to_user_error(error, where, action, remedy) from error
 
 
-def as_user_error(error: Exception, where: str, action: str = "read", remedy: str = "") -> UserError:
+def to_user_error(error: Exception, where: str, action: str = "read", remedy: str = "") -> UserError:
     """Return what an error of a file system means to the user: what is wrong and how to fix it."""
-    chain = list(causes(error))
+    chain = list(iterate_causes(error))
     names = {base.__name__ for each in chain for base in type(each).__mro__}
     cause = chain[-1] if isinstance(error, FileNotFoundError) else error  # HTTP: the status is in the cause
-    reason = f"cannot be {action} ({message(cause)})"
+    reason = f"cannot be {action} ({format_message(cause)})"
     number = next((each.errno for each in chain if isinstance(each, OSError) and each.errno is not None), None)
     if missing := next((each for each in chain if isinstance(each, ImportError)), None):
-        package = package_of(where, missing)
+        package = find_package(where, missing)
         what = f"cannot be {action}: the package {package} is not installed"
         return UserError(where, what, f"pip install {package}, on every node.")
-    if "unknown protocol" in names or unknown(where):
-        what = f"no file system is known for {scheme_of(where)}://"
+    if "unknown protocol" in names or has_unknown_scheme(where):
+        what = f"no file system is known for {parse_scheme(where)}://"
         return UserError(where, what, "Use a path, or a URL such as s3://, gs://, az://, hf:// or https://.")
     if names & NO_CREDENTIALS or (isinstance(error, PermissionError) and "://" in where):
         fix = "Give the store's credentials in the environment of the driver and the workers (see docs/data.md)."
@@ -99,7 +99,7 @@ def as_user_error(error: Exception, where: str, action: str = "read", remedy: st
             what = "it does" if str(missing_file) == where else f"{missing_file} does"
             return MissingError(where, f"cannot be read ({what} not exist)", remedy or "Check the path.")
     if names & NO_ANSWER:
-        what = f"cannot be {action}, because the server does not answer ({message(cause)})"
+        what = f"cannot be {action}, because the server does not answer ({format_message(cause)})"
         return UserError(where, what, f"Check the address and the network, {RESUME}.")
     if isinstance(error, NotImplementedError) and action == "written":
         return UserError(where, "this kind of store can only be read", "Choose another place to write to.")
@@ -112,7 +112,7 @@ def as_user_error(error: Exception, where: str, action: str = "read", remedy: st
     return UserError(where, reason, remedy or f"Check the path or URL and its server, {RESUME}.")
 
 
-def causes(error: BaseException | None) -> Iterator[BaseException]:
+def iterate_causes(error: BaseException | None) -> Iterator[BaseException]:
     """Yield an error and what it was raised from, the outermost first."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
@@ -121,23 +121,23 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__
 
 
-def message(error: BaseException) -> str:
+def format_message(error: BaseException) -> str:
     """Return an error's message in one line, or the name of its class if it has none."""
     text = getattr(error, "strerror", None) or str(error)
-    return " ".join(str(text).split())[:LONGEST_REASON] or type(error).__name__
+    return " ".join(str(text).split())[:MAX_MESSAGE] or type(error).__name__
 
 
-def package_of(where: str, error: ImportError) -> str:
+def find_package(where: str, error: ImportError) -> str:
     """Return the name on PyPI of the package that a file system lacks."""
-    scheme = scheme_of(where)
-    module = next((e.name for e in causes(error) if isinstance(e, ImportError) and e.name), None)
+    scheme = parse_scheme(where)
+    module = next((e.name for e in iterate_causes(error) if isinstance(e, ImportError) and e.name), None)
     if module is None or module.startswith("fsspec"):
         module = MODULES.get(scheme) or known_implementations.get(scheme, {}).get("class", scheme).partition(".")[0]
     top = module.partition(".")[0]
     return PACKAGES.get(top, top)
 
 
-def scheme_of(where: str) -> str:
+def parse_scheme(where: str) -> str:
     """Return the scheme of a URL, of a chain of them the first; empty for a path."""
     match = SCHEME.match(where)
     return match[1] if match else ""
@@ -149,29 +149,29 @@ def is_url(path: str) -> bool:
     A relative path may hold `::` in a name; only a file system that is known can stand before it in a chain.
     """
     match = SCHEME.match(path)
-    return match is not None and (match[2] == "://" or is_known(match[1]))
+    return match is not None and (match[2] == "://" or is_known_scheme(match[1]))
 
 
-def is_known(scheme: str) -> bool:
+def is_known_scheme(scheme: str) -> bool:
     return scheme in known_implementations or scheme in registry
 
 
-def unknown(where: str) -> bool:
-    return is_url(where) and not is_known(scheme_of(where))
+def has_unknown_scheme(where: str) -> bool:
+    return is_url(where) and not is_known_scheme(parse_scheme(where))
 
 
-def local_path(path: str) -> str:
+def resolve_file_url(path: str) -> str:
     """Return the path that a `file:` URL names, percent-encoded or not; anything else as it is."""
     match = re.match(r"file:(//(localhost)?(?=/))?", path)
     if match is None:
         return path
     plain = Path(path[match.end() :])
     decoded = Path(unquote(str(plain)))
-    with translated(path):
+    with translate_errors(path):
         return str(decoded if not plain.parent.exists() and decoded.parent.exists() else plain)
 
 
-def expanded(path: str) -> str:
+def expand_home(path: str) -> str:
     """Return a path with its leading `~` or `~USER` expanded, which shells do not do within quotes or lists."""
     if not path.startswith("~"):
         return path
@@ -181,15 +181,15 @@ def expanded(path: str) -> str:
         raise UserError(path, "its home folder is not known", "Write the whole path, or ./~ for this name.") from error
 
 
-def file_system(url: str) -> tuple[Any, str]:
+def open_file_system(url: str) -> tuple[Any, str]:
     """Return the file system of a URL and the path in it. UserError if it is unknown or its package is missing."""
-    if unknown(url):
-        raise as_user_error(ValueError(), url)
-    with translated(url):
+    if has_unknown_scheme(url):
+        raise to_user_error(ValueError(), url)
+    with translate_errors(url):
         return fsspec.core.url_to_fs(url)
 
 
-def answer(function: Callable[..., T], *arguments: object) -> T:
+def call_with_timeout(function: Callable[..., T], *arguments: object) -> T:
     """Return what a small request to a store gives. TimeoutError if there is no answer within ANSWER seconds."""
     results: list[T] = []
     errors: list[BaseException] = []
@@ -202,9 +202,9 @@ def answer(function: Callable[..., T], *arguments: object) -> T:
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
-    thread.join(ANSWER)
+    thread.join(ANSWER_TIMEOUT)
     if errors:
         raise errors[0]
     if not results:
-        raise TimeoutError(f"no answer within {ANSWER:g} s")
+        raise TimeoutError(f"no answer within {ANSWER_TIMEOUT:g} s")
     return results[0]

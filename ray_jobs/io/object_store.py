@@ -20,17 +20,17 @@ import pyarrow.parquet as pq
 from patterns import UserError
 from patterns.io import temporary_path
 from ray_jobs.io.file_systems import (
-    answer,
-    as_user_error,
-    expanded,
-    file_system,
-    is_known,
+    call_with_timeout,
+    expand_home,
+    is_known_scheme,
     is_url,
-    local_path,
-    scheme_of,
-    translated,
+    open_file_system,
+    parse_scheme,
+    resolve_file_url,
+    to_user_error,
+    translate_errors,
 )
-from ray_jobs.units import printable
+from ray_jobs.units import make_printable
 
 READ_ONLY = {"http", "https"}
 
@@ -75,13 +75,13 @@ class Location:
     def info(self) -> dict[str, Any]:
         """Return what the store knows of a file or folder: its `type` at least."""
         if self.local is not None:
-            with translated(self.url):
+            with translate_errors(self.url):
                 self.local.stat()
                 return {"type": "directory" if self.local.is_dir() else "file"}
-        store, path = file_system(self.url)
-        with translated(self.url):
+        store, path = open_file_system(self.url)
+        with translate_errors(self.url):
             store.invalidate_cache()  # other processes write
-            return dict(answer(store.info, path))
+            return dict(call_with_timeout(store.info, path))
 
     def exists(self) -> bool:
         """Return whether there is a file or folder; a store that fails is an error, because runs depend on it."""
@@ -94,36 +94,36 @@ class Location:
     def read_bytes(self) -> bytes:
         """Return a file's content."""
         if self.local is not None:
-            with translated(self.url):
+            with translate_errors(self.url):
                 return self.local.read_bytes()
-        store, path = file_system(self.url)
-        with translated(self.url):
-            return bytes(answer(store.cat_file, path))
+        store, path = open_file_system(self.url)
+        with translate_errors(self.url):
+            return bytes(call_with_timeout(store.cat_file, path))
 
     def read_text(self) -> str:
         """Return a file's content as text."""
-        with translated(self.url):
+        with translate_errors(self.url):
             return self.read_bytes().decode("utf-8")
 
     def open(self, mode: Literal["rb"] = "rb") -> BinaryIO:
         """Return an open file to read at any position."""
         if self.local is not None:
-            with translated(self.url):
+            with translate_errors(self.url):
                 return open(self.local, mode)
-        store, path = file_system(self.url)
-        with translated(self.url):
-            return io.BufferedReader(_Reader(self.url, answer(store.open, path, mode)), 1 << 20)
+        store, path = open_file_system(self.url)
+        with translate_errors(self.url):
+            return io.BufferedReader(_Reader(self.url, call_with_timeout(store.open, path, mode)), 1 << 20)
 
     def entries(self) -> list[str]:
         """Return the names in a folder; empty if there is no such folder."""
         try:
             if self.local is not None:
-                with translated(self.url):
+                with translate_errors(self.url):
                     return sorted(path.name for path in self.local.iterdir())
-            store, path = file_system(self.url)
-            with translated(self.url):
+            store, path = open_file_system(self.url)
+            with translate_errors(self.url):
                 store.invalidate_cache()
-                listed = answer(store.ls, path, False)
+                listed = call_with_timeout(store.ls, path, False)
                 return sorted({entry.rstrip("/").rpartition("/")[2] for entry in listed})
         except FileNotFoundError:
             return []
@@ -132,26 +132,26 @@ class Location:
         """Delete a file, if it exists."""
         try:
             if self.local is not None:
-                with translated(self.url, "deleted"):
+                with translate_errors(self.url, "deleted"):
                     self.local.unlink(missing_ok=True)
                 return
-            store, path = file_system(self.url)
-            with translated(self.url):
-                answer(store.rm_file, path)
+            store, path = open_file_system(self.url)
+            with translate_errors(self.url):
+                call_with_timeout(store.rm_file, path)
         except FileNotFoundError:
             pass
 
     def put(self, file: Path) -> None:
         """Write a file of this machine here, as one object."""
-        store, path = file_system(self.url)
-        with translated(self.url, "written"):
+        store, path = open_file_system(self.url)
+        with translate_errors(self.url, "written"):
             store.put_file(str(file), path)
 
     def get(self, file: Path) -> None:
         """Copy this file to one of this machine."""
         self.info()  # its time limit is for a store that does not answer at all; a large file may take longer
-        store, path = file_system(self.url)
-        with translated(self.url):
+        store, path = open_file_system(self.url)
+        with translate_errors(self.url):
             store.get_file(path, str(file))
 
 
@@ -168,13 +168,13 @@ class _Reader(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        with translated(self.url):
+        with translate_errors(self.url):
             data = self.file.read(len(buffer))
         buffer[: len(data)] = data
         return len(data)
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        with translated(self.url):
+        with translate_errors(self.url):
             return int(self.file.seek(offset, whence))
 
     def tell(self) -> int:
@@ -186,54 +186,54 @@ class _Reader(io.RawIOBase):
         super().close()
 
 
-def plain(where: str) -> str:
+def normalize_location(where: str) -> str:
     """Return a path or URL as it is meant: `~` expanded, and a `file:` URL as the path that it names.
 
     UserError for an empty one, and for a URL with one slash, which would name a folder on this machine.
     """
-    text = expanded(local_path(where))
+    text = expand_home(resolve_file_url(where))
     if not text.strip():
         raise UserError(repr(where), "an empty path", "Name a folder or file.")
     single = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):/(?!/)", text)
-    if single and is_known(single[1]):
+    if single and is_known_scheme(single[1]):
         raise UserError(where, "a URL with one slash", f"Write {single[1]}://{text[single.end() :]}.")
     return text
 
 
-def local_file(where: str | Path) -> Path:
+def require_local_path(where: str | Path) -> Path:
     """Return the path of a file or folder that must be on this machine. UserError for a URL of a store."""
-    text = plain(str(where))
+    text = normalize_location(str(where))
     if is_url(text):
         raise UserError(str(where), "a URL, but this must be on this machine", "Name a path.")
     return Path(text)
 
 
-def located(where: str | Path) -> Location:
+def locate(where: str | Path) -> Location:
     """Return the location of a path or URL, the same from every process.
 
     UserError if its name is not UTF-8, because Arrow and safetensors open no such files.
     """
-    text = plain(str(where))
-    if printable(text) != text:
-        raise UserError(printable(text), "its name is not UTF-8", "Rename the folder, or choose another.")
+    text = normalize_location(str(where))
+    if make_printable(text) != text:
+        raise UserError(make_printable(text), "its name is not UTF-8", "Rename the folder, or choose another.")
     if is_url(text):
         return Location(text.rstrip("/"))
-    with translated(text, remedy="The current folder may have been deleted; change to another."):
+    with translate_errors(text, remedy="The current folder may have been deleted; change to another."):
         return Location(str(Path(text).absolute()))
 
 
-def writable(where: str | Path) -> Location:
+def require_writable(where: str | Path) -> Location:
     """Return the location of a folder that a job will write.
 
     UserError if it is a file or below a file, and if its store can only be read or cannot be reached; nothing is
     created.
     """
-    folder = located(where)
-    if scheme_of(folder.url) in READ_ONLY:
+    folder = locate(where)
+    if parse_scheme(folder.url) in READ_ONLY:
         raise UserError(folder.url, "a web server can only be read", "Write to a folder or an object store.")
     if folder.local is not None:
         for each in (folder.local, *folder.local.parents):
-            with translated(folder.url, "written"):
+            with translate_errors(folder.url, "written"):
                 if each.is_dir():
                     break
                 if os.path.lexists(each) and not each.is_symlink():
@@ -246,18 +246,18 @@ def writable(where: str | Path) -> Location:
 
 
 @contextmanager
-def published(folder: Location) -> Iterator[Path]:
+def publish(folder: Location) -> Iterator[Path]:
     """Give a folder of this machine; what is written into it stands in `folder` afterwards.
 
     If `folder` is on this machine it is the same, and files get their names when they are complete (see
     `patterns.io.temporary_path`); else each file is put there as one object. UserError if that fails.
     """
     if folder.local is not None:
-        with written(str(folder)):
+        with translate_write_errors(str(folder)):
             folder.local.mkdir(parents=True, exist_ok=True)
             yield folder.local
         return
-    with written("TMPDIR"), TemporaryDirectory() as local:
+    with translate_write_errors("TMPDIR"), TemporaryDirectory() as local:
         yield Path(local)
         for file in sorted(Path(local).rglob("*")):
             if file.is_file():
@@ -265,18 +265,18 @@ def published(folder: Location) -> Iterator[Path]:
 
 
 @contextmanager
-def written(where: str) -> Iterator[None]:
+def translate_write_errors(where: str) -> Iterator[None]:
     """Translate errors of this machine's file systems only: other errors in the block are not about writing."""
     try:
         yield
     except OSError as error:
         if isinstance(error, UserError):
             raise
-        raise as_user_error(error, where, "written") from error
+        raise to_user_error(error, where, "written") from error
 
 
 @contextmanager
-def fetched(path: Location) -> Iterator[Path]:
+def fetch(path: Location) -> Iterator[Path]:
     """Give a file of this machine with the content of `path`, as long as it is needed. MissingError without one."""
     if path.local is not None:
         path.info()
@@ -288,10 +288,10 @@ def fetched(path: Location) -> Iterator[Path]:
         yield copy_
 
 
-def content_of(option: str, where: str) -> bytes:
+def read_option_file(option: str, where: str) -> bytes:
     """Return the content of a file or URL that an option names. UserError that names the option too."""
     try:
-        with fetched(located(where)) as file, translated(where):
+        with fetch(locate(where)) as file, translate_errors(where):
             return file.read_bytes()
     except UserError as error:
         raise UserError(f"{option} {where}", error.what, error.remedy) from error
@@ -299,17 +299,20 @@ def content_of(option: str, where: str) -> bytes:
 
 def read_table(path: Location) -> pa.Table:
     """Read a Parquet file, wherever it is. MissingError without one."""
-    with fetched(path) as file, translated(str(path), remedy="Delete it, then run the same command to write it again."):
+    with (
+        fetch(path) as file,
+        translate_errors(str(path), remedy="Delete it, then run the same command to write it again."),
+    ):
         return pq.read_table(file)
 
 
-def copy(source: Location, folder: Location) -> None:
+def copy_file(source: Location, folder: Location) -> None:
     """Put a file's content under the same name into a folder."""
-    with fetched(source) as local, published(folder) as out, temporary_path(out / source.name) as aside:
+    with fetch(source) as local, publish(folder) as out, temporary_path(out / source.name) as aside:
         shutil.copyfile(local, aside)
 
 
-def names(folder: Location, prefix: str = "") -> list[str]:
+def list_names(folder: Location, prefix: str = "") -> list[str]:
     """Return the names of the files in a folder that begin with a prefix; none if there is no such folder."""
     return [name for name in folder.entries() if name.startswith(prefix)]
 

@@ -13,12 +13,12 @@ import torch
 
 # Each thread that computes with several makes OpenMP a team for it. Once all of these have more threads than there are
 # cores, none waits awake any more, and the main path's sums take a quarter longer: threads beside it compute alone.
-by_itself = partial(torch.set_num_threads, 1)
+use_one_thread = partial(torch.set_num_threads, 1)
 
 T = TypeVar("T")
 U = TypeVar("U")
 
-AHEAD = 2  # batches that lie ready while one is worked on, and results that wait to be written
+DEFAULT_COUNT = 2  # batches that lie ready while one is worked on, and results that wait to be written
 POLL = 0.1  # seconds between two looks whether a thread that waits is to end
 
 
@@ -29,7 +29,7 @@ class Prefetcher(Generic[T]):
     made: when no more will be made.  failed: whether that is for an error.
     """
 
-    def __init__(self, items: Iterable[T], after: threading.Event | None = None, count: int = AHEAD) -> None:
+    def __init__(self, items: Iterable[T], after: threading.Event | None = None, count: int = DEFAULT_COUNT) -> None:
         self.made, self.failed = threading.Event(), False
         self._ready: Queue[tuple[bool, Any]] = Queue(count)
         self._stopped = threading.Event()
@@ -49,7 +49,7 @@ class Prefetcher(Generic[T]):
 
     def _make(self, items: Iterable[T], after: threading.Event | None) -> None:
         try:
-            by_itself()
+            use_one_thread()
             with ExitStack() as stack:
                 stack.callback(self.made.set)
                 while after is not None and not after.wait(POLL) and not self._stopped.is_set():
@@ -76,13 +76,13 @@ class WriteBehind:
     """Does things in order in a thread of its own, while the next are prepared; at most a few wait."""
 
     def __enter__(self) -> "WriteBehind":
-        self.pool = ThreadPoolExecutor(1, initializer=by_itself)
+        self.pool = ThreadPoolExecutor(1, initializer=use_one_thread)
         self.waiting: deque[Future[None]] = deque()
         return self
 
     def do(self, work: Callable[..., None], *arguments: object) -> None:
         """Do this after all before. Raises what an earlier one raised."""
-        while len(self.waiting) >= AHEAD:
+        while len(self.waiting) >= DEFAULT_COUNT:
             self.waiting.popleft().result()
         self.waiting.append(self.pool.submit(work, *arguments))
 
@@ -95,12 +95,12 @@ class WriteBehind:
         self.pool.shutdown(cancel_futures=True)
 
 
-def in_order(work: Callable[[T], U], items: Iterable[T], threads: int) -> Generator[U, None, None]:
+def map_in_order(work: Callable[[T], U], items: Iterable[T], threads: int) -> Generator[U, None, None]:
     """The results of some work on each item, in order, by so many threads; at most twice as many items are held."""
     if threads == 1:
         yield from map(work, items)
         return
-    with ThreadPoolExecutor(threads, initializer=by_itself) as pool:
+    with ThreadPoolExecutor(threads, initializer=use_one_thread) as pool:
         waiting: deque[Future[U]] = deque()
         try:
             for item in items:

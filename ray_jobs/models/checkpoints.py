@@ -16,32 +16,32 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
 from patterns import UserError
-from ray_jobs.io.object_store import content_of
-from ray_jobs.units import first_line
+from ray_jobs.io.object_store import read_option_file
+from ray_jobs.units import format_first_line
 
-State = Mapping[str, Any]  # names → tensors, and values of any type under names that end in _extra_state
+StateDict = Mapping[str, Any]  # names → tensors, and values of any type under names that end in _extra_state
 
-SAVE = "Save the state dict alone: torch.save(model.state_dict(), FILE), or safetensors.torch.save_file."
-AGAIN = "Copy or download it again."
+SAVE_REMEDY = "Save the state dict alone: torch.save(model.state_dict(), FILE), or safetensors.torch.save_file."
+COPY_REMEDY = "Copy or download it again."
 # What a file that holds no weights begins with, what it is, and what to do.
-KINDS = (
+OTHER_FORMATS = (
     (b"version https://git-lfs", "a Git LFS pointer, not the file that it stands for", "Run `git lfs pull`."),
     (b"<!doctype html", "an HTML page, not weights", "Download the file itself, and check the URL."),
     (b"<html", "an HTML page, not weights", "Download the file itself, and check the URL."),
     (b"<?xml", "an XML document, not weights", "Download the file itself, and check the URL."),
-    (b"\x89hdf", "an HDF5 file, as Keras writes it", SAVE),
-    (b"gguf", "a GGUF file", SAVE),
+    (b"\x89hdf", "an HDF5 file, as Keras writes it", SAVE_REMEDY),
+    (b"gguf", "a GGUF file", SAVE_REMEDY),
     (b"\x1f\x8b", "compressed with gzip", "Decompress it."),
     (b"bzh", "compressed with bzip2", "Decompress it."),
     (b"\x28\xb5\x2f\xfd", "compressed with zstd", "Decompress it."),
     (b"\xfd7zxz", "compressed with xz", "Decompress it."),
-    (b"\x93numpy", "a NumPy array", SAVE),
+    (b"\x93numpy", "a NumPy array", SAVE_REMEDY),
 )
-LEGACY = b"l\xfc\x9cF\xf9 j\xa8P\x19"  # torch.save's magic number, in files of before torch 1.6
+LEGACY_MAGIC = b"l\xfc\x9cF\xf9 j\xa8P\x19"  # torch.save's magic number, in files of before torch 1.6
 # Segments of names that wrappers of a module add.
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 AVERAGED = ("ema", "averaged", "swa")  # in the key of a second state dict, in addition to the model's own
-DEPTH = 3  # dictionaries within dictionaries that are searched for a state dict
+MAX_DEPTH = 3  # dictionaries within dictionaries that are searched for a state dict
 
 
 def load_weights(model: nn.Module, where: str, spec: str) -> None:
@@ -56,36 +56,38 @@ def load_weights(model: nn.Module, where: str, spec: str) -> None:
         UserError: If the file cannot be read, or does not hold exactly the model's state dict.
     """
     place = f"--weights {where}"
-    content = content_of("--weights", where)
-    load_state(model, state_in(parsed(content, place), place), place, spec)
+    content = read_option_file("--weights", where)
+    load_state_dict(model, select_state_dict(parse_checkpoint(content, place), place), place, spec)
 
 
-def parsed(content: bytes, place: str) -> Any:
+def parse_checkpoint(content: bytes, place: str) -> Any:
     """Return what a file holds. UserError if it is of another kind than safetensors and torch.save."""
     if not content:
-        raise UserError(place, "an empty file", AGAIN)
+        raise UserError(place, "an empty file", COPY_REMEDY)
     if content[8:9] == b"{" and int.from_bytes(content[:8], "little") < 2**27:
         try:
             return load_safetensors(content)
         except Exception as error:  # a damaged file raises many types
-            raise UserError(place, f"a damaged or truncated safetensors file ({first_line(error)})", AGAIN) from error
-    refuse_other_kinds(content, place)
+            raise UserError(
+                place, f"a damaged or truncated safetensors file ({format_first_line(error)})", COPY_REMEDY
+            ) from error
+    reject_other_formats(content, place)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file raises many types
-        raise unreadable(content, error, place) from error
+        raise unreadable_error(content, error, place) from error
 
 
-def refuse_other_kinds(content: bytes, place: str) -> None:
+def reject_other_formats(content: bytes, place: str) -> None:
     """Raise UserError for a file that neither torch.save nor safetensors wrote, with what it is instead."""
     begin = content[:512].lstrip().lower()
-    for first, what, remedy in KINDS:
+    for first, what, remedy in OTHER_FORMATS:
         if begin.startswith(first):
             raise UserError(place, what, remedy)
     if content.startswith(b"PK"):
         if not zipfile.is_zipfile(BytesIO(content)):
-            raise UserError(place, "a truncated or damaged torch file", AGAIN)
+            raise UserError(place, "a truncated or damaged torch file", COPY_REMEDY)
         names = ["/" + name for name in zipfile.ZipFile(BytesIO(content)).namelist()]
         if any(name.endswith("/constants.pkl") for name in names):
             remedy = "Load it with torch.jit.load, and save its state_dict() with torch.save."
@@ -94,15 +96,15 @@ def refuse_other_kinds(content: bytes, place: str) -> None:
             remedy = "Write a factory that returns torch.export.load(FILE).module(), and give it as --model."
             raise UserError(place, "an exported program (torch.export), not a state dict", remedy)
         if not any(name.endswith("/data.pkl") for name in names):
-            raise UserError(place, f"a zip archive that torch.save did not write; it holds {names[0][1:]}", SAVE)
-    elif LEGACY not in content[:32]:
+            raise UserError(place, f"a zip archive that torch.save did not write; it holds {names[0][1:]}", SAVE_REMEDY)
+    elif LEGACY_MAGIC not in content[:32]:
         if content.startswith(b"\x80"):
-            raise UserError(place, "a pickle that torch.save did not write", SAVE)
+            raise UserError(place, "a pickle that torch.save did not write", SAVE_REMEDY)
         text = all(32 <= byte < 127 or byte in b"\t\r\n" for byte in content[:512])
-        raise UserError(place, "a text file, not weights" if text else "not a torch or safetensors file", SAVE)
+        raise UserError(place, "a text file, not weights" if text else "not a torch or safetensors file", SAVE_REMEDY)
 
 
-def unreadable(content: bytes, error: Exception, place: str) -> UserError:
+def unreadable_error(content: bytes, error: Exception, place: str) -> UserError:
     """Return the error for a file of torch.save that torch.load refused."""
     found = re.findall(r"GLOBAL (\S+) was not an allowed global", str(error))  # the outermost only
     try:
@@ -110,14 +112,14 @@ def unreadable(content: bytes, error: Exception, place: str) -> UserError:
     except Exception as damaged:  # or a file of before torch 1.6
         error.add_note(str(damaged))
     if not found:
-        return UserError(place, "a truncated or damaged torch file", AGAIN)
+        return UserError(place, "a truncated or damaged torch file", COPY_REMEDY)
     whole = any(name.startswith("torch.nn.modules.") for name in found)
     held = f"a whole model, {found[0]}" if whole else f"objects of {', '.join(dict.fromkeys(found[:4]))}"
     what = f"not a state dict, but a pickle of {held}, which is not loaded because it can run code"
-    return UserError(place, what, SAVE)
+    return UserError(place, what, SAVE_REMEDY)
 
 
-def is_state(value: Any) -> bool:
+def is_state_dict(value: Any) -> bool:
     """Return whether a value maps names to tensors."""
     return (
         isinstance(value, Mapping)
@@ -129,20 +131,20 @@ def is_state(value: Any) -> bool:
     )
 
 
-def states(value: Any, depth: int = DEPTH) -> dict[str, State]:
+def find_state_dicts(value: Any, depth: int = MAX_DEPTH) -> dict[str, StateDict]:
     """Return the state dicts within dictionaries, by their keys joined with dots."""
-    found: dict[str, State] = {}
+    found: dict[str, StateDict] = {}
     for key, item in value.items() if isinstance(value, Mapping) else ():
         if "optim" in str(key):  # the state of an optimizer, which may hold tensors by name
             continue
-        if is_state(item):
+        if is_state_dict(item):
             found[str(key)] = item
         elif depth > 1:
-            found |= {f"{key}.{inner}": state for inner, state in states(item, depth - 1).items()}
+            found |= {f"{key}.{inner}": state for inner, state in find_state_dicts(item, depth - 1).items()}
     return found
 
 
-def state_in(read: Any, place: str) -> State:
+def select_state_dict(read: Any, place: str) -> StateDict:
     """Return the state dict of a checkpoint: the checkpoint itself, or the only one in it.
 
     Averaged weights, under a key such as `state_dict_ema`, are used if there are no others.
@@ -150,9 +152,9 @@ def state_in(read: Any, place: str) -> State:
     Raises:
         UserError: If there is none, or more than one.
     """
-    if is_state(read):
+    if is_state_dict(read):
         return read
-    found = states(read)
+    found = find_state_dicts(read)
     found = {key: state for key, state in found.items() if not any(word in key for word in AVERAGED)} or found
     if len(found) == 1:
         return next(iter(found.values()))
@@ -160,13 +162,13 @@ def state_in(read: Any, place: str) -> State:
         what = f"it holds several state dicts: {', '.join(found)}"
         raise UserError(place, what, "Save the state dict of this model alone, with torch.save.")
     if not isinstance(read, Mapping):
-        raise UserError(place, f"it holds an object of type {type(read).__name__}, not a state dict", SAVE)
+        raise UserError(place, f"it holds an object of type {type(read).__name__}, not a state dict", SAVE_REMEDY)
     others = [str(key) for key, item in read.items() if not isinstance(item, Tensor)]
     held = f"besides tensors {', '.join(others[:4])}" if len(others) < len(read) else ", ".join(others[:4]) or "nothing"
-    raise UserError(place, f"it holds {held}, so that it is not a state dict", SAVE)
+    raise UserError(place, f"it holds {held}, so that it is not a state dict", SAVE_REMEDY)
 
 
-def renamed(state: State, new: Callable[[str], str | None]) -> OrderedDict[str, Any]:
+def rename_tensors(state: StateDict, new: Callable[[str], str | None]) -> OrderedDict[str, Any]:
     """Return a state dict under new names; those that become None are left out."""
     found = OrderedDict((name, value) for key, value in state.items() if (name := new(key)) is not None)
     metadata = getattr(state, "_metadata", None)  # the versions of modules, which load_state_dict reads
@@ -176,45 +178,45 @@ def renamed(state: State, new: Callable[[str], str | None]) -> OrderedDict[str, 
     return found
 
 
-def spellings(state: State) -> Iterator[State]:
+def generate_spellings(state: StateDict) -> Iterator[StateDict]:
     """A state dict as it stands, without what wrappers add to its names, and each without the prefixes it shares."""
-    plain = renamed(state, lambda name: None if name == "n_averaged" else name)  # of torch's AveragedModel
-    inner = renamed(plain, lambda name: ".".join(part for part in name.split(".") if part not in WRAPPERS))
+    plain = rename_tensors(state, lambda name: None if name == "n_averaged" else name)  # of torch's AveragedModel
+    inner = rename_tensors(plain, lambda name: ".".join(part for part in name.split(".") if part not in WRAPPERS))
     yield state
     for names in (plain, inner if len(inner) == len(plain) else plain):
         yield names
         while len(prefixes := {name.partition(".")[0] for name in names}) == 1 and all("." in name for name in names):
-            names = without_prefix(names, *prefixes)
+            names = strip_prefix(names, *prefixes)
             yield names
 
 
-def without_prefix(state: State, prefix: str) -> OrderedDict[str, Any]:
+def strip_prefix(state: StateDict, prefix: str) -> OrderedDict[str, Any]:
     """Return a state dict without the first segment of its names."""
-    return renamed(state, lambda name: "" if name == prefix else name.removeprefix(f"{prefix}."))
+    return rename_tensors(state, lambda name: "" if name == prefix else name.removeprefix(f"{prefix}."))
 
 
-def load_state(model: nn.Module, state: State, place: str, spec: str) -> None:
+def load_state_dict(model: nn.Module, state: StateDict, place: str, spec: str) -> None:
     """Load a state dict by the model's own strict load_state_dict, under the first spelling of its names that fits.
 
     Raises:
         UserError: If none does, with what keeps the closest from fitting.
     """
     errors = []
-    for names in spellings(state):
+    for names in generate_spellings(state):
         try:
-            model.load_state_dict(with_tied(model, names))
+            model.load_state_dict(fill_tied(model, names))
             return
         except Exception as error:  # also the model's own code
             errors.append((names, error))
     own = model.state_dict()
     closest, reason = max(errors, key=lambda tried: len(own.keys() & tried[0].keys()))
-    what, remedy = misfit(state, closest, own, reason)
+    what, remedy = explain_misfit(state, closest, own, reason)
     raise UserError(place, f"these are not weights of {spec}: {what}", remedy) from reason
 
 
-def with_tied(model: nn.Module, state: State) -> State:
+def fill_tied(model: nn.Module, state: StateDict) -> StateDict:
     """Return a state dict with the tensors that the model has under several names, of which safetensors keeps one."""
-    filled, own, named = renamed(state, lambda name: name), model.state_dict(), dict[int, list[str]]()
+    filled, own, named = rename_tensors(state, lambda name: name), model.state_dict(), dict[int, list[str]]()
     for members in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)):
         for name, tensor in members:
             named.setdefault(id(tensor), []).append(name)
@@ -225,7 +227,7 @@ def with_tied(model: nn.Module, state: State) -> State:
     return filled
 
 
-def misfit(given: State, state: State, own: Mapping[str, Any], error: Exception) -> tuple[str, str]:
+def explain_misfit(given: StateDict, state: StateDict, own: Mapping[str, Any], error: Exception) -> tuple[str, str]:
     """Return what keeps a state dict from fitting a model's, and the remedy.
 
     Args:
@@ -254,4 +256,7 @@ def misfit(given: State, state: State, own: Mapping[str, Any], error: Exception)
         if isinstance(value, Tensor) and isinstance(own[name], Tensor) and value.shape != own[name].shape:
             what = f"{name} has shape {tuple(value.shape)}, the model's has {tuple(own[name].shape)}"
             return what, "Give the weights of this model, with as many classes."
-    return f"load_state_dict raised {type(error).__name__} ({first_line(error)})", "Give the weights of this model."
+    return (
+        f"load_state_dict raised {type(error).__name__} ({format_first_line(error)})",
+        "Give the weights of this model.",
+    )

@@ -4,15 +4,15 @@ import json
 from typing import Any
 
 from patterns import UserError
-from ray_jobs.io.object_store import content_of
-from ray_jobs.models.libraries import torchvision_classes
+from ray_jobs.io.object_store import read_option_file
+from ray_jobs.models.libraries import list_torchvision_classes
 
-Names = tuple[tuple[str, int], ...]  # names of classes with their numbers; two classes may share a name
+ClassNames = tuple[tuple[str, int], ...]  # names of classes with their numbers; two classes may share a name
 
 FORMS = 'Write ["tench", "goldfish"], {"0": "tench"}, {"tench": 0} or {"0": ["n01440764", "tench"]}, or a name a line.'
 
 
-def class_names(spec: str, file: str | None) -> Names:
+def load_class_names(spec: str, file: str | None) -> ClassNames:
     """Return the names of a model's classes with their numbers; empty if neither the file nor the library has any.
 
     Args:
@@ -25,35 +25,35 @@ def class_names(spec: str, file: str | None) -> Names:
     """
     if file is None:
         kind, _, name = spec.partition(":")
-        return numbered(torchvision_classes(name) if kind == "torchvision" else [])
+        return enumerate_names(list_torchvision_classes(name) if kind == "torchvision" else [])
     try:
-        content = content_of("--classes", file).decode("utf-8-sig")
+        content = read_option_file("--classes", file).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"--classes {file}", f"not UTF-8 text ({error})", "Save it as UTF-8.") from error
     try:
         read = json.loads(content)
     except (ValueError, RecursionError):
-        return from_lines(content)
+        return parse_lines(content)
     if isinstance(read, list) and all(isinstance(name, str) for name in read):
-        return numbered(read)
+        return enumerate_names(read)
     if isinstance(read, dict) and read:
-        return from_object(read, file)
+        return parse_object(read, file)
     if isinstance(read, dict | list):
         raise UserError(f"--classes {file}", "its JSON is not a list or an object of names", FORMS)
-    return from_lines(content)  # one line that is a number or a quoted name
+    return parse_lines(content)  # one line that is a number or a quoted name
 
 
-def numbered(names: list[str]) -> Names:
+def enumerate_names(names: list[str]) -> ClassNames:
     """Give names the numbers of their places."""
     return tuple((name, number) for number, name in enumerate(names))
 
 
-def from_lines(content: str) -> Names:
+def parse_lines(content: str) -> ClassNames:
     """Return the names of a text with one name a line; blank lines do not count."""
-    return numbered([line.strip() for line in content.splitlines() if line.strip()])
+    return enumerate_names([line.strip() for line in content.splitlines() if line.strip()])
 
 
-def from_object(read: dict[str, Any], file: str) -> Names:
+def parse_object(read: dict[str, Any], file: str) -> ClassNames:
     """Return the names of a JSON object."""
     if all(type(number) is int and number >= 0 for number in read.values()):
         return tuple(read.items())
@@ -67,6 +67,6 @@ def from_object(read: dict[str, Any], file: str) -> Names:
     return tuple(found)
 
 
-def captions(names: Names) -> dict[int, str]:
+def map_numbers_to_names(names: ClassNames) -> dict[int, str]:
     """Return one name for each number, the last of several: an index of ImageNet has the id first, then the name."""
     return {number: name for name, number in names}

@@ -21,11 +21,11 @@ from patterns import UserError
 
 REMEDY = "Name a .py file, or a module that Python can import, and in it a function without arguments, or a model."
 PACKAGE = "_beside_model_"  # the first letters of the package that a model's file is executed in
-BESIDE: set[str] = set()  # names of the modules that the last model's file imported from beside itself
+SIBLINGS: set[str] = set()  # names of the modules that the last model's file imported from beside itself
 LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
 
 
-def own_model(spec: str) -> nn.Module:
+def load_custom_model(spec: str) -> nn.Module:
     """Return the model of `package.module:name` or `file.py:name`.
 
     `name` is a function or class that is called without arguments, or an nn.Module.
@@ -39,17 +39,17 @@ def own_model(spec: str) -> nn.Module:
     is_path = file.suffix == ".py"
     if not is_path and file.is_file():
         raise UserError(f"--model {spec}", f"{where} is not a .py file", REMEDY)
-    with importing_from(file.absolute().parent if is_path else None):
+    with extend_import_path(file.absolute().parent if is_path else None):
         try:
-            module = run_file(file.absolute()) if is_path else importlib.import_module(where)
+            module = execute_file(file.absolute()) if is_path else importlib.import_module(where)
         except (Exception, SystemExit) as error:
-            what = f"{where} cannot be imported ({described(error)})"
+            what = f"{where} cannot be imported ({describe_error(error)})"
             raise UserError(f"--model {spec}", what, "Fix it. " + REMEDY if is_path else REMEDY) from error
         if not hasattr(module, name):
             raise UserError(f"--model {spec}", f"{where} has no function {name!r}, and no model of this name", REMEDY)
         found = getattr(module, name)
         if not isinstance(found, nn.Module | torch.export.ExportedProgram):
-            refuse_arguments(spec, found)
+            require_no_arguments(spec, found)
         try:
             # An imported module keeps its model, which must stay as it is; a file is executed again by every load.
             made = copy.deepcopy(found) if isinstance(found, nn.Module) and not is_path else found
@@ -58,26 +58,26 @@ def own_model(spec: str) -> nn.Module:
             if isinstance(made, torch.export.ExportedProgram):
                 made = made.module()
         except (Exception, SystemExit) as error:
-            what = f"{name} failed ({described(error)})"
+            what = f"{name} failed ({describe_error(error)})"
             raise UserError(
                 f"--model {spec}", what, "Fix the function, and call it alone to see that it works."
             ) from error
     if not isinstance(made, nn.Module):
-        what = f"{name} {'returns' if callable(found) else 'is'} {kind_of(made)}, not a torch.nn.Module"
-        raise UserError(f"--model {spec}", what, remedy_for(made))
+        what = f"{name} {'returns' if callable(found) else 'is'} {describe_value(made)}, not a torch.nn.Module"
+        raise UserError(f"--model {spec}", what, suggest_remedy(made))
     return made
 
 
 @contextmanager
-def importing_from(folder: Path | None) -> Iterator[None]:
+def extend_import_path(folder: Path | None) -> Iterator[None]:
     """Let Python import from a folder, first of all, and from the current directory, last.
 
     What an earlier model's file imported from beside itself is forgotten. Another model's file then finds its own
     modules of the same names, and every load executes the same code, so that it draws the same random numbers.
     """
-    for name in BESIDE:
+    for name in SIBLINGS:
         sys.modules.pop(name, None)
-    BESIDE.clear()
+    SIBLINGS.clear()
     before, path, arguments = set(sys.modules), list(sys.path), list(sys.argv)
     sys.path[:] = [*([str(folder)] if folder else []), *path, ""]
     sys.argv[1:] = []  # a file that parses its command line is not given this program's
@@ -88,16 +88,16 @@ def importing_from(folder: Path | None) -> Iterator[None]:
         sys.path[:], sys.argv[:] = path, arguments
         if folder is not None:
             new = (name for name in set(sys.modules) - before if name.partition(".")[0] not in before)
-            BESIDE.update(name for name in new if name.startswith(PACKAGE) or is_beside(sys.modules[name], folder))
+            SIBLINGS.update(name for name in new if name.startswith(PACKAGE) or is_sibling(sys.modules[name], folder))
 
 
-def is_beside(module: ModuleType, folder: Path) -> bool:
+def is_sibling(module: ModuleType, folder: Path) -> bool:
     """Return whether a module's file is in or below a folder, and not in an environment of libraries there."""
     file = getattr(module, "__file__", None) or "/"
     return folder in Path(file).parents and not file.startswith(LIBRARIES)
 
 
-def run_file(file: Path) -> ModuleType:
+def execute_file(file: Path) -> ModuleType:
     """Execute a file as a module of a package of its own, so that relative imports find the files beside it."""
     package = f"{PACKAGE}{hashlib.sha256(str(file.parent).encode()).hexdigest()[:12]}"
     sys.modules[package] = ModuleType(package)
@@ -112,7 +112,7 @@ def run_file(file: Path) -> ModuleType:
     return module
 
 
-def refuse_arguments(spec: str, function: Any) -> None:
+def require_no_arguments(spec: str, function: Any) -> None:
     """Raise UserError for a function or class that cannot be called without arguments."""
     if not callable(function):
         return
@@ -127,7 +127,7 @@ def refuse_arguments(spec: str, function: Any) -> None:
         raise UserError(f"--model {spec}", what, "Write a function without arguments that returns the model.")
 
 
-def described(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """Return an exception's type, message, and the line of the user's code that raised it."""
     message = str(error).strip().partition("\n")[0]
     text = f"{type(error).__name__}: {message}" if message else type(error).__name__
@@ -138,7 +138,7 @@ def described(error: BaseException) -> str:
     return f"{text}, at {frames[-1].filename}:{frames[-1].lineno}" if frames else text
 
 
-def kind_of(value: Any) -> str:
+def describe_value(value: Any) -> str:
     """Return what a value is, in words."""
     if value is None:
         return "None"
@@ -150,7 +150,7 @@ def kind_of(value: Any) -> str:
     return f"{value!r}" if isinstance(value, int | float | str) else f"an object of type {type(value).__name__}"
 
 
-def remedy_for(value: Any) -> str:
+def suggest_remedy(value: Any) -> str:
     """Return what to write instead of a value that is not a model."""
     if isinstance(value, Mapping):
         return "Return the torch.nn.Module, and pass its state dict by --weights FILE."

@@ -10,10 +10,10 @@ from torchvision.transforms import InterpolationMode
 
 from patterns import UserError
 from ray_jobs.config import CROP_MODES, Preprocessing
-from ray_jobs.units import first_line
+from ray_jobs.units import format_first_line
 
 
-def torchvision_model(name: str, weights: str) -> tuple[nn.Module, Preprocessing]:
+def load_torchvision_model(name: str, weights: str) -> tuple[nn.Module, Preprocessing]:
     """Return a torchvision model and its preprocessing.
 
     Args:
@@ -28,7 +28,7 @@ def torchvision_model(name: str, weights: str) -> tuple[nn.Module, Preprocessing
 
     spec = f"torchvision:{name}"
     if name not in models.list_models(module=models):
-        raise unknown_model("torchvision", name, models.list_models(module=models))
+        raise unknown_model_error("torchvision", name, models.list_models(module=models))
     members = models.get_model_weights(name).__members__
     named = "DEFAULT" if weights not in members else weights
     chosen = members[named]
@@ -37,11 +37,11 @@ def torchvision_model(name: str, weights: str) -> tuple[nn.Module, Preprocessing
         model = models.get_model(name, weights=chosen if own_weights else None)
     except Exception as error:  # a download, or a damaged file in the cache, raises many types
         default = "default weights" if chosen is members["DEFAULT"] else "weights"
-        raise unavailable(f"torchvision's {default} {chosen.name} of {name} cannot be loaded", error) from error
-    return model, torchvision_preprocessing(chosen.transforms(), spec)
+        raise unavailable_error(f"torchvision's {default} {chosen.name} of {name} cannot be loaded", error) from error
+    return model, convert_torchvision_preset(chosen.transforms(), spec)
 
 
-def has_weights(spec: str, weights: str) -> bool:
+def has_torchvision_weights(spec: str, weights: str) -> bool:
     """Return whether a name such as IMAGENET1K_V1 is torchvision's name for weights of this model."""
     from torchvision import models
 
@@ -51,10 +51,12 @@ def has_weights(spec: str, weights: str) -> bool:
     return weights in models.get_model_weights(name).__members__
 
 
-def torchvision_preprocessing(preset: Any, spec: str) -> Preprocessing:
+def convert_torchvision_preset(preset: Any, spec: str) -> Preprocessing:
     """Convert torchvision's preset for a set of weights."""
     if len(preset.crop_size) != 1 or len(preset.resize_size) != 1:
-        raise not_supported(spec, f"resizes to {preset.resize_size} and crops to {preset.crop_size}, not to a square")
+        raise unsupported_error(
+            spec, f"resizes to {preset.resize_size} and crops to {preset.crop_size}, not to a square"
+        )
     return Preprocessing(
         image_size=preset.crop_size[0],
         resize=preset.resize_size[0],
@@ -64,7 +66,7 @@ def torchvision_preprocessing(preset: Any, spec: str) -> Preprocessing:
     )
 
 
-def torchvision_classes(name: str) -> list[str]:
+def list_torchvision_classes(name: str) -> list[str]:
     """Return the names of the classes that a torchvision model was trained for; empty for an unknown model."""
     from torchvision import models
 
@@ -73,7 +75,7 @@ def torchvision_classes(name: str) -> list[str]:
     return list(models.get_model_weights(name).DEFAULT.meta.get("categories", []))
 
 
-def timm_model(name: str, own_weights: bool) -> tuple[nn.Module, Preprocessing]:
+def load_timm_model(name: str, own_weights: bool) -> tuple[nn.Module, Preprocessing]:
     """Return a timm model and its preprocessing.
 
     Args:
@@ -93,15 +95,15 @@ def timm_model(name: str, own_weights: bool) -> tuple[nn.Module, Preprocessing]:
     if name.startswith("timm/"):  # the Hub's name of a model that timm's registry has too
         name = name.removeprefix("timm/")
     if not set(name) & set(":/") and not timm.is_model(name):  # timm itself knows what to say of other names
-        raise unknown_model("timm", name, timm.list_models())
+        raise unknown_model_error("timm", name, timm.list_models())
     try:
         model = timm.create_model(name, pretrained=own_weights)
     except Exception as error:  # a download, an unknown tag, a model without weights: timm raises many types
-        raise unavailable(f"timm cannot create {name!r}", error) from error
-    return model, timm_preprocessing(timm.data.resolve_model_data_config(model), spec)  # type: ignore[attr-defined]
+        raise unavailable_error(f"timm cannot create {name!r}", error) from error
+    return model, convert_timm_config(timm.data.resolve_model_data_config(model), spec)  # type: ignore[attr-defined]
 
 
-def timm_preprocessing(config: Mapping[str, Any], spec: str) -> Preprocessing:
+def convert_timm_config(config: Mapping[str, Any], spec: str) -> Preprocessing:
     """Convert a data configuration, as `timm.data.resolve_data_config` gives it, to timm's evaluation transform.
 
     Raises:
@@ -110,14 +112,14 @@ def timm_preprocessing(config: Mapping[str, Any], spec: str) -> Preprocessing:
     channels, height, width = config["input_size"]
     mean, std = tuple(config["mean"]), tuple(config["std"])
     if height != width:
-        raise not_supported(spec, f"takes images of {height}×{width} pixels; only square images are supported")
+        raise unsupported_error(spec, f"takes images of {height}×{width} pixels; only square images are supported")
     if channels not in (1, 3) or len(mean) != channels or len(std) != channels:
         what = f"takes {channels} channels, with {len(mean)} means and {len(std)} deviations; 1 or 3 are supported"
-        raise not_supported(spec, what)
+        raise unsupported_error(spec, what)
     if config["interpolation"] not in {mode.value for mode in InterpolationMode}:
-        raise not_supported(spec, f"resizes with interpolation {config['interpolation']!r}")
+        raise unsupported_error(spec, f"resizes with interpolation {config['interpolation']!r}")
     if config["crop_mode"] not in CROP_MODES:
-        raise not_supported(spec, f"has crop_mode {config['crop_mode']!r}; {', '.join(CROP_MODES)} are supported")
+        raise unsupported_error(spec, f"has crop_mode {config['crop_mode']!r}; {', '.join(CROP_MODES)} are supported")
     resize = math.floor(height / config["crop_pct"])
     return Preprocessing(
         image_size=height,
@@ -129,18 +131,18 @@ def timm_preprocessing(config: Mapping[str, Any], spec: str) -> Preprocessing:
     )
 
 
-def unknown_model(library: str, name: str, names: Sequence[str]) -> UserError:
+def unknown_model_error(library: str, name: str, names: Sequence[str]) -> UserError:
     """Return the error for a name that a library does not have."""
     close = ", ".join(difflib.get_close_matches(name, names)) or "no model of a similar name"
     return UserError(f"--model {library}:{name}", f"{library} has no model {name!r}", f"It has {close}.")
 
 
-def unavailable(what: str, error: Exception) -> UserError:
+def unavailable_error(what: str, error: Exception) -> UserError:
     """Return the error for a model that its library could not create or download."""
     remedy = "Check the name and the network, or pass --weights FILE, or --weights random for a trial."
-    return UserError("--model", f"{what} ({first_line(error).rstrip('.')})", remedy)
+    return UserError("--model", f"{what} ({format_first_line(error).rstrip('.')})", remedy)
 
 
-def not_supported(spec: str, what: str) -> UserError:
+def unsupported_error(spec: str, what: str) -> UserError:
     """Return the error for preprocessing that cannot be reproduced."""
     return UserError(f"--model {spec}", f"its preprocessing is not supported: it {what}", "Choose another model.")

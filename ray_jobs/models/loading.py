@@ -11,11 +11,11 @@ from torch import nn
 from patterns import Network, UserError, digest, trace
 from ray_jobs.config import ModelConfig, Preprocessing
 from ray_jobs.models.checkpoints import load_weights
-from ray_jobs.models.class_names import class_names as class_names
-from ray_jobs.models.factories import own_model
-from ray_jobs.models.libraries import has_weights, timm_model, torchvision_model
-from ray_jobs.models.libraries import torchvision_classes as torchvision_classes
-from ray_jobs.models.modules import cast, materialize, prepare, refuse_not_finite
+from ray_jobs.models.class_names import load_class_names as load_class_names
+from ray_jobs.models.factories import load_custom_model
+from ray_jobs.models.libraries import has_torchvision_weights, load_timm_model, load_torchvision_model
+from ray_jobs.models.libraries import list_torchvision_classes as list_torchvision_classes
+from ray_jobs.models.modules import cast, materialize, prepare, require_finite
 
 PRECISIONS = {"float32": torch.float32, "tf32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 IMAGENET = Preprocessing(
@@ -38,7 +38,7 @@ class ModelDigests:
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedModel:
     """A model ready for work. digest: of its weights, as they were loaded."""
 
     config: ModelConfig
@@ -53,6 +53,19 @@ class Loaded:
         """The digests of the model, which is traced for it."""
         return ModelDigests(self.digest, self.network.constants)
 
+    def require_constants(self, expected: str | None, where: str, reference: str) -> None:
+        """Raise UserError if the model holds other numbers in addition to its weights than expected.
+
+        Args:
+            expected: `patterns.Network.constants` of another model; None if it is not known.
+            where: The host or folder to name in the error.
+            reference: The other model in words.
+        """
+        if expected is not None and expected != self.network.constants:
+            what = f"the model holds other numbers than {reference}, and they are not in its state_dict"
+            remedy = "Seed all random draws in the model's code, or make their results buffers that are saved."
+            raise UserError(where, what, remedy)
+
     @cached_property
     def network(self) -> Network:
         """The model traced, once it is asked for: a finished job is known by its digest. UserError as `trace`'s."""
@@ -61,7 +74,7 @@ class Loaded:
         return trace(self.model, example, name=self.config.spec, pass_through=passing, strip_softmax=strip)
 
 
-def load(config: ModelConfig, device: str = "cpu") -> Loaded:
+def load(config: ModelConfig, device: str = "cpu") -> LoadedModel:
     """Load the model of a config.
 
     This also decides for the whole process whether products of float32 numbers may be computed in TF32, which cuDNN
@@ -76,20 +89,20 @@ def load(config: ModelConfig, device: str = "cpu") -> Loaded:
     where = f"--model {config.spec}"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model, preprocessing = build(config)
-        preprocessing = overridden(preprocessing, config)
+        model, preprocessing = build_model(config)
+        preprocessing = override_preprocessing(preprocessing, config)
         model = prepare(model, where)
         materialize(model, preprocessing.input_shape, where)
-    if config.weights not in ("default", "random") and not has_weights(config.spec, config.weights):
+    if config.weights not in ("default", "random") and not has_torchvision_weights(config.spec, config.weights):
         load_weights(model, config.weights, config.spec)
         where = f"--weights {config.weights}"
-    refuse_not_finite(model, where)
+    require_finite(model, where)
     dtype, weights_digest = PRECISIONS[config.precision], digest(model)
     model = cast(model, torch.device(device), dtype)
-    return Loaded(config, model, preprocessing, weights_digest, torch.device(device), dtype)
+    return LoadedModel(config, model, preprocessing, weights_digest, torch.device(device), dtype)
 
 
-def build(config: ModelConfig) -> tuple[nn.Module, Preprocessing]:
+def build_model(config: ModelConfig) -> tuple[nn.Module, Preprocessing]:
     """Return the model of a spec, with the library's own weights if the config names them, and its preprocessing."""
     library, colon, name = config.spec.partition(":")
     if not colon:
@@ -99,13 +112,13 @@ def build(config: ModelConfig) -> tuple[nn.Module, Preprocessing]:
             "Use torchvision:NAME, timm:NAME, module:factory or file.py:factory.",
         )
     if library == "torchvision":
-        return torchvision_model(name, config.weights)
+        return load_torchvision_model(name, config.weights)
     if library == "timm":
-        return timm_model(name, config.weights == "default")
-    return own_model(config.spec), IMAGENET
+        return load_timm_model(name, config.weights == "default")
+    return load_custom_model(config.spec), IMAGENET
 
 
-def overridden(own: Preprocessing, config: ModelConfig) -> Preprocessing:
+def override_preprocessing(own: Preprocessing, config: ModelConfig) -> Preprocessing:
     """Return the library's preprocessing with the config's values in place of its own.
 
     Raises:
@@ -118,18 +131,20 @@ def overridden(own: Preprocessing, config: ModelConfig) -> Preprocessing:
         what = f"{len(mean)} means and {len(std)} deviations"
         raise UserError("--mean --std", what, "Give as many of each as the input has channels: 1 (grey) or 3 (RGB).")
     if not all(math.isfinite(value) for value in (*mean, *std)):
-        raise UserError("--mean --std", f"{spelled(mean)} and {spelled(std)} are not all finite", "Write numbers.")
+        raise UserError(
+            "--mean --std", f"{format_values(mean)} and {format_values(std)} are not all finite", "Write numbers."
+        )
     if min(std) <= 0:
-        what = f"the deviations {spelled(std)} are not all positive"
+        what = f"the deviations {format_values(std)} are not all positive"
         raise UserError("--std", what, "Write the standard deviation of each channel, for pixels in [0, 1].")
     if max(*mean, *std) > 1:
         given = {option: values for option, values in (("--mean", config.mean), ("--std", config.std)) if values}
-        scaled = " ".join(f"{option} {spelled([v / 255 for v in values])}" for option, values in given.items())
-        what = f"{' and '.join(map(spelled, given.values()))} are on the scale of pixels from 0 to 255"
+        scaled = " ".join(f"{option} {format_values([v / 255 for v in values])}" for option, values in given.items())
+        what = f"{' and '.join(map(format_values, given.values()))} are on the scale of pixels from 0 to 255"
         raise UserError(" ".join(given), what, f"For pixels in [0, 1], write {scaled}.")
     return replace(own, image_size=size, resize=resize, mean=mean, std=std)
 
 
-def spelled(values: Sequence[float]) -> str:
+def format_values(values: Sequence[float]) -> str:
     """Return numbers as the command line takes them."""
     return ",".join(f"{value:.5g}" for value in values)

@@ -12,14 +12,14 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from patterns import UserError
-from ray_jobs.units import first_line
+from ray_jobs.units import format_first_line
 
 QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
 STATISTICS = ("running_mean", "running_var")
 VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrap(model: nn.Module) -> nn.Module:
     """Return the module inside torch.compile, DataParallel, DistributedDataParallel and AveragedModel."""
     while True:
         inner = getattr(model, "_orig_mod", None)  # of torch.compile
@@ -36,7 +36,7 @@ def prepare(model: nn.Module, where: str) -> nn.Module:
     Raises:
         UserError: If the model is of a kind that cannot be traced: TorchScript, quantized, on the meta device.
     """
-    model = unwrapped(model)
+    model = unwrap(model)
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             what = f"{f'its module {name} is' if name else 'it is'} TorchScript, which has no Python code to trace"
@@ -48,7 +48,7 @@ def prepare(model: nn.Module, where: str) -> nn.Module:
             module.device_ids = []  # it then calls its module, on whatever device that is
         if isinstance(module, torch.fx.GraphModule) and "eval" in vars(module):
             prepare_exported(module, where)
-    for name, tensor in tensors(model):
+    for name, tensor in iterate_tensors(model):
         if tensor.is_meta:
             what = f"its {name} is on the meta device and has no values"
             raise UserError(where, what, "Build the model on the CPU, with values for all its tensors.")
@@ -112,21 +112,21 @@ def materialize(model: nn.Module, shape: tuple[int, ...], where: str) -> None:
     Raises:
         UserError: If the model does not take an input of this shape, or does not use one of its lazy layers.
     """
-    if not any(is_lazy(tensor) for _, tensor in tensors(model)):
+    if not any(is_lazy(tensor) for _, tensor in iterate_tensors(model)):
         return
     try:
         with torch.no_grad():
             model.eval()(torch.zeros(2, *shape))
     except Exception as error:  # the model's own code
-        what = f"its lazy layers cannot be created by an input of shape {shape} ({first_line(error)})"
+        what = f"its lazy layers cannot be created by an input of shape {shape} ({format_first_line(error)})"
         raise UserError(where, what, "Set --image-size, --mean and --std to what the model takes.") from error
-    for name, tensor in tensors(model):
+    for name, tensor in iterate_tensors(model):
         if is_lazy(tensor):
             what = f"its lazy {name} has no shape after a forward pass, because the forward pass does not use it"
             raise UserError(where, what, "Remove the layer, or give it its sizes.")
 
 
-def tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def iterate_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The parameters and buffers of a model, by name."""
     yield from model.named_parameters()
     yield from model.named_buffers()
@@ -145,12 +145,12 @@ def cast(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Modul
     return model.to(device)._apply(converted)
 
 
-def refuse_not_finite(model: nn.Module, where: str) -> None:
+def require_finite(model: nn.Module, where: str) -> None:
     """Raise UserError for a parameter, or a norm's running statistics, that is not finite.
 
     Other buffers are not checked: a mask for attention legitimately holds -inf.
     """
-    for name, tensor in tensors(model):
+    for name, tensor in iterate_tensors(model):
         statistic = name.rpartition(".")[2] in STATISTICS
         if tensor.layout is not torch.strided or not (isinstance(tensor, nn.Parameter) or statistic):
             continue

@@ -19,7 +19,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
 from ray_jobs.config import Preprocessing
-from ray_jobs.data.image_decoding import decode, label_of, upright
+from ray_jobs.data.image_decoding import decode, decode_upright, parse_label
 from ray_jobs.data.samples import NAMED_FORMATS, SampleError
 from tests.conftest import jpeg
 
@@ -64,7 +64,7 @@ def torchvisions(data: bytes) -> torch.Tensor:
 
 
 def ours(data: bytes) -> torch.Tensor:
-    return upright(data, "RGB").pixels
+    return decode_upright(data, "RGB").pixels
 
 
 CMYK = saved(smooth("CMYK"), "jpeg")
@@ -109,7 +109,7 @@ def test_transparency_is_dropped_and_its_colours_kept(seen: str) -> None:
 
 @pytest.mark.filterwarnings("error")
 def test_transparent_palettes_are_read_without_a_warning() -> None:
-    upright(saved(smooth("RGB").quantize(16), "png", transparency=bytes(range(16))), "RGB")
+    decode_upright(saved(smooth("RGB").quantize(16), "png", transparency=bytes(range(16))), "RGB")
 
 
 def png_of(array: np.ndarray) -> bytes:
@@ -162,7 +162,7 @@ def test_a_jpeg_decoded_at_a_part_of_its_size_is_seen_as_if_it_were_not(
     differences = (decode({"jpg": data}, preprocessing) * 255 - expected).abs()
     assert differences.mean() < 1.25
     assert differences.max() <= 8
-    seen = upright(data, "RGB", 256)
+    seen = decode_upright(data, "RGB", 256)
     assert min(seen.pixels.shape[1:]) < 512
     assert seen.size == whole.size[::-1]
 
@@ -170,7 +170,7 @@ def test_a_jpeg_decoded_at_a_part_of_its_size_is_seen_as_if_it_were_not(
 def test_a_jpeg_of_a_usual_size_has_pillows_very_pixels() -> None:
     data = saved(smooth("RGB", 500, 375), "jpeg")
     expected = pil_to_tensor(Image.open(io.BytesIO(data)))
-    assert torch.equal(upright(data, "RGB", 2 * 256).pixels, expected)
+    assert torch.equal(decode_upright(data, "RGB", 2 * 256).pixels, expected)
 
 
 def test_a_jpeg_that_is_not_sound_but_can_be_read_is_read() -> None:
@@ -201,7 +201,7 @@ def test_damaged_exif_spoils_no_picture() -> None:
     for start in range(data.index(b"Exif") + 6, data.index(b"Exif") + 30):
         changed = bytearray(data)
         changed[start] ^= 0xFF
-        assert sorted(upright(bytes(changed), "RGB").size) == [20, 24]
+        assert sorted(decode_upright(bytes(changed), "RGB").size) == [20, 24]
 
 
 @pytest.mark.parametrize("form", ["jpeg", "png", "webp"])
@@ -289,7 +289,7 @@ LABELS: dict[str, tuple[dict[str, bytes], int | None]] = {
 
 @pytest.mark.parametrize(("sample", "label"), LABELS.values(), ids=LABELS)
 def test_labels_are_the_cls_or_the_jsons(sample: dict[str, bytes], label: int | None) -> None:
-    assert label_of(sample) == label
+    assert parse_label(sample) == label
 
 
 @pytest.mark.parametrize(
@@ -303,8 +303,8 @@ def test_labels_are_the_cls_or_the_jsons(sample: dict[str, bytes], label: int | 
     ],
 )
 def test_labels_that_are_no_class_numbers_are_refused(sample: dict[str, bytes]) -> None:
-    with pytest.raises(SampleError, match=r"no class number|cannot be parsed"):
-        label_of(sample)
+    with pytest.raises(SampleError, match=r"not a class number|cannot be parsed"):
+        parse_label(sample)
 
 
 def mutations(rng: random.Random, data: bytes, other: bytes) -> bytes:

@@ -11,7 +11,7 @@ from torch import nn
 from patterns import UserError
 from ray_jobs.config import ModelConfig
 from ray_jobs.models import loading
-from ray_jobs.models.factories import own_model
+from ray_jobs.models.factories import load_custom_model
 from ray_jobs.models.modules import cast
 
 NET = """
@@ -25,7 +25,7 @@ def net():
 """
 INPUTS = torch.rand(4, 3, 8, 8)
 
-Load = Callable[..., loading.Loaded]
+Load = Callable[..., loading.LoadedModel]
 
 
 @pytest.fixture
@@ -170,7 +170,7 @@ def entry(folder: Path, code: str, layers: int) -> str:
 def test_files_of_the_same_names_in_two_folders_are_not_confused(tmp_path: Path, code: str) -> None:
     specs = [entry(tmp_path / "one", code, 3), entry(tmp_path / "two" / "a.b", code, 4)]
     path, modules = list(sys.path), {"torch", "json"} & set(sys.modules)
-    found = [own_model(spec).out_features for spec in (*specs, *specs)]
+    found = [load_custom_model(spec).out_features for spec in (*specs, *specs)]
     assert found == [3, 4, 3, 4]
     assert sys.path == path
     assert modules <= set(sys.modules)
@@ -181,7 +181,7 @@ def test_a_package_of_the_current_folder_is_found(tmp_path: Path, monkeypatch: p
     (tmp_path / "package_of_a_test" / "nets.py").write_text(NET)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
-    assert isinstance(own_model("package_of_a_test.nets:net"), nn.Sequential)
+    assert isinstance(load_custom_model("package_of_a_test.nets:net"), nn.Sequential)
 
 
 def test_a_model_of_a_module_is_loaded_as_it_is_every_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,8 +10,8 @@ import pytest
 from safetensors.torch import save_file
 
 from ray_jobs.cli.app import COMMANDS, exit_status
-from ray_jobs.engine.ray_tasks import Here
-from ray_jobs.jobs.fit import fit as fit_module
+from ray_jobs.engine.ray_tasks import LocalTasks
+from ray_jobs.jobs import job_session
 from tests.ray_jobs.runs import OPTIONS
 from tests.ray_jobs.store import FailingFileSystem
 
@@ -98,7 +98,9 @@ def walked(
     store.pipe_file("/store/w.safetensors", (folder / "w.safetensors").read_bytes())
     monkeypatch.chdir(tmp_path)
     (tmp_path / "afile").write_text("no folder")
-    monkeypatch.setattr(fit_module, "connected", lambda _: nullcontext(Here()))  # merge and solve would start a Ray
+    monkeypatch.setattr(
+        job_session, "connect", lambda _: nullcontext(LocalTasks())
+    )  # merge and solve would start a Ray
     yield FailingFileSystem
     FailingFileSystem.reset()
 

@@ -13,7 +13,7 @@ from torchvision.datasets import ImageFolder
 from patterns import UserError
 from ray_jobs.config import Preprocessing
 from ray_jobs.data import image_folders, samples
-from ray_jobs.data.shard_reader import ShardReader, read_shard
+from ray_jobs.data.shard_reader import ReaderConfig, ShardReader, read_shard
 from ray_jobs.data.shard_specs import list_shards
 from tests.conftest import jpeg
 
@@ -44,8 +44,8 @@ def flat_folder(folder: Path) -> Path:
 def labelled(folder: Path) -> dict[str, int | None]:
     """The label of each image by its key."""
     found = [s for shard in list_shards([str(folder)]) for s in read_shard(shard)]
-    assert len(found) == len({s["__key__"] for s in found})
-    return {s["__key__"]: int(s["cls"]) if "cls" in s else None for s in found}
+    assert len(found) == len({s.key for s in found})
+    return {s.key: int(s.files["cls"]) if "cls" in s.files else None for s in found}
 
 
 def test_class_folders_are_what_torchvision_sees(tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ def test_class_folders_are_what_torchvision_sees(tmp_path: Path) -> None:
         if "hidden" not in path:
             expected[f"{Path(path).parent.name}/{Path(path).stem}"] = (Path(path).read_bytes(), str(label).encode())
     found = [s for shard in list_shards([str(folder)]) for s in read_shard(shard)]
-    assert {s["__key__"]: (s["jpeg"], s["cls"]) for s in found} == expected
+    assert {s.key: (s.files["jpeg"], s.files["cls"]) for s in found} == expected
 
 
 def test_class_folders_that_are_numbers_are_these_classes(tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_shards_are_bounded_stable_and_mixed_in_their_classes(tmp_path: Path) ->
     assert shards == list_shards([str(folder)]) == list_shards([f"file://{folder}"]) == list_shards([f"{tmp_path}/tr*"])
     assert len(shards) == 4
     for shard in shards:
-        classes = [s["cls"] for s in read_shard(shard)]
+        classes = [s.files["cls"] for s in read_shard(shard)]
         assert len(classes) <= 4
         assert set(classes) == {b"0", b"1", b"2"}
 
@@ -161,7 +161,7 @@ def test_bad_files_of_a_folder_are_refused_and_the_others_kept(tmp_path: Path, m
     (folder / "a" / "huge.jpg").write_bytes(bytes(6000))
     (folder / "a" / "nowhere.jpg").symlink_to(tmp_path / "none.jpg")
     os.mkfifo(folder / "a" / "pipe.jpg")
-    found = {s["__key__"]: s.get("__refused__", "") for shard in list_shards([str(folder)]) for s in read_shard(shard)}
+    found = {s.key: s.rejection or "" for shard in list_shards([str(folder)]) for s in read_shard(shard)}
     assert found["a/good"] == found["a/l%0Aine"] == ""
     assert "more than 5000 bytes" in found["a/huge"]
     assert "GIF" in found["a/moving"]
@@ -204,7 +204,7 @@ def test_every_image_of_torchvisions_formats_is_a_sample_and_others_say_why_not(
     for name in ("1.bmp", "2.tif", "3.ppm", "4.pgm", "5.png", "6.webp", "7.tiff"):
         Image.new("RGB" if name != "4.pgm" else "L", (20, 20), 99).save(tmp_path / "dog" / name)
     Image.new("RGB", (20, 20)).save(tmp_path / "dog" / "8.gif")
-    readers = [ShardReader(shard, SMALL, 10) for shard in list_shards([str(tmp_path)])]
+    readers = [ShardReader(shard, ReaderConfig(SMALL, 10)) for shard in list_shards([str(tmp_path)])]
     used = [key for reader in readers for batch in reader for key in batch.keys]
     assert len(used) == len(ImageFolder(str(tmp_path)).samples) == 7
     assert [r.key for reader in readers for r in reader.refused] == ["dog/8"]

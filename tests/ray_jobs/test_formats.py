@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.transforms.functional import pil_to_tensor
 
-from ray_jobs.data.image_decoding import decode, formats_of, upright
+from ray_jobs.data.image_decoding import decode, decode_upright, list_formats
 from ray_jobs.data.samples import SampleError
 from tests.ray_jobs.test_decode import PLAIN, TENSOR, npy, saved, smooth
 
@@ -41,13 +41,13 @@ def test_formats_that_their_names_allow_are_read_as_pillow_reads_them(extension:
     image = Image.fromarray(values) if mode == "I;16" else smooth("RGB").convert(mode)
     buffer = io.BytesIO()
     image.save(buffer, PILLOWS[extension])
-    found = upright(buffer.getvalue(), "RGB", formats=formats_of(f"image.{extension}")).pixels
+    found = decode_upright(buffer.getvalue(), "RGB", formats=list_formats(f"image.{extension}")).pixels
     expected = Image.fromarray((values >> 8).astype(np.uint8)) if mode == "I;16" else image
     if mode == "RGBA":
         expected = Image.merge("RGB", image.split()[:3])
     assert torch.equal(found, pil_to_tensor(expected.convert("RGB")))
     with pytest.raises(SampleError, match="not an image"):
-        upright(buffer.getvalue(), "RGB", formats=formats_of("image.jpg"))
+        decode_upright(buffer.getvalue(), "RGB", formats=list_formats("image.jpg"))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -57,7 +57,7 @@ def test_tiffs_are_turned_upright(orientation: int) -> None:
     buffer = io.BytesIO()
     smooth("RGB").save(buffer, "TIFF", exif=exif)
     expected = ImageOps.exif_transpose(Image.open(buffer))
-    found = upright(buffer.getvalue(), "RGB", formats=formats_of("tif"))
+    found = decode_upright(buffer.getvalue(), "RGB", formats=list_formats("tif"))
     assert torch.equal(found.pixels, pil_to_tensor(expected))
     assert found.size == tuple(found.pixels.shape[1:])
 

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from ray_jobs.cli.app import exit_status
 from ray_jobs.config import ExplainConfig, FitConfig, ModelConfig, Resources
-from ray_jobs.data.samples import key_of
-from ray_jobs.data.tar_reader import samples
+from ray_jobs.data.samples import Sample, make_key
+from ray_jobs.data.tar_reader import read_samples
 from ray_jobs.jobs.explain.explain import explain
 from ray_jobs.jobs.fit.fit import fit
 from ray_jobs.runs.map_files import OUTPUTS
@@ -51,15 +51,15 @@ TAR_KEYS = ["a b", "a,b", "a%20b", "b", "100%", "x/y,z", "日本", "a;b", "-x"] 
 @given(st.text(min_size=1, max_size=20) | st.lists(st.sampled_from("a._/%, \\-é\n"), min_size=1).map("".join))
 @example("caf\udce9")
 def test_a_key_gives_its_name_again_and_survives_a_tar(name: str) -> None:
-    key = key_of(name)
+    key = make_key(name)
     assert unquote(key, errors="surrogateescape") == name
     assert not set(key) & {".", ",", "\\"}
     buffer = io.BytesIO()
     tar = webdataset.TarWriter(buffer, encoder=False)
     tar.write({"__key__": key, "cls": b"1", "x.npy": b"2"})
     tar.close()
-    (ours,) = samples(io.BytesIO(buffer.getvalue()))
-    assert ours == {"__key__": key, "cls": b"1", "x.npy": b"2"}
+    (ours,) = read_samples(io.BytesIO(buffer.getvalue()))
+    assert ours == Sample(key, {"cls": b"1", "x.npy": b"2"})
     with tarfile.open(fileobj=io.BytesIO(buffer.getvalue())) as archive:
         members = archive.getnames()
     assert [webdataset.tariterators.base_plus_ext(m) for m in members] == [(key, "cls"), (key, "x.npy")]
@@ -110,7 +110,7 @@ def test_every_output_gives_as_many_samples_as_there_were_names(
     assert pq.read_table(tmp_path / "run" / "explanations.parquet")["key"].to_pylist() == keys
     with zarr.storage.ZipStore(folder / "x.zarr.zip", mode="r") as store:
         assert zarr.open_group(store, mode="r").attrs["keys"] == keys
-    assert [row["key"] for row in Gallery(run, {}).listed(",".join(keys))] == keys
+    assert [row["key"] for row in Gallery(run, {}).find_all(",".join(keys))] == keys
 
 
 def test_a_folder_gives_its_names_whether_read_or_packed(fitted: str, model: ModelConfig, tmp_path: Path) -> None:
@@ -134,9 +134,9 @@ def test_samples_are_chosen_by_key_or_by_name(
     run = explained(fitted, model, shard)
     gallery = Gallery(run, {})
     for key in TAR_KEYS:
-        assert gallery.named(key)["key"] == key
-    assert [row["key"] for row in gallery.listed(",".join(TAR_KEYS))] == TAR_KEYS
-    assert [row["key"] for row in gallery.listed("x/y,z.jpg, b ,a,b")] == ["x/y,z", "b", "a,b"]
+        assert gallery.find(key)["key"] == key
+    assert [row["key"] for row in gallery.find_all(",".join(TAR_KEYS))] == TAR_KEYS
+    assert [row["key"] for row in gallery.find_all("x/y,z.jpg, b ,a,b")] == ["x/y,z", "b", "a,b"]
     assert exit_status(["grid", str(run.folder), "--keys", "a,b,x/y,z"]) == 0
     assert exit_status(["show", str(run.folder), "x/y,z"]) == 0
     assert exit_status(["report", str(run.folder)]) == 0
@@ -150,4 +150,4 @@ def test_a_name_of_several_samples_is_an_error(fitted: str, model: ModelConfig, 
     shard = write_tar(tmp_path / "x.tar", [{"__key__": key, "jpg": image} for key, image in zip(keys, data)])
     run = explained(fitted, model, shard)
     assert "names several samples" in complaint("show", run.folder, "a,b")
-    assert Gallery(run, {}).named("a.b.jpg")["key"] == keys[2]
+    assert Gallery(run, {}).find("a.b.jpg")["key"] == keys[2]

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from patterns import UserError
-from ray_jobs.data.labels import labels_in, numbered
+from ray_jobs.data.labels import number_classes, parse_labels
 from ray_jobs.data.samples import ShardError
 from ray_jobs.data.shard_reader import read_shard
 from ray_jobs.data.shard_specs import list_shards
@@ -60,7 +60,7 @@ FORMS = {
 @pytest.mark.parametrize("text", FORMS.values(), ids=FORMS)
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 def test_every_common_form_is_understood(text: str, encoding: str) -> None:
-    assert labels_in(text.encode(encoding), IMAGES, "val") == LABELS
+    assert parse_labels(text.encode(encoding), IMAGES, "val") == LABELS
 
 
 NAMED = {
@@ -74,15 +74,15 @@ NAMED = {
 
 @pytest.mark.parametrize("text", NAMED.values(), ids=NAMED)
 def test_names_of_classes_are_numbered_in_their_order(text: str) -> None:
-    assert labels_in(text.encode(), IMAGES, "val") == [1, 0, 2, 1, 0, 2]
+    assert parse_labels(text.encode(), IMAGES, "val") == [1, 0, 2, 1, 0, 2]
 
 
 def test_names_are_numbered_over_all_lines_though_the_folder_holds_some_images() -> None:
-    assert labels_in(lines("{i} {n}", WNIDS).encode(), IMAGES[2:4], "val") == [2, 1]
+    assert parse_labels(lines("{i} {n}", WNIDS).encode(), IMAGES[2:4], "val") == [2, 1]
 
 
 def test_no_label_and_minus_one_are_no_labels() -> None:
-    assert labels_in(lines("{i},{n}", ["", 0, -1, 3, 0, ""]).encode(), IMAGES, "val") == [None, 0, None, 3, 0, None]
+    assert parse_labels(lines("{i},{n}", ["", 0, -1, 3, 0, ""]).encode(), IMAGES, "val") == [None, 0, None, 3, 0, None]
 
 
 WRONG = {
@@ -106,19 +106,19 @@ WRONG = {
 @pytest.mark.parametrize("text", WRONG.values(), ids=WRONG)
 def test_what_is_not_understood_is_an_error(text: str) -> None:
     with pytest.raises(ShardError):
-        labels_in(text.encode(), IMAGES, "val")
+        parse_labels(text.encode(), IMAGES, "val")
 
 
 def test_a_name_that_fits_two_images_is_an_error() -> None:
     with pytest.raises(ShardError, match="several images"):
-        labels_in(b"1.jpg 5\n", ["a/1.jpg", "b/1.jpg"], "val")
-    assert labels_in(b"a/1.jpg 5\nb/1.jpg 6\n", ["a/1.jpg", "b/1.jpg"], "val") == [5, 6]
+        parse_labels(b"1.jpg 5\n", ["a/1.jpg", "b/1.jpg"], "val")
+    assert parse_labels(b"a/1.jpg 5\nb/1.jpg 6\n", ["a/1.jpg", "b/1.jpg"], "val") == [5, 6]
 
 
 def test_images_that_are_named_by_numbers_are_not_taken_for_labels() -> None:
     images = [f"{n}.jpg" for n in range(5)]
-    assert labels_in(b"4\n3\n3\n1\n0\n", images, "val") == [4, 3, 3, 1, 0]
-    assert labels_in(b"label,image\n" + b"".join(b"%d,%d.jpg\n" % (n % 2, n) for n in range(5)), images, "") == [
+    assert parse_labels(b"4\n3\n3\n1\n0\n", images, "val") == [4, 3, 3, 1, 0]
+    assert parse_labels(b"label,image\n" + b"".join(b"%d,%d.jpg\n" % (n % 2, n) for n in range(5)), images, "") == [
         *(0, 1, 0, 1, 0)
     ]
 
@@ -136,14 +136,14 @@ def test_a_table_that_csv_writes_is_read_as_csv_reads_it(stems: list[str], data:
     csv.writer(text, delimiter=data.draw(st.sampled_from(",;\t"))).writerows(
         [("image", "split", "label"), *((image, "val", label) for image, label in zip(images, labels))]
     )
-    assert labels_in(text.getvalue().encode(), images, "val") == labels
+    assert parse_labels(text.getvalue().encode(), images, "val") == labels
 
 
 def test_class_numbers_are_kept_only_if_they_tell_classes_apart() -> None:
-    assert numbered(["10", "2", "007"]) == {"2": 2, "007": 7, "10": 10}
-    assert numbered(["7", "007", "1"]) == {"007": 0, "1": 1, "7": 2}
-    assert numbered(["99999999999", "5"]) == {"5": 0, "99999999999": 1}
-    assert numbered(["²", "٣"]) == {"²": 0, "٣": 1}
+    assert number_classes(["10", "2", "007"]) == {"2": 2, "007": 7, "10": 10}
+    assert number_classes(["7", "007", "1"]) == {"007": 0, "1": 1, "7": 2}
+    assert number_classes(["99999999999", "5"]) == {"5": 0, "99999999999": 1}
+    assert number_classes(["²", "٣"]) == {"²": 0, "٣": 1}
 
 
 def filled(folder: Path, names: list[str]) -> Path:
@@ -155,7 +155,7 @@ def filled(folder: Path, names: list[str]) -> Path:
 
 def labelled(folder: Path) -> dict[str, int | None]:
     found = [s for shard in list_shards([str(folder)]) for s in read_shard(shard)]
-    return {s["__key__"]: int(s["cls"]) if "cls" in s else None for s in found}
+    return {s.key: int(s.files["cls"]) if "cls" in s.files else None for s in found}
 
 
 @pytest.mark.parametrize("given", ["val", "val/images"])

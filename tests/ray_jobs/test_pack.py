@@ -56,7 +56,7 @@ def test_every_format_of_torchvision_is_packed_and_counted(
     assert len(names) == 2 * (len(ImageFolder(str(images)).samples) + 1)
     assert "1 gif" in capsys.readouterr().out
     samples = list(read_shard(str(tmp_path / "out" / "000000.tar")))
-    assert len(samples) == len({s["__key__"] for s in samples}) == len(names) // 2
+    assert len(samples) == len({s.key for s in samples}) == len(names) // 2
 
 
 def broken_link(images: Path) -> None:
@@ -114,5 +114,5 @@ def test_folders_with_odd_numbers_are_different_classes(
         (tmp_path / "images" / name / "x.jpg").write_bytes(jpeg(np.random.default_rng(number)))
     packed(tmp_path / "images", tmp_path / "out")
     assert json.loads((tmp_path / "out" / "classes.json").read_text()) == classes
-    found = {s["__key__"].partition("/")[0]: s["cls"] for s in read_shard(str(tmp_path / "out" / "000000.tar"))}
+    found = {s.key.partition("/")[0]: s.files["cls"] for s in read_shard(str(tmp_path / "out" / "000000.tar"))}
     assert found == {name: number.encode() for number, name in classes.items()}

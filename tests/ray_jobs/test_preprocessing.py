@@ -17,10 +17,10 @@ from timm.data import create_transform, resolve_data_config  # type: ignore[attr
 
 from patterns import UserError
 from ray_jobs.config import FitConfig, ModelConfig, Preprocessing
-from ray_jobs.data.image_decoding import boxes_of, decode
+from ray_jobs.data.image_decoding import decode, parse_boxes
 from ray_jobs.models import loading
-from ray_jobs.models.libraries import has_weights, timm_preprocessing, torchvision_preprocessing
-from ray_jobs.models.loading import IMAGENET, overridden
+from ray_jobs.models.libraries import convert_timm_config, convert_torchvision_preset, has_torchvision_weights
+from ray_jobs.models.loading import IMAGENET, override_preprocessing
 from ray_jobs.runs.run_folder import Run
 from tests.ray_jobs.runs import PREPARED
 
@@ -37,7 +37,7 @@ def photograph(width: int, height: int) -> bytes:
 
 
 def compare(expected: torch.Tensor, data: bytes, preprocessing: Preprocessing) -> None:
-    found = decode({"__key__": "a", "png": data}, preprocessing)
+    found = decode({"png": data}, preprocessing)
     assert found.shape == expected.shape
     difference = (found - expected).abs() * torch.tensor(preprocessing.std).view(-1, 1, 1)
     assert difference.max() <= LEVEL + 1e-6
@@ -56,10 +56,10 @@ def test_every_pretrained_configuration_of_timm_is_converted_or_refused_by_name(
     for name, config in timm_configs():
         if config["input_size"][1] != config["input_size"][2]:
             with pytest.raises(UserError, match=name):
-                timm_preprocessing(config, f"timm:{name}")
+                convert_timm_config(config, f"timm:{name}")
             refused.append(name)
             continue
-        preprocessing = timm_preprocessing(config, f"timm:{name}")
+        preprocessing = convert_timm_config(config, f"timm:{name}")
         assert preprocessing.input_shape == config["input_size"]
         small = config["input_size"][1] <= 256  # the large ones differ in nothing but the time they take
         kind = config["crop_mode"], config["interpolation"], config["crop_pct"] == 1, config["crop_pct"] > 1, small
@@ -71,7 +71,7 @@ def test_every_pretrained_configuration_of_timm_is_converted_or_refused_by_name(
         for size in SIZES[:3]:
             data = photograph(*size)
             expected = transform(Image.open(io.BytesIO(data)).convert("RGB"))
-            compare(expected, data, timm_preprocessing(config, "timm:x"))
+            compare(expected, data, convert_timm_config(config, "timm:x"))
 
 
 @pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
@@ -88,7 +88,7 @@ def test_each_kind_of_timms_transform_is_its_own(
     for size in SIZES:
         data = photograph(*size)
         expected = transform(Image.open(io.BytesIO(data)).convert("RGB" if channels == 3 else "L"))
-        compare(expected, data, timm_preprocessing(config, "timm:x"))
+        compare(expected, data, convert_timm_config(config, "timm:x"))
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_each_kind_of_timms_transform_is_its_own(
 def test_a_transform_that_is_not_supported_is_named(changed: dict[str, Any], named: str) -> None:
     config = {"input_size": (3, 32, 32), "interpolation": "bicubic", "mean": (0.5,) * 3, "std": (0.5,) * 3}
     with pytest.raises(UserError) as caught:
-        timm_preprocessing({**config, "crop_pct": 0.9, "crop_mode": "center", **changed}, "timm:x")
+        convert_timm_config({**config, "crop_pct": 0.9, "crop_mode": "center", **changed}, "timm:x")
     assert named in caught.value.what
 
 
@@ -112,16 +112,16 @@ def test_every_preset_of_torchvisions_classifiers_is_its_own() -> None:
     presets: dict[tuple[Any, ...], Any] = {}
     for name in torchvision.models.list_models(module=torchvision.models):
         for weights in torchvision.models.get_model_weights(name):
-            assert has_weights(f"torchvision:{name}", weights.name)
+            assert has_torchvision_weights(f"torchvision:{name}", weights.name)
             preset = weights.transforms()
-            found = torchvision_preprocessing(preset, name)
+            found = convert_torchvision_preset(preset, name)
             presets.setdefault((found.interpolation, found.resize == found.image_size, found.std), preset)
     assert len(presets) > 4
     for preset in presets.values():
         for size in SIZES[:3]:
             data = photograph(*size)
             expected = preset(Image.open(io.BytesIO(data)).convert("RGB"))
-            compare(expected, data, torchvision_preprocessing(preset, "x"))
+            compare(expected, data, convert_torchvision_preset(preset, "x"))
 
 
 @pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
@@ -134,11 +134,11 @@ def test_boxes_stay_on_their_objects(crop_mode: str, size: tuple[int, int], resi
     image[box[1] : box[3], box[0] : box[2]] = 255
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "png")
-    sample = {"__key__": "a", "png": buffer.getvalue(), "json": json.dumps({"boxes": [box]}).encode()}
+    sample = {"png": buffer.getvalue(), "json": json.dumps({"boxes": [box]}).encode()}
     preprocessing = Preprocessing(
         image_size=32, resize=resize, interpolation="bilinear", mean=(0.0,), std=(1.0,), crop_mode=crop_mode
     )
-    ((x0, y0, x1, y1),) = boxes_of(sample, preprocessing) or ()
+    ((x0, y0, x1, y1),) = parse_boxes(sample, preprocessing) or ()
     rows, columns = (decode(sample, preprocessing)[0] > 0.5).nonzero(as_tuple=True)
     found = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
     expected = [min(max(edge, 0), 32) for edge in (x0, y0, x1, y1)]
@@ -159,7 +159,7 @@ def test_means_and_deviations_that_cannot_be_are_refused(
     mean: tuple[float, ...], std: tuple[float, ...], named: str
 ) -> None:
     with pytest.raises(UserError) as caught:
-        overridden(IMAGENET, ModelConfig(spec="m.py:net", mean=mean, std=std))
+        override_preprocessing(IMAGENET, ModelConfig(spec="m.py:net", mean=mean, std=std))
     assert named in caught.value.what
 
 
@@ -167,14 +167,14 @@ def test_means_and_deviations_that_cannot_be_are_refused(
 def test_the_scale_of_bytes_is_refused_with_the_values_that_give_the_same_inputs(std: tuple[float, ...]) -> None:
     mean = (123.675, 116.28, 103.53)
     with pytest.raises(UserError) as caught:
-        overridden(IMAGENET, ModelConfig(spec="m.py:net", mean=mean, std=std))
+        override_preprocessing(IMAGENET, ModelConfig(spec="m.py:net", mean=mean, std=std))
     words = caught.value.remedy.rstrip(".").split()
     advised = {word: tuple(map(float, words[words.index(word) + 1].split(","))) for word in ("--mean", "--std")}
     pixels = torch.rand(3, 8)
     as_meant = (255 * pixels - torch.tensor(mean)[:, None]) / torch.tensor(std)[:, None]
     as_advised = (pixels - torch.tensor(advised["--mean"])[:, None]) / torch.tensor(advised["--std"])[:, None]
     torch.testing.assert_close(as_advised, as_meant, rtol=1e-3, atol=1e-2)
-    overridden(IMAGENET, ModelConfig(spec="m.py:net", mean=advised["--mean"], std=advised["--std"]))
+    override_preprocessing(IMAGENET, ModelConfig(spec="m.py:net", mean=advised["--mean"], std=advised["--std"]))
 
 
 def test_a_run_whose_manifest_lacks_newer_fields_goes_on(model_spec: str, tmp_path: Path) -> None:
@@ -192,6 +192,6 @@ def test_a_run_whose_manifest_lacks_newer_fields_goes_on(model_spec: str, tmp_pa
 
 def test_a_mean_alone_is_converted_alone() -> None:
     with pytest.raises(UserError) as caught:
-        overridden(IMAGENET, ModelConfig(spec="m.py:net", mean=(123.675, 116.28, 103.53)))
+        override_preprocessing(IMAGENET, ModelConfig(spec="m.py:net", mean=(123.675, 116.28, 103.53)))
     assert caught.value.where == "--mean"
     assert "--std" not in caught.value.remedy

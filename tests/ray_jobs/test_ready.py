@@ -9,7 +9,7 @@ import pytest
 from patterns import UserError
 from ray_jobs.config import FitConfig, ModelConfig, Resources
 from ray_jobs.jobs.fit.fit import fit
-from ray_jobs.jobs.input_size import sized
+from ray_jobs.jobs.input_size import infer_input_size
 from tests.conftest import jpeg, make_shards, write_tar
 
 HERE = Resources(workers=0)
@@ -39,7 +39,7 @@ def test_a_fit_of_ready_tensors_needs_no_options(tmp_path: Path, channels: int) 
     spelled = ModelConfig(spec=spec, image_size=28, resize=28, mean=(0.0,) * channels, std=(1.0,) * channels)
     run = fit(config, HERE)
     assert run.manifest()["fit"]["samples"] == 8
-    assert ModelConfig(**run.fitted_model()) == spelled
+    assert ModelConfig(**run.read_fitted_model()) == spelled
     for shard in shards:  # a finished fit is known without its data
         Path(shard).unlink()
     assert fit(config, HERE).manifest() == run.manifest()
@@ -49,26 +49,26 @@ def test_other_data_and_options_leave_a_config_as_it_is(tmp_path: Path) -> None:
     config = ModelConfig(spec="m.py:net")
     images = make_shards(tmp_path, 1, 2)
     small = tensors(tmp_path / "small.tar", 1, 8, 8)
-    assert sized(config, images) == config
-    assert sized(config, [tensors(tmp_path / "usual.tar", 3, 224, 224)]) == config
+    assert infer_input_size(config, images) == config
+    assert infer_input_size(config, [tensors(tmp_path / "usual.tar", 3, 224, 224)]) == config
     both = {"jpg": jpeg(np.random.default_rng(0)), "npy": npy(7, 7, 7)}
-    assert sized(config, [tensors(tmp_path / "both.tar", 1, 8, 8, first=both)]) == config
+    assert infer_input_size(config, [tensors(tmp_path / "both.tar", 1, 8, 8, first=both)]) == config
     for other in (ModelConfig(spec="m.py:net", mean=(0.5,), std=(0.5,)), ModelConfig(spec="timm:resnet18")):
-        assert sized(other, [small]) == other
-    assert sized(config, [str(tmp_path / "none.tar")]) == config
+        assert infer_input_size(other, [small]) == other
+    assert infer_input_size(config, [str(tmp_path / "none.tar")]) == config
 
 
 @pytest.mark.parametrize("first", [{"npy": b"no tensor"}, {"npy": npy(3)}, {"txt": b"text"}])
 def test_the_first_sample_with_a_shape_counts(tmp_path: Path, first: dict[str, object]) -> None:
     shards = [str(tmp_path / "none.tar"), tensors(tmp_path / "a.tar", 2, 8, 8, first=first)]
-    found = sized(ModelConfig(spec="m.py:net"), shards)
+    found = infer_input_size(ModelConfig(spec="m.py:net"), shards)
     assert (found.image_size, found.resize, found.mean, found.std) == (8, 8, (0.0, 0.0), (1.0, 1.0))
 
 
 def test_tensors_that_are_not_square_are_refused(tmp_path: Path) -> None:
     shard = tensors(tmp_path / "a.tar", 3, 8, 9)
     with pytest.raises(UserError) as caught:
-        sized(ModelConfig(spec="m.py:net"), [shard])
+        infer_input_size(ModelConfig(spec="m.py:net"), [shard])
     assert caught.value.where == shard
     assert "(3, 8, 9)" in caught.value.what
 

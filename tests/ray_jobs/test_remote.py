@@ -15,10 +15,11 @@ from safetensors.torch import load_file
 from patterns import UserError
 from ray_jobs.cli.app import exit_status
 from ray_jobs.config import ExplainConfig, ModelConfig, Resources
-from ray_jobs.io.object_store import fetched, located, names, published
+from ray_jobs.io.object_store import fetch, list_names, locate, publish
 from ray_jobs.jobs import moments_job
 from ray_jobs.jobs.explain.explain import explain
 from ray_jobs.jobs.fit.fit import fit, merge, solve
+from ray_jobs.runs.moments_store import MomentsStore
 from ray_jobs.runs.run_folder import Run
 from tests.conftest import write_tar
 from tests.ray_jobs.runs import PREPARED, configured
@@ -61,7 +62,7 @@ def patterns_of(run: Run) -> dict[str, object]:
 def test_a_run_on_an_object_store_is_the_run_on_a_disk(
     model_spec: str, bucket: str, uploaded: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(moments_job, "MOST_PARTS", 3)
+    monkeypatch.setattr(moments_job, "MAX_FILES", 3)
     monkeypatch.setattr(moments_job, "MERGED_AT_ONCE", 3)
     disk = fit(configured(model_spec, uploaded, str(tmp_path / "run")), HERE)
     store = fit(configured(model_spec, uploaded, f"{bucket}/run"), HERE)
@@ -71,9 +72,11 @@ def test_a_run_on_an_object_store_is_the_run_on_a_disk(
     assert all((found[name] == expected[name]).all() for name in expected)  # type: ignore[attr-defined]
     for name in ("samples", "refused", "shards", "status"):
         assert store.manifest()["fit"][name] == disk.manifest()["fit"][name]
-    parts = names(store.moments, "part-")
-    assert sum(name.endswith(".safetensors") for name in parts) == len(moments_job.read_ledger(store.moments).parts) < 5
-    with fetched(store.folder / "quarantine.parquet") as file:
+    parts = list_names(store.moments, "part-")
+    assert (
+        sum(name.endswith(".safetensors") for name in parts) == len(MomentsStore(store.moments).read_ledger().parts) < 5
+    )
+    with fetch(store.folder / "quarantine.parquet") as file:
         assert pq.read_table(file)["key"].to_pylist() == ["cut"]
 
     solve(str(store.folder), ["filter"], HERE)
@@ -85,8 +88,8 @@ def test_a_run_on_an_object_store_is_the_run_on_a_disk(
         explain(replace(config, patterns=str(run.folder), out=str(run.folder)), HERE).folder / "explanations"
         for run in (disk, store)
     ]
-    assert names(outs[0]) == names(outs[1])
-    for name in names(outs[0]):
+    assert list_names(outs[0]) == list_names(outs[1])
+    for name in list_names(outs[0]):
         if name.endswith(".tar"):
             assert (outs[0] / name).read_bytes() == (outs[1] / name).read_bytes()
 
@@ -107,7 +110,7 @@ def test_fits_on_an_object_store_resume_and_merge(
         patched.setattr(moments_job.MomentsWorker, "commit", third_fails)
         with pytest.raises(RuntimeError, match="is lost"):
             fit(config, HERE)
-    assert moments_job.read_ledger(located(f"{bucket}/a/moments")).counted() == {0, 1}
+    assert MomentsStore(f"{bucket}/a/moments").read_ledger().counted_shards() == {0, 1}
     done = fit(config, HERE)
     assert done.manifest()["fit"]["samples"] == 18
     fit(configured(model_spec, uploaded[3:], f"{bucket}/b"), HERE)
@@ -130,25 +133,25 @@ def test_a_store_that_takes_nothing_is_told_in_one_line(model_spec: str, uploade
 
 @pytest.mark.parametrize("where", ["memory://published", "file"])
 def test_files_are_published_whole_or_not_at_all(where: str, tmp_path: Path) -> None:
-    folder = located(tmp_path if where == "file" else where)
-    with published(folder) as out:
+    folder = locate(tmp_path if where == "file" else where)
+    with publish(folder) as out:
         (out / "a.txt").write_text("whole")
         (out / "sub").mkdir()
         (out / "sub" / "b.txt").write_text("too")
     assert (folder / "a.txt").read_text() == "whole"
     assert (folder / "sub" / "b.txt").read_text() == "too"
-    assert "a.txt" in names(folder)
+    assert "a.txt" in list_names(folder)
     assert folder.exists()
 
 
 def test_what_was_written_half_when_its_writer_failed_is_not_published() -> None:
-    folder = located("memory://half")
+    folder = locate("memory://half")
 
     def write() -> None:
-        with published(folder) as out:
+        with publish(folder) as out:
             (out / "c.txt").write_text("half")
             raise RuntimeError("on the way")
 
     with pytest.raises(RuntimeError, match="on the way"):
         write()
-    assert names(folder) == []
+    assert list_names(folder) == []

@@ -127,7 +127,7 @@ def test_one_number_for_each_sample_is_explained_as_the_gradient_by_autograd(spe
 
 
 def test_the_score_of_a_single_number_is_the_models_own(spec: str, tmp_path: Path) -> None:
-    from ray_jobs.data.shard_reader import ShardReader
+    from ray_jobs.data.shard_reader import ReaderConfig, ShardReader
     from ray_jobs.models import loading
 
     shards, run = make_shards(tmp_path / "shards", 1, 3), tmp_path / "run"
@@ -137,7 +137,7 @@ def test_the_score_of_a_single_number_is_the_models_own(spec: str, tmp_path: Pat
         ExplainConfig(model=config, patterns=str(run), shards=tuple(shards), out=str(run), methods=("gradient",)), HERE
     )
     loaded = loading.load(config)
-    (batch,) = ShardReader(shards[0], loaded.preprocessing, 8)
+    (batch,) = ShardReader(shards[0], ReaderConfig(loaded.preprocessing, 8))
     with torch.no_grad():
         expected = loaded.model.eval()(batch.images)
     found = pq.read_table(run / "explanations.parquet")["score"].to_numpy()

@@ -14,7 +14,7 @@ from torchvision.models import ResNet50_Weights
 from patterns import UserError
 from ray_jobs.config import ModelConfig, Preprocessing
 from ray_jobs.data.image_decoding import decode
-from ray_jobs.data.shard_reader import ShardReader, read_shard
+from ray_jobs.data.shard_reader import ReaderConfig, ShardReader, read_shard
 from ray_jobs.data.shard_specs import list_shards
 from ray_jobs.models import loading
 from tests.conftest import jpeg, make_shards, write_tar
@@ -82,7 +82,7 @@ def test_a_compressed_shard_reads_the_same(tmp_path: Path) -> None:
     (path,) = make_shards(tmp_path, 1, 3)
     packed = tmp_path / "train.tar.gz"
     packed.write_bytes(gzip.compress(Path(path).read_bytes()))
-    assert [s["jpg"] for s in read_shard(str(packed))] == [s["jpg"] for s in read_shard(path)]
+    assert [s.files["jpg"] for s in read_shard(str(packed))] == [s.files["jpg"] for s in read_shard(path)]
 
 
 def test_bad_samples_are_refused_with_their_reason_and_good_ones_kept(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_bad_samples_are_refused_with_their_reason_and_good_ones_kept(tmp_path: 
         {"__key__": "label", "jpg": jpeg(rng), "cls": b"cat"},
     ]
     path = write_tar(tmp_path / "mixed.tar", samples)
-    reader = ShardReader(str(path), PLAIN, batch_size=1)
+    reader = ShardReader(str(path), ReaderConfig(PLAIN, batch_size=1))
     batches = list(reader)
     assert [b.keys[0] for b in batches] == ["good", "tensor"]
     assert [b.labels[0] for b in batches] == [3, None]
@@ -119,7 +119,7 @@ def test_bad_samples_are_refused_with_their_reason_and_good_ones_kept(tmp_path: 
     assert "(1, 16, 16)" in reasons["grey"]
     assert "not finite" in reasons["endless"]
     assert "type object" in reasons["pickled"]
-    assert "no class number" in reasons["label"]
+    assert "not a class number" in reasons["label"]
 
 
 def steps(difference: torch.Tensor, preprocessing: Preprocessing) -> int:
@@ -130,14 +130,16 @@ def steps(difference: torch.Tensor, preprocessing: Preprocessing) -> int:
 @pytest.mark.parametrize("size", [(320, 256), (200, 500)])
 def test_images_are_prepared_as_torchvision_says(size: tuple[int, int]) -> None:
     data = photograph(*size)
-    loaded = loading.overridden(loading.torchvision_model("resnet50", "random")[1], ModelConfig(spec="x"))
+    loaded = loading.override_preprocessing(
+        loading.load_torchvision_model("resnet50", "random")[1], ModelConfig(spec="x")
+    )
     expected = ResNet50_Weights.DEFAULT.transforms()(Image.open(io.BytesIO(data)))
     assert steps(decode({"png": data}, loaded) - expected, loaded) <= 1
 
 
 def test_images_are_prepared_as_timm_says() -> None:
     data = photograph(320, 300)
-    model, preprocessing = loading.timm_model("tf_efficientnet_lite0", own_weights=False)
+    model, preprocessing = loading.load_timm_model("tf_efficientnet_lite0", own_weights=False)
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
     expected = transform(Image.open(io.BytesIO(data)))
     assert steps(decode({"png": data}, preprocessing) - expected, preprocessing) <= 2
@@ -170,25 +172,30 @@ def keys(reader: ShardReader) -> tuple[list[str], list[tuple[str, str]]]:
 
 def test_each_refusal_has_the_stage_at_which_it_came(tmp_path: Path) -> None:
     refusals = [("s1", "decode"), ("s3", "read"), ("s4", "decode"), ("s5", "decode")]
-    assert keys(ShardReader(many(tmp_path), PLAIN, 4)) == (["s0", "s2"], refusals)
+    assert keys(ShardReader(many(tmp_path), ReaderConfig(PLAIN, 4))) == (["s0", "s2"], refusals)
 
 
 @pytest.mark.parametrize(("most", "used", "refused"), [(0, [], []), (2, ["s0"], ["s1"]), (3, ["s0", "s2"], ["s1"])])
 def test_the_first_samples_are_taken_whether_they_can_be_used_or_not(
     tmp_path: Path, most: int, used: list[str], refused: list[str]
 ) -> None:
-    found = keys(ShardReader(many(tmp_path), PLAIN, 4, max_samples=most))
+    found = keys(ShardReader(many(tmp_path), ReaderConfig(PLAIN, 4), max_samples=most))
     assert found == (used, [(key, "decode") for key in refused])
 
 
 def test_only_the_samples_that_are_asked_for_are_used_or_refused(tmp_path: Path) -> None:
     shard = many(tmp_path)
-    assert keys(ShardReader(shard, PLAIN, 1, only=frozenset({"s2", "s3", "none"}))) == (
+    assert keys(ShardReader(shard, ReaderConfig(PLAIN, 1), only=frozenset({"s2", "s3", "none"}))) == (
         ["s2"],
         [("s3", "read"), ("none", "read")],
     )
-    assert keys(ShardReader(shard, PLAIN, 1, skip=frozenset({"s0", "s1", "s4", "s5"}))) == (["s2"], [("s3", "read")])
-    both = ShardReader(shard, PLAIN, 1, only=frozenset({"s0", "s2"}), skip=frozenset({"s0"}), max_samples=3)
+    assert keys(ShardReader(shard, ReaderConfig(PLAIN, 1), skip=frozenset({"s0", "s1", "s4", "s5"}))) == (
+        ["s2"],
+        [("s3", "read")],
+    )
+    both = ShardReader(
+        shard, ReaderConfig(PLAIN, 1), only=frozenset({"s0", "s2"}), skip=frozenset({"s0"}), max_samples=3
+    )
     assert keys(both) == (["s2"], [])
 
 
@@ -198,7 +205,7 @@ def test_several_threads_decode_what_one_does(tmp_path: Path) -> None:
         {"__key__": f"{i}", "jpg": jpeg(rng) if i % 5 else b"no image", "cls": str(i).encode()} for i in range(40)
     ]
     path = str(write_tar(tmp_path / "x.tar", samples))
-    one, four = (ShardReader(path, PLAIN, batch_size=7, max_samples=33, threads=n) for n in (1, 4))
+    one, four = (ShardReader(path, ReaderConfig(PLAIN, batch_size=7, threads=n), max_samples=33) for n in (1, 4))
     for a, b in zip(one, four, strict=True):
         assert (a.keys, a.labels) == (b.keys, b.labels)
         assert torch.equal(a.images, b.images)

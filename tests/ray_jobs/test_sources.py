@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from patterns import UserError
-from ray_jobs.data.shard_specs import list_shards, output_names
+from ray_jobs.data.shard_specs import list_shards, name_outputs
 from tests.conftest import make_shards
 from tests.ray_jobs.servers import http_server
 
@@ -92,12 +92,12 @@ OUTPUTS = {
 
 @pytest.mark.parametrize(("shards", "names"), OUTPUTS.values(), ids=OUTPUTS)
 def test_outputs_are_named_after_their_shards(shards: list[str], names: list[str]) -> None:
-    assert list(output_names(shards).values()) == names
+    assert list(name_outputs(shards).values()) == names
 
 
 def test_no_two_shards_share_a_name_and_all_names_fit_a_file_system(tmp_path: Path) -> None:
     shards = ["/data/a.tar", "/data/a.tar.gz", "/data/a b.tar", "/data/a:b.tar", f"pipe:{'x' * 5000}", "http://h/a.tar"]
-    names = output_names(shards)
+    names = name_outputs(shards)
     assert len(set(names.values())) == len(shards)
     for name in names.values():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -12,12 +12,12 @@ import pyarrow as pa
 import pytest
 
 from patterns import UserError
-from ray_jobs.data.byte_streams import opened
+from ray_jobs.data.byte_streams import open_stream
 from ray_jobs.data.shard_specs import list_shards
-from ray_jobs.engine.environment import LONGEST, give_token, temporary_folder
+from ray_jobs.engine.environment import MAX_FOLDER_BYTES, choose_temporary_folder, ensure_token
 from ray_jobs.io import file_systems
-from ray_jobs.io.file_systems import MissingError, as_user_error, is_url
-from ray_jobs.io.object_store import located, plain, writable
+from ray_jobs.io.file_systems import MissingError, is_url, to_user_error
+from ray_jobs.io.object_store import locate, normalize_location, require_writable
 from tests.conftest import make_shards
 
 
@@ -39,25 +39,25 @@ from tests.conftest import make_shards
     ],
 )
 def test_errors_of_file_systems_say_what_to_do(error: Exception, where: str, phrase: str) -> None:
-    told = as_user_error(error, where)
+    told = to_user_error(error, where)
     assert told.where == where
     assert phrase in str(told)
     assert "\n" not in str(told)
 
 
 def test_a_missing_file_is_known_as_one_and_a_server_that_is_away_is_not() -> None:
-    assert isinstance(as_user_error(FileNotFoundError(errno.ENOENT, "no", "/a"), "/a"), MissingError)
+    assert isinstance(to_user_error(FileNotFoundError(errno.ENOENT, "no", "/a"), "/a"), MissingError)
     away = FileNotFoundError("http://h/a")
     away.__cause__ = ConnectionRefusedError("refused")
-    assert not isinstance(as_user_error(away, "http://h/a"), FileNotFoundError)
+    assert not isinstance(to_user_error(away, "http://h/a"), FileNotFoundError)
 
 
 def test_a_server_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(file_systems, "ANSWER", 0.3)
+    monkeypatch.setattr(file_systems, "ANSWER_TIMEOUT", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as server:
         begun = time.monotonic()
         with pytest.raises(UserError, match="does not answer"):
-            located(f"http://127.0.0.1:{server.getsockname()[1]}/run/manifest.json").read_text()
+            locate(f"http://127.0.0.1:{server.getsockname()[1]}/run/manifest.json").read_text()
     assert time.monotonic() - begun < 20
 
 
@@ -66,8 +66,8 @@ def test_spellings_of_one_folder_are_one_location(tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a b").mkdir()
     for where in ("~/a b/run", "a b/run/", f"file://{tmp_path}/a b/run", f"file:{tmp_path}/a%20b/run", "./a b//run"):
-        assert str(located(where)) == f"{tmp_path}/a b/run"
-    assert str(located("s3://bucket/run/")) == "s3://bucket/run"
+        assert str(locate(where)) == f"{tmp_path}/a b/run"
+    assert str(locate("s3://bucket/run/")) == "s3://bucket/run"
     assert not is_url("a::b/x.tar")
     assert is_url("simplecache::s3://b/x.tar")
 
@@ -75,7 +75,7 @@ def test_spellings_of_one_folder_are_one_location(tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize("where", ["", " ", "s3:/bucket/run", "gs:/b", "http:/h/run", "~no-such-user/run"])
 def test_paths_that_cannot_be_meant_are_refused(where: str) -> None:
     with pytest.raises(UserError):
-        plain(where)
+        normalize_location(where)
 
 
 def test_an_output_folder_is_no_file_and_nothing_is_created(tmp_path: Path) -> None:
@@ -85,12 +85,12 @@ def test_an_output_folder_is_no_file_and_nothing_is_created(tmp_path: Path) -> N
     (tmp_path / "link").symlink_to("real")
     for where in ("file", "file/below", "dangling", f"file/{'x' * 300}"):
         with pytest.raises(UserError):
-            writable(tmp_path / where)
+            require_writable(tmp_path / where)
     for where in ("https://host/run", "foo://b/run"):
         with pytest.raises(UserError):
-            writable(where)
-    assert writable(tmp_path / "link").local == tmp_path / "link"
-    assert writable(tmp_path / "new" / "run").local == tmp_path / "new" / "run"
+            require_writable(where)
+    assert require_writable(tmp_path / "link").local == tmp_path / "link"
+    assert require_writable(tmp_path / "new" / "run").local == tmp_path / "new" / "run"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["dangling", "file", "link", "real"]
 
 
@@ -122,29 +122,29 @@ def test_a_zstd_file_of_several_frames_is_read(magic: int, tmp_path: Path) -> No
     halves = [zstd.compress(half, asbytes=True) for half in (data[:3000], data[3000:])]
     packed = tmp_path / "packed.tar"
     packed.write_bytes(skippable + skippable.join(halves))
-    with opened(str(packed)) as stream:
+    with open_stream(str(packed)) as stream:
         assert stream.read() == data
 
 
 def test_a_folder_of_ray_is_short_and_writable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    long = tmp_path / ("x" * 2 * LONGEST)
+    long = tmp_path / ("x" * 2 * MAX_FOLDER_BYTES)
     long.mkdir()
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
     for unusable in (long, tmp_path / "none"):
         monkeypatch.setenv("TMPDIR", str(unusable))
-        assert temporary_folder() == "/tmp/ray"
+        assert choose_temporary_folder() == "/tmp/ray"
     monkeypatch.setenv("TMPDIR", "/tmp")
-    assert temporary_folder() is None
+    assert choose_temporary_folder() is None
     monkeypatch.setenv("RAY_TMPDIR", str(long))
     with pytest.raises(UserError, match="RAY_TMPDIR"):
-        temporary_folder()
+        choose_temporary_folder()
 
 
 def test_a_home_that_cannot_be_written_gives_a_token_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", "/proc/nowhere")
-    give_token()
+    ensure_token()
     assert len(os.environ["RAY_AUTH_TOKEN"]) == 64
     del os.environ["RAY_AUTH_TOKEN"]
 

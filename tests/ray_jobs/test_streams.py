@@ -67,7 +67,7 @@ def s3(folder: Path) -> Iterator[str]:
 
 
 def images(shard: str) -> list[bytes]:
-    return [sample["jpg"] for sample in read_shard(shard)]
+    return [sample.files["jpg"] for sample in read_shard(shard)]
 
 
 @pytest.mark.parametrize("name", ["good.tar", "good.tar.gz", "good.tar.bz2", "good.tar.xz"])
@@ -196,7 +196,7 @@ READ = """
 import json, sys
 from ray_jobs.data.shard_reader import read_shard
 from ray_jobs.data.shard_specs import list_shards
-print(json.dumps([[s["__key__"] for s in read_shard(shard)] for shard in list_shards(sys.argv[1:])]))
+print(json.dumps([[s.key for s in read_shard(shard)] for shard in list_shards(sys.argv[1:])]))
 """
 
 
@@ -207,7 +207,7 @@ def test_s3_is_read_with_what_the_environment_says_alone(s3: str, folder: Path, 
     command = [sys.executable, "-c", READ, *specs]
     done = subprocess.run(command, env=os.environ | keys | {variable: s3}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    tar = [s["__key__"] for s in read_shard(str(folder / "good.tar"))]
+    tar = [s.key for s in read_shard(str(folder / "good.tar"))]
     assert json.loads(done.stdout) == [
         tar,
         [f"{row:08}" for row in range(8)],

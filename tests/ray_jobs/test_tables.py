@@ -16,7 +16,7 @@ from PIL import Image
 from patterns import UserError
 from ray_jobs.config import Preprocessing
 from ray_jobs.data import parquet_reader
-from ray_jobs.data.shard_reader import ShardReader, read_shard
+from ray_jobs.data.shard_reader import ReaderConfig, ShardReader, read_shard
 from ray_jobs.data.shard_specs import list_shards
 from tests.conftest import jpeg
 
@@ -46,13 +46,15 @@ LAYOUTS = {
 def test_images_and_labels_come_in_their_order(tmp_path: Path, columns: dict[str, Any]) -> None:
     (shard,) = list_shards([f"{tmp_path}/*.parquet"] if written(tmp_path, columns) else [])
     found = list(read_shard(shard))
-    assert [(s["__key__"], s["jpg"], int(s["cls"])) for s in found] == [(f"{i:08}", IMAGES[i], i) for i in range(50)]
+    assert [(s.key, s.files["jpg"], int(s.files["cls"])) for s in found] == [
+        (f"{i:08}", IMAGES[i], i) for i in range(50)
+    ]
 
 
 def test_a_key_column_names_the_samples(tmp_path: Path) -> None:
     keys = ["a", "b", "a", "../c", "", None, "x.jpg", "k" * 5000]
     shard = written(tmp_path, {"__key__": keys, "jpg": IMAGES[:8]})
-    reasons = {s["__key__"]: s.get("__refused__", "") for s in read_shard(shard)}
+    reasons = {s.key: s.rejection or "" for s in read_shard(shard)}
     assert list(reasons) == ["a", "b", "a#2", "%2E%2E/c", "00000004", "00000005", "x%2Ejpg", "00000007"]
     assert [bool(reason) for reason in reasons.values()] == [n in (2, 7) for n in range(8)]
 
@@ -69,7 +71,7 @@ KEYS = {
 @pytest.mark.parametrize(("column", "keys"), KEYS.values(), ids=KEYS)
 def test_keys_of_every_type_are_read(tmp_path: Path, column: pa.Array, keys: list[str]) -> None:
     shard = written(tmp_path, {"key": column, "jpg": IMAGES[:2]})
-    assert [s["__key__"] for s in read_shard(shard)] == keys
+    assert [s.key for s in read_shard(shard)] == keys
 
 
 LABELS = {
@@ -86,15 +88,15 @@ LABELS = {
 
 @pytest.mark.parametrize(("column", "labels"), LABELS.values(), ids=LABELS)
 def test_whole_numbers_in_every_spelling_are_labels(tmp_path: Path, column: pa.Array, labels: list[int | None]) -> None:
-    (batch,) = ShardReader(written(tmp_path, {"jpg": IMAGES[:2], "label": column}), PLAIN, 2)
+    (batch,) = ShardReader(written(tmp_path, {"jpg": IMAGES[:2], "label": column}), ReaderConfig(PLAIN, 2))
     assert batch.labels == labels
 
 
 @pytest.mark.parametrize("label", ["cat", "", "1_0", "١", 1.5, float("inf"), [1, 2], [], -2, 2**40])
 def test_other_labels_are_rejected_with_their_value(tmp_path: Path, label: Any) -> None:
-    reader = ShardReader(written(tmp_path, {"jpg": IMAGES[:1], "label": [label]}), PLAIN, 2)
+    reader = ShardReader(written(tmp_path, {"jpg": IMAGES[:1], "label": [label]}), ReaderConfig(PLAIN, 2))
     assert not list(reader)
-    assert "no class number" in reader.refused[0].reason
+    assert "not a class number" in reader.refused[0].reason
 
 
 def test_names_that_hugging_face_has_numbered_are_labels(tmp_path: Path) -> None:
@@ -102,7 +104,7 @@ def test_names_that_hugging_face_has_numbered_are_labels(tmp_path: Path) -> None
     table = pa.table({"jpg": IMAGES[:2], "label": ["cat", "eel"]})
     table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
     pq.write_table(table, tmp_path / "x.parquet")
-    (batch,) = ShardReader(str(tmp_path / "x.parquet"), PLAIN, 2)
+    (batch,) = ShardReader(str(tmp_path / "x.parquet"), ReaderConfig(PLAIN, 2))
     assert batch.labels == [1, 0]
 
 
@@ -110,7 +112,7 @@ def test_a_bitmap_is_read_if_its_path_says_so(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     Image.new("RGB", (20, 20), (10, 20, 30)).save(buffer, "bmp")
     images = [{"bytes": buffer.getvalue(), "path": path} for path in ("a/x.BMP", "a/x.jpg", None)]
-    reader = ShardReader(written(tmp_path, {"image": images}), PLAIN, 4)
+    reader = ShardReader(written(tmp_path, {"image": images}), ReaderConfig(PLAIN, 4))
     (batch,) = reader
     assert batch.keys == ["00000000"]
     assert all("BMP" in r.reason for r in reader.refused)
@@ -121,7 +123,7 @@ def test_bad_rows_are_refused_and_the_others_kept(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(parquet_reader, "MAX_SAMPLE_BYTES", 3000)
     images = [IMAGES[0], None, bytes(4000), b"no image", b"", IMAGES[1]]
     shard = written(tmp_path, {"image": hugging_face(images), "label": [0, 1, 2, 3, 4, None]})
-    reader = ShardReader(shard, PLAIN, 2)
+    reader = ShardReader(shard, ReaderConfig(PLAIN, 2))
     (batch,) = reader
     assert (batch.keys, batch.labels) == (["00000000", "00000005"], [0, None])
     assert [(r.key[-1], r.stage) for r in reader.refused] == [
@@ -173,7 +175,7 @@ def test_whatever_the_bytes_the_file_is_read_or_told_as_broken(tmp_path: Path) -
             )
         path.write_bytes(changed)
         try:
-            for batch in ShardReader(str(path), PLAIN, 4):
+            for batch in ShardReader(str(path), ReaderConfig(PLAIN, 4)):
                 assert torch.isfinite(batch.images).all()
         except UserError:
             broken += 1

@@ -13,7 +13,7 @@ from patterns import UserError
 from ray_jobs.config import Preprocessing
 from ray_jobs.data import samples, tar_reader
 from ray_jobs.data.samples import Sample
-from ray_jobs.data.shard_reader import ShardReader, read_shard
+from ray_jobs.data.shard_reader import ReaderConfig, ShardReader, read_shard
 from tests.conftest import jpeg, make_shards
 
 PLAIN = Preprocessing(image_size=16, resize=16, interpolation="bilinear", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
@@ -40,7 +40,7 @@ def special(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
 
 def read(data: bytes) -> list[Sample]:
     """The samples of a tar's bytes, as every reader of shards has them."""
-    return list(samples.distinct(tar_reader.samples(io.BytesIO(data))))
+    return list(samples.reject_duplicates(tar_reader.read_samples(io.BytesIO(data))))
 
 
 def stored(folder: Path, data: bytes) -> str:
@@ -65,7 +65,7 @@ def test_good_tars_give_what_webdataset_gives(tmp_path: Path, names: list[str], 
     rng = np.random.default_rng(0)
     path = stored(tmp_path, packed([(name, rng.bytes(rng.integers(0, 3000))) for name in names], form))
     theirs = webdataset.WebDataset(path, shardshuffle=False)
-    expected = [{k: v for k, v in s.items() if k not in ("__url__", "__local_path__")} for s in theirs]
+    expected = [Sample(s["__key__"], {k: v for k, v in s.items() if not k.startswith("__")}) for s in theirs]
     assert list(read_shard(path)) == expected
     assert expected
 
@@ -73,7 +73,7 @@ def test_good_tars_give_what_webdataset_gives(tmp_path: Path, names: list[str], 
 def test_hidden_files_directories_and_global_headers_are_passed_over() -> None:
     comment = tarfile.TarInfo.create_pax_global_header({"comment": "0" * 40})
     data = packed([(special("a", tarfile.DIRTYPE), b""), ("a/._b.jpg", b"x"), (".DS_Store", b"x"), ("a/b.jpg", b"1")])
-    assert read(comment + data) == [{"__key__": "a/b", "jpg": b"1"}]
+    assert read(comment + data) == [Sample("a/b", {"jpg": b"1"})]
 
 
 REFUSED: dict[str, tuple[list[Entry], str, str]] = {
@@ -93,30 +93,31 @@ REFUSED: dict[str, tuple[list[Entry], str, str]] = {
 @pytest.mark.parametrize(("bad", "key", "reason"), REFUSED.values(), ids=REFUSED)
 def test_a_bad_member_is_refused_and_its_neighbours_are_kept(bad: list[Entry], key: str, reason: str) -> None:
     first, odd, last = read(packed([("a.jpg", b"1"), ("a.cls", b"1"), *bad, ("c.jpg", b"3")]))
-    assert first == {"__key__": "a", "jpg": b"1", "cls": b"1"}
-    assert (odd["__key__"], last) == (key, {"__key__": "c", "jpg": b"3"})
-    assert reason in odd["__refused__"]
+    assert first == Sample("a", {"jpg": b"1", "cls": b"1"})
+    assert (odd.key, last) == (key, Sample("c", {"jpg": b"3"}))
+    assert odd.rejection is not None
+    assert reason in odd.rejection
 
 
 def test_of_samples_with_the_same_key_the_first_counts_wherever_the_others_are() -> None:
     names = ["a.jpg", "a.jpg", "b.jpg", "a.png", "c.jpg", "b.jpg"]
     found = read(packed([(name, str(i).encode()) for i, name in enumerate(names)]))
-    assert [s["__key__"] for s in found] == ["a", "a#2", "b", "a#3", "c", "b#2"]
-    assert [s.get("jpg") for s in found if "__refused__" not in s] == [b"0", b"2", b"4"]
+    assert [s.key for s in found] == ["a", "a#2", "b", "a#3", "c", "b#2"]
+    assert [s.files.get("jpg") for s in found if s.rejection is None] == [b"0", b"2", b"4"]
 
 
 def test_names_that_are_not_utf8_are_read_under_a_key_that_is() -> None:
     (sample,) = read(packed([("caf\udce9.jpg", b"1"), ("caf\udce9.cls", b"2")]))
-    assert sample == {"__key__": "caf\\xe9", "jpg": b"1", "cls": b"2"}
+    assert sample == Sample("caf\\xe9", {"jpg": b"1", "cls": b"2"})
 
 
 def test_a_huge_member_is_passed_over_and_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tar_reader, "MAX_SAMPLE_BYTES", 2000)
     entries: list[Entry] = [("a.jpg", b"1"), ("b.jpg", bytes(3000)), ("b.cls", b"2"), ("c.jpg", b"3")]
     first, huge, last = read(packed(entries))
-    assert (first["jpg"], last["jpg"]) == (b"1", b"3")
-    assert "more than 2000 bytes" in huge["__refused__"]
-    assert huge["jpg"] == b""
+    assert (first.files["jpg"], last.files["jpg"]) == (b"1", b"3")
+    assert "more than 2000 bytes" in (huge.rejection or "")
+    assert huge.files["jpg"] == b""
 
 
 def test_sparse_members_are_refused_in_each_of_their_formats() -> None:
@@ -130,8 +131,8 @@ def test_sparse_members_are_refused_in_each_of_their_formats() -> None:
     start, end = packed([("a.jpg", b"1")])[:1024], packed([("c.jpg", b"3")])
     for data in (start + signed(old)[:512] + more + bytes(old[512:]) + end, new):
         first, sparse, last = read(data)
-        assert (first["jpg"], sparse["__key__"], last["jpg"]) == (b"1", "b", b"3")
-        assert "sparse" in sparse["__refused__"]
+        assert (first.files["jpg"], sparse.key, last.files["jpg"]) == (b"1", "b", b"3")
+        assert "sparse" in (sparse.rejection or "")
 
 
 def signed(block: bytearray) -> bytes:
@@ -226,11 +227,11 @@ def flipped(rng: random.Random, data: bytes, start: int, end: int, most: int = 8
 def untouched_or_broken(data: bytes, expected: list[Sample]) -> bool:
     """Whether a shard is told as broken; else all expected samples are seen to be in it, in order."""
     try:
-        found = [s for s in read(data) if "__refused__" not in s]
+        found = [s for s in read(data) if s.rejection is None]
     except samples.ShardError:
         return True
-    keys = {s["__key__"] for s in expected}
-    assert [s for s in found if s["__key__"] in keys] == expected
+    keys = {s.key for s in expected}
+    assert [s for s in found if s.key in keys] == expected
     return False
 
 
@@ -239,12 +240,12 @@ def test_whatever_one_images_bytes_are_all_other_samples_come_through(
 ) -> None:
     data, members = archive
     rng = random.Random(1)
-    expected = {b.keys[0]: b.images[0] for b in ShardReader(stored(tmp_path, data), PLAIN, 1)}
+    expected = {b.keys[0]: b.images[0] for b in ShardReader(stored(tmp_path, data), ReaderConfig(PLAIN, 1))}
     refusals = 0
     for trial in range(1500):
         hit = members[rng.randrange(0, len(members), 2)]
         reader = ShardReader(
-            stored(tmp_path, flipped(rng, data, hit.offset_data, hit.offset_data + hit.size)), PLAIN, 1
+            stored(tmp_path, flipped(rng, data, hit.offset_data, hit.offset_data + hit.size)), ReaderConfig(PLAIN, 1)
         )
         found = {b.keys[0]: b.images[0] for b in reader}
         key = hit.name.removesuffix(".jpg")
@@ -264,7 +265,7 @@ def test_a_flipped_header_breaks_the_shard_or_touches_its_sample_alone(
     broken = 0
     for _ in range(4000):
         hit = rng.choice(members)
-        spared = [s for s in original if s["__key__"] != hit.name.split(".")[0]]
+        spared = [s for s in original if s.key != hit.name.split(".")[0]]
         broken += untouched_or_broken(flipped(rng, data, hit.offset, hit.offset + 512), spared)
     assert broken > 3900
 
@@ -286,7 +287,7 @@ def test_a_forged_header_breaks_the_shard_or_touches_its_sample_alone(
         else:
             block[start:end] = flipped(rng, bytes(block), start, end, 20)[start:end]
         forged = data[: hit.offset] + signed(block) + data[hit.offset + 512 :]
-        broken += untouched_or_broken(forged, [s for s in original if s["__key__"] != hit.name.split(".")[0]])
+        broken += untouched_or_broken(forged, [s for s in original if s.key != hit.name.split(".")[0]])
     assert 500 < broken < 3500
 
 
@@ -308,7 +309,7 @@ def test_cut_filled_and_spliced_archives_are_broken_or_lose_what_was_cut_alone(
         else:
             mutated = data[:start] + rng.randbytes(end - start) + data[end:]
         lost = {m.name.split(".")[0] for m in members if overlap(touched, m)}
-        broken += untouched_or_broken(mutated, [s for s in original if s["__key__"] not in lost])
+        broken += untouched_or_broken(mutated, [s for s in original if s.key not in lost])
     assert broken > 1000
 
 

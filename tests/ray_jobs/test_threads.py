@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from ray_jobs.engine.shard_worker import BatchStream
-from ray_jobs.io.prefetch import AHEAD, Prefetcher, WriteBehind, in_order
+from ray_jobs.io.prefetch import DEFAULT_COUNT, Prefetcher, WriteBehind, map_in_order
 
 Made = Callable[[Iterable[int]], Iterator[int]]
 MAKERS: dict[str, tuple[Made, int]] = {
-    "ahead": (lambda items: iter(Prefetcher(items)), AHEAD + 1),
-    "in order, one thread": (lambda items: in_order(lambda i: i, items, 1), 1),
-    "in order, three threads": (lambda items: in_order(lambda i: i, items, 3), 6),
+    "ahead": (lambda items: iter(Prefetcher(items)), DEFAULT_COUNT + 1),
+    "in order, one thread": (lambda items: map_in_order(lambda i: i, items, 1), 1),
+    "in order, three threads": (lambda items: map_in_order(lambda i: i, items, 3), 6),
 }
 
 
@@ -83,7 +83,7 @@ def test_a_worker_that_fails_amid_a_shard_ends_its_reading_thread() -> None:
         work()
     assert source.closed
     assert threading.active_count() == before
-    assert batches.count == 4
+    assert batches.batches == 4
 
 
 def test_what_follows_begins_once_all_before_is_made_though_not_yet_worked_on() -> None:
@@ -96,7 +96,7 @@ def test_what_follows_begins_once_all_before_is_made_though_not_yet_worked_on() 
     time.sleep(0.3)
     assert (first.taken, second.taken) == (6, 0)  # the sixth waits for room
     assert next(numbers) == 3
-    while second.taken < AHEAD + 1:
+    while second.taken < DEFAULT_COUNT + 1:
         time.sleep(0.01)
     assert [next(numbers) for _ in range(2)] == [4, 5]
     assert next(iter(after)) == 0
@@ -127,7 +127,7 @@ def behind(work: Callable[[], int]) -> list[int]:
 
 BESIDE: dict[str, Callable[[Callable[[], int]], Iterable[int]]] = {
     "ahead": lambda work: Prefetcher(work() for _ in range(1)),
-    "in order": lambda work: in_order(lambda _: work(), range(1), 3),
+    "in order": lambda work: map_in_order(lambda _: work(), range(1), 3),
     "behind": behind,
 }
 
@@ -161,7 +161,7 @@ def test_results_keep_the_order_of_their_items_however_long_each_takes() -> None
         return -number
 
     begun = time.monotonic()
-    assert list(in_order(work, range(60), 6)) == [-n for n in range(60)]
+    assert list(map_in_order(work, range(60), 6)) == [-n for n in range(60)]
     assert time.monotonic() - begun < sum(seconds), "they were done one after the other"
 
 
@@ -173,7 +173,7 @@ def test_an_error_comes_where_its_result_would_have() -> None:
 
     found: list[int] = []
     with pytest.raises(ValueError, match="the eighth"):
-        found.extend(in_order(work, range(100), 3))
+        found.extend(map_in_order(work, range(100), 3))
     assert found == list(range(7))
 
 
@@ -194,4 +194,4 @@ def test_what_is_done_behind_is_done_in_order_and_its_error_is_told() -> None:
     with WriteBehind() as behind, pytest.raises(OSError, match="the disk is full"):
         do_all(behind)
     assert done[:5] == [0, 1, 2, 3, 4]
-    assert len(done) < 5 + 2 + AHEAD
+    assert len(done) < 5 + 2 + DEFAULT_COUNT
