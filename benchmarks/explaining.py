@@ -16,15 +16,15 @@ from zennit.composites import EpsilonPlusFlat
 from benchmarks.timing import JOB_BATCH, Bench, Row, Timed, Variant, write_shards
 from patterns import Explainer, Network, trace
 from ray_jobs.config import ExplainConfig, FitConfig, ModelConfig, Resources
-from ray_jobs.data.shard_reader import ShardReader
+from ray_jobs.data.shard_reader import ReaderConfig, ShardReader
 from ray_jobs.data.shard_specs import list_shards
 from ray_jobs.engine.shard_worker import WorkerResources
 from ray_jobs.io.prefetch import WriteBehind
 from ray_jobs.jobs.explain import explain as job
 from ray_jobs.jobs.fit.fit import fit
-from ray_jobs.jobs.per_shard_job import ShardTask
+from ray_jobs.jobs.per_shard_job import FilesTask
 from ray_jobs.models import loading
-from ray_jobs.runs.map_files import outputs
+from ray_jobs.runs.map_files import list_shard_files
 
 FIVE = ("gradient", "deconvnet", "guided-backprop", "patternnet", "patternattribution")
 HERE = Resources(workers=0)
@@ -114,11 +114,11 @@ def whole_job(bench: Bench) -> Iterator[Row]:
         # So that a core is left for the threads that read and write.
         loaded = loading.load(model)
         worker = job.ExplainWorker(config, loaded.digests, {}, WorkerResources(cpus=1))
-        worker.ready()
-        (images, *_) = (b.images for b in ShardReader(shards[0], loaded.preprocessing, JOB_BATCH))
-        out = iter(outputs(f"{folder}/out", shards).values())
-        batches = sum(1 for _ in ShardReader(shards[0], loaded.preprocessing, JOB_BATCH))
-        task = ShardTask(shards[0], next(out))
+        worker.prepare()
+        (images, *_) = (b.images for b in ShardReader(shards[0], ReaderConfig(loaded.preprocessing, JOB_BATCH)))
+        out = iter(list_shard_files(f"{folder}/out", shards).values())
+        batches = sum(1 for _ in ShardReader(shards[0], ReaderConfig(loaded.preprocessing, JOB_BATCH)))
+        task = FilesTask(shards[0], files=next(out))
 
         def inner() -> None:
             for _ in range(batches):

@@ -11,11 +11,11 @@ from torch import Tensor
 from patterns import UserError
 from ray_jobs.config import Preprocessing
 from ray_jobs.data import image_folders, parquet_reader, tar_reader
-from ray_jobs.data.byte_streams import opened, seekable
-from ray_jobs.data.image_decoding import boxes_of, inputs, label_of, seen
-from ray_jobs.data.samples import Box, Rejected, Sample, SampleError, distinct
-from ray_jobs.io.file_systems import translated
-from ray_jobs.io.prefetch import in_order
+from ray_jobs.data.byte_streams import open_seekable, open_stream
+from ray_jobs.data.image_decoding import decode_input, normalize_batch, parse_boxes, parse_label
+from ray_jobs.data.samples import Box, RejectedSample, Sample, SampleError, reject_duplicates
+from ray_jobs.io.file_systems import translate_errors
+from ray_jobs.io.prefetch import map_in_order
 
 
 @dataclass(frozen=True)
@@ -35,95 +35,136 @@ Used = tuple[str, Tensor, int | None, list[Box] | None]
 
 
 def read_shard(shard: str) -> Generator[Sample, None, None]:
-    """The samples of a shard as they stand: `__key__`, and bytes by extension; `__refused__` where one is unusable.
+    """The samples of a shard as they stand; unusable samples have a `rejection`.
 
     In order and in bounded memory, with keys that are all different. UserError where the shard is not whole
     and sound to its end, or holds no sample; whatever the reason, it may be gone at another attempt.
     """
     empty = True
-    with translated(shard, remedy="Replace it, or leave it out of --shards."):
-        for sample in distinct(raw_samples(shard)):
+    with translate_errors(shard, remedy="Replace it, or leave it out of --shards."):
+        for sample in reject_duplicates(raw_samples(shard)):
             empty = False
             yield sample
     if empty:
-        kind = "Parquet file" if parquet_reader.is_table(shard) else "tar archive"
+        kind = "Parquet file" if parquet_reader.is_parquet(shard) else "tar archive"
         raise UserError(shard, f"a {kind} without a sample", "Replace it, or leave it out of --shards.")
 
 
 def raw_samples(shard: str) -> Iterator[Sample]:
     if match := image_folders.SHARD.fullmatch(shard):
-        yield from image_folders.samples(match)
-    elif parquet_reader.is_table(shard):
-        with seekable(shard) as file:
-            yield from parquet_reader.samples(file)
+        yield from image_folders.read_samples(match)
+    elif parquet_reader.is_parquet(shard):
+        with open_seekable(shard) as file:
+            yield from parquet_reader.read_samples(file)
     else:
-        with opened(shard) as stream:
-            yield from tar_reader.samples(stream)
+        with open_stream(shard) as stream:
+            yield from tar_reader.read_samples(stream)
+
+
+@dataclass(frozen=True)
+class ReaderConfig:
+    """How a worker reads its shards.
+
+    Attributes:
+        preprocessing: From an image to the model's input.
+        batch_size: The number of samples of a batch; the last batch of a shard may have fewer.
+        dtype: The dtype of the model's input.
+        validate_label: Raises SampleError if the job cannot use a sample with this label.
+        with_boxes: Whether the boxes of samples are read.
+        threads: The number of threads that decode images.
+    """
+
+    preprocessing: Preprocessing
+    batch_size: int
+    dtype: torch.dtype = torch.float32
+    validate_label: Callable[[int | None], None] = lambda _: None
+    with_boxes: bool = False
+    threads: int = 1
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """The samples of one shard that a worker reads.
+
+    Attributes:
+        shard: The shard.
+        max_samples: Only so many samples from the start of the shard are read, whether they can be used or not.
+            None: all.
+        only: Only samples with these keys are used. None: all.
+    """
+
+    shard: str
+    max_samples: int | None = None
+    only: frozenset[str] | None = None
 
 
 @dataclass
 class ShardReader:
-    """Streams a shard's samples as batches; samples that cannot be used are put into `refused`.
+    """The batches of a shard; samples that cannot be used are appended to `refused`.
 
-    max_samples: the first so many samples of the shard are looked at, whether they can be used or not.
-    check: raises SampleError for further samples that the job cannot use, given the label.
-    with_boxes: whether boxes are wanted.
-    only: of these, the samples of these keys; None: all.  skip: but not those of these keys.
-    threads: how many decode.
+    Attributes:
+        shard: The shard.
+        config: How it is read.
+        max_samples: See `ShardTask`.
+        only: See `ShardTask`.
+        skip: Samples with these keys are not used.
+        refused: The samples that were rejected until now.
     """
 
     shard: str
-    preprocessing: Preprocessing
-    batch_size: int
-    dtype: torch.dtype = torch.float32
+    config: ReaderConfig
     max_samples: int | None = None
-    check: Callable[[int | None], None] = lambda _: None
-    with_boxes: bool = False
     only: frozenset[str] | None = None
     skip: frozenset[str] = frozenset()
-    threads: int = 1
-    refused: list[Rejected] = field(default_factory=list)
+    refused: list[RejectedSample] = field(default_factory=list)
 
     def __iter__(self) -> Iterator[Batch]:
         taken: list[Used] = []
         self.lacking = set(self.only or ())
         with (
             closing(read_shard(self.shard)) as samples,
-            closing(in_order(self.used, self.wanted(samples), self.threads)) as found,
+            closing(map_in_order(self.used, self.wanted(samples), self.config.threads)) as found,
         ):
             for used in found:
-                if isinstance(used, Rejected):
+                if isinstance(used, RejectedSample):
                     self.refused.append(used)
                 else:
                     taken.append(used)
-                if len(taken) == self.batch_size:
+                if len(taken) == self.config.batch_size:
                     yield self.batch(taken)
                     taken = []
         if taken:
             yield self.batch(taken)
-        self.refused += [Rejected(self.shard, key, "read", "the shard has it no more") for key in sorted(self.lacking)]
+        self.refused += [
+            RejectedSample(self.shard, key, "read", "the shard has it no more") for key in sorted(self.lacking)
+        ]
 
     def wanted(self, samples: Iterator[Sample]) -> Iterator[Sample]:
         """Those of a shard's samples that are asked for."""
         for sample in islice(samples, self.max_samples):
-            key = sample["__key__"]
+            key = sample.key
             self.lacking.discard(key)
             if key not in self.skip and (self.only is None or key in self.only):
                 yield sample
 
-    def used(self, sample: Sample) -> Used | Rejected:
+    def used(self, sample: Sample) -> Used | RejectedSample:
         """A sample's key, input, label and boxes, or why it is refused."""
-        key = sample["__key__"]
-        if reason := sample.get("__refused__"):
-            return Rejected(self.shard, key, "read", reason)
+        key = sample.key
+        if reason := sample.rejection:
+            return RejectedSample(self.shard, key, "read", reason)
         try:
-            label = label_of(sample)
-            self.check(label)
-            boxes = boxes_of(sample, self.preprocessing) if self.with_boxes else None
-            return key, seen(sample, self.preprocessing), label, boxes
+            label = parse_label(sample.files)
+            self.config.validate_label(label)
+            boxes = parse_boxes(sample.files, self.config.preprocessing) if self.config.with_boxes else None
+            return key, decode_input(sample.files, self.config.preprocessing), label, boxes
         except SampleError as error:
-            return Rejected(self.shard, key, "decode", str(error))
+            return RejectedSample(self.shard, key, "decode", str(error))
 
     def batch(self, taken: list[Used]) -> Batch:
         keys, images, labels, boxes = zip(*taken)
-        return Batch(inputs(images, self.preprocessing).to(self.dtype), list(keys), list(labels), list(boxes))
+        return Batch(
+            normalize_batch(images, self.config.preprocessing).to(self.config.dtype),
+            list(keys),
+            list(labels),
+            list(boxes),
+        )

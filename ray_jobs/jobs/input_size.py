@@ -1,4 +1,4 @@
-"""The input's shape of a factory's model, from the first ready tensor of the data."""
+"""The input shape of a model that a user's function makes, inferred from the first ready tensor of the data."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -9,41 +9,40 @@ from typing import Any
 
 from patterns import UserError
 from ray_jobs.config import ModelConfig
-from ray_jobs.data.image_decoding import npy_header
-from ray_jobs.data.samples import image_in, tensor_in
+from ray_jobs.data.image_decoding import parse_npy_header
+from ray_jobs.data.samples import find_image, find_tensor
 from ray_jobs.data.shard_reader import read_shard
 from ray_jobs.models.loading import IMAGENET, LIBRARIES
 
 PREPROCESSING = ("image_size", "resize", "mean", "std")
-SHARDS, SAMPLES = 3, 100  # that are read at most until a sample says what the data are
+MAX_SHARDS, MAX_SAMPLES = 3, 100  # that are read to find a sample with a tensor or an image
 
 
-def sized(model: ModelConfig, shards: Sequence[str], begun: Mapping[str, Any] | None = None) -> ModelConfig:
+def infer_input_size(model: ModelConfig, shards: Sequence[str], begun: Mapping[str, Any] | None = None) -> ModelConfig:
     """Return a config with the height, width and number of channels of the data, if these are ready tensors.
 
-    The config is returned as it is if it is of a library's model, if it has any option of preprocessing, or if the
-    data are images.
+    The config is returned unchanged for a model of a library, if an option of preprocessing is given, and for images.
 
     Args:
         model: The config of the model.
         shards: The data.
-        begun: The manifest's section of a fit that is taken up again; its shape is used if no shard can be read now.
+        begun: The manifest's section of a fit that is resumed; its shape is used if no shard can be read now.
 
     Raises:
         UserError: If the tensors are not square.
     """
     if model.spec.partition(":")[0] in LIBRARIES or any(getattr(model, name) is not None for name in PREPROCESSING):
         return model
-    for shard in shards[:SHARDS]:
+    for shard in shards[:MAX_SHARDS]:
         try:
-            shape = first_shape(shard)
-        except UserError:  # the job itself reports it
+            shape = read_first_shape(shard)
+        except UserError:  # the job itself reports the error
             continue
         if shape is None or shape == IMAGENET.input_shape:
             return model
         channels, height, width = shape
         if height != width:
-            what = f"a tensor of shape {shape}, of which height and width differ"
+            what = f"a tensor of shape {shape}, whose height and width differ"
             raise UserError(shard, what, "Store square tensors (C, H, H); only square inputs are supported.")
         mean, std = (0.0,) * channels, (1.0,) * channels
         return replace(model, image_size=height, resize=height, mean=mean, std=std)
@@ -53,21 +52,21 @@ def sized(model: ModelConfig, shards: Sequence[str], begun: Mapping[str, Any] | 
     return ModelConfig(**asdict(model) | {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()})
 
 
-def first_shape(shard: str) -> tuple[int, ...] | None:
+def read_first_shape(shard: str) -> tuple[int, ...] | None:
     """Return the shape (C, H, W) of a shard's first sample with data, or None if that is an image.
 
     Raises:
         UserError: If the shard cannot be read, or no sample of it has a tensor or an image.
     """
     with closing(read_shard(shard)) as samples:
-        for sample in islice(samples, SAMPLES):
-            if image_in(sample):
+        for sample in islice(samples, MAX_SAMPLES):
+            if find_image(sample.files):
                 return None
-            if tensor := tensor_in(sample):
+            if tensor := find_tensor(sample.files):
                 try:
-                    shape, _, _ = npy_header(io.BytesIO(sample[tensor]))
+                    shape, _, _ = parse_npy_header(io.BytesIO(sample.files[tensor]))
                 except Exception:  # untrusted bytes raise many types; the job rejects the sample with its reason
                     continue
                 if len(shape) == 3 and min(shape) > 0:
                     return tuple(shape)
-    raise UserError(shard, "no sample holds a tensor or an image", "Replace it, or leave it out of --shards.")
+    raise UserError(shard, "no sample holds a tensor or an image", "Replace the shard, or leave it out of --shards.")

@@ -1,70 +1,91 @@
-"""Jobs that write files for each input shard: a shard is wholly there or not there, and worked on once."""
+"""Jobs that write files for each shard: the files of a shard are complete or absent, and written once."""
 
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 from ray_jobs.config import MethodsConfig, Resources, equal_share
-from ray_jobs.engine.shard_job import ShardJob, judge_samples
-from ray_jobs.io.object_store import names
-from ray_jobs.runs.lease import Heartbeat
-from ray_jobs.runs.map_files import Outputs, outputs
-from ray_jobs.runs.run_folder import Run, refused_in
+from ray_jobs.data.shard_reader import ShardTask
+from ray_jobs.engine.shard_job import ShardJob, require_enough_samples
+from ray_jobs.io.object_store import list_names
+from ray_jobs.jobs.job_session import JobSession
+from ray_jobs.runs.map_files import ShardFiles, list_shard_files
+from ray_jobs.runs.run_folder import read_rejected
 
 
-class ShardTask(NamedTuple):
-    """What a worker is told of a shard. out: the files to write.  most: samples at most."""
+@dataclass(frozen=True)
+class FilesTask(ShardTask):
+    """One shard of a job.
 
-    shard: str
-    out: Outputs
-    most: int | None = None
+    Attributes:
+        files: The files to write.
+    """
+
+    files: ShardFiles = field(kw_only=True)
 
 
 class PerShardJob(ShardJob):
-    """The driver's side: where the files of each shard go, and of how many samples they are."""
+    """The driver's side: the files of each shard, and the number of samples they are made of."""
 
     def __init__(
-        self, name: str, beat: Heartbeat, config: MethodsConfig, outs: dict[str, Outputs], resources: Resources
+        self, session: JobSession, config: MethodsConfig, files: dict[str, ShardFiles], resources: Resources
     ) -> None:
-        there = {folder: set(names(folder)) for folder in {out.folder for out in outs.values()}}
-        left = [shard for shard, out in outs.items() if out.rows not in there[out.folder]]
-        shares = (equal_share(config.max_samples, number, len(outs)) for number in range(len(outs)))
-        self.told = {shard: ShardTask(shard, out, most) for (shard, out), most in zip(outs.items(), shares)}
-        super().__init__(name, beat, config.shards, left, resources, max_loss=None)
+        existing = {folder: set(list_names(folder)) for folder in {each.folder for each in files.values()}}
+        remaining = [shard for shard, each in files.items() if each.rows not in existing[each.folder]]
+        limits = (equal_share(config.max_samples, number, len(files)) for number in range(len(files)))
+        self.tasks = {shard: FilesTask(shard, limit, files=each) for (shard, each), limit in zip(files.items(), limits)}
+        super().__init__(session.name, session.heartbeat, config.shards, remaining, resources, max_loss=None)
 
-    def task(self, item: str) -> ShardTask:
-        return self.told[item]
+    def make_task(self, item: str) -> FilesTask:
+        """Return the task of a shard."""
+        return self.tasks[item]
 
 
-def shard_by_shard(
-    name: str,
-    beat: Heartbeat,
+def write_shard_files(
+    session: JobSession,
     config: MethodsConfig,
     resources: Resources,
-    kind: str,
-    line: str,
+    folder: str,
+    message: str,
     worker: type,
-    *more: object,
-) -> tuple[list[Outputs], dict[str, object]]:
-    """Have workers, made from the config and more, write what is left of a kind of files.
+    *arguments: object,
+) -> list[ShardFiles]:
+    """Have workers write the files of the shards that have none yet.
 
-    line: said before, where anything is left.
-    Gives the files of the shards that are done, and what the manifest says of them; the samples that were rejected
-    are put in quarantine. Raises what a job raises; `enough_used` then judges how many samples were used.
+    The session's section gets the number of finished shards, the missing shards and the number of rejected samples;
+    the rejected samples are put into quarantine. `validate_sample_count` then judges how many samples were used.
+
+    Args:
+        session: The job.
+        config: Its config, the first argument of the workers.
+        resources: What it takes from the cluster.
+        folder: The folder of the files in the run.
+        message: The line to log if there is anything to do.
+        worker: The class of the workers.
+        *arguments: Further arguments of the workers.
+
+    Returns:
+        The files of the finished shards.
+
+    Raises:
+        UserError: If no shard can be used.
+        StoppedShortError: If a signal stopped the job, or more shards failed than may.
     """
-    outs = outputs(config.out, config.shards, kind)
-    job = PerShardJob(name, beat, config, outs, resources)
-    if job.left:
-        job.reporter.line(line)
-    job.run(worker, config, *more)
-    done = [out for shard, out in outs.items() if shard not in job.missing]
-    refused = [row for out in done for row in refused_in(out.folder / out.refused)]
-    beat.run.quarantine(name, refused)
-    return done, {"shards": len(done), "missing": job.missing, "refused": len(refused)}
+    files = list_shard_files(config.out, config.shards, folder)
+    job = PerShardJob(session, config, files, resources)
+    if job.remaining:
+        job.reporter.log(message)
+    job.run(worker, config, *arguments)
+    done = [each for shard, each in files.items() if shard not in job.missing]
+    rejected = [row for each in done for row in read_rejected(each.folder / each.refused)]
+    session.run.write_quarantine(session.name, rejected)
+    session.section |= {"shards": len(done), "missing": job.missing, "refused": len(rejected)}
+    return done
 
 
-def enough_used(run: Run, job: str, samples: int, resources: Resources) -> None:
-    """Judge a job whose files are all written; see `judge_samples`. Its quarantine must be written too.
+def validate_sample_count(session: JobSession, samples: int, resources: Resources) -> None:
+    """Raise UserError if a job whose files are all written has rejected too many samples.
 
-    Only then, because the samples of earlier calls with the same command count as well.
+    The samples of earlier calls with the same command count as well, so the quarantine must be written.
     """
-    refused = run.quarantined(job)
-    judge_samples(str(run.folder), samples, len(refused), lambda: refused[0], resources.max_bad_fraction)
+    rejected = session.run.read_quarantine(session.name)
+    fraction = resources.max_bad_fraction
+    require_enough_samples(str(session.run.folder), samples, len(rejected), lambda: rejected[0], fraction)

@@ -16,21 +16,20 @@ import torch
 from torch import Tensor
 
 from patterns import Network, Operator, PatchMoments, PatchObserver, UserError
-from patterns.estimation import CUTOFF, chosen, quality, selected, signals
+from patterns.estimation import CUTOFF, group_by_estimator, quality, select_choices, select_estimators
 from patterns.io import write_table
-from patterns.moments import bytes_of
+from patterns.moments import patch_moments_bytes
 from ray_jobs.config import QualityConfig, Resources
-from ray_jobs.data.samples import Rejected
-from ray_jobs.engine.ray_session import connected
+from ray_jobs.data.samples import RejectedSample
 from ray_jobs.figures.drawing import draw_quality
-from ray_jobs.io.object_store import published, read_table
-from ray_jobs.jobs.moments_job import MomentsJob, MomentsSpec, apart
-from ray_jobs.jobs.reduction import TASK_BYTES, grouped, merged
-from ray_jobs.models import loading
-from ray_jobs.runs.lease import hold_lease
+from ray_jobs.io.object_store import publish, read_table
+from ray_jobs.jobs.job_session import JobSession
+from ray_jobs.jobs.moments_job import MomentsJob, MomentsSpec, require_disjoint
+from ray_jobs.jobs.reduction import TASK_BYTES, group_by_size, merge_operators
+from ray_jobs.runs.moments_store import MomentsStore
 from ray_jobs.runs.run_folder import Run, load_patterns
 
-# An operator whose Gram matrix takes more is judged only where it is named.
+# An operator with a larger Gram matrix is judged only if the config names it.
 GRAM_BYTES = 512 << 20
 INVERSE = "pseudo-inverse: eigenvalues of Cov[x] below the cutoff times the largest are left out (docs/quality.md)"
 SCHEMA = pa.schema(
@@ -38,106 +37,130 @@ SCHEMA = pa.schema(
 )
 
 
-def judged(network: Network, patterns: Sequence[str]) -> list[str]:
-    """The operators that some patterns of names mean; without any, all those of moderate size with several inputs
-    of images one by one.
+def select_operators(network: Network, patterns: Sequence[str]) -> list[str]:
+    """Return the names of the operators to judge.
 
-    UserError for a pattern that matches none.
+    Args:
+        network: The model.
+        patterns: Patterns of names. Without any, all operators are chosen that have several inputs and a Gram matrix of
+            moderate size, and whose positions can be sampled.
+
+    Raises:
+        UserError: If a pattern matches no operator, or no operator is left.
     """
     if not patterns:
-        operators = network.operators.items()
-        found = [n for n, op in operators if op.inputs_per_neuron > 1 and op.per_image and bytes_of(op) <= GRAM_BYTES]
+        found = [
+            name
+            for name, op in network.operators.items()
+            if op.inputs_per_neuron > 1 and op.per_image and patch_moments_bytes(op) <= GRAM_BYTES
+        ]
         if not found:
-            what = "every operator's Gram matrix is large, or has one input"
-            raise UserError("--operators", what, "Name some; `patternnet plan` lists them.")
+            what = "every operator has one input, or a large Gram matrix"
+            raise UserError("", what, "Name some; `patternnet plan` lists them.", "operators")
         return found
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in network.operators):
-            raise UserError("--operators", f"no operator matches {pattern!r}", "`patternnet plan` lists their names.")
-    return [n for n in network.operators if any(fnmatchcase(n, pattern) for pattern in patterns)]
+            what = f"no operator matches {pattern!r}"
+            raise UserError("", what, "`patternnet plan` lists their names.", "operators")
+    return [name for name in network.operators if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
-def observer(operators: Collection[str], positions: int, seed: int, network: Network) -> PatchObserver:
-    """What takes the moments of sampled patches of some operators."""
+def make_observer(operators: Collection[str], positions: int, seed: int, network: Network) -> PatchObserver:
+    """Return the observer that takes the moments of sampled patches of some operators."""
     return PatchObserver(network, operators, positions, seed)
 
 
 def measure(config: QualityConfig, resources: Resources = Resources()) -> Run:  # noqa: B008 - frozen
-    """ρ of every estimator of a finished fit, or go on with a job that ended early.
+    """Compute ρ for every estimator of a finished fit, or resume a job that ended early.
 
-    Once the moments are there, the same call judges the estimators that were solved since, without data.
-    UserError where the configuration or the data are wrong, StoppedShortError where a signal came.
+    Once the moments are there, the same call judges estimators that were solved later, without reading data.
+
+    Args:
+        config: The job.
+        resources: What it takes from the cluster.
+
+    Returns:
+        The run.
+
+    Raises:
+        UserError: If the configuration or the data are wrong.
+        StoppedShortError: If a signal stopped the job.
     """
     fitted = Run(config.patterns)
-    section = fitted.job("fit", "Run `patternnet fit` to the end first, or name another --patterns.")
-    apart([("the fit", section["options"]["shards"]), ("--shards", config.shards), ("--evaluate", config.evaluate)])
-    loaded = loading.load(config.model)
-    names = judged(loaded.network, config.operators)
+    fit = fitted.require_job("fit", "Run `patternnet fit` to the end first, or name another --patterns.")
+    require_disjoint(
+        [("the fit", fit["options"]["shards"]), ("--shards", config.shards), ("--evaluate", config.evaluate)]
+    )
+    session = JobSession("quality", config)
+    run, loaded = session.run, session.loaded
+    names = select_operators(loaded.network, config.operators)
     operators = [loaded.network.operators[name] for name in names]
-    choices = tuple(section.get("solved", section["options"]["estimators"]))
+    estimators = tuple(fit.get("solved", fit["options"]["estimators"]))
     load_patterns(str(fitted.folder), loaded.digest, [])
-    if not any(signals(dict.fromkeys(chosen(operator, choices))) for operator in operators):
-        what = "holds patterns of one side of the gate only, which make no estimator"
+    if not any(group_by_estimator(dict.fromkeys(select_estimators(operator, estimators))) for operator in operators):
+        what = "the run holds patterns of only one side of the gate, which make no estimator"
         raise UserError(config.patterns, what, "Run `patternnet solve RUN --estimators two-component` first.")
-    run = Run(config.out)
-    section = run.section("quality", config, loaded)
-    sets = {"regressed": config.shards, "evaluated": config.evaluate}
-    parts: list[list[str]] = []
+    files: list[list[str]] = []
     counted: dict[str, int] = {}
-    refused: list[Rejected] = []
+    rejected: list[RejectedSample] = []
     missing: dict[str, str] = {}
-    with hold_lease(run, "quality") as beat, connected(resources) as tasks:
-        run.record("quality", section, loaded)
-        for name, shards in sets.items():
-            folder = run.folder / "quality" / name
-            task = MomentsSpec(config.model, shards, str(folder), config.batch_size, config.max_samples)
-            job = MomentsJob(f"quality, {name}", beat, task, tasks, resources)
-            observe = partial(observer, names, config.positions, config.seed)
+    with session.work(resources):
+        for name, shards in (("regressed", config.shards), ("evaluated", config.evaluate)):
+            store = MomentsStore(run.folder / "quality" / name)
+            spec = MomentsSpec(config.model, shards, store, config.batch_size, config.max_samples)
+            job = MomentsJob(f"quality, {name}", session.heartbeat, spec, session.tasks, resources)
             try:
-                ledger = job.gather(observe, loaded.digests)
+                ledger = job.gather(partial(make_observer, names, config.positions, config.seed), loaded.digests)
             finally:
-                refused += job.rejected()
-                run.quarantine("quality", refused)
-            parts.append([str(folder / part.file) for part in ledger.parts])
+                rejected += job.read_rejected()
+                run.write_quarantine("quality", rejected)
+            files.append(store.list_files())
             counted[name] = ledger.samples
             missing |= job.missing
-        job.reporter.line(f"judging the patterns of {len(names)} operators")
-        groups = grouped(operators, [bytes_of(op) for op in operators], TASK_BYTES)
-        calls = ((group, choices, str(fitted.folder), loaded.digest, *parts) for group in groups)
+        job.reporter.log(f"judging the patterns of {len(names)} operators")
+        groups = group_by_size(operators, [patch_moments_bytes(op) for op in operators], TASK_BYTES)
+        calls = ((group, estimators, str(fitted.folder), loaded.digest, *files) for group in groups)
         about = {"inverse": INVERSE, "cutoff": CUTOFF, "positions": config.positions, "seed": config.seed, **counted}
         schema = SCHEMA.with_metadata({key: str(value) for key, value in about.items()})
-        with published(run.folder) as out:
-            write_table(out / "quality.parquet", schema, chain.from_iterable(tasks.each(judge, calls)))
+        with publish(run.folder) as out:
+            write_table(out / "quality.parquet", schema, chain.from_iterable(session.tasks.map(judge_group, calls)))
             draw_quality(out / "quality.png", pq.read_table(out / "quality.parquet"))
-        done = {"status": "complete", "samples": sum(counted.values()), **counted, "missing": missing}
-        run.record("quality", section | done | {"cutoff": CUTOFF}, loaded)
+        session.section |= {"samples": sum(counted.values()), **counted, "missing": missing, "cutoff": CUTOFF}
     return run
 
 
-def judge(
+def judge_group(
     operators: Sequence[Operator],
-    choices: Sequence[str],
+    estimators: Sequence[str],
     run: str,
     weights: str,
     regressed: Sequence[str],
     evaluated: Sequence[str],
 ) -> list[pa.Table]:
-    """The rows of some operators, one after the other."""
-    tables = []
+    """Return the rows of some operators; runs in a task.
+
+    Args:
+        operators: The operators.
+        estimators: The estimators of the fit.
+        run: The folder of the fit.
+        weights: The digest of the model's weights.
+        regressed: The files of partial moments to regress v on.
+        evaluated: The files of partial moments to evaluate ρ on.
+    """
     names = [operator.name for operator in operators]
-    patterns_of = load_patterns(run, weights, names)
-    sets = (merged(parts, names, PatchMoments) for parts in (regressed, evaluated))
-    for operator, b, c in zip(operators, *sets):
-        patterns = patterns_of.get(operator.name, {})
-        rho = quality(patterns, operator.weight, b, c)
-        if "identity" in selected(operator.name, choices):
+    patterns = load_patterns(run, weights, names)
+    moments = (merge_operators(files, names, PatchMoments) for files in (regressed, evaluated))
+    tables = []
+    for operator, b, c in zip(operators, *moments):
+        rho = quality(patterns.get(operator.name, {}), operator.weight, b, c)
+        if "identity" in select_choices(operator.name, estimators):
             rho["identity"] = torch.full((operator.neurons,), torch.nan)
-        tables.append(rows_of(operator.name, rho))
+        tables.append(to_table(operator.name, rho))
     return tables
 
 
-def rows_of(operator: str, rho: dict[str, Tensor]) -> pa.Table:
-    """Rows of quality.parquet; null where ρ is undefined."""
+def to_table(operator: str, rho: dict[str, Tensor]) -> pa.Table:
+    """Return the rows of an operator in quality.parquet; they are null if ρ is undefined."""
     tables = [
         pa.table([[operator] * len(v), np.arange(len(v)), [name] * len(v), pa.array(v.numpy(), from_pandas=True)],
                  names=SCHEMA.names).cast(SCHEMA)
@@ -146,8 +169,8 @@ def rows_of(operator: str, rho: dict[str, Tensor]) -> pa.Table:
     return pa.concat_tables(tables) if tables else SCHEMA.empty_table()
 
 
-def medians(run: Run) -> dict[str, float]:
-    """The median ρ of each estimator over all neurons where it is defined."""
+def compute_medians(run: Run) -> dict[str, float]:
+    """Return the median ρ of each estimator over all neurons for which it is defined."""
     table = read_table(run.folder / "quality.parquet").drop_null()
     return {
         name: float(np.median(table.filter(pa.compute.equal(table["estimator"], name))["rho"]))

@@ -1,72 +1,78 @@
-"""Parts → moments → patterns, so that no process holds more than a few operators' moments."""
+"""Partial moments → moments → patterns; no process holds more than the moments of a few operators."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from itertools import groupby
 from typing import TypeVar
 
 from patterns import Moments, Operator, PatchMoments, Solution, solve
 from patterns.io import TensorFile, load_moments
-from patterns.moments import Wanted, planned_bytes
+from patterns.moments import RequiredSums, moments_bytes
 from ray_jobs.engine.ray_tasks import Tasks
-from ray_jobs.io.object_store import located
+from ray_jobs.io.object_store import locate
 
-TASK_BYTES = 256 << 20  # of moments that one task holds at a time, unless one operator's are more
+TASK_BYTES = 256 << 20  # of moments in one task, unless a single operator has more
 M = TypeVar("M", Moments, PatchMoments)
 T = TypeVar("T")
 
 
 def solve_group(
-    parts: Sequence[str], operators: Sequence[Operator], choices: Sequence[str], seed: int
+    files: Sequence[str], operators: Sequence[Operator], estimators: Sequence[str], seed: int
 ) -> list[Solution]:
-    """Merge the parts of some operators and solve for their patterns."""
+    """Merge the partial moments of some operators and compute their patterns; runs in a task."""
     names = [operator.name for operator in operators]
-    return [solve(op, m, choices, seed) for op, m in zip(operators, merged(parts, names, Moments))]
+    merged = merge_operators(files, names, Moments)
+    return [solve(operator, moments, estimators, seed) for operator, moments in zip(operators, merged)]
 
 
-def merged(parts: Iterable[str], operators: Iterable[str], kind: type[M]) -> Iterator[M]:
-    """The moments of some operators over all parts, one after the other."""
+def merge_operators(files: Iterable[str], operators: Iterable[str], moments_type: type[M]) -> Iterator[M]:
+    """Yield the moments of each operator, summed over files of partial moments.
+
+    Args:
+        files: The paths or URLs of the files.
+        operators: The names of the operators.
+        moments_type: The type of the moments in the files.
+    """
     with ExitStack() as stack:
-        files = [stack.enter_context(TensorFile(located(part))) for part in parts]
+        opened = [stack.enter_context(TensorFile(locate(file))) for file in files]
         for operator in operators:
-            yield load_moments(files, operator, kind)
+            yield load_moments(opened, operator, moments_type)
 
 
 def solve_all(
-    parts: Mapping[str, Sequence[str]],
+    files: Mapping[str, Sequence[str]],
     operators: Sequence[Operator],
-    wanted: Callable[[Operator], Wanted],
-    choices: Sequence[str],
+    sums: Callable[[Operator], RequiredSums],
+    estimators: Sequence[str],
     seed: int,
     tasks: Tasks,
 ) -> Iterator[tuple[str, Solution]]:
-    """The patterns of every operator in turn, from the parts that count for it."""
-    groups = grouped(operators, [planned_bytes(op, wanted(op)) for op in operators], TASK_BYTES)
-    # Operators of one group may have been gathered in different passes, hence have different parts.
-    alike = [part for group in groups for part in runs_of(group, lambda op: parts[op.name])]
-    solved = tasks.each(solve_group, ((parts[group[0].name], group, choices, seed) for group in alike))
-    for group, solutions in zip(alike, solved):
+    """Yield the name and the patterns of every operator, in order.
+
+    Args:
+        files: The files of partial moments of each operator.
+        operators: The operators.
+        sums: Returns the sums that were taken of an operator.
+        estimators: The estimators.
+        seed: The seed of the `random` estimator.
+        tasks: What runs functions on the cluster.
+    """
+    groups = group_by_size(operators, [moments_bytes(op, sums(op)) for op in operators], TASK_BYTES)
+    # The operators of a group may come from different passes over the data, and then have different files.
+    groups = [list(same) for group in groups for _, same in groupby(group, lambda op: files[op.name])]
+    solved = tasks.map(solve_group, ((files[group[0].name], group, estimators, seed) for group in groups))
+    for group, solutions in zip(groups, solved):
         yield from zip((operator.name for operator in group), solutions)
 
 
-def grouped(operators: Sequence[T], sizes: Sequence[int], most: int) -> list[list[T]]:
-    """Consecutive operators, as many together as stay below `most` in size, and at least one."""
+def group_by_size(items: Sequence[T], sizes: Sequence[int], limit: int) -> list[list[T]]:
+    """Split items into groups of consecutive items whose sizes sum up to at most `limit`, or of a single item."""
     groups: list[list[T]] = []
-    held = 0
-    for operator, size in zip(operators, sizes):
-        if not groups or held + size > most:
+    total = 0
+    for item, size in zip(items, sizes):
+        if not groups or total + size > limit:
             groups.append([])
-            held = 0
-        groups[-1].append(operator)
-        held += size
+            total = 0
+        groups[-1].append(item)
+        total += size
     return groups
-
-
-def runs_of(items: Sequence[T], key: Callable[[T], object]) -> Iterator[list[T]]:
-    """Consecutive items of equal key."""
-    run: list[T] = []
-    for item in items:
-        if run and key(item) != key(run[0]):
-            yield run
-            run = []
-        run.append(item)
-    yield run

@@ -1,4 +1,4 @@
-"""A shard's explanations as files: which there are, and how each is written."""
+"""The files of a shard's explanations, and how each is written."""
 
 import io
 import json
@@ -16,62 +16,76 @@ import pyarrow.parquet as pq
 from webdataset import TarWriter
 
 from patterns import UserError
-from patterns.attribution import picture, png
+from patterns.attribution import encode_png, render_map
 from patterns.io import temporary_path
-from ray_jobs.data.shard_specs import output_names
-from ray_jobs.io.object_store import Location, located
+from ray_jobs.data.shard_specs import name_outputs
+from ray_jobs.io.object_store import Location, locate
 
 OUTPUTS = ("npy", "png", "parquet", "zarr")
 MAX_ROW_GROUP = 64 << 20  # bytes of maps
 
 
 @dataclass(frozen=True)
-class Outputs:
-    """Where a shard's explanations go: files of some kinds, and its table's rows, which are written last."""
+class ShardFiles:
+    """The files that a job writes for one shard.
+
+    Attributes:
+        folder: The folder of the files.
+        name: The name that they share, without an extension.
+    """
 
     folder: Location
     name: str
 
     @property
     def tar(self) -> str:
-        """Arrays and pictures, sample by sample."""
+        """The file of arrays and pictures, sample by sample."""
         return f"{self.name}.tar"
 
     @property
     def maps(self) -> str:
-        """Arrays as a table."""
+        """The file of arrays as a Parquet table."""
         return f"{self.name}.maps.parquet"
 
     @property
     def zarr(self) -> str:
-        """Arrays as a group of zarr's, in a zip file."""
+        """The file of arrays as a Zarr group in a zip archive."""
         return f"{self.name}.zarr.zip"
 
     @property
     def refused(self) -> str:
-        """The samples that could not be used."""
+        """The table of rejected samples."""
         return f"{self.name}.refused.parquet"
 
     @property
     def rows(self) -> str:
-        """The rows of explanations.parquet. With this file, the shard is done."""
+        """The table of a row for each sample. It is written last: with this file, the shard is finished."""
         return f"{self.name}.parquet"
 
 
-def outputs(run: str, shards: Sequence[str], kind: str = "explanations") -> dict[str, Outputs]:
-    """The output files of each input shard: its own name, with as many folders as tell the shards apart."""
-    folder = located(run) / kind
-    paths = {shard: folder / name for shard, name in output_names(shards).items()}
-    return {shard: Outputs(path.parent, path.name) for shard, path in paths.items()}
+def list_shard_files(run: str, shards: Sequence[str], folder: str = "explanations") -> dict[str, ShardFiles]:
+    """Return the files of each shard, named as the shard with the parent folders that distinguish it from others.
+
+    Args:
+        run: The run's folder or URL.
+        shards: The shards.
+        folder: The folder in the run.
+    """
+    parent = locate(run) / folder
+    paths = {shard: parent / name for shard, name in name_outputs(shards).items()}
+    return {shard: ShardFiles(path.parent, path.name) for shard, path in paths.items()}
 
 
 @dataclass(frozen=True)
-class Explained:
-    """What became of a batch.
+class ExplainedBatch:
+    """The explanations of a batch.
 
-    rows, summaries: of each sample, what is said of it in its json, and in the table, which says more.
-    arrays: by method, float16 (N, …), the map being array · 2^exponent; (N, T, …) for several targets.
-    exponents: by method, int (N,), or (N, T).
+    Attributes:
+        keys: The keys of the samples.
+        rows: What the model says of each sample, for its JSON file.
+        summaries: The rows with the statistics of the maps, for the table.
+        arrays: By method, float16 (N, …), or (N, T, …) for several targets; the explanation is array · 2^exponent.
+        exponents: By method, int (N,), or (N, T) for several targets.
     """
 
     keys: list[str]
@@ -82,48 +96,63 @@ class Explained:
 
 
 class Writer(Protocol):
-    """Takes a shard's batches in order."""
+    """Writes the batches of a shard in order."""
 
-    def write(self, batch: Explained) -> None: ...
+    def write(self, batch: ExplainedBatch) -> None:
+        """Write a batch."""
 
 
 @contextmanager
-def writers(folder: Path, out: Outputs, kinds: Sequence[str]) -> Iterator[list[Writer]]:
-    """Writers of a shard's files of some kinds, which have their names once all is written."""
+def open_writers(folder: Path, files: ShardFiles, outputs: Sequence[str]) -> Iterator[list[Writer]]:
+    """Open the writers of a shard's files, which get their names once they are complete.
+
+    Args:
+        folder: The folder to write to.
+        files: The names of the files.
+        outputs: Some of OUTPUTS.
+    """
     table: dict[str, tuple[str, Callable[[Path], AbstractContextManager[Writer]]]] = {
-        "tar": (out.tar, lambda path: tar_writer(path, [k for k in ("npy", "png") if k in kinds])),
-        "parquet": (out.maps, parquet_writer),
-        "zarr": (out.zarr, zarr_writer),
+        "tar": (files.tar, lambda path: open_tar(path, [k for k in ("npy", "png") if k in outputs])),
+        "parquet": (files.maps, open_parquet),
+        "zarr": (files.zarr, open_zarr),
     }
-    wanted = [kind for kind in table if kind in kinds or (kind == "tar" and {"npy", "png"} & set(kinds))]
+    wanted = [kind for kind in table if kind in outputs or (kind == "tar" and {"npy", "png"} & set(outputs))]
     with ExitStack() as stack:
         paths = [stack.enter_context(temporary_path(folder / table[kind][0])) for kind in wanted]
         yield [stack.enter_context(table[kind][1](path)) for kind, path in zip(wanted, paths)]
 
 
 @dataclass
-class Tar:
-    """WebDataset: for each sample `{key}.json`, `{key}.{method}.npy` and `{key}.{method}.png`."""
+class TarMaps:
+    """A WebDataset with `{key}.json`, `{key}.{method}.npy` and `{key}.{method}.png` for each sample."""
 
     tar: TarWriter
-    kinds: list[str]
+    outputs: list[str]
 
-    def write(self, batch: Explained) -> None:
+    def write(self, batch: ExplainedBatch) -> None:
+        """Write a batch."""
         for number, (key, row) in enumerate(zip(batch.keys, batch.rows)):
             exponents = {method: e[number].tolist() for method, e in batch.exponents.items()}
             files: dict[str, Any] = {"__key__": key, "json": json.dumps(row | {"exponents": exponents}).encode()}
             for method, arrays in batch.arrays.items():
-                if "npy" in self.kinds:
+                if "npy" in self.outputs:
                     buffer = io.BytesIO()
                     np.save(buffer, arrays[number], allow_pickle=False)
                     files[f"{method}.npy"] = buffer.getvalue()
-                if "png" in self.kinds:
-                    files[f"{method}.png"] = png(picture(method, beside(arrays[number])))
+                if "png" in self.outputs:
+                    files[f"{method}.png"] = encode_png(render_map(method, tile_targets(arrays[number])))
             self.tar.write(files)
 
 
-def beside(array: np.ndarray) -> np.ndarray:
-    """The maps of several targets (T, C, H, W) side by side, (C, H, T W), each as bright as it can be; one as it is."""
+def tile_targets(array: np.ndarray) -> np.ndarray:
+    """Return the maps of several targets side by side, each scaled to the same largest value.
+
+    Args:
+        array: (T, C, H, W), or the map of a single target (C, H, W), which is returned unchanged.
+
+    Returns:
+        (C, H, T·W).
+    """
     if array.ndim == 3:
         return array
     largest = np.abs(array.astype(np.float32)).max((1, 2, 3), keepdims=True)
@@ -132,17 +161,18 @@ def beside(array: np.ndarray) -> np.ndarray:
 
 
 @contextmanager
-def tar_writer(path: Path, kinds: list[str]) -> Iterator[Writer]:
+def open_tar(path: Path, outputs: list[str]) -> Iterator[Writer]:
+    """Open a writer of a tar."""
     with open(path, "wb") as file:
-        # No time of writing, so that the same explanations are the same bytes.
+        # Without the time of writing, the same explanations are the same bytes.
         tar = TarWriter(file, encoder=False, mtime=0)
-        yield Tar(tar, kinds)
+        yield TarMaps(tar, outputs)
         tar.close()
 
 
 @dataclass
-class Rows:
-    """A table with one row a sample: its key, and for each method `{method}` and `{method}_exponent`.
+class ParquetMaps:
+    """A table with a row for each sample: its key, and for each method `{method}` and `{method}_exponent`.
 
     A map is a list of fixed size, row-major; its shape is in the schema's metadata.
     """
@@ -151,12 +181,13 @@ class Rows:
     stack: ExitStack
     writer: pq.ParquetWriter | None = None
 
-    def write(self, batch: Explained) -> None:
+    def write(self, batch: ExplainedBatch) -> None:
+        """Write a batch."""
         columns: dict[str, pa.Array] = {"key": pa.array(batch.keys, pa.string())}
         for method, arrays in batch.arrays.items():
             size = int(np.prod(arrays.shape[1:]))
             columns[method] = pa.FixedSizeListArray.from_arrays(pa.array(arrays.reshape(-1)), size)
-            columns[f"{method}_exponent"] = exponent_column(batch.exponents[method])
+            columns[f"{method}_exponent"] = to_column(batch.exponents[method])
         shapes = {f"{method}_shape": json.dumps(a.shape[1:]) for method, a in batch.arrays.items()}
         table = pa.table(columns).replace_schema_metadata(shapes)
         if self.writer is None:
@@ -165,28 +196,31 @@ class Rows:
         self.writer.write_table(table, row_group_size=rows)
 
 
-def exponent_column(exponents: np.ndarray) -> pa.Array:
+def to_column(exponents: np.ndarray) -> pa.Array:
+    """Return exponents (N,) or (N, T) as a column of a table."""
     flat = pa.array(exponents.reshape(-1).astype(np.int32))
     return flat if exponents.ndim == 1 else pa.FixedSizeListArray.from_arrays(flat, exponents.shape[1])
 
 
 @contextmanager
-def parquet_writer(path: Path) -> Iterator[Writer]:
+def open_parquet(path: Path) -> Iterator[Writer]:
+    """Open a writer of a Parquet file."""
     with ExitStack() as stack:
-        rows = Rows(path, stack)
-        yield rows
-        if rows.writer is None:  # a shard none of whose samples could be used
+        maps = ParquetMaps(path, stack)
+        yield maps
+        if maps.writer is None:  # all samples of the shard were rejected
             pq.write_table(pa.table({"key": pa.array([], pa.string())}), path)
 
 
 @dataclass
-class Zarr:
-    """A group of zarr's: arrays `{method}` (N, …) and `{method}_exponent`, and the keys among its attributes."""
+class ZarrMaps:
+    """A Zarr group: arrays `{method}` (N, …) and `{method}_exponent`, and the keys among its attributes."""
 
     group: Any
     keys: list[str]
 
-    def write(self, batch: Explained) -> None:
+    def write(self, batch: ExplainedBatch) -> None:
+        """Write a batch."""
         self.keys += batch.keys
         for method, arrays in batch.arrays.items():
             for name, values in ((method, arrays), (f"{method}_exponent", batch.exponents[method].astype(np.int32))):
@@ -197,35 +231,46 @@ class Zarr:
 
 
 @contextmanager
-def zarr_writer(path: Path) -> Iterator[Writer]:
+def open_zarr(path: Path) -> Iterator[Writer]:
+    """Open a writer of a Zarr group in a zip archive."""
     zarr = import_zarr()
     with TemporaryDirectory() as folder:
-        group = zarr.create_group(folder)
-        written = Zarr(group, [])
-        yield written
-        group.attrs["keys"] = written.keys
-        with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:  # chunks are compressed
+        maps = ZarrMaps(zarr.create_group(folder), [])
+        yield maps
+        maps.group.attrs["keys"] = maps.keys
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:  # chunks are compressed already
             for file in sorted(p for p in Path(folder).rglob("*") if p.is_file()):
-                info = zipfile.ZipInfo(file.relative_to(folder).as_posix())  # of 1980: the same bytes each time
+                info = zipfile.ZipInfo(file.relative_to(folder).as_posix())  # dated 1980: the same bytes each time
                 archive.writestr(info, file.read_bytes())
 
 
 def import_zarr() -> Any:
+    """Return the package zarr.
+
+    Raises:
+        UserError: If it is not installed.
+    """
     try:
         import zarr
     except ImportError as error:
-        raise UserError("--output zarr", "zarr is not installed", "pip install 'patternnet-ray[zarr]'.") from error
+        remedy = "Run pip install 'patternnet-ray[zarr]'."
+        raise UserError("", "zarr is not installed", remedy, "outputs") from error
     return zarr
 
 
-def bytes_per_sample(shapes: Mapping[str, Sequence[int]], kinds: Sequence[str]) -> dict[str, int]:
-    """At most how many bytes a sample takes in each kind of output, by the shape of each method's maps."""
+def estimate_bytes_per_sample(shapes: Mapping[str, Sequence[int]], outputs: Sequence[str]) -> dict[str, int]:
+    """Return an upper bound of the bytes of a sample in each output.
+
+    Args:
+        shapes: The shape of each method's maps of a sample.
+        outputs: Some of OUTPUTS.
+    """
     values = {method: int(np.prod(shape)) for method, shape in shapes.items()}
     pixels = {method: 3 * values[method] // shape[-3] for method, shape in shapes.items()}
-    most = {
-        "npy": sum(2 * n + 1024 for n in values.values()),  # a tar's header, the array's, and padding
+    bounds = {
+        "npy": sum(2 * n + 1024 for n in values.values()),  # a tar's header, the array's header, and padding
         "png": sum(n + 1024 for n in pixels.values()),
         "parquet": sum(2 * n for n in values.values()),
         "zarr": sum(2 * n for n in values.values()),
     }
-    return {kind: most[kind] for kind in OUTPUTS if kind in kinds}
+    return {output: bounds[output] for output in OUTPUTS if output in outputs}

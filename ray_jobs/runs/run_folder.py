@@ -1,4 +1,4 @@
-"""One output folder and its manifest: what was run on what, and how far it came."""
+"""The output folder of a run, and its manifest: what each job did with what, and how far it is."""
 
 import json
 import platform
@@ -11,34 +11,42 @@ from typing import Any
 import pyarrow as pa
 
 from patterns import Operator, UserError
-from patterns.io import TEMPORARY, Patterns, load, write_json, write_table
+from patterns.io import TEMPORARY_PREFIX, Patterns, load, write_json, write_table
 from patterns.operators import TYPE_NAMES
 from ray_jobs.config import FitConfig, MethodsConfig, ModelConfig, Preprocessing, QualityConfig
-from ray_jobs.data.samples import Rejected
+from ray_jobs.data.samples import RejectedSample
 from ray_jobs.io import object_store
-from ray_jobs.io.file_systems import translated
-from ray_jobs.models.loading import Loaded
-from ray_jobs.units import printable, version_of
+from ray_jobs.io.file_systems import translate_errors
+from ray_jobs.models.loading import LoadedModel
+from ray_jobs.units import find_version, make_printable
 
 FORMAT = 1
 PROGRESS = "progress.json"
 JOBS = ("fit", "quality", "explain", "degrade")
 Config = FitConfig | QualityConfig | MethodsConfig
 LIBRARIES = ("patternnet-ray", "torch", "torchvision", "ray", "webdataset", "zennit", "pyarrow", "safetensors")
-REFUSED = pa.schema([(name, pa.string()) for name in ("shard", "key", "stage", "reason")])
-QUARANTINE = REFUSED.insert(0, pa.field("job", pa.string()))
+REJECTED = pa.schema([(name, pa.string()) for name in ("shard", "key", "stage", "reason")])
+QUARANTINE = REJECTED.insert(0, pa.field("job", pa.string()))
 
 
 class Run:
-    """A run's folder. Its manifest holds a section for each job that wrote to it."""
+    """The folder of a run. Its manifest has a section for each job that wrote to it.
+
+    Args:
+        folder: The folder or its URL.
+    """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = object_store.located(folder)
+        self.folder = object_store.locate(folder)
         self.path = self.folder / "manifest.json"
         self.moments = self.folder / "moments"
 
     def manifest(self) -> dict[str, Any]:
-        """The manifest; empty for a new run. UserError where it is not one of ours."""
+        """Return the manifest; it is empty for a new run.
+
+        Raises:
+            UserError: If the file is no manifest of this format.
+        """
         try:
             manifest = json.loads(self.path.read_text())
             assert manifest["format"] == FORMAT
@@ -49,45 +57,71 @@ class Run:
         return dict(manifest)
 
     def progress(self) -> dict[str, Any]:
-        """What the last driver noted of how far it was; empty where none has."""
+        """Return the last heartbeat of a driver; it is empty if there is none."""
         path = self.folder / PROGRESS
         try:
-            with translated(str(path), remedy="Delete it: it only says how far the last driver was."):
+            with translate_errors(str(path), remedy="Delete it; only the progress of the last driver is lost."):
                 return dict(json.loads(path.read_text()))
         except FileNotFoundError:
             return {}
 
-    def job(self, job: str, remedy: str) -> dict[str, Any]:
-        """A job's section. UserError with this remedy where the job has not finished here."""
+    def require_job(self, job: str, remedy: str) -> dict[str, Any]:
+        """Return the section of a finished job.
+
+        Args:
+            job: The name of the job.
+            remedy: The remedy of the error.
+
+        Raises:
+            UserError: If the job has not finished in this folder.
+        """
         section = self.manifest().get(job, {})
         if section.get("status") != "complete":
             raise UserError(str(self.folder), f"holds no finished {job}", remedy)
         return dict(section)
 
-    def fitted_model(self) -> dict[str, Any]:
-        """The model of this folder's finished fit, as the arguments of ModelConfig."""
-        options = self.job("fit", "Run `patternnet fit` to the end first, or name another --patterns.")["model"]
-        return {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+    def read_fitted_model(self) -> dict[str, Any]:
+        """Return the model of this folder's finished fit, as the arguments of ModelConfig.
 
-    def section(self, job: str, config: Config, loaded: Loaded) -> dict[str, Any]:
-        """The section of a job that is begun here, or taken up again; nothing is written.
+        Raises:
+            UserError: If there is no finished fit.
+        """
+        model = self.require_job("fit", "Run `patternnet fit` to the end first, or name another --patterns.")["model"]
+        return {key: tuple(value) if isinstance(value, list) else value for key, value in model.items()}
 
-        UserError where the folder holds the same job with another configuration.
+    def section(self, job: str, config: Config, loaded: LoadedModel) -> dict[str, Any]:
+        """Return the section of a job that starts or is resumed; nothing is written.
+
+        Args:
+            job: The name of the job.
+            config: The job.
+            loaded: Its model.
+
+        Raises:
+            UserError: If the folder holds this job with other options.
         """
         options = {**options_of(config), "weights": loaded.digest, "preprocessing": asdict(loaded.preprocessing)}
         options = json.loads(json.dumps(options))
         before = self.manifest().get(job)
-        if before is not None and (begun := current(before["options"], config)) != current(options, config):
-            raise UserError(
-                str(self.path),
-                f"this {job} was begun with {difference(begun, options)}",
-                "Use the options it was begun with, or another --out.",
-            )
+        if before is not None:
+            begun = upgrade_options(before["options"], config)
+            if begun != upgrade_options(options, config):
+                what = f"this {job} was begun with {describe_difference(begun, options)}"
+                raise UserError(str(self.path), what, "Use the options it was begun with, or another --out.")
         return before or {"options": options, "model": asdict(config.model), "status": "begun", "missing": {}}
 
-    def record(self, job: str, section: dict[str, Any], loaded: Loaded) -> None:
-        """Write a job's section, and what is the same for all jobs. No worker writes to the folder meanwhile."""
-        self.clean()
+    def record(self, job: str, section: dict[str, Any], loaded: LoadedModel) -> None:
+        """Write the section of a job, and what all jobs have in common. No worker may write to the folder now.
+
+        Args:
+            job: The name of the job.
+            section: Its section.
+            loaded: Its model.
+
+        Raises:
+            UserError: See `require_model`.
+        """
+        self.remove_temporary_files()
         self.require_model(loaded)
         manifest = {
             **self.manifest(),
@@ -98,98 +132,111 @@ class Run:
                 "precision": loaded.config.precision,
                 "input_shape": loaded.network.input_shape,
             },
-            "operators": [described(op) for op in loaded.network.operators.values()],
-            "versions": {"python": platform.python_version()} | {name: version_of(name) for name in LIBRARIES},
+            "operators": [describe_operator(op) for op in loaded.network.operators.values()],
+            "versions": {"python": platform.python_version()} | {name: find_version(name) for name in LIBRARIES},
             job: {**section, "written": datetime.now(UTC).isoformat(timespec="seconds")},
         }
-        with object_store.published(self.folder) as folder:
+        with object_store.publish(self.folder) as folder:
             write_json(folder / self.path.name, manifest)
 
-    def require_model(self, loaded: Loaded) -> None:
-        """Raise UserError if this folder's model held other numbers in addition to its weights.
+    def require_model(self, loaded: LoadedModel) -> None:
+        """Raise UserError if this folder's model had other numbers that are not among its weights.
 
-        The digest of the weights is compared elsewhere. Another version of torch, or precision, may hold others.
+        The digest of the weights is compared elsewhere. Such numbers may differ between versions of torch, and between
+        precisions.
         """
         manifest = self.manifest()
         before = manifest.get("model", {})
-        same = manifest.get("versions", {}).get("torch") == version_of("torch")
+        same = manifest.get("versions", {}).get("torch") == find_version("torch")
         same = same and (before.get("digest"), before.get("precision")) == (loaded.digest, loaded.config.precision)
-        if same and before.get("constants") not in (None, loaded.network.constants):
-            what = "the model holds other numbers than in the runs of this folder, which are not in its state"
-            remedy = "Seed what the model's code draws at random, or make it a buffer that is loaded with the weights."
-            raise UserError(str(self.folder), what, remedy)
+        if same:
+            loaded.require_constants(before.get("constants"), str(self.folder), "the runs of this folder")
 
-    def clean(self) -> None:
-        """Delete what workers and drivers that were killed had half written."""
+    def remove_temporary_files(self) -> None:
+        """Delete the unfinished files of workers and drivers that were killed."""
         if self.folder.local is not None:
-            with translated(str(self.folder), "cleaned"):
-                for aside in self.folder.local.rglob(f"{TEMPORARY}*"):
-                    aside.unlink(missing_ok=True)
+            with translate_errors(str(self.folder), "cleaned"):
+                for temporary in self.folder.local.rglob(f"{TEMPORARY_PREFIX}*"):
+                    temporary.unlink(missing_ok=True)
 
-    def quarantine(self, job: str, refused: list[Rejected]) -> None:
-        """Write quarantine.parquet: every sample that a job refused, beside those of the folder's other jobs."""
+    def write_quarantine(self, job: str, rejected: list[RejectedSample]) -> None:
+        """Write quarantine.parquet: the samples that a job rejected, with those of the folder's other jobs.
+
+        Args:
+            job: The name of the job.
+            rejected: All samples that it rejected.
+        """
         path = self.folder / "quarantine.parquet"
         try:
             earlier = object_store.read_table(path).to_pylist()
         except FileNotFoundError:
             earlier = []
         rows = [row for row in earlier if row["job"] != job]
-        rows += [{"job": job, **row} for row in rows_of(refused)]
-        with object_store.published(self.folder) as folder:
+        rows += [{"job": job, **row} for row in to_rows(rejected)]
+        with object_store.publish(self.folder) as folder:
             write_table(folder / path.name, QUARANTINE, [pa.Table.from_pylist(rows, QUARANTINE)])
 
-    def quarantined(self, job: str) -> list[Rejected]:
-        """The samples that a job rejected, as quarantine.parquet has them."""
+    def read_quarantine(self, job: str) -> list[RejectedSample]:
+        """Return the samples that a job rejected, from quarantine.parquet."""
         rows = object_store.read_table(self.folder / "quarantine.parquet").to_pylist()
-        return [Rejected(**{k: v for k, v in row.items() if k != "job"}) for row in rows if row["job"] == job]
+        return [RejectedSample(**{k: v for k, v in row.items() if k != "job"}) for row in rows if row["job"] == job]
 
 
-def write_refused(path: Path, refused: Iterable[Rejected]) -> None:
-    """Write a table of refused samples."""
-    write_table(path, REFUSED, [pa.Table.from_pylist(rows_of(refused), REFUSED)])
+def write_rejected(path: Path, rejected: Iterable[RejectedSample]) -> None:
+    """Write a table of rejected samples."""
+    write_table(path, REJECTED, [pa.Table.from_pylist(to_rows(rejected), REJECTED)])
 
 
-def rows_of(refused: Iterable[Rejected]) -> list[dict[str, str]]:
+def read_rejected(path: object_store.Location) -> list[RejectedSample]:
+    """Return the rejected samples of a table, on this machine or in an object store."""
+    return [RejectedSample(**row) for row in object_store.read_table(path).to_pylist()]
+
+
+def to_rows(rejected: Iterable[RejectedSample]) -> list[dict[str, str]]:
     """Return rejected samples as rows of a table, whose text must be UTF-8; names of shards may be other bytes."""
-    return [{name: printable(value) for name, value in asdict(each).items()} for each in refused]
-
-
-def refused_in(path: object_store.Location) -> list[Rejected]:
-    """The inverse of write_refused, wherever the table is."""
-    return [Rejected(**row) for row in object_store.read_table(path).to_pylist()]
+    return [{name: make_printable(value) for name, value in asdict(each).items()} for each in rejected]
 
 
 def load_patterns(run: str, weights: str, operators: Collection[str] | None = None) -> Patterns:
-    """The patterns of a run, wherever its folder is: see `patterns.load`."""
-    with object_store.fetched(object_store.located(run) / "patterns.safetensors") as file:
+    """Return the patterns of a run.
+
+    Args:
+        run: The run's folder or URL.
+        weights: The digest of the weights that they must be fitted to.
+        operators: The operators whose patterns are loaded; None: all.
+
+    Raises:
+        UserError: If the patterns are those of other weights, or are not there.
+    """
+    with object_store.fetch(object_store.locate(run) / "patterns.safetensors") as file:
         return load(file.parent, weights, operators)
 
 
 def options_of(config: Config) -> dict[str, Any]:
-    """What must be the same when a job goes on; where the weights lie does not matter, their digest does."""
+    """Return the options that a resumed job must share: without the weights' path, because their digest is compared."""
     options = asdict(config)
     model = options.pop("model")
     options.pop("out")
     return {**{k: v for k, v in model.items() if k != "weights"}, **options}
 
 
-def current(options: dict[str, Any], config: Config) -> dict[str, Any]:
-    """Return a manifest's options in the form of this version, with defaults for those that an earlier one lacked."""
-    options = defaults(ModelConfig, type(config)) | options
-    options["preprocessing"] = defaults(Preprocessing) | options["preprocessing"]
+def upgrade_options(options: dict[str, Any], config: Config) -> dict[str, Any]:
+    """Return a manifest's options in the form of this version, with defaults for options that an older one lacked."""
+    options = defaults_of(ModelConfig, type(config)) | options
+    options["preprocessing"] = defaults_of(Preprocessing) | options["preprocessing"]
     if "classes" in options:  # version 0.2.0 stored them in another order
         options["classes"] = sorted(options["classes"])
     return options
 
 
-def defaults(*kinds: type[Config | ModelConfig | Preprocessing]) -> dict[str, Any]:
+def defaults_of(*types: type[Config | ModelConfig | Preprocessing]) -> dict[str, Any]:
     """Return the default values of dataclasses, as JSON has them."""
-    found = {f.name: f.default for kind in kinds for f in fields(kind) if f.default is not MISSING}
+    found = {f.name: f.default for each in types for f in fields(each) if f.default is not MISSING}
     return dict(json.loads(json.dumps(found)))
 
 
-def difference(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """The first options that differ, in words."""
+def describe_difference(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """Return a text that names the first option that differs."""
     for name in before | now:
         was, is_ = before.get(name), now.get(name)
         if was == is_:
@@ -200,8 +247,8 @@ def difference(before: dict[str, Any], now: dict[str, Any]) -> str:
     return "the same options"
 
 
-def described(operator: Operator) -> dict[str, Any]:
-    """An operator for the manifest."""
+def describe_operator(operator: Operator) -> dict[str, Any]:
+    """Return an operator's entry in the manifest."""
     gate = operator.gate
     return {
         "name": operator.name,

@@ -17,7 +17,7 @@ from ray_jobs.figures.drawing import draw_grid
 from ray_jobs.jobs.explain.explain import explain
 from ray_jobs.jobs.fit.fit import fit
 from ray_jobs.jobs.quality import measure
-from ray_jobs.models.class_names import captions, class_names
+from ray_jobs.models.class_names import load_class_names, map_numbers_to_names
 from ray_jobs.views.gallery import Gallery
 
 SPEC = "timm:tf_efficientnet_lite0"
@@ -68,9 +68,9 @@ def demo(out: Path, resources: Resources) -> Path:
         resources,
     )
     picture = out / "grid.png"
-    explained = Gallery(run, captions(class_names("torchvision:resnet18", None)))
+    explained = Gallery(run, map_numbers_to_names(load_class_names("torchvision:resnet18", None)))
     rows = sorted(explained.rows(), key=lambda row: (row["label"] != row["prediction"], -row["probability"]))
-    draw_grid(picture, explained.shown(rows), columns=2)
+    draw_grid(picture, explained.pictures(rows), columns=2)
     return picture
 
 

@@ -1,5 +1,6 @@
 """The paper's experiments in one go: patterns on the first half of the training data, v on the second, ρ and image
-degradation on the test data, and the paper's figures."""
+degradation on the test data, and the paper's figures.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -23,9 +24,9 @@ from ray_jobs.figures.drawing import draw_estimators, draw_grid
 from ray_jobs.jobs.degrade import degrade
 from ray_jobs.jobs.explain.explain import explain
 from ray_jobs.jobs.fit.fit import fit
-from ray_jobs.jobs.input_size import sized
+from ray_jobs.jobs.input_size import infer_input_size
 from ray_jobs.jobs.quality import measure
-from ray_jobs.models.loading import build
+from ray_jobs.models.loading import build_model
 from ray_jobs.runs.run_folder import Run
 from ray_jobs.studies.datasets import NAMES, read_digits, write_digits
 from ray_jobs.studies.small_cnn import BATCH, SPEC, train
@@ -108,11 +109,11 @@ def reproduce(experiment: Experiment, out: Path, resources: Resources = Resource
 
     UserError where the configuration or the data are wrong, StoppedShortError where a signal came.
     """
-    one = replace(experiment, model=sized(experiment.model, experiment.train))
+    one = replace(experiment, model=infer_input_size(experiment.model, experiment.train))
     half = len(one.train) // 2
     if half == 0:
         raise UserError("--shards", "one shard cannot be parted in two halves", "Give more training shards.")
-    _, preprocessing = build(replace(one.model, weights="random"))
+    _, preprocessing = build_model(replace(one.model, weights="random"))
     size = one.model.image_size or preprocessing.image_size
     patch = one.patch or (SMALL_PATCH if size < SMALL else PATCH)
     replacement = one.replacement or ("zero" if size < SMALL else "mean")
@@ -175,7 +176,7 @@ def draw(run: Run, out: Path, names: tuple[str, ...]) -> None:
     by_class: dict[int, Row] = {}
     for row in gallery.rows():
         by_class.setdefault(row["prediction"], row)
-    shown = gallery.shown(list(by_class.values())[:DRAWN])
+    shown = gallery.pictures(list(by_class.values())[:DRAWN])
     draw_estimators(out / "figure-5.png", shown[0], SIGNALS, ATTRIBUTIONS)
     draw_grid(out / "figure-6.png", [replace(s, maps={m: s.maps[m] for m in COMPARED}) for s in shown], columns=1)
     for number, name in ((3, "quality.png"), (4, "degradation.png")):
@@ -238,7 +239,8 @@ def medians(quality: pa.Table) -> dict[str, dict[str, float]]:
 
 def findings(rho: dict[str, dict[str, float]], kinds: dict[str, str]) -> list[str]:
     """What the paper found of VGG-16 (§5, Figure 3), and whether it is so here: medians within TOLERANCE are
-    comparable."""
+    comparable.
+    """
     two = rho.get("two-component", {})
     gated = [name for name in kinds if name in two]  # an operator without a gate has no such estimator
     convolutions = [name for name in gated if kinds[name] == "convolution"]

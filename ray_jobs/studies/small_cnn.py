@@ -12,7 +12,8 @@ SPEC = "ray_jobs.studies.small_cnn:small_cnn"
 
 def small_cnn() -> nn.Module:
     """VGG in small, for grey images of 28×28 and 10 classes: two blocks of two 3×3 convolutions with ReLU and max
-    pooling, and two dense layers."""
+    pooling, and two dense layers.
+    """
     layers: list[nn.Module] = []
     for channels, more in ((1, 16), (16, 32)):
         layers += [nn.Conv2d(channels, more, 3, padding=1), nn.ReLU(), nn.Conv2d(more, more, 3, padding=1), nn.ReLU()]

@@ -112,7 +112,7 @@ def main() -> None:
     torch.set_num_threads(1)  # a fork has no other threads
     loaded = loading.load(config.model)
     loading.load = lambda *_: loaded  # type: ignore[assignment]
-    moments_job.MOST_PARTS = moments_job.MERGED_AT_ONCE = 2  # type: ignore[misc]
+    moments_job.MAX_FILES = moments_job.MERGED_AT_ONCE = 2  # type: ignore[misc]
     # Nothing by the clock: every trial does the same operations.
     lease.BEAT_EVERY = 3600.0  # type: ignore[misc]
     moments_job.FLUSH_SHARE = 0  # type: ignore[misc]

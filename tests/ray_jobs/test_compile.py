@@ -59,9 +59,11 @@ def test_compiled_jobs_find_what_uncompiled_ones_find_and_go_on_as_they_were_beg
     assert len(names) == 4
     for name in names:
         for one, other in zip(*(read_shard(str(folder / name)) for folder in folders), strict=True):
-            assert one["__key__"] == other["__key__"]
+            assert one.key == other.key
             for method in METHODS:
-                maps = [np.load(io.BytesIO(sample[f"{method}.npy"])).astype(np.float64) for sample in (one, other)]
+                maps = [
+                    np.load(io.BytesIO(sample.files[f"{method}.npy"])).astype(np.float64) for sample in (one, other)
+                ]
                 assert np.linalg.norm(maps[0] - maps[1]) < 2e-3 * np.linalg.norm(maps[0]), (name, method)
 
 

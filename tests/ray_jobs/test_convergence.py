@@ -12,8 +12,15 @@ from PIL import Image
 from torch import nn
 
 from patterns import Network, accumulate, trace
-from patterns.estimation.jackknife import ConvergenceCheck, converged, look
-from ray_jobs.figures.convergence_curves import SCHEMA, append, draw_convergence, latest, plain, rows_of
+from patterns.estimation.jackknife import ConvergenceCheck, check_convergence, has_converged
+from ray_jobs.figures.convergence_curves import (
+    SCHEMA,
+    append_rows,
+    check_rows,
+    draw_convergence,
+    last_check,
+    tick_label,
+)
 
 
 def network() -> Network:
@@ -24,7 +31,7 @@ def network() -> Network:
 def looks(network: Network, parts: int) -> dict[str, ConvergenceCheck]:
     held = [accumulate(network, [x]) for x in torch.randn(64, 20, 6, dtype=torch.float64)[:parts]]
     return {
-        name: look(operator, [partial(part.__getitem__, name) for part in held])
+        name: check_convergence(operator, [partial(part.__getitem__, name) for part in held])
         for name, operator in network.operators.items()
     }
 
@@ -32,9 +39,9 @@ def looks(network: Network, parts: int) -> dict[str, ConvergenceCheck]:
 def test_the_table_has_a_row_for_each_operator_and_look(tmp_path: Path) -> None:
     traced, path = network(), tmp_path / "convergence.parquet"
     first, second, third = looks(traced, 2), looks(traced, 8), looks(traced, 32)
-    append(path, [rows_of(40, name, found, None) for name, found in first.items()])
-    append(path, [rows_of(160, name, found, first[name].solution) for name, found in second.items()])
-    table = append(path, [rows_of(640, name, found, second[name].solution) for name, found in third.items()])
+    append_rows(path, [check_rows(40, name, found, None) for name, found in first.items()])
+    append_rows(path, [check_rows(160, name, found, first[name].solution) for name, found in second.items()])
+    table = append_rows(path, [check_rows(640, name, found, second[name].solution) for name, found in third.items()])
     assert pa.parquet.read_table(path).equals(table)
     assert table.schema.equals(SCHEMA)
     rows = table.to_pylist()
@@ -52,9 +59,9 @@ def test_the_table_has_a_row_for_each_operator_and_look(tmp_path: Path) -> None:
 def test_a_look_that_is_taken_again_takes_its_place(tmp_path: Path) -> None:
     traced, path = network(), tmp_path / "convergence.parquet"
     found = looks(traced, 8)["0"]
-    append(path, [rows_of(80, "0", found, None)])
-    append(path, [rows_of(160, "0", found, None)])
-    assert append(path, [rows_of(160, "0", found, None)])["samples"].to_pylist() == [80, 160]
+    append_rows(path, [check_rows(80, "0", found, None)])
+    append_rows(path, [check_rows(160, "0", found, None)])
+    assert append_rows(path, [check_rows(160, "0", found, None)])["samples"].to_pylist() == [80, 160]
 
 
 def test_the_last_look_decides(tmp_path: Path) -> None:
@@ -62,16 +69,16 @@ def test_the_last_look_decides(tmp_path: Path) -> None:
         {"samples": n, "operator": op, "estimator": "linear", "median": p90 / 2, "p90": p90, "change": None}
         for n, op, p90 in [(100, "a", 0.2), (100, "b", 0.3), (400, "a", 0.1), (400, "b", 0.15)]
     ]
-    last = latest(pa.Table.from_pylist(rows, SCHEMA))["p90"].to_pylist()
+    last = last_check(pa.Table.from_pylist(rows, SCHEMA))["p90"].to_pylist()
     assert last == [0.1, 0.15]
-    assert converged(last, 0.15)
-    assert not converged(last, 0.14)
+    assert has_converged(last, 0.15)
+    assert not has_converged(last, 0.14)
 
 
 def curve(looks: int, operators: int, known: bool = True) -> pa.Table:
     rows = [
         {"samples": n, "operator": f"{k}", "estimator": estimator, "median": None, "p90": p if known else None}
-        for n in (100 * 2**look for look in range(looks))
+        for n in (100 * 2**check for check in range(looks))
         for k in range(operators)
         for estimator in ("linear", "positive")
         for p in [(1 + k) / math.sqrt(n)]
@@ -102,4 +109,4 @@ def test_a_curve_that_knows_nothing_yet_is_drawn_as_that(tmp_path: Path, table: 
     ("value", "text"), [(0.003, "0.003"), (1, "1"), (500, "500"), (20_000, "20k"), (1_281_167, "1.28117M")]
 )
 def test_numbers_on_axes_are_short(value: float, text: str) -> None:
-    assert plain(value, 0) == text
+    assert tick_label(value, 0) == text

@@ -17,9 +17,9 @@ from patterns.attribution.explainer import Explainer
 from patterns.attribution.methods import BASELINES
 from ray_jobs.config import DegradeConfig, ModelConfig, Resources
 from ray_jobs.data.image_decoding import decode
-from ray_jobs.data.samples import seed_of
+from ray_jobs.data.samples import derive_seed
 from ray_jobs.data.shard_reader import read_shard
-from ray_jobs.jobs.degrade import Mean, area_lines, degrade
+from ray_jobs.jobs.degrade import MeanCurve, degrade, format_areas
 from ray_jobs.jobs.fit.fit import fit
 from ray_jobs.models import loading
 from tests.ray_jobs.runs import PREPARED, configured
@@ -108,7 +108,7 @@ def test_what_a_model_looks_at_goes_first_and_a_random_order_falls_at_its_expect
     areas = run.manifest()["degrade"]["areas"]
     assert areas["gradient-x-input"]["area"] == pytest.approx((start - end) * PATCHES / (PATCHES + 1), rel=1e-4)
     assert areas["random"]["high"] < areas["gradient-x-input"]["low"]
-    spoken = [line.split()[0] for line in area_lines(run)]
+    spoken = [line.split()[0] for line in format_areas(run)]
     assert spoken[0] == "gradient-x-input"
     assert sorted(spoken[1:]) == sorted(BASELINES)
     assert (tmp_path / "run" / "degradation.png").read_bytes().startswith(b"\x89PNG")
@@ -141,15 +141,15 @@ def test_curves_are_those_of_a_slow_loop(model_spec: str, shards: list[str], tmp
     seen = 0
     for shard in shards[3:5]:
         for sample in read_shard(shard):
-            key = (shard, sample["__key__"], METHODS[1])
+            key = (shard, sample.key, METHODS[1])
             if key not in found:
                 continue  # refused
             seen += 1
-            x = decode(sample, loaded.preprocessing)
+            x = decode(sample.files, loaded.preprocessing)
             maps = explainer(x[None]).maps
             for method in METHODS:
                 expected = slow_curve(model, x, maps[method][0].sum(0), least_first)
-                assert found[shard, sample["__key__"], method] == pytest.approx(expected, abs=2e-5)
+                assert found[shard, sample.key, method] == pytest.approx(expected, abs=2e-5)
     assert seen > 5
     assert len(rows) == (len(METHODS) + len(BASELINES)) * seen
 
@@ -166,7 +166,7 @@ def test_random_orders_are_the_samples_own(model_spec: str, shards: list[str], t
         curves.append(np.stack(rows["curve"].to_numpy()))
     np.testing.assert_allclose(curves[0], curves[1], atol=2e-6)
     assert np.abs(curves[1] - curves[2]).max() > 1e-4
-    assert seed_of("0/a") != seed_of("1/a")
+    assert derive_seed("0/a") != derive_seed("1/a")
 
 
 @pytest.mark.slow
@@ -220,7 +220,7 @@ def test_what_cannot_be_degraded_is_refused_before_anything_is_written(
 
 def test_bands_are_those_of_the_mean_of_independent_samples() -> None:
     rng = np.random.default_rng(0)
-    curves, mean = rng.normal(size=(40, 5)), Mean(5)
+    curves, mean = rng.normal(size=(40, 5)), MeanCurve(5)
     for part in np.split(curves, [7, 25]):
         mean.add(part, part.mean(1))
     table = mean.table("it").to_pydict()
@@ -228,6 +228,6 @@ def test_bands_are_those_of_the_mean_of_independent_samples() -> None:
     np.testing.assert_allclose(table["mean"], curves.mean(0))
     np.testing.assert_allclose(table["low"], curves.mean(0) - 1.959964 * error)
     np.testing.assert_allclose(table["high"], curves.mean(0) + 1.959964 * error)
-    single = Mean(5)
+    single = MeanCurve(5)
     single.add(curves[:1], curves[:1].mean(1))
     assert single.area() == {"area": pytest.approx(curves[0].mean()), "low": None, "high": None}

@@ -16,12 +16,12 @@ from PIL import Image
 from patterns import METHODS, Explainer, choose
 from patterns.io.pattern_files import load
 from ray_jobs.config import ExplainConfig, FitConfig, ModelConfig, Resources
-from ray_jobs.data.samples import seed_of
-from ray_jobs.data.shard_reader import ShardReader, read_shard
+from ray_jobs.data.samples import derive_seed
+from ray_jobs.data.shard_reader import ReaderConfig, ShardReader, read_shard
 from ray_jobs.engine.shard_job import ShardJob
 from ray_jobs.engine.shard_worker import WorkerInfo
 from ray_jobs.jobs.explain.explain import explain
-from ray_jobs.jobs.explain.map_statistics import summaries
+from ray_jobs.jobs.explain.map_statistics import summarize_maps
 from ray_jobs.jobs.fit.fit import fit
 from ray_jobs.models import loading
 from tests.conftest import jpeg, write_tar
@@ -61,24 +61,24 @@ def test_explanations_line_up_with_their_shards_and_are_the_librarys(
     assert len(table) == 24
     rows = {(r["shard"], r["key"]): r for r in table}
     for shard in shards:
-        (batch,) = ShardReader(shard, loaded.preprocessing, batch_size=100)
-        expected = explainer(batch.images, seeds=[seed_of(f"0/{key}") for key in batch.keys])
+        (batch,) = ShardReader(shard, ReaderConfig(loaded.preprocessing, batch_size=100))
+        expected = explainer(batch.images, seeds=[derive_seed(f"0/{key}") for key in batch.keys])
         written = list(read_shard(str(tmp_path / "explanations" / Path(shard).name)))
-        assert [s["__key__"] for s in written] == [s["__key__"] for s in read_shard(shard)]
+        assert [s.key for s in written] == [s.key for s in read_shard(shard)]
         for i, sample in enumerate(written):
-            said = json.loads(sample["json"])
-            row = rows[shard, sample["__key__"]]
+            said = json.loads(sample.files["json"])
+            row = rows[shard, sample.key]
             assert said["target"] == said["prediction"] == int(expected.targets[i]) == row["target"]
             assert said["label"] == batch.labels[i] == row["label"]
             assert said["score"] == pytest.approx(float(expected.scores[i].max()), rel=1e-5)
             for method in methods:
-                array = np.load(io.BytesIO(sample[f"{method}.npy"]))
+                array = np.load(io.BytesIO(sample.files[f"{method}.npy"]))
                 assert array.dtype == np.float16
                 found = torch.from_numpy(array.astype(np.float32)) * 2.0 ** said["exponents"][method]
                 true = expected.maps[method][i]
                 assert (found - true).abs().max() <= 1e-3 * true.abs().max()
-                assert Image.open(io.BytesIO(sample[f"{method}.png"])).size == (16, 16)
-                (told,) = summaries(method, true[None], [None])
+                assert Image.open(io.BytesIO(sample.files[f"{method}.png"])).size == (16, 16)
+                (told,) = summarize_maps(method, true[None], [None])
                 for name, value in told.items():
                     assert row[name] == (None if value is None else pytest.approx(value, rel=1e-4)), name
 
@@ -94,7 +94,7 @@ def test_only_what_is_missing_is_done_again_and_gives_the_same_bytes(
     config = ExplainConfig(model=model, patterns=str(fitted), shards=tuple(shards), out=str(tmp_path))
     pids: list[int] = []
     killed: list[int] = []
-    started, counts = ShardJob.started, ShardJob.counts
+    started, counts = ShardJob.on_ready, ShardJob.on_committed
 
     def note(self: ShardJob, told: WorkerInfo) -> None:
         pids.append(told.pid)
@@ -106,8 +106,8 @@ def test_only_what_is_missing_is_done_again_and_gives_the_same_bytes(
             os.kill(pids[0], signal.SIGKILL)
             killed.append(pids[0])
 
-    monkeypatch.setattr(ShardJob, "started", note)
-    monkeypatch.setattr(ShardJob, "counts", kill_a_worker)
+    monkeypatch.setattr(ShardJob, "on_ready", note)
+    monkeypatch.setattr(ShardJob, "on_committed", kill_a_worker)
     explain(config, RESOURCES)
     assert killed
     folder = tmp_path / "explanations"
@@ -150,5 +150,5 @@ def test_shards_of_one_name_in_two_folders_keep_apart(fitted: Path, model: Model
     run = explain(
         ExplainConfig(model=model, patterns=str(fitted), shards=tuple(paths), out=str(tmp_path / "out")), HERE
     )
-    found = {p.parent.name: next(iter(read_shard(str(p))))["__key__"] for p in Path(run.folder).rglob("*.tar")}
+    found = {p.parent.name: next(iter(read_shard(str(p)))).key for p in Path(run.folder).rglob("*.tar")}
     assert found == {"one": "one", "two": "two"}

@@ -18,17 +18,17 @@ from safetensors.torch import load_file
 
 from patterns import CHOICES, UserError, accumulate, solve
 from ray_jobs.config import FITTED, FitConfig, ModelConfig, Resources
-from ray_jobs.data.shard_reader import ShardReader
-from ray_jobs.engine.ray_session import places, worker_options
+from ray_jobs.data.shard_reader import ReaderConfig, ShardReader
+from ray_jobs.engine.ray_session import count_worker_slots, make_worker_options
 from ray_jobs.engine.shard_worker import WorkerInfo, WorkerResources
 from ray_jobs.engine.signals import StoppedShortError
-from ray_jobs.io.object_store import located
 from ray_jobs.jobs import reduction
-from ray_jobs.jobs.fit.fit import fit, merge, observer
+from ray_jobs.jobs.fit.fit import fit, make_observer, merge
 from ray_jobs.jobs.fit.fit import solve as solve_more
-from ray_jobs.jobs.moments_job import MomentsJob, MomentsTask, MomentsWorker, Observe, read_ledger
+from ray_jobs.jobs.moments_job import MomentsJob, MomentsTask, MomentsWorker, Observe
 from ray_jobs.models import loading
 from ray_jobs.runs.ledger import Ledger
+from ray_jobs.runs.moments_store import MomentsStore
 from ray_jobs.runs.run_folder import Run
 from ray_jobs.units import format_duration
 from ray_jobs.views.status import status_lines
@@ -36,15 +36,15 @@ from tests.conftest import make_shards, write_tar
 from tests.ray_jobs.runs import PREPARED, configured, same_patterns
 
 
-def worker_of(config: FitConfig) -> tuple[ModelConfig, str, int, Observe, loading.ModelDigests]:
+def worker_of(config: FitConfig) -> tuple[ModelConfig, MomentsStore, int, Observe, loading.ModelDigests]:
     """What a worker of a fit is made from."""
     loaded = loading.load(config.model)
-    observe = partial(observer, config, tuple(loaded.network.operators))
-    return config.model, f"{config.out}/moments", config.batch_size, observe, loaded.digests
+    observe = partial(make_observer, config, tuple(loaded.network.operators))
+    return config.model, MomentsStore(f"{config.out}/moments"), config.batch_size, observe, loaded.digests
 
 
 def ledger_of(folder: Path) -> Ledger:
-    return read_ledger(located(folder))
+    return MomentsStore(folder).read_ledger()
 
 
 def on_cpu(workers: int, max_loss: float = 300) -> Resources:
@@ -64,7 +64,7 @@ def undisturbed(model_spec: str, shards: list[str], tmp_path_factory: pytest.Tem
 def test_the_job_computes_what_one_process_computes(undisturbed: Path, model_spec: str, shards: list[str]) -> None:
     torch.set_num_threads(1)
     loaded = loading.load(ModelConfig(spec=model_spec, **PREPARED))  # type: ignore[arg-type]
-    batches = [b.images for s in shards for b in ShardReader(s, loaded.preprocessing, batch_size=4)]
+    batches = [b.images for s in shards for b in ShardReader(s, ReaderConfig(loaded.preprocessing, batch_size=4))]
     moments = accumulate(loaded.network, batches)
     saved = load_file(undisturbed / "patterns.safetensors")
     for name, operator in loaded.network.operators.items():
@@ -92,7 +92,7 @@ def test_a_killed_worker_changes_no_digit(
 ) -> None:
     pids: list[int] = []
     worked: list[str] = []
-    started, heard = MomentsJob.started, MomentsJob.worked
+    started, heard = MomentsJob.on_ready, MomentsJob.on_done
 
     def note(self: MomentsJob, told: WorkerInfo) -> None:
         pids.append(told.pid)
@@ -104,8 +104,8 @@ def test_a_killed_worker_changes_no_digit(
         if len(worked) == 5:
             os.kill(pids[0], signal.SIGKILL)
 
-    monkeypatch.setattr(MomentsJob, "started", note)
-    monkeypatch.setattr(MomentsJob, "worked", kill_the_first_worker)
+    monkeypatch.setattr(MomentsJob, "on_ready", note)
+    monkeypatch.setattr(MomentsJob, "on_done", kill_the_first_worker)
     run = fit(configured(model_spec, shards, tmp_path / "run"), on_cpu(2))
     assert len(worked) > len(shards), "no shard was done again: the killed worker had nothing to lose"
     same_patterns(undisturbed, run.folder)
@@ -141,10 +141,10 @@ def test_a_stopped_and_then_killed_driver_goes_on_and_changes_no_digit(
 
     status, err = until_it_grows(signal.SIGTERM)
     assert status == 3
-    assert "of 30 shards undone; the same command goes on where this one ended" in err
+    assert "of 30 shards left; run the same command again to resume" in err
     assert until_it_grows(signal.SIGKILL)[0] == -signal.SIGKILL
     before = ledger_of(ledger.parent)
-    assert 0 < len(before.counted()) < len(many), "the driver was not killed midway"
+    assert 0 < len(before.counted_shards()) < len(many), "the driver was not killed midway"
     (out / "moments" / "part-orphan.safetensors").write_bytes(b"of a worker whose driver died")
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
@@ -179,11 +179,11 @@ def test_a_killed_reducer_changes_no_digit(
 
 
 def test_each_worker_has_a_gpu_of_its_own(local_ray: None, model_spec: str, shards: list[str], tmp_path: Path) -> None:
-    options = worker_options(Resources())
-    assert places(options) == 2
+    options = make_worker_options(Resources())
+    assert count_worker_slots(options) == 2
     actor, arguments = ray.remote(MomentsWorker), worker_of(configured(model_spec, shards, tmp_path / "run"))
     workers = [actor.options(**options).remote(*arguments, WorkerResources(1, 1)) for _ in range(2)]
-    told = ray.get([w.place.remote() for w in workers])
+    told = ray.get([w.describe.remote() for w in workers])
     for worker in workers:
         ray.kill(worker)
     assert sorted(p.gpus for p in told) == ["0", "1"]
@@ -284,8 +284,8 @@ def test_status_reads_how_far_a_run_is_from_its_files_alone(undisturbed: Path, t
     early = {"job": "fit", "time": now - 90, "driver": driver}  # of a driver that was killed before it had a worker
     (tmp_path / "progress.json").write_text(json.dumps(early))
     first, stale = status_lines(Run(tmp_path), now)
-    assert first.startswith("fit: begun, and no shard worked on yet")
-    assert stale.startswith("  stale: its driver said nothing for")
+    assert first.startswith("fit: started, no shard processed yet")
+    assert stale.startswith("  stale: no heartbeat from its driver for")
     with pytest.raises(UserError, match="holds no run"):
         list(status_lines(Run(tmp_path / "none"), now))
 
@@ -343,10 +343,10 @@ def test_a_broken_shard_holds_up_no_other_and_is_taken_up_once_mended(
     broken.write_bytes(Path(shards[0]).read_bytes()[:3000])
     config = configured(model_spec, [*shards, str(broken)], tmp_path / "run")
     once = replace(HERE, retries=0)
-    with pytest.raises(StoppedShortError, match=r"1 of 13 shards cannot be used, \S+/broken\.tar the first"):
+    with pytest.raises(StoppedShortError, match=r"1 of 13 shards cannot be used, the first is \S+/broken\.tar"):
         fit(config, replace(on_cpu(1, max_loss=0.01), retries=0))
     folder = tmp_path / "run" / "moments"
-    assert ledger_of(folder).left(range(13)) == [12]
+    assert ledger_of(folder).remaining(range(13)) == [12]
     said = fit(config, replace(once, max_bad_shards=1)).manifest()["fit"]
     assert (said["status"], said["shards"], said["samples"]) == ("complete", 12, 72)
     assert "broken.tar: " in said["missing"][str(broken)]
@@ -361,11 +361,11 @@ def test_a_worker_that_fails_midway_forgets_what_it_had(model_spec: str, shards:
     broken.write_bytes(Path(shards[0]).read_bytes()[:-4096])
     config = configured(model_spec, [*shards, str(broken)], tmp_path / "run")
     worker = MomentsWorker(*worker_of(config))
-    worker.ready()
-    list(worker.work(MomentsTask(0, shards[0]), MomentsTask(12, str(broken))))
+    worker.prepare()
+    list(worker.work(MomentsTask(shards[0], number=0), MomentsTask(str(broken), number=12)))
     with pytest.raises(UserError, match=r"cannot be read|cut short"):
-        list(worker.work(MomentsTask(12, str(broken)), MomentsTask(1, shards[1])))
-    list(worker.work(MomentsTask(1, shards[1])))
+        list(worker.work(MomentsTask(str(broken), number=12), MomentsTask(shards[1], number=1)))
+    list(worker.work(MomentsTask(shards[1], number=1)))
     part = worker.commit()
     assert part.shards == (1,)
     assert part.samples == 6

@@ -18,6 +18,7 @@ from ray import serve
 from cluster.serve import app
 from patterns import UserError
 from ray_jobs.config import ExplainConfig, FitConfig, ModelConfig, Resources
+from ray_jobs.data.samples import Sample
 from ray_jobs.data.shard_reader import read_shard
 from ray_jobs.jobs.explain.explain import explain
 from ray_jobs.jobs.explain.online import ExplainBatch, OnlineExplainer
@@ -25,7 +26,6 @@ from ray_jobs.jobs.fit.fit import fit
 from tests.ray_jobs.runs import PREPARED
 
 METHODS = ("gradient", "patternattribution")
-Sample = dict[str, bytes]
 
 
 def png(image: Image.Image) -> bytes:
@@ -53,15 +53,15 @@ def written(fitted: str, shards: list[str]) -> list[tuple[Sample, Sample]]:
 
 
 def same(array: np.ndarray, exponent: int, sample: Sample, method: str) -> None:
-    expected = np.load(io.BytesIO(sample[f"{method}.npy"])).astype(np.float64)
-    expected = np.ldexp(expected, json.loads(sample["json"])["exponents"][method])
+    expected = np.load(io.BytesIO(sample.files[f"{method}.npy"])).astype(np.float64)
+    expected = np.ldexp(expected, json.loads(sample.files["json"])["exponents"][method])
     found = np.ldexp(array.astype(np.float64), exponent)
     assert np.abs(found - expected).max() <= 2e-3 * np.abs(expected).max()
 
 
 @pytest.mark.slow
 def test_ray_data_gets_the_maps_of_the_job(local_ray: None, fitted: str, written: list[tuple[Sample, Sample]]) -> None:
-    rows = [{"bytes": sample["jpg"], "number": i} for i, (sample, _) in enumerate(written)]
+    rows = [{"bytes": sample.files["jpg"], "number": i} for i, (sample, _) in enumerate(written)]
     rows.insert(2, {"bytes": b"no image", "number": -1})
     found = ray.data.from_items(rows).map_batches(
         ExplainBatch, fn_constructor_kwargs={"run": fitted, "methods": METHODS}, batch_size=4, concurrency=1, num_cpus=1
@@ -69,7 +69,7 @@ def test_ray_data_gets_the_maps_of_the_job(local_ray: None, fitted: str, written
     met = sorted(found.take_all(), key=lambda row: row["number"])
     assert [row["number"] for row in met] == [-1, *range(len(written))]
     for row, (_, sample) in zip(met[1:], written):
-        said = json.loads(sample["json"])
+        said = json.loads(sample.files["json"])
         assert (row["prediction"], row["target"], row["refused"]) == (said["prediction"], said["target"], "")
         assert row["probability"] == pytest.approx(said["probability"], rel=1e-4)
         for method in METHODS:
@@ -154,14 +154,14 @@ def test_an_empty_batch_has_every_column(batch: ExplainBatch) -> None:
 
 def test_images_come_as_files_pixels_and_tensors(fitted: str, written: list[tuple[Sample, Sample]]) -> None:
     explainer = OnlineExplainer(fitted, METHODS)
-    file = written[0][0]["jpg"]
+    file = written[0][0].files["jpg"]
     pixels = np.asarray(Image.open(io.BytesIO(file)).convert("RGB"))
-    inputs, reasons = explainer.inputs([file, pixels])
+    inputs, reasons = explainer.decode_images([file, pixels])
     assert reasons == ["", ""]
     assert np.array_equal(inputs[0], inputs[1])
-    again, _ = explainer.inputs([inputs[0].numpy()])
+    again, _ = explainer.decode_images([inputs[0].numpy()])
     assert np.array_equal(again[0], inputs[0])
-    grey, reasons = explainer.inputs([pixels[..., 0], pixels[..., :1], np.repeat(pixels, 2, 2), np.zeros((2, 2))])
+    grey, reasons = explainer.decode_images([pixels[..., 0], pixels[..., :1], np.repeat(pixels, 2, 2), np.zeros((2, 2))])
     assert reasons[:2] == ["", ""]
     assert reasons[2].startswith("pixels of shape (16, 16, 6)")
     assert "a tensor of shape (2, 2), the model takes (3, 16, 16)" in reasons[3]
@@ -195,14 +195,14 @@ def endpoint(local_ray: None, fitted: str) -> Iterator[str]:
 def test_an_uploaded_image_gets_the_maps_of_the_job(endpoint: str, written: list[tuple[Sample, Sample]]) -> None:
     assert httpx.get(f"{endpoint}/health").json() == {"methods": list(METHODS), "max_bytes": 100 * 1024}
     image, sample = written[0]
-    found = httpx.post(f"{endpoint}/explain", content=image["jpg"], timeout=60)
+    found = httpx.post(f"{endpoint}/explain", content=image.files["jpg"], timeout=60)
     assert found.status_code == 200
-    told, said = found.json(), json.loads(sample["json"])
+    told, said = found.json(), json.loads(sample.files["json"])
     assert (told["prediction"], told["target"]) == (said["prediction"], said["target"])
     for method in METHODS:
         array = np.load(io.BytesIO(base64.b64decode(told["maps"][method]["npy"])))
         same(array, told["maps"][method]["exponent"], sample, method)
-    picture = httpx.post(f"{endpoint}/explain?picture=gradient", content=image["jpg"], timeout=60)
+    picture = httpx.post(f"{endpoint}/explain?picture=gradient", content=image.files["jpg"], timeout=60)
     assert picture.headers["content-type"] == "image/png"
     assert picture.content == base64.b64decode(told["maps"]["gradient"]["png"])
 
@@ -212,7 +212,7 @@ def test_images_that_come_together_get_each_their_own_maps(endpoint: str, writte
 
     def ask(image: Sample) -> httpx.Response:
         barrier.wait()
-        return httpx.post(f"{endpoint}/explain", content=image["jpg"], timeout=60)
+        return httpx.post(f"{endpoint}/explain", content=image.files["jpg"], timeout=60)
 
     with ThreadPoolExecutor(len(written)) as pool:
         answers = list(pool.map(ask, [image for image, _ in written]))

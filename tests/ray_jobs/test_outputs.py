@@ -21,12 +21,12 @@ from patterns import UserError
 from patterns.io.pattern_files import load
 from ray_jobs.cli.app import main
 from ray_jobs.config import ExplainConfig, FitConfig, ModelConfig, Resources
-from ray_jobs.data.shard_reader import ShardReader, read_shard
-from ray_jobs.data.zipping import zipped
+from ray_jobs.data.samples import zip_explanations
+from ray_jobs.data.shard_reader import ReaderConfig, ShardReader, read_shard
 from ray_jobs.jobs.explain.explain import explain
 from ray_jobs.jobs.fit.fit import fit
 from ray_jobs.models import loading
-from ray_jobs.runs.map_files import bytes_per_sample
+from ray_jobs.runs.map_files import estimate_bytes_per_sample
 from tests.conftest import jpeg, write_tar
 from tests.ray_jobs.runs import PREPARED
 
@@ -54,7 +54,7 @@ def config(fitted: Path, model: ModelConfig, shards: list[str], out: Path, **opt
 
 def in_tar(folder: Path, name: str) -> dict[str, dict[str, np.ndarray]]:
     return {
-        s["__key__"]: {m: np.load(io.BytesIO(s[f"{m}.npy"])) for m in METHODS}
+        s.key: {m: np.load(io.BytesIO(s.files[f"{m}.npy"])) for m in METHODS}
         for s in read_shard(str(folder / "explanations" / f"{name}.tar"))
     }
 
@@ -80,7 +80,7 @@ def test_every_kind_of_file_holds_the_same_maps(
     explain(config(fitted, model, shards[:3], tmp_path, outputs=KINDS), HERE)
     for shard in shards[:3]:
         name = Path(shard).stem
-        keys = [s["__key__"] for s in read_shard(shard)]
+        keys = [s.key for s in read_shard(shard)]
         expected = in_tar(tmp_path, name)
         for found in (in_table(tmp_path, name), in_zarr(tmp_path, name)):
             assert list(found) == list(expected) == keys
@@ -101,7 +101,7 @@ def test_only_what_is_asked_for_is_written(
     assert {p.name for p in (tmp_path / "explanations").iterdir()} == {*kept, f"{name}.{extension}"}
     if extension == "tar":
         for sample in read_shard(str(tmp_path / "explanations" / f"{name}.tar")):
-            assert set(sample) == {"__key__", "json", *(f"{method}.{kinds[0]}" for method in METHODS)}
+            assert set(sample.files) == {"json", *(f"{method}.{kinds[0]}" for method in METHODS)}
 
 
 def test_maps_of_another_size_with_fewer_channels(
@@ -111,11 +111,11 @@ def test_maps_of_another_size_with_fewer_channels(
     small = explain(config(fitted, model, shards[:1], tmp_path / "small", reduction="sum", size=4), HERE)
     name = Path(shards[0]).stem
     exponents = {
-        s["__key__"]: json.loads(s["json"])["exponents"]
+        s.key: json.loads(s.files["json"])["exponents"]
         for s in read_shard(str(small.folder / "explanations" / f"{name}.tar"))
     }
     scaled = {
-        s["__key__"]: json.loads(s["json"])["exponents"]
+        s.key: json.loads(s.files["json"])["exponents"]
         for s in read_shard(str(whole.folder / "explanations" / f"{name}.tar"))
     }
     for key, maps in in_tar(tmp_path / "whole", name).items():
@@ -153,7 +153,7 @@ def test_several_maps_a_sample_lie_in_one_array(
         assert row["score"] == pytest.approx([one["score"], other["score"]])
         assert row["gradient_entropy"] == one["gradient_entropy"]
     sample = next(read_shard(str(tmp_path / "top" / "explanations" / f"{name}.tar")))
-    assert Image.open(io.BytesIO(sample["gradient.png"])).size == (32, 16)
+    assert Image.open(io.BytesIO(sample.files["gradient.png"])).size == (32, 16)
 
 
 def test_a_neuron_inside_is_explained_with_the_models_own_predictions(
@@ -164,7 +164,7 @@ def test_a_neuron_inside_is_explained_with_the_models_own_predictions(
     rows, others = (pq.read_table(r.folder / "explanations.parquet").to_pylist() for r in (run, other))
     loaded = loading.load(model)
     end = loaded.network.until("2.conv1")
-    (batch,) = ShardReader(shards[0], loaded.preprocessing, 100)
+    (batch,) = ShardReader(shards[0], ReaderConfig(loaded.preprocessing, 100))
     for row, one, values in zip(rows, others, end.module(batch.images)):
         assert row["target"] == 3
         assert row["score"] == pytest.approx(float(values[3].sum()), rel=1e-4)
@@ -201,7 +201,7 @@ def test_a_training_job_finds_each_sample_beside_its_maps(
     for path in paths:
         inputs = webdataset.WebDataset(path, shardshuffle=False)
         maps = webdataset.WebDataset(str(run.folder / "explanations" / Path(path).name), shardshuffle=False)
-        for sample, explained in zipped(inputs, maps):
+        for sample, explained in zip_explanations(inputs, maps):
             assert sample["__key__"] == explained["__key__"]
             assert np.load(io.BytesIO(explained["gradient.npy"])).shape == (1, 16, 16)
             met.append(sample["__key__"])
@@ -213,10 +213,10 @@ def test_a_training_job_finds_each_sample_beside_its_maps(
 def test_zipping_skips_what_only_one_side_has() -> None:
     inputs = [{"__key__": key} for key in "abcdef"]
     maps = [{"__key__": key, "x": key} for key in "bce"]
-    assert [(a["__key__"], b["x"]) for a, b in zipped(inputs, maps)] == [("b", "b"), ("c", "c"), ("e", "e")]
-    assert list(zipped(inputs, [])) == []
+    assert [(a["__key__"], b["x"]) for a, b in zip_explanations(inputs, maps)] == [("b", "b"), ("c", "c"), ("e", "e")]
+    assert list(zip_explanations(inputs, [])) == []
     with pytest.raises(UserError, match="x: explained, but not among the inputs"):
-        list(zipped(inputs, [{"__key__": "x"}]))
+        list(zip_explanations(inputs, [{"__key__": "x"}]))
 
 
 def test_the_cost_is_said_before_the_start_and_is_kept(
@@ -226,7 +226,7 @@ def test_the_cost_is_said_before_the_start_and_is_kept(
     said = capsys.readouterr().err
     assert "a sample takes at most 21.75 KiB (npy 7.50 KiB, png 5.25 KiB, parquet 4.50 KiB" in said
     assert "are free at" in said
-    most = bytes_per_sample(dict.fromkeys(METHODS, (3, 16, 16)), KINDS)
+    most = estimate_bytes_per_sample(dict.fromkeys(METHODS, (3, 16, 16)), KINDS)
     name, samples = Path(shards[0]).stem, 6
     folder = tmp_path / "explanations"
     for kind, file in {"parquet": f"{name}.maps.parquet", "zarr": f"{name}.zarr.zip"}.items():
@@ -283,7 +283,7 @@ def test_patterns_of_the_named_estimator_are_used(
     methods = ("patternnet:linear", "patternnet:multivariate", "patternnet")
     run = explain(replace(config(fitted, model, shards[:1], tmp_path), methods=methods, estimator=("linear",)), HERE)
     for sample in read_shard(str(run.folder / "explanations" / Path(shards[0]).with_suffix(".tar").name)):
-        one, other, default = (sample[f"{method}.npy"] for method in methods)
+        one, other, default = (sample.files[f"{method}.npy"] for method in methods)
         assert one == default
         assert one != other
     assert {"linear", "multivariate"} <= load(fitted, None)["0"].keys()
@@ -302,7 +302,7 @@ def test_half_precision_gives_nearly_the_same_maps(
     one, other = (read_shard(str(run.folder / "explanations" / name)) for run in (wide, narrow))
     for a, b in zip(one, other):
         for method in methods:
-            x, y = (np.load(io.BytesIO(s[f"{method}.npy"])).astype(np.float64).ravel() for s in (a, b))
+            x, y = (np.load(io.BytesIO(s.files[f"{method}.npy"])).astype(np.float64).ravel() for s in (a, b))
             assert x @ y / np.sqrt((x @ x) * (y @ y)) > 0.97
             assert not np.array_equal(x, y)
 
@@ -313,13 +313,13 @@ from ray_jobs.jobs.explain import explain as job
 from ray_jobs.config import ExplainConfig, ModelConfig, Resources
 from ray_jobs.engine.shard_job import ShardJob
 
-peaks, counts = [], ShardJob.counts
+peaks, counts = [], ShardJob.on_committed
 
 def note(self, items, told):
     counts(self, items, told)
     peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
-ShardJob.counts = note
+ShardJob.on_committed = note
 model, shard, out, fitted, times = json.loads(sys.argv[1])
 model = ModelConfig(**model)
 shards = tuple(f"{shard}-{n:03d}.tar" for n in range(times))

@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 
 from patterns import Observer, solve
 from ray_jobs.config import Resources
-from ray_jobs.data.samples import seed_of
-from ray_jobs.data.shard_reader import ShardReader
+from ray_jobs.data.samples import derive_seed
+from ray_jobs.data.shard_reader import ReaderConfig, ShardReader
 from ray_jobs.jobs.fit.fit import fit, merge
 from ray_jobs.models import loading
 from tests.patterns.networks import relative
@@ -27,8 +27,8 @@ def test_the_job_draws_what_the_library_draws(model_spec: str, shards: list[str]
     loaded = loading.load(config.model)
     observer = Observer(loaded.network, positions=3, seed=4)
     for shard in shards:
-        for batch in ShardReader(shard, loaded.preprocessing, 100):
-            observer.update(batch.images, [seed_of(key) for key in batch.keys])
+        for batch in ShardReader(shard, ReaderConfig(loaded.preprocessing, 100)):
+            observer.update(batch.images, [derive_seed(key) for key in batch.keys])
     found, moments = load_file(run.folder / "patterns.safetensors"), observer.moments()
     for name, operator in loaded.network.operators.items():
         for row, pattern in solve(operator, moments[name], config.estimators).patterns.items():

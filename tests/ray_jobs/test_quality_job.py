@@ -14,7 +14,7 @@ from torch import nn
 from patterns import UserError
 from ray_jobs.cli.app import exit_status
 from ray_jobs.config import FitConfig, ModelConfig, QualityConfig, Resources
-from ray_jobs.data.shard_reader import ShardReader
+from ray_jobs.data.shard_reader import ReaderConfig, ShardReader
 from ray_jobs.engine.shard_worker import WorkerInfo
 from ray_jobs.jobs.fit.fit import fit, solve
 from ray_jobs.jobs.moments_job import MomentsJob
@@ -85,7 +85,9 @@ def first_layer(model: ModelConfig, shards: list[str]) -> tuple[list[Neuron], nn
     layer = loaded.network.operators["0"]
     import torch
 
-    x = torch.cat([batch.images for s in shards for batch in ShardReader(s, loaded.preprocessing, 8, loaded.dtype)])
+    x = torch.cat(
+        [batch.images for s in shards for batch in ShardReader(s, ReaderConfig(loaded.preprocessing, 8, loaded.dtype))]
+    )
     patches = window_patches(x, (3, 3), (2, 2), (0, 0), (1, 1))
     return neurons(patches, layer.weight, layer.bias, (0.0, 6.0)), layer  # type: ignore[return-value]
 
@@ -135,7 +137,7 @@ def test_neither_workers_nor_losses_nor_resuming_change_a_digit(
     whole = measure(config, HERE)
     pids: list[int] = []
     worked: list[str] = []
-    started, heard = MomentsJob.started, MomentsJob.worked
+    started, heard = MomentsJob.on_ready, MomentsJob.on_done
 
     def note(self: MomentsJob, told: WorkerInfo) -> None:
         pids.append(told.pid)
@@ -147,8 +149,8 @@ def test_neither_workers_nor_losses_nor_resuming_change_a_digit(
         if len(worked) == 2:
             os.kill(pids[0], signal.SIGKILL)
 
-    monkeypatch.setattr(MomentsJob, "started", note)
-    monkeypatch.setattr(MomentsJob, "worked", kill_the_first_worker)
+    monkeypatch.setattr(MomentsJob, "on_ready", note)
+    monkeypatch.setattr(MomentsJob, "on_done", kill_the_first_worker)
     other = measure(configured(model, fitted, sets, tmp_path / "two", positions=3), RESOURCES)
     assert len(worked) > 6, "no shard was done again: the killed worker had nothing to lose"
     again = measure(configured(model, fitted, sets, tmp_path / "two", positions=3), HERE)
@@ -176,7 +178,7 @@ def test_estimators_solved_since_are_judged_without_data(
     config = configured(model, a.folder, sets, a.folder)
     measure(config, HERE)
     solve(str(a.folder), ["random", "identity"], HERE)
-    monkeypatch.setattr(MomentsJob, "worked", lambda *_: pytest.fail("read data again"))
+    monkeypatch.setattr(MomentsJob, "on_done", lambda *_: pytest.fail("read data again"))
     measure(config, HERE)
     rows = pq.read_table(a.folder / "quality.parquet").to_pylist()
     assert {r["estimator"] for r in rows} == {"linear", "random", "identity"}
@@ -192,7 +194,7 @@ def test_the_command_parts_the_shards_judges_and_draws(
     assert exit_status(["quality", *map(str, options), "--workers", "0", "--operators", "0,2.*"]) == 0
     out = capsys.readouterr().out
     assert [line.split()[0] for line in out.splitlines()[:3]] == ["filter", "linear", "two-component"]
-    section = Run(tmp_path / "q").job("quality", "")
+    section = Run(tmp_path / "q").require_job("quality", "")
     assert (section["samples"], section["regressed"], section["evaluated"]) == (24, 16, 8)
     with Image.open(tmp_path / "q" / "quality.png") as picture:
         assert picture.width > 600

@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 from patterns import UserError
 from ray_jobs.cli.app import exit_status
 from ray_jobs.config import ModelConfig
-from ray_jobs.data.shard_reader import ShardReader
+from ray_jobs.data.shard_reader import ReaderConfig, ShardReader
 from ray_jobs.models.loading import load
 from ray_jobs.runs.run_folder import Run
 from ray_jobs.studies.datasets import read_digits, read_idx, write_digits
@@ -85,7 +85,7 @@ def test_shards_hold_the_images_and_labels_of_the_files(files: Path, tmp_path: P
     model = ModelConfig(
         spec="ray_jobs.studies.small_cnn:small_cnn", weights="random", image_size=28, resize=28, mean=(0.5,), std=(0.5,)
     )
-    batches = [b for path in paths for b in ShardReader(str(path), load(model).preprocessing, 7)]
+    batches = [b for path in paths for b in ShardReader(str(path), ReaderConfig(load(model).preprocessing, 7))]
     x = torch.cat([batch.images for batch in batches])
     torch.testing.assert_close(x[:, 0], torch.from_numpy(images.copy()).float() / 127.5 - 1)
     assert [label for batch in batches for label in batch.labels] == labels.tolist()

@@ -21,9 +21,10 @@ from ray_jobs.config import FitConfig, Resources
 from ray_jobs.engine.signals import StoppedShortError
 from ray_jobs.jobs import moments_job
 from ray_jobs.jobs.fit.fit import fit, merge, solve
-from ray_jobs.jobs.fit.memory_plan import passes
+from ray_jobs.jobs.fit.memory_plan import plan_passes
 from ray_jobs.runs import lease
 from ray_jobs.runs.lease import Driver, TakenOverError, hold_lease
+from ray_jobs.runs.moments_store import MomentsStore
 from ray_jobs.runs.run_folder import Run
 from tests.conftest import make_shards, write_tar
 from tests.ray_jobs.runs import configured, same_patterns
@@ -178,7 +179,7 @@ def test_a_run_of_mostly_garbage_ends_and_says_so(model_spec: str, tmp_path: Pat
     config = configured(model_spec, shards, tmp_path / "run")
     with pytest.raises(UserError, match=r"\d+ of 100 samples were rejected.*--max-bad-fraction"):
         fit(config, HERE)
-    begun = moments_job.read_ledger(moments_job.located(tmp_path / "run" / "moments"))
+    begun = MomentsStore(tmp_path / "run" / "moments").read_ledger()
     assert begun.samples == 30, "it read on, or lost what it had"
     assert fit(config, replace(HERE, max_bad_fraction=0.8)).manifest()["fit"]["samples"] == 72
 
@@ -192,7 +193,7 @@ def test_passes_over_the_data_give_the_patterns_of_one_pass(model_spec: str, tmp
     network = loading.load(config.model).network
     enough = next(m for m in range(2**26, 2**28, 512) if fits(network, config, m))
     few = fit(replace(config, out=str(tmp_path / "few"), memory=enough), HERE)
-    count = len(passes(network, config.estimators, enough, config.batch_size))
+    count = len(plan_passes(network, config.estimators, enough, config.batch_size))
     assert count > 2
     assert len(list((tmp_path / "few" / "moments").iterdir())) == count
     same_patterns(tmp_path / "one", tmp_path / "few")
@@ -206,7 +207,7 @@ def test_passes_over_the_data_give_the_patterns_of_one_pass(model_spec: str, tmp
 
 def fits(network: object, config: FitConfig, memory: int) -> bool:
     try:
-        passes(network, config.estimators, memory, config.batch_size)  # type: ignore[arg-type]
+        plan_passes(network, config.estimators, memory, config.batch_size)  # type: ignore[arg-type]
     except UserError:
         return False
     return True
@@ -220,7 +221,7 @@ def test_parts_that_are_merged_on_the_way_give_the_same_patterns(
     bad = str(write_tar(tmp_path / "s" / "bad.tar", [*tensors(2), {"__key__": "cut", "npy": b""}]))
     config = configured(model_spec, [*shards, bad], tmp_path / "plain")
     fit(config, HERE)
-    monkeypatch.setattr(moments_job, "MOST_PARTS", most)
+    monkeypatch.setattr(moments_job, "MAX_FILES", most)
     monkeypatch.setattr(moments_job, "MERGED_AT_ONCE", most)
     merging = fit(replace(config, out=str(tmp_path / "merging")), HERE)
     same_patterns(tmp_path / "plain", tmp_path / "merging")
@@ -262,7 +263,7 @@ def test_a_full_disk_is_told_in_one_line_and_loses_nothing(model_spec: str, tmp_
     assert not [path for path in (tmp_path / "run").rglob("*") if ".aside-" in path.name]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "fit: 6 samples of 3 shards, 0 refused" in done.stdout
+    assert "fit: 6 samples of 3 shards, 0 rejected" in done.stdout
 
 
 # --- one driver ---------------------------------------------------------------------------------------
@@ -275,7 +276,7 @@ def test_a_second_driver_is_refused_while_the_first_is_alive(
     run = Run(tmp_path / "run")
     with (
         hold_lease(run, "fit"),
-        pytest.raises(UserError, match=rf"process {os.getpid()} on \S+ works on it\. Wait"),
+        pytest.raises(UserError, match=rf"process {os.getpid()} on \S+ works on this run"),
     ):
         fit(config, HERE)
     fit(config, HERE)
@@ -283,15 +284,15 @@ def test_a_second_driver_is_refused_while_the_first_is_alive(
 
 def test_a_driver_that_is_dead_holds_up_no_other(tmp_path: Path) -> None:
     dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
-    gone = replace(Driver.this(), pid=int(dead.stdout))
+    gone = replace(Driver.current(), pid=int(dead.stdout))
     (tmp_path / "progress.json").write_text(json.dumps({"driver": vars(gone), "time": time.time()}))
     with hold_lease(Run(tmp_path), "fit"):
         pass
 
 
 def test_a_process_that_has_the_number_of_a_dead_one_is_not_taken_for_it() -> None:
-    assert not Driver.this().gone()
-    assert replace(Driver.this(), begun="1").gone()
+    assert not Driver.current().has_ended()
+    assert replace(Driver.current(), begun="1").has_ended()
 
 
 def test_a_driver_that_was_taken_over_counts_nothing_more(
@@ -302,14 +303,14 @@ def test_a_driver_that_was_taken_over_counts_nothing_more(
 
     def taken_over(self: moments_job.MomentsWorker) -> object:
         if taken:
-            lease.Heartbeat(Run(tmp_path / "run"), Driver.this(), "fit").note()
+            lease.Heartbeat(Run(tmp_path / "run"), Driver.current(), "fit").write()
         taken.append(self.shards)
         return commit(self)
 
     monkeypatch.setattr(moments_job.MomentsWorker, "commit", taken_over)
-    with pytest.raises(TakenOverError, match="another driver works on it now"):
+    with pytest.raises(TakenOverError, match="another driver has taken over"):
         fit(config, HERE)
-    assert moments_job.read_ledger(moments_job.located(tmp_path / "run" / "moments")).counted() == {0}
+    assert MomentsStore(tmp_path / "run" / "moments").read_ledger().counted_shards() == {0}
 
 
 # --- what is said -------------------------------------------------------------------------------------
@@ -346,6 +347,6 @@ def test_ctrl_c_without_ray_commits_what_is_done(
 
     monkeypatch.setattr(moments_job.MomentsWorker, "work", interrupted)
     config = configured(model_spec, shards, tmp_path / "run")
-    with pytest.raises(StoppedShortError, match="stopped with 3 of 6 shards undone; the same command goes on"):
+    with pytest.raises(StoppedShortError, match="stopped with 3 of 6 shards left"):
         fit(config, replace(HERE, max_loss=900.0))
-    assert moments_job.read_ledger(moments_job.located(tmp_path / "run" / "moments")).counted() == {0, 1, 2}
+    assert MomentsStore(tmp_path / "run" / "moments").read_ledger().counted_shards() == {0, 1, 2}

@@ -11,22 +11,22 @@ import ray
 
 from ray_jobs.config import ModelConfig, Resources
 from ray_jobs.engine import worker_pool
-from ray_jobs.engine.ray_tasks import InProcessTasks, PendingCall
+from ray_jobs.engine.ray_tasks import LocalCall, LocalTasks
 from ray_jobs.engine.shard_worker import ShardReport, WorkerInfo
-from ray_jobs.jobs import moments_job
-from ray_jobs.jobs.moments_job import MomentsJob, MomentsSpec, read_ledger
+from ray_jobs.jobs.moments_job import MomentsJob, MomentsSpec
 from ray_jobs.runs.lease import hold_lease
-from ray_jobs.runs.ledger import PartialMoments
+from ray_jobs.runs.ledger import PartialMoments, combine_entries
+from ray_jobs.runs.moments_store import MomentsStore, new_file
 from ray_jobs.runs.run_folder import Run
 from tests.ray_jobs.stub import Stub
 
 
-class NoMerging(InProcessTasks):
+class NoMerging(LocalTasks):
     """Stub workers write no files that could be merged."""
 
-    def submit(self, function: Any, *arguments: Any) -> PendingCall:
+    def submit(self, function: Any, *arguments: Any) -> LocalCall:
         (_, parts) = arguments
-        return InProcessTasks.Call(moments_job.combine_entries(moments_job.new_part(), parts))
+        return LocalCall(combine_entries(new_file(), parts))
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Simulated:
 
 def simulate(folder: Path, workers: int, shards: int, seconds: float) -> Simulated:
     names = tuple(f"s3://bucket/train-{i:06d}.tar" for i in range(shards))
-    task = MomentsSpec(ModelConfig(spec="none"), names, str(folder / "moments"), 32)
+    task = MomentsSpec(ModelConfig(spec="none"), names, MomentsStore(folder / "moments"), 32)
     with hold_lease(Run(folder), "fit") as heartbeat:
         resources = Resources(workers=workers, cpus_per_worker=0, max_loss=15.0)
         job = MomentsJob("fit", heartbeat, task, NoMerging(), resources)
@@ -49,7 +49,7 @@ def simulate(folder: Path, workers: int, shards: int, seconds: float) -> Simulat
         ready.mkdir()
         job.spawn = lambda: actor.remote(seconds, ready, workers)  # type: ignore[method-assign]
         task_of = job.make_task
-        job.make_task = lambda item: tuple(task_of(item))  # type: ignore[assignment,method-assign,return-value]  # no torch
+        job.make_task = lambda item: (task_of(item).number, item)  # type: ignore[assignment,method-assign,return-value]  # no torch
         job.wanted_workers = lambda: workers  # type: ignore[method-assign]
         begun: list[tuple[float, float, int]] = []
 
@@ -69,7 +69,7 @@ def simulate(folder: Path, workers: int, shards: int, seconds: float) -> Simulat
         job.on_done = note  # type: ignore[method-assign]
         worker_pool.run(names, job, lambda: False, tick)
         job.flush()
-    ledger = read_ledger(moments_job.located(folder / "moments"))
+    ledger = MomentsStore(folder / "moments").read_ledger()
     assert sorted(s for part in ledger.parts for s in part.shards) == list(range(shards))
     assert ledger.samples == 100 * shards
     (start, cpu, first), (end, cpu_end, last) = begun[0], ended[0]
@@ -94,7 +94,7 @@ def test_a_driver_of_a_hundred_thousand_shards_stays_small(tmp_path: Path) -> No
     names = tuple(f"s3://bucket/imagenet/train-{i:06d}.tar" for i in range(100_000))
     tracemalloc.start()
     with hold_lease(Run(tmp_path), "fit") as heartbeat:
-        task = MomentsSpec(ModelConfig(spec="none"), names, str(tmp_path / "moments"), 32)
+        task = MomentsSpec(ModelConfig(spec="none"), names, MomentsStore(tmp_path / "moments"), 32)
         before = tracemalloc.get_traced_memory()[0]
         job = MomentsJob("fit", heartbeat, task, NoMerging(), Resources(workers=0))
         place = WorkerInfo("here", 1, "cpu", "")
@@ -104,7 +104,7 @@ def test_a_driver_of_a_hundred_thousand_shards_stays_small(tmp_path: Path) -> No
             for item in items:
                 job.on_assigned(item, place)
                 job.on_done(item, ShardReport(1000, 0))
-            job.on_committed(items, PartialMoments(moments_job.new_part(), tuple(range(start, start + 100)), 100_000))
+            job.on_committed(items, PartialMoments(new_file(), tuple(range(start, start + 100)), 100_000))
             if start % 5000 == 0:
                 job.flush()
                 job.tick()
@@ -113,4 +113,4 @@ def test_a_driver_of_a_hundred_thousand_shards_stays_small(tmp_path: Path) -> No
     tracemalloc.stop()
     assert held < 200 << 20, "the driver may use 1 GiB, of which Python, torch and Ray take a half"
     assert (tmp_path / "moments" / "ledger.json").stat().st_size < 1 << 20
-    assert len(read_ledger(moments_job.located(tmp_path / "moments")).counted_shards()) == len(names)
+    assert len(MomentsStore(tmp_path / "moments").read_ledger().counted_shards()) == len(names)

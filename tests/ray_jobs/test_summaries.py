@@ -10,9 +10,9 @@ import torch
 from PIL import ExifTags, Image
 
 from ray_jobs.config import Preprocessing
-from ray_jobs.data.image_decoding import boxes_of, decode
+from ray_jobs.data.image_decoding import decode, parse_boxes
 from ray_jobs.data.samples import SampleError
-from ray_jobs.jobs.explain.map_statistics import REDUCTIONS, shaped, summaries
+from ray_jobs.jobs.explain.map_statistics import REDUCTIONS, reduce_maps, summarize_maps
 
 
 def point(y: int, x: int, value: float = 1.0, size: int = 20) -> torch.Tensor:
@@ -22,7 +22,7 @@ def point(y: int, x: int, value: float = 1.0, size: int = 20) -> torch.Tensor:
 
 
 def only(method: str, maps: torch.Tensor, boxes: list[tuple[float, float, float, float]] | None = None) -> dict:
-    (row,) = summaries(method, maps, [boxes])
+    (row,) = summarize_maps(method, maps, [boxes])
     return {name.removeprefix(f"{method}_"): value for name, value in row.items()}
 
 
@@ -64,13 +64,13 @@ def test_a_map_of_zeros_has_numbers_too() -> None:
 
 def test_channels_are_reduced_and_sizes_keep_the_mean() -> None:
     maps = torch.randn(2, 3, 16, 16)
-    assert torch.equal(shaped(maps, "none", None), maps)
+    assert torch.equal(reduce_maps(maps, "none", None), maps)
     for name, expected in {
         "sum": maps.sum(1), "abs-sum": maps.abs().sum(1), "abs-max": maps.abs().max(1).values
     }.items():  # fmt: skip
-        assert torch.equal(shaped(maps, name, None)[:, 0], expected)
+        assert torch.equal(reduce_maps(maps, name, None)[:, 0], expected)
     assert set(REDUCTIONS) == {"none", "sum", "abs-sum", "abs-max"}
-    small = shaped(torch.ones(1, 3, 16, 16), "sum", 5)
+    small = reduce_maps(torch.ones(1, 3, 16, 16), "sum", 5)
     torch.testing.assert_close(small, torch.full((1, 1, 5, 5), 3.0))
 
 
@@ -94,8 +94,8 @@ def white(box: tuple[int, int, int, int], size: tuple[int, int], turn: int = 1) 
 def test_a_box_lies_in_the_models_input_where_its_object_does(size: tuple[int, int], turn: int) -> None:
     middle = size[0] // 2, size[1] // 2
     box = middle[0] - 16, middle[1] - 24, middle[0] + 8, middle[1] + 16
-    sample = {"__key__": "a", "png": white(box, size, turn), "json": json.dumps({"boxes": [box]}).encode()}
-    ((x0, y0, x1, y1),) = boxes_of(sample, GREY) or ()
+    sample = {"png": white(box, size, turn), "json": json.dumps({"boxes": [box]}).encode()}
+    ((x0, y0, x1, y1),) = parse_boxes(sample, GREY) or ()
     inside = decode(sample, GREY)[0] > 0.5
     rows, columns = inside.nonzero(as_tuple=True)
     assert (x0, y0, x1, y1) == pytest.approx(
@@ -106,13 +106,13 @@ def test_a_box_lies_in_the_models_input_where_its_object_does(size: tuple[int, i
 def test_a_tensors_boxes_are_in_its_own_pixels_and_none_are_none() -> None:
     buffer = io.BytesIO()
     np.save(buffer, np.zeros((1, 8, 8), np.float32))
-    sample = {"__key__": "a", "npy": buffer.getvalue(), "json": b'{"boxes": [[1, 2, 3, 4], [0, 0, 1.5, 1]]}'}
-    assert boxes_of(sample, GREY) == [(1, 2, 3, 4), (0, 0, 1.5, 1)]
-    assert boxes_of({**sample, "json": b'{"label": 3}'}, GREY) is None
-    assert boxes_of({"__key__": "a", "npy": b""}, GREY) is None
+    sample = {"npy": buffer.getvalue(), "json": b'{"boxes": [[1, 2, 3, 4], [0, 0, 1.5, 1]]}'}
+    assert parse_boxes(sample, GREY) == [(1, 2, 3, 4), (0, 0, 1.5, 1)]
+    assert parse_boxes({**sample, "json": b'{"label": 3}'}, GREY) is None
+    assert parse_boxes({"npy": b""}, GREY) is None
 
 
 @pytest.mark.parametrize("boxes", ["[[1, 2, 3]]", '"all"', "[[1, 2, 3, Infinity]]", "[[1, 2, 3, null]]", "7"])
 def test_what_is_no_box_is_refused_with_its_reason(boxes: str) -> None:
     with pytest.raises(SampleError, match="json's boxes are"):
-        boxes_of({"__key__": "a", "npy": b"", "json": f'{{"boxes": {boxes}}}'.encode()}, GREY)
+        parse_boxes({"npy": b"", "json": f'{{"boxes": {boxes}}}'.encode()}, GREY)

@@ -9,8 +9,8 @@ from torch import nn
 from torchvision.models import ResNet18_Weights
 
 from patterns import Network, UserError, trace
-from ray_jobs.jobs.explain.targets import named, names_for, target_of
-from ray_jobs.models.class_names import captions, class_names
+from ray_jobs.jobs.explain.targets import load_target_names, needs_names, parse_target
+from ray_jobs.models.class_names import load_class_names, map_numbers_to_names
 
 SCORES = torch.tensor([[0.1, 3.0, 2.0, -1.0], [5.0, 1.0, 4.0, 4.0]])
 LABELS = [2, 3]
@@ -40,8 +40,8 @@ def network() -> Network:
 def test_words_mean_classes_and_their_scores(
     network: Network, spec: str, classes: list[list[int]], score: list[list[float]]
 ) -> None:
-    target = target_of(spec, network, NAMES)
-    found = target.classes(SCORES, LABELS)
+    target = parse_target(spec, network, NAMES)
+    found = target.pick_classes(SCORES, LABELS)
     assert found.tolist() == classes
     torch.testing.assert_close(target.score(SCORES, found), torch.tensor(score, dtype=torch.float32))
     assert target.maps == len(score[0])
@@ -54,7 +54,7 @@ def test_words_mean_classes_and_their_scores(
 
 
 def test_a_neurons_score_is_the_sum_over_its_positions(network: Network) -> None:
-    target = target_of("0:5", network, NAMES)
+    target = parse_target("0:5", network, NAMES)
     assert target.operator == "0"
     values = torch.arange(2 * 6 * 4.0).view(2, 6, 2, 2)
     assert target.score(values, target.classes(values, LABELS)).tolist() == [[4 * 21.5], [4 * 45.5]]
@@ -77,13 +77,13 @@ def test_a_neurons_score_is_the_sum_over_its_positions(network: Network) -> None
 )
 def test_words_that_mean_nothing_are_told(network: Network, spec: str, line: str) -> None:
     with pytest.raises(UserError) as caught:
-        target_of(spec, network, NAMES)
+        parse_target(spec, network, NAMES)
     assert str(caught.value).startswith(line)
 
 
 def test_names_are_looked_for_only_where_a_target_may_need_them() -> None:
-    assert not any(map(named, ["predicted", "label", "12", "top-5", "predicted-vs-second", "3-vs-label"]))
-    assert all(map(named, ["tabby", "3-vs-tabby", "features.28:17"]))
+    assert not any(map(needs_names, ["predicted", "label", "12", "top-5", "predicted-vs-second", "3-vs-label"]))
+    assert all(map(needs_names, ["tabby", "3-vs-tabby", "features.28:17"]))
 
 
 INDEX = '{"0": ["n01440764", "tench"], "1": ["n01443537", "goldfish"]}'
@@ -103,17 +103,17 @@ INDEX = '{"0": ["n01440764", "tench"], "1": ["n01443537", "goldfish"]}'
 def test_names_are_read_from_lists_objects_and_lines(tmp_path: Path, content: str) -> None:
     file = tmp_path / "classes"
     file.write_text(content)
-    names = class_names("timm:resnet18", str(file))
+    names = load_class_names("timm:resnet18", str(file))
     assert dict(names)["tench"] == 0
-    assert captions(names) == {0: "tench", 1: "goldfish"}
+    assert map_numbers_to_names(names) == {0: "tench", 1: "goldfish"}
     if content == INDEX:
         assert dict(names)["n01443537"] == 1
 
 
 def test_torchvisions_models_know_their_classes() -> None:
-    names = class_names("torchvision:resnet18", None)
+    names = load_class_names("torchvision:resnet18", None)
     assert [(name, number) for number, name in enumerate(ResNet18_Weights.DEFAULT.meta["categories"])] == list(names)
-    assert class_names("file.py:factory", None) == ()
+    assert load_class_names("file.py:factory", None) == ()
 
 
 @pytest.mark.parametrize(
@@ -123,10 +123,10 @@ def test_files_that_hold_no_names_are_refused(tmp_path: Path, read: object) -> N
     file = tmp_path / "classes.json"
     file.write_text(json.dumps(read))
     with pytest.raises(UserError) as caught:
-        class_names("timm:resnet18", str(file))
+        load_class_names("timm:resnet18", str(file))
     assert caught.value.where == f"--classes {file}"
     with pytest.raises(UserError, match="cannot be read"):
-        class_names("timm:resnet18", str(tmp_path / "none"))
+        load_class_names("timm:resnet18", str(tmp_path / "none"))
 
 
 TWICE = (("crane", 0), ("dog", 1), ("crane", 3), ("a-vs-b", 2))
@@ -135,9 +135,9 @@ TWICE = (("crane", 0), ("dog", 1), ("crane", 3), ("a-vs-b", 2))
 @pytest.mark.parametrize("spec", ["crane", "dog-vs-crane", "crane-vs-dog"])
 def test_a_name_of_two_classes_is_refused_with_their_numbers(network: Network, spec: str) -> None:
     with pytest.raises(UserError) as caught:
-        target_of(spec, network, TWICE)
+        parse_target(spec, network, TWICE)
     assert "0, 3" in caught.value.what
-    assert target_of("dog-vs-3", network, TWICE).classes(SCORES, LABELS).tolist() == [[1, 3], [1, 3]]
+    assert parse_target("dog-vs-3", network, TWICE).pick_classes(SCORES, LABELS).tolist() == [[1, 3], [1, 3]]
 
 
 @pytest.mark.parametrize(
@@ -145,15 +145,15 @@ def test_a_name_of_two_classes_is_refused_with_their_numbers(network: Network, s
     [("a-vs-b", [2]), ("dog-vs-a-vs-b", [1, 2]), ("a-vs-b-vs-dog", [2, 1]), ("a-vs-b-vs-0", [2, 0])],
 )
 def test_a_name_may_hold_the_word_between_two_classes(network: Network, spec: str, expected: list[int]) -> None:
-    assert target_of(spec, network, TWICE).classes(SCORES, LABELS)[0].tolist() == expected
+    assert parse_target(spec, network, TWICE).pick_classes(SCORES, LABELS)[0].tolist() == expected
 
 
 @pytest.mark.parametrize("word", ["predicted", "second", "label", "top-2", "predicted-vs-0"])
 def test_a_name_that_is_a_word_of_targets_is_refused(network: Network, tmp_path: Path, word: str) -> None:
     file = tmp_path / "classes.json"
     file.write_text(json.dumps(["predicted", "second", "label", "top-2"]))
-    names = names_for(word, "file.py:factory", str(file))
+    names = load_target_names(word, "file.py:factory", str(file))
     with pytest.raises(UserError, match="a word of --target"):
-        target_of(word, network, names)
-    assert names_for(word, "torchvision:resnet18", None) == ()
-    target_of(word, network, ())
+        parse_target(word, network, names)
+    assert load_target_names(word, "torchvision:resnet18", None) == ()
+    parse_target(word, network, ())

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from ray_jobs.data.samples import Sample
 from ray_jobs.engine.shard_worker import ShardReport
 from ray_jobs.jobs.moments_job import MomentsTask, MomentsWorker
 from ray_jobs.models import loading
+from ray_jobs.runs.moments_store import MomentsStore
 from tests.conftest import make_shards
 from tests.ray_jobs.runs import PREPARED
 
@@ -63,7 +65,7 @@ def opened(seen: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> list[tuple[st
 def worker(model_spec: str, tmp_path: Path, seen: list[Tensor]) -> MomentsWorker:
     model = ModelConfig(spec=model_spec, **PREPARED)
     made: Any = partial(Observed, seen)
-    worker = MomentsWorker(model, str(tmp_path), 2, made, loading.load(model).digests)
+    worker = MomentsWorker(model, MomentsStore(tmp_path), 2, made, loading.load(model).digests)
     worker.prepare()
     return worker
 
@@ -75,7 +77,7 @@ def work(worker: MomentsWorker, tasks: list[MomentsTask], promised: list[Moments
 def test_a_shard_that_was_told_to_follow_is_opened_before_the_one_before_is_done(
     worker: MomentsWorker, opened: list[tuple[str, int]], tmp_path: Path
 ) -> None:
-    tasks = [MomentsTask(n, shard) for n, shard in enumerate(make_shards(tmp_path, 4, 8))]
+    tasks = [MomentsTask(shard, number=n) for n, shard in enumerate(make_shards(tmp_path, 4, 8))]
     first, *_ = work(worker, tasks, [*tasks[1:], None])
     assert first.waited > LATENCY / 2
     assert [shard for shard, _ in opened] == [task.shard for task in tasks], "each is read once"
@@ -86,8 +88,8 @@ def test_a_shard_that_was_told_to_follow_is_opened_before_the_one_before_is_done
 def test_what_was_told_to_follow_and_did_not_changes_nothing(
     worker: MomentsWorker, seen: list[Tensor], opened: list[tuple[str, int]], tmp_path: Path
 ) -> None:
-    tasks = [MomentsTask(n, shard) for n, shard in enumerate(make_shards(tmp_path, 3, 4))]
-    again = tasks[1]._replace(only=frozenset({"s001-2"}), round=1)  # the same shard, but not all of it
+    tasks = [MomentsTask(shard, number=n) for n, shard in enumerate(make_shards(tmp_path, 3, 4))]
+    again = replace(tasks[1], only=frozenset({"s001-2"}), round=1)  # the same shard, but not all of it
     told = work(worker, [*tasks, again], [tasks[2], again, tasks[1], None])
     assert [report.samples for report in told] == [4, 4, 4, 1]
     expected: list[Tensor] = []
@@ -97,7 +99,7 @@ def test_what_was_told_to_follow_and_did_not_changes_nothing(
 
 
 def test_a_shard_that_failed_ahead_and_was_mended_is_read_anew(worker: MomentsWorker, tmp_path: Path) -> None:
-    first, second = (MomentsTask(n, shard) for n, shard in enumerate(make_shards(tmp_path, 2, 4)))
+    first, second = (MomentsTask(shard, number=n) for n, shard in enumerate(make_shards(tmp_path, 2, 4)))
     whole = Path(second.shard).read_bytes()
     Path(second.shard).write_bytes(whole[:600])
     list(worker.work(first, second))
@@ -111,7 +113,7 @@ def test_a_shard_that_failed_ahead_and_was_mended_is_read_anew(worker: MomentsWo
 def test_a_worker_that_hangs_in_what_will_not_follow_goes_on(
     worker: MomentsWorker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, second, hung = (MomentsTask(n, shard) for n, shard in enumerate(make_shards(tmp_path, 3, 2)))
+    first, second, hung = (MomentsTask(shard, number=n) for n, shard in enumerate(make_shards(tmp_path, 3, 2)))
     read, begun = shard_reader.raw_samples, list[str]()
 
     def raw(shard: str) -> Iterator[Sample]:

@@ -1,8 +1,9 @@
-"""The explain job: one shard of explanations for each input shard, wholly there or not there."""
+"""The explain job: one shard of explanations for each input shard, complete or absent."""
 
 import shutil
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -11,34 +12,32 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from patterns import Explainer, UserError, choose
-from patterns.attribution import Explanation, method_of, settings_of
+from patterns import UserError
+from patterns.attribution import Explanation
 from patterns.io import write_table
-from ray_jobs.config import ExplainConfig, MethodsConfig, Resources
-from ray_jobs.data.samples import SampleError, seed_of
-from ray_jobs.data.shard_reader import Batch, ShardReader
-from ray_jobs.engine.ray_session import connected
-from ray_jobs.engine.shard_worker import ShardReport, ShardWorker, WorkerResources, check_mode
-from ray_jobs.io.object_store import located, published, read_table
+from ray_jobs.config import ExplainConfig, Resources
+from ray_jobs.data.samples import SampleError
+from ray_jobs.data.shard_reader import Batch
+from ray_jobs.engine.shard_worker import ShardReport, validate_compile_mode
+from ray_jobs.io.object_store import locate, publish, read_table
 from ray_jobs.io.prefetch import WriteBehind
-from ray_jobs.jobs.explain.map_statistics import COLUMNS, REDUCTIONS, shaped, summaries
-from ray_jobs.jobs.explain.targets import Target, target_of
-from ray_jobs.jobs.per_shard_job import ShardTask, enough_used, shard_by_shard
+from ray_jobs.jobs.explain.map_statistics import COLUMNS, REDUCTIONS, reduce_maps, summarize_maps
+from ray_jobs.jobs.explain.targets import Target, parse_target
+from ray_jobs.jobs.job_session import JobSession
+from ray_jobs.jobs.method_job import MethodWorker, make_explainer, validate_methods, validate_settings
+from ray_jobs.jobs.per_shard_job import FilesTask, validate_sample_count, write_shard_files
 from ray_jobs.models import loading
-from ray_jobs.runs.lease import hold_lease, tidy
-from ray_jobs.runs.map_files import OUTPUTS, Explained, bytes_per_sample, import_zarr, writers
-from ray_jobs.runs.run_folder import Run, load_patterns, write_refused
-from ray_jobs.units import format_bytes, printable
-
-Scales = dict[str, list[int]]  # the potential of each method's pass: see `Explainer.scales`
+from ray_jobs.runs.map_files import OUTPUTS, ExplainedBatch, estimate_bytes_per_sample, import_zarr, open_writers
+from ray_jobs.runs.run_folder import Run
+from ray_jobs.units import format_bytes
 
 
-def schema(config: ExplainConfig, target: Target) -> pa.Schema:
-    """The columns of explanations.parquet: what the model says of a sample, and for each method its map's summary.
+def make_schema(config: ExplainConfig, target: Target) -> pa.Schema:
+    """Return the columns of explanations.parquet: what the model says of a sample, and statistics of each method's map.
 
-    Of several maps a sample, the first is summarised, and target and score are lists.
+    If a sample has several maps, the statistics are those of the first, and target and score are lists.
     """
-    meant, scores = len(target.picks) > 1, target.maps > 1
+    several_targets, several_maps = len(target.picks) > 1, target.maps > 1
     return pa.schema(
         [
             ("shard", pa.string()),
@@ -46,103 +45,78 @@ def schema(config: ExplainConfig, target: Target) -> pa.Schema:
             ("label", pa.int64()),
             ("prediction", pa.int64()),
             ("probability", pa.float32()),
-            ("target", pa.list_(pa.int64()) if meant else pa.int64()),
-            ("score", pa.list_(pa.float32()) if scores else pa.float32()),
-            *((f"{method}_{name}", kind) for method in config.methods for name, kind in COLUMNS.items()),
+            ("target", pa.list_(pa.int64()) if several_targets else pa.int64()),
+            ("score", pa.list_(pa.float32()) if several_maps else pa.float32()),
+            *((f"{method}_{name}", dtype) for method in config.methods for name, dtype in COLUMNS.items()),
         ]
     )
 
 
-class ExplainWorker(ShardWorker[ShardTask]):
-    """Holds the model and its patterns, and nothing that a lost worker would take along."""
+class ExplainWorker(MethodWorker[ExplainConfig]):
+    """A worker that explains shards."""
 
-    def __init__(
-        self,
-        config: ExplainConfig,
-        weights: loading.ModelDigests,
-        scales: Scales,
-        share: WorkerResources = WorkerResources(),  # noqa: B008 - frozen
-    ) -> None:
-        super().__init__(share)
-        self.config, self.weights, self.scales = config, weights, scales
-
-    def ready(self) -> None:
+    def prepare(self) -> None:
         """Load the model and its patterns."""
-        self.loaded = self.share.load(self.config.model, self.weights)
-        self.target = target_of(self.config.target, self.loaded.network, self.config.classes)
-        self.explainer = explainer(self.config, self.loaded, self.target.operator, self.scales)
+        self.load()
+        self.target = parse_target(self.config.target, self.loaded.network, self.config.classes)
+        self.reader_config = replace(self.reader_config, validate_label=self.validate_label, with_boxes=True)
+        self.explainer = make_explainer(self.config, self.loaded, self.target.operator, self.scales)
         if self.config.compile is not None:
             self.explainer.compile(self.config.batch_size, self.config.compile)
 
-    def work(self, task: ShardTask, following: ShardTask | None = None) -> Iterator[ShardReport]:
-        """Explain a shard, or its first samples, telling now and then how far it is.
+    def validate_label(self, label: int | None) -> None:
+        """Raise SampleError if the target is the sample's label, and the label is missing or no class."""
+        (classes, *_) = self.loaded.network.output_shape
+        if self.target.needs_label and (label is None or not 0 <= label < classes):
+            raise SampleError(f"the label {label} is none of the model's {classes} classes")
 
-        Batches are decoded before and written after the one at work, in threads of their own. The table of rows is
-        written last, after the other files are where they belong.
+    def work(self, task: FilesTask, following: FilesTask | None = None) -> Iterator[ShardReport]:
+        """Explain a shard, and yield reports of the progress.
+
+        Threads decode the next batches and write the previous ones. The table of rows is written last, after the other
+        files are complete.
         """
         rows: list[dict[str, Any]] = []
-        out, told = task.out, schema(self.config, self.target)
+        files = task.files
         with (
-            closing(self.stream(task, following)) as stream,
-            published(out.folder) as folder,
-            writers(folder, out, self.config.outputs) as written,
+            closing(self.open_stream(task, following)) as stream,
+            publish(files.folder) as folder,
+            open_writers(folder, files, self.config.outputs) as writers,
             WriteBehind() as behind,
         ):
             for batch in stream:
                 explained = self.explain(batch)
-                for writer in written:
+                for writer in writers:
                     behind.do(writer.write, explained)
-                described = zip(explained.keys, explained.summaries)
-                rows += [{"shard": printable(task.shard), "key": key, **row} for key, row in described]
-                if stream.due():
+                rows += [{"key": key, **row} for key, row in zip(explained.keys, explained.summaries)]
+                if stream.report_due():
                     yield stream.report(len(rows))
             behind.done()
-        with published(out.folder) as folder:
-            write_refused(folder / out.refused, stream.reader.refused)
-        with published(out.folder) as folder:
-            write_table(folder / out.rows, told, [pa.Table.from_pylist(rows, told)])
+        self.write_tables(task, stream, make_schema(self.config, self.target), rows)
         yield stream.report(len(rows))
 
-    def reader(self, task: ShardTask) -> ShardReader:
-        config, loaded = self.config, self.loaded
-        (classes, *_) = loaded.network.output_shape
-
-        def has_target(label: int | None) -> None:
-            if self.target.needs_label and (label is None or not 0 <= label < classes):
-                raise SampleError(f"the label {label} is none of the model's {classes} classes")
-
-        return ShardReader(
-            task.shard,
-            loaded.preprocessing,
-            config.batch_size,
-            loaded.dtype,
-            task.most,
-            has_target,
-            with_boxes=True,
-            threads=self.share.decoders,
-        )
-
-    def explain(self, batch: Batch) -> Explained:
-        """The maps of a batch as they are written, and what is said of each sample."""
+    def explain(self, batch: Batch) -> ExplainedBatch:
+        """Return the maps of a batch as they are written, and the rows of its samples."""
+        target = self.target
         images = batch.images.to(self.loaded.device, non_blocking=True)
-        seeds = [seed_of(f"{self.config.seed}/{key}") for key in batch.keys]
-        explanation = self.explainer(images, lambda scores: self.target.targets(scores, batch.labels), seeds)
-        rows = self.rows(batch, images, explanation)
-        first = {m: maps[:, 0] if self.target.maps > 1 else maps for m, maps in explanation.maps.items()}
-        described = zip(*(summaries(method, maps, batch.boxes) for method, maps in first.items()))
+        seeds = self.make_seeds(batch.keys)
+        explanation = self.explainer(images, lambda scores: target.make_targets(scores, batch.labels), seeds)
+        rows = self.describe_samples(batch, images, explanation)
+        first = {m: maps[:, 0] if target.maps > 1 else maps for m, maps in explanation.maps.items()}
+        statistics = zip(*(summarize_maps(method, maps, batch.boxes) for method, maps in first.items()))
         arrays, exponents = {}, {}
         for method, maps in explanation.maps.items():
             several = maps.dim() > 4
-            flat = shaped(maps.flatten(0, 1) if several else maps, self.config.reduction, self.config.size)
+            flat = reduce_maps(maps.flatten(0, 1) if several else maps, self.config.reduction, self.config.size)
             array, exponent = to_float16(flat, explanation.exponents[method])
             shape = maps.shape[:2] if several else maps.shape[:1]
             arrays[method] = array.reshape(*shape, *array.shape[1:])
             exponents[method] = exponent.reshape(shape)
-        told = [row | dict(chain.from_iterable(d.items() for d in columns)) for row, columns in zip(rows, described)]
-        return Explained(batch.keys, rows, told, arrays, exponents)
+        summaries = [row | dict(chain.from_iterable(d.items() for d in each)) for row, each in zip(rows, statistics)]
+        return ExplainedBatch(batch.keys, rows, summaries, arrays, exponents)
 
-    def rows(self, batch: Batch, images: Tensor, explanation: Explanation) -> list[dict[str, Any]]:
-        """What the model says of each sample of a batch."""
+    def describe_samples(self, batch: Batch, images: Tensor, explanation: Explanation) -> list[dict[str, Any]]:
+        """Return label, prediction, probability, target and score of each sample of a batch."""
         target, values = self.target, explanation.scores.float()
         scores = values
         if target.operator is not None:
@@ -152,7 +126,7 @@ class ExplainWorker(ShardWorker[ShardTask]):
         probability: list[float | None] = [None] * len(scores)
         if scores.dim() == 2 and scores.shape[1] > 1:  # dense outputs, and one number for each sample, predict no class
             probability, prediction = (values.tolist() for values in scores.softmax(1).max(1))
-        classes = target.classes(values, batch.labels)
+        classes = target.pick_classes(values, batch.labels)
         score = target.score(values, classes)
         columns = {
             "label": batch.labels,
@@ -164,27 +138,17 @@ class ExplainWorker(ShardWorker[ShardTask]):
         return [dict(zip(columns, row)) for row in zip(*columns.values())]
 
 
-def explainer(config: MethodsConfig, loaded: loading.Loaded, operator: str | None, scales: Scales) -> Explainer:
-    """The methods of a config over the patterns of its run, of the network to an operator, None: to its classes.
-
-    scales: those calibrated before, by method.
-    """
-    network = loaded.network if operator is None else loaded.network.until(operator)
-    passes = [b for name in config.methods if (b := method_of(name).backward) is not None and b.needs_patterns]
-    chosen, estimators = None, {}
-    if passes:
-        patterns = load_patterns(config.patterns, loaded.digest)
-        Run(config.patterns).require_model(loaded)
-        if any(not b.estimator for b in passes):
-            chosen = choose(network, patterns, config.estimator)
-        estimators = {b.estimator: choose(network, patterns, b.estimator) for b in passes if b.estimator}
-    return Explainer(network, chosen, config.methods, scales, estimators, dict(config.settings))
-
-
 def to_float16(maps: Tensor, exponent: int) -> tuple[np.ndarray, np.ndarray]:
-    """Explanations map · 2^exponent (N, …) as float16 arrays, the largest in [½, 1), and each one's exponent.
+    """Convert maps to float16.
 
     A power of two for each sample keeps what float16's narrow range would lose, and is exact.
+
+    Args:
+        maps: The maps (N, …); the explanation is map · 2^exponent.
+        exponent: The exponent of all maps.
+
+    Returns:
+        The maps as float16 (N, …), the largest value of each in [½, 1); and the exponent of each map, int (N,).
     """
     maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
     exponents = torch.frexp(maps.abs().flatten(1).amax(1)).exponent
@@ -192,73 +156,74 @@ def to_float16(maps: Tensor, exponent: int) -> tuple[np.ndarray, np.ndarray]:
     return scaled.half().cpu().numpy(), (exponents + exponent).cpu().numpy()
 
 
-def cost(config: ExplainConfig, loaded: loading.Loaded, target: Target) -> str:
-    """What the explanations will take, in words."""
+def describe_cost(config: ExplainConfig, loaded: loading.LoadedModel, target: Target) -> str:
+    """Return a line that says how much space the explanations take at most."""
     channels, *sides = loaded.preprocessing.input_shape
     shape = (channels if config.reduction == "none" else 1, *([config.size] * 2 if config.size else sides))
     several = (target.maps,) if target.maps > 1 else ()
-    each = bytes_per_sample(dict.fromkeys(config.methods, (*several, *shape)), config.outputs)
+    each = estimate_bytes_per_sample(dict.fromkeys(config.methods, (*several, *shape)), config.outputs)
     total = sum(each.values())
-    by_kind = ", ".join(f"{kind} {format_bytes(size)}" for kind, size in each.items())
-    line = f"a sample takes at most {format_bytes(total)} ({by_kind}), 1000 samples {format_bytes(1000 * total)}"
+    by_output = ", ".join(f"{output} {format_bytes(size)}" for output, size in each.items())
+    line = f"a sample takes at most {format_bytes(total)} ({by_output}), 1000 samples {format_bytes(1000 * total)}"
     if config.max_samples is not None:
         line += f", all {config.max_samples} at most {format_bytes(config.max_samples * total)}"
-    folder = located(config.out)
+    folder = locate(config.out)
     if folder.local is not None:
-        there = next(p for p in (folder.local, *folder.local.parents) if p.exists())
-        line += f"; {format_bytes(shutil.disk_usage(there).free)} are free at {config.out}"
+        existing = next(path for path in (folder.local, *folder.local.parents) if path.exists())
+        line += f"; {format_bytes(shutil.disk_usage(existing).free)} are free at {config.out}"
     return line
 
 
-def checked(config: ExplainConfig, resources: Resources = Resources()) -> None:  # noqa: B008 - frozen
-    """UserError for outputs, reductions and settings that there are not, and for what cannot be compiled."""
-    for kind in config.outputs or ("",):
-        if kind not in OUTPUTS:
-            raise UserError("--output", f"no output {kind!r}", f"Choose from {', '.join(OUTPUTS)}.")
+def validate(config: ExplainConfig, resources: Resources = Resources()) -> None:  # noqa: B008 - frozen
+    """Raise UserError if an output, reduction, method or setting does not exist, or the mode of compilation."""
+    for output in config.outputs or ("",):
+        if output not in OUTPUTS:
+            raise UserError("", f"no output {output!r}", f"Choose from {', '.join(OUTPUTS)}.", "outputs")
     if config.reduction not in REDUCTIONS:
         what = f"no reduction {config.reduction!r}"
-        raise UserError("--reduce-channels", what, f"Choose from {', '.join(REDUCTIONS)}.")
+        raise UserError("", what, f"Choose from {', '.join(REDUCTIONS)}.", "reduction")
     if "zarr" in config.outputs:
         import_zarr()
-    settings_of({name: method_of(name) for name in config.methods}, dict(config.settings))
-    check_mode(config.compile, resources)
+    validate_settings(config)
+    validate_compile_mode(config.compile, resources)
 
 
 def explain(config: ExplainConfig, resources: Resources = Resources()) -> Run:  # noqa: B008 - frozen
-    """Explain every sample of some shards, or go on with a job that ended early.
+    """Explain every sample of some shards, or resume a job that ended early.
 
-    UserError where the configuration or the data are wrong, StoppedShortError where a signal came.
+    Args:
+        config: The job.
+        resources: What it takes from the cluster.
+
+    Returns:
+        The run.
+
+    Raises:
+        UserError: If the configuration or the data are wrong.
+        StoppedShortError: If a signal stopped the job.
     """
-    checked(config, resources)
-    loaded = loading.load(config.model)
-    run = Run(config.out)
-    section = run.section("explain", config, loaded)
-    if section["status"] == "complete" and not section["missing"]:
-        tidy(run)
-        return run
-    target = target_of(config.target, loaded.network, config.classes)
-    # Before anything is written, so that wrong patterns are told; once for all workers and resumptions.
-    made = explainer(config, loaded, target.operator, section.get("scales", {}))
-    scales = made.scales
-    with hold_lease(run, "explain") as beat, connected(resources):
-        check_mode(config.compile, resources)
-        section |= {"scales": scales, "settings": made.settings}
-        run.record("explain", section, loaded)
-        line = cost(config, loaded, target)
-        done, counted = shard_by_shard(
-            "explain", beat, config, resources, "explanations", line, ExplainWorker, loaded.digests, scales
-        )
+    validate(config, resources)
+    session = JobSession("explain", config)
+    if session.finished:
+        return session.close()
+    run, loaded = session.run, session.loaded
+    target = parse_target(config.target, loaded.network, config.classes)
+    recorded = validate_methods(config, loaded, target.operator, session.section.get("scales", {}))
+    with session.work(resources, config.compile, **recorded):
+        message = describe_cost(config, loaded, target)
+        arguments = ExplainWorker, loaded.digests, recorded["scales"]
+        done = write_shard_files(session, config, resources, "explanations", message, *arguments)
         samples = 0
 
-        def tables() -> Iterator[pa.Table]:
+        def read_tables() -> Iterator[pa.Table]:
             nonlocal samples
-            for out in done:
-                table = read_table(out.folder / out.rows)
+            for files in done:
+                table = read_table(files.folder / files.rows)
                 samples += len(table)
                 yield table
 
-        with published(run.folder) as folder:
-            write_table(folder / "explanations.parquet", schema(config, target), tables())
-        enough_used(run, "explain", samples, resources)
-        run.record("explain", section | {"status": "complete", **counted, "samples": samples}, loaded)
+        with publish(run.folder) as folder:
+            write_table(folder / "explanations.parquet", make_schema(config, target), read_tables())
+        validate_sample_count(session, samples, resources)
+        session.section["samples"] = samples
     return run

@@ -1,7 +1,7 @@
-"""A map in a few numbers: columns of explanations.parquet.
+"""Statistics of a map: columns of explanations.parquet.
 
-The *mass* of a map at a pixel is Σ|channel|; what *speaks for* its target there is, for an attribution, the channels'
-sum, and for a signal the mass.
+The *mass* of a map at a pixel is Σ|channel|. The *relevance* of the pixel for the target is the sum of the channels for
+an attribution, and the mass for a signal.
 """
 
 import math
@@ -12,25 +12,30 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from patterns.evaluation import PATCH, relevance_of
+from patterns.evaluation import PATCH, compute_relevance
 from ray_jobs.data.samples import Box
 
-# The columns of a method: `{method}_{name}`.
+# The columns of a method are named `{method}_{name}`.
 COLUMNS: dict[str, pa.DataType] = {
-    "centre": pa.float32(),  # share of mass in the middle half of height and width
-    "entropy": pa.float32(),  # of the mass over pixels, by the largest possible: 0 one pixel, 1 all alike
-    "top_y": pa.int32(),  # first row and column of the 9×9 patch that speaks most for the target
+    "centre": pa.float32(),  # fraction of the mass in the middle half of height and width
+    "entropy": pa.float32(),  # of the mass over pixels, relative to the largest possible: 0 one pixel, 1 uniform
+    "top_y": pa.int32(),  # first row and column of the 9×9 patch with the largest relevance
     "top_x": pa.int32(),
-    "inside": pa.float32(),  # share of mass inside the boxes, null without any
-    "hit": pa.bool_(),  # the pointing game: whether the pixel that speaks most lies in a box (Zhang et al. 2018)
+    "inside": pa.float32(),  # fraction of the mass inside the boxes; null without boxes
+    "hit": pa.bool_(),  # the pointing game: whether the most relevant pixel lies in a box (Zhang et al. 2018)
 }
 
 
-def summaries(method: str, maps: Tensor, boxes: Sequence[Sequence[Box] | None]) -> list[dict[str, object]]:
-    """For each map of (N, C, H, W), its columns. boxes: of each sample, in the map's pixels, None where it has
-    none."""
+def summarize_maps(method: str, maps: Tensor, boxes: Sequence[Sequence[Box] | None]) -> list[dict[str, object]]:
+    """Return the columns of each map.
+
+    Args:
+        method: The name of the method.
+        maps: Its maps (N, C, H, W).
+        boxes: The boxes of each sample, in the map's pixels; None if a sample has no boxes.
+    """
     mass = maps.float().abs().sum(1)
-    relevance = relevance_of(method, maps)
+    relevance = compute_relevance(method, maps)
     total = mass.flatten(1).sum(1)
     shares = mass / torch.where(total > 0, total, 1.0)[:, None, None]
     height, width = mass.shape[-2:]
@@ -40,9 +45,9 @@ def summaries(method: str, maps: Tensor, boxes: Sequence[Sequence[Box] | None]) 
     patches = F.avg_pool2d(relevance[:, None], size, stride=1)[:, 0]
     top, peak = patches.flatten(1).argmax(1).tolist(), relevance.flatten(1).argmax(1).tolist()
     rows = []
-    for k, (centre, spread) in enumerate(zip(middle.tolist(), entropy.tolist())):
+    for k, (center, spread) in enumerate(zip(middle.tolist(), entropy.tolist())):
         row = {
-            "centre": centre,
+            "centre": center,
             "entropy": spread,
             "top_y": top[k] // patches.shape[-1],
             "top_x": top[k] % patches.shape[-1],
@@ -50,14 +55,14 @@ def summaries(method: str, maps: Tensor, boxes: Sequence[Sequence[Box] | None]) 
             "hit": None,
         }
         if (regions := boxes[k]) is not None:
-            mask = covered(regions, height, width, shares.device)
+            mask = mask_boxes(regions, height, width, shares.device)
             row |= {"inside": float(shares[k][mask].sum()), "hit": bool(mask.flatten()[peak[k]])}
         rows.append({f"{method}_{name}": value for name, value in row.items()})
     return rows
 
 
-def covered(boxes: Sequence[Box], height: int, width: int, device: torch.device) -> Tensor:
-    """The pixels whose centre lies in one of some boxes, bool (H, W)."""
+def mask_boxes(boxes: Sequence[Box], height: int, width: int, device: torch.device) -> Tensor:
+    """Return the pixels whose center lies in a box, bool (H, W)."""
     y, x = (torch.arange(n, device=device) + 0.5 for n in (height, width))
     inside = torch.zeros(height, width, dtype=torch.bool, device=device)
     for x0, y0, x1, y1 in boxes:
@@ -73,8 +78,14 @@ REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def shaped(maps: Tensor, reduction: str, size: int | None) -> Tensor:
-    """Maps (N, C, H, W) with their channels reduced, at another height and width: linear, with anti-aliasing."""
+def reduce_maps(maps: Tensor, reduction: str, size: int | None) -> Tensor:
+    """Reduce the channels of maps, and resize them linearly with anti-aliasing.
+
+    Args:
+        maps: (N, C, H, W).
+        reduction: One of REDUCTIONS.
+        size: The new height and width; None: unchanged.
+    """
     maps = REDUCTIONS[reduction](maps)
     if size is None:
         return maps

@@ -1,16 +1,16 @@
-"""What of a model's output is explained: from words on the command line to what a pass starts from.
+"""What of a model's output is explained: parses the option `--target`.
 
-| target | explains | maps a sample |
+| target | explains | maps for a sample |
 | --- | --- | --- |
 | `predicted` | the class with the highest score | 1 |
-| `second` | the one with the next | 1 |
+| `second` | the class with the second highest score | 1 |
 | `label` | the sample's own class | 1 |
 | `top-5` | the five classes with the highest scores | 5 |
 | `281`, `tabby` | a class by number or name | 1 |
-| `A-vs-B` | score of A less score of B, each one of the above but `top` | 1 |
-| `features.28:17` | a neuron of an operator behind its gate, all its positions together | 1 |
+| `A-vs-B` | score of A less score of B, each one of the above except `top-5` | 1 |
+| `features.28:17` | a neuron of an operator after its gate, all its positions together | 1 |
 
-A model that gives one number for each sample (a binary or regression head) is explained by that number.
+The target of a model that returns one number for each sample (a binary or regression head) is that number.
 """
 
 import difflib
@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from patterns import Network, UserError
-from ray_jobs.models.class_names import Names, class_names
+from ray_jobs.models.class_names import ClassNames, load_class_names
 
 Labels = Sequence[int | None]
-Pick = Callable[[Tensor, Labels], Tensor]  # of each sample's scores (N, classes) and label: its class, int64 (N,)
+Pick = Callable[[Tensor, Labels], Tensor]  # from scores (N, classes) and labels to a class of each sample, int64 (N,)
 
 AGAINST = "-vs-"
 RANKS = {"predicted": 0, "second": 1}
@@ -35,9 +35,13 @@ TOP = r"top-(\d+)"
 
 @dataclass(frozen=True)
 class Target:
-    """operator: where the explained network ends; None: at its classes.
+    """What is explained of each sample.
 
-    picks: the classes that are meant; two that are `against` each other make one map, else each makes its own.
+    Attributes:
+        picks: The classes or neurons.
+        operator: The operator at which the explained network ends; None: at the classes.
+        against: Whether a single map explains the difference of two classes. Otherwise each class has its own map.
+        needs_label: Whether samples without a label cannot be explained.
     """
 
     picks: tuple[Pick, ...]
@@ -47,135 +51,165 @@ class Target:
 
     @property
     def maps(self) -> int:
-        """Maps of a sample for each method."""
+        """The number of maps of a sample for each method."""
         return 1 if self.against else len(self.picks)
 
-    def classes(self, scores: Tensor, labels: Labels) -> Tensor:
-        """The classes that are meant, int64 (N, picks)."""
+    def pick_classes(self, scores: Tensor, labels: Labels) -> Tensor:
+        """Return the classes, int64 (N, picks)."""
         return torch.stack([pick(scores, labels) for pick in self.picks], 1)
 
-    def targets(self, scores: Tensor, labels: Labels) -> Tensor:
-        """What `Explainer` takes for targets."""
-        classes = self.classes(scores, labels)
+    def make_targets(self, scores: Tensor, labels: Labels) -> Tensor:
+        """Return the targets for `Explainer`: classes int64 (N,) or (N, T), or weights of the scores' shape."""
+        classes = self.pick_classes(scores, labels)
         if self.against:
             one, other = (torch.zeros_like(scores).scatter_(1, c[:, None], 1.0) for c in classes.unbind(1))
             return one - other
         return classes[:, 0] if self.maps == 1 else classes
 
     def score(self, scores: Tensor, classes: Tensor) -> Tensor:
-        """What each map explains, (N, maps): a class's score, a difference of two, or a neuron's sum over positions."""
+        """Return what each map explains: a class's score, a difference of two, or a neuron's sum over positions.
+
+        Args:
+            scores: The network's output (N, K, …).
+            classes: See `pick_classes`.
+
+        Returns:
+            (N, maps).
+        """
         values = scores.flatten(2).sum(2) if scores.dim() > 2 else scores
         values = values.gather(1, classes)
         return values[:, :1] - values[:, 1:] if self.against else values
 
 
-def target_of(spec: str, network: Network, names: Names) -> Target:
-    """Return the target that some words mean.
+def target_error(spec: str, what: str, remedy: str) -> UserError:
+    """Return the error for a target."""
+    return UserError(spec, what, remedy, "target")
+
+
+def parse_target(spec: str, network: Network, names: ClassNames) -> Target:
+    """Return the target that a text names.
 
     Args:
-        spec: The words; see the table above.
+        spec: The text; see the table above.
         network: The network to explain.
         names: The names of its classes.
 
     Raises:
-        UserError: If the words mean nothing for this network, or more than one thing.
+        UserError: If the text means nothing for this network, or more than one thing.
     """
     operator, colon, neuron = spec.rpartition(":")
     if colon and operator in network.operators:
         count = network.operators[operator].neurons
         if not neuron.isdecimal() or int(neuron) >= count:
-            raise UserError(f"--target {spec}", f"no neuron {neuron!r}", f"{operator} has 0 to {count - 1}.")
-        return Target((fixed(int(neuron)),), operator)
+            raise target_error(spec, f"no neuron {neuron!r}", f"{operator} has 0 to {count - 1}.")
+        return Target((pick_class(int(neuron)),), operator)
     if len(network.output_shape) != 1:
-        what = f"the model gives outputs of shape {network.output_shape}, not a score for each class"
-        raise UserError(f"--target {spec}", what, "Explain a neuron: OPERATOR:NEURON, see `patternnet plan`.")
+        what = f"the model's outputs have the shape {network.output_shape}, and are not a score for each class"
+        raise target_error(spec, what, "Explain a neuron: OPERATOR:NEURON, see `patternnet plan`.")
     (classes,) = network.output_shape
     if match := re.fullmatch(TOP, spec):
-        refuse_two_meanings(spec, spec, names)
+        require_no_class(spec, spec, names)
         count = int(match[1])
         if not 1 <= count <= classes:
-            raise UserError(f"--target {spec}", f"the model has {classes} classes", f"Take top-1 to top-{classes}.")
-        return Target(tuple(rank(place) for place in range(count)))
+            raise target_error(spec, f"the model has {classes} classes", f"Choose top-1 to top-{classes}.")
+        return Target(tuple(pick_rank(rank) for rank in range(count)))
     if classes == 1:
         if spec not in ("predicted", "label", "0"):
-            what = "the model gives one number for each sample, which is all that can be explained"
-            raise UserError(f"--target {spec}", what, "Leave out --target, or explain a neuron: OPERATOR:NEURON.")
-        return Target((fixed(0),))
-    words = split(spec, {name for name, _ in names})
-    picks = tuple(pick(word, spec, classes, names, network) for word in words)
+            what = "the model returns one number for each sample, and nothing else can be explained"
+            raise target_error(spec, what, "Leave out `target`, or explain a neuron: OPERATOR:NEURON.")
+        return Target((pick_class(0),))
+    words = split_pair(spec, {name for name, _ in names})
+    picks = tuple(parse_word(word, spec, classes, names, network) for word in words)
     if len(words) == 2 and words[0] == words[1]:
-        raise UserError(f"--target {spec}", "a class against itself is 0", "Name two classes.")
+        raise target_error(spec, "a class against itself is 0", "Name two classes.")
     return Target(picks, against=len(words) == 2, needs_label="label" in words)
 
 
-def split(spec: str, names: Collection[str]) -> list[str]:
-    """Return the one or two words of a target; names of classes may hold `-vs-` themselves."""
+def split_pair(spec: str, names: Collection[str]) -> list[str]:
+    """Return the one or two words of a target; names of classes may contain `-vs-` themselves."""
     if spec in names or AGAINST not in spec:
         return [spec]
     places = [place for place in range(len(spec)) if spec.startswith(AGAINST, place)]
     pairs = [[spec[:place], spec[place + len(AGAINST) :]] for place in places]
-    return next((pair for pair in pairs if all(w in names or not named(w) for w in pair)), pairs[0])
+    return next((pair for pair in pairs if all(w in names or not needs_names(w) for w in pair)), pairs[0])
 
 
-def pick(word: str, spec: str, classes: int, names: Names, network: Network) -> Pick:
-    """Return the class that one word means."""
+def parse_word(word: str, spec: str, classes: int, names: ClassNames, network: Network) -> Pick:
+    """Return the pick that one word of a target names.
+
+    Args:
+        word: The word.
+        spec: The whole target, for errors.
+        classes: The number of classes.
+        names: The names of the classes.
+        network: The network, whose operators are suggested for a misspelled word.
+
+    Raises:
+        UserError: If the word names no class, or several.
+    """
     if word in WORDS:
-        refuse_two_meanings(word, spec, names)
+        require_no_class(word, spec, names)
     if word in RANKS:
         if RANKS[word] >= classes:
-            raise UserError(f"--target {spec}", f"the model has {classes} classes", "Explain `predicted`.")
-        return rank(RANKS[word])
+            raise target_error(spec, f"the model has {classes} classes", "Explain `predicted`.")
+        return pick_rank(RANKS[word])
     if word == "label":
         return lambda scores, labels: torch.tensor(labels, device=scores.device)
-    numbers = [int(word)] if word.isdecimal() else numbers_of(word, names)
+    numbers = [int(word)] if word.isdecimal() else find_numbers(word, names)
     if not numbers:
         near = difflib.get_close_matches(word, [*dict(names), *network.operators])
-        hint = f"Did you mean {', '.join(near)}?" if near else "Name a class, or its number; --classes reads names."
-        raise UserError(f"--target {spec}", f"{word!r} is no class", hint)
+        hint = f"Did you mean {', '.join(near)}?" if near else "Name a class, or its number; `classes` reads names."
+        raise target_error(spec, f"{word!r} is no class", hint)
     if len(numbers) > 1:
         what = f"{word!r} is the name of the classes {', '.join(map(str, numbers))}"
-        raise UserError(f"--target {spec}", what, "Give the number of the class instead of its name.")
+        raise target_error(spec, what, "Give the number of the class instead of its name.")
     (number,) = numbers
     if number >= classes:
-        raise UserError(f"--target {spec}", f"no class {number}", f"The model's are 0 to {classes - 1}.")
-    return fixed(number)
+        raise target_error(spec, f"no class {number}", f"The model's classes are 0 to {classes - 1}.")
+    return pick_class(number)
 
 
-def numbers_of(name: str, names: Names) -> list[int]:
+def find_numbers(name: str, names: ClassNames) -> list[int]:
     """Return the numbers of all classes that have a name."""
     return sorted({number for other, number in names if other == name})
 
 
-def refuse_two_meanings(word: str, spec: str, names: Names) -> None:
-    """Raise UserError if a word of `--target` is the name of a class too."""
-    if numbers := numbers_of(word, names):
-        what = f"{word!r} is a word of --target, and the name of class {numbers[0]}"
-        raise UserError(f"--target {spec}", what, "Give the number of the class, or leave --classes out.")
+def require_no_class(word: str, spec: str, names: ClassNames) -> None:
+    """Raise UserError if a keyword of targets is also the name of a class."""
+    if numbers := find_numbers(word, names):
+        what = f"{word!r} is a keyword of targets, and the name of class {numbers[0]}"
+        raise target_error(spec, what, "Give the number of the class, or leave out `classes`.")
 
 
-def named(spec: str) -> bool:
-    """Return whether a target may name a class by more than its number."""
+def needs_names(spec: str) -> bool:
+    """Return whether the names of classes are needed to parse a target."""
     return not re.fullmatch(TOP, spec) and any(
         not word.isdecimal() and word not in WORDS for word in spec.split(AGAINST)
     )
 
 
-def names_for(target: str, spec: str, file: str | None) -> Names:
-    """Return the names of classes that a target may need.
+def load_target_names(target: str, spec: str, file: str | None) -> ClassNames:
+    """Return the names of classes that may be needed to parse a target.
 
-    A file of names is read for every target, because a name in it may be a word that targets use, but then only such
+    A file of names is read for every target, because a name in it may be a keyword of targets, but then only such
     names are returned.
+
+    Args:
+        target: The target.
+        spec: The model, whose library may know the names.
+        file: A file of names; None: none.
     """
-    if named(target):
-        return class_names(spec, file)
-    found = () if file is None else class_names(spec, file)
+    if needs_names(target):
+        return load_class_names(spec, file)
+    found = () if file is None else load_class_names(spec, file)
     return tuple((name, number) for name, number in found if name in (target, *target.split(AGAINST)))
 
 
-def rank(place: int) -> Pick:
-    """The class with the highest score, the next, …; of equal ones, that of the lower number first."""
-    return lambda scores, _: scores.sort(dim=1, descending=True, stable=True).indices[:, place]
+def pick_rank(rank: int) -> Pick:
+    """Return a pick of the class with the highest score (rank 0), the second highest, …; of ties, the lower number."""
+    return lambda scores, _: scores.sort(dim=1, descending=True, stable=True).indices[:, rank]
 
 
-def fixed(number: int) -> Pick:
+def pick_class(number: int) -> Pick:
+    """Return a pick of one class for all samples."""
     return lambda scores, _: torch.full((len(scores),), number, device=scores.device)

@@ -1,0 +1,92 @@
+"""The template of the jobs over shards: load the model, open the run, hold its lease, connect to Ray, record, work."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Self
+
+from ray_jobs.config import Resources
+from ray_jobs.engine.ray_session import connect
+from ray_jobs.engine.ray_tasks import Tasks
+from ray_jobs.engine.shard_worker import validate_compile_mode
+from ray_jobs.models import loading
+from ray_jobs.runs.lease import Heartbeat, hold_lease, remove_leftovers
+from ray_jobs.runs.run_folder import Config, Run
+
+
+class JobSession:
+    """One job in its run's folder.
+
+    Args:
+        name: The job's section of the manifest.
+        config: What to do. Its model is loaded unless `loaded` is given.
+        loaded: The model.
+
+    Attributes:
+        run: The run's folder.
+        section: The job's section of the manifest. What the work adds is recorded when it ends.
+        heartbeat: The heartbeat of this driver, while it works.
+        tasks: What runs functions on the cluster, while it works.
+
+    Raises:
+        UserError: If the model cannot be loaded, or the folder holds this job with other options.
+
+    Example of a job::
+
+        validate(config)
+        session = JobSession("explain", config)
+        if session.finished:
+            return session.close()
+        with session.work(resources, recorded="from the start"):
+            session.section |= {"samples": do_it(session.heartbeat, session.tasks)}
+        return session.run
+    """
+
+    heartbeat: Heartbeat
+    tasks: Tasks
+
+    def __init__(self, name: str, config: Config, loaded: loading.LoadedModel | None = None) -> None:
+        self.name = name
+        self.loaded = loaded or loading.load(config.model)
+        self.run = Run(config.out)
+        self.section: dict[str, Any] = self.run.section(name, config, self.loaded)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the job has ended, and no shard is missing."""
+        return self.section["status"] == "complete" and not self.section["missing"]
+
+    def close(self) -> Run:
+        """Return the run of a finished job, after deleting what a killed driver has left."""
+        remove_leftovers(self.run)
+        return self.run
+
+    @contextmanager
+    def work(
+        self, resources: Resources, compile_mode: str | None = None, lease: str | None = None, **recorded: object
+    ) -> Iterator[Self]:
+        """Hold the run's lease and a connection to Ray, and record the job before and after the work.
+
+        Args:
+            resources: What the job takes from the cluster.
+            compile_mode: The mode of `torch.compile`, to validate it again: the cluster's GPUs are known only now.
+            lease: The name under which progress is shown, if it is not the job's.
+            recorded: What the section holds from the start, in addition to the options.
+        """
+        with hold_run(self.run, lease or self.name, resources) as (self.heartbeat, self.tasks):
+            validate_compile_mode(compile_mode, resources)
+            self.section |= recorded
+            self.run.record(self.name, self.section, self.loaded)
+            yield self
+            self.section["status"] = "complete"
+            self.run.record(self.name, self.section, self.loaded)
+
+
+@contextmanager
+def hold_run(run: Run, job: str, resources: Resources) -> Iterator[tuple[Heartbeat, Tasks]]:
+    """Hold a run's lease and a connection to Ray.
+
+    Raises:
+        UserError: If another driver works on the run, or Ray does not answer.
+    """
+    with hold_lease(run, job) as heartbeat, connect(resources) as tasks:
+        yield heartbeat, tasks

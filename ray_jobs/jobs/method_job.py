@@ -1,0 +1,118 @@
+"""What `explain` and `degrade` share: a model, its patterns and methods, and files for each shard."""
+
+from collections.abc import Sequence
+from typing import Any, Generic, TypeVar
+
+import pyarrow as pa
+
+from patterns import Explainer, Network, choose
+from patterns.attribution import parse_method, resolve_settings
+from patterns.io import write_table
+from ray_jobs.config import MethodsConfig
+from ray_jobs.data.samples import derive_seed
+from ray_jobs.data.shard_reader import ReaderConfig
+from ray_jobs.engine.shard_worker import BatchStream, ShardWorker, WorkerResources
+from ray_jobs.io.object_store import publish
+from ray_jobs.jobs.per_shard_job import FilesTask
+from ray_jobs.models.loading import LoadedModel, ModelDigests
+from ray_jobs.runs.run_folder import Run, load_patterns, write_rejected
+from ray_jobs.units import make_printable
+
+Scales = dict[str, list[int]]  # the potential of each method's backward pass; see `Explainer.scales`
+C = TypeVar("C", bound=MethodsConfig)
+
+
+class MethodWorker(ShardWorker[FilesTask], Generic[C]):
+    """A worker that holds the model and its patterns; nothing is lost with it."""
+
+    def __init__(
+        self,
+        config: C,
+        digests: ModelDigests,
+        scales: Scales,
+        resources: WorkerResources = WorkerResources(),  # noqa: B008 - frozen
+    ) -> None:
+        super().__init__(resources)
+        self.config, self.digests, self.scales = config, digests, scales
+
+    def load(self) -> None:
+        """Load the model."""
+        self.loaded = loaded = self.resources.load(self.config.model, self.digests)
+        self.reader_config = ReaderConfig(
+            loaded.preprocessing, self.config.batch_size, loaded.dtype, threads=self.resources.decoders
+        )
+
+    def make_seeds(self, keys: Sequence[str]) -> list[int]:
+        """Return the seed of each sample."""
+        return [derive_seed(f"{self.config.seed}/{key}") for key in keys]
+
+    def write_tables(self, task: FilesTask, stream: BatchStream, schema: pa.Schema, rows: list[dict[str, Any]]) -> None:
+        """Write the table of rejected samples, and last the rows, with which the shard is finished."""
+        files = task.files
+        with publish(files.folder) as folder:
+            write_rejected(folder / files.refused, stream.reader.refused)
+        rows = [{"shard": make_printable(task.shard), **row} for row in rows]
+        with publish(files.folder) as folder:
+            write_table(folder / files.rows, schema, [pa.Table.from_pylist(rows, schema)])
+
+
+def make_explainer(config: MethodsConfig, loaded: LoadedModel, operator: str | None, scales: Scales) -> Explainer:
+    """Return the explainer of a config's methods, with the patterns of its run.
+
+    Args:
+        config: The methods.
+        loaded: The model.
+        operator: The operator at which the explained network ends; None: at the classes.
+        scales: The scales that an earlier explainer has calibrated, by method.
+
+    Raises:
+        UserError: If the patterns are missing, or those of another model.
+    """
+    network = loaded.network if operator is None else loaded.network.until(operator)
+    chosen, estimators = choose_patterns(config, loaded, network)
+    return Explainer(network, chosen, config.methods, scales, estimators, dict(config.settings))
+
+
+def choose_patterns(config: MethodsConfig, loaded: LoadedModel, network: Network) -> tuple[Any, dict[str, Any]]:
+    """Return the patterns of the methods that name no estimator (None if there are none), and those by estimator."""
+    passes = [b for name in config.methods if (b := parse_method(name).backward) is not None and b.needs_patterns]
+    if not passes:
+        return None, {}
+    patterns = load_patterns(config.patterns, loaded.digest)
+    Run(config.patterns).require_model(loaded)
+    chosen = choose(network, patterns, config.estimator) if any(not b.estimator for b in passes) else None
+    return chosen, {b.estimator: choose(network, patterns, b.estimator) for b in passes if b.estimator}
+
+
+def validate_settings(config: MethodsConfig) -> dict[str, float]:
+    """Return all settings of a config's methods.
+
+    Raises:
+        UserError: If a method or a setting does not exist, or a value is not allowed.
+    """
+    return resolve_settings({name: parse_method(name) for name in config.methods}, dict(config.settings))
+
+
+def validate_methods(
+    config: MethodsConfig, loaded: LoadedModel, operator: str | None, scales: Scales
+) -> dict[str, Any]:
+    """Check on the driver that the workers can make the explainer, and calibrate its scales once for all workers.
+
+    Args:
+        config: The methods.
+        loaded: The model.
+        operator: See `make_explainer`.
+        scales: The scales of an earlier driver of this job; empty for a new job.
+
+    Returns:
+        What the manifest records: `scales` and `settings`.
+
+    Raises:
+        UserError: If the patterns are missing, or those of another model.
+    """
+    settings = validate_settings(config)
+    if scales:
+        choose_patterns(config, loaded, loaded.network if operator is None else loaded.network.until(operator))
+    else:
+        scales = make_explainer(config, loaded, operator, {}).scales
+    return {"scales": scales, "settings": settings}
