@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from cluster.local import ROOT, LocalCluster, Node
-from cluster.processes import processes_of_session, processes
+from cluster.processes import processes, processes_of_session
 
 # Attached drivers, as users have them: each prints one line of JSON.
 # It ends once a node is dead.

@@ -25,14 +25,14 @@ from ray.dashboard.modules.reporter.reporter_agent import METRICS_GAUGES
 
 from cluster.local import ROOT, LocalCluster
 from ray_jobs.config import Resources
-from ray_jobs.engine.metrics import GAUGES, METRICS
+from ray_jobs.engine.metrics import COUNTERS, GAUGES
 from ray_jobs.jobs.fit.fit import fit
 from tests.conftest import make_shards, write_tar
 from tests.ray_jobs.runs import configured
 
 FOLDER, CASES = Path("cluster/monitoring"), Path("tests/cluster/monitoring/rules_test.yml")
 DISCOVERY = "http://127.0.0.1:8265/api/prometheus/sd"
-JOBS = {f"ray_patternnet_{name}_total" for name in METRICS} | {f"ray_patternnet_{name}" for name in GAUGES}
+JOBS = {f"ray_patternnet_{name}_total" for name in COUNTERS} | {f"ray_patternnet_{name}" for name in GAUGES}
 # Of nodes with a GPU alone, which need not be at hand.
 GPUS = {f"ray_{name}" for name in METRICS_GAUGES if name.startswith(("node_gpu", "node_gram"))}
 WORDS = {"and", "or", "unless", "by", "without", "on", "ignoring", "group_left", "group_right", "offset", "bool"}

@@ -59,7 +59,7 @@ def test_fit_and_explain_give_what_this_process_gives_and_leave_nothing_behind(
     given = ["--shards", f"{tmp_path}/shards/train-{{000..003}}.tar", "--batch-size", "4"]
     status, log = sbatch(slurm, tmp_path, "fit", "--model", model_spec, *given, "--out", there, *OPTIONS)
     assert status == 0, log
-    assert "fit: 16 samples of 4 shards, 0 refused" in log
+    assert "fit: 16 samples of 4 shards, 0 rejected" in log
     same_patterns(here, there)
     status, log = sbatch(slurm, tmp_path, "explain", "--patterns", there, *given)
     assert status == 0, log
@@ -102,9 +102,9 @@ def test_a_job_whose_time_is_over_commits_queues_again_and_goes_on(
     time.sleep(2)
     (tmp_path / "gate").touch()
     slurm.until(lambda: told("Restarts=1"), within=120)
-    assert "stopped with 1 of 3 shards undone" in (tmp_path / "log").read_text()
+    assert "stopped with 1 of 3 shards left" in (tmp_path / "log").read_text()
     slurm.until(lambda: told("JobState=COMPLETED"), within=400)
-    assert "fit: 12 samples of 3 shards, 0 refused" in (tmp_path / "log").read_text()
+    assert "fit: 12 samples of 3 shards, 0 rejected" in (tmp_path / "log").read_text()
     fit(configured(model_spec, shards, undisturbed), Resources(workers=0))
     same_patterns(out, undisturbed)
 
