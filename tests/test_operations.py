@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from http.server import ThreadingHTTPServer
 from pathlib import Path
@@ -35,8 +35,8 @@ from benchmarks.timing import vgg16_features
 from cluster.local import ROOT, LocalCluster
 from cluster.processes import send
 from ray_jobs.cli.app import exit_status
-from ray_jobs.cli.options import RESOURCES
-from ray_jobs.runs.map_files import bytes_per_sample
+from ray_jobs.config import Resources
+from ray_jobs.runs.map_files import estimate_bytes_per_sample
 from ray_jobs.runs.run_folder import Run
 from tests.conftest import make_shards
 from tests.ray_jobs.chaos import SlowStorage
@@ -238,10 +238,10 @@ def test_rates_are_what_the_benchmarks_come_to() -> None:
 
 
 def test_bytes_of_an_explanation_are_what_the_job_says() -> None:
-    whole = bytes_per_sample({"gradient": (3, 224, 224)}, ("npy", "png", "parquet", "zarr"))
-    small = bytes_per_sample({"gradient": (1, 56, 56)}, ("parquet",))
+    whole = estimate_bytes_per_sample({"gradient": (3, 224, 224)}, ("npy", "png", "parquet", "zarr"))
+    small = estimate_bytes_per_sample({"gradient": (1, 56, 56)}, ("parquet",))
     told = " ".join(section("Disk").split())
-    for kind, size in {**whole, "`--reduce-channels sum --resize 56`": small["parquet"]}.items():
+    for kind, size in {**whole, "`--reduce-channels sum --map-size 56`": small["parquet"]}.items():
         assert re.search(rf"{re.escape(kind)}`? (at most )?{size:,}", told), kind
 
 
@@ -260,7 +260,7 @@ def test_memory_of_the_models_is_what_plan_says(terminal: Terminal) -> None:
 
 def test_what_may_differ_on_resuming_is_all_that_belongs_to_the_machines() -> None:
     (listed,) = re.findall(r"These may\s+differ: (.*?); where", section("The run's life"), re.DOTALL)
-    assert set(re.findall(r"`--([\w-]+)`", listed)) == {name.replace("_", "-") for name in RESOURCES}
+    assert set(re.findall(r"`--([\w-]+)`", listed)) == {each.name.replace("_", "-") for each in fields(Resources)}
 
 
 # What it tells to type, without a cluster
@@ -283,7 +283,7 @@ def test_a_job_that_ended_with_work_left_goes_on(terminal: Terminal, plain: list
     looked, same = commands("A job ended with work left")
     status, said = terminal.here(same)
     assert status == 3
-    assert "the same command goes on where this one ended" in said
+    assert "run the same command again to resume" in said
     assert "stopped" in terminal.here(looked)[1]
     assert terminal.here(same)[0] == 0
     finished(terminal, undisturbed)
@@ -300,10 +300,10 @@ def test_a_second_driver_is_refused_and_a_killed_one_followed(
     until(lambda: "state" in Run("run").progress())
     status, said = terminal.here(same)
     assert status == 2
-    assert re.search(r"process \d+ on \S+ works on it", said)
+    assert re.search(r"process \d+ on \S+ works on this run", said)
     driver.kill()
     driver.wait()
-    assert "stale: its driver said nothing" in terminal.here(looked)[1]
+    assert "stale: no heartbeat from its driver" in terminal.here(looked)[1]
     Path("gate").touch()
     assert terminal.here(same)[0] == 0
     finished(terminal, undisturbed)
@@ -320,7 +320,7 @@ def test_refused_samples_are_named_and_taken_up_once_they_are_mended(terminal: T
         for at in marks[: 3 * len(marks) // 4]:
             data[at : at + 4] = b"none"
         path.write_bytes(data)
-    counted, same, retry = commands("Many samples are refused")
+    counted, same, retry = commands("Many samples are rejected")
     terminal.names["SHARDS"] = given(broken)
     status, said = terminal.here(same)
     assert status == 2
