@@ -1,4 +1,4 @@
-"""The slow truths: plain float64 computations by another route than the package's own."""
+"""Oracles: slow, plain float64 computations that share no code with the package."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,13 +13,13 @@ from torch.nn import functional as F
 
 Shape = tuple[int, ...]
 
-# --- patches, written out -------------------------------------------------------------------------
+# --- explicit patches ------------------------------------------------------------------------------
 
 
 def window_patches(
     x: Tensor, kernel: Shape, stride: Shape, padding: Shape, dilation: Shape, groups: int = 1
 ) -> list[Tensor]:
-    """Each group's patches, (images × positions, D), for x of shape (N, C, *sizes)."""
+    """Return the patches of each group, (images × positions, D), for x of shape (N, C, *sizes)."""
     padded = F.pad(x.double(), [p for size in reversed(padding) for p in (size, size)])
     spans = [d * (k - 1) + 1 for d, k in zip(dilation, kernel)]
     starts = [range(0, n - span + 1, s) for n, span, s in zip(padded.shape[2:], spans, stride)]
@@ -32,12 +32,12 @@ def window_patches(
 
 
 def linear_patches(x: Tensor) -> list[Tensor]:
-    """One group: every vector along the last dimension."""
+    """Return one group with every vector along the last dimension."""
     return [torch.stack([x.double()[index] for index in np.ndindex(*x.shape[:-1])])]
 
 
 def channel_patches(*inputs: Tensor, axis: int = 1) -> list[Tensor]:
-    """Each channel's values, one column for each input."""
+    """Return the values of each channel, one column per input."""
     channels = range(inputs[0].shape[axis])
     return [torch.stack([x.double().select(axis, k).flatten() for x in inputs], 1) for k in channels]
 
@@ -45,7 +45,7 @@ def channel_patches(*inputs: Tensor, axis: int = 1) -> list[Tensor]:
 def transposed_patches(
     x: Tensor, kernel: Shape, stride: Shape, padding: Shape, output_padding: Shape, dilation: Shape, groups: int = 1
 ) -> list[Tensor]:
-    """As `window_patches`, of a transposed convolution: a plain one over x with zeros between its positions."""
+    """Return the patches of a transposed convolution: a plain convolution of x with zeros between its positions."""
     dims = range(2, x.dim())
     sizes = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], stride)]
     spread = torch.zeros(*x.shape[:2], *sizes, dtype=torch.float64)
@@ -54,14 +54,14 @@ def transposed_patches(
     around = [n for b, extra in reversed(list(zip(borders, output_padding))) for n in (b, b + extra)]
     ones, nothing = (1,) * len(dims), (0,) * len(dims)
     patches = window_patches(F.pad(spread, around), kernel, ones, nothing, dilation, groups)
-    # It meets its kernel from the other end.
+    # A transposed convolution applies its kernel flipped.
     return [p.unflatten(1, (-1, *kernel)).flip(list(dims)).flatten(1) for p in patches]
 
 
 def positions_seeing(unfold: Callable[..., list[Tensor]], shapes: Sequence[Shape]) -> list[Tensor]:
-    """How many samples of an image see an input that a weight meets, on average; (D,) for each group.
+    """Return the mean number of an image's samples that contain an input of each weight, (D,) per group.
 
-    The inputs are numbered, and every number is looked up in every patch. Where a weight meets padding alone: 1.
+    The inputs are numbered, and each number is counted in all patches. A weight that only multiplies padding gets 1.
     """
     sizes = [prod(shape) for shape in shapes]
     numbers = torch.arange(1, sum(sizes) + 1).split(sizes)
@@ -78,14 +78,14 @@ def positions_seeing(unfold: Callable[..., list[Tensor]], shapes: Sequence[Shape
 
 @dataclass(frozen=True)
 class Neuron:
-    """One neuron's samples: patches x (S, D), outputs without bias y (S,), and where its gate is open (S,)."""
+    """The samples of a neuron: patches x (S, D), outputs without bias y (S,), and whether its gate is open (S,)."""
 
     x: Tensor
     y: Tensor
     open: Tensor
 
     def sums(self, which: str) -> dict[str, Tensor]:
-        """n, Σy, Σy², Σx and Σx·y over the `total`, `open` or `closed` samples."""
+        """Return n, Σy, Σy², Σx and Σx·y over the `total`, `open` or `closed` samples."""
         chosen = {"total": torch.ones_like(self.open), "open": self.open, "closed": ~self.open}[which]
         x, y = self.x[chosen], self.y[chosen]
         xy = (x * y[:, None]).sum(0)
@@ -95,7 +95,7 @@ class Neuron:
 def neurons(
     patches: Sequence[Tensor], weight: Tensor, bias: Tensor | None, limits: tuple[float, float] | None
 ) -> list[Neuron]:
-    """The neurons of an operator with these patches for each group; `limits` of the gate, None without one."""
+    """Return the neurons of an operator with these patches per group; `limits` are those of its gate, if any."""
     flat = weight.detach().double().flatten(1)
     low, high = limits or (-np.inf, np.inf)
     found = []
@@ -108,30 +108,30 @@ def neurons(
 
 
 def side(neuron: Neuron, which: str) -> tuple[np.ndarray, np.ndarray]:
-    """x and y of the open or closed samples."""
+    """Return x and y of the open or closed samples."""
     chosen = (neuron.open if which == "open" else ~neuron.open).numpy()
     return neuron.x.numpy()[chosen], neuron.y.numpy()[chosen]
 
 
 def two_component(neuron: Neuron, weight: Tensor, which: str) -> np.ndarray:
-    """(E₊[xy] - E₊[x]E[y]) / wᵀ(…) over the open or closed samples of one neuron, sample by sample."""
+    """Return (E₊[xy] - E₊[x]E[y]) / wᵀ(…) over the open or closed samples of a neuron, sample by sample."""
     x, y = side(neuron, which)
     direction = np.mean([xi * yi for xi, yi in zip(x, y)], 0) - x.mean(0) * neuron.y.numpy().mean()
     return direction / (weight.double().flatten().numpy() @ direction)
 
 
 def regressed(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """cov[x, y] / var[y] over some samples, shape (D,)."""
+    """Return cov[x, y] / var[y] over some samples, shape (D,)."""
     return np.cov(x.T, y, bias=True)[-1, :-1] / np.var(y)
 
 
 def covariance(neuron: Neuron) -> np.ndarray:
-    """cov[x, y] of one neuron, shape (D,)."""
+    """Return cov[x, y] of a neuron, shape (D,)."""
     return np.cov(neuron.x.numpy().T, neuron.y.numpy(), bias=True)[-1, :-1]
 
 
 def multivariate(group: Sequence[Neuron], ridge: float) -> np.ndarray:
-    """Least squares of x on the outputs of all neurons of a group, (K/G, D); the ridge is further samples."""
+    """Return least squares of x on the outputs of all neurons of a group, (K/G, D); the ridge is extra samples."""
     x, y = group[0].x.numpy(), np.stack([neuron.y.numpy() for neuron in group], 1)
     x, y = x - x.mean(0), y - y.mean(0)
     more = np.diag(np.sqrt(ridge * len(y)) * y.std(0))
@@ -144,23 +144,25 @@ Layer = Callable[[Tensor, Tensor], Tensor]  # of inputs (N, *shape) and a weight
 
 
 def matrix(layer: Callable[[Tensor], Tensor], shape: Shape) -> Tensor:
-    """The matrix of a linear layer, rows = outputs: its images of the unit vectors."""
+    """Return the matrix of a linear layer, whose columns are the layer's outputs for the unit vectors."""
     units = torch.eye(prod(shape), dtype=torch.float64).reshape(-1, *shape)
     return torch.stack([layer(unit[None])[0].flatten() for unit in units], 1)
 
 
 @dataclass(frozen=True)
 class Value:
-    """A value inside a network for one sample, and its derivative in the input with patterns for weights.
+    """A value inside a network for one sample, and its Jacobian with backward weights instead of the weights.
 
-    value: (*shape).  jacobian: (elements of value, elements of the network's input).
+    Attributes:
+        value: Shape (*shape).
+        jacobian: Shape (elements of value, elements of the network's input).
     """
 
     value: Tensor
     jacobian: Tensor
 
     def linear(self, layer: Layer, weight: Tensor, backward: Tensor, bias: Tensor | None = None) -> "Value":
-        """A linear layer with one weight forward, and another in its Jacobian; the bias is per channel."""
+        """Apply a linear layer with one weight forward and another in the Jacobian; the bias is per channel."""
         value = layer(self.value[None], weight)[0]
         if bias is not None:
             value = value + bias.reshape(-1, *[1] * (value.dim() - 1))
@@ -171,7 +173,7 @@ class Value:
         return Value(self.value.clamp(low, high), torch.diag(gates) @ self.jacobian)
 
     def max_pooled(self, kernel: int, stride: int) -> "Value":
-        """Max pooling of (C, H, W) without padding, its windows searched one by one."""
+        """Apply max pooling to (C, H, W) without padding, window by window."""
         index = torch.arange(self.value.numel()).reshape(self.value.shape)
         c, h, w = self.value.shape
         winners = []
@@ -184,13 +186,13 @@ class Value:
         return Value((selection @ self.value.flatten()).reshape(shape), selection @ self.jacobian)
 
     def plus(self, other: "Value", backward: Tensor) -> "Value":
-        """The sum of two values, with a (channels, 2) weight for the two in its Jacobian."""
+        """Return the sum of two values, with a weight of shape (channels, 2) in the Jacobian."""
         repeats = self.value[0].numel()
         mine, its = (torch.diag(column.repeat_interleave(repeats)) for column in backward.double().unbind(1))
         return Value(self.value + other.value, mine @ self.jacobian + its @ other.jacobian)
 
-    def beside(self, other: "Value") -> "Value":
-        """Channels of one value, then of the other."""
+    def concatenate(self, other: "Value") -> "Value":
+        """Return the channels of both values."""
         return Value(torch.cat([self.value, other.value]), torch.cat([self.jacobian, other.jacobian]))
 
     def flattened(self) -> "Value":
@@ -202,15 +204,18 @@ def explanation(
     backward: Mapping[str, Tensor],
     inputs: Tensor,
     targets: Tensor,
-    start: float | None = None,
+    output_gradient: float | None = None,
 ) -> Tensor:
-    """The maps (N, *shape) of a network written as operations on values; `start` None: the target's value."""
+    """Return the maps (N, *shape) of a network of operations on values.
+
+    The output gradient is by default the target's value.
+    """
 
     def maps() -> Iterator[Tensor]:
         for x, target in zip(inputs, targets):
             scores = network(Value(x, torch.eye(x.numel(), dtype=torch.float64)), backward)
             first = torch.zeros_like(scores.value)
-            first[target] = scores.value[target] if start is None else start
+            first[target] = scores.value[target] if output_gradient is None else output_gradient
             yield (scores.jacobian.T @ first).reshape(x.shape)
 
     return torch.stack(list(maps()))

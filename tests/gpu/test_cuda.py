@@ -1,6 +1,6 @@
-"""On a GPU: the same moments, draws, patterns and maps as on the CPU, by the library and by the jobs.
+"""Moments, samples, patterns and maps on a GPU equal those on the CPU, in the library and in the jobs.
 
-`make test-gpu` runs these; everywhere else they are skipped.
+`make test-gpu` runs these tests; without a GPU they are skipped.
 """
 
 from dataclasses import replace
@@ -40,7 +40,7 @@ def model(request: pytest.FixtureRequest) -> nn.Module:
     return MODELS[request.param](num_classes=10).double().eval().requires_grad_(False)
 
 
-def on(device: str, model: nn.Module) -> Network:
+def trace_on(device: str, model: nn.Module) -> Network:
     model = model.to(device)
     return trace(model, torch.zeros(2, 3, 64, 64, device=device, dtype=torch.float64))
 
@@ -50,10 +50,10 @@ def images(count: int = 8) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("positions", [None, 4])
-def test_moments_are_those_of_the_cpu(model: nn.Module, positions: int | None) -> None:
+def test_moments_equal_the_cpus(model: nn.Module, positions: int | None) -> None:
     found = []
     for device in ("cpu", "cuda"):
-        observer = Observer(on(device, model), positions=positions)
+        observer = Observer(trace_on(device, model), positions=positions)
         observer.update(images().to(device), range(8))
         observer.flush()
         found.append(observer.moments())
@@ -62,10 +62,10 @@ def test_moments_are_those_of_the_cpu(model: nn.Module, positions: int | None) -
             torch.testing.assert_close(found[1][name].tensors()[field], sums, rtol=1e-7, atol=1e-7)
 
 
-def test_gram_moments_are_those_of_the_cpu(model: nn.Module) -> None:
+def test_gram_moments_equal_the_cpus(model: nn.Module) -> None:
     found = []
     for device in ("cpu", "cuda"):
-        network = on(device, model)
+        network = trace_on(device, model)
         observer = PatchObserver(network, list(network.operators)[:3], 4)
         observer.update(images().to(device), range(8))
         found.append(observer.moments())
@@ -73,32 +73,35 @@ def test_gram_moments_are_those_of_the_cpu(model: nn.Module) -> None:
         torch.testing.assert_close(found[1][name].xx, expected.xx, rtol=1e-7, atol=1e-7)
 
 
-def test_maps_are_those_of_the_cpu(model: nn.Module) -> None:
-    network = on("cpu", model)
+def test_maps_equal_the_cpus(model: nn.Module) -> None:
+    network = trace_on("cpu", model)
     observer = Observer(network)
     observer.update(images())
     moments = observer.moments()
     solved = {name: solve(op, moments[name], CHOICES).patterns for name, op in network.operators.items()}
     patterns = choose(network, solved, "linear")
     expected = Explainer(network, patterns, PASSES)(images())
-    there = {name: pattern.cuda() for name, pattern in patterns.items()}
-    found = Explainer(on("cuda", model), there, PASSES)(images().cuda())
+    on_gpu = {name: pattern.cuda() for name, pattern in patterns.items()}
+    found = Explainer(trace_on("cuda", model), on_gpu, PASSES)(images().cuda())
     for method in PASSES:
         assert relative(found.maps[method].cpu(), expected.maps[method]) < 1e-6, method
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead", "cudagraphs"])
-def test_compiled_sums_and_maps_are_the_uncompiled(mode: str) -> None:
-    network = on("cuda", every_kind())
+def test_compiled_sums_and_maps_equal_the_uncompiled(mode: str) -> None:
+    network = trace_on("cuda", every_kind())
     patterns = {name: torch.randn_like(op.weight) for name, op in network.operators.items()}
     plain, compiled = (Observer(network) for _ in range(2))
     compiled.compile(8, mode)
     one, other = (Explainer(network, patterns, PASSES) for _ in range(2))
     other.compile(8, mode)
-    batches = [*(images().cuda() + shift for shift in (0, 1, 2)), images(3).cuda()]  # the last goes uncompiled
+    batches = [
+        *(images().cuda() + shift for shift in (0, 1, 2)),
+        images(3).cuda(),
+    ]  # the last one is not compiled
     outputs = [compiled.update(batch) for batch in batches]
     maps = [other(batch, lambda scores: scores.topk(2).indices).maps for batch in batches]
-    for batch, output, found in zip(batches, outputs, maps):  # earlier results still hold
+    for batch, output, found in zip(batches, outputs, maps):  # later batches must not overwrite earlier results
         torch.testing.assert_close(output, plain.update(batch))
         expected = one(batch, lambda scores: scores.topk(2).indices).maps
         for method in PASSES:
@@ -109,11 +112,11 @@ def test_compiled_sums_and_maps_are_the_uncompiled(mode: str) -> None:
             torch.testing.assert_close(sums, before[name].tensors()[field], rtol=1e-9, atol=1e-9)
 
 
-def test_float32_sums_keep_their_digits_beside_float64_ones() -> None:
-    """Blocks in float32, added in float64: the error is that of a block, and does not grow with their number."""
+def test_float32_sums_keep_their_precision() -> None:
+    """Blocks are summed in float32 and added in float64, so the error does not grow with the number of blocks."""
     torch.manual_seed(0)
     model = resnet18(num_classes=10).eval().requires_grad_(False)
-    truth = Observer(on("cuda", model.double()))
+    truth = Observer(trace_on("cuda", model.double()))
     observer = Observer(trace(model.float().cuda(), torch.zeros(2, 3, 64, 64, device="cuda")))
     for batch in images(512).cuda().split(64):
         truth.update(batch)
@@ -123,7 +126,7 @@ def test_float32_sums_keep_their_digits_beside_float64_ones() -> None:
         assert relative(moments.total.mean_xy(), expected[name].total.mean_xy()) < 1e-4, name
 
 
-def test_sampled_moments_take_little_more_memory_than_a_forward_pass() -> None:
+def test_sampled_moments_need_little_more_memory_than_a_forward_pass() -> None:
     torch.manual_seed(0)
     model = resnet18().eval().requires_grad_(False).cuda()
     batch = torch.randn(64, 3, 224, 224, device="cuda")
@@ -134,7 +137,7 @@ def test_sampled_moments_take_little_more_memory_than_a_forward_pass() -> None:
     assert peak(lambda: observer.update(batch), "cuda") < 1.5 * forward
 
 
-def test_jobs_with_a_gpu_find_what_those_without_find(model_spec: str, shards: list[str], tmp_path: Path) -> None:
+def test_jobs_with_and_without_a_gpu_agree(model_spec: str, shards: list[str], tmp_path: Path) -> None:
     torch.backends.cudnn.deterministic = True
     here = fit(configured(model_spec, shards, tmp_path / "here", positions=3), Resources(workers=0))
     ray.init(address="local", include_dashboard=False, log_to_driver=False)

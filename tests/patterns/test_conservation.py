@@ -1,4 +1,4 @@
-"""PatternAttribution's map sums to the target's value where nothing is lost, and what is lost is found."""
+"""PatternAttribution's map sums to the target's value less the losses, and every loss is found."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -21,14 +21,14 @@ def fitted(network: Network, batches: Sequence[Tensor], choice: str = "default")
 
 
 def shares(network: Network, patterns: Mapping[str, Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
-    """Σ map / the target's value, for each sample."""
+    """Return Σ map / the target's value of each sample."""
     found = Explainer(network, patterns, ["patternattribution"])(inputs, targets)
     sums = found.maps["patternattribution"].flatten(1).sum(1) * 2.0 ** found.exponents["patternattribution"]
     return sums / found.scores.gather(1, targets[:, None])[:, 0]
 
 
 def lost(losses: Sequence[Loss]) -> dict[str, float]:
-    """What is lost in all by each cause."""
+    """Return the total loss by cause."""
     causes: dict[str, float] = defaultdict(float)
     for loss in losses:
         causes[loss.cause] += loss.lost
@@ -36,34 +36,34 @@ def lost(losses: Sequence[Loss]) -> dict[str, float]:
 
 
 class Linear(nn.Module):
-    """Every kind of operator that has no border, with biases: 14 layers deep."""
+    """Every operator type without borders, with biases, 14 layers deep."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.folded = nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6)
+        self.stem, self.folded_norm = nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6)
         self.grouped = nn.ModuleList(nn.Conv2d(6, 6, 1, groups=3) for _ in range(4))
-        self.alone = nn.ModuleList(nn.BatchNorm2d(6) for _ in range(4))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(6) for _ in range(4))
         self.strided, self.dilated = nn.Conv2d(6, 8, 2, stride=3, bias=False), nn.Conv2d(14, 5, 2, dilation=2)
         self.hidden, self.head = nn.Linear(5 * 2 * 2, 7), nn.Linear(7, 3)
-        for norm in (self.folded, *self.alone):
+        for norm in (self.folded_norm, *self.norms):
             randomise(norm)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.folded(self.stem(x))
-        for grouped, alone in zip(self.grouped, self.alone):
-            x = alone(x + 0.5 * grouped(x) - 1)
+        x = self.folded_norm(self.stem(x))
+        for grouped, norm in zip(self.grouped, self.norms):
+            x = norm(x + 0.5 * grouped(x) - 1)
         x = torch.cat([self.strided(x), F.avg_pool2d(x, 2, 3)], 1)
         x = F.max_pool2d(self.dilated(x), 2, 1).transpose(1, 2)
         return self.head(self.hidden(x.flatten(1)))
 
 
 @pytest.mark.parametrize("choice", ["default", "linear", "filter", "random"])
-def test_without_gates_and_borders_the_map_sums_to_the_targets_value(choice: str) -> None:
+def test_map_sums_to_the_targets_value_without_gates_and_borders(choice: str) -> None:
     torch.manual_seed(6)
     x = torch.randn(40, 2, 17, 17, dtype=torch.float64) + 0.2
     network = trace(Linear().double(), x[:1])
-    kinds = {type(op.operator_type).__name__ for op in network.operators.values()}
-    assert kinds == {"Convolution", "Scale", "Addition", "AveragePool", "Linear"}
+    types = {type(op.operator_type).__name__ for op in network.operators.values()}
+    assert types == {"Convolution", "Scale", "Addition", "AveragePool", "Linear"}
     patterns = fitted(network, x.split(20), choice)
     targets = torch.arange(5) % 3
     torch.testing.assert_close(
@@ -76,7 +76,7 @@ def test_without_gates_and_borders_the_map_sums_to_the_targets_value(choice: str
 
 
 @pytest.mark.parametrize("name", ["vgg11", "resnet18"])
-def test_the_losses_make_up_what_the_map_lacks(name: str) -> None:
+def test_losses_add_up_to_the_difference_between_map_and_target(name: str) -> None:
     it = traced(name)
     patterns = fitted(it.network, it.inputs.split(1))
     targets = torch.tensor([1, 4, 9])
@@ -91,7 +91,7 @@ def test_the_losses_make_up_what_the_map_lacks(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", READINGS)
-def test_an_operation_hands_on_all_that_its_gates_let_through_however_it_is_written(name: str) -> None:
+def test_every_spelling_of_an_operation_loses_relevance_at_gates_only(name: str) -> None:
     network, x = read(name).network, read(name).inputs
     patterns, targets = fitted(network, [x]), torch.arange(len(x)) % 3
     losses = conservation(network, patterns, x, targets)
@@ -99,7 +99,7 @@ def test_an_operation_hands_on_all_that_its_gates_let_through_however_it_is_writ
     assert abs(1 - lost(losses).get("gate", 0.0) - shares(network, patterns, x, targets).mean()) < 1e-10 * largest
 
 
-def test_borders_lose_what_explicit_padding_gets() -> None:
+def test_loss_at_borders_is_the_relevance_of_explicit_padding() -> None:
     torch.manual_seed(7)
     x = torch.randn(8, 2, 7, 6, dtype=torch.float64)
     within = nn.Sequential(
@@ -120,14 +120,14 @@ def test_borders_lose_what_explicit_padding_gets() -> None:
     assert abs(causes["neuron"]) < 1e-10
 
 
-def test_transposed_convolutions_lose_what_lies_on_the_zeros_between_their_inputs() -> None:
+def test_transposed_convolutions_lose_the_share_on_zeros_between_inputs() -> None:
     torch.manual_seed(11)
     x = torch.randn(30, 2, 3, 3, dtype=torch.float64)
     model = nn.Sequential(nn.ConvTranspose2d(2, 3, 2, stride=2), nn.Flatten(), nn.Linear(3 * 36, 4))
     network = trace(model.double().requires_grad_(False), x)
     patterns, targets = fitted(network, [x]), torch.zeros(30, dtype=torch.int64)
     relevance = (model[2].weight[0] * patterns["2"][0]).view(3, 3, 2, 3, 2)  # by neuron, row, phase, column, phase
-    shares_of_phases = (network.operators["0"].weight * patterns["0"]).sum(1)  # over the two inputs that it has
+    shares_of_phases = (network.operators["0"].weight * patterns["0"]).sum(1)  # over its two inputs
     torch.testing.assert_close(shares_of_phases.sum((1, 2)), torch.ones(3, dtype=torch.float64))
     expected = float((relevance * (1 - shares_of_phases)[:, None, :, None, :]).sum())
     causes = lost(conservation(network, patterns, x, targets))
@@ -138,7 +138,7 @@ def test_transposed_convolutions_lose_what_lies_on_the_zeros_between_their_input
 
 
 @pytest.mark.parametrize("in_place", [False, True])
-def test_gates_lose_what_reaches_closed_ones(in_place: bool) -> None:
+def test_closed_gates_lose_their_relevance(in_place: bool) -> None:
     torch.manual_seed(8)
     x = torch.randn(30, 5, dtype=torch.float64)
     model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(in_place), nn.Linear(6, 2)).double().requires_grad_(False)
@@ -152,7 +152,7 @@ def test_gates_lose_what_reaches_closed_ones(in_place: bool) -> None:
     assert abs(causes["border"]) < 1e-12
 
 
-def test_neurons_without_a_pattern_lose_all_they_receive() -> None:
+def test_neurons_without_a_pattern_lose_their_relevance() -> None:
     torch.manual_seed(9)
     x = torch.randn(30, 5, dtype=torch.float64)
     model = nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 2)).double().requires_grad_(False)
@@ -165,7 +165,7 @@ def test_neurons_without_a_pattern_lose_all_they_receive() -> None:
     assert abs(lost(losses)["border"]) < 1e-12
 
 
-def test_explicit_padding_is_a_border() -> None:
+def test_explicit_padding_counts_as_a_border() -> None:
     torch.manual_seed(10)
     x = torch.randn(6, 1, 5, 5, dtype=torch.float64)
     model = nn.Sequential(nn.ZeroPad2d(1), nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(50, 3)).double()
@@ -179,7 +179,7 @@ def test_explicit_padding_is_a_border() -> None:
 
 
 def test_gradient_x_input_sums_to_the_targets_value_of_a_rectifier_network_without_biases() -> None:
-    """Euler's theorem: the score is homogeneous of degree 1 in the input, whatever gates and borders there are."""
+    """Euler's theorem: with any gates and borders, the score is homogeneous of degree 1 in the input."""
     torch.manual_seed(12)
     layers = nn.Conv2d(2, 8, 3, padding=1, bias=False), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3, 2, 1, bias=False)
     model = nn.Sequential(*layers, nn.LeakyReLU(), nn.AvgPool2d(2, 1, 1), nn.Flatten(), nn.Linear(72, 3, bias=False))

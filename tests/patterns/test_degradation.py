@@ -1,4 +1,4 @@
-"""Image degradation: patches, their order and what replaces them, each against a slow loop."""
+"""Image degradation: patches, their order and their replacement, each against a slow loop."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ def images(count: int = 3, height: int = 11, width: int = 14) -> Tensor:
 
 
 def boxes(height: int, width: int, size: int) -> list[tuple[slice, slice]]:
-    """The patches, row by row."""
+    """Return the patches, row by row."""
     return [
         (slice(y, min(y + size, height)), slice(x, min(x + size, width)))
         for y in range(0, height, size)
@@ -46,22 +46,22 @@ def test_every_pixel_is_in_one_patch_and_patches_are_summed(height: int, width: 
 
 
 @pytest.mark.parametrize("least_first", [False, True])
-def test_patches_have_their_turns_by_their_sums_and_of_equal_ones_the_first_comes_first(least_first: bool) -> None:
+def test_patches_are_ranked_by_their_sums_and_ties_keep_their_order(least_first: bool) -> None:
     sums = torch.tensor([[3.0, -1.0, 7.0, 3.0], [0.0, 0.0, 0.0, 0.0]])
     found = rank_patches(sums, least_first)
-    for row, told in zip(sums.tolist(), found.tolist()):
+    for row, ranks in zip(sums.tolist(), found.tolist()):
         order = sorted(range(4), key=lambda i: (row[i] if least_first else -row[i], i))
-        assert [told[i] for i in order] == [0, 1, 2, 3]
+        assert [ranks[i] for i in order] == [0, 1, 2, 3]
 
 
-def test_the_sign_counts_for_attributions_and_not_for_signals() -> None:
+def test_sign_counts_for_attributions_and_not_for_signals() -> None:
     maps = torch.tensor([1.0, -3.0]).view(1, 2, 1, 1)
     assert compute_relevance("patternattribution", maps).item() == -2
     assert compute_relevance("patternnet", maps).item() == 4
 
 
-def replaced_by_hand(kind: str, x: np.ndarray, size: int) -> np.ndarray:
-    """What replaces each pixel of images (N, C, H, W)."""
+def replacement_of(kind: str, x: np.ndarray, size: int) -> np.ndarray:
+    """Return the replacement of each pixel of images (N, C, H, W)."""
     if kind == "zero":
         return np.broadcast_to(BLACK.numpy(), x.shape)
     if kind == "dataset-mean":
@@ -75,14 +75,14 @@ def replaced_by_hand(kind: str, x: np.ndarray, size: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", REPLACEMENTS)
-def test_images_are_degraded_as_by_a_loop_over_patches(kind: str) -> None:
+def test_degraded_images_equal_a_loop_over_patches(kind: str) -> None:
     x, size = images(), 4
     values = images(3)[:, 1]
-    turn = rank_patches(sum_patches(values, size))
+    ranks = rank_patches(sum_patches(values, size))
     steps = [0, 1, 5, 12]
-    replaced = REPLACEMENTS[kind](x, size, BLACK)
-    found = degrade_images(x, replaced, turn[:, index_patches(11, 14, size)], torch.tensor(steps)).numpy()
-    other = replaced_by_hand(kind, x.numpy(), size)
+    replacement = REPLACEMENTS[kind](x, size, BLACK)
+    found = degrade_images(x, replacement, ranks[:, index_patches(11, 14, size)], torch.tensor(steps)).numpy()
+    other = replacement_of(kind, x.numpy(), size)
     for n in range(len(x)):
         order = sorted(boxes(11, 14, size), key=lambda box: -float(values[n][box].sum()))
         for at, step in enumerate(steps):
@@ -92,5 +92,5 @@ def test_images_are_degraded_as_by_a_loop_over_patches(kind: str) -> None:
             np.testing.assert_allclose(found[n, at], expected, rtol=1e-12, atol=1e-12)
 
 
-def test_the_area_over_a_curve_is_the_mean_fall_from_its_beginning() -> None:
+def test_area_over_a_curve_is_the_mean_fall_from_its_start() -> None:
     assert area_over_curve(torch.tensor([[0.8, 0.8, 0.8], [0.9, 0.3, 0.0]])).tolist() == pytest.approx([0.0, 0.5])

@@ -1,3 +1,5 @@
+"""The explainer against autograd, zennit, captum and products of explicit matrices."""
+
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -29,7 +31,7 @@ def gradient(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_with_the_weights_for_patterns_the_pass_is_the_models_own_gradient(name: str) -> None:
+def test_weights_as_patterns_give_the_models_own_gradient(name: str) -> None:
     it = traced(name)
     inputs, targets = it.inputs[:2], torch.tensor([3, 7])
     found = Explainer(it.network, weights_of(it.network), ["gradient", "patternnet"])(inputs, targets)
@@ -37,12 +39,12 @@ def test_with_the_weights_for_patterns_the_pass_is_the_models_own_gradient(name:
     assert relative(found.maps["gradient"], expected) < 1e-10
     scores = found.scores[range(2), targets].reshape(-1, 1, 1, 1)
     assert relative(found.maps["patternnet"], scores * expected) < 1e-10
-    for k in range(2):  # neither sample's map is drowned by the other's
+    for k in range(2):  # a difference in the smaller map must not vanish in the norm of the larger
         assert relative(found.maps["gradient"][k], expected[k]) < 1e-10
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_with_ones_for_patterns_patternattribution_is_the_gradient_times_the_score(name: str) -> None:
+def test_patternattribution_with_ones_as_patterns_is_gradient_times_score(name: str) -> None:
     it = traced(name)
     inputs, targets = it.inputs[2:], torch.tensor([1])
     ones = {name: torch.ones_like(weight) for name, weight in weights_of(it.network).items()}
@@ -62,7 +64,7 @@ def test_gradient_agrees_with_zennit_and_captum() -> None:
     assert relative(found, captum) < 1e-10
 
 
-# --- small networks, and the same written out as matrices -----------------------------------------
+# --- small networks and their explicit matrices ---------------------------------------------------
 
 
 def convolution(stride: int = 1, padding: int = 0, dilation: int = 1, groups: int = 1) -> Callable[..., Tensor]:
@@ -71,7 +73,7 @@ def convolution(stride: int = 1, padding: int = 0, dilation: int = 1, groups: in
 
 def average(window: int, stride: int, padding: int) -> Callable[..., Tensor]:
     def pool(x: Tensor, w: Tensor) -> Tensor:
-        # The weights of a window go along with its values, as one long row for each position.
+        # One row per position holds the values of its window, in the order of the weights.
         windows = F.unfold(x, window, padding=padding, stride=stride).unflatten(1, (x.shape[1], -1))
         sizes = [(n + 2 * padding - window) // stride + 1 for n in x.shape[2:]]
         return (windows * w.flatten(1)[..., None]).sum(2).unflatten(2, sizes)
@@ -102,13 +104,13 @@ class Residual(nn.Module):
 
 
 def residual(m: Residual, w: Weights) -> Callable[[Value, Weights], Value]:
-    def network(x: Value, back: Weights) -> Value:
-        x = x.linear(convolution(padding=1), w["stem"], back["stem"], m.stem.bias).rectified()
-        branch = x.linear(convolution(padding=1, groups=2), w["one"], back["one"], m.one.bias).rectified()
-        branch = branch.linear(convolution(), w["two"], back["two"])
-        x = branch.plus(x, back["addition.0"]).rectified()
-        x = x.linear(average(2, 2, 0), w["average_pool.0"], back["average_pool.0"])
-        return x.flattened().linear(matmul, w["head"], back["head"], m.head.bias)
+    def network(x: Value, backward: Weights) -> Value:
+        x = x.linear(convolution(padding=1), w["stem"], backward["stem"], m.stem.bias).rectified()
+        branch = x.linear(convolution(padding=1, groups=2), w["one"], backward["one"], m.one.bias).rectified()
+        branch = branch.linear(convolution(), w["two"], backward["two"])
+        x = branch.plus(x, backward["addition.0"]).rectified()
+        x = x.linear(average(2, 2, 0), w["average_pool.0"], backward["average_pool.0"])
+        return x.flattened().linear(matmul, w["head"], backward["head"], m.head.bias)
 
     return network
 
@@ -127,17 +129,17 @@ def residual_weights(m: Residual) -> dict[str, Tensor]:
 class Mixed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.folded, self.relu6 = nn.Conv2d(2, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ReLU6()
+        self.stem, self.folded_norm, self.relu6 = nn.Conv2d(2, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ReLU6()
         self.narrow, self.wide = nn.Conv2d(4, 2, 1), nn.Conv2d(4, 3, 3, padding=2, dilation=2, bias=False)
-        self.alone = nn.BatchNorm2d(5)
+        self.norm = nn.BatchNorm2d(5)
         self.twice = nn.Conv2d(5, 5, 1, groups=5)
         self.head = nn.Linear(5, 3)
-        randomise(self.folded)
-        randomise(self.alone)
+        randomise(self.folded_norm)
+        randomise(self.norm)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.max_pool2d(self.relu6(self.folded(self.stem(x))), 2, 1)
-        x = self.alone(torch.cat([self.narrow(x), self.wide(x)], 1)).relu()
+        x = F.max_pool2d(self.relu6(self.folded_norm(self.stem(x))), 2, 1)
+        x = self.norm(torch.cat([self.narrow(x), self.wide(x)], 1)).relu()
         x = self.twice(self.twice(x).relu())
         return self.head(F.avg_pool2d(x, 3, 2, 1).mean((2, 3)))
 
@@ -150,30 +152,30 @@ def scale_and_shift(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
 
 
 def mixed(m: Mixed, w: Weights) -> Callable[[Value, Weights], Value]:
-    scale, shift = scale_and_shift(m.folded)
-    _, alone = scale_and_shift(m.alone)
+    scale, shift = scale_and_shift(m.folded_norm)
+    _, norm_shift = scale_and_shift(m.norm)
 
-    def network(x: Value, back: Weights) -> Value:
-        x = x.linear(convolution(stride=2), w["stem"], back["stem"], m.stem.bias * scale + shift).rectified(0, 6)
+    def network(x: Value, backward: Weights) -> Value:
+        x = x.linear(convolution(stride=2), w["stem"], backward["stem"], m.stem.bias * scale + shift).rectified(0, 6)
         x = x.max_pooled(2, 1)
-        narrow = x.linear(convolution(), w["narrow"], back["narrow"], m.narrow.bias)
-        wide = x.linear(convolution(padding=2, dilation=2), w["wide"], back["wide"])
-        x = narrow.beside(wide).linear(per_channel, w["alone"], back["alone"], alone).rectified()
-        x = x.linear(convolution(groups=5), w["twice"], back["twice"], m.twice.bias).rectified()
-        x = x.linear(convolution(groups=5), w["twice"], back["twice"], m.twice.bias)
-        x = x.linear(average(3, 2, 1), w["average_pool.0"], back["average_pool.0"])
-        x = x.linear(average(x.value.shape[-1], 1, 0), w["average_pool.1"], back["average_pool.1"])
-        return x.flattened().linear(matmul, w["head"], back["head"], m.head.bias)
+        narrow = x.linear(convolution(), w["narrow"], backward["narrow"], m.narrow.bias)
+        wide = x.linear(convolution(padding=2, dilation=2), w["wide"], backward["wide"])
+        x = narrow.concatenate(wide).linear(per_channel, w["norm"], backward["norm"], norm_shift).rectified()
+        x = x.linear(convolution(groups=5), w["twice"], backward["twice"], m.twice.bias).rectified()
+        x = x.linear(convolution(groups=5), w["twice"], backward["twice"], m.twice.bias)
+        x = x.linear(average(3, 2, 1), w["average_pool.0"], backward["average_pool.0"])
+        x = x.linear(average(x.value.shape[-1], 1, 0), w["average_pool.1"], backward["average_pool.1"])
+        return x.flattened().linear(matmul, w["head"], backward["head"], m.head.bias)
 
     return network
 
 
 def mixed_weights(m: Mixed) -> dict[str, Tensor]:
     return {
-        "stem": m.stem.weight * scale_and_shift(m.folded)[0].reshape(-1, 1, 1, 1),
+        "stem": m.stem.weight * scale_and_shift(m.folded_norm)[0].reshape(-1, 1, 1, 1),
         "narrow": m.narrow.weight,
         "wide": m.wide.weight,
-        "alone": scale_and_shift(m.alone)[0][:, None],
+        "norm": scale_and_shift(m.norm)[0][:, None],
         "twice": m.twice.weight,
         "average_pool.0": torch.full((5, 1, 3, 3), 1 / 9, dtype=torch.float64),
         "average_pool.1": torch.full((5, 1, 2, 2), 1 / 4, dtype=torch.float64),
@@ -188,52 +190,53 @@ class Small:
     targets: Tensor
     weights: dict[str, Tensor]
     patterns: dict[str, Tensor]
-    written_out: Callable[[Value, Weights], Value]
+    as_matrices: Callable[[Value, Weights], Value]
 
 
 def small(kind: str) -> Small:
-    """A network, random patterns for it, and itself written out."""
+    """Return a network, random patterns for it, and the network as explicit matrices."""
     torch.manual_seed(11)
     inputs = 3 * torch.randn(4, 2, 6 if kind == "residual" else 9, 6 if kind == "residual" else 9, dtype=torch.float64)
     if kind == "residual":
         model: nn.Module = Residual().double().requires_grad_(False)
-        weights, written_out = residual_weights(model), residual(model, residual_weights(model))  # type: ignore[arg-type]
+        weights, as_matrices = residual_weights(model), residual(model, residual_weights(model))  # type: ignore[arg-type]
     else:
         model = Mixed().double().requires_grad_(False)
         model.stem.weight.mul_(3)
-        weights, written_out = mixed_weights(model), mixed(model, mixed_weights(model))  # type: ignore[arg-type]
+        weights, as_matrices = mixed_weights(model), mixed(model, mixed_weights(model))  # type: ignore[arg-type]
     network = trace(model, inputs[:1])
     patterns = {name: torch.randn(weight.shape, dtype=torch.float64) for name, weight in weights.items()}
-    return Small(network, inputs, torch.tensor([2, 0, 1, 2]), weights, patterns, written_out)
+    return Small(network, inputs, torch.tensor([2, 0, 1, 2]), weights, patterns, as_matrices)
 
 
 @pytest.mark.parametrize("kind", ["residual", "mixed"])
-def test_a_network_written_out_as_matrices_gives_the_same_scores(kind: str) -> None:
+def test_network_as_matrices_gives_the_same_scores(kind: str) -> None:
     it = small(kind)
     assert {name: w.shape for name, w in weights_of(it.network).items()} == {n: w.shape for n, w in it.weights.items()}
     scores = it.network.module(it.inputs)
     for x, row in zip(it.inputs, scores):
-        value = it.written_out(Value(x, torch.eye(x.numel(), dtype=torch.float64)), it.weights).value
+        value = it.as_matrices(Value(x, torch.eye(x.numel(), dtype=torch.float64)), it.weights).value
         torch.testing.assert_close(row, value, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["residual", "mixed"])
 @pytest.mark.parametrize("method", LINEAR)
-def test_a_method_of_backward_weights_equals_the_product_of_explicit_matrices(kind: str, method: str) -> None:
+def test_backward_pass_equals_the_product_of_explicit_matrices(kind: str, method: str) -> None:
     it = small(kind)
     backward = {
         "gradient": it.weights,
         "patternnet": it.patterns,
         "patternattribution": {name: w * it.patterns[name] for name, w in it.weights.items()},
     }[method]
-    expected = explanation(it.written_out, backward, it.inputs, it.targets, start=1.0 if method == "gradient" else None)
+    gradient = 1.0 if method == "gradient" else None
+    expected = explanation(it.as_matrices, backward, it.inputs, it.targets, gradient)
     found = Explainer(it.network, it.patterns, [method])(it.inputs, it.targets).maps[method]
     for f, e in zip(found, expected):
         assert relative(f, e) < 1e-10
 
 
 @pytest.mark.parametrize("changed", ["head", "addition.0", "average_pool.0", "one", "stem"])
-def test_each_operators_pattern_matters(changed: str) -> None:
+def test_every_operators_pattern_changes_the_map(changed: str) -> None:
     it = small("residual")
     before = Explainer(it.network, it.patterns, ["patternnet"])(it.inputs, it.targets).maps["patternnet"]
     other = it.patterns | {changed: it.patterns[changed] + 0.5}
@@ -250,7 +253,7 @@ def one_layer() -> tuple[nn.Linear, Tensor, Tensor]:
     return layer, torch.randn(3, 4, dtype=torch.float64), torch.randn(2, 4, dtype=torch.float64)
 
 
-def test_the_pass_starts_from_the_targets_value_and_the_gradient_from_one() -> None:
+def test_output_gradient_is_the_targets_value_and_1_for_the_gradient() -> None:
     layer, pattern, x = one_layer()
     network = trace(nn.Sequential(layer), x)
     maps = Explainer(network, {"0": pattern}, EVERY_METHOD)(x, torch.tensor([2, 1])).maps
@@ -261,7 +264,7 @@ def test_the_pass_starts_from_the_targets_value_and_the_gradient_from_one() -> N
         torch.testing.assert_close(maps["patternattribution"][k], layer.weight[target] * pattern[target] * score)
 
 
-def test_the_predicted_class_is_the_target_by_default() -> None:
+def test_default_target_is_the_predicted_class() -> None:
     it = small("residual")
     found = Explainer(it.network, it.patterns, ["patternnet"])(it.inputs)
     assert torch.equal(found.targets, found.scores.argmax(1))
@@ -272,7 +275,7 @@ def test_the_predicted_class_is_the_target_by_default() -> None:
 
 
 @pytest.mark.parametrize("method", EVERY_METHOD)
-def test_a_samples_map_does_not_depend_on_the_rest_of_its_batch_nor_on_their_targets(method: str) -> None:
+def test_map_does_not_depend_on_other_samples_or_their_targets(method: str) -> None:
     it = small("mixed")
     explainer = Explainer(it.network, it.patterns, [method])
     maps = explainer(it.inputs, it.targets).maps[method]
@@ -287,7 +290,7 @@ def test_a_samples_map_does_not_depend_on_the_rest_of_its_batch_nor_on_their_tar
 def test_several_methods_in_one_pass_equal_each_alone() -> None:
     it = small("mixed")
     together = Explainer(it.network, it.patterns, EVERY_METHOD)
-    for _ in range(2):  # nor do they depend on what was explained before
+    for _ in range(2):  # the second time shows that an explainer keeps no state
         maps = together(it.inputs, it.targets).maps
         assert list(maps) == list(EVERY_METHOD)
         for method in EVERY_METHOD:
@@ -305,7 +308,7 @@ def test_two_explainers_of_one_network_do_not_disturb_each_other() -> None:
     assert torch.equal(one(it.inputs, it.targets).maps["patternnet"], before)
 
 
-def test_patternnet_of_the_toy_model_is_the_signal_without_its_distractor() -> None:
+def test_patternnet_of_the_toy_model_is_the_signal_without_the_distractor() -> None:
     signal, distractor = torch.tensor([[1.0, 0.0]]).double(), torch.tensor([[1.0, 1.0]]).double()
     s, d = torch.cartesian_prod(torch.tensor([-2.0, -1.0, 1.5]), torch.tensor([-3.0, 1.0, 2.0])).double().unbind(1)
     x = s[:, None] * signal + d[:, None] * distractor
@@ -318,7 +321,7 @@ def test_patternnet_of_the_toy_model_is_the_signal_without_its_distractor() -> N
     torch.testing.assert_close(maps, s[:, None] * signal, rtol=1e-10, atol=1e-12)
 
 
-def test_patterns_of_another_precision_are_used_in_the_networks() -> None:
+def test_patterns_are_converted_to_the_networks_precision() -> None:
     it = small("residual")
     halves = {name: pattern.float() for name, pattern in it.patterns.items()}
     found = Explainer(it.network, halves, ["patternnet"])(it.inputs, it.targets).maps["patternnet"]
@@ -334,33 +337,37 @@ def test_explaining_leaves_inputs_and_network_without_gradients() -> None:
     assert not any(t.requires_grad for t in it.network.module.state_dict().values())
 
 
-# --- refusals -------------------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["patternnet", "patternattribution"])
-def test_a_missing_pattern_is_refused_by_its_operators_name(method: str) -> None:
+def test_missing_pattern_is_rejected_by_operator_name(method: str) -> None:
     it = small("residual")
     fewer = {name: p for name, p in it.patterns.items() if name != "two"}
-    with pytest.raises(UserError, match=r"^two: the patterns hold none for this operator\. Fit them"):
+    with pytest.raises(UserError, match="no pattern") as caught:
         Explainer(it.network, fewer, [method])
+    assert caught.value.where == "two"
 
 
-def test_a_gradient_needs_no_patterns() -> None:
+def test_gradient_needs_no_patterns() -> None:
     it = small("residual")
     without = Explainer(it.network, None, ["gradient"])(it.inputs, it.targets).maps["gradient"]
     found = Explainer(it.network, it.patterns, ["gradient"])(it.inputs, it.targets).maps["gradient"]
     assert torch.equal(without, found)
 
 
-def test_a_pattern_of_another_shape_is_refused_by_its_operators_name() -> None:
+def test_pattern_of_another_shape_is_rejected_by_operator_name() -> None:
     it = small("residual")
     wrong = it.patterns | {"one": it.patterns["one"][:, :1]}
-    message = r"^one: the pattern has shape \(4, 1, 3, 3\), the weight \(4, 2, 3, 3\)\."
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError) as caught:
         Explainer(it.network, wrong, ["patternnet"])
+    assert caught.value.where == "one"
+    assert "(4, 1, 3, 3)" in caught.value.what
+    assert "(4, 2, 3, 3)" in caught.value.what
 
 
-def test_an_unknown_method_is_refused_by_name() -> None:
+def test_unknown_method_is_rejected_by_name() -> None:
     it = small("residual")
-    with pytest.raises(UserError, match=r"no method 'lrp'\. Choose from gradient, .* also as patternnet:ESTIMATOR\."):
+    with pytest.raises(UserError, match="no method 'lrp'") as caught:
         Explainer(it.network, it.patterns, ["patternnet", "lrp"])
+    assert caught.value.parameter == "methods"

@@ -1,4 +1,4 @@
-"""The methods of other papers equal zennit's, and their rules hold behind every rectifier."""
+"""The methods of other papers equal zennit's, and their rules hold after every rectifier."""
 
 import copy
 from collections.abc import Callable
@@ -26,7 +26,7 @@ OTHERS = "gradient", "gradient-x-input", "deconvnet", "guided-backprop"
 
 
 def lrp_z() -> Composite:
-    """LRP-z of every linear layer, sum and mean; gates and max pooling as zennit has them."""
+    """Return LRP-z for every linear layer, sum and mean, with zennit's rules for gates and max pooling."""
     rules = [(Activation, Pass()), (Sum, Norm(TINY)), (AvgPool, Norm(TINY)), (Linear, Epsilon(TINY))]
     return LayerMapComposite(rules)
 
@@ -40,7 +40,7 @@ ORACLES: dict[str, Callable[[], Composite | None]] = {
 
 
 def without_epsilon(model: nn.Module) -> nn.Module:
-    """The same function; zennit folds a batch norm's epsilon, and then leaves it in what should be the identity."""
+    """Return the same function without epsilon: zennit folds it, but keeps it in the norm left as an identity."""
     model = copy.deepcopy(model.eval())
     for norm in model.modules():
         if isinstance(norm, nn.BatchNorm2d):
@@ -51,18 +51,18 @@ def without_epsilon(model: nn.Module) -> nn.Module:
 
 
 def zennit(method: str, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-    """zennit's map; LRP starts from the target's value, the others from 1."""
+    """Return zennit's map; the output gradient of LRP is the target's value, that of the others 1."""
     composite = ORACLES[method]()
     if composite is not None:
         composite.canonizers = [VGGCanonizer() if isinstance(model, torchvision.models.VGG) else ResNetCanonizer()]
-    start = F.one_hot(targets, 10).to(inputs)
+    one_hot = F.one_hot(targets, 10).to(inputs)
     with Gradient(without_epsilon(model), composite) as attributor:
-        return attributor(inputs, lambda z: start * z if method == "gradient-x-input" else start)[1].detach()
+        return attributor(inputs, lambda z: one_hot * z if method == "gradient-x-input" else one_hot)[1].detach()
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("method", OTHERS)
-def test_a_method_of_another_paper_equals_zennits(name: str, method: str) -> None:
+def test_method_of_another_paper_equals_zennits(name: str, method: str) -> None:
     it = traced(name)
     inputs, targets = it.inputs[:2], torch.tensor([3, 7])
     found = Explainer(it.network, None, [method])(inputs, targets).maps[method]
@@ -71,9 +71,9 @@ def test_a_method_of_another_paper_equals_zennits(name: str, method: str) -> Non
         assert relative(f, e) < 1e-12
 
 
-# --- rectifiers of every kind ---------------------------------------------------------------------
+# --- every rectifier ------------------------------------------------------------------------------
 
-# Each with its slope, written down anew.
+# Each with its slope, written independently.
 RECTIFIERS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
     "relu": (F.relu, lambda z: (z > 0).double()),
     "relu in place": (lambda z: z.relu_(), lambda z: (z > 0).double()),
@@ -92,7 +92,7 @@ RECTIFIERS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tenso
 
 
 class Twice(nn.Module):
-    """Three linear layers with a rectifier after two of them, one of which has two readers."""
+    """Three linear layers with rectifiers after two of them; the first rectifier has two readers."""
 
     def __init__(self, rectify: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class Twice(nn.Module):
 
 
 @pytest.mark.parametrize("rectifier", RECTIFIERS)
-def test_rules_hold_behind_every_rectifier(rectifier: str) -> None:
+def test_rules_hold_after_every_rectifier(rectifier: str) -> None:
     torch.manual_seed(2)
     rectify, slope = RECTIFIERS[rectifier]
     model, x = Twice(rectify).double().requires_grad_(False), 4 * torch.randn(6, 5, dtype=torch.float64)
@@ -126,7 +126,7 @@ def test_rules_hold_behind_every_rectifier(rectifier: str) -> None:
     torch.testing.assert_close(found.scores, model(x), rtol=1e-12, atol=1e-14)
 
 
-# --- what methods share, and what they cost -------------------------------------------------------
+# --- shared passes ---------------------------------------------------------------------------------
 
 
 def small() -> tuple[nn.Module, Tensor]:
@@ -139,27 +139,27 @@ def small() -> tuple[nn.Module, Tensor]:
     ("methods", "passes"),
     [(["gradient", "gradient-x-input"], 1), (["gradient-x-input"], 1), (OTHERS, 3), (["gradient", "deconvnet"], 2)],
 )
-def test_methods_of_the_same_backward_share_a_pass(
+def test_methods_with_the_same_backward_pass_share_it(
     methods: list[str], passes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, x = small()
     explainer = Explainer(trace(model, x), None, methods)
-    done: list[int] = []
+    calls: list[int] = []
     backward = torch.autograd.grad
-    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: done.append(1) or backward(*a, **k))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: calls.append(1) or backward(*a, **k))  # type: ignore[func-returns-value]
     assert list(explainer(x).maps) == list(methods)
-    assert len(done) == passes
+    assert len(calls) == passes
 
 
-def test_a_method_that_keeps_the_rectifiers_leaves_the_graph_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_method_with_plain_rectifiers_does_not_change_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = small()
     network = trace(model, x)
     found = Explainer(network, None, OTHERS)(x).maps
 
-    def refuse(*_: object) -> None:
+    def fail(*_: object) -> None:
         raise AssertionError("rectifiers were replaced")
 
-    monkeypatch.setattr(explainer, "insert_rules", refuse)
+    monkeypatch.setattr(explainer, "insert_rules", fail)
     alone = Explainer(network, None, ["gradient", "gradient-x-input"])(x).maps
     for method, maps in alone.items():
         assert torch.equal(maps, found[method])

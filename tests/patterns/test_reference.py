@@ -1,4 +1,4 @@
-"""Methods that zennit computes on a traced network: what zennit and captum give for the model itself."""
+"""Methods that zennit computes on a traced network equal those of zennit and captum on the model itself."""
 
 from collections.abc import Callable
 from functools import cache
@@ -28,7 +28,7 @@ def model_of(name: str) -> nn.Module:
     for part in model.modules():
         if isinstance(part, nn.BatchNorm2d):
             randomise(part)
-            # zennit leaves this in the norms that it has merged, which then shrink what passes them.
+            # zennit keeps epsilon in the norms that it has merged, which would scale all values that pass them.
             part.eps = 0.0
     return model
 
@@ -42,12 +42,12 @@ def network_of(model: nn.Module) -> Network:
     return trace(model, images())
 
 
-def only(method: str, model: nn.Module, x: Tensor, settings: dict[str, float] | None = None) -> Tensor:
+def explain_by(method: str, model: nn.Module, x: Tensor, settings: dict[str, float] | None = None) -> Tensor:
     return Explainer(network_of(model), None, [method], settings=settings)(x, TARGETS).maps[method]
 
 
 @pytest.mark.parametrize(("name", "canonizer"), [("resnet18", ResNetCanonizer), ("vgg11_bn", VGGCanonizer)])
-def test_lrp_on_the_traced_network_is_zennits_on_the_model(name: str, canonizer: Callable[[], Canonizer]) -> None:
+def test_lrp_on_the_traced_network_equals_zennits_on_the_model(name: str, canonizer: Callable[[], Canonizer]) -> None:
     model, x = model_of(name), images(64)
     settings = {"lrp-epsilon-plus-flat.epsilon": 1e-4}
     explainer = Explainer(trace(model, x), None, ["lrp-epsilon-plus-flat"], settings=settings)
@@ -57,23 +57,23 @@ def test_lrp_on_the_traced_network_is_zennits_on_the_model(name: str, canonizer:
     assert relative(found, expected) < 1e-10
 
 
-def test_lrp_z_without_its_stabiliser_is_gradient_times_input() -> None:
+def test_lrp_z_without_its_stabilizer_is_gradient_times_input() -> None:
     model, x = model_of("resnet18"), images()
-    found = only("lrp-z", model, x, {"lrp-z.epsilon": 1e-300})
-    assert relative(found, only("gradient-x-input", model, x)) < 1e-8
+    found = explain_by("lrp-z", model, x, {"lrp-z.epsilon": 1e-300})
+    assert relative(found, explain_by("gradient-x-input", model, x)) < 1e-8
 
 
-def test_integrated_gradients_are_zennits_and_captums() -> None:
+def test_integrated_gradients_equal_zennits_and_captums() -> None:
     model, x = model_of("resnet18"), images()
-    found = only("integrated-gradients", model, x, {"integrated-gradients.steps": 7})
+    found = explain_by("integrated-gradients", model, x, {"integrated-gradients.steps": 7})
     _, direct = IntegratedGradients(model, n_iter=7)(x.clone(), ONES[TARGETS])
     assert relative(found, direct) < 1e-10
-    # Their steps are float32's sevenths and differ in the last digit.
+    # captum computes its steps (sevenths) in float32, so the last digits differ.
     captums = captum.attr.IntegratedGradients(model).attribute(x, target=TARGETS, n_steps=7, method="riemann_right")
     assert relative(found, captums) < 1e-6
 
 
-def test_smoothgrad_is_zennits_with_the_noise_of_the_samples_own_seed() -> None:
+def test_smoothgrad_equals_zennits_with_noise_from_each_samples_seed() -> None:
     model, x = model_of("resnet18"), images()
     settings = {"smoothgrad.samples": 3, "smoothgrad.noise": 0.2}
     explainer = Explainer(network_of(model), None, ["smoothgrad"], settings=settings)
@@ -100,7 +100,7 @@ def test_smoothgrad_of_one_sample_has_no_noise() -> None:
 
 
 class CalledTwice(nn.Module):
-    """One layer that is called twice, a difference, a product with a constant and a batch norm on its own."""
+    """A layer that is called twice, a difference, a product with a constant and an unfolded batch norm."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -113,11 +113,11 @@ class CalledTwice(nn.Module):
         return self.head(self.norm(x).mean((2, 3)))
 
 
-def test_lrp_reaches_what_has_no_layer_of_its_own() -> None:
+def test_lrp_covers_operations_without_a_layer() -> None:
     torch.manual_seed(4)
     model, x = CalledTwice().double().eval(), images()
-    found = only("lrp-z", model, x, {"lrp-z.epsilon": 1e-300})
-    assert relative(found, only("gradient-x-input", model, x)) < 1e-8
+    found = explain_by("lrp-z", model, x, {"lrp-z.epsilon": 1e-300})
+    assert relative(found, explain_by("gradient-x-input", model, x)) < 1e-8
 
 
 RANDOM = ("random", "smoothgrad")
@@ -125,7 +125,7 @@ FEW = {"smoothgrad": {"smoothgrad.samples": 2}, "integrated-gradients": {"integr
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if not METHODS[m].needs_patterns])
-def test_a_sample_alone_has_the_map_that_it_has_in_a_batch(method: str) -> None:
+def test_map_of_a_sample_does_not_depend_on_its_batch(method: str) -> None:
     x, settings = images(), FEW.get(method, {})
     explainer = Explainer(network_of(model_of("resnet18")), None, [method], settings=settings)
     seeds = [11, 12, 13]
@@ -137,7 +137,7 @@ def test_a_sample_alone_has_the_map_that_it_has_in_a_batch(method: str) -> None:
         assert relative(explainer(x, TARGETS, [21, 22, 23]).maps[method], together) > 1e-3
 
 
-def test_the_random_map_is_standard_normal() -> None:
+def test_random_map_is_standard_normal() -> None:
     x = torch.zeros(50, 3, 64, 64, dtype=torch.float64)
     network = trace(nn.Sequential(nn.Flatten(), nn.Linear(3 * 64 * 64, 10)).double(), x)
     maps = Explainer(network, None, ["random"])(x, seeds=range(50)).maps["random"].flatten(1)
@@ -147,7 +147,7 @@ def test_the_random_map_is_standard_normal() -> None:
     assert abs(torch.corrcoef(maps) - torch.eye(50)).max() < 6 * maps.shape[1] ** -0.5
 
 
-def test_no_hook_and_no_graph_is_left_behind() -> None:
+def test_explaining_leaves_no_hook_and_no_graph() -> None:
     x, network = images(), network_of(model_of("resnet18"))
     explainer = Explainer(network, None, ["lrp-z", "lrp-epsilon-plus-flat", "guided-backprop"])
     explanation = explainer(x, TARGETS)
@@ -158,19 +158,30 @@ def test_no_hook_and_no_graph_is_left_behind() -> None:
 
 
 @pytest.mark.parametrize(
-    ("methods", "settings", "line"),
+    ("methods", "settings", "parameter", "what", "remedy"),
     [
-        (["lrp-q"], {}, "--methods: no method 'lrp-q'. Choose from gradient"),
-        (["gradient:linear"], {}, "--methods: no method 'gradient:linear'"),
-        (["patternnet:"], {}, "--methods: no method 'patternnet:'"),
-        (["lrp-z"], {"smoothgrad.noise": 1}, "--set: no setting 'smoothgrad.noise' of these methods. There are lrp-z"),
-        (["smoothgrad"], {"smoothgrad.samples": 2.5}, "--set: smoothgrad.samples=2.5. Give a whole number above 0."),
-        (["smoothgrad"], {"smoothgrad.noise": float("nan")}, "--set: smoothgrad.noise=nan. Give a number above 0."),
-        (["lrp-z"], {"lrp-z.epsilon": -1}, "--set: lrp-z.epsilon=-1. Give a number above 0."),
+        (["lrp-q"], {}, "methods", "no method 'lrp-q'", "Choose from gradient"),
+        (["gradient:linear"], {}, "methods", "no method 'gradient:linear'", "patternnet:ESTIMATOR"),
+        (["patternnet:"], {}, "methods", "no method 'patternnet:'", "patternnet:ESTIMATOR"),
+        (["lrp-z"], {"smoothgrad.noise": 1}, "settings", "no setting 'smoothgrad.noise'", "lrp-z.epsilon"),
+        (["gradient"], {"lrp-z.epsilon": 1}, "settings", "no setting 'lrp-z.epsilon'", "no settings"),
+        (["smoothgrad"], {"smoothgrad.samples": 2.5}, "settings", "smoothgrad.samples=2.5", "a whole number above 0"),
+        (["smoothgrad"], {"smoothgrad.noise": float("nan")}, "settings", "smoothgrad.noise=nan", "a number above 0"),
+        (["lrp-z"], {"lrp-z.epsilon": -1}, "settings", "lrp-z.epsilon=-1", "a number above 0"),
     ],
 )
-def test_wrong_methods_and_settings_are_told(methods: list[str], settings: dict[str, float], line: str) -> None:
-    x = torch.zeros(1, 4)
+def test_wrong_methods_and_settings_are_rejected(
+    methods: list[str], settings: dict[str, float], parameter: str, what: str, remedy: str
+) -> None:
     with pytest.raises(UserError) as caught:
-        Explainer(trace(nn.Linear(4, 2), x), None, methods, settings=settings)
-    assert str(caught.value).startswith(line)
+        Explainer(trace(nn.Linear(4, 2), torch.zeros(1, 4)), None, methods, settings=settings)
+    error = caught.value
+    assert (error.where, error.parameter) == ("", parameter)
+    assert what in error.what
+    assert remedy in error.remedy
+
+
+def test_sobel_needs_images() -> None:
+    with pytest.raises(UserError, match="needs images") as caught:
+        Explainer(trace(nn.Linear(4, 2), torch.zeros(1, 4)), None, ["sobel"])
+    assert caught.value.parameter == "methods"

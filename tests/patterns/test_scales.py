@@ -1,4 +1,4 @@
-"""Deep backward passes stay in range, and come out as if the range had no end."""
+"""Deep backward passes stay within the range of their dtype and equal passes without a limited range."""
 
 import hashlib
 import json
@@ -19,22 +19,22 @@ DEPTH = 24
 
 
 class Deep(nn.Module):
-    """Residual, dense and plain layers in turn, each with a rectifier; one layer is called twice."""
+    """Alternating residual, dense and plain layers, each with a rectifier; one layer is called twice."""
 
     def __init__(self, depth: int) -> None:
         super().__init__()
         self.first = nn.Conv2d(3, 4, 3, padding=1)
         self.plain = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1) for _ in range(depth))
         self.dense = nn.ModuleList(nn.Conv2d(4, 2, 1) for _ in range(depth))
-        self.back = nn.ModuleList(nn.Conv2d(6, 4, 1) for _ in range(depth))
+        self.reduce = nn.ModuleList(nn.Conv2d(6, 4, 1) for _ in range(depth))
         self.twice = nn.Conv2d(4, 4, 1)
         self.last = nn.Linear(4, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x).relu()
-        for plain, dense, back in zip(self.plain, self.dense, self.back):
+        for plain, dense, reduce in zip(self.plain, self.dense, self.reduce):
             x = (x + plain(x)).relu()
-            x = back(torch.cat([x, dense(x).relu()], 1)).relu()
+            x = reduce(torch.cat([x, dense(x).relu()], 1)).relu()
         x = self.twice(self.twice(x).relu()).relu()
         return self.last(x.view(x.shape[0], 4, -1).mean(2)[:, :, None, None].flatten(1))
 
@@ -52,11 +52,11 @@ def deep(depth: int = DEPTH) -> tuple[Network, Tensor]:
 
 
 def patterns_of(network: Network, growth: float) -> dict[str, Tensor]:
-    """Positive patterns of which each layer's multiplies magnitudes by about `growth`."""
+    """Return positive patterns that multiply magnitudes by about `growth` in each layer."""
     return {name: op.weight.abs() * growth for name, op in network.operators.items()}
 
 
-def explained(network: Network, patterns: dict[str, Tensor], inputs: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
+def explain_in(network: Network, patterns: dict[str, Tensor], inputs: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
     explainer = Explainer(
         Network(network.module.to(dtype), network.input_shape, network.output_shape), patterns, ["patternnet"]
     )
@@ -65,11 +65,11 @@ def explained(network: Network, patterns: dict[str, Tensor], inputs: Tensor, dty
 
 
 @pytest.mark.parametrize("growth", [30.0, 1 / 30])
-def test_magnitudes_beyond_float32_come_out_as_in_float64(growth: float) -> None:
+def test_magnitudes_beyond_float32_equal_float64(growth: float) -> None:
     network, inputs = deep()
     patterns = patterns_of(network, growth)
-    true, in_float64 = explained(network, patterns, inputs, torch.float64)
-    found, exponent = explained(network, patterns, inputs, torch.float32)
+    true, in_float64 = explain_in(network, patterns, inputs, torch.float64)
+    found, exponent = explain_in(network, patterns, inputs, torch.float32)
     size = torch.frexp(true.abs().max()).exponent.item() + in_float64
     assert abs(size) > 150, "float32 would have held this without scaling"
     assert found.isfinite().all()
@@ -80,21 +80,21 @@ def test_scaling_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     network, inputs = deep()
     patterns = patterns_of(network, 30.0)
     monkeypatch.setattr(gradient_scaling, "SAFE_DIGITS", 10_000)
-    true, unscaled = explained(network, patterns, inputs, torch.float64)
+    true, unscaled = explain_in(network, patterns, inputs, torch.float64)
     monkeypatch.setattr(gradient_scaling, "SAFE_DIGITS", 1)
-    found, exponent = explained(network, patterns, inputs, torch.float64)
+    found, exponent = explain_in(network, patterns, inputs, torch.float64)
     assert unscaled == 0
     assert exponent > 150
     assert torch.equal(found * 2.0**exponent, true)
 
 
-def test_magnitudes_in_range_are_left_as_they_are() -> None:
+def test_magnitudes_in_range_are_not_scaled() -> None:
     network, inputs = deep()
     explainer = Explainer(network, patterns_of(network, 1.0), PASSES)
     assert set(explainer(inputs).exponents.values()) == {0}
 
 
-def test_one_method_beyond_the_range_leaves_the_others_as_they_are() -> None:
+def test_scaling_one_method_does_not_change_the_others() -> None:
     network, inputs = deep()
     patterns = patterns_of(network, 1e6)
     explanation = Explainer(network, patterns, ["gradient", "patternnet"])(inputs)
@@ -104,7 +104,7 @@ def test_one_method_beyond_the_range_leaves_the_others_as_they_are() -> None:
     assert torch.equal(explanation.maps["gradient"], alone.maps["gradient"])
 
 
-def test_a_map_does_not_depend_on_the_rest_of_its_batch() -> None:
+def test_map_does_not_depend_on_the_rest_of_its_batch() -> None:
     network, inputs = deep()
     explainer = Explainer(network, patterns_of(network, 30.0), ["patternnet"])
     together = explainer(inputs, torch.tensor([0, 1, 2])).maps["patternnet"][1]
@@ -112,14 +112,14 @@ def test_a_map_does_not_depend_on_the_rest_of_its_batch() -> None:
     assert (together - alone).norm() <= 1e-12 * alone.norm()
 
 
-# --- scales that were recorded ------------------------------------------------------------------------
+# --- recorded scales ----------------------------------------------------------------------------------
 
 BEYOND = "patternnet", "patternattribution", "gradient"
 SHALLOW = 6
 
 
-def explained_in_float32(recorded: Mapping[str, Sequence[int]] | None) -> tuple[Explainer, str]:
-    """An explainer of a network, and a digest of all that it gives: bits and exponents."""
+def explain_in_float32(recorded: Mapping[str, Sequence[int]] | None) -> tuple[Explainer, str]:
+    """Return an explainer of a network, and a digest of its maps and exponents."""
     network, inputs = deep(SHALLOW)
     network.module.float()
     explainer = Explainer(network, patterns_of(network, 1e6), BEYOND, recorded)
@@ -130,26 +130,26 @@ def explained_in_float32(recorded: Mapping[str, Sequence[int]] | None) -> tuple[
     return explainer, digest.hexdigest()
 
 
-def test_another_process_with_recorded_scales_gives_the_same_bits_and_exponents(tmp_path: Path) -> None:
-    explainer, digest = explained_in_float32(None)
-    # As hardware that rounds otherwise may calibrate them.
+def test_recorded_scales_give_the_same_bits_and_exponents_in_another_process(tmp_path: Path) -> None:
+    explainer, digest = explain_in_float32(None)
+    # Scales as hardware with another rounding could calibrate them.
     other = {name: [phi + number % 3 for number, phi in enumerate(own)] for name, own in explainer.scales.items()}
-    shifted, digest_of_others = explained_in_float32(other)
+    shifted, shifted_digest = explain_in_float32(other)
     assert shifted.scales == other
-    assert digest_of_others != digest
+    assert shifted_digest != digest
     (tmp_path / "scales.json").write_text(json.dumps(other))
     code = f"""
 import json, torch
-from tests.patterns.test_scales import explained_in_float32
+from tests.patterns.test_scales import explain_in_float32
 torch.set_num_threads({torch.get_num_threads()})
-print(explained_in_float32(json.load(open({str(tmp_path / "scales.json")!r})))[1])
+print(explain_in_float32(json.load(open({str(tmp_path / "scales.json")!r})))[1])
 """
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == digest_of_others
+    assert done.stdout.strip() == shifted_digest
 
 
-def test_any_recorded_scales_give_the_map_that_calibrated_ones_give() -> None:
+def test_any_recorded_scales_give_the_map_of_calibrated_scales() -> None:
     network, inputs = deep(SHALLOW)
     patterns, targets = patterns_of(network, 1e6), torch.tensor([0, 1, 2])
     network.module.float()
@@ -160,12 +160,13 @@ def test_any_recorded_scales_give_the_map_that_calibrated_ones_give() -> None:
     found, again = (e(inputs.float(), targets) for e in (calibrated, Explainer(network, patterns, BEYOND, moved)))
     assert again.exponents["patternnet"] == found.exponents["patternnet"] + 7
     assert torch.equal(again.maps["patternnet"] * 2.0**7, found.maps["patternnet"])
-    for name in ("patternattribution", "gradient"):  # which were calibrated again
+    for name in ("patternattribution", "gradient"):  # these were calibrated again
         assert again.exponents[name] == found.exponents[name]
         assert torch.equal(again.maps[name], found.maps[name])
 
 
-def test_scales_of_another_network_are_refused() -> None:
+def test_scales_of_another_network_are_rejected() -> None:
     network, _ = deep(SHALLOW)
-    with pytest.raises(UserError, match=r"^scales: the scales are of a network of 3 values, this one has \d+\."):
+    with pytest.raises(UserError, match="a network with 3 values") as caught:
         Explainer(network, patterns_of(network, 1e6), ["patternnet"], {"patternnet": [0, 1, 2]})
+    assert caught.value.parameter == "scales"
