@@ -1,4 +1,4 @@
-"""How a job shows how far it is: a bar on a terminal, lines in a log."""
+"""How a job shows its progress: a bar on a terminal, lines in a log."""
 
 import json
 import statistics
@@ -11,15 +11,26 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from ray_jobs.runs.timing import PRODUCTION, Timing
 from ray_jobs.units import format_duration
 
-LINE_EVERY = 15.0  # seconds between the progress lines of a log
-SLOW = 60.0  # seconds after which a shard is named in the progress line
+MIN_WAITED = 0.05  # fraction of their time that workers wait for data from which it is shown
 
 
 @dataclass
-class AtWork:
-    """A worker, what it has done since it began, and the shard that it has now. Times are monotonic."""
+class WorkerProgress:
+    """The progress of a worker since its start, and of its current shard. Times are monotonic.
+
+    Attributes:
+        name: Its short name.
+        since: When it started.
+        samples: Number of its samples, including those of lost work.
+        waited: Seconds that it waited for data.
+        shard: Its current shard.
+        shard_since: When it began with the shard.
+        shard_samples: Number of samples of the shard until now.
+        shard_waited: Seconds that it waited for the shard's data.
+    """
 
     name: str
     since: float
@@ -31,30 +42,55 @@ class AtWork:
     shard_waited: float = 0.0
 
     def rate(self, now: float) -> float:
-        """Samples a second, those of lost work too."""
+        """Return the samples per second since its start."""
         return self.samples / max(now - self.since, 1e-9)
 
 
 @dataclass
 class Counts:
-    """How far a job is: shards worked on, and samples, those of lost work too (for the rate)."""
+    """The progress of a job.
+
+    Attributes:
+        shards: Number of shards that are done.
+        samples: Number of samples that went through the model, including those of lost work.
+        rejected: Number of samples that were rejected.
+    """
 
     shards: int
     samples: int = 0
-    refused: int = 0
+    rejected: int = 0
 
 
-class Reporter:
-    """Shows a job's progress.
+class ProgressReporter:
+    """Shows the progress of a job.
 
-    run: its folder, for lines that machines read.  as_json: whether a log's lines are JSON objects.
+    Args:
+        name: Name of the job.
+        run: The run's folder, for lines that machines read.
+        total: Number of shards of the job.
+        done: Number of shards that earlier commands did.
+        as_json: Whether a log's lines are JSON objects.
+        stream: Where to write; by default stderr.
+        timing: Intervals of the lines.
+
+    Attributes:
+        counts: The job's progress; the job updates it.
+        workers: The workers' progress, by their description; the job updates it.
+        remark: A text to add to the progress line.
     """
 
     def __init__(
-        self, name: str, run: str, total: int, done: int, as_json: bool = False, stream: TextIO | None = None
+        self,
+        name: str,
+        run: str,
+        total: int,
+        done: int,
+        as_json: bool = False,
+        stream: TextIO | None = None,
+        timing: Timing = PRODUCTION,
     ) -> None:
-        self.name, self.run, self.total, self.first = name, run, total, done
-        self.counts, self.workers = Counts(done), dict[Any, AtWork]()
+        self.name, self.run, self.total, self.done_before, self.timing = name, run, total, done, timing
+        self.counts, self.workers = Counts(done), dict[Any, WorkerProgress]()
         self.begun = self.last_line = time.monotonic()
         self.stream, self.as_json, self.remark = stream or sys.stderr, as_json, ""
         self.bar: Progress | None = None
@@ -64,50 +100,56 @@ class Reporter:
             self.bar.add_task(name, total=total, completed=done, state="starting")
             self.bar.start()
 
-    def state(self) -> str:
-        """Samples, rates, time left, and what is slow, in words."""
+    def describe_state(self) -> str:
+        """Return a text with samples, rates, the time left, and the shard that takes longest."""
         counts, now = self.counts, time.monotonic()
         seconds = now - self.begun
         words = [f"{counts.samples} samples", f"{counts.samples / max(seconds, 1e-9):.1f} samples/s"]
-        if counts.refused:
-            words.append(f"{counts.refused} refused")
+        if counts.rejected:
+            words.append(f"{counts.rejected} rejected")
         words.append(self.describe_workers(now))
-        done = counts.shards - self.first
+        done = counts.shards - self.done_before
         if done > 0 and counts.shards < self.total:
             words.append(f"{format_duration(seconds / done * (self.total - counts.shards))} left")
-        late = [w for w in self.workers.values() if w.shard is not None and now - w.shard_since > SLOW]
-        if late:
-            longest = min(late, key=lambda worker: worker.shard_since)
-            words.append(f"at {longest.shard} for {format_duration(now - longest.shard_since)}")
+        active = [worker for worker in self.workers.values() if worker.shard is not None]
+        oldest = min(active, key=lambda worker: worker.shard_since, default=None)
+        if oldest is not None and now - oldest.shard_since > self.timing.slow_shard:
+            words.append(f"at {oldest.shard} for {format_duration(now - oldest.shard_since)}")
         return ", ".join([*words, *([self.remark] if self.remark else [])])
 
     def describe_workers(self, now: float) -> str:
-        """How many workers, and how fast each is."""
+        """Return a text with the number of workers, their median rate, the slowest worker, and the waits for data."""
         workers = list(self.workers.values())
         text = "1 worker" if len(workers) == 1 else f"{len(workers)} workers"
-        measured = [w for w in workers if w.samples]
+        measured = [worker for worker in workers if worker.samples]
         if len(measured) > 1:
             slowest, rates = min(measured, key=lambda w: w.rate(now)), [w.rate(now) for w in measured]
             text += f" of {statistics.median(rates):.1f}/s, the slowest {slowest.name} {min(rates):.1f}/s"
         waited = sum(w.waited for w in workers) / max(sum(now - w.since for w in workers), 1e-9)
-        return text + (f", {waited:.0%} waiting for data" if waited > 0.05 else "")
+        return text + (f", {waited:.0%} waiting for data" if waited > MIN_WAITED else "")
 
     def tick(self) -> None:
-        """Show how far the job is, if it is time."""
+        """Update the bar, or write a line if the last one is old enough."""
         if self.bar is not None:
-            self.bar.update(self.bar.task_ids[0], completed=self.counts.shards, state=self.state())
-        elif time.monotonic() - self.last_line > LINE_EVERY:
+            self.bar.update(self.bar.task_ids[0], completed=self.counts.shards, state=self.describe_state())
+        elif time.monotonic() - self.last_line > self.timing.log_interval:
             self.last_line = time.monotonic()
-            self.total_line()
+            self.log_progress()
 
-    def total_line(self) -> None:
-        self.log(f"{self.counts.shards}/{self.total} shards, {self.state()}", samples=self.counts.samples)
+    def log_progress(self) -> None:
+        """Write a line with the job's progress."""
+        self.log(f"{self.counts.shards}/{self.total} shards, {self.describe_state()}", samples=self.counts.samples)
 
-    def log(self, text: str, **about: Any) -> None:
-        """A line for the log, with what machines want to know of it: worker, shard, …"""
+    def log(self, text: str, **fields: Any) -> None:
+        """Write a line to the log.
+
+        Args:
+            text: The message.
+            fields: Further fields of a JSON line, such as `worker` and `shard`.
+        """
         if self.as_json:
             when = datetime.now(UTC).isoformat(timespec="milliseconds")
-            record = {"time": when, "job": self.name, "run": self.run, **about, "message": text}
+            record = {"time": when, "job": self.name, "run": self.run, **fields, "message": text}
             print(json.dumps(record), file=self.stream, flush=True)
         elif self.bar is not None:
             self.bar.console.print(f"{self.name}: {text}", markup=False, highlight=False)
@@ -115,18 +157,18 @@ class Reporter:
             print(f"{self.name}: {text}", file=self.stream, flush=True)
 
     def close(self) -> None:
-        """Take the bar away and leave a last line."""
+        """Remove the bar and write a last line."""
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
-        self.total_line()
+        self.log_progress()
 
-    def told(self) -> dict[str, Any]:
-        """How far the job is, for those who read the run's files."""
+    def snapshot(self) -> dict[str, Any]:
+        """Return the job's progress for progress.json."""
         now = time.monotonic()
         workers = [
             {"worker": w.name, "shard": w.shard, "seconds": round(now - w.shard_since, 1), "rate": w.rate(now)}
             for w in self.workers.values()
         ]
-        far = {"job": self.name, "shards": self.counts.shards, "of": self.total}
-        return {**far, "samples": self.counts.samples, "state": self.state(), "workers": workers}
+        shards = {"job": self.name, "shards": self.counts.shards, "of": self.total}
+        return {**shards, "samples": self.counts.samples, "state": self.describe_state(), "workers": workers}

@@ -1,4 +1,4 @@
-"""Ray, as every driver has it around it, and its nodes."""
+"""The connection of a driver to Ray, and the nodes of the cluster."""
 
 import contextlib
 import logging
@@ -14,41 +14,60 @@ from ray.exceptions import AuthenticationError
 from patterns import UserError
 from ray_jobs.config import Resources
 from ray_jobs.engine.environment import choose_temporary_folder, ensure_token
-from ray_jobs.engine.ray_address import no_answer_error, no_token_error, require_answer, resolve_address, version_error
-from ray_jobs.engine.ray_tasks import InProcessTasks, RayTasks, Tasks
-from ray_jobs.io.file_systems import message
+from ray_jobs.engine.ray_address import (
+    no_answer_error,
+    no_token_error,
+    require_answer,
+    resolve_address,
+    version_error,
+)
+from ray_jobs.engine.ray_tasks import LocalTasks, RayTasks, Tasks
+from ray_jobs.io.file_systems import format_message
+
+REQUIREMENTS = {"CPU": "num_cpus", "GPU": "num_gpus"}  # a node's resources, and the actor options that take them
 
 
 @contextlib.contextmanager
 def connect(resources: Resources) -> Iterator[Tasks]:
-    """Ray: attached to the cluster that is meant, else started here; none for a job without workers.
+    """Connect to the cluster that is asked for, or start a Ray on this machine. A job without workers needs no Ray.
 
-    UserError where it does not answer.
+    Args:
+        resources: What the job takes from the cluster.
+
+    Yields:
+        Where to call pure functions.
+
+    Raises:
+        UserError: If the cluster does not answer, or Ray cannot be started.
     """
     if resources.workers == 0:
-        yield InProcessTasks()
+        yield LocalTasks()
         return
-    if ray.is_initialized():  # a notebook, or a test, that brought its own
+    if ray.is_initialized():  # a notebook or a test has connected already
         yield RayTasks()
         return
-    terminated = signal.getsignal(signal.SIGTERM)
-    start(resources.address or os.environ.get("RAY_ADDRESS", "").strip())
+    handler = signal.getsignal(signal.SIGTERM)
+    attach_or_start(resources.address or os.environ.get("RAY_ADDRESS", "").strip())
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, terminated)  # which Ray has made its own
+        signal.signal(signal.SIGTERM, handler)  # ray.init() has replaced it
     try:
         yield RayTasks()
     finally:
         ray.shutdown()
 
 
-def start(named: str) -> None:
-    """Attach to the cluster that is named, or start a Ray here. UserError if that fails, for whatever reason."""
-    address = resolve_address(named)
+def attach_or_start(address: str) -> None:
+    """Attach to a cluster, or start a Ray on this machine if the address is empty.
+
+    Raises:
+        UserError: If that fails, for any reason.
+    """
+    address = resolve_address(address)
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address:
         require_answer(address)
     else:
-        # A fresh Ray even if another runs on this machine: `auto` would attach to somebody else's.
+        # "auto" would attach to another Ray on this machine, which may be somebody else's.
         address = "local"
         ensure_token()
         options |= {"include_dashboard": False, "_temp_dir": choose_temporary_folder()}
@@ -56,62 +75,76 @@ def start(named: str) -> None:
         ray.init(address=address, **options)
     except AuthenticationError as error:
         raise no_token_error(address) from error
-    except Exception as error:  # Ray has no common base for what can be wrong with a cluster or a machine
+    except Exception as error:  # Ray's errors about a cluster or a machine have no common base
         if "Version mismatch" in str(error):
             raise version_error(address, str(error)) from error
         if address != "local":
             raise no_answer_error(address) from error
-        what = f"Ray cannot be started here ({message(error)})"
+        what = f"Ray cannot be started here ({format_message(error)})"
         remedy = "Check memory, disk, `ulimit -n` and RAY_TMPDIR, or run with --workers 0."
         raise UserError("ray", what, remedy) from error
 
 
 def worker_gpus(resources: Resources) -> float | None:
-    """The GPUs of each worker: what is asked for, else one where there are any; None where no Ray can tell yet."""
+    """Return the number of GPUs per worker: as asked for, else 1 if the cluster has any.
+
+    Returns:
+        The number; None if it depends on a cluster that is not connected yet.
+    """
     if resources.workers == 0:
         return 0.0
     if resources.gpus_per_worker is not None or not ray.is_initialized():
         return resources.gpus_per_worker
-    return 1.0 if any(node.get("GPU", 0) for node in nodes()) else 0.0
+    return 1.0 if any(node.get("GPU", 0) for node in list_nodes()) else 0.0
 
 
 def make_worker_options(resources: Resources) -> dict[str, Any]:
-    """What each worker takes. UserError where no node could ever hold one."""
+    """Return the actor options of a worker.
+
+    Args:
+        resources: What the job takes from the cluster.
+
+    Raises:
+        UserError: If no node of the cluster can hold a worker, and the cluster is not asked to grow.
+    """
     gpus = worker_gpus(resources)
     options = {"num_cpus": resources.cpus_per_worker, "num_gpus": gpus, "max_restarts": 0, "max_task_retries": 0}
     if not (resources.min_workers or count_worker_slots(options)):
-        cpus, most = (max(node.get(name, 0) for node in nodes()) for name in ("CPU", "GPU"))
+        max_cpus, max_gpus = (max(node.get(name, 0) for node in list_nodes()) for name in REQUIREMENTS)
         raise UserError(
-            "--cpus-per-worker --gpus-per-worker",
+            "",
             f"no node can hold a worker of {options['num_cpus']:g} CPUs and {gpus:g} GPUs; "
-            f"the largest has {cpus:g} CPUs and {most:g} GPUs",
+            f"the largest has {max_cpus:g} CPUs and {max_gpus:g} GPUs",
             "Ask for less, or add nodes.",
+            "cpus_per_worker",
         )
     return options
 
 
 def count_worker_slots(options: dict[str, Any]) -> int:
-    """How many workers the cluster's nodes hold, were nothing else there."""
+    """Return how many workers the nodes of the cluster could hold if nothing else ran on them.
 
-    def fits(node: dict[str, float]) -> int:
-        shares = [node.get(name, 0) / options[need] for name, need in NEEDS.items() if options[need] > 0]
-        return int(min(shares, default=1) + 1e-6)
+    Args:
+        options: Actor options of a worker.
+    """
 
-    return sum(map(fits, nodes()))
+    def count(node: dict[str, float]) -> int:
+        ratios = [node.get(name, 0) / options[need] for name, need in REQUIREMENTS.items() if options[need] > 0]
+        return int(min(ratios, default=1) + 1e-6)
 
-
-NEEDS = {"CPU": "num_cpus", "GPU": "num_gpus"}
-
-
-def nodes() -> list[dict[str, float]]:
-    """The resources of each node that is alive and stays."""
-    gone = draining()
-    return [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in gone]
+    return sum(map(count, list_nodes()))
 
 
-def draining() -> frozenset[str]:
-    """The nodes that are about to be taken away. Ray has no public call for it outside Ray Train."""
+def list_nodes() -> list[dict[str, float]]:
+    """Return the resources of each node that is alive and not draining."""
+    draining = list_draining_nodes()
+    return [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in draining]
+
+
+def list_draining_nodes() -> frozenset[str]:
+    """Return the ids of the nodes that are about to be taken away."""
     try:
+        # Ray has no public call for it outside Ray Train.
         return frozenset(ray._private.state.state.get_draining_nodes())
     except AttributeError:  # another version of Ray
         return frozenset()

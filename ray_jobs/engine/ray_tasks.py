@@ -1,78 +1,105 @@
-"""Pure functions as Ray tasks, or called in this process where a job works without Ray."""
+"""Pure functions as Ray tasks, or called in this process if a job works without Ray."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from itertools import starmap
 from typing import Any, Protocol
 
 import ray
 
-AHEAD = 4  # calls whose results may lie ready before the first is taken
+MAX_PENDING = 4  # calls that are submitted before the first result is taken
 
 
 class PendingCall(Protocol):
-    """A call under way."""
+    """A call of a function that was submitted."""
 
     def done(self) -> bool:
-        """Whether it has ended, well or not."""
+        """Return whether the call has ended, with a result or an error."""
 
     def result(self) -> Any:
-        """What it gave, once it has ended; raises what it raised."""
+        """Wait for the call and return its result, or raise its error."""
 
 
 class Tasks(Protocol):
     """Where pure functions are called."""
 
     def map(self, function: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
-        """`function(*call)` for each call, in order."""
+        """Yield `function(*call)` for each call, in order."""
 
     def submit(self, function: Callable[..., Any], *arguments: object) -> PendingCall:
-        """Call a function while other work goes on."""
+        """Call a function while other work continues."""
 
 
 class RayTasks:
-    """As Ray tasks. One that is lost with its process or node is called again by Ray: it has no state to lose."""
+    """Functions as Ray tasks. Ray repeats a call whose process or node is lost, as pure functions have no state."""
 
     def map(self, function: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+        """Yield results in order; see `Tasks`."""
         task = ray.remote(function)
         pending: deque[Any] = deque()
         for call in calls:
             pending.append(task.remote(*call))
-            if len(pending) > AHEAD:
+            if len(pending) > MAX_PENDING:
                 yield ray.get(pending.popleft())
         while pending:
             yield ray.get(pending.popleft())
 
-    def submit(self, function: Callable[..., Any], *arguments: object) -> PendingCall:
-        # Without a CPU of its own, for which it would wait until the workers are gone.
-        return RayTasks.Call(ray.remote(function).options(num_cpus=0).remote(*arguments))
-
-    class Call:
-        def __init__(self, reference: Any) -> None:
-            self.reference = reference
-
-        def done(self) -> bool:
-            return bool(ray.wait([self.reference], timeout=0)[0])
-
-        def result(self) -> Any:
-            return ray.get(self.reference)
+    def submit(self, function: Callable[..., Any], *arguments: object) -> "RayCall":
+        """Submit a task that needs no CPU of its own: it would wait for one until the workers end; see `Tasks`."""
+        return RayCall(ray.remote(function).options(num_cpus=0).remote(*arguments))
 
 
-class InProcessTasks:
-    """In this process, at once."""
+@dataclass(frozen=True)
+class RayCall:
+    """A Ray task that was submitted.
+
+    Attributes:
+        reference: Ray's reference of its result.
+    """
+
+    reference: Any
+
+    def done(self) -> bool:
+        """Return whether the task has ended."""
+        return bool(ray.wait([self.reference], timeout=0)[0])
+
+    def result(self) -> Any:
+        """Wait for the result and return it, or raise the task's error."""
+        return ray.get(self.reference)
+
+
+class LocalTasks:
+    """Functions that are called in this process, at once.
+
+    Example:
+        >>> list(LocalTasks().map(pow, [(2, 3), (3, 2)]))
+        [8, 9]
+    """
 
     def map(self, function: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+        """Yield results in order; see `Tasks`."""
         return starmap(function, calls)
 
-    def submit(self, function: Callable[..., Any], *arguments: object) -> PendingCall:
-        return InProcessTasks.Call(function(*arguments))
+    def submit(self, function: Callable[..., Any], *arguments: object) -> "LocalCall":
+        """Call a function; see `Tasks`."""
+        return LocalCall(function(*arguments))
 
-    class Call:
-        def __init__(self, value: Any) -> None:
-            self.value = value
 
-        def done(self) -> bool:
-            return True
+@dataclass(frozen=True)
+class LocalCall:
+    """A call that has ended.
 
-        def result(self) -> Any:
-            return self.value
+    Attributes:
+        value: Its result.
+    """
+
+    value: Any
+
+    def done(self) -> bool:
+        """Return True."""
+        return True
+
+    def result(self) -> Any:
+        """Return the result."""
+        return self.value

@@ -1,4 +1,4 @@
-"""What the driver's side of every job over shards shares: its workers, its pool, its progress."""
+"""The driver's side of a job over shards: its workers, its pool, its progress."""
 
 import sys
 import time
@@ -9,49 +9,59 @@ import ray
 
 from patterns import UserError
 from ray_jobs.config import Resources
-from ray_jobs.data.samples import Rejected
+from ray_jobs.data.samples import RejectedSample
 from ray_jobs.engine import metrics, worker_pool
-from ray_jobs.engine.progress import AtWork, Reporter
-from ray_jobs.engine.ray_session import draining, make_worker_options
-from ray_jobs.engine.shard_worker import TELL_EVERY, ShardReport, WorkerInfo, WorkerResources
+from ray_jobs.engine.progress import ProgressReporter, WorkerProgress
+from ray_jobs.engine.ray_session import count_worker_slots, list_draining_nodes, make_worker_options
+from ray_jobs.engine.shard_worker import ShardReport, WorkerInfo, WorkerResources
 from ray_jobs.engine.signals import StoppedShortError, stop_signals
+from ray_jobs.engine.worker_backends import Backend, LocalBackend, RayBackend
 from ray_jobs.runs.lease import Heartbeat
 
-LOOK_EVERY = 5.0  # seconds between two looks at the cluster's nodes
-SHOW_EVERY = 0.5  # seconds between two looks at how far the job is
-JUDGED = 100  # samples before a running job is stopped because most are rejected; at its end all jobs are judged
+MIN_JUDGED = 100  # samples after which a running job may end because too many are rejected; its end judges any number
 
 
 def require_enough_samples(
-    folder: str, samples: int, refused: int, example: Callable[[], Rejected], allowed: float
+    folder: str, samples: int, rejected: int, example: Callable[[], RejectedSample], allowed: float
 ) -> None:
-    """End a job that used too few of its samples.
+    """Require that a job could use enough of its samples.
 
     Args:
         folder: The run's folder.
-        samples: How many samples were used.
-        refused: How many were rejected.
+        samples: Number of samples that were used.
+        rejected: Number of samples that were rejected.
         example: Returns the first of the rejected samples.
-        allowed: The largest fraction of rejected samples.
+        allowed: Largest allowed fraction of rejected samples.
 
     Raises:
-        UserError: If samples were rejected, and none was used or more than the allowed fraction rejected.
+        UserError: If samples were rejected, and either no sample was used or more than the allowed fraction rejected.
     """
-    if not refused or (samples and refused <= allowed * (samples + refused)):
+    if not rejected or (samples and rejected <= allowed * (samples + rejected)):
         return
     first = example()
-    because = f"{first.key}: {first.reason}"
     if not samples:
-        what = f"none of the {refused} samples can be used; {because}"
+        what = f"none of the {rejected} samples can be used; {first.key}: {first.reason}"
         raise UserError(first.shard, what, "Fix the data, then choose another --out.")
-    what = f"{refused} of {samples + refused} samples were rejected; {first.shard}, {because}"
-    raise UserError(folder, what, "Fix the data and choose another --out, or allow more by --max-bad-fraction.")
+    what = f"{rejected} of {samples + rejected} samples were rejected; {first.shard}, {first.key}: {first.reason}"
+    remedy = "Fix the data and choose another --out, or allow more by --max-bad-fraction."
+    raise UserError(folder, what, remedy, "max_bad_fraction")
 
 
 class ShardJob:
-    """The driver's side of a job.
+    """The driver's side of a job; the `Job` of its pool. Subclasses say what a task is and what a commit means.
 
-    missing: shards that the job goes on without, and why.
+    Args:
+        name: Name of the job.
+        heartbeat: Heartbeat of this driver, which holds the run's lease.
+        shards: All shards of the job.
+        remaining: The shards that are not done yet, in the order of work.
+        resources: What the job takes from the cluster.
+        max_loss: Seconds of work that a lost worker may undo; None: a shard counts when a worker is done with it.
+
+    Attributes:
+        missing: Shards that the job continues without, and the reason of each.
+        stop_reason: Why the job ends before all shards are done; empty if it does not.
+        first_ready: When the first worker was ready, in monotonic seconds.
     """
 
     bad_input: type[Exception] = UserError
@@ -61,166 +71,189 @@ class ShardJob:
         name: str,
         heartbeat: Heartbeat,
         shards: Sequence[str],
-        left: list[str],
+        remaining: list[str],
         resources: Resources,
         max_loss: float | None,
     ) -> None:
         self.name, self.heartbeat, self.folder = name, heartbeat, str(heartbeat.run.folder)
-        self.remaining, self.resources, self.max_loss = left, resources, max_loss
-        self.stall_timeout = max(resources.stall_timeout, 2 * TELL_EVERY)  # one that works is no longer silent
-        self.item_timeout = resources.shard_timeout
+        self.remaining, self.resources, self.max_loss, self.timing = remaining, resources, max_loss, heartbeat.timing
+        self.local = resources.workers == 0
+        # A working worker reports more often than this.
+        self.stall_timeout = max(resources.stall_timeout, 2 * self.timing.report_interval)
+        # In this process there is no other worker to try the shard.
+        self.item_timeout = float("inf") if self.local else resources.shard_timeout
         self.attempts = 1 + resources.retries
         self.missing: dict[str, str] = {}
-        self.stop_reason = ""  # why the job ends early, where it does
-        done = len(shards) - len(left)
-        self.reporter = Reporter(name, self.folder, len(shards), done, as_json=resources.log == "json")
+        self.stop_reason = ""
+        done, as_json = len(shards) - len(remaining), resources.log == "json"
+        self.reporter = ProgressReporter(name, self.folder, len(shards), done, as_json, timing=self.timing)
         self.first_ready = float("inf")
-        self.at_work: dict[str, AtWork] = {}
-        self.ticked = -float("inf")
-        self.looked, self.found, self.leavers = -float("inf"), 0, frozenset[str]()
+        self.active: dict[str, WorkerProgress] = {}  # by shard
+        self.options: dict[str, Any] = {}  # of Ray actors
+        self.displayed = self.queried = -float("inf")
+        self.slots, self.draining_nodes = 0, frozenset[str]()
 
     def run(self, worker: type, *arguments: object) -> None:
-        """Work on what is left with workers made from these arguments and their share of the machine.
+        """Work on the remaining shards.
 
-        Raises StoppedShortError where a signal came or more shards failed than may, after all else was committed.
+        Args:
+            worker: Class of the workers, a `ShardWorker`.
+            arguments: Arguments of the class; `WorkerResources` are added as the last one.
+
+        Raises:
+            StoppedShortError: If a signal stopped the job, or more shards failed than allowed. All finished work is
+                committed.
+            UserError: If too many samples are rejected, or no shard can be used.
         """
         if not self.remaining:
             return
-        self.arguments = arguments
-        with stop_signals() as stop:
+        with stop_signals() as stopped:
 
-            def over() -> bool:
-                return stop() or bool(self.stop_reason) or self.too_many_rejected()
+            def stop() -> bool:
+                return stopped() or bool(self.stop_reason) or self.too_many_rejected()
 
             try:
-                if self.resources.workers == 0:
-                    outcome = worker_pool.alone(
-                        self.remaining, self, worker(*arguments, WorkerResources()), over, self.tick
-                    )
-                else:
-                    self.options = make_worker_options(self.resources)
-                    self.actor: Any = ray.remote(worker)
-                    outcome = worker_pool.run(self.remaining, self, over, self.tick)
+                backend = self.make_backend(worker, *arguments)
+                outcome = worker_pool.run(self.remaining, self, backend, stop, self.tick, self.timing)
             finally:
                 self.reporter.close()
-                self.heartbeat.told = self.reporter.told()
+                self.heartbeat.progress = self.reporter.snapshot()
         self.judge(outcome)
-        self.show()  # that nothing is left
+        self.update_gauges()  # nothing is left
+
+    def make_backend(self, worker: type, *arguments: object) -> Backend:
+        """Return where workers run: in this process if no workers are wanted, else on Ray."""
+        if self.local:
+            return LocalBackend(lambda: worker(*arguments, WorkerResources(timing=self.timing)))
+        self.options = make_worker_options(self.resources)
+        resources = WorkerResources(self.options["num_cpus"], self.options["num_gpus"], self.timing)
+        actor: Any = ray.remote(worker)
+        return RayBackend(lambda: actor.options(**self.options).remote(*arguments, resources))
 
     def judge(self, outcome: worker_pool.Outcome) -> None:
-        """Go on without what is missing, or say why not."""
+        """Note the shards that failed as missing, and raise an error if the job cannot continue without them."""
         self.missing = {shard: " ".join(str(error).split()) for shard, error in outcome.failed.items()}
         for shard, reason in self.missing.items():
             self.reporter.log(reason if shard in reason else f"{shard}: {reason}", shard=shard)
+        total = self.reporter.total
         if self.too_many_rejected():
             counts = self.reporter.counts
-            what = f"{counts.refused} of {counts.refused + counts.samples} samples were rejected{self.describe_rejection()}"
-            raise UserError(self.folder, what, "Fix the data, or allow more by --max-bad-fraction.")
-        if len(self.missing) == self.reporter.total:  # nothing at all to go on with
+            what = f"{counts.rejected} of {counts.rejected + counts.samples} samples were rejected"
+            remedy = "Fix the data, or allow more by --max-bad-fraction."
+            raise UserError(self.folder, what + self.describe_rejection(), remedy, "max_bad_fraction")
+        if len(self.missing) == total:
             raise next(iter(outcome.failed.values()))
         if outcome.undone and not self.stop_reason:
-            what = f"stopped with {len(outcome.undone)} of {self.reporter.total} shards undone"
-            raise StoppedShortError(f"{what}; the same command goes on where this one ended")
+            what = f"stopped with {len(outcome.undone)} of {total} shards left"
+            raise StoppedShortError(f"{what}; run the same command again to resume")
         if len(self.missing) > self.resources.max_bad_shards:
             raise StoppedShortError(
-                f"{len(self.missing)} of {self.reporter.total} shards cannot be used, {next(iter(self.missing))} the "
-                "first. Mend them and give the same command again, or go on without them "
+                f"{len(self.missing)} of {total} shards cannot be used, the first is {next(iter(self.missing))}. "
+                "Fix them and run the same command again, or continue without them "
                 f"by --max-bad-shards {len(self.missing)}"
             )
 
     def too_many_rejected(self) -> bool:
-        """Whether too many samples were rejected, of at least JUDGED."""
+        """Return whether at least `MIN_JUDGED` samples were read, and more than the allowed fraction rejected."""
         counts = self.reporter.counts
-        seen = counts.samples + counts.refused
-        return seen >= JUDGED and counts.refused > self.resources.max_bad_fraction * seen
+        read = counts.samples + counts.rejected
+        return read >= MIN_JUDGED and counts.rejected > self.resources.max_bad_fraction * read
 
     def describe_rejection(self) -> str:
-        """One of the refused samples and why, to be said of them all; or nothing."""
+        """Return one of the rejected samples and its reason, to end an error message; empty if it is not known."""
         return ""
 
     def wanted_workers(self) -> int:
-        self.look()
-        return min(max(self.found, self.resources.min_workers), self.resources.workers or sys.maxsize)
+        """Return how many workers the cluster has room for, within the job's limits; 1 in this process."""
+        if self.local:
+            return 1
+        self.query_nodes()
+        return min(max(self.slots, self.resources.min_workers), self.resources.workers or sys.maxsize)
 
-    def must_leave(self, told: WorkerInfo) -> bool:
-        self.look()
-        return told.node in self.leavers
+    def must_leave(self, worker: WorkerInfo) -> bool:
+        """Return whether a worker's node is being taken away."""
+        self.query_nodes()
+        return worker.node in self.draining_nodes
 
-    def look(self) -> None:
-        """See now and then what the cluster has."""
-        if self.resources.workers != 0 and time.monotonic() - self.looked > LOOK_EVERY:
-            self.found, self.leavers, self.looked = places(self.options), draining(), time.monotonic()
-
-    def spawn(self) -> Any:
-        share = WorkerResources(self.options["num_cpus"], self.options["num_gpus"])
-        return self.actor.options(**self.options).remote(*self.arguments, share)
+    def query_nodes(self) -> None:
+        """Query the cluster's nodes, unless that was done a moment ago."""
+        if not self.local and time.monotonic() - self.queried > self.timing.node_interval:
+            self.slots, self.draining_nodes = count_worker_slots(self.options), list_draining_nodes()
+            self.queried = time.monotonic()
 
     def make_task(self, item: str) -> Any:
-        """What a worker is told of an item."""
+        """Return the task that a worker gets for a shard."""
         raise NotImplementedError
 
-    def on_ready(self, told: WorkerInfo) -> None:
+    def on_ready(self, worker: WorkerInfo) -> None:
+        """Show a new worker."""
         now = time.monotonic()
         self.first_ready = min(self.first_ready, now)
-        self.reporter.workers[told] = AtWork(told.name, now)
-        self.reporter.log(str(told), worker=told.name)
+        self.reporter.workers[worker] = WorkerProgress(worker.name, now)
+        self.reporter.log(str(worker), worker=worker.name)
 
-    def on_removed(self, told: WorkerInfo, error: Exception | None) -> None:
-        del self.reporter.workers[told]
+    def on_removed(self, worker: WorkerInfo, error: Exception | None) -> None:
+        """Show that a worker left its node, or was lost by an error."""
+        del self.reporter.workers[worker]
         reason = "left its node" if error is None else " ".join(str(error).split())
-        self.reporter.log(f"{told.name} is gone: {reason}", worker=told.name)
-        self.count("lost_workers", error is not None, told.name)
+        self.reporter.log(f"{worker.name} is gone: {reason}", worker=worker.name)
+        self.count("lost_workers", error is not None, worker.name)
 
-    def on_assigned(self, item: str, by: WorkerInfo) -> None:
-        work = self.at_work[item] = self.reporter.workers[by]
-        work.shard, work.shard_since, work.shard_samples, work.shard_waited = item, time.monotonic(), 0, 0.0
+    def on_assigned(self, item: str, worker: WorkerInfo) -> None:
+        """Show that a worker begins with a shard."""
+        active = self.active[item] = self.reporter.workers[worker]
+        active.shard, active.shard_since, active.shard_samples, active.shard_waited = item, time.monotonic(), 0, 0.0
 
-    def on_progress(self, item: str, told: ShardReport) -> None:
-        work = self.at_work[item]
-        more = told.samples - work.shard_samples
-        self.reporter.counts.samples += more
-        work.samples += more
-        waited = told.waited - work.shard_waited
-        work.waited += waited
-        self.count("samples", more, work.name)  # at once, or a job of long shards would look stalled
-        self.count("waiting_seconds", waited, work.name)
-        work.shard_samples, work.shard_waited = told.samples, told.waited
+    def on_progress(self, item: str, report: ShardReport) -> None:
+        """Count the samples since the last report at once; otherwise a job of long shards would seem to stall."""
+        worker = self.active[item]
+        samples, waited = report.samples - worker.shard_samples, report.waited - worker.shard_waited
+        self.reporter.counts.samples += samples
+        worker.samples += samples
+        worker.waited += waited
+        self.count("samples", samples, worker.name)
+        self.count("waiting_seconds", waited, worker.name)
+        worker.shard_samples, worker.shard_waited = report.samples, report.waited
 
-    def on_done(self, item: str, told: ShardReport) -> None:
-        work = self.at_work.pop(item)
-        work.shard = None
+    def on_done(self, item: str, report: ShardReport) -> None:
+        """Count a shard; it may still be lost."""
+        worker = self.active.pop(item)
+        worker.shard = None
         self.reporter.counts.shards += 1
-        self.reporter.counts.refused += told.refused
-        for name, value in (("refused", told.refused), ("batches", told.batches), ("shards", 1)):
-            self.count(name, value, work.name)
+        self.reporter.counts.rejected += report.rejected
+        for name, value in (("refused", report.rejected), ("batches", report.batches), ("shards", 1)):
+            self.count(name, value, worker.name)
 
     def on_failed(self, item: str, error: Exception) -> None:
-        work = self.at_work.pop(item)
-        work.shard = None
-        self.reporter.log(f"{item} failed: {' '.join(str(error).split())}", shard=item, worker=work.name)
-        self.count("failures", 1, work.name)
+        """Show that an attempt at a shard failed."""
+        worker = self.active.pop(item)
+        worker.shard = None
+        self.reporter.log(f"{item} failed: {' '.join(str(error).split())}", shard=item, worker=worker.name)
+        self.count("failures", 1, worker.name)
 
     def on_lost(self, items: list[str]) -> None:
+        """Take back shards that a lost worker had not committed."""
         self.reporter.counts.shards -= len(items)
 
-    def on_committed(self, items: list[str], told: Any) -> None:
-        """Items are done for good."""
+    def on_committed(self, items: list[str], result: Any) -> None:
+        """Count a commit; its shards are done for good."""
         self.count("commits", 1)
 
     def count(self, name: str, value: float, worker: str = "") -> None:
+        """Add to a Prometheus counter of this job; see `metrics.COUNTERS`."""
         metrics.count(name, value, self.folder, self.name, worker)
 
-    def show(self) -> None:
-        """Tell Prometheus how far the job is: again and again, for Ray forgets a gauge 20 s after it was set."""
+    def update_gauges(self) -> None:
+        """Set the Prometheus gauges. They are set repeatedly, because Ray drops a gauge 20 s after it was set."""
         counts = self.reporter.counts
         left = 0 if self.stop_reason else self.reporter.total - counts.shards - len(self.missing)
         for name, value in (("shards_left", left), ("workers", len(self.reporter.workers))):
-            metrics.show(name, value, self.folder, self.name)
+            metrics.set_gauge(name, value, self.folder, self.name)
 
     def tick(self) -> None:
-        """Show how far the job is; not at every word of every worker, which may be thousands."""
-        if time.monotonic() - self.ticked > SHOW_EVERY:
+        """Update what people and Prometheus see, at most every `Timing.display_interval`: workers report often."""
+        if time.monotonic() - self.displayed > self.timing.display_interval:
             self.reporter.tick()
-            self.heartbeat.told = self.reporter.told()
-            self.show()
-            self.ticked = time.monotonic()
+            self.heartbeat.progress = self.reporter.snapshot()
+            self.update_gauges()
+            self.displayed = time.monotonic()

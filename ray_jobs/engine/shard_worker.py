@@ -1,4 +1,4 @@
-"""What every worker is: a process with its own device and the driver's very model."""
+"""The worker of a job over shards: a process with its own device, which loads the driver's model and reads shards."""
 
 import ctypes
 import os
@@ -14,21 +14,32 @@ import ray
 import torch
 
 from patterns import UserError
-from patterns.compilation import RECORDED, mode_options
+from patterns.compilation import CUDA_GRAPHS, compiler_options
 from ray_jobs.config import ModelConfig, Resources
 from ray_jobs.data.shard_reader import Batch, ReaderConfig, ShardReader, ShardTask
 from ray_jobs.engine.ray_session import worker_gpus
 from ray_jobs.io.prefetch import Prefetcher
 from ray_jobs.models import loading
+from ray_jobs.runs.timing import PRODUCTION, Timing
 
-TELL_EVERY = 3.0  # seconds between two words of how far a worker is with a shard
-LEAVE = 10.0  # seconds for a thread that reads to end before its process does, which would abort
-MOST_DECODERS = 4  # more wait for Python's lock: fifteen decoded no more than four (docs/data.md)
+MAX_DECODERS = 4  # more threads wait for Python's lock: fifteen decoded no more images per second (docs/data.md)
 
 
 @dataclass(frozen=True)
 class WorkerInfo:
-    """Where a worker runs. gpus: its CUDA_VISIBLE_DEVICES; empty where Ray set none.  node: Ray's name of its node."""
+    """Where a worker runs.
+
+    Attributes:
+        host: Name of its machine.
+        pid: Number of its process.
+        device: Device of its model, as torch names it.
+        gpus: Its CUDA_VISIBLE_DEVICES; empty if Ray set none.
+        node: Ray's id of its node; empty without Ray.
+
+    Example:
+        >>> str(WorkerInfo("node-1", 42, "cuda", "3"))
+        'worker on node-1, process 42, cuda, GPU 3'
+    """
 
     host: str
     pid: int
@@ -38,7 +49,7 @@ class WorkerInfo:
 
     @property
     def name(self) -> str:
-        """Short, for lines that name many."""
+        """A short name: host/pid."""
         return f"{self.host}/{self.pid}"
 
     def __str__(self) -> str:
@@ -48,100 +59,151 @@ class WorkerInfo:
 
 @dataclass(frozen=True)
 class WorkerResources:
-    """What of the machine Ray gave a worker."""
+    """The share of a machine that Ray gave a worker, and the intervals that the driver works with.
+
+    Attributes:
+        cpus: Number of CPUs.
+        gpus: Number of GPUs; a fraction if workers share one.
+        timing: The driver's intervals.
+    """
 
     cpus: float = 1.0
     gpus: float = 0.0
+    timing: Timing = PRODUCTION
 
     def describe(self) -> WorkerInfo:
-        """Where this process runs."""
+        """Return where this process runs."""
         node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
-        return WorkerInfo(
-            socket.gethostname(), os.getpid(), self.device(), os.environ.get("CUDA_VISIBLE_DEVICES", ""), node
-        )
+        gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        return WorkerInfo(socket.gethostname(), os.getpid(), self.device, gpus, node)
 
+    @property
     def device(self) -> str:
-        """The GPU that Ray gave this process, or the CPU where it gave none or there is none in truth."""
+        """The device for the model: the GPU that Ray gave this process if torch finds it, else the CPU."""
         return "cuda" if self.gpus > 0 and torch.cuda.is_available() else "cpu"
 
     @property
     def decoders(self) -> int:
-        """Threads that decode; on a CPU the model needs the cores itself."""
-        return max(1, min(MOST_DECODERS, int(self.cpus))) if self.device() == "cuda" else 1
+        """The number of threads that decode images; 1 on a CPU, because the model needs the cores."""
+        return max(1, min(MAX_DECODERS, int(self.cpus))) if self.device == "cuda" else 1
 
-    def load(self, config: ModelConfig, expected: loading.ModelDigests) -> loading.Loaded:
-        """Load the model on this worker's device. UserError if it is not the driver's, whose digests are expected."""
+    def load(self, config: ModelConfig, expected: loading.ModelDigests) -> loading.LoadedModel:
+        """Load the model on this worker's device.
+
+        Args:
+            config: The model.
+            expected: Digests of the driver's model.
+
+        Returns:
+            The model.
+
+        Raises:
+            UserError: If it cannot be loaded, or differs from the driver's model.
+        """
         torch.set_num_threads(1 if self.decoders > 1 else max(1, int(self.cpus)))
-        torch._inductor.config.compile_threads = max(1, int(self.cpus))  # else as many as the machine has cores
+        torch._inductor.config.compile_threads = max(1, int(self.cpus))  # by default all cores of the machine
         keep_freed_memory()
-        loaded = loading.load(config, self.device())
+        loaded = loading.load(config, self.device)
         host = socket.gethostname()
         if loaded.digest != expected.weights:
-            what = f"this worker loads a model with digest {loaded.digest}, and the driver one with {expected.weights}"
-            remedy = "Make the same weights readable on every node, and seed all that the model's code draws at random."
+            what = f"this worker loaded weights with digest {loaded.digest}, but the driver's have {expected.weights}"
+            remedy = "Make the same weights readable on every node, and seed all random draws in the model's code."
             raise UserError(host, what, remedy)
-        if expected.constants is not None and loaded.network.constants != expected.constants:
-            what = "the model of this worker holds other numbers than the driver's, which are not in its state"
-            remedy = "Seed what the model's code draws at random, or make it a buffer that is loaded with the weights."
-            raise UserError(host, what, remedy)
+        loaded.require_constants(expected.constants, host, "the driver's model")
         return loaded
 
 
 @dataclass(frozen=True)
 class ShardReport:
-    """How far a worker is with a shard, at last with the whole: samples used and refused, batches, seconds waited."""
+    """Progress of a worker with a shard; its last report is the result.
+
+    Attributes:
+        samples: Number of samples that were used.
+        rejected: Number of samples that were rejected.
+        batches: Number of batches.
+        waited: Seconds that the worker waited for data.
+    """
 
     samples: int
-    refused: int
+    rejected: int
     batches: int = 0
     waited: float = 0.0
 
 
 class BatchStream:
-    """A shard's batches, which knows how many came, how long they were waited for, and when to tell of it.
+    """The batches of a shard. They are decoded in a thread while earlier batches are worked on.
 
-    They are decoded while those before are worked on, in memory that a GPU copies from by itself.
-    after: when to begin.
+    On a GPU, batches come in pinned memory, so that they are copied asynchronously.
+
+    Args:
+        reader: Reads the shard.
+        device: The model's device.
+        after: Event after which reading begins; by default it begins at once.
+        report_interval: Seconds between two reports; each costs the driver time.
+
+    Attributes:
+        prefetcher: The thread that reads.
     """
 
-    def __init__(self, reader: ShardReader, device: torch.device, after: Event | None = None) -> None:
-        def pinned(batch: Batch) -> Batch:
+    def __init__(
+        self,
+        reader: ShardReader,
+        device: torch.device,
+        after: Event | None = None,
+        report_interval: float = PRODUCTION.report_interval,
+    ) -> None:
+        def pin(batch: Batch) -> Batch:
             return replace(batch, images=batch.images.pin_memory()) if device.type == "cuda" else batch
 
-        self.reader, self.count, self.waited, self.told = reader, 0, 0.0, 0.0
-        self.ahead = Prefetcher(map(pinned, reader), after)
+        self.reader, self.report_interval = reader, report_interval
+        self.batches, self.waited, self.last_report = 0, 0.0, 0.0
+        self.prefetcher = Prefetcher(map(pin, reader), after)
 
     def __iter__(self) -> Iterator[Batch]:
-        before = self.told = time.monotonic()
-        for batch in self.ahead:
-            self.count += 1
+        before = self.last_report = time.monotonic()
+        for batch in self.prefetcher:
+            self.batches += 1
             self.waited += time.monotonic() - before
             yield batch
             before = time.monotonic()
 
     def close(self) -> None:
-        """Decode no more."""
-        self.ahead.close()
+        """Stop reading."""
+        self.prefetcher.close()
 
     def report_due(self) -> bool:
-        """Whether it is time to tell how far the work is: now and then, since telling costs the driver a while."""
+        """Return whether it is time for the next report, and if so, start the next interval."""
         now = time.monotonic()
-        due = now - self.told > TELL_EVERY
-        self.told = now if due else self.told
+        due = now - self.last_report > self.report_interval
+        self.last_report = now if due else self.last_report
         return due
 
-    def report(self, samples: int, refused: int = 0) -> ShardReport:
-        """How far the work is, after so many samples; refused: further ones than its reader refused."""
-        return ShardReport(samples, len(self.reader.refused) + refused, self.count, self.waited)
+    def report(self, samples: int, rejected: int = 0) -> ShardReport:
+        """Return a report.
+
+        Args:
+            samples: Number of samples that were used until now.
+            rejected: Number of rejected samples in addition to those that the reader rejected.
+        """
+        return ShardReport(samples, len(self.reader.refused) + rejected, self.batches, self.waited)
 
 
 Task = TypeVar("Task", bound=ShardTask)
 
 
 class ShardWorker(Generic[Task]):
-    """Streams one shard after the other; the first batches of each are decoded before the last of the one before."""
+    """A worker that streams one shard after another; it begins to decode a shard before the previous one is finished.
 
-    loaded: loading.Loaded
+    Args:
+        resources: Its share of the machine.
+
+    Attributes:
+        loaded: The model; set by `prepare`.
+        reader_config: How shards are read; set by `prepare`.
+        following: The task that is likely to come next, and its stream.
+    """
+
+    loaded: loading.LoadedModel
     reader_config: ReaderConfig
 
     def __init__(self, resources: WorkerResources) -> None:
@@ -149,48 +211,62 @@ class ShardWorker(Generic[Task]):
         self.following: tuple[Task, BatchStream] | None = None
 
     def describe(self) -> WorkerInfo:
-        """Where this worker runs."""
+        """Return where this worker runs."""
         return self.resources.describe()
 
     def reader(self, task: Task) -> ShardReader:
         """Return the reader of a task's shard."""
         return ShardReader(task.shard, self.reader_config, task.max_samples, task.only)
 
-    def open_stream(self, task: Task, following: Task | None) -> BatchStream:
-        """A task's batches. Those of the one that is likely to follow are begun as soon as these are decoded."""
-        begun = self.following
-        if begun is None or begun[0] != task or begun[1].ahead.failed:  # what failed may be mended by now
-            self.close(wait=0)  # it may hang in what it reads
-            begun = task, BatchStream(self.reader(task), self.loaded.device)
-        (_, now), self.following = begun, None
-        if following is not None:
-            self.following = following, BatchStream(self.reader(following), self.loaded.device, now.ahead.made)
-        return now
+    def start_stream(self, reader: ShardReader, after: Event | None = None) -> BatchStream:
+        """Return the stream of a reader, which begins now or after an event."""
+        return BatchStream(reader, self.loaded.device, after, self.resources.timing.report_interval)
 
-    def close(self, wait: float = LEAVE) -> None:
-        """Leave what was begun and will not follow; its thread may still read for so many seconds."""
+    def open_stream(self, task: Task, following: Task | None) -> BatchStream:
+        """Return the batches of a task.
+
+        Args:
+            task: The task.
+            following: The task that is likely to come next. Its batches are decoded as soon as those of `task` are.
+        """
+        begun = self.following
+        if begun is None or begun[0] != task or begun[1].prefetcher.failed:  # a failed shard may be fixed by now
+            self.close(wait=0)  # the thread may hang in a read
+            begun = task, self.start_stream(self.reader(task))
+        (_, stream), self.following = begun, None
+        if following is not None:
+            self.following = following, self.start_stream(self.reader(following), stream.prefetcher.exhausted)
+        return stream
+
+    def close(self, wait: float | None = None) -> None:
+        """Stop reading ahead.
+
+        Args:
+            wait: Longest wait for the reading thread in seconds; by default `Timing.reader_exit`.
+        """
         if self.following is not None:
-            self.following[1].ahead.close(wait)
+            self.following[1].prefetcher.close(self.resources.timing.reader_exit if wait is None else wait)
             self.following = None
 
 
 def validate_compile_mode(mode: str | None, resources: Resources) -> None:
-    """UserError for a mode of `--compile` that there is not, and for one of a GPU where no worker will have any.
+    """Raise UserError if a mode of compilation does not exist, or needs a GPU and no worker gets one.
 
-    That may not be known before Ray is `connected`.
+    Whether workers get a GPU may be known only after `connect`.
     """
     if mode is None:
         return
-    mode_options(mode)
-    if mode == RECORDED and worker_gpus(resources) == 0:
-        raise UserError("--compile", f"{mode} are a GPU's, and no worker gets any", "Take another mode, or do without.")
+    compiler_options(mode)
+    if mode == CUDA_GRAPHS and worker_gpus(resources) == 0:
+        what = f"{mode} need a GPU, and no worker gets one"
+        raise UserError("", what, "Choose another mode, or leave out `compile`.", "compile")
 
 
 def keep_freed_memory() -> None:
-    """Let malloc keep what is freed, on Linux with glibc.
+    """Let malloc keep freed memory, on Linux with glibc.
 
-    Every batch allocates the same large tensors. By default each goes back to the kernel and comes again
-    page by page, which costs a CPU fit an eighth of its time.
+    Every batch allocates the same large tensors. By default, malloc returns each of them to the kernel and gets it back
+    page by page, which costs a fit on a CPU one eighth of its time.
     """
     mmap_max, trim_threshold = -4, -1  # of glibc's malloc.h
     libc = ctypes.CDLL(None)

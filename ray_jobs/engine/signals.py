@@ -1,78 +1,73 @@
-"""How jobs are stopped by signals, and how they end."""
+"""How signals stop a job, and how its process ends."""
 
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ray_jobs.data.shell_pipes import end_pipes
+from ray_jobs.data.shell_pipes import kill_pipes
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-INTERRUPTED = "interrupted; the same command goes on where this one ended"
+INTERRUPTED = "interrupted; run the same command again to resume"
 
 
 class StoppedShortError(Exception):
-    """The job ended with shards undone. Nothing is lost: the same command goes on."""
+    """The job ended before all shards were done. All finished work is kept, and the same command resumes the job."""
 
 
 def end_process() -> None:
-    """End this process at once, with exit status 3, and all that it started: pipes, and a Ray with its workers."""
-    for process in descendants(os.getpid()):
+    """End this process at once with exit status 3, and all its descendants: pipes, and Ray with its workers."""
+    for process in list_descendants(os.getpid()):
         with suppress(ProcessLookupError, PermissionError):
             os.kill(process, signal.SIGKILL)
     os.write(2, f"patternnet: {INTERRUPTED}\n".encode())
     os._exit(3)
 
 
-def descendants(process: int) -> list[int]:
-    """Return the numbers of the processes below one, parents first; empty where the kernel has no /proc."""
+def list_descendants(process: int) -> list[int]:
+    """Return the numbers of the descendants of a process, parents first; empty if the kernel has no /proc."""
     children: dict[int, list[int]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):  # it has ended
             parent = int(path.read_text(errors="replace").rpartition(")")[2].split()[1])
             children.setdefault(parent, []).append(int(path.parent.name))
     found = list(children.get(process, ()))
-    for each in found:  # which grows
+    for each in found:  # the list grows meanwhile
         found += children.get(each, ())
     return found
 
 
 def interrupt() -> None:
-    """Raise KeyboardInterrupt; commands that are read from are killed, or the threads that read them would not end."""
-    end_pipes()
+    """Raise KeyboardInterrupt. Commands that shards are read from are killed first, so that the reading threads end."""
+    kill_pipes()
     raise KeyboardInterrupt
 
 
 class Signals:
-    """What signals do in this process.
+    """The effect of signals on this process.
 
     Attributes:
-        end: What a second signal does. The program ends its process; a notebook must not be ended.
+        end: Called at the second signal. The program ends its process; a notebook's process must not end.
     """
 
     end: Callable[[], None] = staticmethod(interrupt)
 
 
-def pause(seconds: float, step: float, stop: Callable[[], bool]) -> None:
-    """Sleep in steps, until the time is over or `stop()` is true."""
-    end = time.monotonic() + seconds
-    while not stop() and (left := end - time.monotonic()) > 0:
-        time.sleep(min(left, step))
-
-
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Let SIGTERM, SIGHUP and Ctrl-C ask the job to commit and end; a second one ends it at once.
+    """Let SIGTERM, SIGHUP and Ctrl-C ask the job to commit and end; a second signal ends it at once.
 
-    A terminal that is closed may send SIGHUP twice: it never counts as the second. Only the main thread gets signals;
-    in another one nothing asks the job to end.
+    A closed terminal may send SIGHUP twice, so SIGHUP never counts as the second signal. In a thread other than the
+    main one, which gets no signals, nothing is installed.
+
+    Yields:
+        A function that returns whether a signal has come.
     """
     received: list[int] = []
 
-    def note(number: int, _: object) -> None:
+    def handle(number: int, _: object) -> None:
         if received and number != signal.SIGHUP:
             Signals.end()
         received.append(number)
@@ -80,9 +75,9 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
-    # After ray.init(), which installs its own. `nohup` has SIGHUP ignored.
-    kept = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
-    before = {number: signal.signal(number, note) for number in kept}
+    # After ray.init(), which installs its own handlers. `nohup` ignores SIGHUP, and so does the job.
+    handled = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, handle) for number in handled}
     try:
         yield lambda: bool(received)
     finally:

@@ -1,6 +1,6 @@
-"""What counts. Only what the ledger names does; everything else is simply done again.
+"""The ledger of a folder of partial moments: only shards that it names count; all others are done again.
 
-Shards go by their number in the job's list, so that the ledger of 100,000 shards stays small.
+A shard is named by its number in the job's list, so that the ledger of 100,000 shards stays small.
 """
 
 from collections.abc import Collection, Iterable
@@ -11,90 +11,142 @@ from typing import Any
 
 @dataclass(frozen=True)
 class PartialMoments:
-    """Moments of some shards, written once to `file`.
+    """The ledger's entry for a file with the moments of some shards. A file is written once.
 
-    round: 0 for whole shards; n for the n-th time that the samples refused until then were tried again.
-    samples, refused: how many it holds, and how many it could not use.
+    Attributes:
+        file: Name of the file.
+        shards: Numbers of the shards.
+        samples: Number of samples in the moments.
+        rejected: Number of samples of these shards that were rejected.
+        round: 0 for whole shards; n for the n-th attempt at the samples that were rejected before.
     """
 
     file: str
     shards: tuple[int, ...]
     samples: int
-    refused: int = 0
+    rejected: int = 0
     round: int = 0
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """The parts that count; in each round, each shard is in at most one of them."""
+    """The partial moments that count. In each round, each shard is in at most one of them.
+
+    Attributes:
+        parts: The partial moments.
+
+    Example:
+        >>> ledger = Ledger().commit(PartialMoments("part-1", (0, 2), samples=20))
+        >>> ledger.remaining(range(4)), ledger.samples
+        ([1, 3], 20)
+    """
 
     parts: tuple[PartialMoments, ...] = ()
 
     def commit(self, *parts: PartialMoments) -> "Ledger":
-        """The ledger with these parts too.
+        """Return a ledger with further partial moments.
 
-        ValueError if a shard of one counts already in its round, or is tried again before it counts.
+        Args:
+            parts: The partial moments.
+
+        Raises:
+            ValueError: If a shard counts already in its round, or is tried again before it counts.
         """
         counted = {round_: set(self.counted_shards(round_)) for round_ in {0, *(part.round for part in parts)}}
         for part in parts:
-            there = counted[part.round]
-            if repeated := [s for s in part.shards if s in there] or len(set(part.shards)) < len(part.shards):
-                raise ValueError(f"{part.file}: shards that count already: {repeated}")
+            in_round = counted[part.round]
+            if (repeated := in_round & set(part.shards)) or len(set(part.shards)) < len(part.shards):
+                raise ValueError(f"{part.file}: shards that count already: {sorted(repeated)}")
             if part.round and not counted[0].issuperset(part.shards):
                 raise ValueError(f"{part.file}: shards that do not count yet are tried again")
-            there.update(part.shards)
+            in_round.update(part.shards)
         return Ledger((*self.parts, *parts))
 
     def merge(self, files: Collection[str], merged: PartialMoments) -> "Ledger":
-        """The ledger with one part in the place of several that hold the same.
+        """Return a ledger in which one file replaces several files with the same content.
 
-        ValueError if it does not name just their shards and samples, or they are not all here.
+        Args:
+            files: The names of the old files.
+            merged: The entry of the new file.
+
+        Raises:
+            ValueError: If the entry differs from the sum of the old ones, or an old one is not in this ledger.
         """
         old = [part for part in self.parts if part.file in files]
         if len(old) < len(files) or combine_entries(merged.file, old) != merged:
-            raise ValueError(f"{merged.file} is not what {len(files)} parts hold")
+            raise ValueError(f"{merged.file} is not the sum of {len(files)} partial moments of this ledger")
         return Ledger((*(part for part in self.parts if part.file not in files), merged))
 
     def counted_shards(self, round_: int = 0) -> frozenset[int]:
-        """The shards that count in a round."""
+        """Return the shards that count in a round."""
         return frozenset(s for part in self.parts if part.round == round_ for s in part.shards)
 
     def remaining(self, shards: Iterable[int], round_: int = 0) -> list[int]:
-        """Those of some shards that do not count in a round yet, in order."""
+        """Return those of some shards that do not count in a round yet, in their order."""
         counted = self.counted_shards(round_)
         return [s for s in shards if s not in counted]
 
     @property
     def samples(self) -> int:
-        """The samples that count."""
+        """The number of samples that count."""
         return sum(part.samples for part in self.parts)
 
     def to_json(self) -> dict[str, Any]:
-        """For the ledger's file."""
-        return {"parts": [{**vars(part), "shards": format_numbers(part.shards)} for part in self.parts]}
+        """Return the content of the ledger's file."""
+        return {"parts": [entry_to_json(part) for part in self.parts]}
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> "Ledger":
-        """The inverse of to_json."""
-        return Ledger(tuple(PartialMoments(**{**part, "shards": numbers(part["shards"])}) for part in value["parts"]))
+        """Return the ledger of a file's content; the inverse of `to_json`."""
+        return Ledger(tuple(entry_from_json(part) for part in value["parts"]))
+
+
+def entry_to_json(entry: PartialMoments) -> dict[str, Any]:
+    """Return an entry as the ledger's file stores it: rejected samples are `refused`, shards are ranges."""
+    return {
+        "file": entry.file,
+        "shards": format_numbers(entry.shards),
+        "samples": entry.samples,
+        "refused": entry.rejected,
+        "round": entry.round,
+    }
+
+
+def entry_from_json(value: dict[str, Any]) -> PartialMoments:
+    """Return the entry of a file's content; the inverse of `entry_to_json`."""
+    shards = parse_numbers(value["shards"])
+    return PartialMoments(value["file"], shards, value["samples"], value.get("refused", 0), value.get("round", 0))
 
 
 def combine_entries(file: str, parts: Collection[PartialMoments]) -> PartialMoments:
-    """What a file of several parts' sums holds. ValueError for parts of different rounds."""
+    """Return the entry of a file with the sum of several partial moments.
+
+    Args:
+        file: Name of the file.
+        parts: The partial moments.
+
+    Raises:
+        ValueError: If they belong to different rounds.
+    """
     (round_,) = {part.round for part in parts}
     shards = tuple(sorted(s for part in parts for s in part.shards))
-    return PartialMoments(file, shards, sum(p.samples for p in parts), sum(p.refused for p in parts), round_)
+    return PartialMoments(file, shards, sum(p.samples for p in parts), sum(p.rejected for p in parts), round_)
 
 
-def format_numbers(shards: Collection[int]) -> str:
-    """Numbers as people write them: `0-4,7`."""
-    ordered = sorted(shards)
+def format_numbers(numbers: Collection[int]) -> str:
+    """Return numbers as ranges.
+
+    Example:
+        >>> format_numbers([7, 0, 1, 2])
+        '0-2,7'
+    """
+    ordered = sorted(numbers)
     firsts = [b for a, b in pairwise([-2, *ordered]) if b > a + 1]
     lasts = [a for a, b in pairwise([*ordered, float("inf")]) if b > a + 1]
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(firsts, lasts))
 
 
-def numbers(text: str) -> tuple[int, ...]:
-    """The inverse of `format_numbers`: the numbers in order."""
+def parse_numbers(text: str) -> tuple[int, ...]:
+    """Return the numbers of some ranges in order; the inverse of `format_numbers`."""
     spans = [span.partition("-") for span in text.split(",") if span]
     return tuple(n for first, _, last in spans for n in range(int(first), int(last or first) + 1))
