@@ -1,1 +1,1 @@
-"""From shard specifications to batches."""
+"""Data: shard specifications are resolved to shards, and shards are read as batches of decoded samples."""

@@ -1,4 +1,4 @@
-"""A path or URL → its bytes, read once from front to back, in bounded memory, and known to be all of them."""
+"""Byte streams of paths, URLs and shell commands: decompressed, in bounded memory, verified to be complete."""
 
 import io
 import os
@@ -20,30 +20,32 @@ from ray_jobs.io.file_systems import is_url, open_file_system
 
 READ_TIMEOUT = 60.0  # seconds without a byte from an HTTP server
 CHUNK = 1 << 18
-REMOTE_BLOCK = 1 << 23  # bytes that are asked of an object store at once
+REMOTE_BLOCK = 1 << 23  # bytes of one request to an object store
 
-
-# By the first bytes rather than the name: servers and people name things as they like.
+# By the first bytes instead of the name, because names of files and URLs need not have an extension.
 COMPRESSIONS = {
     b"\x1f\x8b": "gzip",
     b"BZh": "bz2",
     b"\xfd7zXZ\x00": "xz",
     b"\x28\xb5\x2f\xfd": "zstd",
-    # Skippable frames, which zstd files may begin with: pzstd's and `zstd --adapt`'s hold sizes.
+    # Skippable frames: pzstd and `zstd --adapt` write them first, with sizes.
     **{bytes([number, 0x2A, 0x4D, 0x18]): "zstd" for number in range(0x50, 0x60)},
 }
 
 
 class CountingReader(io.RawIOBase):
-    """A stream that knows how many bytes were read."""
+    """A stream that counts the bytes that were read from it."""
 
     def __init__(self, source: Any) -> None:
+        """Wrap a file-like object."""
         self.source, self.count = source, 0
 
     def readable(self) -> bool:
+        """Return True."""
         return True
 
     def readinto(self, buffer: Any) -> int:
+        """Read into a buffer and return the number of bytes."""
         data = self.source.read(len(buffer))
         buffer[: len(data)] = data
         self.count += len(data)
@@ -52,10 +54,18 @@ class CountingReader(io.RawIOBase):
 
 @contextmanager
 def open_stream(path: str) -> Iterator[BinaryIO]:
-    """The bytes behind a path, a URL or `pipe:COMMAND`, decompressed where they are gzip, bzip2, xz or zstd.
+    """Open the bytes of a path, a URL or `pipe:COMMAND`; gzip, bzip2, xz and zstd are decompressed.
 
-    A reader that leaves the block as usual has the rest read too: ShardError where the bytes turn out
-    to be other than the file's size, the object's size or the server's Content-Length said.
+    When the block ends without an exception, the rest of the stream is read, so that its length can be verified.
+
+    Args:
+        path: The path, URL or `pipe:COMMAND`.
+
+    Yields:
+        A stream of the decompressed bytes.
+
+    Raises:
+        ShardError: If the number of bytes is not the file's size, the object's size or the Content-Length.
     """
     with open_source(path) as (raw, size):
         counted = CountingReader(raw)
@@ -66,12 +76,12 @@ def open_stream(path: str) -> Iterator[BinaryIO]:
             while each.read(CHUNK):
                 pass
         if size is not None and counted.count != size:
-            raise ShardError(f"{counted.count} bytes came, {size} were promised")
+            raise ShardError(f"{counted.count} bytes were read, but its size is {size} bytes")
 
 
 @contextmanager
 def open_seekable(path: str) -> Iterator[BinaryIO]:
-    """The bytes behind a path or URL as a file that can be read in any order: a copy on disk, where it is remote."""
+    """Open a path or URL as a file with random access; a remote file is copied to disk first."""
     if not is_url(path):
         with open(path, "rb") as file:
             yield file
@@ -84,6 +94,7 @@ def open_seekable(path: str) -> Iterator[BinaryIO]:
 
 
 def decompress(stream: "io.BufferedReader[Any]") -> BinaryIO:
+    """Return the decompressed stream, or the stream itself if its first bytes name no compression."""
     start = stream.peek(8)
     for magic, name in COMPRESSIONS.items():
         if start.startswith(magic):
@@ -95,18 +106,18 @@ def decompress(stream: "io.BufferedReader[Any]") -> BinaryIO:
 
 @contextmanager
 def open_source(path: str) -> Iterator[tuple[Any, int | None]]:
-    """A file-like object, and how many bytes it should give, where that is known."""
+    """Open a file-like object, and yield it with its size in bytes; the size is None if it is not known."""
     if path.startswith("pipe:"):
         with open_pipe(path.removeprefix("pipe:")) as output:
             yield output, None
     elif path.startswith(("http://", "https://")):
-        # Plain HTTP: fsspec's asks for ranges, which not every server gives, and ends any read after five minutes.
+        # Not by fsspec, which requests ranges that some servers lack, and ends every read after five minutes.
         request = Request(quote(path, safe="%/:=&?~#+!$,;'@()*[]"), headers={"User-Agent": "patternnet-ray"})
         try:
             with urlopen(request, timeout=READ_TIMEOUT) as response:
                 yield response, response.length
         except TimeoutError as error:
-            raise ShardError(f"no byte for {READ_TIMEOUT:g} s") from error
+            raise ShardError(f"the server sent no data for {READ_TIMEOUT:g} s") from error
     elif is_url(path):
         filesystem, name = open_file_system(path)
         with filesystem.open(name, "rb", block_size=REMOTE_BLOCK) as file:

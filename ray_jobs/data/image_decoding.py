@@ -1,4 +1,7 @@
-"""A sample → the model's input. The bytes are anyone's: whatever they are, the worst is a SampleError."""
+"""Image decoding: from the files of a sample to the model's input, its label and its boxes.
+
+The files are untrusted. Whatever bytes they hold, no error but SampleError is raised, and memory stays bounded.
+"""
 
 import io
 import json
@@ -31,7 +34,7 @@ from ray_jobs.data.samples import (
     find_tensor,
 )
 
-# Pillow's decoders: these are chosen by the content, whatever a file is named.
+# Formats that Pillow recognizes by their content, whatever the file name.
 FORMATS = ("JPEG", "PNG", "WEBP")
 SIGNATURES = {
     b"GIF8": "GIF",
@@ -42,9 +45,9 @@ SIGNATURES = {
     b"<": "HTML, XML or SVG text",
     b"version https://git-lfs": "a Git LFS pointer",
 }
-MAX_PIXELS = 89_478_485  # before and after resizing; where Pillow too begins to warn, 256 MiB of RGB
+MAX_PIXELS = 89_478_485  # before and after resizing; Pillow's own limit for a warning, 256 MiB of RGB
 
-# An EXIF orientation as a transposition and what is flipped after it.
+# EXIF orientations: whether to transpose, and the axes to flip afterwards.
 ORIENTATIONS = {
     2: (False, (2,)),
     3: (False, (1, 2)),
@@ -54,53 +57,77 @@ ORIENTATIONS = {
     7: (True, (1, 2)),
     8: (True, (1,)),
 }
-# A JPEG is decoded at a part of its size where that leaves so many pixels for one of the model's.
+# A JPEG is decoded at reduced size if its shorter side keeps this many pixels for each pixel of the resized image.
 MIN_OVERSAMPLING = 2
-JPEG_DIVISORS = (8, 4, 2)  # by which libjpeg-turbo divides fast
+JPEG_DIVISORS = (8, 4, 2)  # of its sides, which libjpeg-turbo computes fast
 
 
 @dataclass(frozen=True)
 class Picture:
-    """An upright image. pixels: uint8 (1 or 3, H, W), perhaps at a part of its size.  size: its own (H, W)."""
+    """An upright image.
+
+    Attributes:
+        pixels: uint8, shape (1 or 3, H, W), possibly at reduced size.
+        size: Its full height and width.
+    """
 
     pixels: Tensor
     size: tuple[int, int]
 
     def image(self) -> Image.Image:
-        """The pixels as Pillow has them."""
+        """Return the pixels as an image of Pillow."""
         return T.to_pil_image(self.pixels)
 
 
 def decode(files: Mapping[str, bytes], preprocessing: Preprocessing) -> Tensor:
-    """A sample's input, float32 of shape (C, H, W). SampleError where it cannot be used."""
+    """Return the model's input for a sample.
+
+    Args:
+        files: The bytes of the sample's files by extension.
+        preprocessing: How to resize, crop and normalize images.
+
+    Returns:
+        float32, shape (C, H, W). A ready tensor is returned as it is.
+
+    Raises:
+        SampleError: If the sample cannot be used.
+    """
     return normalize_batch([decode_input(files, preprocessing)], preprocessing)[0]
 
 
 def normalize_batch(images: Sequence[Tensor], preprocessing: Preprocessing) -> Tensor:
-    """What `decode_input` gave of some samples as the model takes it, float32 of shape (N, C, H, W).
+    """Return results of `decode_input` as a normalized batch, float32, shape (N, C, H, W).
 
-    In one go, since threads that each do many small things to an image wait for each other.
+    A whole batch is normalized at once, because threads that each run many small operations wait for each other.
     """
     batch = torch.empty(len(images), *preprocessing.input_shape)
-    for place, image in zip(batch, images):
-        place.copy_(image)
+    for target, image in zip(batch, images):
+        target.copy_(image)
     mean, std = (torch.tensor(v, dtype=torch.float64).view(-1, 1, 1) for v in (preprocessing.mean, preprocessing.std))
     pixels = torch.tensor([image.dtype == torch.uint8 for image in images]).view(-1, 1, 1, 1)
-    # (x / 255 - mean) / std in two passes over the numbers; ready tensors stay as they are.
+    # (x / 255 - mean) / std in two passes over the batch; ready tensors do not change.
     batch.mul_(torch.where(pixels, 1 / (255 * std), 1.0).float())
     return batch.sub_(torch.where(pixels, mean / std, 0.0).float())
 
 
 def decode_input(files: Mapping[str, bytes], preprocessing: Preprocessing) -> Tensor:
-    """What the model sees of a sample's image, uint8 (C, H, W), or its ready tensor, float32 of the same shape.
+    """Return the resized and cropped image of a sample, or its ready tensor.
 
-    SampleError where it cannot be used.
+    Args:
+        files: The bytes of the sample's files by extension.
+        preprocessing: How to resize and crop images.
+
+    Returns:
+        uint8 for an image, float32 for a ready tensor, shape (C, H, W).
+
+    Raises:
+        SampleError: If the sample cannot be used.
     """
     try:
         if image := find_image(files):
             channels = len(preprocessing.mean)
             if channels not in (1, 3):
-                raise SampleError(f"an image has 1 or 3 channels, the model takes {channels}")
+                raise SampleError(f"an image has 1 or 3 channels, but the model takes {channels}")
             mode = "RGB" if channels == 3 else "L"
             picture = decode_upright(files[image], mode, MIN_OVERSAMPLING * preprocessing.resize, list_formats(image))
             return resize_and_crop(picture, preprocessing)
@@ -114,93 +141,97 @@ def decode_input(files: Mapping[str, bytes], preprocessing: Preprocessing) -> Te
 
 
 def explain_missing_input(files: Sequence[str]) -> str:
-    """Why a sample of these files has no input."""
+    """Return why a sample with these files has no input."""
     if unread := [file for file in files if extension_of(file) in UNREAD_IMAGES]:
         return explain_unread_format(extension_of(unread[0]))
-    reason = f"neither an image ({', '.join(IMAGES)}) nor a tensor ({TENSOR}); it has {', '.join(files) or 'nothing'}"
+    reason = (
+        f"neither an image ({', '.join(IMAGES)}) nor a tensor ({TENSOR}); its files are {', '.join(files) or 'none'}"
+    )
     if any(extension_of(file) in IMAGES for file in files):
-        reason += "; WebDataset ends a key at the first dot of a file's name: rename the files"
+        reason += "; WebDataset ends a key at the first dot of a file name: rename the files"
     return reason
 
 
 def list_formats(name: str) -> tuple[str, ...]:
-    """Pillow's formats that a file of this name is read in."""
+    """Return the formats that Pillow may decode in a file of this name."""
     named = NAMED_FORMATS.get(extension_of(name))
     return FORMATS if named is None else (*FORMATS, named)
 
 
 def parse_tensor(data: bytes, preprocessing: Preprocessing) -> Tensor:
-    """The tensor of an npy file, checked by its header before anything of its claimed size is made."""
+    """Return the tensor of an npy file. Its header is validated before memory of the claimed size is allocated."""
     file = io.BytesIO(data)
     shape, columns_first, dtype = parse_npy_header(file)
     if dtype.kind not in "biuf":
-        raise SampleError(f"a tensor of type {dtype}, not of real numbers; nothing is unpickled")
+        raise SampleError(f"a tensor of type {dtype}, not of real numbers; pickled objects are not loaded")
     if shape != preprocessing.input_shape:
-        raise SampleError(f"a tensor of shape {shape}, the model takes {preprocessing.input_shape}")
-    if (left := len(data) - file.tell()) < math.prod(shape) * dtype.itemsize:
-        raise SampleError(f"a truncated tensor: {left} of {math.prod(shape) * dtype.itemsize} bytes")
+        raise SampleError(f"a tensor of shape {shape}, but the model takes {preprocessing.input_shape}")
+    if (found := len(data) - file.tell()) < math.prod(shape) * dtype.itemsize:
+        raise SampleError(f"a truncated tensor: {found} of {math.prod(shape) * dtype.itemsize} bytes")
     array = np.frombuffer(data, dtype, math.prod(shape), file.tell())
     array = array.reshape(shape, order="F" if columns_first else "C")
-    with np.errstate(over="ignore"):  # told as not finite
+    with np.errstate(over="ignore"):  # reported below as not finite
         tensor = torch.from_numpy(array.astype(np.float32, order="C"))
     if not tensor.isfinite().all():
-        raise SampleError("a tensor that is not finite")
+        raise SampleError("the tensor is not finite")
     return tensor
 
 
 def parse_npy_header(file: io.BytesIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    """Return the shape of an npy file's array, whether columns are stored first, and its type.
+    """Return the shape of an npy file's array, whether it is stored in Fortran order, and its type.
 
     Raises:
-        SampleError: If the file has another version of the format.
+        SampleError: If the version of the format is not 1.0 or 2.0.
     """
     header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     version = np.lib.format.read_magic(file)
     if version not in header:
-        raise SampleError(f"a tensor in npy format {version[0]}.{version[1]}; 1.0 and 2.0 are read")
+        raise SampleError(f"a tensor in npy format {version[0]}.{version[1]}; only 1.0 and 2.0 are read")
     return header[version](file)
 
 
-def decode_upright(data: bytes, mode: str, enough: int | None = None, formats: tuple[str, ...] = FORMATS) -> Picture:
-    """Decode the first frame of an image file in Pillow's mode RGB or L.
+def decode_upright(data: bytes, mode: str, min_side: int | None = None, formats: tuple[str, ...] = FORMATS) -> Picture:
+    """Decode the first frame of an image file and apply its EXIF orientation.
 
-    The image is turned as its EXIF orientation says. Transparency is dropped, as torchvision and timm do; of 16 bits
-    the upper eight are taken.
+    Transparency is dropped, as by torchvision and timm. The upper eight of 16 bits are used.
 
     Args:
-        data: The file's bytes.
-        mode: RGB or L.
-        enough: Pixels of the shorter side that are as good as all.
+        data: The bytes of the file.
+        mode: Pillow's mode of the result, RGB or L.
+        min_side: Pixels that suffice for the shorter side; None for all.
         formats: Pillow's names of the formats that may be decoded; the content decides between them.
 
+    Returns:
+        The picture, at full size or reduced to not less than `min_side`.
+
     Raises:
-        SampleError: For another format, and for more than MAX_PIXELS, before they are decoded.
+        SampleError: If the format is not one of `formats`, or the image has more than MAX_PIXELS pixels.
     """
     if not data:
         raise SampleError("an empty file")
     try:
         opened = Image.open(io.BytesIO(data), formats=formats)
     except UnidentifiedImageError as error:
-        what = f"not an image in one of the formats {', '.join(formats)}, or a truncated one"
-        looks = next((name for start, name in SIGNATURES.items() if data.startswith(start)), None)
-        raise SampleError(f"{what}; the bytes look like {looks}" if looks else what) from error
+        what = f"not an image in one of the formats {', '.join(formats)}, or truncated"
+        guess = next((name for start, name in SIGNATURES.items() if data.startswith(start)), None)
+        raise SampleError(f"{what}; the bytes look like {guess}" if guess else what) from error
     with opened:
         validate_size(opened)
         pixels = None
         if opened.format == "JPEG" and opened.mode in ("RGB", "L") and mode == "RGB":
-            part = next((n for n in JPEG_DIVISORS if enough and min(opened.size) >= n * enough), 1)
-            pixels = decode_jpeg(data, opened.height, opened.width, part)
+            divisor = next((n for n in JPEG_DIVISORS if min_side and min(opened.size) >= n * min_side), 1)
+            pixels = decode_jpeg(data, opened.height, opened.width, divisor)
         return apply_orientation(opened, decode_with_pillow(opened, mode) if pixels is None else pixels)
 
 
 def validate_size(image: Image.Image) -> None:
-    """SampleError for more than MAX_PIXELS."""
+    """Raise SampleError if an image has more than MAX_PIXELS pixels."""
     if image.width * image.height > MAX_PIXELS:
         raise SampleError(f"{image.width}×{image.height} pixels; at most {MAX_PIXELS} are decoded")
 
 
 def apply_orientation(image: Image.Image, pixels: Tensor) -> Picture:
-    """The pixels of an image, turned as its EXIF orientation says."""
+    """Return the pixels of an image turned upright by its EXIF orientation."""
     height, width = image.height, image.width
     transposed, flipped = ORIENTATIONS.get(read_orientation(image), (False, ()))
     if transposed:
@@ -208,35 +239,36 @@ def apply_orientation(image: Image.Image, pixels: Tensor) -> Picture:
     return Picture(pixels.flip(flipped) if flipped else pixels, (height, width))
 
 
-def decode_jpeg(data: bytes, height: int, width: int, part: int) -> Tensor | None:
-    """A JPEG of this size by libjpeg-turbo, its sides divided by 1, 2, 4 or 8, as uint8 (3, H, W).
+def decode_jpeg(data: bytes, height: int, width: int, divisor: int) -> Tensor | None:
+    """Decode a JPEG by libjpeg-turbo, its sides divided by 1, 2, 4 or 8.
 
-    None where something about it is unusual, or wrong.
+    Returns:
+        uint8, shape (3, H, W); None if the file is damaged or libjpeg-turbo finds another size.
     """
-    size = (-(-height // part), -(-width // part))
+    size = (-(-height // divisor), -(-width // divisor))
     try:
-        array = simplejpeg.decode_jpeg(data, "RGB", min_height=size[0], min_width=size[1], min_factor=part)
+        array = simplejpeg.decode_jpeg(data, "RGB", min_height=size[0], min_width=size[1], min_factor=divisor)
     except ValueError:
         return None
     return torch.from_numpy(array).permute(2, 0, 1) if array.shape[:2] == size else None
 
 
 def decode_with_pillow(opened: Image.Image, mode: str) -> Tensor:
-    """An opened file's pixels, uint8 (C, H, W)."""
+    """Return the pixels of an opened image in a mode of Pillow, uint8, shape (C, H, W)."""
     opened.load()
-    opened.info.pop("transparency", None)  # else some modes are converted by way of an alpha channel
+    opened.info.pop("transparency", None)  # otherwise Pillow converts some modes by way of an alpha channel
     if opened.mode == "F" or (opened.mode == "I" and opened.format == "TIFF"):
-        raise SampleError(f"32 bits a pixel (Pillow's mode {opened.mode}): which value is white is unknown")
-    if opened.mode.startswith("I"):  # Pillow would clip all beyond 255 to white
+        raise SampleError(f"32 bits per pixel (Pillow's mode {opened.mode}), so that the value of white is unknown")
+    if opened.mode.startswith("I"):  # Pillow would clip all values above 255 to white
         opened = Image.fromarray((np.asarray(opened) >> 8).astype(np.uint8))
     return T.pil_to_tensor(opened.convert(mode))
 
 
 def read_orientation(image: Image.Image) -> int:
-    """The EXIF orientation; 1, as it stands, where there is none."""
+    """Return the EXIF orientation; 1, which means upright, if there is none."""
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # damaged EXIF spoils no picture, and has no common error
+    except Exception:  # damaged EXIF raises many types, and the pixels are still usable
         return 1
 
 
@@ -252,7 +284,7 @@ def resize_and_crop(picture: Picture, preprocessing: Preprocessing) -> Tensor:
     pixels, interpolation = picture.pixels, InterpolationMode(preprocessing.interpolation)
     if interpolation in (InterpolationMode.BILINEAR, InterpolationMode.BICUBIC):
         pixels = F.interpolate(pixels[None], size, mode=interpolation.value, antialias=True)[0]
-    else:  # Pillow's alone, or another of the same name
+    else:  # torch has no Lanczos or box filter, and its `nearest` differs from Pillow's
         pixels = T.pil_to_tensor(T.resize(T.to_pil_image(pixels), list(size), interpolation))
     if preprocessing.crop_mode == "border":
         return crop_with_border(pixels, preprocessing)
@@ -308,10 +340,18 @@ def parse_label(files: Mapping[str, bytes]) -> int | None:
 
 
 def parse_boxes(files: Mapping[str, bytes], preprocessing: Preprocessing) -> list[Box] | None:
-    """Where a sample's objects are in the model's input: the `boxes` of its `json`, [x0, y0, x1, y1] each, in pixels of
-    the upright image; of a ready tensor, in its own. None where it has none.
+    """Return the boxes of a sample's objects in pixels of the model's input.
 
-    SampleError where they are no boxes.
+    Args:
+        files: The sample's files. The `boxes` of its `json` are lists [x0, y0, x1, y1], in pixels of the upright image
+            or of the ready tensor.
+        preprocessing: How the image is resized and cropped.
+
+    Returns:
+        The boxes; None if the sample has no `boxes`.
+
+    Raises:
+        SampleError: If the `boxes` are not boxes, or the image cannot be opened.
     """
     found = parse_json_value(files["json"], "boxes") if "json" in files else None
     if found is None:
@@ -319,7 +359,7 @@ def parse_boxes(files: Mapping[str, bytes], preprocessing: Preprocessing) -> lis
     try:
         boxes = np.asarray(found, np.float64).reshape(-1, 4)
     except (ValueError, TypeError) as error:
-        raise SampleError("json's boxes are no lists of four numbers") from error
+        raise SampleError("json's boxes are not lists of four numbers") from error
     if not np.isfinite(boxes).all():
         raise SampleError("json's boxes are not finite")
     file = find_image(files)
@@ -338,7 +378,7 @@ def parse_boxes(files: Mapping[str, bytes], preprocessing: Preprocessing) -> lis
 
 
 def parse_json_value(data: bytes, name: str) -> Any:
-    """One value of a sample's json. SampleError where it cannot be parsed."""
+    """Return a value of a sample's json; None if it is absent. Raise SampleError if the json cannot be parsed."""
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:

@@ -1,8 +1,7 @@
-"""Files of labels → the label of each image of a folder.
+"""Files of labels: find the label of each image of a folder.
 
-Such files come in many forms: one label a line, or tables with a column of image names, with and without a heading,
-separated by white space, tabs, commas, semicolons or bars. A file that cannot be understood is an error: a wrong label
-would spoil every result.
+A file holds one label per line, or a table with a column of image names, with or without a heading, separated by white
+space, tabs, commas, semicolons or bars. An ambiguous file is an error, because a wrong label would spoil every result.
 """
 
 import codecs
@@ -15,8 +14,8 @@ from typing import NamedTuple
 from ray_jobs.data.samples import IMAGES, ShardError, extension_of
 
 MAX_CLASS = 2**31
-UNLABELED = -1  # as Hugging Face writes it
-# The headings of a column of labels, in the order of preference.
+UNLABELED = -1  # Hugging Face's value for a missing label
+# Headings of a column of labels, the preferred ones first.
 HEADINGS = (
     *("label", "labels", "class_index", "class_id", "classid", "class_idx", "label_id", "target", "cls", "class"),
     *("fine_label", "category_id", "category", "y", "class_name", "classname", "wnid", "synset", "predictionstring"),
@@ -26,13 +25,13 @@ NAME_HEADINGS = (
     *("path", "filepath", "file_path", "image_path", "id", "key"),
 )
 NUMBER = re.compile(r"[+-]?[0-9]+(\.0*)?")
-# ImageNet's LOC_val_solution.csv: a class and a box, or several of them.
+# ImageNet's LOC_val_solution.csv: one or several pairs of a class and a box.
 CLASS_AND_BOXES = re.compile(r"(\S+)(?:\s+-?\d+){4}(?:\s+\S+(?:\s+-?\d+){4})*")
 COMMENT = re.compile(r"#(\s|$)")
 BOX = 4  # numbers that follow the class in Tiny ImageNet's val_annotations.txt
 ENCODINGS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
-MAX_EXAMINED_LINES = 1000  # lines by which separator and columns are recognized
-MAX_SHOWN = 60  # characters of a line that are shown in a message
+MAX_EXAMINED_LINES = 1000  # from which separator and columns are detected
+MAX_SHOWN = 60  # characters of a line in a message
 
 Row = list[str]
 
@@ -40,8 +39,12 @@ Row = list[str]
 def number_classes(names: Iterable[str]) -> dict[str, int]:
     """Return the class number of each name.
 
-    If all names are class numbers, and no two the same one as 7 and 007 are, each is its own number. Otherwise the
-    names are numbered in their order, as torchvision does.
+    If the names are class numbers and all different (7 and 007 are equal), each name is its own number. Otherwise the
+    sorted names are numbered from 0, as in torchvision.
+
+    Example:
+        >>> number_classes(["dog", "cat"]), number_classes(["10", "2"])
+        ({'cat': 0, 'dog': 1}, {'2': 2, '10': 10})
     """
     ordered = sorted(set(names))
     numbers = {name: int(name) for name in ordered if re.fullmatch("[0-9]{1,20}", name) and int(name) < MAX_CLASS}
@@ -51,15 +54,22 @@ def number_classes(names: Iterable[str]) -> dict[str, int]:
 
 
 def parse_labels(data: bytes, images: Sequence[str], folder: str) -> list[int | None]:
-    """Return the label of each image of a folder from its file of labels; None for an image that the file omits.
+    """Return the label of each image of a folder from its file of labels.
 
     Args:
-        data: The file's bytes, UTF-8, or UTF-16 with a byte order mark.
+        data: The bytes of the file, UTF-8, or UTF-16 with a byte order mark.
         images: The paths of the images in the folder, sorted.
-        folder: The folder's own name, which may stand before the names of images.
+        folder: The folder's own name, which may precede the names of images.
+
+    Returns:
+        One label per image; None for an image that the file omits.
 
     Raises:
         ShardError: If the file names no image, or its labels are ambiguous.
+
+    Example:
+        >>> parse_labels(b"b.jpg 7", ["a.jpg", "b.jpg"], "val")
+        [None, 7]
     """
     lines = [line for line in decode_text(data).splitlines() if line.strip() and not COMMENT.match(line)]
     if not lines:
@@ -78,7 +88,7 @@ def parse_labels(data: bytes, images: Sequence[str], folder: str) -> list[int | 
     found: dict[str, tuple[int, str]] = {}
     for row in rows:
         if len(row) <= max(column, label):
-            raise ShardError(f"a line without a label: {' '.join(row)[:MAX_SHOWN]!r}")
+            raise ShardError(f"a line has no label: {' '.join(row)[:MAX_SHOWN]!r}")
         if (named := names.find(row[column])) is None:
             continue
         if named.other is not None:
@@ -96,6 +106,7 @@ def parse_labels(data: bytes, images: Sequence[str], folder: str) -> list[int | 
 
 
 def decode_text(data: bytes) -> str:
+    """Decode UTF-8, or UTF-16 with a byte order mark."""
     encoding = next((name for mark, name in ENCODINGS.items() if data.startswith(mark)), "utf-8")
     try:
         return data.decode(encoding)
@@ -104,47 +115,53 @@ def decode_text(data: bytes) -> str:
 
 
 class NamedImage(NamedTuple):
-    """The image that an entry names.
+    """The image that an entry of a file of labels names.
 
-    other: another image that it may mean as well.  rank: 2 if it is named by its path, 1 if the folder's own name
-    stands before it, 0 for another folder's name.  whole: with its extension.
+    Attributes:
+        image: The path of the image.
+        other: Another image that the entry names as well; None if the entry is unambiguous.
+        rank: 2 if the entry is the image's path, 1 if the folder's own name precedes it, 0 for another folder's name.
+        has_extension: Whether the entry includes the extension.
     """
 
     image: str
     other: str | None
     rank: int
-    whole: bool
+    has_extension: bool
 
 
 class ImageNames:
-    """Finds the images of a folder, given by their paths in it, by the names that files of labels use."""
+    """Index of a folder's images by the names that files of labels use."""
 
     def __init__(self, images: Sequence[str], folder: str) -> None:
+        """Index images by their paths in a folder with this name."""
         self.images, self.folder = images, folder
 
     @cached_property
     def exact(self) -> list[dict[str, tuple[str, str | None]]]:
-        return list(self.tables(str))
+        """The tables of names as they are."""
+        return list(self.build_tables(str))
 
     @cached_property
     def any_case(self) -> list[dict[str, tuple[str, str | None]]]:
-        return list(self.tables(str.casefold))
+        """The tables of names in lower case."""
+        return list(self.build_tables(str.casefold))
 
-    def tables(self, letters: Callable[[str], str]) -> Iterator[dict[str, tuple[str, str | None]]]:
-        """The images by path, path without extension, file name, and file name without extension."""
-        parts: list[Callable[[str], str]] = [str]
+    def build_tables(self, fold: Callable[[str], str]) -> Iterator[dict[str, tuple[str, str | None]]]:
+        """Yield the images by path, path without extension, file name, and file name without extension."""
+        name_forms: list[Callable[[str], str]] = [str]
         if any("/" in image for image in self.images):
-            parts.append(file_name)
-        for part in parts:
-            for form in (str, strip_extension):
+            name_forms.append(file_name)
+        for name_form in name_forms:
+            for extension_form in (str, strip_extension):
                 table: dict[str, tuple[str, str | None]] = {}
                 for image in self.images:
-                    key = letters(form(part(image)))
+                    key = fold(extension_form(name_form(image)))
                     table[key] = (image, None) if key not in table else (table[key][0], image)
                 yield table
 
     def find(self, entry: str) -> NamedImage | None:
-        """The image that an entry names; None if it names none."""
+        """Return the image that an entry names; None if it names no image."""
         entry = entry.strip()
         slashes = entry.replace("\\", "/")
         for any_case, path in ((False, entry), (False, slashes), (True, slashes.casefold())):
@@ -159,24 +176,27 @@ class ImageNames:
 
 
 def file_name(path: str) -> str:
+    """Return the last component of a path."""
     return path.rpartition("/")[2]
 
 
 def strip_extension(path: str) -> str:
+    """Return a path without its extension."""
     return path.rpartition(".")[0]
 
 
 def split_at(character: str) -> Callable[[Sequence[str]], list[Row]]:
+    """Return a function that splits lines at a character."""
     return lambda lines: list(csv.reader(lines, delimiter=character, skipinitialspace=True))
 
 
 def split_at_spaces(lines: Sequence[str]) -> list[Row]:
-    """Columns separated by white space; names with spaces stand in quotes."""
+    """Split lines at white space; names with spaces are in quotes."""
     return list(csv.reader([" ".join(line.split()) for line in lines], delimiter=" "))
 
 
 def split_off_last_word(lines: Sequence[str]) -> list[Row]:
-    """Names with spaces, and a label of one word."""
+    """Split lines into names, which may have spaces, and labels of one word."""
     return [line.rsplit(None, 1) for line in lines]
 
 
@@ -189,21 +209,21 @@ Layout = tuple[Callable[[Sequence[str]], list[Row]], int]
 
 
 def detect_layout(lines: Sequence[str], names: ImageNames) -> Layout | None:
-    """How to separate the columns, and which of them names images; None if none does."""
+    """Return how to split lines and which column names images; None if no column does."""
     best, layout = 0, None
     for separate in SEPARATORS:
         rows = separate(lines)
         for column in range(max(map(len, rows)) if max(map(len, rows)) > 1 else 0):
             found = [names.find(row[column]) for row in rows if len(row) > column]
-            # Without its extension a name may be a number, as a label is.
-            score = sum(1 + named.whole for named in found if named is not None)
+            # A name without its extension may be a number that is a label, so that it counts less.
+            score = sum(1 + named.has_extension for named in found if named is not None)
             if score > best:
                 best, layout = score, (separate, column)
     return layout
 
 
 def is_heading(rows: Sequence[Row], column: int, names: ImageNames) -> bool:
-    """Whether the first row is a heading instead of an image and its label."""
+    """Return whether the first row is a heading instead of an image and its label."""
     words = normalize_heading(rows[0])
     if column >= len(words) or names.find(rows[0][column]) is not None or extension_of(words[column]) in IMAGES:
         return False
@@ -214,11 +234,21 @@ def is_heading(rows: Sequence[Row], column: int, names: ImageNames) -> bool:
 
 
 def normalize_heading(row: Row) -> list[str]:
+    """Return the words of a heading in lower case, with underscores."""
     return [word.strip().casefold().replace(" ", "_") for word in row]
 
 
 def find_label_column(heading: Row | None, rows: Sequence[Row], names: int) -> int:
-    """The column of the labels."""
+    """Return the column of the labels.
+
+    Args:
+        heading: The heading; None if there is no heading.
+        rows: The other rows.
+        names: The column of the image names.
+
+    Raises:
+        ShardError: If it is not clear which column holds the labels.
+    """
     width = max(map(len, [*rows, heading or []]))
     columns = [column for column in range(width) if column != names]
     if heading is not None:
@@ -228,9 +258,11 @@ def find_label_column(heading: Row | None, rows: Sequence[Row], names: int) -> i
             return found[0]
     if len(columns) == 1:
         labels = [row[columns[0]].strip() for row in rows if len(row) > columns[0]]
-        # In `1 cat.jpg` the number counts the lines; captions and file names differ in every line.
+        # Numbers before the names count the lines; other values that differ in every line are captions or file names.
         if are_all_different(labels) and (columns[0] < names or not are_numbers(labels)):
-            raise ShardError(f"every image has a label of its own ({labels[0][:MAX_SHOWN]!r}, …): these are no classes")
+            raise ShardError(
+                f"every image has a different label ({labels[0][:MAX_SHOWN]!r}, …), so that they are not classes"
+            )
         return columns[0]
     boxes = [row[-BOX:] for row in rows]
     if names == 0 and len(columns) == 1 + BOX and all(map(are_numbers, boxes)):
@@ -240,15 +272,17 @@ def find_label_column(heading: Row | None, rows: Sequence[Row], names: int) -> i
 
 
 def are_numbers(values: Iterable[str]) -> bool:
+    """Return whether all values are whole numbers."""
     return all(NUMBER.fullmatch(value.strip()) for value in values)
 
 
 def are_all_different(values: Sequence[str]) -> bool:
+    """Return whether there are more than two values and no two are equal."""
     return len(values) > 2 and len(set(values)) == len(values)
 
 
 def parse_one_per_line(lines: Sequence[str], names: ImageNames) -> list[str]:
-    """The labels of a file that holds one a line, in the order of the sorted images."""
+    """Return the labels of a file with one label per line, in the order of the sorted images."""
     labels = [line.strip() for line in lines]
     if len(labels) == len(names.images) + 1 and labels[0].casefold() in HEADINGS:
         labels = labels[1:]
@@ -265,13 +299,13 @@ def parse_one_per_line(lines: Sequence[str], names: ImageNames) -> list[str]:
 
 
 def parse_class_numbers(labels: Iterable[str]) -> dict[str, int | None]:
-    """The class number of each label as a file writes it; None for an empty one and for -1."""
+    """Return the class number of each label of a file; None for an empty label and for -1."""
     class_of = {label: boxes[1] if (boxes := CLASS_AND_BOXES.fullmatch(label)) else label for label in labels}
     classes = {name for name in class_of.values() if name not in ("", "-1")}
     if not are_numbers(classes):
         numbers = number_classes(classes)
     else:
         numbers = {name: int(name.partition(".")[0]) for name in classes}
-        if odd := next((name for name, number in numbers.items() if not 0 <= number < MAX_CLASS), None):
-            raise ShardError(f"{odd[:MAX_SHOWN]} is not a class number")
+        if wrong := next((name for name, number in numbers.items() if not 0 <= number < MAX_CLASS), None):
+            raise ShardError(f"{wrong[:MAX_SHOWN]} is not a class number")
     return {label: numbers.get(name) for label, name in class_of.items()}

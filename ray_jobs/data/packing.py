@@ -1,4 +1,4 @@
-"""A folder of images → WebDataset shards."""
+"""Packing: write a folder of images as WebDataset shards."""
 
 import io
 import os
@@ -24,33 +24,33 @@ JPEG_QUALITY = 95
 
 
 def pack(images: Path, out: Path, per_shard: int = 1000, crops: int = 0, size: int = 256, seed: int = 0) -> list[Path]:
-    """Write a folder of class folders (torchvision's ImageFolder layout) as shards.
+    """Write a folder of class folders (torchvision's ImageFolder layout) as shards, in a seeded random order.
 
-    A class folder whose name is a number is that class, as the model numbers it; other folders are
-    numbered in the order of their names, written to `classes.json`. Images lie in a seeded random order.
+    A class folder whose name is a number is that class of the model. Other folders are numbered in the order of their
+    names. The names are written to `classes.json`.
 
     Args:
         images: The folder of class folders. Hidden files and folders are left out.
         out: The folder for the shards.
-        per_shard: Samples of a shard.
-        crops: If not 0, this many random crops and flips of each image instead of the image.
-        size: Height and width of a crop.
+        per_shard: Number of samples of a shard.
+        crops: Number of random crops and flips to write of each image; 0 writes the images themselves.
+        size: Height and width of a crop in pixels.
         seed: Seed of the order and the crops.
 
     Returns:
         The paths of the shards.
 
     Raises:
-        UserError: If there are no images, one cannot be read, or the shards cannot be written.
+        UserError: If there are no images, an image cannot be read, or the shards cannot be written.
     """
     found = list_images(images)
-    if (whole := out.resolve()).is_relative_to(inside := images.resolve()):
-        what = f"lies within the images' folder {inside}, where a later run takes it for a class"
-        raise UserError(str(whole), what, "Choose a folder elsewhere.")
+    if (target := out.resolve()).is_relative_to(source := images.resolve()):
+        what = f"is inside the folder of images {source}, so that a later run would take it for a class"
+        raise UserError(str(target), what, "Choose another folder.", "out")
     classes = number_classes(list_class_folders(images))
     validate_images(images, found, bool(crops))
-    place = {name: number for number, name in enumerate(classes)}
-    found.sort(key=lambda image: (place[image.partition("/")[0]], image.split("/")))
+    order = {name: number for number, name in enumerate(classes)}
+    found.sort(key=lambda image: (order[image.partition("/")[0]], image.split("/")))
     keys = dict(zip(found, make_keys(found)))
     rng = random.Random(seed)
     rng.shuffle(found)
@@ -60,8 +60,8 @@ def pack(images: Path, out: Path, per_shard: int = 1000, crops: int = 0, size: i
     with publish(locate(out)) as folder:
         for number, first in enumerate(range(0, len(samples), per_shard)):
 
-            def write(aside: Path, chosen: list[tuple[str, int]] = samples[first : first + per_shard]) -> None:
-                with open(aside, "wb") as file, TarWriter(file, encoder=False, mtime=0) as tar:
+            def write(temporary: Path, chosen: list[tuple[str, int]] = samples[first : first + per_shard]) -> None:
+                with open(temporary, "wb") as file, TarWriter(file, encoder=False, mtime=0) as tar:
                     for image, crop in chosen:
                         key, cls = keys[image], str(classes[image.partition("/")[0]]).encode()
                         if crops:
@@ -77,37 +77,39 @@ def pack(images: Path, out: Path, per_shard: int = 1000, crops: int = 0, size: i
 
 
 def list_images(folder: Path) -> list[str]:
-    """The images in class folders, by their paths, sorted. UserError if there are none."""
+    """Return the paths of the images in class folders, sorted. Raise UserError if there are no images."""
     if not folder.is_dir():
-        raise UserError(str(folder), "no such folder", "Name a folder that holds one folder for each class.")
+        raise UserError(str(folder), "no such folder", "Pass a folder with one folder per class.")
     try:
         found, _ = list_local_images(str(folder))
     except OSError as error:
         raise UserError(str(error.filename), f"cannot be read ({error.strerror})", "Fix its permissions.") from error
     found = sorted(image for image in found if "/" in image and extension_of(image) != TENSOR)
     if not found:
-        remedy = f"Put images ({', '.join(IMAGES)}) into one folder for each class."
+        remedy = f"Put images ({', '.join(IMAGES)}) into one folder per class."
         raise UserError(str(folder), "no images in class folders", remedy)
     return found
 
 
 def list_class_folders(folder: Path) -> list[str]:
+    """Return the names of the visible folders in a folder."""
     return [f.name for f in folder.iterdir() if f.is_dir() and not f.name.startswith(".")]
 
 
 def validate_images(images: Path, found: list[str], crops: bool) -> None:
-    """UserError for the first image that cannot be packed, before anything is written."""
+    """Raise UserError for the first image that cannot be packed, before anything is written."""
     for path, image in ((images / image, image) for image in found):
-        trouble = find_file_problem(str(path))
-        if trouble is None and not os.access(path, os.R_OK):
-            trouble = "its permissions do not allow reading it"
-        if trouble is None and crops and extension_of(image) in UNREAD_IMAGES:
-            trouble = explain_unread_format(extension_of(image))
-        if trouble is not None:
-            raise UserError(str(path), f"cannot be packed ({trouble})", "Delete or replace it.")
+        problem = find_file_problem(str(path))
+        if problem is None and not os.access(path, os.R_OK):
+            problem = "its permissions do not allow to read it"
+        if problem is None and crops and extension_of(image) in UNREAD_IMAGES:
+            problem = explain_unread_format(extension_of(image))
+        if problem is not None:
+            raise UserError(str(path), f"cannot be packed ({problem})", "Delete or replace it.")
 
 
 def read_file(file: Path) -> bytes:
+    """Return the bytes of a file. Raise UserError if it cannot be read."""
     try:
         return file.read_bytes()
     except OSError as error:
@@ -115,7 +117,7 @@ def read_file(file: Path) -> bytes:
 
 
 def crop_randomly(file: Path, size: int, seed: int) -> bytes:
-    """A random crop of an image, flipped or not, as JPEG; the same for the same file name and seed."""
+    """Return a random crop of an image, randomly flipped, as JPEG. File name and seed determine it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(crc32(f"{file.name}/{seed}".encode("utf-8", "surrogateescape")))
         image = open_image(file)
@@ -129,7 +131,7 @@ def crop_randomly(file: Path, size: int, seed: int) -> bytes:
 
 
 def open_image(file: Path) -> Image.Image:
-    """An image file, upright, as RGB. UserError if it cannot be decoded."""
+    """Return an image file as an upright RGB image. Raise UserError if it cannot be decoded."""
     try:
         return decode_upright(read_file(file), "RGB", formats=list_formats(file.name)).image()
     except UserError:

@@ -1,4 +1,4 @@
-"""A Parquet file with images in it → samples, row group by row group."""
+"""Parquet files with a column of images: read their samples, in bounded memory."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from ray_jobs.data.samples import (
     reject,
 )
 
-BATCH_ROWS = 16  # read at once
+BATCH_ROWS = 16  # rows that are read at once
 MAX_GROUP_BYTES = 1 << 31
 IMAGE_COLUMNS = ("image", "img", *IMAGES, "bytes", "image_bytes", "content")
 LABEL_COLUMNS = ("label", "labels", "cls", "class", "target", "fine_label")
@@ -32,15 +32,18 @@ WHOLE_NUMBER = re.compile(r"[+-]?[0-9]{1,20}(\.0*)?")
 
 
 def is_parquet(shard: str) -> bool:
-    """Whether a shard is a Parquet file, by its name."""
+    """Return whether a shard is a Parquet file, by its name."""
     return re.search(r"\.(parquet|pq)($|\?)", shard) is not None
 
 
 def read_samples(file: BinaryIO) -> Iterator[Sample]:
-    """The rows of a Parquet file in its order, named after their number or by its column `__key__` or `key`.
+    """Yield the rows of a Parquet file as samples.
 
-    The image: a column of bytes, or a struct with the field `bytes`, as Hugging Face has it. The label: a
-    column of class numbers. ShardError if the file has no images, or fewer rows than its footer says.
+    Images are a column of bytes, or of Hugging Face's structs with a field `bytes`. Labels are a column of class
+    numbers. Keys are the column `__key__` or `key`, or the numbers of the rows.
+
+    Raises:
+        ShardError: If the file has no images, or another number of rows than its footer says.
     """
     table = pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)
     schema = table.schema_arrow
@@ -56,18 +59,18 @@ def read_samples(file: BinaryIO) -> Iterator[Sample]:
     for batch in table.iter_batches(BATCH_ROWS, columns=[c for c in (image, label, key) if c], use_threads=False):
         names = read_keys(batch, key)
         for name, row in zip(names, batch.drop_columns([key] if key else []).to_pylist()):
-            nth = f"{rows:08}"
+            row_number = f"{rows:08}"
             if len(name) > MAX_KEY:
-                yield reject(nth, f"its key has {len(name)} characters; at most {MAX_KEY} are possible")
+                yield reject(row_number, f"its key has {len(name)} characters; at most {MAX_KEY} are allowed")
             else:
-                yield make_sample(name or nth, row[image], row[label] if label else None, classes)
+                yield make_sample(name or row_number, row[image], row[label] if label else None, classes)
             rows += 1
     if rows != table.metadata.num_rows:
-        raise ShardError(f"{rows} rows were read, its footer says {table.metadata.num_rows}")
+        raise ShardError(f"{rows} rows were read, but its footer says {table.metadata.num_rows}")
 
 
 def read_keys(batch: pa.RecordBatch, key: str | None) -> list[str]:
-    """The keys of some rows; empty if a row has none. Bytes that are not UTF-8 become surrogate escapes."""
+    """Return the keys of some rows; "" if a row has no key. Bytes that are not UTF-8 become surrogate escapes."""
     if key is None:
         return [""] * len(batch)
     column = batch.column(key)
@@ -80,25 +83,27 @@ def read_keys(batch: pa.RecordBatch, key: str | None) -> list[str]:
 
 
 def find_image_column(schema: pa.Schema) -> str:
-    """The column that holds the images: by its name, else the only one that can."""
-    able = [field.name for field in schema if holds_bytes(field.type)]
-    named = [name for name in IMAGE_COLUMNS if name in able]
-    if not named and len(able) != 1:
-        raise ShardError(f"no column of image bytes; it has {', '.join(schema.names) or 'no columns'}")
-    return (named or able)[0]
+    """Return the column of the images: by its name, otherwise the only column of bytes."""
+    candidates = [field.name for field in schema if holds_bytes(field.type)]
+    named = [name for name in IMAGE_COLUMNS if name in candidates]
+    if not named and len(candidates) != 1:
+        raise ShardError(f"no column of image bytes; its columns are {', '.join(schema.names) or 'none'}")
+    return (named or candidates)[0]
 
 
 def holds_bytes(kind: pa.DataType) -> bool:
+    """Return whether a type is bytes, or a struct with a field `bytes`."""
     if pa.types.is_struct(kind):
         return any(field.name == "bytes" and holds_bytes(field.type) for field in kind)
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
 
 
 def make_sample(name: str, image: Any, label: Any, classes: Sequence[str]) -> Sample:
+    """Return a row as a sample, which is rejected if its image or label cannot be used."""
     key = make_key(name)
     data, path = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (image, None)
     if data is None:
-        return reject(key, "no image bytes in this row")
+        return reject(key, "the row has no image bytes")
     if len(data) > MAX_SAMPLE_BYTES:
         return reject(key, f"it has more than {MAX_SAMPLE_BYTES} bytes")
     try:
@@ -111,14 +116,14 @@ def make_sample(name: str, image: Any, label: Any, classes: Sequence[str]) -> Sa
 
 
 def parse_class_number(value: Any, classes: Sequence[str] = ()) -> int | None:
-    """Return a cell of a column of labels as a class number; None for null, NaN and -1.
+    """Return a value of a column of labels as a class number; None for null, NaN and -1.
 
     Args:
-        value: A whole number in any spelling: an integer, 3.0, "3", true for 1, or a list of one of these.
+        value: A whole number in any form: an integer, 3.0, "3", true for 1, or a list with one of these.
         classes: The names of the classes, if the file's schema has them.
 
     Raises:
-        SampleError: If it is none.
+        SampleError: If the value is not a class number.
     """
     if isinstance(value, list) and len(value) == 1:
         return parse_class_number(value[0], classes)
@@ -138,7 +143,7 @@ def parse_class_number(value: Any, classes: Sequence[str] = ()) -> int | None:
 
 
 def read_class_names(schema: pa.Schema, column: str) -> tuple[str, ...]:
-    """The names of the classes that Hugging Face's `ClassLabel` puts into a file's metadata; none if it has none."""
+    """Return the class names of Hugging Face's `ClassLabel` in the metadata of a file; empty if there are none."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         return tuple(map(str, features[column]["names"]))

@@ -1,4 +1,4 @@
-"""A sample: its key and its files, and why it may be rejected before anything is decoded."""
+"""Samples: their keys and files, and rejection before anything is decoded."""
 
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping
@@ -11,10 +11,10 @@ from ray_jobs.units import encode_name, make_printable
 
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels
 
-# Extensions of images, in the order of preference if a sample has several: photographs before masks.
+# Extensions of images, the preferred ones first: formats of photographs before formats of masks.
 IMAGES = ("jpg", "jpeg", "jpe", "jfif", "webp", "png", "apng", "ppm", "pgm", "pbm", "pnm", "bmp", "tif", "tiff")
-# Pillow's formats that are decoded only in files of these names; torchvision's ImageFolder takes them too. JPEG, PNG
-# and WebP are known by their content. No other of Pillow's decoders is given any bytes.
+# Formats that Pillow decodes only in files with these extensions, which torchvision's ImageFolder takes too. JPEG, PNG
+# and WebP are recognized by their content. No other decoder of Pillow receives any bytes.
 NAMED_FORMATS = dict.fromkeys(("ppm", "pgm", "pbm", "pnm"), "PPM") | {"bmp": "BMP", "tif": "TIFF", "tiff": "TIFF"}
 # Extensions of images that are not decoded. Their files are listed as rejected samples.
 UNREAD_IMAGES = (
@@ -22,23 +22,24 @@ UNREAD_IMAGES = (
     *("pfm", "pcx", "dib", "exr", "hdr", "dng", "cr2", "cr3", "nef", "arw", "raf", "orf", "rw2"),
 )
 TENSOR = "npy"
-INPUT_NAMES = ("image", "img", "input", "photo", "rgb")  # before the extension: 17.image.jpg
+INPUT_NAMES = ("image", "img", "input", "photo", "rgb")  # may stand before the extension: 17.image.jpg
 MAX_SAMPLE_BYTES = 1 << 27  # of all files of a sample; a ready tensor of 3×1024×1024 has 12 MB
 
-# What must not stand in a key: the dot, which ends a WebDataset key; the comma of `--keys KEY,KEY`; the percent sign
-# of this encoding; backslashes, control characters, line separators and bytes that are not UTF-8; slashes that name no
-# folder; space at either end; and `__` at the start, which WebDataset takes for metadata.
+# Characters that a key cannot have: the dot, which ends a WebDataset key; the comma of `--keys KEY,KEY`; the percent
+# sign of this encoding; backslashes, control characters, line separators and bytes that are not UTF-8; leading,
+# trailing and double slashes; space at either end; and `__` at the start, which WebDataset takes for metadata.
 UNSAFE = re.compile(r"[%.,\\\x00-\x1f\x7f-\x9f\u2028\u2029\udc80-\udcff]|\A/|(?<=/)/|/\Z|\A\s+|\s+\Z|\A_(?=_)")
 
 
 def make_key(name: str) -> str:
-    """Return a name as a sample's key, which tars, tables, file names and `--keys` can carry.
+    """Return the key of a sample with a given name; tars, tables, file names and `--keys` can hold it.
 
-    Characters that would be misread are percent-encoded, so `urllib.parse.unquote` gives the name again. The slashes
+    Characters that would be misread are percent-encoded, so that `urllib.parse.unquote` restores the name. The slashes
     between folders stay. Different names have different keys.
 
     Args:
-        name: A path in a folder, or the key column of a Parquet file; bytes that are not UTF-8 as surrogate escapes.
+        name: A path in a folder, or a value of the key column of a Parquet file. Bytes that are not UTF-8 are
+            surrogate escapes.
 
     Example:
         >>> make_key("n01440764/img.1.jpg")
@@ -92,13 +93,20 @@ def find_tensor(files: Container[str]) -> str | None:
 
 
 def derive_seed(name: str) -> int:
-    """A seed for what is random about a sample, from a name of it alone."""
+    """Return a seed for the random choices about a sample that depends on its name alone."""
     return int.from_bytes(blake2b(encode_name(name), digest_size=7).digest())
 
 
 @dataclass(frozen=True)
 class RejectedSample:
-    """A sample that was not used, at which stage (read, decode, model), and why."""
+    """A sample that was not used.
+
+    Attributes:
+        shard: The shard.
+        key: The sample's key.
+        stage: Where it was rejected: read, decode or model.
+        reason: Why.
+    """
 
     shard: str
     key: str
@@ -107,20 +115,20 @@ class RejectedSample:
 
 
 class SampleError(Exception):
-    """A sample that cannot be used; its message says why."""
+    """Reason why a sample cannot be used."""
 
 
 class ShardError(Exception):
-    """A shard that cannot be read as a whole; its message says why."""
+    """Reason why a shard cannot be read completely."""
 
 
 def extension_of(name: str) -> str:
-    """The last extension of a file's name, in lower case."""
+    """Return the last extension of a file name, in lower case."""
     return name.rpartition(".")[2].lower()
 
 
 def explain_unread_format(extension: str) -> str:
-    """Why an image of a format that is not decoded is rejected."""
+    """Return the reason for rejecting an image in a format that is not decoded."""
     return f"{extension.upper()} images are not decoded; convert it to PNG or JPEG"
 
 

@@ -1,18 +1,17 @@
-"""Specs → the list of shards, each a string that any worker can read on its own.
+"""Shard specifications: resolve specs to shards, each a string from which any worker can read.
 
 | spec | shards |
 | --- | --- |
-| `train-{000..015}.tar`, `*.tar.gz`, any URL of fsspec | a WebDataset tar each |
-| `*.parquet` | a file each |
-| `FOLDER` on this machine, `URL/` | `FOLDER/images-…`, at most 1000 images each (`ray_jobs.data.image_folders`) |
-| `@shards.txt`, `@URL` | those of the specs in it, one per line |
-| `pipe:COMMAND` | what the command prints, where pipes are allowed |
+| `train-{000..015}.tar`, `*.tar.gz`, any URL of fsspec | one shard per WebDataset tar |
+| `*.parquet` | one shard per file |
+| `FOLDER` on this machine, `URL/` | `FOLDER/images-…` with at most 1000 images each (see `image_folders`) |
+| `@shards.txt`, `@URL` | the shards of the specs in this list, one spec per line |
+| `pipe:COMMAND` | the output of the command, if pipes are allowed |
 
-Credentials and endpoints of object stores are those of fsspec and its file systems, from the environment
-alone: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_PROFILE; AWS_ENDPOINT_URL or
-FSSPEC_S3_ENDPOINT_URL for another server than Amazon's; FSSPEC_S3_ANON=true for public buckets;
-GOOGLE_APPLICATION_CREDENTIALS; AZURE_STORAGE_CONNECTION_STRING; HF_TOKEN. Workers need them as the driver
-does. Each file system is a package of its own: s3fs, gcsfs, adlfs, huggingface_hub.
+fsspec and its file systems take credentials and endpoints of object stores from the environment of the driver and of
+the workers: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_PROFILE; AWS_ENDPOINT_URL or FSSPEC_S3_ENDPOINT_URL for
+servers other than Amazon's; FSSPEC_S3_ANON=true for public buckets; GOOGLE_APPLICATION_CREDENTIALS;
+AZURE_STORAGE_CONNECTION_STRING; HF_TOKEN. Each file system is a separate package: s3fs, gcsfs, adlfs, huggingface_hub.
 """
 
 import os
@@ -38,34 +37,40 @@ WILDCARDS = "*?["
 
 
 def list_shards(specs: Iterable[str], allow_pipes: bool = False) -> tuple[str, ...]:
-    """The shards of some specs, in order.
+    """Return the shards of some specs, in order.
 
-    Local paths become absolute, since workers run elsewhere. UserError where there is none, where one
-    is missing or empty, where one is named twice, and for `pipe:` unless allowed: it runs a shell command.
-    A URL without wildcards is not looked at; its absence shows when it is read.
+    Local paths become absolute, because workers run in other folders. A URL without wildcards is not checked; if it
+    does not exist, reading it fails.
+
+    Args:
+        specs: The specs (see the table above).
+        allow_pipes: Whether a spec may be `pipe:COMMAND`, which runs a shell command.
+
+    Raises:
+        UserError: If there are no shards, a shard is missing, empty or listed twice, or a pipe is not allowed.
     """
     shards: list[str] = []
     for spec in specs:
         for line in read_list(spec):
             if line.startswith(PIPE) and not allow_pipes:
-                raise UserError(line, "a pipe runs a shell command", "Allow it with --allow-pipes.")
+                raise UserError(line, "a pipe runs a shell command", "Pass --allow-pipes to allow it.")
             shards += expand_spec(line)
     if not shards:
-        raise UserError("--shards", "no shards were named", "Name at least one tar file.")
+        raise UserError("--shards", "there are no shards", "Pass at least one tar file.")
     if len(set(shards)) < len(shards):
         repeated = next(s for s in shards if shards.count(s) > 1)
-        raise UserError(f"--shards {repeated}", "named twice", "Name each shard once.")
+        raise UserError(f"--shards {repeated}", "this shard is listed twice", "List each shard once.")
     return tuple(shards)
 
 
 def read_list(spec: str) -> Iterator[str]:
-    """The specs that a list file names, relative to its folder; any other spec itself."""
-    if not spec.startswith("@") or os.path.lexists(spec.partition("/")[0]):  # a name that exists
+    """Yield the specs in a list file, relative to its folder; any other spec is yielded as it is."""
+    if not spec.startswith("@") or os.path.lexists(spec.partition("/")[0]):  # a file whose name begins with @
         yield spec
         return
     path = normalize_location(spec[1:])
     path = path if is_url(path) else str(Path(path).absolute())
-    with translate_errors(path, remedy="Check --shards; @FILE names a list of shards."), open_stream(path) as file:
+    with translate_errors(path, remedy="Check --shards; @FILE is a list of shards."), open_stream(path) as file:
         lines = file.read().decode("utf-8-sig").splitlines()
     for line in lines:
         entry = line.partition(" #")[0].strip()
@@ -75,7 +80,7 @@ def read_list(spec: str) -> Iterator[str]:
 
 
 def expand_spec(spec: str) -> Iterator[str]:
-    """The shards of a path, URL, command or folder, with braces and wildcards."""
+    """Yield the shards of a path, URL, command or folder with braces and wildcards."""
     if spec.startswith(PIPE):
         yield from expand_braces(spec)
         return
@@ -85,27 +90,27 @@ def expand_spec(spec: str) -> Iterator[str]:
 
 
 def expand_braces(spec: str, whole: str = "") -> list[str]:
-    """The words that bash makes of `{a,b}` and `{000..015}`."""
+    """Return the words to which bash expands `{a,b}` and `{000..015}`."""
     if "{" not in spec:
         return [spec]
     try:
         return list(braceexpand(spec))
     except ValueError as error:
-        raise UserError(f"--shards {whole or spec}", "a brace that is not closed", "Ranges are {000..015}.") from error
+        raise UserError(f"--shards {whole or spec}", "a brace is not closed", "Write ranges as {000..015}.") from error
 
 
 def match_urls(spec: str) -> Iterator[str]:
-    """The URLs that a URL with braces and wildcards matches; those of folders end with a slash."""
+    """Yield the URLs that a URL with braces and wildcards matches; URLs of folders end with a slash."""
     for number, url in enumerate(expand_braces(spec)):
         # A query may hold anything, and an IPv6 address has brackets.
         http = url.startswith(("http:", "https:"))
         wild = "*" in urlsplit(url).path if http else any(c in url for c in WILDCARDS)
-        if number == 0:  # a package that is missing is known now
+        if number == 0:  # report a missing package now
             open_file_system(url)
         if not wild or (not http and Location(url).exists()):
             yield url
             continue
-        with translate_errors(url, remedy="Check --shards, or name each shard if the server gives no lists."):
+        with translate_errors(url, remedy="Check --shards. If the server cannot list folders, pass each shard."):
             filesystem, path = open_file_system(url)
             entries = filesystem.glob(path, detail=True).items()
             found = sorted(filesystem.unstrip_protocol(p) + "/" * (e["type"] == "directory") for p, e in entries)
@@ -115,9 +120,9 @@ def match_urls(spec: str) -> Iterator[str]:
 
 
 def match_paths(spec: str) -> Iterator[str]:
-    """The absolute paths that a path with braces and wildcards matches; those of folders end with a slash.
+    """Yield the absolute paths that a path with braces and wildcards matches; paths of folders end with a slash.
 
-    Names that exist are meant literally: braces and wildcards count only behind the folders that do.
+    Existing files and folders are taken literally, so that braces and wildcards in their names are not expanded.
     """
     with translate_errors(spec, remedy="Check --shards."):
         head, tail = split_existing(Path(spec).absolute())
@@ -129,14 +134,16 @@ def match_paths(spec: str) -> Iterator[str]:
                     raise no_match_error(f"{head}/{pattern}")
             for each in found:
                 if not each.exists():
-                    raise UserError(str(each), "no such shard", "Check --shards; brace ranges are {000..015}.")
+                    raise UserError(
+                        str(each), "the shard does not exist", "Check --shards; write ranges as {000..015}."
+                    )
                 if each.is_file() and each.stat().st_size == 0:
-                    raise UserError(str(each), "not a tar archive (it is empty)", "Delete or replace it.")
+                    raise UserError(str(each), "not a tar archive (0 bytes)", "Delete or replace it.")
                 yield f"{each}/" if each.is_dir() else str(each)
 
 
 def split_existing(path: Path) -> tuple[Path, str]:
-    """The longest beginning of an absolute path that exists, and the rest."""
+    """Split an absolute path after its last existing component."""
     parts = path.parts
     head = Path(parts[0])
     for number, part in enumerate(parts[1:], 1):
@@ -147,22 +154,27 @@ def split_existing(path: Path) -> tuple[Path, str]:
 
 
 def no_match_error(pattern: str) -> UserError:
+    """Return the error for a pattern without matches."""
     return UserError(f"--shards {pattern}", "nothing matches", "Check the path.")
 
 
 def list_folder_shards(path: str) -> list[str]:
-    """The shards of a folder of images."""
-    with translate_errors(path, remedy="Check --shards; shards in a folder are named by FOLDER/*.tar."):
+    """Return the shards of a folder of images."""
+    with translate_errors(path, remedy="Check --shards. For shards in a folder, pass FOLDER/*.tar."):
         shards = scan_folder(path).shards()
     if not shards:
-        raise UserError(path, "a folder without images", "Shards in a folder are named by FOLDER/*.tar.")
+        raise UserError(path, "the folder has no images", "For shards in a folder, pass FOLDER/*.tar.")
     return shards
 
 
 def name_outputs(shards: Sequence[str]) -> dict[str, str]:
-    """For each shard a relative path to name its outputs after, without extension, safe, and no two the same.
+    """Return for each shard a safe and unique relative path without extension, by which its outputs are named.
 
-    It is the shard's own path less the folders that all have in common; never a URL's query, which may be a secret.
+    It is the shard's path without the folders that all shards share, and without a URL's query, which may be secret.
+
+    Example:
+        >>> name_outputs(["/data/a/0.tar", "/data/b/0.tar"])
+        {'/data/a/0.tar': 'a/0', '/data/b/0.tar': 'b/0'}
     """
     paths = [make_shard_path(shard) for shard in shards]
     common = os.path.commonpath([os.path.dirname(path) for path in paths])  # noqa: PTH120 - may be parts of URLs
@@ -177,7 +189,7 @@ def name_outputs(shards: Sequence[str]) -> dict[str, str]:
 
 
 def make_shard_path(shard: str) -> str:
-    """What names a shard: its path, for URLs with the host or bucket; for a pipe its command, as one component."""
+    """Return a shard's path, after the host or bucket of a URL; a pipe's command becomes one component."""
     if shard.startswith(PIPE):
         path = shard.removeprefix(PIPE).replace("/", "_")
     elif is_url(shard):

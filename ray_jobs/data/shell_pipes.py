@@ -1,4 +1,4 @@
-"""Shell commands whose output is read, and how they are ended."""
+"""Shell commands whose output is read as a shard: start them, and kill their process groups."""
 
 import os
 import signal
@@ -9,14 +9,18 @@ from typing import Any
 
 from ray_jobs.data.samples import ShardError
 
-PIPES: set[int] = set()  # process groups of the commands that are read from
+PIPES: set[int] = set()  # process groups of the running commands
 
 
 @contextmanager
 def open_pipe(command: str) -> Iterator[Any]:
-    """Give the output of a shell command. ShardError if it fails."""
-    # A process group of its own: all that the command starts is ended with it, and Ctrl-C, which lets the job end
-    # its shards, does not reach it.
+    """Run a shell command and yield its output.
+
+    Raises:
+        ShardError: If the command fails.
+    """
+    # A separate process group: the command's children can be killed with it, and Ctrl-C does not reach it, because
+    # the job finishes its shards first.
     process = subprocess.Popen(command, shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, process_group=0)
     assert process.stdout is not None
     PIPES.add(process.pid)
@@ -32,12 +36,12 @@ def open_pipe(command: str) -> Iterator[Any]:
 
 
 def kill_group(leader: int) -> None:
-    """Kill the processes of a group, if any are left."""
+    """Kill the remaining processes of a group."""
     with suppress(ProcessLookupError):
         os.killpg(leader, signal.SIGKILL)
 
 
 def kill_pipes() -> None:
-    """Kill all commands that shards are read from."""
+    """Kill all running commands that shards are read from."""
     for leader in list(PIPES):
         kill_group(leader)

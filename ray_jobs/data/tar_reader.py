@@ -1,7 +1,7 @@
-"""The bytes of a tar → samples, as webdataset groups them.
+"""Tar archives: read their samples, grouped as WebDataset groups them.
 
-Python's tarfile takes a damaged header in the middle for the end of the archive, reads extended headers
-of any size into memory, and webdataset raises on a name that comes twice; so the headers are walked here.
+This module parses the headers itself, because Python's tarfile takes a damaged header for the end of the archive and
+reads extended headers of any size into memory, and webdataset raises an error for a repeated name.
 """
 
 import re
@@ -14,128 +14,141 @@ from ray_jobs.data.samples import MAX_SAMPLE_BYTES, Sample, ShardError
 from ray_jobs.units import make_printable
 
 BLOCK = tarfile.BLOCKSIZE
-MAX_HEADER_BYTES = 1 << 20  # of one extended header; a path in it has some hundred bytes
+MAX_HEADER_BYTES = 1 << 20  # of one extended header; paths have a few hundred bytes
 FILES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 PAX_HEADERS = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
 WITHOUT_DATA = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE)
 RECORD = re.compile(rb"(\d{1,20}) ([^=]+)=")
-NAME = re.compile(r"((?:.*/)?[^./]+)\.((?!__)[^/]*)", re.DOTALL)  # key, extension; `__` is for what is no file
+NAME = re.compile(r"((?:.*/)?[^./]+)\.((?!__)[^/]*)", re.DOTALL)  # key, extension; `__` begins WebDataset's metadata
 META = re.compile(r"__[^/]*__($|/)")
 
 
 @dataclass(frozen=True)
 class Member:
-    """An entry of an archive: its name, its size in bytes, and why it is no plain file, where it is none."""
+    """An entry of an archive.
+
+    Attributes:
+        name: Its path.
+        size: Its size in bytes.
+        problem: Why it is not a regular file; None if it is.
+    """
 
     name: str
     size: int
-    trouble: str | None
+    problem: str | None
 
 
 class Archive:
-    """The members of a tar, one after the other; `read` gives the bytes of the current one.
+    """Iterator over the members of a tar archive.
 
-    Raises ShardError unless everything up to the end-of-archive mark is sound, and nothing but zeros follows.
+    Iteration raises a ShardError if anything up to the end-of-archive mark is damaged, or anything but zeros follows.
     """
 
     def __init__(self, stream: BinaryIO) -> None:
+        """Read from a stream, which need not be seekable."""
         self.stream = stream
         self.unread = 0  # bytes before the next header
 
     def __iter__(self) -> Iterator[Member]:
+        """Yield the members in order."""
         while (member := self.next()) is not None:
             yield member
         while rest := self.stream.read(1 << 16):
             if rest.strip(b"\0"):
-                raise ShardError("data after its end-of-archive mark, as where archives were joined by cat")
+                raise ShardError("there is data after its end-of-archive mark; archives cannot be joined by cat")
 
     def read(self, size: int) -> bytes:
-        """The first `size` bytes of the current member."""
-        data = self.take(size)
+        """Return the next `size` bytes of the current member."""
+        data = self.read_exactly(size)
         self.unread -= size
         return data
 
-    def take(self, size: int) -> bytes:
+    def read_exactly(self, size: int) -> bytes:
+        """Return `size` bytes of the stream; raise ShardError if it ends before."""
         data = self.stream.read(size)
         if len(data) < size:
-            raise ShardError("it was cut short: it ends within a member")
+            raise ShardError("it is truncated: it ends within a member")
         return data
 
     def next(self) -> Member | None:
-        """The next member; None at the end-of-archive mark."""
-        while self.unread:  # not sought: not every stream can
-            skipped = min(self.unread, 1 << 16)
-            self.read(skipped)
+        """Return the next member; None at the end-of-archive mark."""
+        while self.unread:  # read instead of seek, because streams need not be seekable
+            self.read(min(self.unread, 1 << 16))
         extended: dict[str, str] = {}
-        while (header := self.header()) is not None:
+        while (header := self.read_header()) is not None:
             if header.type in PAX_HEADERS:
-                extended |= parse_pax_records(self.extension(header))
+                extended |= parse_pax_records(self.read_extension(header))
             elif header.type == tarfile.GNUTYPE_LONGNAME:
-                name, end, _ = self.extension(header).partition(b"\0")
+                name, end, _ = self.read_extension(header).partition(b"\0")
                 if not end:
-                    raise ShardError("a damaged extended header")
+                    raise ShardError("an extended header is damaged")
                 extended["path"] = name.decode("utf-8", "surrogateescape")
             elif header.type in (tarfile.GNUTYPE_LONGLINK, tarfile.XGLTYPE):
-                self.extension(header)
+                self.read_extension(header)
             else:
-                return self.member(header, extended)
+                return self.make_member(header, extended)
         if extended:
-            raise ShardError("an extended header that no member follows")
+            raise ShardError("no member follows an extended header")
         return None
 
-    def header(self) -> tarfile.TarInfo | None:
+    def read_header(self) -> tarfile.TarInfo | None:
+        """Return the next header; None for a block of zeros, which marks the end of the archive."""
         block = self.stream.read(BLOCK)
         if not block:
-            raise ShardError("it ends without its end-of-archive mark: it was cut short")
+            raise ShardError("it is truncated: it ends without an end-of-archive mark")
         if not block.strip(b"\0") and len(block) == BLOCK:
             return None
         try:
             header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
         except tarfile.HeaderError as error:
-            raise ShardError(f"not a tar archive, or a damaged one: {error}") from error
+            raise ShardError(f"not a tar archive, or damaged: {error}") from error
         if header.size < 0:
-            raise ShardError("a member of negative size")
+            raise ShardError("a member has a negative size")
         if header.type == tarfile.GNUTYPE_SPARSE:
-            more = block[482]  # whether further blocks of its map follow, as in the last byte used of each
+            more = block[
+                482
+            ]  # nonzero if another block of the sparse map follows; byte 504 of that block says the same
             while more:
-                more = self.take(BLOCK)[504]
+                more = self.read_exactly(BLOCK)[504]
         return header
 
-    def extension(self, header: tarfile.TarInfo) -> bytes:
-        """The contents of an extended header."""
+    def read_extension(self, header: tarfile.TarInfo) -> bytes:
+        """Return the contents of an extended header."""
         if header.size > MAX_HEADER_BYTES:
             raise ShardError(f"an extended header of {header.size} bytes; at most {MAX_HEADER_BYTES} are read")
-        return self.take(pad_size(header.size))[: header.size]
+        return self.read_exactly(pad_size(header.size))[: header.size]
 
-    def member(self, header: tarfile.TarInfo, extended: dict[str, str]) -> Member:
-        name, size, trouble = extended.get("path", header.name), header.size, None
+    def make_member(self, header: tarfile.TarInfo, extended: dict[str, str]) -> Member:
+        """Return the member of a header and the extended headers before it."""
+        name, size, problem = extended.get("path", header.name), header.size, None
         if "size" in extended:
             if not extended["size"].isdecimal():
                 raise ShardError(f"a member's size is {extended['size'][:20]!r}")
             size = int(extended["size"])
         if header.type in WITHOUT_DATA:
-            size, trouble = 0, "a link or a device, not a file"
+            size, problem = 0, "a link or a device, not a file"
         elif header.type == tarfile.GNUTYPE_SPARSE or any(k.startswith("GNU.sparse.") for k in extended):
-            name, trouble = extended.get("GNU.sparse.name", name), "a sparse file"
+            name, problem = extended.get("GNU.sparse.name", name), "a sparse file"
         elif header.type not in FILES:
-            trouble = f"a member of unknown type {header.type!r}"
+            problem = f"a member of unknown type {header.type!r}"
         self.unread = pad_size(size)
-        return Member(name, size, trouble)
+        return Member(name, size, problem)
 
 
 def pad_size(size: int) -> int:
+    """Round a size up to whole blocks."""
     return -(-size // BLOCK) * BLOCK
 
 
 def parse_pax_records(data: bytes) -> dict[str, str]:
-    """The records of a pax header: LENGTH KEYWORD=VALUE."""
+    """Return the records `LENGTH KEYWORD=VALUE` of a pax header."""
     found = {}
     position = 0
     while data[position:].strip(b"\0"):
         match = RECORD.match(data, position)
         end = position + int(match[1]) if match else 0
         if match is None or not match.end() < end <= len(data) or data[end - 1 : end] != b"\n":
-            raise ShardError("a damaged extended header")
+            raise ShardError("an extended header is damaged")
         keyword, value = match[2], data[match.end() : end - 1]
         found[keyword.decode("utf-8", "surrogateescape")] = value.decode("utf-8", "surrogateescape")
         position = end
@@ -143,18 +156,19 @@ def parse_pax_records(data: bytes) -> dict[str, str]:
 
 
 def find_name_problem(name: str) -> str | None:
-    """Why a file's name must not become a key, after which outputs are named; None if it may."""
+    """Return why a file name cannot be a key, which names outputs; None if it can."""
     if name.startswith("/") or ".." in name.split("/"):
-        return "its path leads out of the folder"
+        return "its path leaves the folder"
     if any(ord(c) < 32 or ord(c) == 127 for c in name):
-        return "control characters in its name"
+        return "its name has control characters"
     return None
 
 
 def read_samples(stream: BinaryIO) -> Iterator[Sample]:
-    """The samples of a tar: neighbours with the same name up to the first dot of its last component.
+    """Yield the samples of a tar archive.
 
-    Directories, hidden files, files without an extension and webdataset's `__…__` files are passed over.
+    A sample is a run of members whose paths are equal up to the first dot of the last component. Directories, hidden
+    files, files without an extension and WebDataset's `__…__` files are skipped.
     """
     archive = Archive(stream)
     key, files, rejection, room = "", dict[str, bytes](), None, 0
@@ -168,11 +182,11 @@ def read_samples(stream: BinaryIO) -> Iterator[Sample]:
                 yield Sample(key, files, rejection)
             key, files, rejection, room = name, {}, None, MAX_SAMPLE_BYTES
         room -= member.size + BLOCK
-        trouble = member.trouble or find_name_problem(member.name)
+        problem = member.problem or find_name_problem(member.name)
         if room < 0:
-            trouble = f"its files have more than {MAX_SAMPLE_BYTES} bytes"
-        if trouble and rejection is None:
-            rejection = f"{make_printable(extension)}: {trouble}"
-        files[extension] = b"" if trouble else archive.read(member.size)
+            problem = f"its files have more than {MAX_SAMPLE_BYTES} bytes"
+        if problem and rejection is None:
+            rejection = f"{make_printable(extension)}: {problem}"
+        files[extension] = b"" if problem else archive.read(member.size)
     if files:
         yield Sample(key, files, rejection)

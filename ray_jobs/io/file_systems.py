@@ -1,4 +1,4 @@
-"""File systems: whatever error one of them raises, as a UserError; and time limits for stores that do not answer."""
+"""File systems of paths and URLs: their errors as UserErrors, and a time limit for stores that do not respond."""
 
 import errno
 import re
@@ -14,14 +14,14 @@ from fsspec.registry import known_implementations, registry
 
 from patterns import UserError
 
-ANSWER_TIMEOUT = 45.0  # seconds for the answer to a small request
-MAX_MESSAGE = 300  # characters of a file system's own message
+ANSWER_TIMEOUT = 45.0  # seconds for a small request
+MAX_MESSAGE = 300  # characters of a file system's message
 T = TypeVar("T")
 
-# Modules whose package has another name on PyPI.
+# Packages on PyPI, by module, if the names differ.
 PACKAGES = {"smbclient": "smbprotocol", "libarchive": "libarchive-c", "git": "GitPython", "pysftp": "paramiko"}
 MODULES = {"sftp": "paramiko", "ssh": "paramiko", "smb": "smbclient", "hf": "huggingface_hub", "webhdfs": "requests"}
-# Errors by class name, because the packages that define them may not be installed.
+# Names of exception classes, because the packages that define them may not be installed.
 NO_CREDENTIALS = {
     "NoCredentialsError",
     "PartialCredentialsError",
@@ -55,17 +55,21 @@ SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)(://|::)")
 
 
 class MissingError(UserError, FileNotFoundError):
-    """A file that does not exist, for callers that have an answer to that; a UserError to all others."""
+    """A file that does not exist. Callers that expect this catch it as a FileNotFoundError."""
 
 
 @contextmanager
 def translate_errors(where: str, action: str = "read", remedy: str = "") -> Iterator[None]:
-    """Raise a UserError in the place of any error of a file system: they have no common base class.
+    """Translate every exception of the block to a UserError, because errors of file systems have no common base class.
 
     Args:
         where: The path or URL.
-        action: `read` or `written`.
-        remedy: What to do about an error of no known kind.
+        action: `read`, `written` or `deleted`.
+        remedy: The remedy for errors of no known type.
+
+    Raises:
+        UserError: If the block raises an exception.
+        MissingError: If a file does not exist.
     """
     try:
         yield
@@ -76,7 +80,7 @@ def translate_errors(where: str, action: str = "read", remedy: str = "") -> Iter
 
 
 def to_user_error(error: Exception, where: str, action: str = "read", remedy: str = "") -> UserError:
-    """Return what an error of a file system means to the user: what is wrong and how to fix it."""
+    """Return the UserError for an exception of a file system (see `translate_errors`)."""
     chain = list(iterate_causes(error))
     names = {base.__name__ for each in chain for base in type(each).__mro__}
     cause = chain[-1] if isinstance(error, FileNotFoundError) else error  # HTTP: the status is in the cause
@@ -85,35 +89,35 @@ def to_user_error(error: Exception, where: str, action: str = "read", remedy: st
     if missing := next((each for each in chain if isinstance(each, ImportError)), None):
         package = find_package(where, missing)
         what = f"cannot be {action}: the package {package} is not installed"
-        return UserError(where, what, f"pip install {package}, on every node.")
+        return UserError(where, what, f"Run pip install {package} on every node.")
     if "unknown protocol" in names or has_unknown_scheme(where):
         what = f"no file system is known for {parse_scheme(where)}://"
         return UserError(where, what, "Use a path, or a URL such as s3://, gs://, az://, hf:// or https://.")
     if names & NO_CREDENTIALS or (isinstance(error, PermissionError) and "://" in where):
-        fix = "Give the store's credentials in the environment of the driver and the workers (see docs/data.md)."
-        return UserError(where, reason, fix)
+        credentials = "Set the store's credentials in the environment of the driver and the workers (see docs/data.md)."
+        return UserError(where, reason, credentials)
     if isinstance(error, FileNotFoundError) and not names & (NO_ANSWER - {"URLError"}) and action == "read":
-        refused = next((s for e in chain if isinstance(s := getattr(e, "status", None), int)), 404)
-        if refused in (404, 410):
+        status = next((s for e in chain if isinstance(s := getattr(e, "status", None), int)), 404)
+        if status in (404, 410):
             missing_file = error.filename or where
             what = "it does" if str(missing_file) == where else f"{missing_file} does"
             return MissingError(where, f"cannot be read ({what} not exist)", remedy or "Check the path.")
     if names & NO_ANSWER:
-        what = f"cannot be {action}, because the server does not answer ({format_message(cause)})"
+        what = f"cannot be {action}, because the server does not respond ({format_message(cause)})"
         return UserError(where, what, f"Check the address and the network, {RESUME}.")
     if isinstance(error, NotImplementedError) and action == "written":
-        return UserError(where, "this kind of store can only be read", "Choose another place to write to.")
+        return UserError(where, "this type of store is read-only", "Choose another folder or store.")
     if number in NO_ROOM:
         return UserError(where, reason, f"Free disk space, {RESUME}.")
     if number in NO_RIGHT:
-        return UserError(where, reason, f"Fix the permissions or choose another place, {RESUME}.")
+        return UserError(where, reason, f"Fix the permissions or choose another folder, {RESUME}.")
     if number in NO_PATH:
         return UserError(where, reason, remedy or "Check the path, or choose another.")
     return UserError(where, reason, remedy or f"Check the path or URL and its server, {RESUME}.")
 
 
 def iterate_causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error and what it was raised from, the outermost first."""
+    """Yield an exception and its causes, the outermost first."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -122,13 +126,13 @@ def iterate_causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def format_message(error: BaseException) -> str:
-    """Return an error's message in one line, or the name of its class if it has none."""
+    """Return the message of an exception in one line, or the name of its class if there is no message."""
     text = getattr(error, "strerror", None) or str(error)
     return " ".join(str(text).split())[:MAX_MESSAGE] or type(error).__name__
 
 
 def find_package(where: str, error: ImportError) -> str:
-    """Return the name on PyPI of the package that a file system lacks."""
+    """Return the name on PyPI of the package whose import failed."""
     scheme = parse_scheme(where)
     module = next((e.name for e in iterate_causes(error) if isinstance(e, ImportError) and e.name), None)
     if module is None or module.startswith("fsspec"):
@@ -138,30 +142,36 @@ def find_package(where: str, error: ImportError) -> str:
 
 
 def parse_scheme(where: str) -> str:
-    """Return the scheme of a URL, of a chain of them the first; empty for a path."""
+    """Return the scheme of a URL, or the first scheme of a chain of URLs; empty for a path."""
     match = SCHEME.match(where)
     return match[1] if match else ""
 
 
 def is_url(path: str) -> bool:
-    """Return whether a path is a URL, or a chain of them, instead of a path of this machine.
+    """Return whether a string is a URL, or a chain of URLs, instead of a path of this machine.
 
-    A relative path may hold `::` in a name; only a file system that is known can stand before it in a chain.
+    `::` in a name is not a chain unless a known file system precedes it.
+
+    Example:
+        >>> is_url("s3://bucket/train.tar"), is_url("zip::data.zip"), is_url("a::b.tar")
+        (True, True, False)
     """
     match = SCHEME.match(path)
     return match is not None and (match[2] == "://" or is_known_scheme(match[1]))
 
 
 def is_known_scheme(scheme: str) -> bool:
+    """Return whether fsspec knows a file system of this scheme."""
     return scheme in known_implementations or scheme in registry
 
 
 def has_unknown_scheme(where: str) -> bool:
+    """Return whether a string is a URL of no known file system."""
     return is_url(where) and not is_known_scheme(parse_scheme(where))
 
 
 def resolve_file_url(path: str) -> str:
-    """Return the path that a `file:` URL names, percent-encoded or not; anything else as it is."""
+    """Return the path of a `file:` URL, percent-encoded or not; return other paths and URLs unchanged."""
     match = re.match(r"file:(//(localhost)?(?=/))?", path)
     if match is None:
         return path
@@ -172,17 +182,23 @@ def resolve_file_url(path: str) -> str:
 
 
 def expand_home(path: str) -> str:
-    """Return a path with its leading `~` or `~USER` expanded, which shells do not do within quotes or lists."""
+    """Return a path with its leading `~` or `~USER` expanded, which shells do not do in quotes or lists."""
     if not path.startswith("~"):
         return path
     try:
         return str(Path(path).expanduser())
     except RuntimeError as error:  # no such user, or no home folder
-        raise UserError(path, "its home folder is not known", "Write the whole path, or ./~ for this name.") from error
+        raise UserError(
+            path, "its home folder is not known", "Pass the absolute path, or ./~ for this name."
+        ) from error
 
 
 def open_file_system(url: str) -> tuple[Any, str]:
-    """Return the file system of a URL and the path in it. UserError if it is unknown or its package is missing."""
+    """Return the file system of a URL and the path in it.
+
+    Raises:
+        UserError: If there is no such file system, or its package is not installed.
+    """
     if has_unknown_scheme(url):
         raise to_user_error(ValueError(), url)
     with translate_errors(url):
@@ -190,7 +206,7 @@ def open_file_system(url: str) -> tuple[Any, str]:
 
 
 def call_with_timeout(function: Callable[..., T], *arguments: object) -> T:
-    """Return what a small request to a store gives. TimeoutError if there is no answer within ANSWER seconds."""
+    """Return the result of a small request to a store. Raise TimeoutError after ANSWER_TIMEOUT seconds."""
     results: list[T] = []
     errors: list[BaseException] = []
 
@@ -206,5 +222,5 @@ def call_with_timeout(function: Callable[..., T], *arguments: object) -> T:
     if errors:
         raise errors[0]
     if not results:
-        raise TimeoutError(f"no answer within {ANSWER_TIMEOUT:g} s")
+        raise TimeoutError(f"no response within {ANSWER_TIMEOUT:g} s")
     return results[0]

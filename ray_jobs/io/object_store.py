@@ -1,6 +1,6 @@
-"""Where jobs read and write: a folder on this machine, or a URL of any store that fsspec knows.
+"""Files and folders of jobs, on this machine or in any store that fsspec knows.
 
-Every file is complete or absent. Whatever a file system raises becomes a UserError (see `file_systems`).
+Every file is either complete or absent. All errors of file systems become UserErrors (see `file_systems`).
 """
 
 import io
@@ -37,43 +37,57 @@ READ_ONLY = {"http", "https"}
 
 @dataclass(frozen=True)
 class Location:
-    """A file or folder by its absolute path or its URL. All of its methods raise UserError if the store fails.
+    """A file or folder on this machine or in a store. All methods raise UserError if the store fails.
 
-    A file that does not exist is a MissingError, which is a FileNotFoundError too.
+    A file that does not exist raises MissingError, which is a UserError and a FileNotFoundError.
+
+    Attributes:
+        url: Its absolute path or URL.
+
+    Example:
+        >>> runs = Location("s3://bucket/runs")
+        >>> str(runs / "fit"), (runs / "fit").name, runs.local is None
+        ('s3://bucket/runs/fit', 'fit', True)
     """
 
     url: str
 
     def __str__(self) -> str:
+        """Return the path or URL."""
         return self.url
 
     def __fspath__(self) -> str:
+        """Return the path. Raise TypeError for a URL."""
         if self.local is None:
             raise TypeError(f"{self.url} is not on this machine")
         return self.url
 
     def __truediv__(self, name: str) -> "Location":
+        """Return the location of a file or folder in this folder."""
         return Location(f"{self.url.rstrip('/')}/{name}")
 
     @property
     def name(self) -> str:
+        """The last component."""
         return self.url.rpartition("/")[2]
 
     @property
     def parent(self) -> "Location":
+        """The folder that contains it."""
         return Location(self.url.rpartition("/")[0] or "/")
 
     @property
     def parts(self) -> tuple[str, ...]:
+        """The components."""
         return tuple(part for part in self.url.split("/") if part)
 
     @property
     def local(self) -> Path | None:
-        """The path, if it is on this machine or on a file system that is mounted on it."""
+        """The path, if it is on this machine or on a mounted file system; None for a URL."""
         return None if is_url(self.url) else Path(self.url)
 
     def info(self) -> dict[str, Any]:
-        """Return what the store knows of a file or folder: its `type` at least."""
+        """Return the store's information about a file or folder, at least its `type`: file or directory."""
         if self.local is not None:
             with translate_errors(self.url):
                 self.local.stat()
@@ -84,7 +98,7 @@ class Location:
             return dict(call_with_timeout(store.info, path))
 
     def exists(self) -> bool:
-        """Return whether there is a file or folder; a store that fails is an error, because runs depend on it."""
+        """Return whether the file or folder exists. Raise UserError if the store fails, because runs depend on it."""
         try:
             self.info()
         except FileNotFoundError:
@@ -106,7 +120,7 @@ class Location:
             return self.read_bytes().decode("utf-8")
 
     def open(self, mode: Literal["rb"] = "rb") -> BinaryIO:
-        """Return an open file to read at any position."""
+        """Open the file for reading with random access."""
         if self.local is not None:
             with translate_errors(self.url):
                 return open(self.local, mode)
@@ -115,7 +129,7 @@ class Location:
             return io.BufferedReader(_Reader(self.url, call_with_timeout(store.open, path, mode)), 1 << 20)
 
     def entries(self) -> list[str]:
-        """Return the names in a folder; empty if there is no such folder."""
+        """Return the sorted names in the folder; empty if it does not exist."""
         try:
             if self.local is not None:
                 with translate_errors(self.url):
@@ -123,13 +137,13 @@ class Location:
             store, path = open_file_system(self.url)
             with translate_errors(self.url):
                 store.invalidate_cache()
-                listed = call_with_timeout(store.ls, path, False)
-                return sorted({entry.rstrip("/").rpartition("/")[2] for entry in listed})
+                paths = call_with_timeout(store.ls, path, False)
+                return sorted({path.rstrip("/").rpartition("/")[2] for path in paths})
         except FileNotFoundError:
             return []
 
     def remove(self) -> None:
-        """Delete a file, if it exists."""
+        """Delete the file if it exists."""
         try:
             if self.local is not None:
                 with translate_errors(self.url, "deleted"):
@@ -142,21 +156,21 @@ class Location:
             pass
 
     def put(self, file: Path) -> None:
-        """Write a file of this machine here, as one object."""
+        """Upload a file of this machine as one object."""
         store, path = open_file_system(self.url)
         with translate_errors(self.url, "written"):
             store.put_file(str(file), path)
 
     def get(self, file: Path) -> None:
-        """Copy this file to one of this machine."""
-        self.info()  # its time limit is for a store that does not answer at all; a large file may take longer
+        """Download the file to a path of this machine."""
+        self.info()  # has a time limit, unlike the download, which takes long for a large file
         store, path = open_file_system(self.url)
         with translate_errors(self.url):
             store.get_file(path, str(file))
 
 
 class _Reader(io.RawIOBase):
-    """A store's open file whose errors are UserErrors."""
+    """An open file of a store whose errors are UserErrors."""
 
     def __init__(self, url: str, file: Any) -> None:
         self.url, self.file = url, file
@@ -187,70 +201,75 @@ class _Reader(io.RawIOBase):
 
 
 def normalize_location(where: str) -> str:
-    """Return a path or URL as it is meant: `~` expanded, and a `file:` URL as the path that it names.
+    """Return a path or URL with `~` expanded; a `file:` URL becomes a path.
 
-    UserError for an empty one, and for a URL with one slash, which would name a folder on this machine.
+    Raises:
+        UserError: If it is empty, or a URL with a single slash, which would be a folder on this machine.
     """
     text = expand_home(resolve_file_url(where))
     if not text.strip():
-        raise UserError(repr(where), "an empty path", "Name a folder or file.")
-    single = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):/(?!/)", text)
-    if single and is_known_scheme(single[1]):
-        raise UserError(where, "a URL with one slash", f"Write {single[1]}://{text[single.end() :]}.")
+        raise UserError(repr(where), "an empty path", "Pass a folder or file.")
+    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):/(?!/)", text)
+    if match and is_known_scheme(match[1]):
+        raise UserError(where, "a URL with a single slash", f"Write {match[1]}://{text[match.end() :]}.")
     return text
 
 
 def require_local_path(where: str | Path) -> Path:
-    """Return the path of a file or folder that must be on this machine. UserError for a URL of a store."""
+    """Return the path of a file or folder on this machine. Raise UserError for a URL of a store."""
     text = normalize_location(str(where))
     if is_url(text):
-        raise UserError(str(where), "a URL, but this must be on this machine", "Name a path.")
+        raise UserError(str(where), "a URL, but this file or folder must be on this machine", "Pass a path.")
     return Path(text)
 
 
 def locate(where: str | Path) -> Location:
-    """Return the location of a path or URL, the same from every process.
+    """Return the location of a path or URL, with an absolute path, so that it is valid in every process.
 
-    UserError if its name is not UTF-8, because Arrow and safetensors open no such files.
+    Raises:
+        UserError: If the path is not UTF-8, because Arrow and safetensors cannot open it.
     """
     text = normalize_location(str(where))
     if make_printable(text) != text:
         raise UserError(make_printable(text), "its name is not UTF-8", "Rename the folder, or choose another.")
     if is_url(text):
         return Location(text.rstrip("/"))
-    with translate_errors(text, remedy="The current folder may have been deleted; change to another."):
+    with translate_errors(text, remedy="Change to another folder, because the current folder may have been deleted."):
         return Location(str(Path(text).absolute()))
 
 
 def require_writable(where: str | Path) -> Location:
-    """Return the location of a folder that a job will write.
+    """Return the location of a folder that a job will write; nothing is created.
 
-    UserError if it is a file or below a file, and if its store can only be read or cannot be reached; nothing is
-    created.
+    Raises:
+        UserError: If it is a file or below a file, or its store is read-only or does not respond.
     """
     folder = locate(where)
     if parse_scheme(folder.url) in READ_ONLY:
-        raise UserError(folder.url, "a web server can only be read", "Write to a folder or an object store.")
+        raise UserError(folder.url, "a web server is read-only", "Choose a folder or an object store.")
     if folder.local is not None:
         for each in (folder.local, *folder.local.parents):
             with translate_errors(folder.url, "written"):
                 if each.is_dir():
                     break
                 if os.path.lexists(each) and not each.is_symlink():
-                    raise UserError(folder.url, f"{each} is a file, no folder", "Choose another folder.")
+                    raise UserError(folder.url, f"{each} is a file, not a folder", "Choose another folder.")
                 if each.is_symlink():
-                    raise UserError(folder.url, f"{each} is a link to nothing", "Choose another folder.")
+                    raise UserError(folder.url, f"{each} is a link without a target", "Choose another folder.")
     elif folder.exists() and folder.info()["type"] == "file":
-        raise UserError(folder.url, "this is a file, no folder", "Choose another folder.")
+        raise UserError(folder.url, "this is a file, not a folder", "Choose another folder.")
     return folder
 
 
 @contextmanager
 def publish(folder: Location) -> Iterator[Path]:
-    """Give a folder of this machine; what is written into it stands in `folder` afterwards.
+    """Yield a folder of this machine, and publish the files that are written into it in `folder`.
 
-    If `folder` is on this machine it is the same, and files get their names when they are complete (see
-    `patterns.io.temporary_path`); else each file is put there as one object. UserError if that fails.
+    A local `folder` is yielded itself, so that its files must be written completely before they get their names (see
+    `patterns.io.temporary_path`). Otherwise each file is uploaded as one object at the end of the block.
+
+    Raises:
+        UserError: If a file cannot be written.
     """
     if folder.local is not None:
         with translate_write_errors(str(folder)):
@@ -266,7 +285,7 @@ def publish(folder: Location) -> Iterator[Path]:
 
 @contextmanager
 def translate_write_errors(where: str) -> Iterator[None]:
-    """Translate errors of this machine's file systems only: other errors in the block are not about writing."""
+    """Translate OSErrors of the block to UserErrors; other exceptions pass, because they are not about writing."""
     try:
         yield
     except OSError as error:
@@ -277,19 +296,23 @@ def translate_write_errors(where: str) -> Iterator[None]:
 
 @contextmanager
 def fetch(path: Location) -> Iterator[Path]:
-    """Give a file of this machine with the content of `path`, as long as it is needed. MissingError without one."""
+    """Yield a file of this machine with the content of `path`; a download is deleted afterwards.
+
+    Raises:
+        MissingError: If the file does not exist.
+    """
     if path.local is not None:
         path.info()
         yield path.local
         return
     with TemporaryDirectory() as local:
-        copy_ = Path(local) / (path.name.partition("?")[0][-100:] or "file")
-        path.get(copy_)
-        yield copy_
+        download = Path(local) / (path.name.partition("?")[0][-100:] or "file")
+        path.get(download)
+        yield download
 
 
 def read_option_file(option: str, where: str) -> bytes:
-    """Return the content of a file or URL that an option names. UserError that names the option too."""
+    """Return the content of a file or URL that an option names. Raise UserError, which names the option."""
     try:
         with fetch(locate(where)) as file, translate_errors(where):
             return file.read_bytes()
@@ -298,7 +321,7 @@ def read_option_file(option: str, where: str) -> bytes:
 
 
 def read_table(path: Location) -> pa.Table:
-    """Read a Parquet file, wherever it is. MissingError without one."""
+    """Read a Parquet file. Raise MissingError if it does not exist."""
     with (
         fetch(path) as file,
         translate_errors(str(path), remedy="Delete it, then run the same command to write it again."),
@@ -307,13 +330,13 @@ def read_table(path: Location) -> pa.Table:
 
 
 def copy_file(source: Location, folder: Location) -> None:
-    """Put a file's content under the same name into a folder."""
-    with fetch(source) as local, publish(folder) as out, temporary_path(out / source.name) as aside:
-        shutil.copyfile(local, aside)
+    """Copy a file to a folder under the same name."""
+    with fetch(source) as local, publish(folder) as out, temporary_path(out / source.name) as temporary:
+        shutil.copyfile(local, temporary)
 
 
 def list_names(folder: Location, prefix: str = "") -> list[str]:
-    """Return the names of the files in a folder that begin with a prefix; none if there is no such folder."""
+    """Return the names in a folder that begin with a prefix; empty if the folder does not exist."""
     return [name for name in folder.entries() if name.startswith(prefix)]
 
 

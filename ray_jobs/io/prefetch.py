@@ -1,4 +1,4 @@
-"""Work beside the main path, in order: what is made ahead of it, done behind it, or by several threads at once."""
+"""Background threads that keep the order of their items: prefetching, deferred writes, and a parallel map."""
 
 import threading
 from collections import deque
@@ -11,92 +11,135 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-# Each thread that computes with several makes OpenMP a team for it. Once all of these have more threads than there are
-# cores, none waits awake any more, and the main path's sums take a quarter longer: threads beside it compute alone.
+# OpenMP creates a team for each thread that computes in parallel. If all teams together have more threads than there
+# are cores, OpenMP no longer waits actively, and the main thread's sums take a quarter longer. So background threads
+# compute with one thread each.
 use_one_thread = partial(torch.set_num_threads, 1)
 
 T = TypeVar("T")
 U = TypeVar("U")
 
-DEFAULT_COUNT = 2  # batches that lie ready while one is worked on, and results that wait to be written
-POLL = 0.1  # seconds between two looks whether a thread that waits is to end
+DEFAULT_COUNT = 2  # items that are prefetched, and writes that wait
+POLL = 0.1  # seconds between checks of a waiting thread whether it should stop
 
 
 class Prefetcher(Generic[T]):
-    """The same items, made in a thread of their own while those before are worked on.
+    """Iterator over items that a background thread produces ahead of their use.
 
-    after: when to begin.  count: how many lie ready at most. An error comes where the item would have come.
-    made: when no more will be made.  failed: whether that is for an error.
+    An exception of the items is raised after the items before it.
+
+    Attributes:
+        exhausted: Set when the thread produces no more items.
+        failed: Whether the items raised an exception.
+
+    Example:
+        >>> list(Prefetcher(range(3)))
+        [0, 1, 2]
     """
 
     def __init__(self, items: Iterable[T], after: threading.Event | None = None, count: int = DEFAULT_COUNT) -> None:
-        self.made, self.failed = threading.Event(), False
+        """Start the thread.
+
+        Args:
+            items: The items.
+            after: The thread waits for this event before the first item.
+            count: Maximum number of items to hold.
+        """
+        self.exhausted, self.failed = threading.Event(), False
         self._ready: Queue[tuple[bool, Any]] = Queue(count)
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._make, args=(items, after), daemon=True)
+        self._thread = threading.Thread(target=self._produce, args=(items, after), daemon=True)
         self._thread.start()
 
     def __iter__(self) -> Iterator[T]:
-        while (told := self._ready.get())[0]:
-            yield told[1]
-        if told[1] is not None:
-            raise told[1]
+        """Yield the items; raise the exception that ended them, if any."""
+        while (entry := self._ready.get())[0]:
+            yield entry[1]
+        if entry[1] is not None:
+            raise entry[1]
 
     def close(self, wait: float | None = None) -> None:
-        """Make no more, and wait so many seconds, None: for ever, until the items are closed, where they can be."""
+        """Produce no more items, and wait until the thread has closed their generator.
+
+        Args:
+            wait: Maximum number of seconds to wait; None for no limit.
+        """
         self._stopped.set()
         self._thread.join(wait)
 
-    def _make(self, items: Iterable[T], after: threading.Event | None) -> None:
+    def _produce(self, items: Iterable[T], after: threading.Event | None) -> None:
+        """Put items into the queue as (True, item), then their end as (False, exception or None)."""
         try:
             use_one_thread()
             with ExitStack() as stack:
-                stack.callback(self.made.set)
+                stack.callback(self.exhausted.set)
                 while after is not None and not after.wait(POLL) and not self._stopped.is_set():
                     pass
-                made = iter(items)
-                if isinstance(made, Generator):
-                    stack.callback(made.close)
+                iterator = iter(items)
+                if isinstance(iterator, Generator):
+                    stack.callback(iterator.close)
                 while not self._stopped.is_set():
-                    self._put((True, next(made)))
+                    self._put((True, next(iterator)))
         except StopIteration:
             self._put((False, None))
         except BaseException as error:
             self.failed = True
             self._put((False, error))
 
-    def _put(self, told: tuple[bool, Any]) -> None:
+    def _put(self, entry: tuple[bool, Any]) -> None:
+        """Wait for room in the queue, unless the thread should stop."""
         while not self._stopped.is_set():
             with suppress(Full):
-                self._ready.put(told, timeout=POLL)
+                self._ready.put(entry, timeout=POLL)
                 return
 
 
 class WriteBehind:
-    """Does things in order in a thread of its own, while the next are prepared; at most a few wait."""
+    """Background thread that runs functions in order; at most DEFAULT_COUNT calls wait.
+
+    Example:
+        >>> found = []
+        >>> with WriteBehind() as behind:
+        ...     behind.submit(found.append, 1)
+        ...     behind.flush()
+        >>> found
+        [1]
+    """
 
     def __enter__(self) -> "WriteBehind":
+        """Start the thread."""
         self.pool = ThreadPoolExecutor(1, initializer=use_one_thread)
         self.waiting: deque[Future[None]] = deque()
         return self
 
-    def do(self, work: Callable[..., None], *arguments: object) -> None:
-        """Do this after all before. Raises what an earlier one raised."""
+    def submit(self, work: Callable[..., None], *arguments: object) -> None:
+        """Run a function after all earlier calls; raise the exception of an earlier call."""
         while len(self.waiting) >= DEFAULT_COUNT:
             self.waiting.popleft().result()
         self.waiting.append(self.pool.submit(work, *arguments))
 
-    def done(self) -> None:
-        """Wait for all. Raises what one of them raised."""
+    def flush(self) -> None:
+        """Wait for all calls; raise the first exception."""
         while self.waiting:
             self.waiting.popleft().result()
 
     def __exit__(self, *_: object) -> None:
+        """Cancel waiting calls and end the thread."""
         self.pool.shutdown(cancel_futures=True)
 
 
 def map_in_order(work: Callable[[T], U], items: Iterable[T], threads: int) -> Generator[U, None, None]:
-    """The results of some work on each item, in order, by so many threads; at most twice as many items are held."""
+    """Yield the results of a function for each item, in order.
+
+    Args:
+        work: The function.
+        items: The items; at most twice as many as threads are held.
+        threads: Number of threads; 1 calls the function in this thread.
+
+    Example:
+        >>> list(map_in_order(abs, [-1, -2], threads=2))
+        [1, 2]
+    """
     if threads == 1:
         yield from map(work, items)
         return

@@ -1,1 +1,1 @@
-"""From a specification to a model with its weights."""
+"""Models: load a model, its weights, its preprocessing and its class names from a specification."""

@@ -1,4 +1,4 @@
-"""The names of a model's classes: from a file, or as torchvision has them."""
+"""Names of a model's classes, from a file or from torchvision."""
 
 import json
 from typing import Any
@@ -7,25 +7,27 @@ from patterns import UserError
 from ray_jobs.io.object_store import read_option_file
 from ray_jobs.models.libraries import list_torchvision_classes
 
-ClassNames = tuple[tuple[str, int], ...]  # names of classes with their numbers; two classes may share a name
+ClassNames = tuple[tuple[str, int], ...]  # names with class numbers; two classes may have the same name
 
-FORMS = 'Write ["tench", "goldfish"], {"0": "tench"}, {"tench": 0} or {"0": ["n01440764", "tench"]}, or a name a line.'
+FORMS = (
+    'Write ["tench", "goldfish"], {"0": "tench"}, {"tench": 0} or {"0": ["n01440764", "tench"]}, or one name per line.'
+)
 
 
 def load_class_names(spec: str, file: str | None) -> ClassNames:
-    """Return the names of a model's classes with their numbers; empty if neither the file nor the library has any.
+    """Return the names of a model's classes with their numbers; empty if they are not known.
 
     Args:
-        spec: The model; torchvision's have names of their own.
-        file: A path or URL: a JSON list of names; a JSON object from number to name, from name to number, or from
-            number to a list of names; or a text with one name a line.
+        spec: The spec of the model; torchvision knows the names of its models' classes.
+        file: A path or URL of a JSON list of names; a JSON object from number to name, from name to number, or from
+            number to a list of names; or a text with one name per line. None: the names that torchvision knows.
 
     Raises:
-        UserError: If the file cannot be read or has another form.
+        UserError: If the file cannot be read or has another format.
     """
     if file is None:
-        kind, _, name = spec.partition(":")
-        return enumerate_names(list_torchvision_classes(name) if kind == "torchvision" else [])
+        library, _, name = spec.partition(":")
+        return enumerate_names(list_torchvision_classes(name) if library == "torchvision" else [])
     try:
         content = read_option_file("--classes", file).decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -40,21 +42,21 @@ def load_class_names(spec: str, file: str | None) -> ClassNames:
         return parse_object(read, file)
     if isinstance(read, dict | list):
         raise UserError(f"--classes {file}", "its JSON is not a list or an object of names", FORMS)
-    return parse_lines(content)  # one line that is a number or a quoted name
+    return parse_lines(content)  # one line with a number or a quoted name
 
 
 def enumerate_names(names: list[str]) -> ClassNames:
-    """Give names the numbers of their places."""
+    """Number names in their order."""
     return tuple((name, number) for number, name in enumerate(names))
 
 
 def parse_lines(content: str) -> ClassNames:
-    """Return the names of a text with one name a line; blank lines do not count."""
+    """Return the names of a text with one name per line; blank lines do not count."""
     return enumerate_names([line.strip() for line in content.splitlines() if line.strip()])
 
 
 def parse_object(read: dict[str, Any], file: str) -> ClassNames:
-    """Return the names of a JSON object."""
+    """Return the names of a JSON object. Raise UserError if it has another form."""
     if all(type(number) is int and number >= 0 for number in read.values()):
         return tuple(read.items())
     found = []
@@ -68,5 +70,5 @@ def parse_object(read: dict[str, Any], file: str) -> ClassNames:
 
 
 def map_numbers_to_names(names: ClassNames) -> dict[int, str]:
-    """Return one name for each number, the last of several: an index of ImageNet has the id first, then the name."""
+    """Return one name per class, the last of several, because indices of ImageNet put the WordNet id first."""
     return {number: name for name, number in names}

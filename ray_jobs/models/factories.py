@@ -1,4 +1,4 @@
-"""A user's own model: from `package.module:name` or `file.py:name` to an nn.Module."""
+"""Custom models: load an nn.Module from `package.module:name` or `file.py:name`."""
 
 import copy
 import hashlib
@@ -19,23 +19,27 @@ from torch import nn
 
 from patterns import UserError
 
-REMEDY = "Name a .py file, or a module that Python can import, and in it a function without arguments, or a model."
-PACKAGE = "_beside_model_"  # the first letters of the package that a model's file is executed in
-SIBLINGS: set[str] = set()  # names of the modules that the last model's file imported from beside itself
+REMEDY = "Pass FILE.py:NAME or MODULE:NAME, where NAME is a function without arguments, or a model."
+# Specs that version 0.2.0 wrote into manifests, of models that have been moved since.
+MOVED_SPECS = {"ray_jobs.small:small_cnn": "ray_jobs.studies.small_cnn:small_cnn"}
+PACKAGE = "_model_file_"  # prefix of the package in which a model's file is executed
+SIBLINGS: set[str] = set()  # names of the modules that the last model's file imported from its own folder
 LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
 
 
 def load_custom_model(spec: str) -> nn.Module:
     """Return the model of `package.module:name` or `file.py:name`.
 
-    `name` is a function or class that is called without arguments, or an nn.Module.
-    The current directory, and the folder of the file, can be imported from while this runs.
+    The model can import from the current folder and from the folder of its file.
+
+    Args:
+        spec: The spec. `name` is a function or class that is called without arguments, or an nn.Module.
 
     Raises:
         UserError: If the import or the call fails with any exception, or the result is not an nn.Module.
     """
-    where, _, name = spec.rpartition(":")
-    file = Path(where)  # the one place where the path of a model's file is interpreted
+    where, _, name = MOVED_SPECS.get(spec, spec).rpartition(":")
+    file = Path(where)  # the path of a model's file is interpreted here only
     is_path = file.suffix == ".py"
     if not is_path and file.is_file():
         raise UserError(f"--model {spec}", f"{where} is not a .py file", REMEDY)
@@ -46,12 +50,12 @@ def load_custom_model(spec: str) -> nn.Module:
             what = f"{where} cannot be imported ({describe_error(error)})"
             raise UserError(f"--model {spec}", what, "Fix it. " + REMEDY if is_path else REMEDY) from error
         if not hasattr(module, name):
-            raise UserError(f"--model {spec}", f"{where} has no function {name!r}, and no model of this name", REMEDY)
+            raise UserError(f"--model {spec}", f"{where} has no function or model {name!r}", REMEDY)
         found = getattr(module, name)
         if not isinstance(found, nn.Module | torch.export.ExportedProgram):
             require_no_arguments(spec, found)
         try:
-            # An imported module keeps its model, which must stay as it is; a file is executed again by every load.
+            # An imported module keeps its model, which must not change. A file is executed again by every load.
             made = copy.deepcopy(found) if isinstance(found, nn.Module) and not is_path else found
             if callable(made) and not isinstance(made, nn.Module):
                 made = made()
@@ -60,7 +64,7 @@ def load_custom_model(spec: str) -> nn.Module:
         except (Exception, SystemExit) as error:
             what = f"{name} failed ({describe_error(error)})"
             raise UserError(
-                f"--model {spec}", what, "Fix the function, and call it alone to see that it works."
+                f"--model {spec}", what, "Fix the function, and test it by calling it in Python."
             ) from error
     if not isinstance(made, nn.Module):
         what = f"{name} {'returns' if callable(found) else 'is'} {describe_value(made)}, not a torch.nn.Module"
@@ -70,17 +74,17 @@ def load_custom_model(spec: str) -> nn.Module:
 
 @contextmanager
 def extend_import_path(folder: Path | None) -> Iterator[None]:
-    """Let Python import from a folder, first of all, and from the current directory, last.
+    """Let Python import from a folder, before all other folders, and from the current folder, after all others.
 
-    What an earlier model's file imported from beside itself is forgotten. Another model's file then finds its own
-    modules of the same names, and every load executes the same code, so that it draws the same random numbers.
+    Modules that an earlier model's file imported from its folder are removed from `sys.modules`. So another model's
+    file finds its own modules of the same names, and every load draws the same random numbers.
     """
     for name in SIBLINGS:
         sys.modules.pop(name, None)
     SIBLINGS.clear()
     before, path, arguments = set(sys.modules), list(sys.path), list(sys.argv)
     sys.path[:] = [*([str(folder)] if folder else []), *path, ""]
-    sys.argv[1:] = []  # a file that parses its command line is not given this program's
+    sys.argv[1:] = []  # a file that parses its command line must not see this program's arguments
     importlib.invalidate_caches()
     try:
         yield
@@ -92,13 +96,13 @@ def extend_import_path(folder: Path | None) -> Iterator[None]:
 
 
 def is_sibling(module: ModuleType, folder: Path) -> bool:
-    """Return whether a module's file is in or below a folder, and not in an environment of libraries there."""
+    """Return whether a module's file is below a folder, but not in an environment with libraries there."""
     file = getattr(module, "__file__", None) or "/"
     return folder in Path(file).parents and not file.startswith(LIBRARIES)
 
 
 def execute_file(file: Path) -> ModuleType:
-    """Execute a file as a module of a package of its own, so that relative imports find the files beside it."""
+    """Execute a file as a module of a package for its folder, so that relative imports work."""
     package = f"{PACKAGE}{hashlib.sha256(str(file.parent).encode()).hexdigest()[:12]}"
     sys.modules[package] = ModuleType(package)
     sys.modules[package].__path__ = [str(file.parent)]
@@ -139,7 +143,7 @@ def describe_error(error: BaseException) -> str:
 
 
 def describe_value(value: Any) -> str:
-    """Return what a value is, in words."""
+    """Describe a value for a message."""
     if value is None:
         return "None"
     if isinstance(value, tuple | list):
@@ -151,7 +155,7 @@ def describe_value(value: Any) -> str:
 
 
 def suggest_remedy(value: Any) -> str:
-    """Return what to write instead of a value that is not a model."""
+    """Return the remedy for a value that is not a model."""
     if isinstance(value, Mapping):
-        return "Return the torch.nn.Module, and pass its state dict by --weights FILE."
-    return "Return the torch.nn.Module alone."
+        return "Return the torch.nn.Module, and pass its state dict as --weights FILE."
+    return "Return only the torch.nn.Module."

@@ -1,4 +1,4 @@
-"""Models of torchvision and timm: by name, with the weights and the preprocessing that the library gives them."""
+"""Models of torchvision and timm by name, with the library's weights and preprocessing."""
 
 import difflib
 import math
@@ -18,8 +18,8 @@ def load_torchvision_model(name: str, weights: str) -> tuple[nn.Module, Preproce
 
     Args:
         name: The name in torchvision.models.
-        weights: `default`, or a name such as IMAGENET1K_V1, to load the library's own weights; anything else leaves
-            the model with random weights.
+        weights: `default` or a name such as IMAGENET1K_V1 loads weights of torchvision. Any other value leaves the
+            model with random weights.
 
     Raises:
         UserError: If torchvision has no such model, or its weights cannot be downloaded.
@@ -42,7 +42,7 @@ def load_torchvision_model(name: str, weights: str) -> tuple[nn.Module, Preproce
 
 
 def has_torchvision_weights(spec: str, weights: str) -> bool:
-    """Return whether a name such as IMAGENET1K_V1 is torchvision's name for weights of this model."""
+    """Return whether torchvision has weights of this name, such as IMAGENET1K_V1, for a model."""
     from torchvision import models
 
     library, _, name = spec.partition(":")
@@ -52,10 +52,10 @@ def has_torchvision_weights(spec: str, weights: str) -> bool:
 
 
 def convert_torchvision_preset(preset: Any, spec: str) -> Preprocessing:
-    """Convert torchvision's preset for a set of weights."""
+    """Convert torchvision's preset of weights. Raise UserError if it is not supported."""
     if len(preset.crop_size) != 1 or len(preset.resize_size) != 1:
         raise unsupported_error(
-            spec, f"resizes to {preset.resize_size} and crops to {preset.crop_size}, not to a square"
+            spec, f"resizes to {preset.resize_size} and crops to {preset.crop_size}, but only squares are supported"
         )
     return Preprocessing(
         image_size=preset.crop_size[0],
@@ -67,7 +67,7 @@ def convert_torchvision_preset(preset: Any, spec: str) -> Preprocessing:
 
 
 def list_torchvision_classes(name: str) -> list[str]:
-    """Return the names of the classes that a torchvision model was trained for; empty for an unknown model."""
+    """Return the class names of a torchvision model; empty for an unknown model."""
     from torchvision import models
 
     if name not in models.list_models(module=models):
@@ -79,8 +79,8 @@ def load_timm_model(name: str, own_weights: bool) -> tuple[nn.Module, Preprocess
     """Return a timm model and its preprocessing.
 
     Args:
-        name: A name in timm's registry, with or without a tag, or a name on the Hugging Face Hub: `hf-hub:OWNER/NAME`.
-        own_weights: Whether to load the library's weights.
+        name: A name in timm's registry, with or without a tag, or `hf-hub:OWNER/NAME` on the Hugging Face Hub.
+        own_weights: Whether to load timm's weights.
 
     Raises:
         UserError: If timm is not installed, has no such model, or its weights or preprocessing cannot be used.
@@ -92,9 +92,9 @@ def load_timm_model(name: str, own_weights: bool) -> tuple[nn.Module, Preprocess
         raise UserError(
             f"--model {spec}", "timm is not installed", "Run pip install 'patternnet-ray[timm]'."
         ) from error
-    if name.startswith("timm/"):  # the Hub's name of a model that timm's registry has too
+    if name.startswith("timm/"):  # the Hub's name of a model in timm's registry
         name = name.removeprefix("timm/")
-    if not set(name) & set(":/") and not timm.is_model(name):  # timm itself knows what to say of other names
+    if not set(name) & set(":/") and not timm.is_model(name):  # timm reports errors in other names itself
         raise unknown_model_error("timm", name, timm.list_models())
     try:
         model = timm.create_model(name, pretrained=own_weights)
@@ -104,7 +104,7 @@ def load_timm_model(name: str, own_weights: bool) -> tuple[nn.Module, Preprocess
 
 
 def convert_timm_config(config: Mapping[str, Any], spec: str) -> Preprocessing:
-    """Convert a data configuration, as `timm.data.resolve_data_config` gives it, to timm's evaluation transform.
+    """Convert the result of `timm.data.resolve_data_config`, which describes timm's evaluation transform.
 
     Raises:
         UserError: If the transform is not supported.
@@ -132,14 +132,15 @@ def convert_timm_config(config: Mapping[str, Any], spec: str) -> Preprocessing:
 
 
 def unknown_model_error(library: str, name: str, names: Sequence[str]) -> UserError:
-    """Return the error for a name that a library does not have."""
-    close = ", ".join(difflib.get_close_matches(name, names)) or "no model of a similar name"
-    return UserError(f"--model {library}:{name}", f"{library} has no model {name!r}", f"It has {close}.")
+    """Return the error for a model that a library does not have."""
+    close = ", ".join(difflib.get_close_matches(name, names)) or None
+    remedy = f"Similar names are {close}." if close else f"List the models with {library}."
+    return UserError(f"--model {library}:{name}", f"{library} has no model {name!r}", remedy)
 
 
 def unavailable_error(what: str, error: Exception) -> UserError:
     """Return the error for a model that its library could not create or download."""
-    remedy = "Check the name and the network, or pass --weights FILE, or --weights random for a trial."
+    remedy = "Check the name and the network, or pass --weights FILE, or --weights random for a test."
     return UserError("--model", f"{what} ({format_first_line(error).rstrip('.')})", remedy)
 
 

@@ -1,4 +1,4 @@
-"""From a model spec to a traced network, ready on its device, with the preprocessing it was trained with."""
+"""Loading of models: from a config to a traced network on its device, with its preprocessing and digests."""
 
 import math
 from collections.abc import Sequence
@@ -11,10 +11,8 @@ from torch import nn
 from patterns import Network, UserError, digest, trace
 from ray_jobs.config import ModelConfig, Preprocessing
 from ray_jobs.models.checkpoints import load_weights
-from ray_jobs.models.class_names import load_class_names as load_class_names
 from ray_jobs.models.factories import load_custom_model
 from ray_jobs.models.libraries import has_torchvision_weights, load_timm_model, load_torchvision_model
-from ray_jobs.models.libraries import list_torchvision_classes as list_torchvision_classes
 from ray_jobs.models.modules import cast, materialize, prepare, require_finite
 
 PRECISIONS = {"float32": torch.float32, "tf32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
@@ -26,11 +24,11 @@ LIBRARIES = ("torchvision", "timm")
 
 @dataclass(frozen=True)
 class ModelDigests:
-    """What tells whether two processes hold the same model.
+    """Digests by which processes verify that they have the same model.
 
     Attributes:
-        weights: `patterns.digest` of its parameters and buffers.
-        constants: `patterns.Network.constants`, what its graph holds in addition; None if it is not known.
+        weights: `patterns.digest` of the parameters and buffers.
+        constants: `patterns.Network.constants`, the digest of the constants in the graph; None if it is not known.
     """
 
     weights: str
@@ -39,7 +37,16 @@ class ModelDigests:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready for work. digest: of its weights, as they were loaded."""
+    """A model on its device.
+
+    Attributes:
+        config: The config that it was loaded from.
+        model: The module, in its precision.
+        preprocessing: From images to its inputs.
+        digest: `patterns.digest` of its weights as they were loaded.
+        device: Its device.
+        dtype: The type of its inputs.
+    """
 
     config: ModelConfig
     model: nn.Module
@@ -50,7 +57,7 @@ class LoadedModel:
 
     @property
     def digests(self) -> ModelDigests:
-        """The digests of the model, which is traced for it."""
+        """The digests of the model; its constants are known only after tracing."""
         return ModelDigests(self.digest, self.network.constants)
 
     def require_constants(self, expected: str | None, where: str, reference: str) -> None:
@@ -68,7 +75,7 @@ class LoadedModel:
 
     @cached_property
     def network(self) -> Network:
-        """The model traced, once it is asked for: a finished job is known by its digest. UserError as `trace`'s."""
+        """The traced model. It is traced on first use, because a finished job needs only the digest of the weights."""
         example = torch.zeros((2, *self.preprocessing.input_shape), device=self.device, dtype=self.dtype)
         passing, strip = self.config.pass_through, self.config.strip_softmax
         return trace(self.model, example, name=self.config.spec, pass_through=passing, strip_softmax=strip)
@@ -77,11 +84,15 @@ class LoadedModel:
 def load(config: ModelConfig, device: str = "cpu") -> LoadedModel:
     """Load the model of a config.
 
-    This also decides for the whole process whether products of float32 numbers may be computed in TF32, which cuDNN
-    would do by default.
+    The precision also sets for the whole process whether float32 products may be computed in TF32, which is cuDNN's
+    default.
+
+    Args:
+        config: The config.
+        device: The device of the model.
 
     Raises:
-        UserError: If anything in the config is wrong, or the model is of a kind that cannot be traced.
+        UserError: If the config is invalid, the model or its weights cannot be loaded, or the model cannot be traced.
     """
     if config.precision not in PRECISIONS:
         raise UserError("--precision", f"no precision {config.precision!r}", f"Choose from {', '.join(PRECISIONS)}.")
@@ -103,7 +114,7 @@ def load(config: ModelConfig, device: str = "cpu") -> LoadedModel:
 
 
 def build_model(config: ModelConfig) -> tuple[nn.Module, Preprocessing]:
-    """Return the model of a spec, with the library's own weights if the config names them, and its preprocessing."""
+    """Return the model of a config, with weights of its library but not of a file, and its preprocessing."""
     library, colon, name = config.spec.partition(":")
     if not colon:
         raise UserError(
@@ -119,32 +130,32 @@ def build_model(config: ModelConfig) -> tuple[nn.Module, Preprocessing]:
 
 
 def override_preprocessing(own: Preprocessing, config: ModelConfig) -> Preprocessing:
-    """Return the library's preprocessing with the config's values in place of its own.
+    """Return the preprocessing of a model with the values that the config overrides.
 
     Raises:
-        UserError: If the means and deviations cannot be right for pixels in [0, 1].
+        UserError: If the means and deviations are invalid for pixels in [0, 1].
     """
     size = config.image_size or own.image_size
     resize = config.resize or round(size * own.resize / own.image_size)
     mean, std = config.mean or own.mean, config.std or own.std
     if len(mean) != len(std):
         what = f"{len(mean)} means and {len(std)} deviations"
-        raise UserError("--mean --std", what, "Give as many of each as the input has channels: 1 (grey) or 3 (RGB).")
+        raise UserError("--mean --std", what, "Pass one of each per channel of the input: 1 (gray) or 3 (RGB).")
     if not all(math.isfinite(value) for value in (*mean, *std)):
         raise UserError(
-            "--mean --std", f"{format_values(mean)} and {format_values(std)} are not all finite", "Write numbers."
+            "--mean --std", f"{format_values(mean)} and {format_values(std)} are not all finite", "Pass finite numbers."
         )
     if min(std) <= 0:
         what = f"the deviations {format_values(std)} are not all positive"
-        raise UserError("--std", what, "Write the standard deviation of each channel, for pixels in [0, 1].")
+        raise UserError("--std", what, "Pass the standard deviation of each channel, for pixels in [0, 1].")
     if max(*mean, *std) > 1:
         given = {option: values for option, values in (("--mean", config.mean), ("--std", config.std)) if values}
         scaled = " ".join(f"{option} {format_values([v / 255 for v in values])}" for option, values in given.items())
         what = f"{' and '.join(map(format_values, given.values()))} are on the scale of pixels from 0 to 255"
-        raise UserError(" ".join(given), what, f"For pixels in [0, 1], write {scaled}.")
+        raise UserError(" ".join(given), what, f"For pixels in [0, 1], pass {scaled}.")
     return replace(own, image_size=size, resize=resize, mean=mean, std=std)
 
 
 def format_values(values: Sequence[float]) -> str:
-    """Return numbers as the command line takes them."""
+    """Format numbers as the command line takes them."""
     return ",".join(f"{value:.5g}" for value in values)

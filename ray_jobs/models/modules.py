@@ -1,4 +1,4 @@
-"""An nn.Module as its author made it → the same module in the form that can be traced, cast and hashed."""
+"""Preparation of modules: unwrap, validate, materialize and cast an nn.Module, so that it can be traced and hashed."""
 
 import inspect
 from collections.abc import Iterator
@@ -31,10 +31,10 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def prepare(model: nn.Module, where: str) -> nn.Module:
-    """Return the module that a user's model wraps, with a forward pass of one positional argument.
+    """Return the unwrapped module, with a forward pass of one positional argument.
 
     Raises:
-        UserError: If the model is of a kind that cannot be traced: TorchScript, quantized, on the meta device.
+        UserError: If the model cannot be traced because it is TorchScript, quantized or on the meta device.
     """
     model = unwrap(model)
     for name, module in model.named_modules():
@@ -45,7 +45,7 @@ def prepare(model: nn.Module, where: str) -> nn.Module:
             what = f"its module {name} is quantized ({type(module).__name__})"
             raise UserError(where, what, "Load the model in floating point, as it was before quantization.")
         if isinstance(module, nn.DataParallel):
-            module.device_ids = []  # it then calls its module, on whatever device that is
+            module.device_ids = []  # then it calls its module on the module's device
         if isinstance(module, torch.fx.GraphModule) and "eval" in vars(module):
             prepare_exported(module, where)
     for name, tensor in iterate_tensors(model):
@@ -60,10 +60,10 @@ def prepare(model: nn.Module, where: str) -> nn.Module:
 
 
 def prepare_exported(module: torch.fx.GraphModule, where: str) -> None:
-    """Let the module of an exported program be put in evaluation mode, which its fixed graph ignores.
+    """Allow `eval()` on the module of an exported program; it does not change the graph, which is fixed.
 
     Raises:
-        UserError: If it was exported for one batch size.
+        UserError: If the program was exported for one batch size.
     """
     inputs = [node.meta.get("val") for node in module.graph.find_nodes(op="placeholder")]
     if inputs and isinstance(inputs[0], Tensor) and inputs[0].dim() and type(inputs[0].shape[0]) is int:
@@ -74,10 +74,10 @@ def prepare_exported(module: torch.fx.GraphModule, where: str) -> None:
 
 
 def accept_one_input(model: nn.Module, where: str) -> None:
-    """Give a model whose forward takes *args, or a keyword argument only, a forward of one positional argument.
+    """Give a model whose forward takes *args, or only keyword arguments, a forward of one positional argument.
 
-    torch.export needs to know the input by its name. The method is replaced on this instance, so that the names of
-    the model's tensors stay as they are.
+    torch.export needs an input with a name. The method is replaced on this instance, instead of wrapping the model, so
+    that the names of its tensors do not change.
 
     Raises:
         UserError: If it is not clear which keyword argument is the input.
@@ -94,8 +94,8 @@ def accept_one_input(model: nn.Module, where: str) -> None:
         keywords = [p for p in parameters if p.kind not in VARIABLE]
         needed = [p for p in keywords if p.default is p.empty] or keywords
         if len(needed) != 1:
-            named = ", ".join(p.name for p in needed) or "none that has a name"
-            what = f"its forward takes keyword arguments only ({named})"
+            named = ", ".join(p.name for p in needed) or "**kwargs"
+            what = f"its forward takes only keyword arguments ({named})"
             raise UserError(where, what, "Wrap it in a module whose forward takes the images.")
         name = needed[0].name
 
@@ -107,7 +107,12 @@ def accept_one_input(model: nn.Module, where: str) -> None:
 
 
 def materialize(model: nn.Module, shape: tuple[int, ...], where: str) -> None:
-    """Create the parameters of lazy layers by a forward pass of zeros; they are drawn from torch's global generator.
+    """Create the parameters of lazy layers by a forward pass of zeros, with torch's global generator.
+
+    Args:
+        model: The model; changed in place.
+        shape: The shape of an input (C, H, W).
+        where: The model in messages.
 
     Raises:
         UserError: If the model does not take an input of this shape, or does not use one of its lazy layers.
@@ -118,37 +123,39 @@ def materialize(model: nn.Module, shape: tuple[int, ...], where: str) -> None:
         with torch.no_grad():
             model.eval()(torch.zeros(2, *shape))
     except Exception as error:  # the model's own code
-        what = f"its lazy layers cannot be created by an input of shape {shape} ({format_first_line(error)})"
-        raise UserError(where, what, "Set --image-size, --mean and --std to what the model takes.") from error
+        what = f"its lazy layers cannot be created from an input of shape {shape} ({format_first_line(error)})"
+        raise UserError(where, what, "Set --image-size, --mean and --std to the model's input.") from error
     for name, tensor in iterate_tensors(model):
         if is_lazy(tensor):
             what = f"its lazy {name} has no shape after a forward pass, because the forward pass does not use it"
-            raise UserError(where, what, "Remove the layer, or give it its sizes.")
+            raise UserError(where, what, "Remove the layer, or replace it by a layer with fixed sizes.")
 
 
 def iterate_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The parameters and buffers of a model, by name."""
+    """Yield the parameters and buffers of a model with their names."""
     yield from model.named_parameters()
     yield from model.named_buffers()
 
 
 def cast(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Move a model to a device, and its real and complex tensors to a precision, in place.
+    """Move a model to a device and its tensors to a precision, in place; complex tensors stay complex.
 
-    `nn.Module.to` would make complex tensors real.
+    `nn.Module.to` would make them real.
     """
-    with_phase = torch.promote_types(dtype, torch.complex64)
+    complex_dtype = torch.promote_types(dtype, torch.complex64)
 
-    def converted(tensor: Tensor) -> Tensor:
-        return tensor.to(with_phase if tensor.is_complex() else dtype if tensor.is_floating_point() else tensor.dtype)
+    def convert(tensor: Tensor) -> Tensor:
+        return tensor.to(
+            complex_dtype if tensor.is_complex() else dtype if tensor.is_floating_point() else tensor.dtype
+        )
 
-    return model.to(device)._apply(converted)
+    return model.to(device)._apply(convert)
 
 
 def require_finite(model: nn.Module, where: str) -> None:
-    """Raise UserError for a parameter, or a norm's running statistics, that is not finite.
+    """Raise UserError if a parameter or a norm's running statistics are not finite.
 
-    Other buffers are not checked: a mask for attention legitimately holds -inf.
+    Other buffers are not checked, because a mask for attention holds -inf.
     """
     for name, tensor in iterate_tensors(model):
         statistic = name.rpartition(".")[2] in STATISTICS
@@ -157,4 +164,4 @@ def require_finite(model: nn.Module, where: str) -> None:
         wrong = int((~tensor.isfinite()).sum())
         if wrong:
             what = f"{wrong} of the {tensor.numel()} values of {name} are not finite (NaN or infinite)"
-            raise UserError(where, what, "Use weights from a training that did not diverge.")
+            raise UserError(where, what, "Pass weights of a training that did not diverge.")

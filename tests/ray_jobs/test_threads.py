@@ -89,7 +89,7 @@ def test_a_worker_that_fails_amid_a_shard_ends_its_reading_thread() -> None:
 def test_what_follows_begins_once_all_before_is_made_though_not_yet_worked_on() -> None:
     first, second = Source(6), Source(10**6)
     before = Prefetcher(first)
-    after = Prefetcher(second, before.made)
+    after = Prefetcher(second, before.exhausted)
     numbers = iter(before)
     for number in range(3):
         assert next(numbers) == number
@@ -106,7 +106,7 @@ def test_what_follows_begins_once_all_before_is_made_though_not_yet_worked_on() 
 def test_what_follows_ends_though_what_is_before_never_does() -> None:
     before, first = set(threading.enumerate()), Prefetcher(Source(10**6))
     second = Source(1)
-    Prefetcher(second, first.made).close()
+    Prefetcher(second, first.exhausted).close()
     assert second.taken == 0
     first.close()
     assert set(threading.enumerate()) <= before
@@ -120,8 +120,8 @@ def native_threads() -> int:
 def behind(work: Callable[[], int]) -> list[int]:
     found: list[int] = []
     with WriteBehind() as worker:
-        worker.do(lambda: found.append(work()))
-        worker.done()
+        worker.submit(lambda: found.append(work()))
+        worker.flush()
     return found
 
 
@@ -188,8 +188,8 @@ def test_what_is_done_behind_is_done_in_order_and_its_error_is_told() -> None:
 
     def do_all(behind: WriteBehind) -> None:
         for number in range(100):
-            behind.do(work, number)
-        behind.done()
+            behind.submit(work, number)
+        behind.flush()
 
     with WriteBehind() as behind, pytest.raises(OSError, match="the disk is full"):
         do_all(behind)
