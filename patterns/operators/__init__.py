@@ -1,5 +1,5 @@
-"""Linear operators of a network, their types and the positions that they see."""
+"""Linear operators of a network: their types, gates and receptive fields."""
 
-from patterns.operators.operator import TYPE_NAMES
+from patterns.operators.operator import OPERATOR_TYPES, TYPE_NAMES, Gate, Operator, OperatorType
 
-__all__ = ["TYPE_NAMES"]
+__all__ = ["OPERATOR_TYPES", "TYPE_NAMES", "Gate", "Operator", "OperatorType"]

@@ -1,4 +1,4 @@
-"""Where the neurons of an operator look: which inputs each output position meets with each weight."""
+"""Receptive fields: which inputs each output position of an operator meets with each weight."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,10 +21,15 @@ from patterns.operators.operator import (
 
 @dataclass(frozen=True)
 class ReceptiveField:
-    """Where a neuron looks, along each dimension.
+    """The receptive field of an operator's neurons, along each spatial dimension.
 
-    taps: where in the window the weights look, in units of the dilation and in the weights' order.
-    before, after: zeros around the input; negative numbers crop.  spacing: how far its values are, zeros being between.
+    Attributes:
+        taps: Offsets of the weights within the window, in units of the dilation and in the order of the weights.
+        stride: Distance between the windows of neighboring output positions.
+        dilation: Distance between neighboring weights.
+        before: Zeros in front of the input; negative numbers crop it.
+        after: Zeros behind the input; negative numbers crop it.
+        spacing: Distance between neighboring input values, with zeros between them.
     """
 
     taps: tuple[range, ...]
@@ -34,19 +39,32 @@ class ReceptiveField:
     after: Shape
     spacing: Shape
 
-    def reshape_along(self, sizes: Shape) -> Iterator[tuple[Tensor, Tensor]]:
-        """Of each dimension of an input of these sizes: the index that a position meets with a tap, int64
-        (positions, taps), and whether it lies outside, bool; the index is any then.
+    def indices_by_dimension(self, sizes: Shape) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield for each dimension the input indices that the output positions meet with the taps.
+
+        Args:
+            sizes: Spatial sizes of the input.
+
+        Yields:
+            The indices, int64 (positions, taps), and whether they lie outside of the input, bool (positions, taps). An
+            index outside has an arbitrary valid value.
         """
         for i, (size, spacing) in enumerate(zip(sizes, self.spacing)):
-            taps, whole = torch.tensor(self.taps[i]) * self.dilation[i], (size - 1) * spacing + 1
-            count = (whole + self.before[i] + self.after[i] - int(taps.max()) - 1) // self.stride[i] + 1
-            at = torch.arange(count)[:, None] * self.stride[i] - self.before[i] + taps
-            beyond = (at < 0) | (at >= whole) | (at % spacing != 0)
-            yield at.div(spacing, rounding_mode="floor").clamp(0, size - 1), beyond
+            taps, extent = torch.tensor(self.taps[i]) * self.dilation[i], (size - 1) * spacing + 1
+            count = (extent + self.before[i] + self.after[i] - int(taps.max()) - 1) // self.stride[i] + 1
+            index = torch.arange(count)[:, None] * self.stride[i] - self.before[i] + taps
+            outside = (index < 0) | (index >= extent) | (index % spacing != 0)
+            yield index.div(spacing, rounding_mode="floor").clamp(0, size - 1), outside
 
     def indices(self, sizes: Shape) -> tuple[Tensor, Tensor | None]:
-        """The same of all dimensions at once, positions, taps and indices flattened; None where nothing is outside."""
+        """Return the same for all dimensions at once, with positions, taps and indices flattened.
+
+        Args:
+            sizes: Spatial sizes of the input.
+
+        Returns:
+            The indices, int64 (positions, taps), and whether they lie outside of the input; None if no index does.
+        """
         index, outside = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.bool)
         for size, (at, beyond) in zip(sizes, self.indices_by_dimension(sizes)):
             index = (index[:, None, :, None] * size + at[:, None]).flatten(2).flatten(0, 1)
@@ -55,7 +73,11 @@ class ReceptiveField:
 
 
 def find_receptive_field(operator: Operator) -> ReceptiveField | None:
-    """Where an operator's neurons look, None where at their own position. UserError where nobody can say."""
+    """Return the receptive field of an operator; None if each neuron sees its own position only.
+
+    Raises:
+        UserError: If the operator type has no known receptive field.
+    """
     kernel, ones = operator.weight.shape[2:], (1,) * len(operator.weight.shape[2:])
     taps = tuple(range(k) for k in kernel)
     match operator.operator_type:
@@ -63,31 +85,33 @@ def find_receptive_field(operator: Operator) -> ReceptiveField | None:
             if set(kernel) == set(stride) == {1} and not any(padding):
                 return None
             return ReceptiveField(taps, stride, dilation, padding, padding, ones)
-        case TransposedConvolution(stride, padding, more, dilation):
-            # A convolution of stride 1 over the input with zeros between, its weights back to front.
+        case TransposedConvolution(stride, padding, output_padding, dilation):
+            # A convolution of stride 1 over the input with zeros between its values, with the weights reversed.
             before = tuple(d * (k - 1) - p for d, k, p in zip(dilation, kernel, padding))
-            after = tuple(b + m for b, m in zip(before, more))
+            after = tuple(b + extra for b, extra in zip(before, output_padding))
             return ReceptiveField(tuple(t[::-1] for t in taps), ones, dilation, before, after, stride)
         case AveragePool(_, stride, padding):
             return ReceptiveField(taps, stride, ones, padding, padding, ones)
         case Linear() | Scale() | Addition():
             return None
-    kind = type(operator.operator_type).__name__
-    raise UserError(operator.name, f"the patches of {kind} cannot be sampled", "Leave it out of the operators.")
+    what = f"patches of operator type {type(operator.operator_type).__name__} cannot be sampled"
+    raise UserError(operator.name, what, "Leave the operator out.")
 
 
 def mean_overlap(operator: Operator) -> Tensor:
-    """How many output positions see an input that a weight meets, on average; float64, of the weight's shape
-    but for its first two dimensions, which are 1.
+    """Return for each weight the mean number of output positions that see the input that it meets.
 
-    The stride decides which weights meet an input together, and at borders there are fewer positions.
+    The stride decides which weights meet an input together. Inputs at the borders are seen by fewer positions.
+
+    Returns:
+        float64, in the weight's shape except for the first two dimensions, which are 1.
     """
     window, sizes = find_receptive_field(operator), operator.input_shapes[0][1:]
     if window is None:
         return torch.ones([1] * operator.weight.dim(), dtype=torch.float64)
     counts = torch.ones(1, 1, dtype=torch.float64)
-    for size, (at, beyond) in zip(sizes, window.indices_by_dimension(sizes)):
-        positions = torch.bincount(at[~beyond], minlength=size)[at]
-        mean = (positions * ~beyond).sum(0).double() / (~beyond).sum(0).clamp(min=1)
+    for size, (index, outside) in zip(sizes, window.indices_by_dimension(sizes)):
+        positions = torch.bincount(index[~outside], minlength=size)[index]
+        mean = (positions * ~outside).sum(0).double() / (~outside).sum(0).clamp(min=1)
         counts = counts[..., None] * mean.clamp(min=1)
     return counts

@@ -1,13 +1,13 @@
-"""The weight gradient of a 3 × n convolution with half the products, for CPUs.
+"""Weight gradient of a 3 × n convolution with half of the products, for CPUs.
 
-Three sums over four rows of outputs, Σ_h x[i + h]·g[h] for i = 0, 1, 2, take twelve products of a row each. As the
-coefficients of a polynomial's product they take six (Toom and Cook; Winograd 1980; Lavin & Gray 2016, "Fast algorithms
-for convolutional neural networks"): rows are combined before they are multiplied, here for the points 0, ±1, ±2 and ∞,
-and the six products, summed over all images, after. Along the width, each weight is a matrix product with the inputs
-moved by so much.
+Three sums over four rows of outputs, Σ_h x[i + h]·g[h] for i = 0, 1, 2, take twelve products of rows. As coefficients
+of a product of polynomials they take six (Toom and Cook; Winograd 1980; Lavin & Gray 2016, "Fast algorithms for
+convolutional neural networks"): rows are combined before the multiplication, here for the points 0, ±1, ±2 and ∞, and
+the six products, summed over all images, are combined after it. Along the width, each column of weights is a matrix
+product with shifted inputs.
 
-Float32 loses about 1e-6 of a sum, no more than in oneDNN's gradient, and less where images are large: four rows' sums
-were taken before they are added up.
+The error in float32 is about 1e-6 of a sum. It is no larger than that of oneDNN's gradient, and smaller for large
+images, because the sums of four rows are taken before they are added up.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,46 +15,48 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-ROWS, POINTS = 4, 6  # of outputs that are taken together, and their products
+ROWS, POINTS = 4, 6  # output rows that are combined, and the products that they take
 PRODUCTS_TO_SUMS = [[1 / 4, -1 / 6, -1 / 6, 1 / 24, 1 / 24, 0],
            [0, -1 / 6, 1 / 6, 1 / 12, -1 / 12, 0],
            [0, -1 / 6, -1 / 6, 1 / 6, 1 / 6, 1]]  # fmt: skip
 
-# RowCombiner numbers at a time. Each block's operations wait for all threads, which takes long where these are cores that
-# share no cache: a fit of VGG-16 took 15 % longer there with an eighth of it, and as long where they do.
+# Numbers that are combined at once. The operations of a block wait for all threads, which is slow on cores that do not
+# share a cache: with an eighth of this size, a fit of VGG-16 took 15 % longer there, and no longer on other cores.
 BLOCK = 2**22
-# Channels (of inputs or neurons, the fewer) × width from where half the products outweigh what combining costs.
+# The method pays off from this product on: the smaller number of channels (inputs or outputs) times the output's width.
 MIN_CHANNEL_COLUMNS = 3500
 
-# One operation to whoever traces or counts them: its blocks would be hundreds.
+# One operation for tracing and for counting: its blocks would be hundreds of operations.
 LIBRARY = torch.library.Library("patternnet", "FRAGMENT")
 LIBRARY.define("winograd_weight_gradient(Tensor x, Tensor grad, int[] kernel, int[] padding) -> Tensor")
 OPERATION = torch.ops.patternnet.winograd_weight_gradient
 
 
 def is_faster(x: Tensor, grad: Tensor, kernel: tuple[int, ...]) -> bool:
-    """Whether a convolution of stride 1, undilated and of one group, has its gradient sooner this way."""
+    """Return whether this computes the gradient faster, for a convolution of stride 1 and dilation 1 in one group."""
     return kernel[0] == 3 and min(x.shape[1], grad.shape[1]) * grad.shape[3] >= MIN_CHANNEL_COLUMNS
 
 
 def weight_gradient(x: Tensor, grad: Tensor, kernel: Sequence[int], padding: Sequence[int]) -> Tensor:
-    """Σ g·x, shape (K, C, 3, width), of inputs (N, C, H, W) and a gradient of the outputs (N, K, H', W')."""
+    """Return Σ g·x, shape (K, C, 3, width), for inputs x (N, C, H, W) and an output gradient g (N, K, H', W')."""
     return OPERATION(x, grad, kernel, padding)
 
 
 @torch.library.impl(LIBRARY, "winograd_weight_gradient", "CPU")
 def compute_in_blocks(x: Tensor, grad: Tensor, kernel: Sequence[int], padding: Sequence[int]) -> Tensor:
+    """Compute the weight gradient block by block."""
     width, columns, tiles = kernel[1], x.shape[3] + 2 * padding[1], -(-grad.shape[2] // ROWS)
     room = max(1, BLOCK // (POINTS * columns * max(x.shape[1], grad.shape[1])))
-    images, at_once = split_evenly(len(x), max(1, room // tiles)), split_evenly(tiles, room)
-    block = (images, at_once, columns)
-    of_x = RowCombiner(x, combine_inputs, ROWS + 2, block, tuple(padding))
-    of_grad = RowCombiner(grad, combine_gradients, ROWS, block, (0, 0))
+    images, groups = split_evenly(len(x), max(1, room // tiles)), split_evenly(tiles, room)
+    block = (images, groups, columns)
+    combine_x = RowCombiner(x, combine_inputs, ROWS + 2, block, tuple(padding))
+    combine_grad = RowCombiner(grad, combine_gradients, ROWS, block, (0, 0))
     sums = x.new_zeros(width, POINTS, grad.shape[1], x.shape[1])
     for image in range(0, len(x), images):
-        for row in range(0, grad.shape[2], ROWS * at_once):
-            v, g = of_x(image, row), of_grad(image, row)
-            # A gradient's row ends with as many zeros as the inputs' is longer: moved inputs meet no others.
+        for row in range(0, grad.shape[2], ROWS * groups):
+            v, g = combine_x(image, row), combine_grad(image, row)
+            # The gradient's rows end in zeros up to the length of the inputs' rows. Shifted inputs that run into the
+            # next row meet these zeros.
             count = g.shape[2] - (width - 1)
             for offset, total in enumerate(sums):
                 total.baddbmm_(g[..., :count], v[..., offset : offset + count].mT)
@@ -64,21 +66,17 @@ def compute_in_blocks(x: Tensor, grad: Tensor, kernel: Sequence[int], padding: S
 
 @torch.library.register_fake("patternnet::winograd_weight_gradient", lib=LIBRARY)
 def fake_weight_gradient(x: Tensor, grad: Tensor, kernel: Sequence[int], padding: Sequence[int]) -> Tensor:
-    """What it gives, without its numbers."""
+    """Return a tensor of the result's shape, for torch's fake tensors."""
     return x.new_empty(kernel[1], 3, grad.shape[1], x.shape[1]).permute(2, 3, 1, 0)
 
 
-def split_evenly(total: int, most: int) -> int:
-    """How many at a time, at most so many, for blocks of about one size."""
-    return -(-total // -(-total // most))
+def split_evenly(total: int, limit: int) -> int:
+    """Return a block size of at most `limit` that splits `total` into blocks of about equal size."""
+    return -(-total // -(-total // limit))
 
 
 class RowCombiner:
-    """Images' rows, combined block by block in the same memory.
-
-    combine: takes each `span` successive rows, of which every fourth begins such a run, to the six points.
-    block: images, runs and columns of a block.  padding: zeros above and beside the images.
-    """
+    """Combines rows of images block by block, in memory that all blocks share."""
 
     def __init__(
         self,
@@ -88,16 +86,28 @@ class RowCombiner:
         block: tuple[int, int, int],
         padding: tuple[int, ...],
     ) -> None:
-        (images, runs, columns), (self._above, side) = block, padding
+        """Allocate the memory.
+
+        Args:
+            values: Images, shape (N, channels, height, width).
+            combine: Combines `span` successive rows to the six points. A group of rows starts every `ROWS` rows.
+            span: Number of rows in a group.
+            block: Images, groups of rows, and columns of a block.
+            padding: Zeros above and at the sides of the images.
+        """
+        (images, groups, columns), (self._above, side) = block, padding
         self._values, self._combine = values, combine
-        channels, width, first = values.shape[1], values.shape[3], ROWS * (runs - 1)
+        channels, width, first = values.shape[1], values.shape[3], ROWS * (groups - 1)
         rows = values.new_zeros(channels, images, first + span, columns)
         self._inside = rows[..., side : side + width]
-        self._runs = [rows[:, :, i : first + i + 1 : ROWS] for i in range(span)]
+        self._groups = [rows[:, :, i : first + i + 1 : ROWS] for i in range(span)]
         self._combined = values.new_empty(POINTS, channels, *block)
 
     def __call__(self, image: int, row: int) -> Tensor:
-        """From an image and a row of outputs on: (6, channels, images · runs · columns), 0 where nothing is."""
+        """Return the combined rows from an image and an output row on.
+
+        The shape is (6, channels, images · groups · columns). Rows and images beyond the end are 0.
+        """
         first = row - self._above
         images, last = self._inside.shape[1], first + self._inside.shape[2]
         found = self._values[image : image + images, :, max(first, 0) : last].transpose(0, 1)
@@ -107,13 +117,13 @@ class RowCombiner:
         self._inside[:, :, :begin] = 0
         self._inside[:, :, end:] = 0
         self._inside[:, found.shape[1] :] = 0
-        self._combine(self._runs, self._combined)
+        self._combine(self._groups, self._combined)
         return self._combined.flatten(2)
 
 
 def combine_inputs(x: list[Tensor], out: Tensor) -> None:
-    """Six successive rows, and what is multiplied at each of the six points."""
-    even_part, odd_part = out[0], out[5]  # of what opposite points share
+    """Combine six successive rows of inputs into the first factors at the six points."""
+    even_part, odd_part = out[0], out[5]  # opposite points share these parts
     torch.sub(x[4], x[2], alpha=4, out=even_part)
     torch.sub(x[3], x[1], alpha=4, out=odd_part)
     evaluate_opposite(even_part, odd_part, 1, out[1:3])
@@ -126,7 +136,7 @@ def combine_inputs(x: list[Tensor], out: Tensor) -> None:
 
 
 def combine_gradients(g: list[Tensor], out: Tensor) -> None:
-    """Four successive rows, and the polynomial of which they are the coefficients at the six points."""
+    """Evaluate the polynomial whose coefficients are four successive rows of the output gradient at the six points."""
     even_part, odd_part = out[0], out[5]
     torch.add(g[0], g[2], out=even_part)
     torch.add(g[1], g[3], out=odd_part)
@@ -138,6 +148,6 @@ def combine_gradients(g: list[Tensor], out: Tensor) -> None:
 
 
 def evaluate_opposite(even_part: Tensor, odd_part: Tensor, point: int, out: Tensor) -> None:
-    """A polynomial at a point and at the one opposite."""
+    """Evaluate a polynomial at a point and at the opposite point, from its even and odd part."""
     torch.add(even_part, odd_part, alpha=point, out=out[0])
     torch.sub(even_part, odd_part, alpha=point, out=out[1])
