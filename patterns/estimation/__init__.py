@@ -1,4 +1,4 @@
-"""From moments to patterns, with their quality and their standard error."""
+"""From moments to patterns, their quality and their standard error."""
 
 from patterns.estimation.estimators import (
     ESTIMATORS,

@@ -1,7 +1,7 @@
-"""Signal estimators: from an operator's moments and weight to its neurons' patterns.
+"""Signal estimators: compute the patterns of an operator from its moments and its weight.
 
-All work on weights flattened to (K, D) in float64 and give patterns of that shape with wᵀa = 1 for
-every live neuron (but `multivariate`), and 0 for a neuron that is dead, constant or degenerate.
+Estimators work on weights flattened to (K, D) in float64 and return patterns of that shape. Except for
+`multivariate`, wᵀa = 1 for every neuron that has a pattern. The pattern of a dead, constant or degenerate neuron is 0.
 """
 
 import hashlib
@@ -17,19 +17,24 @@ from patterns.moments.moments import Moments, RequiredSums, Sums, require
 from patterns.operators.operator import Operator
 from patterns.operators.receptive_fields import mean_overlap
 
-# A denominator below this share of what it is made of is rounding, not signal.
+# A denominator below this share of the size of its terms is rounding.
 VANISHING = 1e-9
-
-
-# Added to every output's variance, as a share of it, before Cov[y] is inverted.
+# Share of an output's variance that is added to it before Cov[y] is inverted.
 RIDGE = 1e-6
-# Elements of a large operator's patterns that are worked on in float64 at a time.
+# Elements of a large operator's patterns that are computed in float64 at once.
 BLOCK_ELEMENTS = 2**23
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What an estimator may look at. weight: (K, D) float64; seed: for `random`, with the operator's name."""
+    """Input of an estimator.
+
+    Attributes:
+        operator: The operator.
+        moments: The moments of the neurons to solve for.
+        weight: Their weights, float64, shape (K, D).
+        seed: Seed of the `random` estimator, in addition to the operator's name.
+    """
 
     operator: Operator
     moments: Moments
@@ -38,121 +43,127 @@ class Problem:
 
 
 def filter_(problem: Problem) -> Tensor:
-    """S_w: a = w / wᵀw (Kindermans et al. 2018, §3.1)."""
-    return normalised(problem.weight, problem.weight)
+    """S_w: return a = w / wᵀw (Kindermans et al. 2018, §3.1)."""
+    return normalize(problem.weight, problem.weight)
 
 
 def random(problem: Problem) -> Tensor:
-    """S_u: a = u / wᵀu, u drawn once from a normal seeded by seed and operator; the baseline of §4."""
+    """Return a = u / wᵀu for a standard normal u that follows from the seed and the operator: the baseline of §4."""
     digest = hashlib.sha256(f"{problem.seed}/{problem.operator.name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     direction = torch.randn(problem.weight.shape, generator=generator, dtype=torch.float64)
-    return normalised(direction, problem.weight)
+    return normalize(direction, problem.weight)
 
 
 def linear(problem: Problem) -> Tensor:
-    """S_a: a = cov[x, y] / var[y] (eq. 4).
+    """S_a: return a = cov[x, y] / var[y] (eq. 4).
 
-    Invariant: a constant added to x (with the bias that keeps y) leaves it as it is.
+    It is invariant to a constant added to x (if the bias is changed to keep the outputs).
     """
     total = problem.moments.total
-    return regressed(problem, total, total.mean_y())
+    return regress(problem, total, total.mean_y())
 
 
 def positive(problem: Problem) -> Tensor:
-    """a₊ of S_a±: (E₊[xy] - E₊[x]E[y]) / wᵀ(…) over the open gate, E[y] over all samples (eq. 7).
+    """Return a₊ of S_a±, (E₊[xy] - E₊[x]E[y]) / wᵀ(…) over the open gate, with E[y] over all samples (eq. 7).
 
-    Not invariant to a constant c added to x, since E₊[x]E[y] does not centre E₊[xy]: the direction moves by
-    c(E₊[y] - E[y]). That is the paper's form, and its authors' code.
+    It is not invariant to a constant c added to x, because E₊[x]E[y] does not center E₊[xy]: the direction changes
+    by c(E₊[y] - E[y]). This is the form in the paper, and in its authors' code.
     """
-    return regressed(problem, require(problem.moments.open), problem.moments.total.mean_y())
+    return regress(problem, require(problem.moments.open), problem.moments.total.mean_y())
 
 
 def negative(problem: Problem) -> Tensor:
-    """a₋ of S_a±: as `positive`, over the closed gate."""
-    return regressed(problem, problem.moments.closed, problem.moments.total.mean_y())
+    """Return a₋ of S_a±: like `positive`, over the closed gate."""
+    return regress(problem, problem.moments.closed, problem.moments.total.mean_y())
 
 
 def positive_own_mean(problem: Problem) -> Tensor:
-    """cov₊[x, y] / var₊[y]: `positive` with E[y] taken within the open gate. Invariant as `linear` is."""
+    """Return cov₊[x, y] / var₊[y]: `positive` with E[y] over the open gate. Invariant in the same way as `linear`."""
     opened = require(problem.moments.open)
-    return regressed(problem, opened, opened.mean_y())
+    return regress(problem, opened, opened.mean_y())
 
 
 def negative_own_mean(problem: Problem) -> Tensor:
-    """As `positive_own_mean`, over the closed gate."""
+    """Return cov₋[x, y] / var₋[y]: like `positive_own_mean`, over the closed gate."""
     closed = problem.moments.closed
-    return regressed(problem, closed, closed.mean_y())
+    return regress(problem, closed, closed.mean_y())
 
 
-def regressed(problem: Problem, sums: Sums, mean_y: Tensor) -> Tensor:
-    """(E[xy] - E[x]·mean_y) / wᵀ(…), with E[xy] and E[x] over some samples.
+def regress(problem: Problem, sums: Sums, mean_y: Tensor) -> Tensor:
+    """Return (E[xy] - E[x]·mean_y) / wᵀ(…), with E[xy] and E[x] from `sums`.
 
-    Over all samples and with their mean this is cov[x, y] / var[y], since wᵀcov[x, y] = var[y]. The
-    denominator is taken from the numerator, so that wᵀa = 1 holds to the last digit.
+    Over all samples and with their mean, this is cov[x, y] / var[y], because wᵀcov[x, y] = var[y]. The denominator is
+    computed from the numerator, so that wᵀa = 1 to the last digit.
     """
     xy, x = sums.mean_xy(), sums.mean_x() * mean_y[:, None]
-    return normalised(xy - x, problem.weight, xy.norm(dim=1) + x.norm(dim=1))
+    return normalize(xy - x, problem.weight, xy.norm(dim=1) + x.norm(dim=1))
 
 
 def multivariate(problem: Problem) -> Tensor:
-    """A = Cov[x, y] Cov[y]⁻¹ (Haufe et al. 2014, eq. 6), over the positions that see an input (see `windows.overlap`).
+    """Return A = Cov[x, y] Cov[y]⁻¹ (Haufe et al. 2014, eq. 6), divided by `receptive_fields.mean_overlap`.
 
-    Regresses x on all outputs of a group at once, so that what several neurons tell is counted once; a dead
-    neuron tells nothing. As y = wᵀx, Cov[y] is wᵀCov[x, y]. A ridge of RIDGE times its variance is added to each
-    output. Up to the ridge, WᵀA is the identity before the division by the positions, and an invertible mixing of
-    the outputs mixes the patterns alone: A(WM) = A(W)M⁻ᵀ. Invariant to a constant added to x as `linear` is.
+    It regresses x on all outputs of a group at once, so that information in several outputs is counted once. Dead and
+    constant neurons are left out. Because y = wᵀx, Cov[y] is wᵀCov[x, y]. A ridge of RIDGE times its variance is added
+    to each output. Except for the ridge, WᵀA is the identity before the division, and an invertible mixing of the
+    outputs mixes only the patterns: A(WM) = A(W)M⁻ᵀ. It is invariant to a constant added to x in the same way as
+    `linear`.
     """
     total, groups = problem.moments.total, (problem.operator.groups, -1)
     cov_xy = total.mean_xy().sub_(total.mean_x().mul_(total.mean_y()[:, None])).unflatten(0, groups)
     cov_y = cov_xy @ problem.weight.unflatten(0, groups).mT
     var = cov_y.diagonal(dim1=1, dim2=2)
     opened = total if problem.moments.open is None else problem.moments.open
-    tells = ((total.var_y() > 0) & (opened.n > 0)).unflatten(0, groups) & (var > 0)
-    unit = torch.where(tells, var, 1.0).rsqrt() * tells
-    # Not made symmetric: its errors are then those of Cov[x, y], and none is blown up where outputs are dependent.
+    informative = ((total.var_y() > 0) & (opened.n > 0)).unflatten(0, groups) & (var > 0)
+    unit = torch.where(informative, var, 1.0).rsqrt() * informative
+    # Not made symmetric: so its errors are those of Cov[x, y], and dependent outputs do not amplify them.
     correlation = unit[..., None] * cov_y * unit[:, None]
-    # In units in which every output has variance 1; one that tells nothing stands alone, and has pattern 0.
+    # In units in which every output has variance 1. An output left out correlates with no other and has pattern 0.
     correlation.diagonal(dim1=1, dim2=2).copy_(torch.full_like(unit, 1 + RIDGE))
     factors, pivots = torch.linalg.lu_factor(correlation)
     for inputs in cov_xy.split(max(1, BLOCK_ELEMENTS // cov_xy.shape[1]), 2):
         inputs.copy_(unit[..., None] * torch.linalg.lu_solve(factors, pivots, unit[..., None] * inputs))
     a = cov_xy
-    seen = mean_overlap(problem.operator).expand(1, *problem.operator.weight.shape[1:])
-    return a.flatten(0, 1).div_(seen.flatten(1))
+    overlap = mean_overlap(problem.operator).expand(1, *problem.operator.weight.shape[1:])
+    return a.flatten(0, 1).div_(overlap.flatten(1))
 
 
-def normalised(direction: Tensor, weight: Tensor, size: Tensor | None = None) -> Tensor:
-    """direction / wᵀdirection for each neuron; 0 where the denominator vanishes.
+def normalize(direction: Tensor, weight: Tensor, size: Tensor | None = None) -> Tensor:
+    """Divide each neuron's direction by wᵀdirection, shapes (K, D); return 0 if the denominator vanishes.
 
-    size: of what the direction was computed from, shape (K,), where its terms may cancel.
+    Args:
+        direction: The directions.
+        weight: The weights.
+        size: The size of the terms that a direction is a difference of, shape (K,), if they may cancel.
     """
     denominator = (direction * weight).sum(1, keepdim=True)
     size = direction.norm(dim=1) if size is None else size
-    live = denominator.abs() > VANISHING * (size * weight.norm(dim=1))[:, None]
-    return torch.where(live, direction / torch.where(live, denominator, 1.0), 0.0)
+    informative = denominator.abs() > VANISHING * (size * weight.norm(dim=1))[:, None]
+    return torch.where(informative, direction / torch.where(informative, denominator, 1.0), 0.0)
 
 
 @dataclass(frozen=True)
 class Estimator:
-    """A row of the table. `sums`: the large sums it needs.  `joint`: whether it takes all neurons at once."""
+    """Estimator of one pattern per neuron.
+
+    Attributes:
+        solve: Computes the patterns, float64, shape (K, D).
+        sums: The large sums that it needs.
+        joint: Whether it needs all neurons of an operator at once.
+    """
 
     solve: Callable[[Problem], Tensor]
     sums: RequiredSums
     joint: bool = False
 
     @property
-    def learns(self) -> bool:
-        """Whether it looks at data: then a neuron that never opened or never varied has pattern 0."""
+    def uses_data(self) -> bool:
+        """Whether patterns depend on data. If so, neurons that never open or never vary have pattern 0."""
         return self.sums.total or self.sums.open
 
 
-NOTHING, TOTAL, OPEN, BOTH = (
-    RequiredSums(False, False),
-    RequiredSums(open=False),
-    RequiredSums(total=False),
-    RequiredSums(),
-)
+NOTHING, TOTAL = RequiredSums(total=False, open=False), RequiredSums(open=False)
+OPEN, BOTH = RequiredSums(total=False), RequiredSums()
 
 ESTIMATORS: dict[str, Estimator] = {
     "filter": Estimator(filter_, NOTHING),
@@ -165,8 +176,8 @@ ESTIMATORS: dict[str, Estimator] = {
     "multivariate": Estimator(multivariate, TOTAL, joint=True),
 }
 
-# What a user may ask for: patterns for operators with a gate, and for those without. The identity,
-# S(x) = x, has none. The first pattern is the one that explanations take.
+# By name of a choice: the estimators for operators with a gate, and for operators without. Explanations use the
+# pattern of the first. The identity, S(x) = x, has no pattern.
 CHOICES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "identity": ((), ()),
     "filter": (("filter",), ("filter",)),
@@ -177,57 +188,126 @@ CHOICES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "multivariate": (("multivariate",), ("multivariate",)),
     "default": (("positive",), ("linear",)),
 }
-
-
-# Those with a pattern for each side of the gate.
+# The choices with a pattern for each side of the gate.
 PAIRS = {name: rows for name, (rows, _) in CHOICES.items() if len(rows) == 2}
 
-# `ESTIMATOR`, for all operators, or `OPERATORS=ESTIMATOR`, for those whose name matches a pattern such as
-# `features.*`; several, or one text with commas. Operators that none is meant for have the default.
+# Comma-separated names from CHOICES, for all operators, or `glob=name` pairs, for operators whose name matches a glob
+# such as `features.*`; or an iterable of such names and pairs. Other operators have the choice `default`.
 Choices = str | Iterable[str]
 
 
-def parse_estimators(choices: Choices, operators: Collection[str] | None = None) -> list[tuple[str, str]]:
-    """Choices as pairs: a pattern of operators' names, and a row of CHOICES.
+def parse_estimators(
+    estimators: Choices, operators: Collection[str] | None = None, parameter: str = "estimators"
+) -> list[tuple[str, str]]:
+    """Parse choices of estimators.
 
-    UserError for an estimator that is not in CHOICES, and for a pattern that matches none of these operators.
+    Args:
+        estimators: Comma-separated names from `CHOICES`, or `glob=name` pairs for the operators that match.
+        operators: The names of all operators, if each glob must match one.
+        parameter: The name of the caller's parameter, for errors.
+
+    Returns:
+        A pair for each choice: a glob of operator names, and a name from `CHOICES`.
+
+    Raises:
+        UserError: If a name is not in `CHOICES`, or if a glob matches no operator.
+
+    Example:
+        >>> parse_estimators("layer4.*=linear, two-component")
+        [('layer4.*', 'linear'), ('*', 'two-component')]
     """
-    listed = choices.split(",") if isinstance(choices, str) else choices
     pairs = []
-    for choice in listed:
-        pattern, _, name = choice.strip().rpartition("=")
+    for choice in estimators.split(",") if isinstance(estimators, str) else estimators:
+        glob, _, name = choice.strip().rpartition("=")
         if name not in CHOICES:
-            raise UserError("--estimators", f"no estimator {name!r}", f"Choose from {', '.join(CHOICES)}.")
-        if pattern and operators is not None and not any(fnmatchcase(o, pattern) for o in operators):
-            raise UserError("--estimators", f"no operator matches {pattern!r}", "`patternnet plan` lists their names.")
-        pairs.append((pattern or "*", name))
+            raise UserError("", f"no estimator {name!r}", f"Choose from {', '.join(CHOICES)}.", parameter)
+        if glob and operators is not None and not any(fnmatchcase(o, glob) for o in operators):
+            raise UserError("", f"no operator matches {glob!r}", f"Operators are {name_some(operators)}.", parameter)
+        pairs.append((glob or "*", name))
     return pairs
 
 
-def select_choices(operator: str, choices: Choices) -> list[str]:
-    """The rows of CHOICES that are meant for an operator of this name, in order."""
-    return [name for pattern, name in parse_estimators(choices) if fnmatchcase(operator, pattern)] or ["default"]
+def name_some(operators: Collection[str], limit: int = 5) -> str:
+    """Return the names of some operators for a message."""
+    names = list(operators)
+    return ", ".join(names[:limit] + ([f"and {len(names) - limit} more"] if len(names) > limit else []))
 
 
-def select_estimators(operator: Operator, choices: Choices) -> list[str]:
-    """The rows of ESTIMATORS that some choices mean for an operator, in their order, each once."""
-    rows = (row for name in select_choices(operator.name, choices) for row in CHOICES[name][operator.gate is None])
+def select_choices(operator: str, estimators: Choices) -> list[str]:
+    """Return the names from `CHOICES` that apply to an operator, in order.
+
+    Args:
+        operator: The operator's name.
+        estimators: The choices of estimators; see `parse_estimators`.
+
+    Raises:
+        UserError: If a name is not in `CHOICES`.
+
+    Example:
+        >>> select_choices("layer4.0", "layer4.*=linear,filter"), select_choices("stem", "layer4.*=linear")
+        (['linear', 'filter'], ['default'])
+    """
+    return [name for glob, name in parse_estimators(estimators) if fnmatchcase(operator, glob)] or ["default"]
+
+
+def select_estimators(operator: Operator, estimators: Choices) -> list[str]:
+    """Return the names from `ESTIMATORS` that apply to an operator, in order and without duplicates.
+
+    Args:
+        operator: The operator.
+        estimators: The choices of estimators; see `parse_estimators`.
+
+    Raises:
+        UserError: If a name is not in `CHOICES`.
+
+    Example:
+        >>> import patterns
+        >>> network = patterns.trace(torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.ReLU()), torch.zeros(2, 3))
+        >>> select_estimators(network.operators["0"], "two-component,filter")
+        ['positive', 'negative', 'filter']
+    """
+    rows = (row for name in select_choices(operator.name, estimators) for row in CHOICES[name][operator.gate is None])
     return list(dict.fromkeys(rows))
 
 
-def required_sums(operator: Operator, choices: Choices) -> RequiredSums:
-    """The large sums that some choices need of an operator."""
-    rows = [ESTIMATORS[name].sums for name in select_estimators(operator, choices)]
+def required_sums(operator: Operator, estimators: Choices) -> RequiredSums:
+    """Return which large sums of an operator the estimators need.
+
+    Args:
+        operator: The operator.
+        estimators: The choices of estimators; see `parse_estimators`.
+
+    Raises:
+        UserError: If a name is not in `CHOICES`.
+
+    Example:
+        >>> import patterns
+        >>> network = patterns.trace(torch.nn.Linear(3, 2), torch.zeros(2, 3))
+        >>> required_sums(network.operators["linear.0"], "linear")
+        RequiredSums(total=True, open=False)
+    """
+    rows = [ESTIMATORS[name].sums for name in select_estimators(operator, estimators)]
     return RequiredSums(any(r.total for r in rows), any(r.open for r in rows))
 
 
 @dataclass(frozen=True)
 class Solution:
-    """What the moments of one operator say about its neurons.
+    """Patterns of one operator, with statistics of its neurons.
 
-    patterns: by row of ESTIMATORS, float32, in the weight's shape.
-    flags: one of ok, dead, constant, degenerate for each neuron.
-    n_positive: samples that open the gate, int64 (K,); all samples where there is no gate.
+    Attributes:
+        patterns: Patterns by name from `ESTIMATORS`, in the weight's shape and at least float32.
+        flags: ok, dead, constant or degenerate for each neuron.
+        n: Number of samples, int64, shape (K,).
+        n_positive: Number of samples that open the gate (all samples without a gate), int64, shape (K,).
+        mean_y: Mean of the outputs without bias, float64, shape (K,).
+        var_y: Variance of the outputs, float64, shape (K,).
+
+    Example:
+        >>> import patterns
+        >>> network = patterns.trace(torch.nn.Linear(3, 2), torch.zeros(2, 3))
+        >>> moments = patterns.accumulate(network, [torch.rand(50, 3)])
+        >>> patterns.solve(network.operators["linear.0"], moments["linear.0"]).flags
+        ['ok', 'ok']
     """
 
     patterns: dict[str, Tensor]
@@ -238,47 +318,68 @@ class Solution:
     var_y: Tensor
 
 
-def solve(operator: Operator, moments: Moments, choices: Choices = "default", seed: int = 0) -> Solution:
-    """Patterns of an operator, in the weight's dtype or float32, whichever is wider.
+def solve(operator: Operator, moments: Moments, estimators: Choices = "default", seed: int = 0) -> Solution:
+    """Compute the patterns of one operator from its moments.
 
-    Raises UserError for an estimator that is not in CHOICES, ValueError for moments without the sums that
-    it needs.
+    Args:
+        operator: The operator; its weight has shape (K, ...), K neurons with D inputs each.
+        moments: Its moments, float64, on the CPU.
+        estimators: Comma-separated names from `CHOICES`, or `glob=name` pairs for the operators that match.
+        seed: Seed of the `random` estimator.
+
+    Returns:
+        Patterns in the weight's shape (float32, or the weight's dtype if wider), with wᵀa = 1 for every informative
+        neuron (except for `multivariate`), and 0 with a flag for the others.
+
+    Raises:
+        UserError: If an estimator is unknown.
+        ValueError: If the moments lack a sum that an estimator needs.
+
+    Example:
+        >>> import patterns
+        >>> network = patterns.trace(torch.nn.Linear(3, 2), torch.zeros(2, 3))
+        >>> moments = patterns.accumulate(network, [torch.rand(50, 3)])
+        >>> solve(network.operators["linear.0"], moments["linear.0"], "linear").patterns["linear"].shape
+        torch.Size([2, 3])
+
+    Source: Kindermans et al. 2018, eq. 4 and 7.
     """
     total, opened = moments.total, moments.open
     n_positive, var_y = total.n if opened is None else opened.n, total.var_y()
-    seen = ((n_positive > 0) & (var_y > 0))[:, None]
+    informative = ((n_positive > 0) & (var_y > 0))[:, None]
     dtype = torch.promote_types(operator.weight.dtype, torch.float32)
-    preferred, names = select_estimators(operator, "default")[0], select_estimators(operator, choices)
-    judged = preferred if preferred in names else next(iter(names), None)
+    default, names = select_estimators(operator, "default")[0], select_estimators(operator, estimators)
+    # The estimator whose patterns decide which neurons are degenerate.
+    decisive = default if default in names else next(iter(names), None)
     patterns, vanished = {}, torch.zeros_like(var_y, dtype=torch.bool)
     for name in names:
-        row = ESTIMATORS[name]
+        estimator = ESTIMATORS[name]
         patterns[name] = torch.empty(operator.weight.shape, dtype=dtype)
-        for rows in [slice(None)] if row.joint else blocks(operator):
-            weight = operator.weight[rows].detach().cpu().double().flatten(1)
-            pattern = row.solve(Problem(operator, moments.select_neurons(rows), weight, seed))
-            if row.learns:
-                pattern = torch.where(seen[rows], pattern, 0.0)
-            if name == judged:
-                vanished[rows] = (pattern == 0).all(1)
-            patterns[name][rows] = pattern.view_as(operator.weight[rows])
-    return Solution(patterns, flags(n_positive, var_y, vanished), total.n, n_positive, total.mean_y(), var_y)
+        for neurons in [slice(None)] if estimator.joint else split_neurons(operator):
+            weight = operator.weight[neurons].detach().cpu().double().flatten(1)
+            pattern = estimator.solve(Problem(operator, moments.select_neurons(neurons), weight, seed))
+            if estimator.uses_data:
+                pattern = torch.where(informative[neurons], pattern, 0.0)
+            if name == decisive:
+                vanished[neurons] = (pattern == 0).all(1)
+            patterns[name][neurons] = pattern.view_as(operator.weight[neurons])
+    return Solution(patterns, flag_neurons(n_positive, var_y, vanished), total.n, n_positive, total.mean_y(), var_y)
 
 
-def blocks(operator: Operator) -> list[slice]:
-    """Neurons that are solved for at a time; all where groups of them see different inputs, which are small."""
+def split_neurons(operator: Operator) -> list[slice]:
+    """Return blocks of neurons to solve for at once; a single block if groups of neurons have different inputs."""
     count = operator.neurons if operator.groups > 1 else max(1, BLOCK_ELEMENTS // operator.inputs_per_neuron)
     return [slice(start, start + count) for start in range(0, operator.neurons, count)]
 
 
-def flags(n_positive: Tensor, var_y: Tensor, vanished: Tensor) -> list[str]:
-    """Why a neuron has pattern 0, or ok; vanished: those whose default choice, else the first, came out as 0."""
-    found = ["ok"] * len(n_positive)
-    for neuron in range(len(found)):
+def flag_neurons(n_positive: Tensor, var_y: Tensor, vanished: Tensor) -> list[str]:
+    """Return why each neuron has pattern 0, or ok; `vanished` marks the neurons whose decisive pattern is 0."""
+    flags = ["ok"] * len(n_positive)
+    for neuron in range(len(flags)):
         if n_positive[neuron] == 0:
-            found[neuron] = "dead"
+            flags[neuron] = "dead"
         elif var_y[neuron] == 0:
-            found[neuron] = "constant"
+            flags[neuron] = "constant"
         elif vanished[neuron]:
-            found[neuron] = "degenerate"
-    return found
+            flags[neuron] = "degenerate"
+    return flags

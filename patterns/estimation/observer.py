@@ -1,4 +1,4 @@
-"""A network that takes its operators' moments while it runs."""
+"""Observers: networks that accumulate the moments of their operators while they run."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from math import prod
@@ -20,64 +20,92 @@ from patterns.tracing.network import Network
 M_co = TypeVar("M_co", covariant=True)
 
 
-class Fed(Protocol[M_co]):
-    """What takes an operator's inputs and outputs, and makes moments of them."""
+class OperatorAccumulator(Protocol[M_co]):
+    """Accumulator of the moments of one operator over batches."""
 
-    def update(self, inputs: Inputs, z: Tensor) -> None: ...
+    def update(self, inputs: Inputs, z: Tensor) -> None:
+        """Add a batch, given the operator's inputs and outputs."""
 
-    def reset(self) -> None: ...
+    def reset(self) -> None:
+        """Set all sums to 0."""
 
-    def flush(self) -> None: ...
+    def flush(self) -> None:
+        """Add buffered samples to the sums."""
 
-    def tensors(self) -> Mapping[str, Tensor]: ...
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Return the current sums by name, not copied."""
+        ...
 
-    def moments(self) -> M_co: ...
+    def moments(self) -> M_co:
+        """Return a copy of the current moments on the CPU."""
+        ...
 
 
-class Observed(nn.Module):
-    """An operator that also feeds its accumulator.
+class ObservedOperator(nn.Module):
+    """An operator that passes its inputs and outputs to an accumulator."""
 
-    laid_out: its weight as convolutions want it for what they are given, that none is brought there batch by batch.
-    """
-
-    def __init__(self, operator: Operator, accumulator: Fed[object], laid_out: Tensor | None) -> None:
+    def __init__(self, operator: Operator, accumulator: OperatorAccumulator[object], weight: Tensor | None) -> None:
+        """Wrap an operator; `weight` is used instead of its own, if it is given."""
         super().__init__()
-        self.operator, self.accumulator, self.laid_out = operator, accumulator, laid_out
+        self.operator, self.accumulator, self.weight = operator, accumulator, weight
 
     def forward(self, *inputs: Tensor) -> Tensor:
+        """Return the operator's outputs."""
         op = self.operator
-        z = op(*inputs) if self.laid_out is None else op.operator_type.forward(inputs, self.laid_out, op.bias)
+        z = op(*inputs) if self.weight is None else op.operator_type.forward(inputs, self.weight, op.bias)
         self.accumulator.update(inputs, z)
         return z
 
 
 class OperatorObserver(Generic[M_co]):
-    """A network some of whose operators feed accumulators while it runs."""
+    """A network that accumulates moments of some of its operators: the base of `Observer` and `PatchObserver`.
+
+    Example:
+        >>> import patterns
+        >>> network = patterns.trace(torch.nn.Linear(3, 2), torch.zeros(2, 3))
+        >>> isinstance(patterns.Observer(network), OperatorObserver)
+        True
+    """
 
     def __init__(
-        self, network: Network, accumulators: Mapping[str, Fed[M_co]], draw: PositionSampler | None = None
+        self,
+        network: Network,
+        accumulators: Mapping[str, OperatorAccumulator[M_co]],
+        sampler: PositionSampler | None = None,
     ) -> None:
-        self._network, self._fed, self._draw, self._seen = network, accumulators, draw, 0
+        """Observe a network.
+
+        Args:
+            network: The network.
+            accumulators: The accumulators by operator name.
+            sampler: The position sampler that the accumulators share, if any samples positions.
+        """
+        self._network, self._accumulators, self._sampler, self._seen = network, accumulators, sampler, 0
         self._like = network.like
 
-        def observed(op: Operator) -> nn.Module:
+        def observe(op: Operator) -> nn.Module:
             if op.name not in accumulators:
                 return op
-            return Observed(op, accumulators[op.name], None if draw is None else to_channels_last(op.weight))
+            # Positions are sampled from images in channels_last. Convolutions would convert the weight in each batch.
+            return ObservedOperator(op, accumulators[op.name], None if sampler is None else to_channels_last(op.weight))
 
-        self._module = network.rewrite(observed)
+        self._module = network.rewrite(observe)
         self._compiled: dict[torch.Size, Function] = {}
 
     def compile(self, batch_size: int, mode: str = "default") -> None:
-        """Compile what is done with batches of this size; all others are taken as before. It forgets all sums.
+        """Compile the update for batches of one size; other batches are not affected. All sums are reset.
 
-        mode: one of `torch.compile`, which takes minutes, and gives the same sums but for rounding; or `cudagraphs`,
-        which records what a GPU does with a batch as it is, in seconds. UserError where positions are drawn, where
-        there is no such mode, and where the compiler fails.
+        Args:
+            batch_size: The size of a batch.
+            mode: A mode of `torch.compile`, which takes minutes and changes sums by rounding only, or `cudagraphs`,
+                which records the update on a GPU in seconds.
+
+        Raises:
+            UserError: If positions are sampled, if the mode is unknown, or if the compiler fails.
         """
-        if self._draw is not None:
-            what = "sums of drawn positions are gathered over several batches, and cannot be compiled"
-            raise UserError("--compile", what, "Take all positions, or do without.")
+        if self._sampler is not None:
+            what = "sums over sampled positions cannot be compiled, because samples of several batches are gathered"
+            raise UserError("", what, "Pass `positions=None`, or do not compile.", "compile")
         batch = self._network.like.new_zeros((batch_size, *self._network.input_shape))
         try:
             with translate_errors(mode, batch), torch.no_grad():
@@ -89,102 +117,150 @@ class OperatorObserver(Generic[M_co]):
             self.reset()
 
     def update(self, batch: Tensor, seeds: Sequence[int] | None = None) -> Tensor:
-        """Add a batch (N, *input_shape), on the network's device and in its dtype; gives the model's output.
+        """Add a batch.
 
-        seeds: of each image, for what draws positions from it, so that the sums depend neither on the order of images
-        nor on their batches; without any, images are numbered as they come.
+        Args:
+            batch: Samples (N, *input_shape), on the network's device and in its dtype.
+            seeds: A seed for each sample, from which its sampled positions follow. With seeds, the sums depend neither
+                on the order of the samples nor on their batches. By default, samples are numbered as they come.
+
+        Returns:
+            The network's output.
+
+        Raises:
+            UserError: If the batch does not fit the network.
         """
         batch = validate_inputs(require_batch(batch, self._network.input_shape), self._like)
-        if self._draw is not None:
+        if self._sampler is not None:
             numbers = range(self._seen, self._seen + len(batch)) if seeds is None else seeds
-            self._draw.start_pass(torch.tensor(numbers, dtype=torch.int64).to(batch.device))
+            self._sampler.start_pass(torch.tensor(numbers, dtype=torch.int64).to(batch.device))
             batch = to_channels_last(batch)
         self._seen += len(batch)
         run = self._compiled.get(batch.shape)
         if run is not None:
-            # As it was compiled for, else it compiles anew; and a CUDA graph will overwrite what it gave.
+            # Another memory layout would be compiled anew. A CUDA graph overwrites its output in the next call.
             return run(batch.detach().contiguous()).clone()
         with torch.inference_mode():
             return self._module(batch)
 
     def flush(self) -> None:
-        """Sum what was gathered and waits for more, as at the end of a shard: so its sums depend on the shard alone."""
-        for accumulator in self._fed.values():
+        """Add buffered samples to the sums.
+
+        Called at the end of each shard, it makes the rounding of a shard's sums independent of other shards.
+        """
+        for accumulator in self._accumulators.values():
             accumulator.flush()
 
     def reset(self) -> None:
-        """Forget all sums."""
-        for accumulator in self._fed.values():
+        """Set all sums to 0."""
+        for accumulator in self._accumulators.values():
             accumulator.reset()
 
     def tensors(self) -> dict[str, Tensor]:
-        """The sums so far as `{operator}/{sum}`: the very tensors that the next batch changes."""
-        return {f"{name}/{field}": t for name, fed in self._fed.items() for field, t in fed.tensors().items()}
+        """Return the current sums as `{operator}/{sum}`. The next `update` changes these tensors in place."""
+        return {
+            f"{name}/{field}": tensor
+            for name, accumulator in self._accumulators.items()
+            for field, tensor in accumulator.tensors().items()
+        }
 
     def moments(self) -> dict[str, M_co]:
-        """The sums so far by operator: copies on the CPU."""
-        return {name: accumulator.moments() for name, accumulator in self._fed.items()}
+        """Return the current moments by operator: copies on the CPU."""
+        return {name: accumulator.moments() for name, accumulator in self._accumulators.items()}
 
 
 class Observer(OperatorObserver[Moments]):
-    """Accumulates the moments of a network's operators over batches.
+    """A network that accumulates the moments of its operators over batches.
 
-    wanted: the sums to take of an operator.  operators: the names of those observed; None: all.
-    positions: drawn from each image for each operator; None: all, as for an operator that has no more.
-    seed: with each image's own, it says which.
+    Example:
+        >>> import patterns
+        >>> network = patterns.trace(torch.nn.Linear(3, 2), torch.zeros(2, 3))
+        >>> observer = Observer(network)
+        >>> outputs = observer.update(torch.rand(5, 3))
+        >>> observer.moments()["linear.0"].total.n.tolist()
+        [5, 5]
     """
 
     def __init__(
         self,
         network: Network,
-        wanted: Callable[[Operator], RequiredSums] = lambda _: RequiredSums(),
+        required: Callable[[Operator], RequiredSums] = lambda _: RequiredSums(),
         operators: Collection[str] | None = None,
         positions: int | None = None,
         seed: int = 0,
     ) -> None:
+        """Observe a network.
+
+        Args:
+            network: The network.
+            required: Returns the large sums to take for an operator; by default, all.
+            operators: Names of the operators to observe; None: all.
+            positions: How many positions of each image to sample for each operator; None: all. An operator that has
+                no more positions uses all of them.
+            seed: Seed of the sampled positions, in addition to the seeds of the images.
+
+        Raises:
+            UserError: If `positions` is below 1.
+            KeyError: If the network has no operator of one of these names.
+        """
         names = network.operators if operators is None else operators
         observed = {name: network.operators[name] for name in names}
 
-        def sampled(op: Operator) -> bool:
+        def is_sampled(op: Operator) -> bool:
             return positions is not None and op.per_image and prod(op.output_shape) // op.neurons > positions
 
-        draw = (
-            PositionSampler(positions, seed) if positions is not None and any(map(sampled, observed.values())) else None
-        )
+        sampler = None
+        if positions is not None and any(map(is_sampled, observed.values())):
+            sampler = PositionSampler(positions, seed)
 
-        def accumulator(op: Operator) -> Fed[Moments]:
-            if draw is None or not sampled(op):
-                return Accumulator(op, wanted(op))
-            return SampledAccumulator(op, wanted(op), draw)
+        def accumulator(op: Operator) -> OperatorAccumulator[Moments]:
+            if sampler is None or not is_sampled(op):
+                return Accumulator(op, required(op))
+            return SampledAccumulator(op, required(op), sampler)
 
-        super().__init__(network, {name: accumulator(op) for name, op in observed.items()}, draw)
+        super().__init__(network, {name: accumulator(op) for name, op in observed.items()}, sampler)
 
 
 class PatchObserver(OperatorObserver[PatchMoments]):
-    """Accumulates the Gram moments of chosen operators over batches, from sampled positions of each image.
+    """A network that accumulates the patch moments of some operators over batches, from sampled positions.
 
-    operators: names in the network.  positions: drawn from each image, all where it has no more.
-    seed: with each operator's name and each image's own, it says which.
-
-    Raises KeyError for a name that is no operator of the network, UserError for an operator whose
-    patches cannot be sampled and for no positions.
+    Example:
+        >>> import patterns
+        >>> network = patterns.trace(torch.nn.Conv2d(1, 2, 3), torch.zeros(2, 1, 8, 8))
+        >>> observer = PatchObserver(network, ["convolution.0"], positions=4)
+        >>> outputs = observer.update(torch.rand(5, 1, 8, 8))
+        >>> observer.moments()["convolution.0"].xx.shape
+        torch.Size([1, 9, 9])
     """
 
     def __init__(self, network: Network, operators: Collection[str], positions: int, seed: int = 0) -> None:
-        chosen, draw = {name: network.operators[name] for name in operators}, PositionSampler(positions, seed)
-        for name, op in chosen.items():
+        """Observe a network.
+
+        Args:
+            network: The network.
+            operators: Names of the operators to observe.
+            positions: How many positions of each image to sample; all, if an operator has no more.
+            seed: Seed of the sampled positions, in addition to the seeds of the images.
+
+        Raises:
+            UserError: If the patches of an operator cannot be sampled, or if `positions` is below 1.
+            KeyError: If the network has no operator of one of these names.
+        """
+        observed, sampler = {name: network.operators[name] for name in operators}, PositionSampler(positions, seed)
+        for name, op in observed.items():
             if not op.per_image:
-                what = "its inputs are windows or tokens of several images, of whose positions none can be drawn"
-                raise UserError(name, what, "Name other operators.")
-        super().__init__(network, {name: PatchAccumulator(op, draw) for name, op in chosen.items()}, draw)
+                what = "its inputs are windows or tokens of several images, so positions of an image cannot be sampled"
+                raise UserError(name, what, "Leave it out of `operators`.", "operators")
+        super().__init__(network, {name: PatchAccumulator(op, sampler) for name, op in observed.items()}, sampler)
 
 
 def to_channels_last(values: Tensor) -> Tensor:
-    """A batch of images or a weight (N, C, H, W) on a CPU with each position's channels together: so they are
-    gathered at once, and convolutions are faster as well, down to half the time. Others as they are.
+    """Copy images or a weight (N, C, H, W) on a CPU to the channels_last layout; return other tensors as they are.
+
+    The channels of a position are then gathered at once, and convolutions take down to half the time.
     """
     images = values.dim() == 4 and values.device.type == "cpu"
-    # Not `contiguous`, for which one channel has any layout.
+    # Not `contiguous`, which takes a single channel for channels_last in any layout.
     return torch.empty_like(values, memory_format=torch.channels_last).copy_(values) if images else values
 
 
@@ -195,25 +271,58 @@ def accumulate(network: Network, batches: Iterable[Any]) -> dict[str, Moments]:
         network: The traced model.
         batches: Tensors (N, *input_shape), or tuples that begin with one, as a DataLoader gives (images, labels).
 
+    Returns:
+        The moments by operator name.
+
     Raises:
-        UserError: If there is no batch, or one does not fit the network.
+        UserError: If there is no batch, or if a batch does not fit the network.
+
+    Example:
+        >>> import patterns
+        >>> network = patterns.trace(torch.nn.Linear(3, 2), torch.zeros(2, 3))
+        >>> accumulate(network, [torch.rand(5, 3), torch.rand(4, 3)])["linear.0"].total.n.tolist()
+        [9, 9]
     """
-    return moments_over(Observer(network), batches)
+    return observe_batches(Observer(network), batches)
 
 
-def moments_over(observer: OperatorObserver[M_co], batches: Iterable[Any]) -> dict[str, M_co]:
-    """Return what an observer takes of some batches. UserError if there is none."""
+def observe_batches(observer: OperatorObserver[M_co], batches: Iterable[Any]) -> dict[str, M_co]:
+    """Return the moments that an observer accumulates over some batches; UserError if there is no batch."""
     count = 0
     for batch in batches:
         observer.update(select_images(batch))
         count += 1
     if not count:
-        raise UserError("batches", "there is none", "Give at least one; a generator gives its batches only once.")
+        remedy = "Pass at least one batch; a generator yields its batches only once."
+        raise UserError("", "there are no batches", remedy, "batches")
     return observer.moments()
 
 
 def accumulate_patches(
     network: Network, batches: Iterable[Any], operators: Collection[str], positions: int = 16, seed: int = 0
 ) -> dict[str, PatchMoments]:
-    """Return the moments of some operators with Σxxᵀ, for `quality`: see `PatchObserver` and `accumulate`."""
-    return moments_over(PatchObserver(network, operators, positions, seed), batches)
+    """Return the moments with Σxxᵀ of some operators over some batches, for `patterns.quality`.
+
+    Args:
+        network: The traced model.
+        batches: Batches as for `accumulate`.
+        operators: Names of the operators.
+        positions: How many positions of each image to sample; all, if an operator has no more.
+        seed: Seed of the sampled positions.
+
+    Returns:
+        The patch moments by operator name.
+
+    Raises:
+        UserError: If there is no batch, if a batch does not fit the network, if the patches of an operator cannot be
+            sampled, or if `positions` is below 1.
+        KeyError: If the network has no operator of one of these names.
+
+    Example:
+        >>> import patterns
+        >>> network = patterns.trace(torch.nn.Conv2d(1, 2, 3), torch.zeros(2, 1, 8, 8))
+        >>> found = accumulate_patches(network, [torch.rand(5, 1, 8, 8)], ["convolution.0"], positions=4)
+        >>> found["convolution.0"].moments.total.n.tolist()
+        [20, 20]
+    """
+    return observe_batches(PatchObserver(network, operators, positions, seed), batches)

@@ -1,29 +1,27 @@
-"""The quality ρ of signal estimators (Kindermans et al. 2018, §4), from moments alone.
+"""Quality ρ of signal estimators (Kindermans et al. 2018, §4), from moments.
 
-ρ(S) = 1 - max_v corr(y, vᵀd) for each neuron, with the distractor d = x - S(x) and y = wᵀx without
-bias: what a linear regression still finds of the output in what the estimator takes for distractor.
-Three sets of samples enter it: the patterns were fitted on A, v is regressed on B, and the
-correlation is taken on C. Where B and C are one set, 0 ≤ ρ ≤ 1; on disjoint sets 0 ≤ ρ ≤ 2.
+For each neuron, ρ(S) = 1 - max_v corr(y, vᵀd) with the distractor d = x - S(x), and y = wᵀx without bias: how well a
+linear regression still predicts the output from what the estimator takes for the distractor. Three sets of samples
+enter it: the patterns are fitted on A, v is fitted on B, and the correlation is computed on C. If B and C are the same
+set, 0 ≤ ρ ≤ 1; if they are disjoint, 0 ≤ ρ ≤ 2.
 
-Write S(x) = A s with s = y for one pattern, and s = (m·y, (1 - m)·y), A = [a₊ a₋] for the two-component
-estimator with gate m; `q` is the number of components. Then
+Write S(x) = A s with s = y for one pattern, and s = (m·y, (1 - m)·y), A = [a₊ a₋] for the two-component estimator with
+gate m; q is the number of components. Then
 
     Cov[d] = Cov[x] - A Cov[s, x] - Cov[x, s] Aᵀ + A Cov[s] Aᵀ,   cov[d, y] = cov[x, y] - A cov[s, y]
     v = Cov_B[d]⁺ cov_B[d, y],   corr = vᵀcov_C[d, y] / √(vᵀCov_C[d] v · var_C[y])
 
-In coordinates x̃ that whiten Cov_B[x], Cov[d̃] is I but for a change in the span of the 2q columns of
-Ã and Cov[x̃, s], and cov[d̃, y] lies in that span, so that the regression is one of 2q unknowns. One of
-them, along w̃ = cov[x̃, y], is the kernel: wᵀa = 1 makes wᵀd = 0 for every sample, so a v without it
-loses nothing. One decomposition of Cov_B[x] hence serves all neurons and estimators;
-all else is products of (K, D) with (D, D) matrices.
+In coordinates x̃ that whiten Cov_B[x], Cov[d̃] is the identity except in the span of the 2q columns of Ã and Cov[x̃, s].
+cov[d̃, y] is in this span too, so the regression has 2q unknowns. One of them, along w̃ = cov[x̃, y], is the kernel:
+wᵀa = 1 makes wᵀd = 0 for every sample, so it can be left out of v. So one decomposition of Cov_B[x] serves all neurons
+and estimators, and the rest are products of (K, D) with (D, D) matrices.
 
-The pseudo-inverse leaves out directions of x whose variance is at most `cutoff` times the largest.
-Where x spans fewer than D dimensions and a pattern leads out of them by more than that, vᵀd along its
-outer part is y itself, and ρ is 0 on B, as the definition has it (each component outside is one more
-unknown).
+The pseudo-inverse leaves out directions of x whose variance is at most `cutoff` times the largest. If x spans fewer
+than D dimensions, and a pattern leaves this span by more than that, vᵀd along its outer part is y itself, and ρ is 0
+on B, as defined (each component outside is one more unknown).
 
-Patterns rounded to float32 are judged as they are: in a badly conditioned Cov[x] the rounding alone is
-a distractor, and ρ of `linear` on its own data is then a little less than 1.
+Patterns rounded to float32 are judged as they are. If Cov[x] is badly conditioned, this rounding alone is a
+distractor, and ρ of `linear` on its own data is then a little less than 1.
 """
 
 from collections.abc import Mapping
@@ -38,7 +36,7 @@ from patterns.estimation.estimators import PAIRS, VANISHING
 from patterns.moments.gram import PatchMoments
 from patterns.moments.moments import Sums, require
 
-# Directions with at most this share of the largest variance of x are left out of the pseudo-inverse.
+# The pseudo-inverse leaves out directions with at most this share of the largest variance of x.
 CUTOFF = 1e-10
 TINY = torch.finfo(torch.float64).tiny
 
@@ -47,11 +45,21 @@ T = TypeVar("T")
 
 
 def group_by_estimator(patterns: Mapping[str, T]) -> dict[str, tuple[T, ...]]:
-    """The estimators that some solved patterns make up: name → their patterns, as `rho` takes them.
+    """Group patterns into the components of signal estimators.
 
-    The patterns of both sides of the gate together are an estimator, and neither is one alone. `multivariate`
-    is none of a neuron: its S(x) = A y is of all neurons at once, and leaves a distractor that is uncorrelated
-    with each of them by construction.
+    The patterns of both sides of a gate make one estimator together, and none alone. `multivariate` is left out: its
+    signal S(x) = A y depends on all neurons at once, and leaves a distractor that is uncorrelated with each output by
+    construction.
+
+    Args:
+        patterns: Patterns by name from `ESTIMATORS`.
+
+    Returns:
+        The components of each estimator by its name.
+
+    Example:
+        >>> group_by_estimator({"linear": "a", "positive": "b", "negative": "c"})
+        {'linear': ('a',), 'two-component': ('b', 'c')}
     """
     others = {"multivariate", *(row for pair in PAIRS.values() for row in pair)}
     found: dict[str, tuple[T, ...]] = {name: (a,) for name, a in patterns.items() if name not in others}
@@ -66,25 +74,46 @@ def quality(
     evaluated: PatchMoments,
     cutoff: float = CUTOFF,
 ) -> dict[str, Tensor]:
-    """ρ of every estimator among an operator's patterns, each float64 of shape (K,).
+    """Compute ρ of every estimator that has patterns for an operator.
 
-    patterns: by row of ESTIMATORS, as `Solution.patterns` has them, fitted on A.  weight: the operator's.
-    regressed, evaluated: of B and C; may be one.  cutoff: see the module.
+    Args:
+        patterns: The operator's patterns by name from `ESTIMATORS`, as in `Solution.patterns`, fitted on set A.
+        weight: The operator's weight.
+        regressed: Moments of set B, on which v is fitted.
+        evaluated: Moments of set C, on which the correlation is computed; may be those of B.
+        cutoff: Share of the largest variance of x at which directions are left out.
+
+    Returns:
+        ρ by estimator, float64, shape (K,); NaN if it is undefined: see `rho`.
+
+    Raises:
+        ValueError: If there are patterns of both sides of a gate, and the moments have no gate.
+
+    Example:
+        >>> import patterns
+        >>> network = patterns.trace(torch.nn.Linear(3, 2).double(), torch.zeros(2, 3).double())
+        >>> moments = patterns.accumulate_patches(network, [torch.rand(50, 3).double()], ["linear.0"])["linear.0"]
+        >>> operator = network.operators["linear.0"]
+        >>> fitted = patterns.solve(operator, moments.moments, "linear").patterns
+        >>> quality(fitted, operator.weight, moments, moments)["linear"].round(decimals=4)
+        tensor([1., 1.], dtype=torch.float64)
     """
     whitening = whiten(regressed, cutoff)
-    return {
-        name: rho(components, weight, whitening, evaluated) for name, components in group_by_estimator(patterns).items()
-    }
+    estimators = group_by_estimator(patterns)
+    return {name: rho(components, weight, whitening, evaluated) for name, components in estimators.items()}
 
 
 @dataclass(frozen=True)
 class Whitening:
-    """The decomposition of Cov[x] of a set of samples; all float64.
+    """Decomposition of Cov[x] of a set of samples; all tensors float64.
 
-    moments: of the set.  cov: Cov[x], shape (G, D, D).
-    basis: orthonormal columns, and 0 for those left out, shape (G, D, D).
-    scale: 1 / deviation along each column, and 0 for those left out, shape (G, D).
-    floor: the variance that does not count any more, shape (G,).
+    Attributes:
+        moments: The moments of the set.
+        cov: Cov[x], shape (G, D, D).
+        basis: Orthonormal columns, and 0 for the directions left out, shape (G, D, D).
+        scale: 1 / standard deviation along each column, and 0 for the directions left out, shape (G, D).
+        floor: The variance at and below which a direction is left out, shape (G,).
+        cutoff: The share of the largest variance that was asked for.
     """
 
     moments: PatchMoments
@@ -100,24 +129,24 @@ class Whitening:
         return bool((self.scale > 0).all())
 
     def __call__(self, vectors: Tensor) -> Tensor:
-        """Vectors of x, shape (G, …, D), in the coordinates in which Cov[x] = 1."""
-        return along_groups(vectors, self.basis) * per_group(self.scale, vectors)
+        """Transform vectors of x, shape (G, …, D), to the coordinates in which Cov[x] = 1."""
+        return multiply_groups(vectors, self.basis) * expand_groups(self.scale, vectors)
 
     def functionals(self, whitened: Tensor) -> Tensor:
-        """v with vᵀx = tᵀx̃ for t of shape (G, …, D)."""
-        return along_groups(whitened * per_group(self.scale, whitened), self.basis.mT)
+        """Return v with vᵀx = tᵀx̃, for t of shape (G, …, D)."""
+        return multiply_groups(whitened * expand_groups(self.scale, whitened), self.basis.mT)
 
     def outside(self, vectors: Tensor) -> Tensor:
-        """The part of vectors, shape (G, …, D), along directions that were left out."""
-        return vectors - along_groups(along_groups(vectors, self.basis), self.basis.mT)
+        """Return the part of vectors, shape (G, …, D), along the directions left out."""
+        return vectors - multiply_groups(multiply_groups(vectors, self.basis), self.basis.mT)
 
 
 def whiten(moments: PatchMoments, cutoff: float = CUTOFF) -> Whitening:
-    """The decomposition of Cov[x]: the one step of order D³."""
+    """Decompose Cov[x]: the only step of order D³."""
     cov = cov_xx(moments)
     variances, vectors = torch.linalg.eigh(cov)
-    # Below this a variance is the rounding of the sums that it is a difference of.
-    mean_square = (moments.xx.diagonal(dim1=1, dim2=2) / samples(moments)).amax(1)
+    # A variance below this is rounding of the sums of which it is a difference.
+    mean_square = (moments.xx.diagonal(dim1=1, dim2=2) / count_samples(moments)).amax(1)
     rounding = torch.finfo(torch.float64).eps * cov.shape[1] * mean_square
     floor = torch.maximum(cutoff * variances[:, -1], rounding)
     kept = variances > floor[:, None]
@@ -126,61 +155,68 @@ def whiten(moments: PatchMoments, cutoff: float = CUTOFF) -> Whitening:
 
 
 def rho(components: Components, weight: Tensor, regressed: Whitening, evaluated: PatchMoments) -> Tensor:
-    """ρ of one estimator for each neuron, float64, shape (K,).
+    """Compute ρ of one estimator.
 
-    components: (a,), or (a₊, a₋) for an operator with a gate, each of the weight's shape, of any length
-    (they are taken with wᵀa = 1, as solved patterns have it to the rounding of their dtype); () for the
-    identity.  regressed, evaluated: of B and C, of the same operator.
+    ρ is undefined, and NaN (files should store null), for the identity; if d = 0 on B although S is not the identity
+    (for example if D = 1); if y does not vary on B or C; and for a neuron with pattern 0 (dead, constant or
+    degenerate), except if no sample of B and C is on the side of the gate that the pattern is for.
 
-    NaN, which files should write as null, where ρ is undefined: for the identity; where d = 0 on B
-    though S is not the identity (as for D = 1); where y does not vary on B or C; and for a neuron with
-    pattern 0 (dead, constant, degenerate), except on a side of the gate that no sample of B and C is on.
+    Args:
+        components: (a,), or (a₊, a₋) for an operator with a gate, each of the weight's shape and of any length (they
+            are scaled to wᵀa = 1, which solved patterns have up to the rounding of their dtype); () for the identity.
+        weight: The operator's weight.
+        regressed: The decomposition of Cov[x] on B.
+        evaluated: Moments of the same operator on C.
 
-    Raises ValueError for two components and moments without a gate.
+    Returns:
+        ρ of each neuron, float64, shape (K,).
+
+    Raises:
+        ValueError: If there are two components and the moments have no gate.
     """
     if not components:
         return torch.full((len(weight),), torch.nan, dtype=torch.float64)
-    # On a single set a negative correlation is rounding: v and -v were both to be had.
+    # On a single set, a negative correlation is rounding, because both v and -v are candidates.
     lowest = 0 if evaluated is regressed.moments else -1
     return 1 - correlation(components, weight, regressed, evaluated).clamp(lowest, 1)
 
 
 def correlation(components: Components, weight: Tensor, regressed: Whitening, evaluated: PatchMoments) -> Tensor:
-    """corr(y, vᵀd) of one estimator for each neuron, in [-1, 1] to rounding; NaN where `rho` is."""
+    """Return corr(y, vᵀd) for each neuron, in [-1, 1] up to rounding, and NaN if `rho` is; arguments as for `rho`."""
     groups = len(regressed.scale)
     w = weight.detach().cpu().double().flatten(1).unflatten(0, (groups, -1))
-    a, live = normalised(components, w, regressed.moments, evaluated)
+    a, has_pattern = normalize_components(components, w, regressed.moments, evaluated)
     q = len(components)
-    on_b, on_c = covariances(regressed.moments, q), covariances(evaluated, q)
-    v = regression(a, w, regressed, on_b)
+    on_b, on_c = signal_covariances(regressed.moments, q), signal_covariances(evaluated, q)
+    v = regress_distractor(a, w, regressed, on_b)
 
     inner = (a * v[:, :, None]).sum(-1)  # Aᵀv
     along_v = (v * on_c.sx.sum(2)).sum(-1) - (inner * on_c.sy).sum(-1)
-    x_v = (v * along_groups(v, regressed.cov if evaluated is regressed.moments else cov_xx(evaluated))).sum(-1)
+    x_v = (v * multiply_groups(v, regressed.cov if evaluated is regressed.moments else cov_xx(evaluated))).sum(-1)
     cross = (inner * (on_c.sx * v[:, :, None]).sum(-1)).sum(-1)
-    var_v = x_v - 2 * cross + quadratic(on_c.ss, inner)
-    # No variance along v is no correlation either: v = 0 where d and y are uncorrelated on B.
-    found = var_v > 0
-    corr = torch.where(found, along_v / (torch.where(found, var_v, 1.0) * on_c.yy).sqrt(), 0.0)
+    var_v = x_v - 2 * cross + quadratic_form(on_c.ss, inner)
+    # v = 0 if d and y are uncorrelated on B. So no variance along v means no correlation.
+    varies = var_v > 0
+    corr = torch.where(varies, along_v / (torch.where(varies, var_v, 1.0) * on_c.yy).sqrt(), 0.0)
 
     var_x, var_s = regressed.cov.diagonal(dim1=1, dim2=2).sum(1)[:, None], (on_b.ss * (a @ a.mT)).sum((2, 3))
     var_d = var_x - 2 * (a * on_b.sx).sum((2, 3)) + var_s
-    varies = [m.moments.total.var_y().view(groups, -1) > 0 for m in (regressed.moments, evaluated)]
-    defined = live & varies[0] & varies[1] & (var_d > regressed.cutoff * (var_x + var_s))
+    y_varies = [m.moments.total.var_y().view(groups, -1) > 0 for m in (regressed.moments, evaluated)]
+    defined = has_pattern & y_varies[0] & y_varies[1] & (var_d > regressed.cutoff * (var_x + var_s))
     return torch.where(defined, corr, torch.nan).flatten()
 
 
-def regression(a: Tensor, w: Tensor, whitening: Whitening, cov: "Covariances") -> Tensor:
-    """v = Cov[d]⁺cov[d, y] for each neuron, shape (G, k, D); a: (G, k, q, D) with wᵀa = 1, w: (G, k, D)."""
+def regress_distractor(a: Tensor, w: Tensor, whitening: Whitening, cov: "Covariances") -> Tensor:
+    """Return v = Cov[d]⁺cov[d, y] for each neuron, (G, k, D), given a (G, k, q, D) with wᵀa = 1 and w (G, k, D)."""
     q = a.shape[2]
     a_white, s_white = whitening(a), whitening(cov.sx)
-    # Orthonormal directions of the span, w̃ first and then dropped. cov[x̃, y] is the sum of cov[x̃, s].
+    # Orthonormal directions of the span, of which w̃ is the first and is dropped. cov[x̃, y] is the sum of cov[x̃, s].
     columns = [s_white.sum(2, keepdim=True), a_white, s_white[:, :, : q - 1]]
     span = torch.linalg.qr(torch.cat(columns, 2).mT).Q[..., 1:].mT * (whitening.scale > 0)[:, None, None]
     a_in, s_in, cov_x = span @ a_white.mT, span @ s_white.mT, span @ span.mT
     outer = None if whitening.complete else outer_functionals(whitening.outside(a), cov.ss, whitening.floor)
     if outer is not None:
-        # Out there x has no variance and no covariance, but A s has.
+        # Along these, x has no variance and no covariance, but A s has.
         a_in = torch.cat([a_in, outer @ a.mT], 2)
         s_in = F.pad(s_in, (0, 0, 0, q))
         cov_x = F.pad(cov_x, (0, q, 0, q))
@@ -189,21 +225,23 @@ def regression(a: Tensor, w: Tensor, whitening: Whitening, cov: "Covariances") -
     cov_dy = -(a_in @ cov.sy[..., None]).squeeze(-1)  # the span is orthogonal to cov[x̃, y]
     t, kernel = least_squares(cov_d, cov_dy)
     if outer is None:
-        return whitening.functionals(combined(t, span))
+        return whitening.functionals(combine(t, span))
     functionals = torch.cat([whitening.functionals(span), outer], 2)
-    # On B any v of the kernel can be added; on a C that spans more than B it matters, and the
-    # pseudo-inverse has none of it. That is w, less what it has along what was left out, and, where B
-    # has too few samples, more.
+    # On B, any v of the kernel could be added. On a C that spans more than B it makes a difference, and the
+    # pseudo-inverse has no part in the kernel: w without its part along the directions left out and, if B has too
+    # few samples, more.
     unit = F.normalize(outer, dim=-1)
-    w_inside = w - whitening.outside(w) + combined((unit * w[:, :, None]).sum(-1), unit)
-    return without(combined(t, functionals), torch.cat([w_inside[:, :, None], kernel @ functionals], 2))
+    w_inside = w - whitening.outside(w) + combine((unit * w[:, :, None]).sum(-1), unit)
+    return project_out(combine(t, functionals), torch.cat([w_inside[:, :, None], kernel @ functionals], 2))
 
 
 def outer_functionals(a: Tensor, ss: Tensor, floor: Tensor) -> Tensor:
-    """Orthogonal vectors u in the span of a's rows with Cov[uᵀA s] = 1, shape (G, k, q, D).
+    """Return orthogonal vectors u in the span of a's rows with Cov[uᵀA s] = 1, shape (G, k, q, D).
 
-    a: (G, k, q, D).  ss: Cov[s], (G, k, q, q).  0 in place of those along which A s varies by at most
-    `floor`, shape (G,): the rounding of a pattern that leads nowhere outside.
+    Args:
+        a: Outer parts of patterns, (G, k, q, D).
+        ss: Cov[s], (G, k, q, q).
+        floor: If A s varies by at most this along a vector, the vector is 0, (G,): rounding of a pattern inside.
     """
     values, vectors = torch.linalg.eigh(ss)
     moved = values.clamp(min=0).sqrt()[..., None] * (vectors.mT @ a)
@@ -213,9 +251,10 @@ def outer_functionals(a: Tensor, ss: Tensor, floor: Tensor) -> Tensor:
 
 
 def least_squares(cov: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """cov⁺target for covariances (…, m, m) and targets (…, m), in units in which every variance is 1.
+    """Return cov⁺target for covariances (…, m, m) and targets (…, m), in units in which every variance is 1.
 
-    And the rows, (…, m, m), that span the kernel; 0 for those that would not.
+    Returns:
+        The solution (…, m), and (…, m, m) whose rows span the kernel or are 0.
     """
     variances = cov.diagonal(dim1=-2, dim2=-1)
     unit = torch.where(variances > 0, variances.clamp(min=TINY).rsqrt(), 0.0)
@@ -223,29 +262,29 @@ def least_squares(cov: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     kept = values > CUTOFF * values[..., -1:]
     rows = vectors.mT * unit[..., None, :]
     inverse = torch.where(kept, 1 / torch.where(kept, values, 1.0), 0.0)
-    return combined(inverse * (rows @ target[..., None]).squeeze(-1), rows), rows * ~kept[..., None]
+    return combine(inverse * (rows @ target[..., None]).squeeze(-1), rows), rows * ~kept[..., None]
 
 
-def without(v: Tensor, rows: Tensor) -> Tensor:
-    """v (…, D) less its projection on the span of rows (…, r, D)."""
+def project_out(v: Tensor, rows: Tensor) -> Tensor:
+    """Subtract from v (…, D) its projection on the span of rows (…, r, D)."""
     rows = F.normalize(rows, dim=-1, eps=TINY)
-    shares = torch.linalg.pinv(rows @ rows.mT, rtol=CUTOFF, hermitian=True) @ (rows @ v[..., None])
-    return v - combined(shares.squeeze(-1), rows)
+    coefficients = torch.linalg.pinv(rows @ rows.mT, rtol=CUTOFF, hermitian=True) @ (rows @ v[..., None])
+    return v - combine(coefficients.squeeze(-1), rows)
 
 
-def normalised(components: Components, w: Tensor, *sets: PatchMoments) -> tuple[Tensor, Tensor]:
-    """The patterns, (G, k, q, D), each with wᵀa = 1, and which neurons have them, bool (G, k)."""
+def normalize_components(components: Components, w: Tensor, *sets: PatchMoments) -> tuple[Tensor, Tensor]:
+    """Return the patterns (G, k, q, D), each with wᵀa = 1, and which neurons have all of them, bool (G, k)."""
     a = torch.stack([c.detach().cpu().double().flatten(1).view_as(w) for c in components], 2)
     length = (a * w[:, :, None]).sum(-1, keepdim=True)
-    live = length.abs() > VANISHING * a.norm(dim=-1, keepdim=True) * w[:, :, None].norm(dim=-1, keepdim=True)
-    a = torch.where(live, a / torch.where(live, length, 1.0), 0.0)
+    valid = length.abs() > VANISHING * a.norm(dim=-1, keepdim=True) * w[:, :, None].norm(dim=-1, keepdim=True)
+    a = torch.where(valid, a / torch.where(valid, length, 1.0), 0.0)
     if len(components) == 1:
-        return a, live.squeeze(-1).squeeze(-1)
-    # A pattern of a side that no sample is on multiplies zeros; any will do that keeps wᵀd = 0.
+        return a, valid.squeeze(-1).squeeze(-1)
+    # The pattern of a side of the gate without samples is multiplied by zeros. Any pattern with wᵀd = 0 can replace it.
     sides = [(require(m.moments.open).n, m.moments.closed.n) for m in sets]
     unused = torch.stack([sum(side).view(w.shape[:2]) == 0 for side in zip(*sides)], -1)[..., None]
-    replaced = ~live & unused & live.flip(2)
-    return torch.where(replaced, a.flip(2), a), (live | replaced).all(2).squeeze(-1)
+    replaced = ~valid & unused & valid.flip(2)
+    return torch.where(replaced, a.flip(2), a), (valid | replaced).all(2).squeeze(-1)
 
 
 # --- covariances of a set of samples --------------------------------------------------------------
@@ -253,9 +292,11 @@ def normalised(components: Components, w: Tensor, *sets: PatchMoments) -> tuple[
 
 @dataclass(frozen=True)
 class Covariances:
-    """Of the signal's components s with each other, with x and with y = Σs.
+    """Covariances of the signal's components s with each other, with x, and with y = Σs.
 
-    sx: Cov[s, x], (G, k, q, D).  ss: Cov[s], (G, k, q, q).  sy: cov[s, y], (G, k, q).  yy: var[y], (G, k).
+    Attributes:
+        sx: Cov[s, x], (G, k, q, D).
+        ss: Cov[s], (G, k, q, q).
     """
 
     sx: Tensor
@@ -263,55 +304,57 @@ class Covariances:
 
     @property
     def sy(self) -> Tensor:
+        """Covariance cov[s, y], (G, k, q)."""
         return self.ss.sum(-1)
 
     @property
     def yy(self) -> Tensor:
+        """Variance var[y], (G, k)."""
         return self.ss.sum((-1, -2))
 
 
-def covariances(moments: PatchMoments, components: int) -> Covariances:
-    """With s = y for one component, s = (m·y, (1 - m)·y) for two."""
+def signal_covariances(moments: PatchMoments, components: int) -> Covariances:
+    """Return the covariances with s = y for one component, and s = (m·y, (1 - m)·y) for two."""
     total, groups = moments.moments.total, len(moments.xx)
-    parts: list[Sums] = [total] if components == 1 else [require(moments.moments.open), moments.moments.closed]
-    n = samples(moments)
+    sides: list[Sums] = [total] if components == 1 else [require(moments.moments.open), moments.moments.closed]
+    n = count_samples(moments)
     x = (require(total.x) / n)[:, None, None]
-    y = torch.stack([part.y for part in parts], -1).unflatten(0, (groups, -1)) / n
-    yy = torch.stack([part.yy for part in parts], -1).unflatten(0, (groups, -1)) / n
-    xy = torch.stack([require(part.xy) for part in parts], 1).unflatten(0, (groups, -1)) / n
-    # The components are never both different from 0.
+    y = torch.stack([side.y for side in sides], -1).unflatten(0, (groups, -1)) / n
+    yy = torch.stack([side.yy for side in sides], -1).unflatten(0, (groups, -1)) / n
+    xy = torch.stack([require(side.xy) for side in sides], 1).unflatten(0, (groups, -1)) / n
+    # At most one of the components is different from 0 in each sample.
     return Covariances(xy - x * y[..., None], torch.diag_embed(yy) - y[..., None] * y[..., None, :])
 
 
 def cov_xx(moments: PatchMoments) -> Tensor:
-    """Cov[x], (G, D, D)."""
-    mean = require(moments.moments.total.x) / samples(moments)
-    return moments.xx / samples(moments) - mean[:, :, None] * mean[:, None]
+    """Return Cov[x], (G, D, D)."""
+    mean = require(moments.moments.total.x) / count_samples(moments)
+    return moments.xx / count_samples(moments) - mean[:, :, None] * mean[:, None]
 
 
-def samples(moments: PatchMoments) -> int:
-    """Patches seen, the same for every neuron; 1 for none."""
+def count_samples(moments: PatchMoments) -> int:
+    """Return the number of patches, which is the same for all neurons; 1 if there are none."""
     return max(1, int(moments.moments.total.n[0]))
 
 
 # --- products -------------------------------------------------------------------------------------
 
 
-def along_groups(vectors: Tensor, matrices: Tensor) -> Tensor:
-    """Vectors (G, …, D) times their group's matrix (G, D, D)."""
+def multiply_groups(vectors: Tensor, matrices: Tensor) -> Tensor:
+    """Multiply vectors (G, …, D) by the matrix of their group, (G, D, D)."""
     return (vectors.flatten(1, -2) @ matrices).view(vectors.shape)
 
 
-def per_group(values: Tensor, like: Tensor) -> Tensor:
-    """Values (G, D), shaped to multiply vectors (G, …, D)."""
+def expand_groups(values: Tensor, like: Tensor) -> Tensor:
+    """Reshape values (G, D) so that they multiply vectors (G, …, D)."""
     return values.view(len(values), *[1] * (like.dim() - 2), -1)
 
 
-def combined(coefficients: Tensor, vectors: Tensor) -> Tensor:
-    """Σᵢ cᵢ vᵢ for coefficients (…, m) and vectors (…, m, D)."""
+def combine(coefficients: Tensor, vectors: Tensor) -> Tensor:
+    """Return Σᵢ cᵢ vᵢ for coefficients (…, m) and vectors (…, m, D)."""
     return (coefficients[..., None, :] @ vectors).squeeze(-2)
 
 
-def quadratic(matrices: Tensor, vectors: Tensor) -> Tensor:
-    """vᵀMv for matrices (…, q, q) and vectors (…, q)."""
+def quadratic_form(matrices: Tensor, vectors: Tensor) -> Tensor:
+    """Return vᵀMv for matrices (…, q, q) and vectors (…, q)."""
     return (vectors * (matrices @ vectors[..., None]).squeeze(-1)).sum(-1)

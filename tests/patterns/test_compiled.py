@@ -127,7 +127,7 @@ def test_the_operation_of_winograd_is_what_tracing_takes_it_for() -> None:
 def test_what_cannot_be_compiled_is_told_in_a_line(network: Network) -> None:
     with pytest.raises(UserError, match=r"--compile: no mode 'fast'\. There are default, .*, cudagraphs\."):
         Observer(network).compile(2, "fast")
-    with pytest.raises(UserError, match="drawn positions"):
+    with pytest.raises(UserError, match="sampled positions"):
         Observer(network, positions=2).compile(2)
     for given in (Observer(network), Explainer(network, None, ["gradient"])):
         with pytest.raises(UserError, match=r"--compile: cudagraphs are a GPU's, and here is none\. Take another"):

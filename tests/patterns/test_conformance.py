@@ -78,7 +78,7 @@ def tells(neuron: Neuron) -> bool:
 
 def live(row: str, neuron: Neuron) -> bool:
     """Whether there is anything to make a pattern from."""
-    if not ESTIMATORS[row].learns:
+    if not ESTIMATORS[row].uses_data:
         return bool(neuron.y.any())
     return tells(neuron) and not (row.startswith("negative") and bool(neuron.open.all()))
 
@@ -211,7 +211,7 @@ def test_an_empty_side_is_neutral_left_and_right(name: str, gate: str, choice: s
     assert_same(moments_of(case, choice, slice(0)).tensors(), nothing.tensors(), 0.0)
     assert nothing.nbytes == moments_bytes(case.operator, required_sums(case.operator, choice)) == a.nbytes
     for row, pattern in patterns_of(case, nothing, choice).items():
-        assert not ESTIMATORS[row].learns or (pattern == 0).all()
+        assert not ESTIMATORS[row].uses_data or (pattern == 0).all()
 
 
 @every

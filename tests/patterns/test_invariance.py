@@ -11,7 +11,7 @@ from patterns.estimation.estimators import RIDGE
 from tests.patterns.cases import GATES, Case, linear, normal
 
 EVERYTHING = ",".join(CHOICES)
-CENTRED = sorted({name for name, estimator in ESTIMATORS.items() if estimator.learns} - {"positive", "negative"})
+CENTRED = sorted({name for name, estimator in ESTIMATORS.items() if estimator.uses_data} - {"positive", "negative"})
 SHIFT = 3 * normal(5, seed=3)
 
 
