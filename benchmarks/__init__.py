@@ -1,0 +1,1 @@
+"""Benchmarks and studies; results and pages: `pages`."""

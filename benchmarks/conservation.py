@@ -1,7 +1,7 @@
-"""What PatternAttribution keeps of the target's value, and where it loses it: `python -m benchmarks.conservation`.
+"""How much of the target's value PatternAttribution conserves: `python -m benchmarks.conservation [--write docs]`.
 
-EfficientNet-Lite0 with its ImageNet weights (extra `demo`), VGG-11's convolutions and ResNet-18 as
-initialised, with patterns of random crops of foolbox's photographs; the photographs are explained.
+The models are EfficientNet-Lite0 with its ImageNet weights (extra `demo`), and ResNet-18 and VGG-11's convolutions with
+random weights. Patterns are fitted on random crops of foolbox's photographs, and the photographs are explained.
 """
 
 import statistics
@@ -12,29 +12,42 @@ from pathlib import Path
 from torch import Tensor, nn
 from torchvision.models import vgg11
 
+from benchmarks.pages import Cell, Table, make_parser, save_results
 from patterns import accumulate, choose, solve
 from patterns.evaluation.conservation import Loss, conservation
 from ray_jobs.config import ModelConfig
 from ray_jobs.data.packing import pack
-from ray_jobs.data.shard_reader import ShardReader
+from ray_jobs.data.shard_reader import ReaderConfig, ShardReader
 from ray_jobs.models import loading
-from ray_jobs.models.loading import Loaded
+from ray_jobs.models.loading import LoadedModel
 from ray_jobs.studies.demo import SPEC, prepare_photographs, prepare_weights
 
-CROPS = 4  # of each photograph
+CROPS = 4  # per photograph
 CHOICES = "linear", "default"
 CAUSES = "gate", "border", "neuron", "other"
+SHARE = "{:.3g} ({:.3g} to {:.3g})"
+COLUMNS = {
+    "model": "",
+    "patterns": "",
+    "reaches the input": SHARE,
+    "lost at gates": SHARE,
+    "at borders": SHARE,
+    "in neurons": SHARE,
+    "elsewhere": SHARE,
+}
 ROUNDING = 1e-6
 HERE = "benchmarks.conservation"
 
 
 def vgg11_convolutions() -> nn.Module:
-    """VGG-11's convolutions as initialised, and one linear layer over their mean."""
+    """Return VGG-11's convolutions with random weights, followed by one linear layer of their mean."""
     return nn.Sequential(vgg11().features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 1000))
 
 
 def main() -> None:
-    """Print a table row for each model and choice of patterns, and the largest losses of each."""
+    """Measure each model and estimator, and print the largest losses."""
+    docs = make_parser("benchmarks.conservation", __doc__).parse_args().write
+    rows: list[list[Cell]] = []
     with tempfile.TemporaryDirectory() as folder:
         here = Path(folder)
         photographs = prepare_photographs(here / "photographs")
@@ -46,8 +59,6 @@ def main() -> None:
             "ResNet-18, random": ModelConfig(spec="torchvision:resnet18", weights="random"),
             "VGG-11, random": ModelConfig(spec=f"{HERE}:vgg11_convolutions", image_size=224, resize=256),
         }
-        print("| model | patterns | reaches the input | lost at gates | at borders | in neurons | elsewhere |")
-        print("| --- | --- | --- | --- | --- | --- | --- |")
         for name, config in names.items():
             loaded = loading.load(config)
             moments = accumulate(loaded.network, images(crops, loaded, 20))
@@ -58,32 +69,36 @@ def main() -> None:
                 for image in images(whole, loaded, 1):
                     target = loaded.network.module(image).argmax(1)
                     found.append(conservation(loaded.network, patterns, image, target))
-                print(f"| {name} | {choice} | {' | '.join(cells(found))} |", flush=True)
+                rows.append([name, choice, *share_cells(found)])
+                print(f"{name}, {choice}:", flush=True)
                 print_largest(found)
+    print(Table(COLUMNS, rows).render())
+    if docs:
+        save_results(docs, "conservation", Table(COLUMNS, rows))
 
 
-def images(shards: Sequence[Path], loaded: Loaded, batch_size: int) -> Iterator[Tensor]:
+def images(shards: Sequence[Path], loaded: LoadedModel, batch_size: int) -> Iterator[Tensor]:
+    """Yield the batches of some shards, as the model takes them."""
     for shard in shards:
-        for batch in ShardReader(str(shard), loaded.preprocessing, batch_size, loaded.dtype):
+        for batch in ShardReader(str(shard), ReaderConfig(loaded.preprocessing, batch_size, loaded.dtype)):
             yield batch.images
 
 
-def cells(found: Sequence[Sequence[Loss]]) -> Iterator[str]:
-    """Shares of the target's value, median over photographs and the middle half's spread."""
-    yield spread([1 - sum(loss.lost for loss in losses) for losses in found])
+def share_cells(found: Sequence[Sequence[Loss]]) -> Iterator[Cell]:
+    """Yield the share that reaches the input and the share lost by each cause, as `median_and_quartiles`."""
+    yield median_and_quartiles([1 - sum(loss.lost for loss in losses) for losses in found])
     for cause in CAUSES:
-        yield spread([sum(loss.lost for loss in losses if loss.cause == cause) for losses in found])
+        yield median_and_quartiles([sum(loss.lost for loss in losses if loss.cause == cause) for losses in found])
 
 
-def spread(shares: Sequence[float]) -> str:
+def median_and_quartiles(shares: Sequence[float]) -> Cell:
+    """Return the median and the quartiles; text if they are rounding errors."""
     low, _, high = statistics.quantiles(shares, n=4)
-    if max(abs(low), abs(high)) < ROUNDING:
-        return f"< {ROUNDING:g}"
-    return f"{statistics.median(shares):.3g} ({low:.3g} to {high:.3g})"
+    return f"< {ROUNDING:g}" if max(abs(low), abs(high)) < ROUNDING else [statistics.median(shares), low, high]
 
 
 def print_largest(found: Sequence[Sequence[Loss]], count: int = 6) -> None:
-    """The parts whose loss is largest by its median over photographs."""
+    """Print the steps of the network with the largest loss, by the median over the photographs."""
     medians = {
         (row[0].cause, row[0].name): (
             statistics.median(loss.received for loss in row),

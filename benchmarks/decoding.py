@@ -1,6 +1,6 @@
-"""The input pipeline of one core, against what people write by hand, and JPEG decoders against each other.
+"""The input pipeline on one core, compared with a common pipeline of other libraries, and JPEG decoders.
 
-NVIDIA's DALI, where it is installed (`pip install nvidia-dali-cuda120`, 400 MB), is measured too, on the CPU.
+If NVIDIA's DALI is installed (`pip install nvidia-dali-cuda120`, 400 MB), it is measured too, on the CPU.
 """
 
 import io
@@ -22,7 +22,7 @@ from torchvision.transforms import InterpolationMode
 
 from benchmarks.timing import SIZE, Bench, Row, photographs, write_photographs
 from ray_jobs.config import Preprocessing
-from ray_jobs.data.shard_reader import ShardReader
+from ray_jobs.data.shard_reader import ReaderConfig, ShardReader
 from ray_jobs.models.loading import IMAGENET
 
 BATCH, DALI_BATCH = 32, 30
@@ -30,8 +30,8 @@ RGB = ImageReadMode.RGB
 SIZES = {"500×375": (500, 375), "2000×1500": (2000, 1500)}
 
 
-def reading(bench: Bench) -> Iterator[Row]:
-    """Shards → batches: ours, and WebDataset with Pillow and torchvision's transforms."""
+def measure_pipelines(bench: Bench) -> Iterator[Row]:
+    """From shards to batches: this project, and WebDataset with Pillow and torchvision's transforms."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
@@ -40,29 +40,31 @@ def reading(bench: Bench) -> Iterator[Row]:
             shard = write_photographs(Path(folder) / f"{size}.tar", *pixels)
             for interpolation in ("bilinear", "bicubic"):
                 ways: dict[str, Callable[[], object]] = {
-                    "ours": partial(ours, shard, interpolation),
-                    "plain": partial(plain, shard, interpolation),
+                    "ours": partial(read_with_ours, shard, interpolation),
+                    "plain": partial(read_with_webdataset, shard, interpolation),
                 }
                 if find_spec("nvidia") and find_spec("nvidia.dali"):
-                    ways["DALI"] = dali(shard, interpolation)
+                    ways["DALI"] = make_dali_reader(shard, interpolation)
                 t = bench.timed(ways, measured=False)
                 what = f"JPEGs of {size} → {SIZE}×{SIZE}, {interpolation}, one core: images/s"
-                wanted = "≥ 2" if interpolation == "bilinear" else ""
-                yield bench.row(what, t["plain"], "WebDataset, Pillow, torchvision's transforms", t["ours"], wanted)
+                target = "≥ 2" if interpolation == "bilinear" else ""
+                yield bench.row(what, t["plain"], "WebDataset, Pillow, torchvision's transforms", t["ours"], target)
                 if "DALI" in t:
                     yield bench.row(what, t["DALI"], "DALI", t["ours"])
-        yield from decoders(bench)
+        yield from measure_decoders(bench)
     torch.set_num_threads(threads)
 
 
-def ours(shard: str, interpolation: str) -> int:
+def read_with_ours(shard: str, interpolation: str) -> int:
+    """Read a shard with this project; return the number of images."""
     preprocessing = Preprocessing(
         image_size=SIZE, resize=256, interpolation=interpolation, mean=IMAGENET.mean, std=IMAGENET.std
     )
-    return sum(len(batch.keys) for batch in ShardReader(shard, preprocessing, BATCH))
+    return sum(len(batch.keys) for batch in ShardReader(shard, ReaderConfig(preprocessing, BATCH)))
 
 
-def plain(shard: str, interpolation: str) -> int:
+def read_with_webdataset(shard: str, interpolation: str) -> int:
+    """Read a shard with WebDataset, Pillow and torchvision; return the number of images."""
     transform = transforms.Compose(
         [
             transforms.Resize(256, InterpolationMode(interpolation)),
@@ -75,8 +77,8 @@ def plain(shard: str, interpolation: str) -> int:
     return sum(len(images) for images, _ in samples.map_tuple(transform, int).batched(BATCH))
 
 
-def dali(shard: str, interpolation: str) -> Callable[[], int]:
-    """The shard's photographs, which are a whole number of its batches, again and again."""
+def make_dali_reader(shard: str, interpolation: str) -> Callable[[], int]:
+    """Return a function that reads the shard with DALI; the shard is a whole number of batches."""
     from nvidia.dali import fn, pipeline_def, types
 
     def scaled(values: Sequence[float]) -> list[float]:
@@ -86,8 +88,8 @@ def dali(shard: str, interpolation: str) -> Callable[[], int]:
     def pipeline() -> object:
         jpegs, _ = fn.readers.webdataset(paths=[shard], ext=["jpg", "cls"], name="shard")
         images = fn.decoders.image(jpegs, output_type=types.RGB)
-        kind = types.INTERP_TRIANGULAR if interpolation == "bilinear" else types.INTERP_CUBIC
-        resized = fn.resize(images, resize_shorter=256, interp_type=kind, antialias=True)
+        filter_type = types.INTERP_TRIANGULAR if interpolation == "bilinear" else types.INTERP_CUBIC
+        resized = fn.resize(images, resize_shorter=256, interp_type=filter_type, antialias=True)
         numbers = {"mean": scaled(IMAGENET.mean), "std": scaled(IMAGENET.std)}
         return fn.crop_mirror_normalize(resized, crop=(SIZE, SIZE), dtype=types.FLOAT, **numbers)
 
@@ -98,13 +100,14 @@ def dali(shard: str, interpolation: str) -> Callable[[], int]:
     return lambda: sum(len(made.run()[0]) for _ in range(batches))
 
 
-def each(way: Callable[[bytes], object], images: list[bytes]) -> None:
+def decode_all(decode: Callable[[bytes], object], images: list[bytes]) -> None:
+    """Decode all images."""
     for data in images:
-        way(data)
+        decode(data)
 
 
-def decoders(bench: Bench) -> Iterator[Row]:
-    """One JPEG after the other, at full size."""
+def measure_decoders(bench: Bench) -> Iterator[Row]:
+    """Decode one JPEG after the other at full size."""
     images = []
     for photograph in photographs():
         buffer = io.BytesIO()
@@ -116,6 +119,6 @@ def decoders(bench: Bench) -> Iterator[Row]:
         "OpenCV": lambda data: cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB),
         "Pillow": lambda data: np.asarray(Image.open(io.BytesIO(data)).convert("RGB")),
     }
-    t = bench.timed({name: partial(each, way, images) for name, way in ways.items()}, measured=False)
+    t = bench.timed({name: partial(decode_all, decode, images) for name, decode in ways.items()}, measured=False)
     for name in list(ways)[1:]:
         yield bench.row(f"decoding a JPEG of 500×375 by {name}", t[name], "simplejpeg (what we use)", t["simplejpeg"])

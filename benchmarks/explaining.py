@@ -1,4 +1,4 @@
-"""Explanations against a plain input gradient, against each other, and against what other libraries take for a map."""
+"""Explanations compared with a plain input gradient, with each other, and with the maps of other libraries."""
 
 import tempfile
 import warnings
@@ -28,33 +28,37 @@ from ray_jobs.runs.map_files import list_shard_files
 
 FIVE = ("gradient", "deconvnet", "guided-backprop", "patternnet", "patternattribution")
 HERE = Resources(workers=0)
-MOST = {"VGG-16": "≤ 1.02", "ResNet-50": "≤ 1.15"}
+TARGETS = {"VGG-16": "≤ 1.02", "ResNet-50": "≤ 1.15"}
 
 
 def plain_gradient(model: nn.Module, images: Tensor) -> Callable[[], Tensor]:
+    """Return a function that computes the input gradient of the predicted classes."""
+
     def gradient() -> Tensor:
         inputs = images.clone().requires_grad_()
         scores = model(inputs)
-        start = torch.zeros_like(scores).scatter_(1, scores.argmax(1, keepdim=True), 1.0)
-        return torch.autograd.grad(scores, inputs, start)[0]
+        one_hot = torch.zeros_like(scores).scatter_(1, scores.argmax(1, keepdim=True), 1.0)
+        return torch.autograd.grad(scores, inputs, one_hot)[0]
 
     return gradient
 
 
-def layer_wise(model: nn.Module, images: Tensor, targets: Tensor) -> None:
-    def start(scores: Tensor) -> Tensor:
+def run_zennit(model: nn.Module, images: Tensor, targets: Tensor) -> None:
+    """Run layer-wise relevance propagation with zennit on the model."""
+
+    def one_hot(scores: Tensor) -> Tensor:
         return torch.zeros_like(scores).scatter_(1, targets[:, None], 1.0)
 
     with Gradient(model, EpsilonPlusFlat()) as attributor:
-        attributor(images.clone(), start)
+        attributor(images.clone(), one_hot)
 
 
-def passes(bench: Bench) -> Iterator[Row]:
-    """The inner loops."""
-    warnings.filterwarnings("ignore")  # captum's about the hooks that it sets
+def measure_passes(bench: Bench) -> Iterator[Row]:
+    """Measure the inner loops."""
+    warnings.filterwarnings("ignore")  # captum warns about the hooks that it sets
     for name, model, images in bench.models():
         network = trace(model, images[:2])
-        patterns = patterns_for(network)
+        patterns = random_patterns(network)
         alone = {m: Explainer(network, patterns, [m]) for m in FIVE}
         together = Explainer(network, patterns, FIVE)
         targets = model(images).argmax(1)
@@ -64,31 +68,31 @@ def passes(bench: Bench) -> Iterator[Row]:
         plain = plain_gradient(model, images)
         t = bench.timed({"plain": plain, **ours, "together": partial(together, images, targets)})
         for method in ("patternnet", "patternattribution"):
-            yield bench.row(f"{name}: {method}", t[method], "plain input gradient", t["plain"], MOST.get(name, ""))
+            yield bench.row(f"{name}: {method}", t[method], "plain input gradient", t["plain"], TARGETS.get(name, ""))
         five = f"{name}: {', '.join(FIVE)}, one forward pass"
-        yield bench.row(five, t["together"], "sum of the five alone", sum_of([t[m] for m in FIVE]), "≤ 0.65")
+        yield bench.row(five, t["together"], "sum of the five alone", add_times([t[m] for m in FIVE]), "≤ 0.65")
         others: dict[str, Variant] = {
             "ours": ours["patternattribution"],
             "Guided BackProp of captum": partial(guided.attribute, images, targets),
-            "layer-wise LRP (zennit, ε, z⁺, flat)": partial(layer_wise, model, images, targets),
+            "layer-wise LRP (zennit, ε, z⁺, flat)": partial(run_zennit, model, images, targets),
         }
-        t = bench.timed(others, measured=False)  # hooks and modes of dispatch do not go together
+        t = bench.timed(others, measured=False)  # torch's dispatch modes, which count the cost, do not work with hooks
         for other in list(others)[1:]:
             yield bench.row(f"{name}: patternattribution", t["ours"], other, t[other], "< 1")
 
 
-def patterns_for(network: Network) -> dict[str, Tensor]:
-    """Random numbers, which cost what patterns do."""
+def random_patterns(network: Network) -> dict[str, Tensor]:
+    """Return random patterns; the time does not depend on their values."""
     return {key: torch.randn_like(op.weight) for key, op in network.operators.items()}
 
 
-def sum_of(timed: list[Timed]) -> Timed:
-    """One after the other."""
+def add_times(timed: list[Timed]) -> Timed:
+    """Return the time of several variants run one after the other."""
     return sum(timed[1:], timed[0])
 
 
-def whole_job(bench: Bench) -> Iterator[Row]:
-    """The explain job's worker on JPEG shards, all outputs written, against its inner loop over tensors in memory."""
+def measure_job(bench: Bench) -> Iterator[Row]:
+    """Measure the explain job's worker on JPEG shards with all outputs, compared with its inner loop in memory."""
     with tempfile.TemporaryDirectory() as folder:
         shards = list_shards(write_shards(Path(folder)))
         model = ModelConfig(spec="benchmarks.timing:vgg16_features")
@@ -111,7 +115,7 @@ def whole_job(bench: Bench) -> Iterator[Row]:
             batch_size=JOB_BATCH,
             methods=FIVE[-1:],
         )
-        # So that a core is left for the threads that read and write.
+        # One core of two stays free for the threads that read and write.
         loaded = loading.load(model)
         worker = job.ExplainWorker(config, loaded.digests, {}, WorkerResources(cpus=1))
         worker.prepare()
@@ -129,7 +133,7 @@ def whole_job(bench: Bench) -> Iterator[Row]:
                 pass
 
         def in_line() -> None:
-            with patch.object(job, "WriteBehind", InLine):
+            with patch.object(job, "WriteBehind", Immediate):
                 whole()
 
         t = bench.timed({"inner": inner, "whole": whole, "in line": in_line}, min(3, bench.rounds), measured=False)
@@ -139,8 +143,9 @@ def whole_job(bench: Bench) -> Iterator[Row]:
         yield bench.row("the same, writing between batches", t["inner"], base, t["in line"])
 
 
-class InLine(WriteBehind):
-    """Does things at once."""
+class Immediate(WriteBehind):
+    """Writes at once instead of in a thread."""
 
-    def do(self, work: Callable[..., None], *arguments: object) -> None:
+    def submit(self, work: Callable[..., None], *arguments: object) -> None:
+        """Run the work now."""
         work(*arguments)

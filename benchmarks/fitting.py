@@ -1,4 +1,4 @@
-"""Moments against a plain forward pass, and the fit job against its inner loop."""
+"""Moments compared with a plain forward pass, and the fit job compared with its inner loop."""
 
 import tempfile
 import time
@@ -19,7 +19,7 @@ from benchmarks.timing import (
     Bench,
     Row,
     infer,
-    spread,
+    median_and_quartiles,
     vgg16_features,
     write_shards,
 )
@@ -36,7 +36,7 @@ from ray_jobs.data.shard_specs import list_shards
 from ray_jobs.jobs.fit.fit import fit
 
 POSITIONS = 16
-D, K = 4608, 512  # of VGG-16's largest convolutions
+D, K = 4608, 512  # inputs and neurons of VGG-16's largest convolutions
 
 FITS = {
     "two-component's positive part (the default)": ("default",),
@@ -44,7 +44,7 @@ FITS = {
     "linear": ("linear",),
     "all estimators": FITTED,
 }
-WANTED = {
+TARGETS = {
     ("VGG-16", "two-component's positive part (the default)"): "≤ 3.2",
     ("VGG-16", "all estimators"): "≤ 4.5",
     ("VGG-16", "all estimators, 16 positions"): "≤ 1.15",
@@ -52,32 +52,34 @@ WANTED = {
 }
 
 
-def observer_of(network: Network, *choices: str, positions: int | None = None) -> Observer:
+def make_observer(network: Network, *choices: str, positions: int | None = None) -> Observer:
+    """Return an observer for some estimators."""
+
     def wants(operator: Operator) -> RequiredSums:
         return required_sums(operator, choices)
 
     return Observer(network, wants, positions=positions)
 
 
-def passes(bench: Bench) -> Iterator[Row]:
-    """The inner loop: statistics against a forward."""
+def measure_passes(bench: Bench) -> Iterator[Row]:
+    """Measure the inner loop: moments compared with a forward pass."""
     for name, model, images in bench.models():
         network = trace(model, images[:2])
-        updates = {what: observer_of(network, *choices).update for what, choices in FITS.items()}
+        updates = {what: make_observer(network, *choices).update for what, choices in FITS.items()}
         ways = {what: partial(update, images) for what, update in updates.items()}
         t = bench.timed({"forward": partial(infer, model, images), **ways})
         yield bench.row(f"{name}: forward", t["forward"], "itself", t["forward"])
         for what in updates:
-            yield bench.row(f"{name}: fit, {what}", t[what], "forward", t["forward"], WANTED.get((name, what), ""))
-        yield from sampling(bench, name, model, network, images)
+            yield bench.row(f"{name}: fit, {what}", t[what], "forward", t["forward"], TARGETS.get((name, what), ""))
+        yield from measure_sampling(bench, name, model, network, images)
 
 
-def sampling(bench: Bench, name: str, model: nn.Module, network: Network, images: Tensor) -> Iterator[Row]:
-    """A fit from some positions: batches until what was gathered from them is summed, that included.
+def measure_sampling(bench: Bench, name: str, model: nn.Module, network: Network, images: Tensor) -> Iterator[Row]:
+    """Measure a fit of sampled positions over as many batches as are summed at once, including the summing.
 
-    Its own forward pass is channels-last on a CPU, so it is also told against such a model's.
+    On a CPU its forward pass is channels-last, so it is also compared with that of a channels-last model.
     """
-    update = observer_of(network, *FITTED, positions=POSITIONS).update
+    update = make_observer(network, *FITTED, positions=POSITIONS).update
     batches = max(1, BLOCK_LIMITS[images.is_cuda][0] // (POSITIONS * len(images)))
 
     def repeated(work: Callable[[Tensor], object]) -> None:
@@ -86,17 +88,17 @@ def sampling(bench: Bench, name: str, model: nn.Module, network: Network, images
 
     forward, layout = partial(infer, model), "channels-last forward"
     ways: dict[str, Callable[[], object]] = {"forward": partial(repeated, forward), "fit": partial(repeated, update)}
-    if not images.is_cuda:  # from the weights the layout spreads to all that convolutions give
+    if not images.is_cuda:  # the layout of the weights spreads to the outputs of all convolutions
         ways[layout] = partial(repeated, partial(infer, deepcopy(model).to(memory_format=torch.channels_last)))
     t = bench.timed(ways, min(3, bench.rounds))
     what = f"all estimators, {POSITIONS} positions"
-    yield bench.row(f"{name}: fit, {what}", t["fit"], "forward", t["forward"], WANTED.get((name, what), ""))
+    yield bench.row(f"{name}: fit, {what}", t["fit"], "forward", t["forward"], TARGETS.get((name, what), ""))
     if layout in t:
         yield bench.row(f"{name}: fit, {what}", t["fit"], layout, t[layout])
 
 
-def judging(bench: Bench) -> Row:
-    """ρ of all neurons of VGG-16's largest convolution, three estimators, against one eigendecomposition."""
+def measure_quality(bench: Bench) -> Row:
+    """Compare ρ of all neurons of VGG-16's largest convolution, three estimators, with one eigendecomposition."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(K, D // 9, 3, 3, generator=generator, dtype=torch.float64)
     kind, gate = Convolution((1, 1), (0, 0), (1, 1)), Gate(0.0, float("inf"))
@@ -113,7 +115,7 @@ def judging(bench: Bench) -> Row:
 
 
 def patch_moments(operator: Operator, generator: torch.Generator) -> PatchMoments:
-    """Moments of 2 D random patches, each an image of one position."""
+    """Return the moments of 2 D random patches, each an image of one position."""
     sampler = PositionSampler(1)
     accumulator = PatchAccumulator(operator, sampler)
     for _ in range(2):
@@ -124,7 +126,7 @@ def patch_moments(operator: Operator, generator: torch.Generator) -> PatchMoment
 
 
 def throughput(workers: int, threads: int, images: int = JOB_IMAGES) -> float:
-    """Samples a second of the fit job over shards of so many, from the first worker's start to the last commit."""
+    """Return the fit job's samples per second over shards of `images`, from the first start to the last commit."""
     with tempfile.TemporaryDirectory() as folder:
         shards = write_shards(Path(folder), images)
         spec = ModelConfig(spec="benchmarks.timing:vgg16_features")
@@ -135,11 +137,11 @@ def throughput(workers: int, threads: int, images: int = JOB_IMAGES) -> float:
     return float(done["samples"] / done["seconds"])
 
 
-def jobs(bench: Bench) -> Iterator[Row]:
-    """The fit job's throughput: one worker against its inner loop, before and after; two of one thread against one."""
+def measure_job(bench: Bench) -> Iterator[Row]:
+    """Compare the fit job with its inner loop, measured before and after, and two workers of one thread with one."""
     torch.set_num_threads(THREADS)
     network = trace(vgg16_features(), torch.zeros(2, 3, SIZE, SIZE))
-    update = observer_of(network, "default").update
+    update = make_observer(network, "default").update
     batches = torch.randn(JOB_SHARDS * JOB_IMAGES // JOB_BATCH, JOB_BATCH, 3, SIZE, SIZE).unbind()
     update(batches[0])
 
@@ -151,9 +153,11 @@ def jobs(bench: Bench) -> Iterator[Row]:
 
     seconds, rates = [inner()], []
     for _ in range(min(3, bench.rounds)):
-        rates.append(throughput(1, THREADS, 2 * JOB_IMAGES))  # long enough for a first commit, which comes early
+        rates.append(throughput(1, THREADS, 2 * JOB_IMAGES))  # long enough for a first commit
         seconds.append(inner())
     ratios = [rate * (before + after) / 2 for rate, before, after in zip(rates, seconds, seconds[1:])]
-    yield Row("fit job, one worker, JPEG shards: images/s", "its inner loop in memory", spread(ratios), "≥ 0.95")
+    yield Row(
+        "fit job, one worker, JPEG shards: images/s", "its inner loop in memory", median_and_quartiles(ratios), "≥ 0.95"
+    )
     two = throughput(2, 1) / throughput(1, 1)
     yield Row("fit job, two workers of one thread: images/s", "one such worker", f"{two:.2f}", "≥ 1.8")

@@ -1,4 +1,4 @@
-"""What an operation needs at least, what this machine reaches, and how much memory was allocated meanwhile."""
+"""The cost of operations, the speed of this machine, and peak memory."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,45 +14,50 @@ from torch.utils.flop_counter import flop_registry
 
 from patterns.operators import winograd
 
-SIDE = 2048  # of the square matrices that are multiplied, and a tenth of a second on a slow core
-COPIED = 2**26  # float32 numbers that are copied, 256 MiB
+SIDE = 2048  # of the square matrices whose product is timed: a tenth of a second on a slow core
+COPIED = 2**26  # float32 numbers in the timed copy, 256 MiB
 TRIES = 5
 
 
-def synchronise(device: str) -> None:
-    """Wait until what was asked of a device is done."""
+def synchronize(device: str) -> None:
+    """Wait until a device has finished its work."""
     if device == "cuda":
         torch.cuda.synchronize()
 
 
-def best(device: str, work: Callable[[], object]) -> float:
-    """Seconds of the fastest of several tries."""
+def best_time(device: str, work: Callable[[], object]) -> float:
+    """Return the seconds of the fastest of several tries."""
     found = []
     for _ in range(TRIES):
-        synchronise(device)
+        synchronize(device)
         begun = time.perf_counter()
         work()
-        synchronise(device)
+        synchronize(device)
         found.append(time.perf_counter() - begun)
     return min(found)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """flops: of all products and convolutions.  bytes: read and written by all operations, each by itself."""
+    """The cost of some work.
+
+    Attributes:
+        flops: Operations in all products and convolutions.
+        bytes: Bytes read and written by all operations, each counted on its own.
+    """
 
     flops: int
     bytes: int
 
 
 def backward_flops(grad: Tensor, x: Tensor, weight: Tensor, *more: Any, out_val: Any) -> int:
-    """Of a convolution's gradients. torch's own count takes each group for the whole."""
-    *_, transposed, _, _, wanted = more
-    return sum(wanted[:2]) * 2 * (x if transposed else grad).numel() * weight[0].numel()
+    """Count the operations of a convolution's gradients; torch's own count ignores groups."""
+    *_, transposed, _, _, output_mask = more
+    return sum(output_mask[:2]) * 2 * (x if transposed else grad).numel() * weight[0].numel()
 
 
 def winograd_flops(x: Tensor, grad: Tensor, kernel: Sequence[int], padding: Sequence[int], out_val: Any) -> int:
-    """Six products for twelve."""
+    """Count the operations of Winograd's weight gradient: 6 products instead of 12."""
     return grad.numel() * x.shape[1] * kernel[0] * kernel[1]
 
 
@@ -63,8 +68,8 @@ FLOPS: dict[Any, Callable[..., int]] = {
 }
 
 
-class Counted(TorchDispatchMode):
-    """Counts products, and the bytes of all tensors that operations read and write; views cost nothing."""
+class CostCounter(TorchDispatchMode):
+    """Counts products and convolutions, and the bytes of all tensors that operations read and write; views are free."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,47 +89,53 @@ class Counted(TorchDispatchMode):
         if count is not None:
             self.flops += count(*args, **kwargs, out_val=found)
         given, made = ([t for t in tree_leaves(x) if isinstance(t, Tensor)] for x in ((args, kwargs), found))
-        places = {t.untyped_storage().data_ptr() for t in given}
-        if func._schema.is_mutable or not all(t.untyped_storage().data_ptr() in places for t in made):
+        storages = {t.untyped_storage().data_ptr() for t in given}
+        if func._schema.is_mutable or not all(t.untyped_storage().data_ptr() in storages for t in made):
             self.bytes += sum(t.numel() * t.element_size() for t in {id(t): t for t in (*given, *made)}.values())
         return found
 
 
-def cost(work: Callable[[], object]) -> Cost:
-    """What some work needs."""
-    with Counted() as counted:
+def measure_cost(work: Callable[[], object]) -> Cost:
+    """Return the cost of some work."""
+    with CostCounter() as counted:
         work()
     return Cost(counted.flops, counted.bytes)
 
 
 @dataclass(frozen=True)
 class Machine:
-    """flops, bytes: a second, of a plain float32 matrix product, and read and written by a plain copy."""
+    """The speed of a machine.
+
+    Attributes:
+        device: cpu or cuda.
+        flops: Operations per second of a plain float32 matrix product.
+        bytes: Bytes per second that a plain copy reads and writes.
+    """
 
     device: str
     flops: float
     bytes: float
 
     def roofline(self, needed: Cost, seconds: float) -> float:
-        """The share of what the machine reaches: the time that the costlier of the two takes at least, of the time."""
+        """Return the share of the roofline: the time for the products or for the bytes, if larger, over the time."""
         return max(needed.flops / self.flops, needed.bytes / self.bytes) / seconds
 
     @staticmethod
-    def measured(device: str) -> "Machine":
-        """This machine."""
+    def measure(device: str) -> "Machine":
+        """Measure this machine."""
         a, b = torch.randn(2, SIDE, SIDE, device=device)
         source = torch.zeros(COPIED, device=device)
         target = torch.empty_like(source)
-        flops = 2 * SIDE**3 / best(device, lambda: a @ b)
-        return Machine(device, flops, 2 * source.nbytes / best(device, lambda: target.copy_(source)))
+        flops = 2 * SIDE**3 / best_time(device, lambda: a @ b)
+        return Machine(device, flops, 2 * source.nbytes / best_time(device, lambda: target.copy_(source)))
 
     def name(self) -> str:
-        """The device, in words."""
+        """Return the name of the device."""
         return torch.cuda.get_device_name() if self.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
 
 
 def peak(work: Callable[[], object], device: str = "cpu") -> int:
-    """The most bytes allocated at once while it runs, above those of before; what operations need inside too."""
+    """Return the peak of the bytes allocated by some work, including the workspace of operations."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -136,8 +147,8 @@ def peak(work: Callable[[], object], device: str = "cpu") -> int:
         work()
     results = profiler.profiler.kineto_results
     changes = [event for event in results.events() if event.name() == "[memory]"]
-    now = most = 0
+    now = highest = 0
     for change in sorted(changes, key=lambda event: event.start_ns()):
         now += change.nbytes()
-        most = max(most, now)
-    return most
+        highest = max(highest, now)
+    return highest

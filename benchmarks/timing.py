@@ -1,4 +1,4 @@
-"""Timing of variants as ratios within one run, and what they are timed on."""
+"""Timing of variants as ratios within one run, and the models and shards that they are timed on."""
 
 import io
 import statistics
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torchvision.models import mobilenet_v2, resnet50, vgg16
 from webdataset import TarWriter
 
-from benchmarks.machine import Cost, Machine, cost, peak, synchronise
+from benchmarks.machine import Cost, Machine, measure_cost, peak, synchronize
+from benchmarks.pages import Cell
 
 THREADS = 2
 SIZE = 224
@@ -25,7 +26,7 @@ JOB_BATCH = 4
 
 
 def vgg16_features() -> nn.Module:
-    """VGG-16's convolutions, and a score for each of its last channels."""
+    """Return VGG-16's convolutions, with the mean of each of its last channels as the scores."""
     torch.manual_seed(0)
     return nn.Sequential(vgg16().features, nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
 
@@ -42,50 +43,61 @@ Variant = Callable[[], object]
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table. share: of what the machine reaches.  memory: the peak, against that of `against`."""
+    """A row of the table.
 
-    what: str
-    against: str
-    ratio: str
-    wanted: str = ""
-    share: str = ""
-    memory: str = ""
+    Attributes:
+        variant: The timed variant.
+        base: The variant that it is compared with.
+        ratio: Their ratio, as `median_and_quartiles`.
+        target: The target for the ratio.
+        roofline: The share of the roofline.
+        memory: The ratio of their peak memory.
+    """
 
-    def __str__(self) -> str:
-        return f"| {self.what} | {self.against} | {self.ratio} | {self.wanted} | {self.share} | {self.memory} |"
+    variant: str
+    base: str
+    ratio: Cell
+    target: str = ""
+    roofline: Cell = ""
+    memory: Cell = ""
 
 
-HEAD = """| what | against | ratio | wanted | of the roofline | peak memory |
-| --- | --- | --- | --- | --- | --- |
-"""
+COLUMNS = {
+    "what": "",
+    "against": "",
+    "ratio": "{:.2f} ({:.2f} to {:.2f})",
+    "wanted": "",
+    "of the roofline": "{:.0%}",
+    "peak memory": "{:.2f}",
+}
 
 
 @dataclass(frozen=True)
 class Timed:
-    """Seconds of a variant, round by round; what it needs, and the most memory it had, where that was measured."""
+    """The seconds of a variant in each round; its cost and peak memory if they were measured."""
 
     name: str
     seconds: list[float]
     needed: Cost | None = None
     peak: int = 0
 
-    def ratio(self, base: "Timed") -> str:
-        """Median ratio to a base of the same rounds, and the middle half's spread."""
-        return spread([a / b for a, b in zip(self.seconds, base.seconds)])
+    def ratio(self, base: "Timed") -> Cell:
+        """Return the ratio to a base of the same rounds as `median_and_quartiles`."""
+        return median_and_quartiles([a / b for a, b in zip(self.seconds, base.seconds)])
 
     def __add__(self, other: "Timed") -> "Timed":
         return Timed(f"{self.name} + {other.name}", [a + b for a, b in zip(self.seconds, other.seconds)])
 
 
-def spread(ratios: list[float]) -> str:
-    """The median of ratios, and the middle half's spread."""
+def median_and_quartiles(ratios: list[float]) -> Cell:
+    """Return the median and the quartiles of ratios."""
     low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-    return f"{statistics.median(ratios):.2f} ({low:.2f} to {high:.2f})"
+    return [statistics.median(ratios), low, high]
 
 
 @dataclass(frozen=True)
 class Bench:
-    """Where and how often variants are timed, on which models, and the mode of what is compiled."""
+    """The machine, the number of rounds, the models, and the compilation mode of a benchmark."""
 
     machine: Machine
     rounds: int
@@ -95,61 +107,61 @@ class Bench:
 
     @property
     def device(self) -> str:
+        """The device: cpu or cuda."""
         return self.machine.device
 
     def models(self) -> Iterator[tuple[str, nn.Module, Tensor]]:
-        """Models with random weights, and a batch for each."""
+        """Yield the models with random weights, each with a batch of images."""
         for name in self.names:
             torch.manual_seed(0)
             images = torch.randn(self.batch, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
             yield name, MODELS[name]().eval().requires_grad_(False).to(self.device), images.to(self.device)
 
     def timed(self, variants: dict[str, Variant], rounds: int | None = None, measured: bool = True) -> dict[str, Timed]:
-        """Time each variant once a round, after one round that does not count.
+        """Time each variant once per round, after a warm-up round.
 
-        Every variant has its turn in each round, so that a slow moment of the machine meets them all.
+        Every round runs all variants, so that a slow moment of the machine affects them all.
         """
         seconds: dict[str, list[float]] = {name: [] for name in variants}
         for number in range((rounds or self.rounds) + 1):
             for name, variant in variants.items():
-                synchronise(self.device)
+                synchronize(self.device)
                 begun = time.perf_counter()
                 variant()
-                synchronise(self.device)
+                synchronize(self.device)
                 if number:
                     seconds[name].append(time.perf_counter() - begun)
         return {
-            name: Timed(name, seconds[name], cost(variant), peak(variant, self.device))
+            name: Timed(name, seconds[name], measure_cost(variant), peak(variant, self.device))
             if measured
             else Timed(name, seconds[name])
             for name, variant in variants.items()
         }
 
-    def row(self, what: str, timed: Timed, against: str, base: Timed, wanted: str = "") -> Row:
-        """A variant against another of the same rounds."""
-        share = memory = ""
+    def row(self, what: str, timed: Timed, against: str, base: Timed, target: str = "") -> Row:
+        """Return the row of a variant compared with another one of the same rounds."""
+        roofline: Cell = ""
         if timed.needed is not None:
-            share = f"{self.machine.roofline(timed.needed, statistics.median(timed.seconds)):.0%}"
-        if base.peak:
-            memory = f"{timed.peak / base.peak:.2f}"
-        return Row(what, against, timed.ratio(base), wanted, share, memory)
+            roofline = self.machine.roofline(timed.needed, statistics.median(timed.seconds))
+        memory: Cell = timed.peak / base.peak if base.peak else ""
+        return Row(what, against, timed.ratio(base), target, roofline, memory)
 
 
 def infer(model: nn.Module, images: Tensor) -> Tensor:
-    """A plain forward pass."""
+    """Run a plain forward pass."""
     with torch.inference_mode():
         return model(images)
 
 
 def photographs() -> list[Image.Image]:
-    """Twenty photographs of 512×512 pixels, in foolbox's package."""
+    """Return the 20 photographs of 512×512 pixels in foolbox's package."""
     folder = resources.files("foolbox") / "data"
     files = sorted((f for f in folder.iterdir() if f.name.startswith("imagenet_")), key=lambda f: f.name)
     return [Image.open(io.BytesIO(f.read_bytes())).convert("RGB") for f in files]
 
 
 def write_photographs(path: Path, width: int, height: int, times: int = 3) -> str:
-    """A shard of the photographs at some size, as JPEG."""
+    """Write a shard of the photographs as JPEGs of some size."""
     tar = TarWriter(str(path), encoder=False)
     for number, image in enumerate(photographs()):
         buffer = io.BytesIO()
@@ -161,7 +173,7 @@ def write_photographs(path: Path, width: int, height: int, times: int = 3) -> st
 
 
 def write_shards(folder: Path, images: int = JOB_IMAGES) -> list[str]:
-    """Shards of random smooth images."""
+    """Write shards of random smooth images."""
     rng = np.random.default_rng(0)
     paths = []
     for number in range(JOB_SHARDS):

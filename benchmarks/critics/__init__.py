@@ -1,0 +1,1 @@
+"""The questions of papers that criticize attribution maps, as measurements."""

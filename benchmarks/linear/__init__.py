@@ -1,0 +1,1 @@
+"""The linear model of section 2 of the paper."""
