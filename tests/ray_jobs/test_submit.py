@@ -144,12 +144,12 @@ def test_a_cluster_with_a_token_gives_the_patterns_and_maps_of_this_process(
         timeout=240,
     )
     assert fitted.returncode == 0, fitted.stdout + fitted.stderr
-    assert "fit: 16 samples of 4 shards, 0 refused" in fitted.stdout
+    assert "fit: 16 samples of 4 shards, 0 rejected" in fitted.stdout
     same_patterns(here, there)
 
     status, out, err = ended(submission(cluster, "explain", "--patterns", there, *given))
     assert status == 0, out + err
-    assert "explain: 16 samples, 0 refused" in out
+    assert "explain: 16 samples, 0 rejected" in out
     for mine in sorted((here / "explanations").glob("*.tar")):
         assert mine.read_bytes() == (there / "explanations" / mine.name).read_bytes()
 
@@ -166,9 +166,9 @@ def test_the_programs_own_exit_status_and_reason_are_handed_on(
     assert "Traceback" not in out
 
 
-NOT_SENT = {"RAY_AUTH_MODE": "disabled"}, "RAY_AUTH_MODE is not token here, so none is sent"
-ANOTHER = {"RAY_AUTH_TOKEN": "f" * 64}, "the one given here is another"
-NONE = {"RAY_AUTH_TOKEN": ""}, "none is given here"
+NOT_SENT = {"RAY_AUTH_MODE": "disabled"}, "RAY_AUTH_MODE is not `token` here, so this process sends none"
+ANOTHER = {"RAY_AUTH_TOKEN": "f" * 64}, "this process has a different one"
+NONE = {"RAY_AUTH_TOKEN": ""}, "this process has none"
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_without_its_token_a_cluster_takes_no_job(
         status, err, address = done.returncode, done.stderr, cluster.address
     assert status == 2, err
     remedy = "Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH."
-    assert err == f"patternnet: --address {address}: the cluster asks for a token, and {how}. {remedy}\n"
+    assert err == f"patternnet: --address {address}: the cluster asks for a token, but {how}. {remedy}\n"
     assert sent(cluster) == before
     assert not (tmp_path / "run" / "moments").exists()
 
@@ -219,7 +219,7 @@ def test_a_broken_line_loses_nothing_of_the_log_and_a_job_goes_on_without_who_fo
     (name,) = sent(cluster).keys() - before.keys()
     second = submission(cluster, *command)
     assert second.stdout is not None
-    assert second.stdout.readline().startswith(f"{name}: found at work")
+    assert second.stdout.readline().startswith(f"{name}: already running")
     second.send_signal(signal.SIGINT)
     status, _, err = ended(second)
     assert status == 3
@@ -237,7 +237,7 @@ def test_a_broken_line_loses_nothing_of_the_log_and_a_job_goes_on_without_who_fo
     status, out, err = ended(first)
     assert status == 0, out + err
     log, own = "".join(said) + out, jobs_of(cluster).get_job_logs(name)
-    assert log.count("fit: 4 samples of 1 shards, 0 refused") == 1
+    assert log.count("fit: 4 samples of 1 shards, 0 rejected") == 1
     assert log.endswith(own)
     assert log.count(own) == 1
 
@@ -257,13 +257,13 @@ def test_a_job_that_is_stopped_commits_first(
     (tmp_path / "gate").touch()
     status, out, err = ended(follower)
     assert status == 3
-    assert "stopped with 1 of 2 shards undone" in out
+    assert "stopped with 1 of 2 shards left" in out
     assert f"patternnet: {name} was stopped; the same command goes on" in err
 
     status, out, err = ended(submission(cluster, *command))
     assert status == 0, out + err
     assert f"{name[:-2]}-2: sent" in out
-    assert "fit: 8 samples of 2 shards, 0 refused" in out
+    assert "fit: 8 samples of 2 shards, 0 rejected" in out
 
 
 @pytest.mark.parametrize(
