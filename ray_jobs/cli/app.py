@@ -1,6 +1,6 @@
-"""The command line: arguments → a job's config; errors → one line and an exit status.
+"""The program: a command line → a command; errors → one line and an exit status.
 
-Exit status: 0 done; 2 bad usage or input; 3 stopped short, nothing lost; 1 anything unforeseen.
+Exit status: 0 done; 2 wrong usage or input; 3 stopped early, nothing is lost; 1 anything unforeseen.
 """
 
 import logging
@@ -8,19 +8,44 @@ import platform
 import signal
 import sys
 import warnings
+from collections.abc import Mapping
 from typing import Annotated
 
 import typer
 
 from patterns import UserError
-from ray_jobs.cli import commands, completion, job_commands
-from ray_jobs.cli.arguments import say
-from ray_jobs.cli.examples import epilog
+from ray_jobs.cli import completion
+from ray_jobs.cli.arguments import echo
+from ray_jobs.cli.degrade import degrade
+from ray_jobs.cli.demo import demo
+from ray_jobs.cli.doctor import doctor
+from ray_jobs.cli.explain import explain
+from ray_jobs.cli.fit import fit
+from ray_jobs.cli.grid import grid
+from ray_jobs.cli.merge import merge
+from ray_jobs.cli.options import name_flags
+from ray_jobs.cli.pack import pack
+from ray_jobs.cli.plan import plan
+from ray_jobs.cli.quality import quality
+from ray_jobs.cli.report import report
+from ray_jobs.cli.reproduce import reproduce
+from ray_jobs.cli.show import show
+from ray_jobs.cli.solve import solve
+from ray_jobs.cli.status import status
+from ray_jobs.cli.submit import submit
 from ray_jobs.engine.signals import INTERRUPTED, SIGNALS, StoppedShortError
-from ray_jobs.io.file_systems import as_user_error
-from ray_jobs.units import version_of
+from ray_jobs.io.file_systems import to_user_error
+from ray_jobs.units import find_version
 
-CTRL_C = 130  # what the command-line library makes of Ctrl-C
+CTRL_C = 130  # the status that the command-line library returns after Ctrl-C
+# In the order of the help.
+COMMANDS = {
+    each.name: each
+    for each in (
+        *(demo, fit, quality, explain, degrade, reproduce),
+        *(pack, plan, merge, status, solve, grid, report, show, doctor, submit),
+    )
+}
 
 app = typer.Typer(
     help="PatternNet and PatternAttribution for large models and datasets, on Ray.",
@@ -34,21 +59,22 @@ app = typer.Typer(
 def program(
     context: typer.Context,
     version: Annotated[
-        bool, typer.Option("--version", help="The versions of this program, Python, torch and Ray.")
+        bool, typer.Option("--version", help="Print the versions of this program, Python, torch and Ray.")
     ] = False,
     show_completion: Annotated[
-        bool, typer.Option("--show-completion", help="Print what completes words in bash and zsh.")
+        bool, typer.Option("--show-completion", help="Print the completion script for bash and zsh.")
     ] = False,
     install_completion: Annotated[
-        bool, typer.Option("--install-completion", help="Have your bash or zsh complete words from now on.")
+        bool, typer.Option("--install-completion", help="Install the completion script for your bash or zsh.")
     ] = False,
 ) -> None:
+    """Print the versions or the completion script, unless a command follows."""
     if version:
-        say(f"patternnet {version_of('patternnet-ray')}")
-        say(f"Python {platform.python_version()}, torch {version_of('torch')}, Ray {version_of('ray')}")
+        echo(f"patternnet {find_version('patternnet-ray')}")
+        echo(f"Python {platform.python_version()}, torch {find_version('torch')}, Ray {find_version('ray')}")
     elif show_completion or install_completion:
         text = completion.script(context.command)
-        say(f"completion: {completion.install(text)} brings it to new shells" if install_completion else text)
+        echo(f"completion: {completion.install(text)} loads it in new shells" if install_completion else text)
     elif context.invoked_subcommand is None:
         raise UserError("patternnet --", "no command follows", "See patternnet --help.")
     else:
@@ -56,14 +82,8 @@ def program(
     raise typer.Exit
 
 
-for command in (*job_commands.COMMANDS, *commands.COMMANDS):
-    app.command()(command)
-# What follows the command that is submitted are its options.
-app.command(context_settings={"allow_interspersed_args": False})(commands.submit)
-
-COMMANDS = {command.callback.__name__: command for command in app.registered_commands if command.callback}
-for name, registered in COMMANDS.items():
-    registered.epilog = epilog(name)
+for each in COMMANDS.values():
+    app.command(each.name, epilog=each.epilog, context_settings=each.context_settings)(each.function())
 
 
 def main() -> None:
@@ -77,37 +97,40 @@ def main() -> None:
     try:
         sys.stdout.flush()
     except OSError as error:
-        status = complain(str(as_user_error(error, "standard output", "written")), 2)
+        status = complain(str(to_user_error(error, "standard output", "written")), 2)
     sys.exit(status)
 
 
 def exit_status(arguments: list[str]) -> int:
-    """Run the program; gives its exit status. Bad usage and input are one line on stderr."""
+    """Run the program and return its exit status. Errors in usage and input are one line on stderr."""
     warnings.filterwarnings("ignore")
     for library in ("torch", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.ERROR)
+    name = arguments[0] if arguments and arguments[0] in COMMANDS else None
+    flags: Mapping[str, str] = COMMANDS[name].flags() if name else {}
     try:
         status = app(arguments, prog_name="patternnet", standalone_mode=False) or 0
         if status == CTRL_C:
             raise KeyboardInterrupt
         return status
     except UserError as error:
-        return complain(str(error), 2)
+        return complain(name_flags(str(error), flags), 2)
     except StoppedShortError as error:
         return complain(str(error), 3)
     except KeyboardInterrupt:
         return complain(INTERRUPTED, 3)
-    except OSError as error:  # of this machine: those of stores and shards are UserErrors where they are raised
-        return complain(str(as_user_error(error, str(error.filename or "a file or stream"), "used")), 2)
+    except OSError as error:  # of this machine: errors of stores and shards become UserErrors where they are raised
+        return complain(str(to_user_error(error, str(error.filename or "a file or stream"), "used")), 2)
     except Exception as error:
-        if hasattr(error, "format_message"):  # the command-line library's own complaints about usage
+        if hasattr(error, "format_message"):  # usage errors of the command-line library
             if not (what := error.format_message()):  # no command at all: the help was shown
                 return 2
-            command = f" {arguments[0]}" if arguments[0] in COMMANDS else ""
+            command = f" {name}" if name else ""
             return complain(f"{what.rstrip('.')}. See patternnet{command} --help.", 2)
         raise
 
 
 def complain(line: str, exit_status: int) -> int:
+    """Print an error and return the exit status."""
     print(f"patternnet: {line}", file=sys.stderr, flush=True)
     return exit_status

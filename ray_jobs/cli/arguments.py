@@ -1,93 +1,62 @@
-"""The words of the command line → values, and what it says."""
+"""What several commands make of their options."""
 
-import os
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-from patterns import UserError
-from patterns.attribution import method_of, settings_of
-from ray_jobs.config import MethodsConfig, ModelConfig
-from ray_jobs.io.object_store import located, writable
+from patterns.attribution import parse_method, resolve_settings
+from ray_jobs.cli.options import Given
+from ray_jobs.config import ModelConfig
+from ray_jobs.config.commands import FittedModel, ShardOptions
+from ray_jobs.io.object_store import locate, require_writable
 
 
-def fitted(patterns: str, model: str | None, weights: str | None, precision: str | None) -> ModelConfig:
-    """The model of a finished fit, with what is said otherwise of it."""
+def fitted_model(patterns: str, given: FittedModel) -> ModelConfig:
+    """Return the model of a finished fit, with the given values instead of the fit's."""
     from ray_jobs.runs.run_folder import Run
 
-    said = {"spec": model, "weights": weights, "precision": precision}
-    return ModelConfig(**Run(patterns).fitted_model() | {k: v for k, v in said.items() if v is not None})
+    return ModelConfig(**Run(patterns).read_fitted_model() | {k: v for k, v in vars(given).items() if v is not None})
 
 
-def on_methods(
-    model: ModelConfig,
-    patterns: str,
-    shards: tuple[str, ...],
-    out: str | None,
-    batch_size: int,
-    methods: str,
-    estimator: str,
-    settings: list[str] | None,
-    max_samples: int | None,
-    seed: int,
-) -> MethodsConfig:
-    """What all jobs of methods are told, from the command line's words. UserError for what they do not mean."""
-    chosen = {name: method_of(name) for name in words(methods) or ("",)}
-    told = settings_of(chosen, assignments(settings or []))
-    where = place(patterns), shards, target(out or patterns)
-    return MethodsConfig(
-        model, *where, batch_size, tuple(chosen), words(estimator), tuple(told.items()), max_samples, seed
-    )
+def methods_options(given: Given[Any], model: FittedModel, reading: ShardOptions) -> dict[str, Any]:
+    """Return the fields of a MethodsConfig that follow from several options.
+
+    Raises:
+        UserError: If a method or a setting is unknown, or the folder holds no finished fit.
+    """
+    methods = {name: parse_method(name) for name in given.methods or ("",)}
+    return {
+        "model": fitted_model(given.patterns, model),
+        "patterns": absolute(given.patterns),
+        "shards": listed(given.shards, reading),
+        "out": output_folder(given.out or given.patterns),
+        "methods": tuple(methods),
+        "settings": tuple(resolve_settings(methods, dict(given.settings)).items()),
+    }
 
 
-def beside(run: str, name: str) -> Path:
-    """A file of a run's folder; of a run at a URL, in this directory."""
-    return (located(run).local or Path()) / name
+def listed(specs: Iterable[str], reading: ShardOptions) -> tuple[str, ...]:
+    """Return the shards that some specs name."""
+    from ray_jobs.data.shard_specs import list_shards
+
+    return list_shards(specs, reading.allow_pipes)
 
 
-def place(where: str) -> str:
-    """A folder or URL as every process understands it."""
-    return str(located(where))
+def absolute(where: str) -> str:
+    """Return a folder or URL as every process understands it."""
+    return str(locate(where))
 
 
-def target(where: str) -> str:
-    """The same for a folder that a job writes. UserError if it cannot be one."""
-    return str(writable(where))
+def output_folder(where: str) -> str:
+    """Return a folder or URL that a job writes to. UserError if it cannot be written."""
+    return str(require_writable(where))
 
 
-def assignments(listed: list[str]) -> dict[str, float]:
-    """Options of the form NAME=NUMBER."""
-    found = {}
-    for text in listed:
-        name, _, value = text.partition("=")
-        try:
-            found[name.strip()] = float(value)
-        except ValueError as error:
-            raise UserError("--set", f"{text!r} sets nothing", "Write METHOD.SETTING=NUMBER.") from error
-    return found
+def output_file(path: Path | None, run: str, name: str) -> Path:
+    """Return an output file's path: by default in the run's folder, or in this directory if the run is at a URL."""
+    return path or (locate(run).local or Path()) / name
 
 
-def variables(listed: list[str]) -> tuple[tuple[str, str], ...]:
-    """Options of the form NAME=VALUE, or NAME for the value that it has here."""
-    found = {}
-    for text in listed:
-        name, given, value = text.partition("=")
-        if not name or (not given and name not in os.environ):
-            raise UserError("--env", f"{text!r} names no variable that has a value here", "Write NAME=VALUE or NAME.")
-        found[name] = value if given else os.environ[name]
-    return tuple(found.items())
-
-
-def words(listed: str) -> tuple[str, ...]:
-    """A comma-separated option of words."""
-    return tuple(word.strip() for word in listed.split(",") if word.strip())
-
-
-def numbers(listed: str | None) -> tuple[float, ...] | None:
-    """A comma-separated option of numbers."""
-    try:
-        return None if listed is None else tuple(map(float, listed.split(",")))
-    except ValueError as error:
-        raise UserError("--mean --std", f"{listed!r} are no numbers", "Write 0.5,0.5,0.5.") from error
-
-
-def say(text: str) -> None:
+def echo(text: str) -> None:
+    """Print a line and flush, so that it appears in a log at once."""
     print(text, flush=True)

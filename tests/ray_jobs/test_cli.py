@@ -35,7 +35,7 @@ def test_usage_errors_are_one_line(complaint: Complaint, fit: list[object]) -> N
     assert "No such command 'fitt'" in complaint("fitt")
     assert "--batch-size" in complaint(*fit, "--batch-size", "many")
     assert "no estimator 'best'. Choose from identity, filter, random" in complaint(*fit, "--estimators", "best")
-    assert "--mean --std: 'a,b' are no numbers" in complaint(*fit, "--mean", "a,b")
+    assert "'--mean': 'a,b' is not a list of numbers" in complaint(*fit, "--mean", "a,b")
 
 
 def test_a_model_that_is_not_there_is_named(complaint: Complaint, fit: list[object], tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_a_signal_before_there_is_anything_to_commit_is_a_stop_like_any_other(tm
         assert process.stdout.readline() == "here\n"
         process.terminate()
         _, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (3, "patternnet: interrupted; the same command goes on where this one ended\n")
+    assert (process.returncode, err) == (3, "patternnet: interrupted; run the same command again to resume\n")
 
 
 def test_a_run_of_a_version_without_some_option_goes_on_with_its_default_alone(
@@ -141,9 +141,9 @@ def test_patterns_of_other_weights_are_refused(
     explain = ["explain", "--patterns", tmp_path / "run", "--shards", shards[0], *WORKERS]
     assert "holds no finished fit" in complaint(*explain)
     assert exit_status([str(a) for a in fit]) == 0
-    from ray_jobs.models.factories import own_model
+    from ray_jobs.models.factories import load_custom_model
 
-    state = own_model(model_spec).state_dict()
+    state = load_custom_model(model_spec).state_dict()
     state["0.bias"] = state["0.bias"] + 1
     save_file(state, tmp_path / "other.safetensors")
     line = complaint(*explain, "--weights", tmp_path / "other.safetensors")
@@ -210,7 +210,7 @@ def test_packed_folders_keep_images_and_classes(tmp_path: Path) -> None:
     for name in ("cat", "dog"):
         (tmp_path / "images" / name).mkdir(parents=True)
         for i in range(3):
-            data = next(iter(read_shard(make_shards(tmp_path / f"{name}{i}", 1, 1, seed=i)[0])))["jpg"]
+            data = next(iter(read_shard(make_shards(tmp_path / f"{name}{i}", 1, 1, seed=i)[0]))).files["jpg"]
             (tmp_path / "images" / name / f"v1.{i}.jpg").write_bytes(data)
     assert exit_status(["pack", str(tmp_path / "images"), str(tmp_path / "out"), "--per-shard", "4"]) == 0
     samples = [s for path in sorted((tmp_path / "out").glob("*.tar")) for s in read_shard(str(path))]

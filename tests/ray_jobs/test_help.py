@@ -16,12 +16,13 @@ import pytest
 import ray
 import typer
 
+from ray_jobs.cli.app import COMMANDS as REGISTERED
 from ray_jobs.cli.app import app, exit_status
-from ray_jobs.cli.examples import EXAMPLES
-from ray_jobs.units import version_of
+from ray_jobs.units import find_version
 
 PROGRAM: Any = typer.main.get_command(app)
 COMMANDS = sorted(PROGRAM.commands)
+EXAMPLES = {name: each.examples for name, each in REGISTERED.items()}
 
 
 def parse(words: list[str]) -> Any:
@@ -120,5 +121,5 @@ def test_completion_of_another_shell_is_refused(complaint: Any, monkeypatch: pyt
 
 def test_a_checkout_that_is_not_installed_has_no_version_and_runs_all_the_same() -> None:
     """As where a job runs in a folder that `patternnet submit --working-dir` sent."""
-    assert version_of("patternnet-ray-not-installed") == "not installed"
-    assert version_of("ray") == ray.__version__
+    assert find_version("patternnet-ray-not-installed") == "not installed"
+    assert find_version("ray") == ray.__version__

@@ -1,0 +1,37 @@
+"""`patternnet doctor`: whether a cluster is ready for a long run."""
+
+import sys
+
+from rich.console import Console
+from rich.table import Table
+
+from patterns import UserError
+from ray_jobs.cli.arguments import absolute, echo, listed
+from ray_jobs.cli.options import command
+from ray_jobs.config import Resources
+from ray_jobs.config.commands import DoctorOptions
+
+
+@command(
+    "patternnet doctor",
+    "patternnet doctor --shards '/data/train-{0000..1023}.tar' --out /data/runs",
+    "patternnet doctor --address HEAD:6379 --cpus-per-worker 4 --out s3://bucket",
+)
+def doctor(options: DoctorOptions) -> None:
+    """Check on every node whether a cluster is ready for a long run, and say how to fix it if not."""
+    from ray_jobs.ops.preflight import examine
+
+    names = ("gpus_per_worker", "cpus_per_worker", "min_workers", "address")
+    resources = Resources(**{name: getattr(options, name) for name in names})
+    shards = listed(options.shards, options) if options.shards else ()
+    found = examine(resources, shards, absolute(options.out) if options.out else None, options.patience)
+    table = Table("node", "host", "CPUs", "GPUs", "memory free", "disk free", "source", "code", box=None)
+    for node in found.nodes:
+        table.add_row(*node.cells())
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    echo(f"{len(found.nodes)} nodes, with room for {found.workers} workers; {len(shards)} shards checked")
+    for problem in found.problems:
+        echo(f"  {problem}")
+    if found.problems:
+        raise UserError("doctor", f"{len(found.problems)} problems to fix before a long run", "They are listed above.")
+    echo("doctor: no problems found")

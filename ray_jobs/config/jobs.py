@@ -1,0 +1,308 @@
+"""The configs of the jobs. Manifests hold their JSON, so a field that is renamed or removed breaks older runs."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ray_jobs.config.option import Validated, metadata_of, option, required, same
+from ray_jobs.config.timing import PRODUCTION, Timing
+from ray_jobs.units import parse_bytes, parse_duration, parse_positions
+
+# These estimators take all sums, so that every other estimator can be solved later without data.
+FITTED = ("linear", "two-component", "multivariate")
+CROP_MODES = ("center", "squash", "border")
+PRECISIONS = ("float32", "tf32", "float64", "bfloat16")
+OUTPUTS = ("npy", "png", "parquet", "zarr")
+REDUCTIONS = ("none", "sum", "abs-sum", "abs-max")
+
+
+def estimators_help() -> str:
+    """Return the help text of the estimators."""
+    from patterns import CHOICES
+
+    return f"Estimators ({', '.join(CHOICES)}), or an estimator by operator: 'features.*=linear,classifier.*=filter'."
+
+
+def methods_help() -> str:
+    """Return the help text of the methods."""
+    from patterns import METHODS
+    from patterns.attribution import WITH_PATTERNS
+
+    return f"Methods ({', '.join(METHODS)}); {' and '.join(WITH_PATTERNS)} also as METHOD:ESTIMATOR."
+
+
+def list_replacements() -> tuple[str, ...]:
+    """Return the names of the values that can replace a patch."""
+    from patterns.evaluation import REPLACEMENTS
+
+    return tuple(REPLACEMENTS)
+
+
+def validate_compile_mode(mode: str) -> None:
+    """Raise UserError if the compiler has no such mode."""
+    from patterns.compilation import compiler_options
+
+    compiler_options(mode)
+
+
+def parse_setting(text: str) -> tuple[str, float]:
+    """Parse NAME=NUMBER. ValueError for anything else."""
+    name, _, value = text.partition("=")
+    try:
+        return name.strip(), float(value)
+    except ValueError as error:
+        raise ValueError(f"{text!r} is not a setting; write METHOD.SETTING=NUMBER") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """From an image to the model's input: resize, crop the center, (x - mean) / std per channel.
+
+    Attributes:
+        image_size: Height and width of the input.
+        resize: Length that `crop_mode` resizes a side to.
+        interpolation: A value of torchvision's InterpolationMode, as Pillow computes it.
+        mean: Means of pixels in [0, 1]: one for gray images, three for RGB. Ready tensors may have any number.
+        std: Standard deviations, as many as means.
+        crop_mode: `center`: the shorter side is resized. `squash`: both sides are resized, and the aspect ratio
+            changes. `border`: the longer side is resized, and the rest of the input is filled with the mean.
+    """
+
+    image_size: int
+    resize: int
+    interpolation: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop_mode: str = "center"  # absent in the manifests of version 0.2.0
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Return the shape (C, H, W) of the input."""
+        return (len(self.mean), self.image_size, self.image_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Validated):
+    """A model with its weights. None: as the model's library has it."""
+
+    spec: str = field(
+        metadata=required(
+            "Model: torchvision:NAME, timm:NAME, module:factory or file.py:factory.", flag="--model", parse="name"
+        )
+    )
+    weights: str = option(
+        "default",
+        "Weights: file or URL of a state dict, a name of torchvision's weights, `default` (the library's, or as the "
+        "factory made them) or `random` (drawn from the seed).",
+        parse="path",
+    )
+    precision: str = option(
+        "float32", "Precision of the model. tf32 has faster matrix products on a GPU.", choices=PRECISIONS
+    )
+    seed: int = option(0, "Seed of all random numbers.")
+    image_size: int | None = option(None, "Height and width of the input (default: the library's).", min=1)
+    resize: int | None = option(
+        None, "Length of the shorter side before the center crop (default: the library's).", min=1
+    )
+    mean: tuple[float, ...] | None = option(
+        None, "Mean per channel for pixels in [0, 1]: 0.5,0.5,0.5 (default: the library's)."
+    )
+    std: tuple[float, ...] | None = option(
+        None, "Standard deviation per channel: 0.5,0.5,0.5 (default: the library's)."
+    )
+    pass_through: tuple[str, ...] = option(
+        (), "Operations without a pattern whose gradient is used instead: gelu,layer_norm."
+    )
+    strip_softmax: bool = option(False, "Remove the softmax, log-softmax or sigmoid at the end of the model.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitConfig(Validated):
+    """A fit: shards → moments → patterns, in the folder `out`."""
+
+    model: ModelConfig
+    shards: tuple[str, ...] = field(
+        metadata=required(
+            "Tar files, Parquet files or image folders: paths, URLs, {000..015}, globs, @LIST. Repeatable.",
+            repeated=True,
+        )
+    )
+    out: str = field(metadata=required("Folder or URL of the run. Every worker reads and writes it.", parse="path"))
+    batch_size: int = option(32, "Samples per batch.", min=1)
+    estimators: tuple[str, ...] = option(FITTED, estimators_help, flag="--estimators", aliases=("--estimator",))
+    max_samples: int | None = option(
+        None, "Maximum number of samples, an equal share of each shard (default: all).", min=1
+    )
+    seed: int = same(ModelConfig, "seed")
+    memory: int | None = option(
+        None,
+        "Memory budget per worker, for example 16G. If the moments do not fit, the data are read in several passes.",
+        parse=parse_bytes,
+        metavar="SIZE",
+    )
+    until_converged: float | None = option(
+        None, "Stop when 90 % of the patterns have a relative standard error below this: 0.05.", min=0
+    )
+    positions: int | Literal["auto"] | None = option(
+        None,
+        "Spatial positions per image and operator, drawn at random. `auto` finds the number from a few images "
+        "(default: all).",
+        parse=parse_positions,
+        metavar="N|all|auto",
+        min=1,
+    )
+    compile: str | None = option(
+        None,
+        "Compile full batches: `cudagraphs` on a GPU takes seconds, a mode of torch.compile takes minutes.",
+        metavar="MODE",
+        validate=validate_compile_mode,
+    )
+
+    def __post_init__(self) -> None:
+        """Raise UserError for a wrong value, and for values that exclude each other."""
+        super().__post_init__()
+        if self.compile is not None and self.positions is not None:
+            from patterns import UserError
+
+            remedy = "Leave out `compile` or `positions`."
+            raise UserError("", "sums over sampled positions cannot be compiled", remedy, "compile")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QualityConfig(Validated):
+    """The quality of the patterns of the run `patterns`: v is regressed on `shards`, ρ is evaluated on `evaluate`.
+
+    If `operators` is empty, all operators are evaluated except those with a large Gram matrix.
+    """
+
+    model: ModelConfig
+    patterns: str = field(metadata=required("Folder or URL of a finished fit.", parse="path"))
+    shards: tuple[str, ...] = field(metadata=metadata_of(FitConfig, "shards"))
+    evaluate: tuple[str, ...] = field(
+        metadata=required(
+            "Shards to evaluate on (default: every second shard of --shards). Repeatable.",
+            repeated=True,
+            required=False,
+        )
+    )
+    out: str = field(
+        metadata=required("Folder or URL of the results (default: the fit's).", parse="path", required=False)
+    )
+    operators: tuple[str, ...] = option(
+        (), "Operators to evaluate: 'features.*,fc' (default: all of moderate size with several inputs)."
+    )
+    positions: int = option(
+        16, "Spatial positions per image and operator, drawn at random.", min=1, former="--gram-positions"
+    )
+    batch_size: int = same(FitConfig, "batch_size")
+    max_samples: int | None = same(FitConfig, "max_samples")
+    seed: int = same(ModelConfig, "seed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodsConfig(Validated):
+    """Methods by the patterns of the run `patterns`, on whole shards.
+
+    `estimator` serves the methods that name no estimator. `settings` are pairs of `METHOD.SETTING` and its value.
+    """
+
+    model: ModelConfig
+    patterns: str = field(metadata=metadata_of(QualityConfig, "patterns"))
+    shards: tuple[str, ...] = field(metadata=metadata_of(FitConfig, "shards"))
+    out: str = field(metadata=metadata_of(QualityConfig, "out"))
+    batch_size: int = same(FitConfig, "batch_size")
+    methods: tuple[str, ...] = option(("gradient", "patternnet", "patternattribution"), methods_help)
+    estimator: tuple[str, ...] = same(FitConfig, "estimators", default=("default",))
+    settings: tuple[tuple[str, float], ...] = option(
+        (),
+        "Setting of a method: smoothgrad.samples=50. Repeatable.",
+        flag="--set",
+        parse=parse_setting,
+        repeated=True,
+        metavar="METHOD.SETTING=NUMBER",
+    )
+    max_samples: int | None = same(FitConfig, "max_samples")
+    seed: int = same(ModelConfig, "seed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExplainConfig(MethodsConfig):
+    """An explanation of whole shards.
+
+    `target` is parsed by `ray_jobs.jobs.explain.targets`. `classes` are pairs of a class's name and number.
+    `reduction` and `size` apply to the channels and to the height and width of the maps.
+    """
+
+    target: str = option(
+        "predicted",
+        "What to explain: predicted, second, label, top-K, a class by number or name, A-vs-B, or OPERATOR:NEURON.",
+    )
+    classes: tuple[tuple[str, int], ...] = ()
+    outputs: tuple[str, ...] = option(("npy", "png"), "Formats of the maps.", flag="--output", choices=OUTPUTS)
+    reduction: str = option("none", "Reduction of the maps' channels.", flag="--reduce-channels", choices=REDUCTIONS)
+    size: int | None = option(
+        None, "Height and width of the maps (default: the input's).", flag="--map-size", former="--resize", min=1
+    )
+    compile: str | None = same(FitConfig, "compile")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DegradeConfig(MethodsConfig):
+    """The degradation of every image of some shards, patch after patch, in the order of each method's map."""
+
+    patch: int = option(9, "Height and width of a patch in pixels.", flag="--patch-size", min=1)
+    steps: int = option(100, "Number of patches that are replaced one after another.", min=1)
+    replacement: str = option("mean", "What replaces a patch.", choices=list_replacements)
+    least_first: bool = option(False, "Replace the least relevant patches first.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources(Validated):
+    """What the workers of a job take from the cluster. It may change between a run and its resumption.
+
+    `max_bad_fraction` is judged while the job runs, from 100 samples on, and at its end, whatever its size. A job that
+    used no sample always fails.
+    """
+
+    workers: int | None = option(
+        None,
+        "Maximum number of workers (default: as many as the cluster can hold). 0 runs in this process without Ray.",
+        min=0,
+    )
+    gpus_per_worker: float | None = option(None, "GPUs per worker (default: 1 if the cluster has any, else 0).", min=0)
+    cpus_per_worker: float = option(1, "CPUs per worker, and threads of its process.", min=0)
+    max_loss: float = option(
+        900.0, "Maximum work that is repeated if a worker is lost: 90s, 15m, 2h.", parse=parse_duration
+    )
+    address: str | None = option(
+        None, "Address of the Ray cluster (default: RAY_ADDRESS, else a Ray started on this machine)."
+    )
+    min_workers: int = option(
+        0, "Workers to request from an autoscaling cluster even if it has no room for them now.", min=0
+    )
+    stall_timeout: float = option(900.0, "Time without a batch after which a worker is replaced.", parse=parse_duration)
+    shard_timeout: float = option(
+        6 * 3600.0, "Time after which a shard is tried on another worker.", parse=parse_duration
+    )
+    retries: int = option(3, "Further attempts at a shard that failed.", min=0)
+    max_bad_shards: int = option(0, "Maximum number of shards that may fail without failing the job.", min=0)
+    max_bad_fraction: float = option(
+        0.5, "Maximum fraction of rejected samples, checked from 100 samples on and at the end.", min=0, max=1
+    )
+    log: Literal["plain", "json"] = option(
+        "plain", "Format of the log: plain lines, or one JSON object per line.", choices=("plain", "json")
+    )
+    timing: Timing = PRODUCTION  # no option: for tests
+
+
+def equal_share(total: int | None, item: int, items: int) -> int | None:
+    """Return how many of `total` samples item number `item` of `items` contributes: equal shares in any order of work.
+
+    None if there is no total.
+
+    Example:
+        >>> [equal_share(7, item, 3) for item in range(3)]
+        [3, 2, 2]
+    """
+    if total is None:
+        return None
+    return total // items + (item < total % items)

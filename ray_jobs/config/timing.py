@@ -1,0 +1,48 @@
+"""The intervals of a driver and its workers as one value, so that tests take milliseconds for production's seconds."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Intervals of the driver, the pool and the workers, in seconds unless stated otherwise.
+
+    Attributes:
+        poll: Longest wait for workers before the pool checks signals and deadlines.
+        back_off: Delay before an item is retried, doubled by each attempt.
+        answer_timeout: Longest time for fetching an answer that Ray has reported as ready.
+        first_commit: Work before a worker's first commit, whose cost is not known yet.
+        commit_ratio: How many times the duration of its last commit a worker works before the next one, so that
+            commits cost at most 1/commit_ratio of the time.
+        node_interval: Time between two queries of the cluster's nodes.
+        display_interval: Time between two updates of the progress that people and Prometheus see.
+        log_interval: Time between two progress lines of a log.
+        slow_shard: Age at which the progress line names a shard.
+        report_interval: Time between two reports of a worker about its shard.
+        reader_exit: Longest wait for a reading thread before its process ends; a running thread would abort it.
+        heartbeat_interval: Time between two heartbeats of a driver.
+        stale_after: Silence after which a driver counts as ended.
+        watch_interval: Time between two readings of another driver's heartbeat.
+
+    Example:
+        >>> Timing(back_off=0.001).back_off
+        0.001
+    """
+
+    poll: float = 0.5
+    back_off: float = 1.0
+    answer_timeout: float = 60.0
+    first_commit: float = 30.0
+    commit_ratio: float = 200.0
+    node_interval: float = 5.0
+    display_interval: float = 0.5
+    log_interval: float = 15.0
+    slow_shard: float = 60.0
+    report_interval: float = 3.0
+    reader_exit: float = 10.0
+    heartbeat_interval: float = 5.0
+    stale_after: float = 30.0
+    watch_interval: float = 1.0
+
+
+PRODUCTION = Timing()
