@@ -107,7 +107,7 @@ def validate(name: str, value: Any, option: Option) -> None:
     if option.max is not None and not value <= option.max:
         raise UserError("", f"{value} is too large", f"Give at most {option.max:g}.", name)
     if choices := choices_of(option):
-        for each in value if isinstance(value, tuple) else (value,):
+        for each in value if isinstance(value, tuple) and value else (value or "",):
             if each not in choices:
                 noun = name.replace("_", " ").removesuffix("s")
                 raise UserError("", f"no {noun} {each!r}", f"Choose from {', '.join(choices)}.", name)

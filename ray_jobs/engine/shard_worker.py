@@ -14,13 +14,13 @@ import ray
 import torch
 
 from patterns import UserError
-from patterns.compilation import CUDA_GRAPHS, compiler_options
+from patterns.compilation import CUDA_GRAPHS
 from ray_jobs.config import ModelConfig, Resources
+from ray_jobs.config.timing import PRODUCTION, Timing
 from ray_jobs.data.shard_reader import Batch, ReaderConfig, ShardReader, ShardTask
 from ray_jobs.engine.ray_session import worker_gpus
 from ray_jobs.io.prefetch import Prefetcher
 from ray_jobs.models import loading
-from ray_jobs.runs.timing import PRODUCTION, Timing
 
 MAX_DECODERS = 4  # more threads wait for Python's lock: fifteen decoded no more images per second (docs/data.md)
 
@@ -249,14 +249,11 @@ class ShardWorker(Generic[Task]):
             self.following = None
 
 
-def validate_compile_mode(mode: str | None, resources: Resources) -> None:
-    """Raise UserError if a mode of compilation does not exist, or needs a GPU and no worker gets one.
+def require_gpu_for_mode(mode: str | None, resources: Resources) -> None:
+    """Raise UserError if a mode of compilation needs a GPU and no worker gets one.
 
     Whether workers get a GPU may be known only after `connect`.
     """
-    if mode is None:
-        return
-    compiler_options(mode)
     if mode == CUDA_GRAPHS and worker_gpus(resources) == 0:
         what = f"{mode} need a GPU, and no worker gets one"
         raise UserError("", what, "Choose another mode, or leave out `compile`.", "compile")

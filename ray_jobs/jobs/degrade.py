@@ -131,10 +131,7 @@ def make_black(preprocessing: Preprocessing) -> Tensor:
 
 
 def validate(config: DegradeConfig) -> None:
-    """Raise UserError if a replacement, method or setting does not exist."""
-    if config.replacement not in REPLACEMENTS:
-        what = f"no replacement {config.replacement!r}"
-        raise UserError("", what, f"Choose from {', '.join(REPLACEMENTS)}.", "replacement")
+    """Raise UserError if a method or setting does not exist."""
     validate_settings(config)
 
 

@@ -7,7 +7,7 @@ from typing import Any, Self
 from ray_jobs.config import Resources
 from ray_jobs.engine.ray_session import connect
 from ray_jobs.engine.ray_tasks import Tasks
-from ray_jobs.engine.shard_worker import validate_compile_mode
+from ray_jobs.engine.shard_worker import require_gpu_for_mode
 from ray_jobs.models import loading
 from ray_jobs.runs.lease import Heartbeat, hold_lease, remove_leftovers
 from ray_jobs.runs.run_folder import Config, Run
@@ -73,7 +73,7 @@ class JobSession:
             recorded: What the section holds from the start, in addition to the options.
         """
         with hold_run(self.run, lease or self.name, resources) as (self.heartbeat, self.tasks):
-            validate_compile_mode(compile_mode, resources)
+            require_gpu_for_mode(compile_mode, resources)
             self.section |= recorded
             self.run.record(self.name, self.section, self.loaded)
             yield self
@@ -88,5 +88,5 @@ def hold_run(run: Run, job: str, resources: Resources) -> Iterator[tuple[Heartbe
     Raises:
         UserError: If another driver works on the run, or Ray does not answer.
     """
-    with hold_lease(run, job) as heartbeat, connect(resources) as tasks:
+    with hold_lease(run, job, resources.timing) as heartbeat, connect(resources) as tasks:
         yield heartbeat, tasks

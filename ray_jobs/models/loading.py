@@ -94,8 +94,6 @@ def load(config: ModelConfig, device: str = "cpu") -> LoadedModel:
     Raises:
         UserError: If the config is invalid, the model or its weights cannot be loaded, or the model cannot be traced.
     """
-    if config.precision not in PRECISIONS:
-        raise UserError("--precision", f"no precision {config.precision!r}", f"Choose from {', '.join(PRECISIONS)}.")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
     where = f"--model {config.spec}"
     with torch.random.fork_rng(devices=[]):

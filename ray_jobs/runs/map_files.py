@@ -18,10 +18,10 @@ from webdataset import TarWriter
 from patterns import UserError
 from patterns.attribution import encode_png, render_map
 from patterns.io import temporary_path
+from ray_jobs.config import OUTPUTS
 from ray_jobs.data.shard_specs import name_outputs
 from ray_jobs.io.object_store import Location, locate
 
-OUTPUTS = ("npy", "png", "parquet", "zarr")
 MAX_ROW_GROUP = 64 << 20  # bytes of maps
 
 

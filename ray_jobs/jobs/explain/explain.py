@@ -12,22 +12,21 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from patterns import UserError
 from patterns.attribution import Explanation
 from patterns.io import write_table
 from ray_jobs.config import ExplainConfig, Resources
 from ray_jobs.data.samples import SampleError
 from ray_jobs.data.shard_reader import Batch
-from ray_jobs.engine.shard_worker import ShardReport, validate_compile_mode
+from ray_jobs.engine.shard_worker import ShardReport, require_gpu_for_mode
 from ray_jobs.io.object_store import locate, publish, read_table
 from ray_jobs.io.prefetch import WriteBehind
-from ray_jobs.jobs.explain.map_statistics import COLUMNS, REDUCTIONS, reduce_maps, summarize_maps
+from ray_jobs.jobs.explain.map_statistics import COLUMNS, reduce_maps, summarize_maps
 from ray_jobs.jobs.explain.targets import Target, parse_target
 from ray_jobs.jobs.job_session import JobSession
 from ray_jobs.jobs.method_job import MethodWorker, make_explainer, validate_methods, validate_settings
 from ray_jobs.jobs.per_shard_job import FilesTask, validate_sample_count, write_shard_files
 from ray_jobs.models import loading
-from ray_jobs.runs.map_files import OUTPUTS, ExplainedBatch, estimate_bytes_per_sample, import_zarr, open_writers
+from ray_jobs.runs.map_files import ExplainedBatch, estimate_bytes_per_sample, import_zarr, open_writers
 from ray_jobs.runs.run_folder import Run
 from ray_jobs.units import format_bytes
 
@@ -87,11 +86,11 @@ class ExplainWorker(MethodWorker[ExplainConfig]):
             for batch in stream:
                 explained = self.explain(batch)
                 for writer in writers:
-                    behind.do(writer.write, explained)
+                    behind.submit(writer.write, explained)
                 rows += [{"key": key, **row} for key, row in zip(explained.keys, explained.summaries)]
                 if stream.report_due():
                     yield stream.report(len(rows))
-            behind.done()
+            behind.flush()
         self.write_tables(task, stream, make_schema(self.config, self.target), rows)
         yield stream.report(len(rows))
 
@@ -175,17 +174,11 @@ def describe_cost(config: ExplainConfig, loaded: loading.LoadedModel, target: Ta
 
 
 def validate(config: ExplainConfig, resources: Resources = Resources()) -> None:  # noqa: B008 - frozen
-    """Raise UserError if an output, reduction, method or setting does not exist, or the mode of compilation."""
-    for output in config.outputs or ("",):
-        if output not in OUTPUTS:
-            raise UserError("", f"no output {output!r}", f"Choose from {', '.join(OUTPUTS)}.", "outputs")
-    if config.reduction not in REDUCTIONS:
-        what = f"no reduction {config.reduction!r}"
-        raise UserError("", what, f"Choose from {', '.join(REDUCTIONS)}.", "reduction")
+    """Raise UserError if a method, a setting or the package of an output does not exist, or compiling needs a GPU."""
     if "zarr" in config.outputs:
         import_zarr()
     validate_settings(config)
-    validate_compile_mode(config.compile, resources)
+    require_gpu_for_mode(config.compile, resources)
 
 
 def explain(config: ExplainConfig, resources: Resources = Resources()) -> Run:  # noqa: B008 - frozen

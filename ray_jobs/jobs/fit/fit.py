@@ -6,11 +6,11 @@ from functools import partial
 
 from patterns import Network, Observer, Operator, UserError
 from patterns.estimation import parse_estimators, required_sums
-from patterns.io import pattern_specs, save_solutions
+from patterns.io import TraceOptions, pattern_specs, save_solutions
 from patterns.moments import RequiredSums
 from ray_jobs.config import FitConfig, ModelConfig, Resources
 from ray_jobs.engine.ray_tasks import Tasks
-from ray_jobs.engine.shard_worker import validate_compile_mode
+from ray_jobs.engine.shard_worker import require_gpu_for_mode
 from ray_jobs.io import object_store
 from ray_jobs.jobs import reduction
 from ray_jobs.jobs.fit.convergence_job import ConvergenceCriterion, ConvergingJob, select_criterion_estimators
@@ -60,12 +60,9 @@ def make_observer(config: FitConfig, operators: Collection[str], network: Networ
 
 
 def validate(config: FitConfig, resources: Resources) -> None:
-    """Raise UserError if an estimator does not exist, or something cannot be compiled."""
+    """Raise UserError if an estimator does not exist, or the mode of compilation needs a GPU and no worker gets one."""
     parse_estimators(config.estimators)
-    validate_compile_mode(config.compile, resources)
-    if config.compile is not None and config.positions is not None:
-        what = "sums over sampled positions cannot be compiled"
-        raise UserError("", what, "Leave out `compile` or `positions`.", "compile")
+    require_gpu_for_mode(config.compile, resources)
 
 
 def fit(config: FitConfig, resources: Resources = Resources(), retry_quarantined: bool = False) -> Run:  # noqa: B008 - frozen
@@ -171,8 +168,10 @@ def write_patterns(
     for each in passes:
         files |= dict.fromkeys(each.operators, each.store.list_files())
     solutions = reduction.solve_all(files, operators, find_sums, estimators, config.seed, tasks)
+    model = loaded.config
+    options = TraceOptions(loaded.network.input_shape, tuple(model.pass_through), model.strip_softmax)
     with object_store.publish(run.folder) as folder:
-        save_solutions(folder, pattern_specs(operators, estimators), solutions, loaded.digest)
+        save_solutions(folder, pattern_specs(operators, estimators), solutions, loaded.digest, options)
 
 
 def load_fit(run: Run) -> FitConfig:
