@@ -149,7 +149,7 @@ def traced(model: nn.Module, example: Tensor, spec: str) -> tuple[Network, tuple
         try:
             return build_network(exported.copy(), example, spec, needed), tuple(needed)
         except UserError as error:
-            found = re.search(r"no pattern is defined for (\w+) in .*Pass --pass-through (\S+) to use", str(error))
+            found = re.search(r"no pattern is defined for (\w+) in .*Pass `pass_through=(\S+)` to use", str(error))
             if found is None or set(found[2].split(",")) & set(needed):
                 raise
             assert found[1] in found[2].split(",")

@@ -1,4 +1,4 @@
-"""A model's exported ATen graph under work, and how to read its nodes."""
+"""The ATen graph that `torch.export` makes of a model, and functions that read its nodes."""
 
 import re
 import traceback
@@ -22,8 +22,8 @@ from torch.utils._pytree import tree_leaves
 
 from patterns.errors import UserError
 
-# What passes values on as they are, some of them, or in another shape: a gate is seen through it.
-SEEN_THROUGH = {
+# Operations that pass values on unchanged, some of them or in another shape. A gate may follow behind them.
+VALUE_PASSING = {
     "max_pool1d", "max_pool2d", "max_pool3d", "max_pool2d_with_indices", "max_pool3d_with_indices",
     "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d",
     "view", "_unsafe_view", "reshape", "flatten", "unflatten", "permute", "transpose", "t", "squeeze", "unsqueeze",
@@ -35,24 +35,36 @@ SEEN_THROUGH = {
 
 @dataclass(frozen=True)
 class AtenGraph:
-    """A graph under work, and the tensors and modules that its nodes name."""
+    """A graph that the passes of the tracing rewrite.
+
+    Attributes:
+        fx: The torch.fx graph.
+        attributes: Tensors and modules by the names under which nodes refer to them.
+    """
 
     fx: Graph
     attributes: dict[str, Any]
 
     def copy(self) -> "AtenGraph":
-        """A graph of its own with the same tensors."""
+        """Return a copy with a graph of its own and the same tensors."""
         return AtenGraph(copy_graph(self.fx), dict(self.attributes))
 
     def constant(self, node: Node, value: Tensor) -> Node:
-        """A node for a tensor, made before `node`."""
+        """Insert a node for a constant tensor before a node."""
         target = f"constants.{node.name}_{len(self.attributes)}"
         self.attributes[target] = value
         with self.fx.inserting_before(node):
             return self.fx.get_attr(target)
 
     def call(self, before: Node, target: Any, *args: Any, like: Node | None = None) -> Node:
-        """Make a call before a node, at the same place of the model's code as `like`, by default that of the node."""
+        """Insert a call before a node.
+
+        Args:
+            before: The node.
+            target: The function to call.
+            *args: Its arguments.
+            like: The node whose place in the model's code the call takes over; by default `before`.
+        """
         with self.fx.inserting_before(before):
             node = self.fx.call_function(target, args)
         values = [self._value(n) for n in node.all_input_nodes]
@@ -67,7 +79,7 @@ class AtenGraph:
         return node
 
     def replace(self, node: Node, replacement: Node) -> None:
-        """Let a node's users use another in its place."""
+        """Let the users of a node use another node, and erase the node."""
         node.replace_all_uses_with(replacement)
         self.fx.erase_node(node)
 
@@ -76,54 +88,63 @@ class AtenGraph:
 
 
 def export(model: nn.Module, example: Tensor, name: str) -> AtenGraph:
-    """Return the functional ATen graph of one call of a model that takes the example, with its batch size free."""
+    """Export one call of a model as a functional ATen graph with a free batch size.
+
+    Args:
+        model: The model, in evaluation mode.
+        example: Samples, shape (N, …).
+        name: What to call the model in messages.
+
+    Raises:
+        UserError: If the model cannot be exported, or only for some batch sizes.
+    """
     example = example[:1].repeat(2, *[1] * (example.dim() - 1))  # torch.export would make a batch of 1 a constant
     try:
         batch = {0: torch.export.Dim.DYNAMIC}
-        # Where it fails, torch.export prints the graph so far; the error says what the user needs.
+        # If it fails, torch.export prints the graph, which does not help the user.
         with redirect_stdout(StringIO()), redirect_stderr(StringIO()), readable_constants():
             program = torch.export.export(model, (example,), dynamic_shapes=(batch,), strict=False)
             require_any_batch(program, name)
             module: Any = program.run_decompositions({}).module()
     except UserError:
         raise
-    except Exception as error:  # torch.export raises many kinds
+    except Exception as error:  # torch.export raises errors of many types
         if "specialized it to be a constant" in str(error):
             raise UserError(
                 name,
-                f"the model takes batches of {len(example)} only, since its forward has the batch size as a number",
-                "Use x.shape[0] in place of len(x) and int(x.shape[0]), and no loop over the samples.",
+                f"the model takes batches of {len(example)} only, because its forward uses the batch size as a number",
+                "Use x.shape[0] instead of len(x) and int(x.shape[0]), and no loop over the samples.",
             ) from error
         raise UserError(
             name,
             f"the model cannot be exported as a graph{describe_model_line(error)} ({first_line(error).rstrip('.')})",
-            "Remove control flow that depends on the data or on the batch size from its forward.",
+            "Remove control flow that depends on the data or on the batch size from the model's forward.",
         ) from error
     graph = copy_graph(module.graph)
-    graph.set_codegen(CodeGen())  # a plain forward(x) -> tensor in place of torch.export's pytrees
+    graph.set_codegen(CodeGen())  # a plain forward(x) -> tensor instead of torch.export's pytrees
     (output_node,) = graph.find_nodes(op="output")
     output_node.args = (output_node.args[0][0],)
-    parts: dict[str, Any] = {}
+    attributes: dict[str, Any] = {}
     for node in list(graph.nodes):
         if node.op == "get_attr":
-            parts[str(node.target)] = get_attribute(module, str(node.target))
-        elif node.target is torch.ops.aten.view.default:  # what comes before may come to lie otherwise in memory
+            attributes[str(node.target)] = get_attribute(module, str(node.target))
+        elif node.target is torch.ops.aten.view.default:  # later passes may change the memory layout of its input
             node.target = torch.ops.aten.reshape.default
         elif node.op == "call_module" or opname(node) in CHECKS:  # torch.export's guards on shapes and dtypes
             graph.erase_node(node)
-    return AtenGraph(graph, parts)
+    return AtenGraph(graph, attributes)
 
 
-# What torch.export adds to check shapes and dtypes while the graph runs.
+# Calls with which torch.export checks shapes and dtypes while the graph runs.
 CHECKS = {"_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range", "sym_constrain_range_for_size"}
 READABLE_NUMBERS = 4096
 
 
 @contextmanager
 def readable_constants() -> Iterator[None]:
-    """Let torch.export look into constant tensors of up to 4096 numbers, not of one only.
+    """Let torch.export read constant tensors of up to 4096 numbers instead of 1.
 
-    So a forward pass may ask them: torchvision's `normalize` asks `(std == 0).any()`.
+    Forward passes may then branch on constants, for example torchvision's `normalize` on `(std == 0).any()`.
     """
     limited = [module for module in (proxy_tensor, fake_tensor) if hasattr(module, "CONSTANT_NUMEL_LIMIT")]
     before = [module.CONSTANT_NUMEL_LIMIT for module in limited]
@@ -137,38 +158,39 @@ def readable_constants() -> Iterator[None]:
 
 
 def require_any_batch(program: torch.export.ExportedProgram, name: str) -> None:
-    """Raise UserError if an exported program holds for some batch sizes of two and more only."""
+    """Raise UserError if an exported program holds only for some batch sizes above 1."""
     for bounds in program.range_constraints.values():
         if bounds.lower > 2 or (not bounds.upper.is_infinite and bounds.upper < 2**31):
             sizes = f"{bounds.lower} to {bounds.upper}"
-            what = f"the forward pass depends on the batch size: what was exported is for batches of {sizes}"
-            raise UserError(name, what, "Remove what depends on the batch size from its forward.")
+            what = f"the forward pass depends on the batch size: the exported graph is for batches of {sizes}"
+            raise UserError(name, what, "Remove code that depends on the batch size from the model's forward.")
 
 
 def get_constant(graph: AtenGraph, node: Node | None) -> Tensor | None:
+    """Return the tensor of a constant node; None for all other nodes."""
     return graph.attributes[str(node.target)] if node is not None and node.op == "get_attr" else None
 
 
 def arguments(node: Node) -> dict[str, Any]:
-    """The arguments of an ATen call by their names, defaults included."""
+    """Return the arguments of an ATen call by name, including the defaults."""
     schema = node.target._schema.arguments  # type: ignore[union-attr]
     names = [a.name for a in schema]
     return {a.name: a.default_value for a in schema} | dict(zip(names, node.args)) | dict(node.kwargs)
 
 
 def per_dimension(value: Any, dims: int) -> tuple[int, ...]:
-    """One number for each dimension, as ATen reads a shorter list; () stays empty."""
+    """Return one number per dimension. A single number holds for all dimensions, and () stays empty."""
     values = (value,) if isinstance(value, int) else tuple(value)
     return values * dims if len(values) == 1 else values
 
 
 def is_activation(value: Any) -> bool:
-    """Whether an argument is a tensor that depends on the input."""
+    """Return whether an argument is a tensor that depends on the input."""
     return isinstance(value, Node) and value.op != "get_attr" and isinstance(value.meta.get("val"), Tensor)
 
 
 def opname(node: Node) -> str:
-    """`relu` for a call of aten.relu.default; '' for what is no call."""
+    """Return `relu` for a call of `aten.relu.default`, and an empty string for nodes that are not calls."""
     if node.op != "call_function":
         return ""
     if isinstance(node.target, torch._ops.OpOverload):
@@ -178,15 +200,15 @@ def opname(node: Node) -> str:
 
 def passes_values(node: Node) -> bool:
     """Return whether a call only passes values on: all or some of them, in any shape."""
-    return opname(node) in SEEN_THROUGH or node.target is torch.ops.aten.max.dim
+    return opname(node) in VALUE_PASSING or node.target is torch.ops.aten.max.dim
 
 
 def mark_channels(graph: AtenGraph) -> None:
-    """Note which dimension of each value holds the channels, as `meta["axis"]`.
+    """Record in `meta["axis"]` which dimension of each value holds the channels.
 
-    It is 1 for the input and behind convolutions and pooling, the last behind linear layers, and goes
-    along with permutations. A change of shape keeps it where a dimension of the same size and stride
-    remains; else the channels count as the last dimension if they were it before, and as dimension 1 if not.
+    This is dimension 1 for the input and after convolutions and pooling, and the last dimension after linear layers.
+    Permutations move it. A change of shape keeps it if a dimension of the same size and stride remains; otherwise the
+    channels are in the last dimension if they were there before, and in dimension 1 if not.
     """
     for node in graph.fx.nodes:
         value = first_tensor(node)
@@ -196,7 +218,7 @@ def mark_channels(graph: AtenGraph) -> None:
 
 
 def find_channel_axis(node: Node, value: Tensor) -> int:
-    """Where a node's result has its channels, given where its arguments have them."""
+    """Return the channel dimension of a node's result, given those of its arguments."""
     operation, rank = opname(node), value.dim()
     inputs = [
         n for n in node.all_input_nodes if n.op != "get_attr" and "axis" in n.meta and first_tensor(n) is not None
@@ -225,10 +247,11 @@ def find_channel_axis(node: Node, value: Tensor) -> int:
 
 
 def follow_axis(node: Node, axis: int) -> int | None:
-    """Where a dimension of a node's input lies in its result.
+    """Return where a dimension of a node's input lies in its result.
 
-    None where the node changes more than the order or the number of dimensions, and where it joins this one with
-    others or takes it apart.
+    Returns:
+        The dimension; None if the node changes more than the order or number of dimensions, or if it merges or splits
+        this dimension.
     """
     operation, value = opname(node), first_tensor(node)
     if value is None or operation not in {"permute", "transpose", "t", *RESHAPES, *UNCHANGED}:
@@ -254,7 +277,7 @@ RESHAPES = {"view", "_unsafe_view", "reshape", "flatten", "unflatten", "squeeze"
 
 
 def first_tensor(node: Node) -> Tensor | None:
-    """A node's tensor, or the first of several."""
+    """Return the tensor that a node computes, or the first of several."""
     value = node.meta.get("val")
     if isinstance(value, tuple | list) and value:
         value = value[0]
@@ -262,7 +285,7 @@ def first_tensor(node: Node) -> Tensor | None:
 
 
 def source(node: Node) -> str:
-    """The module and the model's line of code that call a node."""
+    """Return the module and the line of the model's code that call a node."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     module = (stack[-1][0] if stack else "") or "the model"
     frames = re.findall(r'File "([^"]+)", line (\d+), in .*\n\s*(.*)', node.meta.get("stack_trace") or "")
@@ -274,17 +297,19 @@ def source(node: Node) -> str:
 
 
 def describe_model_line(error: Exception) -> str:
-    """The line of the model's code that an error comes from, if it is one."""
+    """Return the line of the model's code that raised an error; empty if the error arose elsewhere."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [f for f in frames if "/torch/" not in f.filename and f.filename != __file__]
     return f" because of {own[-1].filename.rpartition('/')[2]}:{own[-1].lineno}: {own[-1].line}" if own else ""
 
 
 def get_attribute(module: nn.Module, target: str) -> Any:
+    """Return an attribute of a module by its dotted name."""
     return attrgetter(target)(module)
 
 
 def copy_graph(graph: Graph) -> Graph:
+    """Return a copy of a torch.fx graph."""
     copy = Graph()
     output = copy.graph_copy(graph, {}, return_output_node=False)
     copy.output(output)
@@ -292,5 +317,6 @@ def copy_graph(graph: Graph) -> Graph:
 
 
 def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or its type if it has no message."""
     lines = str(error).strip().splitlines()
     return lines[0].strip() if lines else type(error).__name__

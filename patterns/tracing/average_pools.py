@@ -1,4 +1,4 @@
-"""x."""
+"""Canonicalize average pools: rewrite them as pooling with one window size and without special cases at the borders."""
 
 from math import lcm, prod
 
@@ -14,10 +14,10 @@ AVERAGE_POOLS = (aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool
 
 
 def canonicalize_average_pools(graph: AtenGraph) -> None:
-    """Bring every average over positions to pooling with one window size and no border cases.
+    """Rewrite every average over positions as pooling with windows of one size.
 
-    Adaptive pooling with unequal windows gathers each window into equal ones first; borders that
-    average fewer values (ceil mode, padding left out) become a constant factor behind the pooling.
+    Adaptive pooling with unequal windows first gathers each window into windows of equal size. If borders average fewer
+    values (ceil mode, padding not counted), a constant factor follows the pooling.
     """
     for node in list(graph.fx.nodes):
         replacement = None
@@ -32,10 +32,11 @@ def canonicalize_average_pools(graph: AtenGraph) -> None:
 
 
 def rewrite_mean(graph: AtenGraph, node: Node) -> Node | None:
-    """A mean over any dimensions but the batch as pooling with one window; a sum of k values as the mean of k · value.
+    """Rewrite a mean over any dimensions except the batch as pooling with one window.
 
-    The dimensions kept come first, with the channels before all (where they are averaged themselves,
-    the first one kept counts as channels), and those averaged last.
+    A sum of k values becomes the mean of k · value. The remaining dimensions come first, and the averaged dimensions
+    last. The channels come before all others. If the channels are averaged themselves, the first remaining dimension
+    takes their role.
     """
     a = arguments(node)
     x: Node = a["self"]
@@ -45,13 +46,13 @@ def rewrite_mean(graph: AtenGraph, node: Node) -> Node | None:
     if 0 in dims or not kept or not dims or any(not isinstance(shape[d], int) for d in dims):
         return None
     channels = x.meta["axis"] if x.meta["axis"] in kept else kept[0]
-    if opname(node) == "sum":  # before the pooling, which then has the gate that follows
+    if opname(node) == "sum":  # the factor comes before the pooling, so that the pooling keeps the gate that follows
         x = graph.call(node, aten.mul.Tensor, x, float(prod(shape[d] for d in dims)))
     others = [d for d in kept if d != channels]
     order = [0, channels, *others, *dims]
     if order != sorted(order):
         x = graph.call(node, aten.permute.default, x, order)
-    if others or len(dims) > 3:  # as many dimensions as pooling takes: (N, C, others, averaged)
+    if others or len(dims) > 3:  # pooling takes the dimensions (N, C, others, averaged)
         x = graph.call(node, aten.flatten.using_ints, x, 2 + len(others), -1)
         x = graph.call(node, aten.flatten.using_ints, x, 2, 1 + len(others)) if len(others) > 1 else x
         kernel = [1] * bool(others) + [prod(shape[d] for d in dims)]
@@ -70,7 +71,7 @@ def rewrite_mean(graph: AtenGraph, node: Node) -> Node | None:
 
 
 def rewrite_adaptive_pool(graph: AtenGraph, node: Node) -> Node:
-    """Adaptive pooling as pooling of equal windows."""
+    """Rewrite adaptive pooling as pooling with windows of one size."""
     x: Node = node.args[0]  # type: ignore[assignment]
     value = x.meta["val"]
     sizes, outputs = value.shape[2:], node.meta["val"].shape[2:]
@@ -79,7 +80,7 @@ def rewrite_adaptive_pool(graph: AtenGraph, node: Node) -> Node:
         windows = [range(i * size // out, -(-(i + 1) * size // out)) for i in range(out)]
         window = lcm(*map(len, windows))
         if size % out:
-            # Each window repeated to the common length: the same mean, now with one weight 1/k everywhere.
+            # Each window is repeated to the common length: the mean stays the same, and all weights are 1/k.
             taps = [t for w in windows for t in w for _ in range(window // len(w))]
             index = graph.constant(node, torch.tensor(taps, device=value.device))
             x = graph.call(node, aten.index_select.default, x, dim, index)
@@ -90,10 +91,10 @@ def rewrite_adaptive_pool(graph: AtenGraph, node: Node) -> Node:
 
 
 def rewrite_average_pool(graph: AtenGraph, node: Node) -> Node | None:
-    """Pooling whose border windows average fewer values, as padded pooling times a constant.
+    """Rewrite pooling whose border windows average fewer values as padded pooling times a constant.
 
-    The constant goes back as it is: the weights of a border window are that much larger, so that what a pattern
-    lacks over the border is shared out over the rest. A divisor of its own is a scale.
+    The constant keeps its usual gradient: the weights of a border window are larger by this factor, so the share of the
+    pattern beyond the border is distributed over the rest of the window. A divisor override becomes a scale.
     """
     a = arguments(node)
     value = node.args[0].meta["val"]  # type: ignore[union-attr]
@@ -105,7 +106,7 @@ def rewrite_average_pool(graph: AtenGraph, node: Node) -> Node | None:
     over = [(o - 1) * s + k - n - 2 * p for n, o, k, s, p in zip(sizes, outputs, kernel, stride, padding)]
     if max(over) <= 0 and a["count_include_pad"] and a.get("divisor_override") is None:
         return None
-    # F.pad counts from the last dimension; what is left over on the right is not read.
+    # F.pad counts from the last dimension. Windows do not read values that are left over on the right.
     pads = [n for o, p in reversed(list(zip(over, padding))) for n in (p, p + max(o, 0))]
     pool, plain = AVERAGE_POOLS[dims - 1], (kernel, stride)
     padded = graph.call(node, aten.constant_pad_nd.default, node.args[0], pads)
@@ -122,5 +123,5 @@ def rewrite_average_pool(graph: AtenGraph, node: Node) -> Node | None:
 
 
 def fixed_product(x: Tensor, factor: Tensor) -> Tensor:
-    """Each position times its own constant."""
+    """Return each position times its own constant."""
     return x * factor

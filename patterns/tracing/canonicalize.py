@@ -1,4 +1,8 @@
-"""Operations that are written in several ways, brought to one: what the rest of the tracing reads."""
+"""Canonicalize the graph: rewrite equivalent operations into one form for the later passes.
+
+This module rewrites squeezes, selections and sums. Rectifiers, average pools and products with constants have modules
+of their own.
+"""
 
 from collections.abc import Callable
 from operator import getitem
@@ -15,7 +19,7 @@ aten = torch.ops.aten
 
 
 def canonicalize_squeezes(graph: AtenGraph) -> None:
-    """Name the dimensions that each squeeze takes away: a batch of one sample keeps its batch dimension."""
+    """Name the dimensions that each squeeze removes, so that a batch of one sample keeps its batch dimension."""
     for node in list(graph.fx.nodes):
         if opname(node) == "squeeze":
             x: Any = node.args[0]
@@ -27,7 +31,7 @@ def canonicalize_squeezes(graph: AtenGraph) -> None:
 
 
 def canonicalize_selections(graph: AtenGraph) -> None:
-    """Rewrite indexing by constants as index_select, amax as max over one dimension, einsum of one factor as a sum."""
+    """Rewrite constant indices as index_select, amax as a maximum over one dimension, einsum of one factor as a sum."""
     for node in list(graph.fx.nodes):
         rewrite = SELECTIONS.get(node.target) if node.op == "call_function" else None
         replacement = rewrite(graph, node) if rewrite else None
@@ -36,7 +40,7 @@ def canonicalize_selections(graph: AtenGraph) -> None:
 
 
 def rewrite_index(graph: AtenGraph, node: Node) -> Node | None:
-    """x[:, [2, 1, 0]]: one constant index of a dimension that is not the batch."""
+    """Rewrite `x[:, [2, 1, 0]]`: one constant index, not of the batch dimension."""
     a = arguments(node)
     used = [(dim, index) for dim, index in enumerate(a["indices"]) if index is not None]
     if len(used) != 1 or used[0][0] == 0:
@@ -45,12 +49,15 @@ def rewrite_index(graph: AtenGraph, node: Node) -> Node | None:
     value = get_constant(graph, index)
     if value is None or value.dim() != 1 or value.dtype == torch.bool:
         return None
-    positive = value % a["self"].meta["val"].shape[dim]  # index_select takes no negative ones
+    positive = value % a["self"].meta["val"].shape[dim]  # index_select takes no negative indices
     return graph.call(node, aten.index_select.default, a["self"], dim, graph.constant(node, positive))
 
 
 def rewrite_amax(graph: AtenGraph, node: Node) -> Node | None:
-    """amax over any dimensions but the batch, as the maximum over one, whose gradient goes to one of equal values."""
+    """Rewrite amax over any dimensions except the batch as the maximum over one dimension.
+
+    The maximum over one dimension sends its gradient to one of several equal values.
+    """
     a = arguments(node)
     x: Node = a["self"]
     shape = x.meta["val"].shape
@@ -70,7 +77,7 @@ def rewrite_amax(graph: AtenGraph, node: Node) -> Node | None:
 
 
 def rewrite_einsum(graph: AtenGraph, node: Node) -> Node | None:
-    """einsum of one factor whose letters differ: a sum over the letters that the result lacks, and a permutation."""
+    """Rewrite einsum of one factor as a sum over the letters that the result lacks, and a permutation."""
     factors: Any = node.args[1]
     left, arrow, right = str(node.args[0]).replace(" ", "").partition("->")
     if len(factors) != 1 or not arrow or len(set(left)) < len(left) or not (left + right).isalpha():
@@ -92,12 +99,12 @@ SELECTIONS: dict[Any, Callable[[AtenGraph, Node], Node | None]] = {
 
 
 def weighted_sum(coefficients: list[float], *inputs: Tensor) -> Tensor:
-    """Σ coefficient · input, over inputs of one shape."""
+    """Return Σ coefficient · input over inputs of one shape."""
     return Addition(tuple(coefficients)).forward(inputs, inputs[0], None)
 
 
 def canonicalize_sums(graph: AtenGraph) -> None:
-    """Bring sums and differences of activations, in all spellings, to one call for as many terms as they have."""
+    """Rewrite sums and differences of activations, in all spellings, as one call with all terms."""
     for node in list(graph.fx.nodes):
         if node.target in EXPANSIONS:
             EXPANSIONS[node.target](graph, node)
@@ -122,7 +129,7 @@ def canonicalize_sums(graph: AtenGraph) -> None:
 
 
 def list_terms(node: Node) -> list[tuple[float, Node]]:
-    """The terms of a sum, each with its coefficient; none for any other node."""
+    """Return the terms of a sum with their coefficients; an empty list for all other nodes."""
     if node.target in (aten.add.Tensor, aten.sub.Tensor):
         a = arguments(node)
         sign = -1.0 if node.target is aten.sub.Tensor else 1.0
@@ -138,7 +145,7 @@ def list_terms(node: Node) -> list[tuple[float, Node]]:
 
 
 def broadcast_term(graph: AtenGraph, node: Node, term: Node, other: Node) -> Node:
-    """A term of a sum in the shape that the sum has; the other is one that has its batch."""
+    """Expand a term to the shape of the sum; `other` is a term that has the sum's batch size."""
     shape = node.meta["val"].shape
     lacking = len(shape) - term.meta["val"].dim()
     if lacking:
@@ -150,7 +157,7 @@ def broadcast_term(graph: AtenGraph, node: Node, term: Node, other: Node) -> Nod
 
 
 def rewrite_difference(graph: AtenGraph, node: Node) -> None:
-    """constant - x as the constant added to -x."""
+    """Rewrite constant - x as the constant added to -x."""
     a = arguments(node)
     constant, x = (a["self"], a["other"]) if node.target is aten.sub.Tensor else (a["other"], a["self"])
     if is_activation(x) and not is_activation(constant):
@@ -159,7 +166,7 @@ def rewrite_difference(graph: AtenGraph, node: Node) -> None:
 
 
 def rewrite_addcmul(graph: AtenGraph, node: Node) -> None:
-    """constant + x · constant as a product and a sum."""
+    """Rewrite constant + x · constant as a product and a sum."""
     a = arguments(node)
     if a["value"] == 1 and [is_activation(a[k]) for k in ("self", "tensor1", "tensor2")].count(True) == 1:
         product = graph.call(node, aten.mul.Tensor, a["tensor1"], a["tensor2"])
@@ -167,7 +174,7 @@ def rewrite_addcmul(graph: AtenGraph, node: Node) -> None:
 
 
 def rewrite_lerp(graph: AtenGraph, node: Node) -> None:
-    """x + c · (y - x) with a constant c as the sum of (1 - c) · x and c · y."""
+    """Rewrite x + c · (y - x) with a constant c as the sum of (1 - c) · x and c · y."""
     a = arguments(node)
     c = a["weight"]
     rest: Any = None

@@ -1,4 +1,4 @@
-"""x."""
+"""Canonicalize products with constants: rewrite them as convolutions over one position."""
 
 from math import prod
 from typing import Any
@@ -12,11 +12,11 @@ aten = torch.ops.aten
 
 
 def canonicalize_products(graph: AtenGraph) -> None:
-    """Bring products with constants, on any side and over any dimensions, to convolutions over one position.
+    """Rewrite matmul and einsum with a constant, on any side and over any dimensions, as 1×1 convolutions.
 
-    Only x @ matrix, over the last dimension of x, is left: it is a linear layer.
+    Only x @ matrix over the last dimension of x stays, because it is a linear layer.
     """
-    made: dict[tuple[str, str], Node] = {}  # weights, by constant and order: what is used twice is one operator
+    weights: dict[tuple[str, str], Node] = {}  # by constant and order: a constant that is used twice is one operator
     for node in list(graph.fx.nodes):
         product = match_product(graph, node)
         if product is None:
@@ -31,21 +31,23 @@ def canonicalize_products(graph: AtenGraph) -> None:
         outputs = "".join(c for c in fixed if c not in own)
         g, i, o, rest = (prod(sizes[c] for c in letters) for letters in (groups, inputs, outputs, others))
         key = str(constant.target), f"{fixed}->{groups}{outputs}{inputs}"
-        if key not in made:
-            made[key] = graph.constant(node, torch.einsum(key[1], matrix).reshape(g * o, i, 1))
+        if key not in weights:
+            weights[key] = graph.constant(node, torch.einsum(key[1], matrix).reshape(g * o, i, 1))
         x = graph.call(node, aten.permute.default, x, [own.index(c) for c in own[0] + groups + inputs + others])
         x = graph.call(node, aten.reshape.default, x, [-1, g * i, rest])
-        x = graph.call(node, aten.conv1d.default, x, made[key], None, [1], [0], [1], g)
+        x = graph.call(node, aten.conv1d.default, x, weights[key], None, [1], [0], [1], g)
         x = graph.call(node, aten.reshape.default, x, [-1, *(sizes[c] for c in groups + outputs + others)])
         order = own[0] + groups + outputs + others
         graph.replace(node, graph.call(node, aten.permute.default, x, [order.index(c) for c in result]))
 
 
 def match_product(graph: AtenGraph, node: Node) -> tuple[Node, Node, tuple[str, str, str]] | None:
-    """A value, a constant, and as in einsum the dimensions of both and of their product.
+    """Match a product of a value with a constant.
 
-    None for any other node, and where the product is no bank of neurons for each sample: what mixes samples,
-    sums one factor alone, or has nothing in common.
+    Returns:
+        The value, the constant, and the letters of the dimensions of both and of their product, as in einsum. None for
+        all other nodes, and if the product is not a bank of neurons for each sample: if it mixes samples, sums one
+        factor alone, or has no common dimension.
     """
     if node.target is aten.einsum.default:
         factors: Any = node.args[1]
@@ -79,7 +81,7 @@ def match_product(graph: AtenGraph, node: Node) -> tuple[Node, Node, tuple[str, 
 
 
 def matmul_letters(first: int, second: int) -> tuple[list[str], str]:
-    """A letter for each dimension of two factors of these ranks, and of their product."""
+    """Return a letter for each dimension of two factors of these ranks, and of their product."""
     batch = "abcdefgh"[: max(first, second, 2) - 2]
     of_first, of_second = (batch[len(batch) - max(rank - 2, 0) :] for rank in (first, second))
     rows, columns = "m" * (first > 1), "n" * (second > 1)
@@ -87,7 +89,7 @@ def matmul_letters(first: int, second: int) -> tuple[list[str], str]:
 
 
 def factor_rank(graph: AtenGraph, node: Node) -> int:
-    """How many dimensions a factor has, without those of one element that a constant has before its last two."""
+    """Return the rank of a factor, without leading dimensions of size 1 that a constant has before its last two."""
     value = get_constant(graph, node)
     if value is None:
         return node.meta["val"].dim()

@@ -1,4 +1,4 @@
-"""Digests that tell models apart: of a module's tensors, and of what else its forward pass holds."""
+"""Digests that distinguish models: of a module's tensors, and of all other numbers that its forward pass uses."""
 
 import hashlib
 from collections.abc import Iterable
@@ -11,19 +11,32 @@ from patterns.tracing.aten_graph import AtenGraph
 
 
 def digest(model: nn.Module) -> str:
-    """Return the SHA-256 of the names, types, shapes and bytes of a model's parameters and buffers.
+    """Return the SHA-256 digest of a model's parameters and buffers: of their names, dtypes, shapes and bytes.
 
-    Buffers that are not in the state dict count too. A shared tensor counts under each of its names.
+    Buffers outside of the state dict count too. A shared tensor counts under each of its names.
+
+    Args:
+        model: The model.
+
+    Returns:
+        `sha256:` and 64 hexadecimal digits.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> before = digest(layer)
+        >>> layer.bias.data += 1
+        >>> before.startswith("sha256:"), digest(layer) == before
+        (True, False)
     """
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     return digest_of(sorted(tensors.items()))
 
 
 def constants_digest(graph: AtenGraph, model: nn.Module) -> str:
-    """Return the SHA-256 of the numbers that an exported graph holds in addition to the model's parameters and buffers.
+    """Return the SHA-256 digest of the numbers that an exported graph holds in addition to parameters and buffers.
 
-    These are tensors that are plain attributes, tensors made in the forward pass, and numbers in its calls. They are
-    hashed in an order that does not depend on the device or on the names that torch.export gives them.
+    These are tensors in plain attributes, tensors made in the forward pass, and numbers in its calls. They are hashed
+    in an order that depends neither on the device nor on the names that torch.export gives them.
     """
     known = {n for n, _ in model.named_parameters(remove_duplicate=False)}
     known |= {n for n, _ in model.named_buffers(remove_duplicate=False)}
@@ -35,11 +48,11 @@ def constants_digest(graph: AtenGraph, model: nn.Module) -> str:
 
 
 def digest_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """Return the SHA-256 of some named tensors, of any type and layout."""
+    """Return the SHA-256 digest of named tensors of any dtype and layout."""
     state = hashlib.sha256()
     for name, value in tensors:
         state.update(f"{name}/{value.dtype}/{tuple(value.shape)}/".encode())
-        if value.is_meta:  # it has no numbers
+        if value.is_meta:  # the meta device holds no numbers
             continue
         value = value.detach().cpu()
         if value.layout is not torch.strided:

@@ -1,4 +1,4 @@
-"""x."""
+"""Fold constants of the graph, and batch norms into the operators before them."""
 
 from collections import Counter
 from typing import Any
@@ -8,14 +8,15 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from patterns.operators.operator import Convolution, Linear, Operator, Scale, TransposedConvolution, reshape_along
+from patterns.operators.axes import reshape_along
+from patterns.operators.operator import Convolution, Linear, Operator, Scale, TransposedConvolution
 from patterns.tracing.aten_graph import AtenGraph, follow_axis, opname
 
 FILLED = {"new_zeros", "new_ones", "new_full"}
 
 
 def fold_constants(graph: AtenGraph) -> None:
-    """Evaluate what does not depend on the input's values (standardize weights, position tables, masks)."""
+    """Evaluate operations that do not depend on the input's values (standardized weights, position tables, masks)."""
     values: dict[Node, Any] = {}
     for node in list(graph.fx.nodes):
         if node.op == "get_attr":
@@ -25,7 +26,7 @@ def fold_constants(graph: AtenGraph) -> None:
                 values[node] = node.target(
                     *resolve_arguments(node.args, values), **resolve_arguments(node.kwargs, values)
                 )
-        elif opname(node) in FILLED and len(node.all_input_nodes) == 1:  # of an input, only its dtype and device
+        elif opname(node) in FILLED and len(node.all_input_nodes) == 1:  # reads only dtype and device of its input
             like = torch.empty(0, dtype=node.meta["val"].dtype, device=node.meta["val"].device)
             values[node] = node.target(like, *node.args[1:], **node.kwargs)
         if node.op == "call_function" and isinstance(values.get(node), Tensor):
@@ -37,7 +38,7 @@ def fold_constants(graph: AtenGraph) -> None:
 
 
 def fold_scales(graph: AtenGraph) -> None:
-    """Fold each batch norm into the convolution or linear operator before it, if that has no other use."""
+    """Fold each batch norm into the convolution or linear operator before it, if nothing else reads that operator."""
     calls = Counter(node.target for node in graph.fx.nodes if node.op == "call_module")
     for node in list(graph.fx.nodes):
         if node.op != "call_module" or not isinstance(graph.attributes[str(node.target)].operator_type, Scale):
@@ -66,7 +67,12 @@ def fold_scales(graph: AtenGraph) -> None:
 
 
 def find_preceding_operator(graph: AtenGraph, node: Node) -> tuple[Node | None, int | None]:
-    """The operator's call that a node alone reads, perhaps in another shape, and where its neurons then lie."""
+    """Find the operator call whose output only this node reads, perhaps in another shape.
+
+    Returns:
+        The call, and the dimension in which its neurons arrive at the node. None for the call if another node reads the
+        output; None for the dimension if the neurons are merged with other dimensions.
+    """
     path: list[Node] = []
     before: Any = node.args[0]
     while before.op == "call_function" and len(find_readers(before)) == 1 and before.args:
@@ -83,9 +89,10 @@ def find_preceding_operator(graph: AtenGraph, node: Node) -> tuple[Node | None, 
 
 
 def find_readers(node: Node) -> list[Node]:
-    """The users of a value's elements, not of its sizes."""
+    """Return the users of a value's elements, as opposed to users of its sizes."""
     return [user for user in node.users if opname(user) != "sym_size"]
 
 
 def resolve_arguments(args: Any, values: dict[Node, Any]) -> Any:
+    """Replace the nodes in arguments by their values."""
     return map_arg(args, lambda n: values[n])

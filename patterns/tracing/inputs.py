@@ -1,4 +1,4 @@
-"""What a network and an explainer accept from their callers: batches of one shape, and targets in several forms."""
+"""Validate what callers pass to a network and an explainer: batches of one shape, and targets in several forms."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +14,7 @@ Targets = int | Sequence[int] | np.ndarray | Tensor
 
 
 def add_shape_check(graph: AtenGraph, shape: tuple[int, ...]) -> None:
-    """Let a graph refuse inputs of another shape, of which its slices and pools would take a part."""
+    """Let a graph reject inputs of another shape; its slices and pools would silently read a part of them."""
     (placeholder,) = graph.fx.find_nodes(op="placeholder")
     with graph.fx.inserting_after(placeholder):
         checked = graph.fx.call_function(require_batch, (placeholder, shape))
@@ -23,32 +23,48 @@ def add_shape_check(graph: AtenGraph, shape: tuple[int, ...]) -> None:
 
 
 def require_batch(inputs: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Return inputs of shape (N, *shape). UserError for other shapes."""
+    """Return inputs of shape (N, *shape).
+
+    Raises:
+        UserError: If the inputs have another shape.
+    """
     if tuple(inputs.shape[1:]) != shape:
-        what = f"shape {tuple(inputs.shape)}, and the network was traced for (N, {', '.join(map(str, shape))})"
+        what = f"shape {tuple(inputs.shape)}, but the network was traced for (N, {', '.join(map(str, shape))})"
         one = tuple(inputs.shape) == shape
         remedy = "Add a batch dimension: x[None]." if one else "Resize them, or trace an example of their shape."
-        raise UserError("inputs", what, remedy)
+        raise UserError("", what, remedy, "inputs")
     return inputs
 
 
 def validate_inputs(inputs: Tensor, like: Tensor) -> Tensor:
-    """Return inputs that autograd takes. UserError if they have another type or device than a network's weights."""
+    """Return inputs that autograd accepts.
+
+    Args:
+        inputs: The inputs, of any shape.
+        like: A weight of the network, for its dtype and device.
+
+    Raises:
+        UserError: If the inputs have another dtype or device than the weight.
+    """
     for name in ("dtype", "device"):
         found, wanted = getattr(inputs, name), getattr(like, name)
         if found != wanted:
-            what = f"{name} {found}, and the network has {wanted}"
-            raise UserError("inputs", what, f"Pass inputs.to({wanted!r}).")
+            what = f"{name} {found}, but the network has {wanted}"
+            raise UserError("", what, f"Pass inputs.to({wanted!r}).", "inputs")
     inputs = inputs.detach()
     return inputs.clone() if inputs.is_inference() else inputs
 
 
 def select_images(batch: Any) -> Tensor:
-    """Return the images of a batch: itself, or the first of (images, labels, …), as a DataLoader gives them."""
+    """Return the images of a batch: the batch itself, or the first item of (images, labels, …) as a DataLoader gives.
+
+    Raises:
+        UserError: If the batch is neither a tensor nor a tuple or list that starts with one.
+    """
     images = batch[0] if isinstance(batch, tuple | list) and batch else batch
     if not isinstance(images, Tensor):
         what = f"a batch of type {type(batch).__name__}"
-        raise UserError("batches", what, "Give tensors (N, C, H, W), or tuples whose first item is one.")
+        raise UserError("", what, "Pass tensors (N, C, H, W), or tuples whose first item is such a tensor.", "batches")
     return images
 
 
@@ -56,7 +72,7 @@ def resolve_targets(targets: Targets, scores: Tensor) -> Tensor:
     """Return targets as a tensor on the device of the scores.
 
     Args:
-        targets: A class for all samples; a class for each sample, (N,), or several, (N, T); or floating-point
+        targets: A class for all samples; a class for each sample, (N,), or several classes, (N, T); or floating-point
             weights of a sum of scores, in the shape of the scores.
         scores: The network's output, shape (N, K, …).
 
@@ -64,23 +80,23 @@ def resolve_targets(targets: Targets, scores: Tensor) -> Tensor:
         int64 of shape (N,) or (N, T), or weights in the dtype of the scores.
 
     Raises:
-        UserError: If the number of targets is not that of the samples, or there is no such class.
+        UserError: If the number of targets differs from the number of samples, or a class does not exist.
     """
     chosen = torch.as_tensor(targets, device=scores.device)
     if chosen.is_floating_point():
         if chosen.shape != scores.shape:
             what = f"weights of shape {tuple(chosen.shape)} for scores of shape {tuple(scores.shape)}"
-            raise UserError("targets", what, "Give classes as whole numbers, or a weight for each score.")
+            raise UserError("", what, "Pass classes as whole numbers, or a weight for each score.", "targets")
         return chosen.to(scores.dtype)
     if chosen.dtype in (torch.bool, torch.complex64, torch.complex128) or chosen.dim() > 2:
         what = f"targets of type {chosen.dtype} and shape {tuple(chosen.shape)}"
-        raise UserError("targets", what, "Give classes as whole numbers, one for each sample.")
+        raise UserError("", what, "Pass classes as whole numbers, one for each sample.", "targets")
     samples, classes = scores.shape[:2]
     chosen = chosen.long().expand(samples) if chosen.dim() == 0 else chosen.long()
     if len(chosen) != samples:
         what = f"{len(chosen)} targets for {samples} samples"
-        raise UserError("targets", what, "Give one for each sample, or one number for all.")
+        raise UserError("", what, "Pass a target for each sample, or one number for all.", "targets")
     outside = chosen[(chosen < 0) | (chosen >= classes)]
     if outside.numel():
-        raise UserError("targets", f"no class {int(outside[0])}", f"The model's classes are 0 to {classes - 1}.")
+        raise UserError("", f"no class {int(outside[0])}", f"The model's classes are 0 to {classes - 1}.", "targets")
     return chosen

@@ -1,4 +1,4 @@
-"""What the user lets pass, made linear: norms with their statistics held still, products with their gates."""
+"""Linearize the operations listed in `pass_through`: norms with detached statistics, products with a detached gate."""
 
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -7,19 +7,21 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from patterns.operators.operator import reshape_along
-from patterns.tracing.aten_graph import SEEN_THROUGH, AtenGraph, arguments, is_activation, opname
+from patterns.operators.axes import reshape_along
+from patterns.tracing.aten_graph import VALUE_PASSING, AtenGraph, arguments, is_activation, opname
 
 aten = torch.ops.aten
 
 
 def linearize_operations(graph: AtenGraph, pass_through: Collection[str]) -> None:
-    """Linearise what the user lets pass: norms with their statistics held still, products with their gate.
+    """Linearize the operations in `pass_through` in place.
 
-    Of a product of two activations the gate is the factor that comes from a sigmoid, softmax or another
-    of GATES, else the one beside a product of activations (the queries of factorised attention), else the
-    one that is broadcast, else the second; attention is held in its weights, so that its values alone have
-    a gradient.
+    The statistics of norms are detached. In a product of two activations, one factor, the gate, is detached. In
+    attention, the weights are detached, so that only the values have a gradient.
+
+    The gate is the factor that comes from a sigmoid, a softmax or another function of GATES. If both factors do, or
+    neither, the gate is the factor that is not itself a product of activations (the queries of factorized attention).
+    If this does not decide either, the gate is the smaller factor, which is broadcast, or else the second factor.
     """
     for node in list(graph.fx.nodes):
         operation = opname(node)
@@ -27,7 +29,7 @@ def linearize_operations(graph: AtenGraph, pass_through: Collection[str]) -> Non
             continue
         if node.target in DETACHED_NORMS:
             a = arguments(node)
-            if a.get("use_input_stats", True):  # else they are numbers of the model
+            if a.get("use_input_stats", True):  # otherwise the statistics are constants of the model
                 graph.replace(node, graph.call(node, DETACHED_NORMS[node.target], *a.values()))
         elif operation == "scaled_dot_product_attention":
             node.args = detach_arguments(graph, node, node.args, 0, 1)
@@ -38,12 +40,12 @@ def linearize_operations(graph: AtenGraph, pass_through: Collection[str]) -> Non
 
 
 def detach_arguments(graph: AtenGraph, node: Node, args: Sequence[Any], *numbers: int) -> tuple[Any, ...]:
-    """A call's arguments, some of them without their gradient."""
+    """Return the arguments of a call, with those at the given indices detached."""
     return tuple(graph.call(node, aten.detach.default, a) if i in numbers else a for i, a in enumerate(args))
 
 
 def find_gate(first: Node, second: Node) -> int:
-    """Which of two factors, 0 or 1, is the gate of the other."""
+    """Return which of two factors, 0 or 1, is the gate of the other."""
     origins = [find_origin(first), find_origin(second)]
     gates = [opname(node) in GATES for node in origins]
     if gates[0] != gates[1]:
@@ -55,24 +57,26 @@ def find_gate(first: Node, second: Node) -> int:
 
 
 def find_origin(node: Node) -> Node:
-    """What gave a value that was since changed at most in shape."""
-    while opname(node) in SEEN_THROUGH and isinstance(node.args[0], Node):
+    """Return the node whose values reach this node with at most a change of shape."""
+    while opname(node) in VALUE_PASSING and isinstance(node.args[0], Node):
         node = node.args[0]
     return node
 
 
-# The norms, linear in x: the statistics that they take of x have no gradient. Their arguments are ATen's.
+# The norms below are linear in x, because their statistics have no gradient. Their arguments are those of ATen.
 
 
 def detached_layer_norm(
     x: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float, _: bool
 ) -> Tensor:
+    """Layer norm with detached statistics."""
     y = standardize(x, list(range(-len(shape), 0)), eps)
     y = y if weight is None else y * weight
     return y if bias is None else y + bias
 
 
 def detached_rms_norm(x: Tensor, shape: list[int], weight: Tensor | None, eps: float | None) -> Tensor:
+    """RMS norm with a detached mean square."""
     mean_square = x.detach().square().mean(list(range(-len(shape), 0)), keepdim=True)
     y = x * torch.rsqrt(mean_square + (torch.finfo(x.dtype).eps if eps is None else eps))
     return y if weight is None else y * weight
@@ -81,6 +85,7 @@ def detached_rms_norm(x: Tensor, shape: list[int], weight: Tensor | None, eps: f
 def detached_group_norm(
     x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, _: bool
 ) -> Tensor:
+    """Group norm with detached statistics."""
     y = standardize(x.unflatten(1, (groups, -1)).flatten(2), [-1], eps).view(x.shape)
     y = y if weight is None else y * reshape_along(1, weight, y)
     return y if bias is None else y + reshape_along(1, bias, y)
@@ -89,12 +94,13 @@ def detached_group_norm(
 def detached_instance_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, *running: Tensor | float | bool | None
 ) -> Tensor:
+    """Instance norm with detached statistics."""
     *_, eps, cudnn = running
     return detached_group_norm(x, x.shape[1], weight, bias, float(eps), bool(cudnn))  # type: ignore[arg-type]
 
 
 def standardize(x: Tensor, dims: list[int], eps: float) -> Tensor:
-    """x less its mean over some dimensions and divided by its deviation, both held still."""
+    """Subtract the detached mean over some dimensions, and divide by the detached standard deviation."""
     var, mean = torch.var_mean(x.detach(), dims, correction=0, keepdim=True)
     return (x - mean) * torch.rsqrt(var + eps)
 

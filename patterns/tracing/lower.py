@@ -1,4 +1,4 @@
-"""Which calls of the exported graph are linear operations, and which operator each one is."""
+"""Lower linear operations of the graph to calls of `Operator` modules."""
 
 import re
 from collections import Counter
@@ -30,8 +30,8 @@ aten = torch.ops.aten
 
 
 def lower_operations(graph: AtenGraph) -> None:
-    """Make each linear operation a call of an `Operator`; a parameter used twice is one operator."""
-    made: dict[Any, str] = {}  # what shares parameters and options, to its operator's name
+    """Replace each linear operation by a call of an `Operator`; a parameter that is used twice gives one operator."""
+    names: dict[Any, str] = {}  # operator names by type, options and parameters
     operators: dict[str, Operator] = {}
     orders: Counter[str] = Counter()
     for node in list(graph.fx.nodes):
@@ -40,7 +40,7 @@ def lower_operations(graph: AtenGraph) -> None:
         if operation is None:
             continue
         identity = (operation.operator_type, operation.key) if operation.key else node
-        if identity not in made:
+        if identity not in names:
             name = operation.name
             if name is None:
                 kind = TYPE_NAMES[type(operation.operator_type)]
@@ -48,12 +48,12 @@ def lower_operations(graph: AtenGraph) -> None:
                 orders[kind] += 1
             elif name in operators:
                 name = f"{name}.{node.name}"
-            made[identity] = name
+            names[identity] = name
             operators[name] = Operator(
                 name, operation.operator_type, operation.weight, operation.bias, (), (), source(node)
             )
         with graph.fx.inserting_before(node):
-            call = graph.fx.call_module(made[identity], operation.inputs)
+            call = graph.fx.call_module(names[identity], operation.inputs)
         call.meta = dict(node.meta)
         if isinstance(call.meta["val"], tuple):  # batch norm also returns its statistics
             call.meta["val"] = call.meta["val"][0]
@@ -65,7 +65,7 @@ def lower_operations(graph: AtenGraph) -> None:
 
 
 def rename_constants(graph: AtenGraph) -> None:
-    """Name the constants left in the graph so that none lies inside an operator of its name."""
+    """Rename the remaining constants, so that no constant lies inside an operator of the same name."""
     graph.fx.eliminate_dead_code(is_impure_node=lambda node: node.op in {"placeholder", "output"})
     for node in graph.fx.find_nodes(op="get_attr"):
         target = f"constants.{node.name}"
@@ -75,7 +75,16 @@ def rename_constants(graph: AtenGraph) -> None:
 
 @dataclass(frozen=True)
 class LinearOperation:
-    """A linear operation read off a node. `key` tells apart what shares parameters from what does not."""
+    """A linear operation that was read from a node.
+
+    Attributes:
+        operator_type: The type of the operation.
+        weight: The weight, K first.
+        bias: The bias, shape (K,).
+        inputs: The nodes of the inputs.
+        name: Name of the operator; None names it by its type and order.
+        key: Names of the parameters. Operations of one type with the same key are one operator; an empty key is unique.
+    """
 
     operator_type: OperatorType
     weight: Tensor
@@ -86,6 +95,7 @@ class LinearOperation:
 
 
 def lower_convolution(graph: AtenGraph, node: Node) -> LinearOperation | None:
+    """Read a convolution with a constant weight."""
     a = arguments(node)
     weight = get_constant(graph, a["weight"])
     if weight is None or (a["bias"] is not None and get_constant(graph, a["bias"]) is None):
@@ -98,7 +108,7 @@ def lower_convolution(graph: AtenGraph, node: Node) -> LinearOperation | None:
     elif a["padding"] == "same":
         total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:])]
         padding = tuple(t // 2 for t in total)
-        if any(t % 2 for t in total):  # an even kernel pads one more on the right
+        if any(t % 2 for t in total):  # an even kernel needs one more on the right
             x = graph.call(node, aten.constant_pad_nd.default, x, [n for t in reversed(total) for n in (0, t % 2)])
     else:
         padding = per_dimension(a["padding"], dims)
@@ -106,6 +116,7 @@ def lower_convolution(graph: AtenGraph, node: Node) -> LinearOperation | None:
 
 
 def lower_transposed_convolution(graph: AtenGraph, node: Node) -> LinearOperation | None:
+    """Read a transposed convolution with a constant weight."""
     a = arguments(node)
     weight = get_constant(graph, a["weight"])
     if weight is None or (a["bias"] is not None and get_constant(graph, a["bias"]) is None):
@@ -118,6 +129,7 @@ def lower_transposed_convolution(graph: AtenGraph, node: Node) -> LinearOperatio
 
 
 def lower_linear(graph: AtenGraph, node: Node) -> LinearOperation | None:
+    """Read a linear layer with a constant weight."""
     a = arguments(node)
     if get_constant(graph, a["weight"]) is None:
         return None
@@ -125,7 +137,7 @@ def lower_linear(graph: AtenGraph, node: Node) -> LinearOperation | None:
 
 
 def lower_matmul(graph: AtenGraph, node: Node) -> LinearOperation | None:
-    """A value times a constant matrix, whose columns are the neurons."""
+    """Read a product with a constant matrix, whose columns are the neurons."""
     x, matrix = node.args
     weight = get_constant(graph, matrix)  # type: ignore[arg-type]
     if weight is None or weight.dim() != 2:
@@ -137,12 +149,14 @@ def lower_matmul(graph: AtenGraph, node: Node) -> LinearOperation | None:
 def parametric_operation(
     graph: AtenGraph, node: Node, a: dict[str, Any], kind: OperatorType, x: Node
 ) -> LinearOperation:
+    """Return the operation of a node whose weight and bias are parameters."""
     names = tuple(n.target for n in (a["weight"], a["bias"]) if n is not None)
     bias = None if a["bias"] is None else graph.attributes[a["bias"].target]
     return LinearOperation(kind, graph.attributes[names[0]], bias, (x,), derive_name(node, names[0]), names)
 
 
 def lower_batch_norm(graph: AtenGraph, node: Node) -> LinearOperation | None:
+    """Read a batch norm in inference mode as a scale with a bias."""
     a = arguments(node)
     mean, var = get_constant(graph, a["running_mean"]), get_constant(graph, a["running_var"])
     if mean is None or var is None:
@@ -158,7 +172,7 @@ def lower_batch_norm(graph: AtenGraph, node: Node) -> LinearOperation | None:
 
 
 def lower_product(graph: AtenGraph, node: Node) -> LinearOperation | None:
-    """A value times or divided by a constant: a neuron of one input for each number of the constant."""
+    """Read a product or quotient with a constant as neurons with one input, one for each number of the constant."""
     a = arguments(node)
     x, constant = a["self"], a.get("other", -1.0)
     if not is_activation(x) and opname(node) == "mul":
@@ -167,7 +181,7 @@ def lower_product(graph: AtenGraph, node: Node) -> LinearOperation | None:
         return None
     name = str(constant.target) if isinstance(constant, Node) else None
     factor = constant if name is None else graph.attributes.get(name)
-    if isinstance(factor, Node):  # a size
+    if isinstance(factor, Node):  # the factor is a size
         return None
     value, shape = x.meta["val"], node.meta["val"].shape
     factor = torch.as_tensor(factor, dtype=torch.promote_types(value.dtype, torch.float32), device=value.device)
@@ -189,7 +203,7 @@ def lower_product(graph: AtenGraph, node: Node) -> LinearOperation | None:
 
 
 def flatten_input(graph: AtenGraph, node: Node, x: Node, first: int, last: int) -> Node:
-    """A node's input with some dimensions as one; the node's users get the shape back that they know."""
+    """Merge some dimensions of a node's input, and restore the shape for the node's users."""
     flat = graph.call(node, aten.flatten.using_ints, x, first, last)
     with graph.fx.inserting_after(node):
         restored = graph.fx.call_function(aten.unflatten.int, (node, first, node.meta["val"].shape[first : last + 1]))
@@ -199,6 +213,7 @@ def flatten_input(graph: AtenGraph, node: Node, x: Node, first: int, last: int) 
 
 
 def lower_addition(graph: AtenGraph, node: Node) -> LinearOperation | None:
+    """Read a weighted sum."""
     coefficients, *inputs = node.args
     value, axis = node.meta["val"], node.meta["axis"]
     if axis < 1 or not isinstance(value.shape[axis], int):
@@ -209,6 +224,7 @@ def lower_addition(graph: AtenGraph, node: Node) -> LinearOperation | None:
 
 
 def lower_average_pool(graph: AtenGraph, node: Node) -> LinearOperation:
+    """Read an average pool."""
     a = arguments(node)
     value = node.meta["val"]
     dims = len(value.shape) - 2
@@ -244,7 +260,11 @@ LOWERINGS: dict[Any, Callable[[AtenGraph, Node], LinearOperation | None]] = {
 
 
 def derive_name(node: Node, parameter: str) -> str | None:
-    """`features.0` for `features.0.weight`; the module that calls it for a computed weight; None for neither."""
+    """Derive an operator's name from its parameter.
+
+    Returns:
+        `features.0` for `features.0.weight`; for a computed weight, the module that calls it; None for all others.
+    """
     if parameter.startswith("constants."):
         stack = list((node.meta.get("nn_module_stack") or {}).values())
         return stack[-1][0] or None if stack else None

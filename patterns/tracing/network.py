@@ -1,9 +1,9 @@
-"""A model as a graph whose linear operations are `Operator` modules.
+"""Trace a model into a graph whose linear operations are `Operator` modules.
 
-`trace` exports the model with `torch.export` and rewrites the graph step by step: constants are
-evaluated, average pooling is brought to one form, linear operations become operators, batch norm is
-folded into the operator before it, gates are read off the users. The result computes what the model
-computes, and is an ordinary `GraphModule`: print its code, move it, cast it.
+`trace` exports the model with `torch.export` and rewrites the graph in passes: it folds constants, brings equivalent
+operations into one form, replaces linear operations by operators, folds batch norms into the operators before them, and
+reads the gate of each operator from its consumers. The result computes what the model computes. It is an ordinary
+`GraphModule`: print its code, move it to a device, cast it.
 """
 
 import difflib
@@ -61,6 +61,13 @@ class Network:
         input_shape: Shape of a sample.
         output_shape: Shape of a sample's output.
         constants: Digest of the numbers that the graph holds in addition to the model's parameters and buffers.
+
+    Example:
+        >>> network = trace(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), torch.zeros(2, 4))
+        >>> list(network.operators), network.operators["0"].gate
+        (['0', '2'], Gate(low=0.0, high=inf))
+        >>> network.until("0").module(torch.zeros(5, 4)).shape
+        torch.Size([5, 3])
     """
 
     module: GraphModule
@@ -75,11 +82,15 @@ class Network:
 
     @property
     def like(self) -> Tensor:
-        """A weight, for the device and dtype of what the network takes."""
+        """A weight of the network: inputs must have its device and dtype."""
         return next(iter(self.operators.values())).weight
 
     def rewrite(self, replace: Callable[[Operator], nn.Module]) -> GraphModule:
-        """The same graph with each operator replaced; everything else is shared."""
+        """Return the graph with each operator replaced; everything else is shared.
+
+        Args:
+            replace: Maps each operator to its replacement, which is called with the operator's inputs.
+        """
         parts: dict[str, Any] = {}
         for node in self.module.graph.nodes:
             if node.op == "get_attr":
@@ -89,13 +100,17 @@ class Network:
         return GraphModule(parts, copy_graph(self.module.graph), type(self.module).__name__)
 
     def until(self, operator: str) -> "Network":
-        """The network that ends at an operator, with what comes out behind its gate: (N, K, *positions).
+        """Return the network that ends at an operator and returns its output after its gate, (N, K, *positions).
 
-        At its last call, where it is called several times. UserError for a name that is no operator's.
+        Args:
+            operator: Name of the operator. If it is called several times, the network ends at the last call.
+
+        Raises:
+            UserError: If the model has no operator of this name.
         """
         if operator not in self.operators:
             close = difflib.get_close_matches(operator, self.operators) or list(self.operators)[-3:]
-            raise UserError(operator, "the model has no such operator", f"It has {', '.join(close)}, …")
+            raise UserError(operator, "the model has no such operator", f"Choose from {', '.join(close)}, …")
         module = self.rewrite(lambda op: op)
         last, found = [(node, op) for node, op in find_operator_calls(module) if op.name == operator][-1]
         (end,) = module.graph.find_nodes(op="output")
@@ -112,10 +127,8 @@ class Network:
             if node not in wanted and node.op != "placeholder":
                 module.graph.erase_node(node)
         module.recompile()
-        shape = list(found.output_shape)
-        shape.insert(
-            0, shape.pop(found.operator_type.axis - 1 if found.operator_type.axis > 0 else found.operator_type.axis)
-        )
+        axis, shape = found.operator_type.axis, list(found.output_shape)
+        shape.insert(0, shape.pop(axis - 1 if axis > 0 else axis))
         return Network(module, self.input_shape, tuple(shape), self.constants)
 
 
@@ -127,26 +140,39 @@ def trace(
     pass_through: Collection[str] = (),
     strip_softmax: bool = False,
 ) -> Network:
-    """Return a model's graph in evaluation mode, for inputs of the example's shape and any batch size.
+    """Trace a model: return its graph in evaluation mode, for inputs of the example's shape and any batch size.
 
-    The model is put in evaluation mode. It runs a few times on random samples, and its graph must give the same.
+    The model is put into evaluation mode. It runs a few times on random samples, and the graph must give the same
+    outputs.
 
     Args:
-        model: The model. One that gives one number for each sample, (N,), counts as one of one class, (N, 1).
-        example: Shape (N, …), on the model's device, in its dtype.
+        model: The model. A model that returns one number per sample, (N,), counts as a model with one class, (N, 1).
+        example: Samples of the model's input, shape (N, …), on the model's device and in its dtype.
         name: What to call the model in messages.
-        pass_through: Names of further operations whose usual gradient the caller accepts.
-        strip_softmax: Leave off a softmax, log-softmax or sigmoid that the model ends in.
+        pass_through: Names of ATen operations without a rule (`gelu`, `softmax`, `layer_norm`, …) whose usual gradient
+            you accept. Norms and products among them are linearized.
+        strip_softmax: Whether to leave off a softmax, log-softmax or sigmoid that the model ends in.
+
+    Returns:
+        The network.
 
     Raises:
-        UserError: If the model does not take the example, does not return one tensor with a row for each sample, is
-            random, lets a sample depend on the others of its batch, cannot be exported, or holds an operation that is
-            neither linear nor a known rectifier, pooling or shape change.
+        UserError: If the model does not accept the example, does not return one tensor with a row for each sample,
+            is random, lets a sample depend on the others of its batch, cannot be exported, or contains an operation
+            that is neither linear nor a known rectifier, pooling or change of shape.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
+        >>> network = trace(model, torch.zeros(1, 3, 8, 8))
+        >>> list(network.operators)
+        ['0', '4']
+        >>> network.module(torch.zeros(7, 3, 8, 8)).shape
+        torch.Size([7, 5])
     """
     model.eval()
     if any(value.is_inference() for value in (*model.parameters(), *model.buffers())):
-        what = "the model was made in torch.inference_mode(), and its weights cannot be exported"
-        raise UserError(name, what, "Make or load it outside of inference mode.")
+        what = "the model was created in torch.inference_mode(), so its weights cannot be exported"
+        raise UserError(name, what, "Create or load it outside of inference mode.")
     with torch.inference_mode(False), torch.no_grad():
         samples = draw_samples_like(example)
         output = compute_independent_outputs(model, samples, name)
@@ -161,7 +187,7 @@ def trace(
 
 
 def build_network(graph: AtenGraph, example: Tensor, name: str, pass_through: Collection[str]) -> Network:
-    """The network of an exported graph, which becomes its own."""
+    """Build a network from an exported graph, which is modified."""
     canonicalize_squeezes(graph)
     add_class_dimension(graph)
     fold_constants(graph)
@@ -188,16 +214,17 @@ def build_network(graph: AtenGraph, example: Tensor, name: str, pass_through: Co
 
 
 def require_same_output(network: Network, samples: Tensor, expected: Tensor, name: str) -> None:
-    """Raise UserError if a network gives other outputs than its model, for all samples or for one alone."""
+    """Raise UserError if a network's outputs differ from those of its model, for all samples or for a sample alone."""
     expected = expected[:, None] if expected.dim() == 1 else expected
     for chosen in (slice(None), slice(2, None)):
         if not agree(network.module(samples[chosen]), expected[chosen]):
-            what = "the traced network gives other outputs than the model"
-            raise UserError(name, what, "Write its forward without what depends on the batch size or on earlier calls.")
+            what = "the outputs of the traced network differ from those of the model"
+            remedy = "Remove code that depends on the batch size or on earlier calls from the model's forward."
+            raise UserError(name, what, remedy)
 
 
 def assign_gates(module: GraphModule) -> None:
-    """Give each operator its gate: the one rectifier that all its calls feed, and nothing else."""
+    """Set the gate of each operator: the one rectifier that all consumers of all its calls apply."""
     gates: dict[str, set[Gate | None]] = {}
     calls = Counter(operator.name for _, operator in find_operator_calls(module))
     for node, operator in find_operator_calls(module):
@@ -210,7 +237,7 @@ def assign_gates(module: GraphModule) -> None:
 
 
 def find_consumer_gates(node: Node) -> Iterator[Gate | None]:
-    """What each path from a node leads to: a rectifier's gate, or None for anything else."""
+    """Yield for each path from a node the gate of the rectifier that it leads to, or None for any other consumer."""
     for user in node.users:
         if user.op == "call_function" and user.target in RECTIFIERS:
             yield RECTIFIERS[user.target](arguments(user))
@@ -221,7 +248,7 @@ def find_consumer_gates(node: Node) -> Iterator[Gate | None]:
 
 
 def rectify_in_place(module: GraphModule) -> None:
-    """Let a rectifier take the memory of an operator's output that nobody else reads."""
+    """Let a rectifier overwrite the output of an operator that nothing else reads."""
     for node, _ in find_operator_calls(module):
         user, *others = node.users
         if not others and user.target in IN_PLACE:
@@ -230,7 +257,7 @@ def rectify_in_place(module: GraphModule) -> None:
 
 
 def record_shapes(module: GraphModule, example: Tensor) -> tuple[int, ...]:
-    """Run the example once to note each operator's shapes; gives the output's."""
+    """Run the example once and record the shapes of each operator; return the shape of the output."""
 
     def note(operator: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         assert isinstance(operator, Operator)
@@ -247,6 +274,7 @@ def record_shapes(module: GraphModule, example: Tensor) -> tuple[int, ...]:
 
 
 def find_operator_calls(module: GraphModule) -> Iterator[tuple[Node, Operator]]:
+    """Yield the nodes that call an operator, with the operator."""
     for node in module.graph.nodes:
         if node.op == "call_module":
             operator = module.get_submodule(str(node.target))
@@ -255,7 +283,7 @@ def find_operator_calls(module: GraphModule) -> Iterator[tuple[Node, Operator]]:
 
 
 def find_ancestors(node: Node) -> set[Node]:
-    """All that a node is computed from."""
+    """Return all nodes from which a node is computed."""
     found: set[Node] = set()
     todo = [node]
     while todo:

@@ -1,27 +1,27 @@
-"""The end of a model: a last softmax or sigmoid, and outputs of one number for each sample."""
+"""The end of a model: a final softmax or sigmoid, and outputs of one number per sample."""
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from patterns.errors import UserError
-from patterns.tracing.aten_graph import SEEN_THROUGH, AtenGraph, opname, source
+from patterns.tracing.aten_graph import VALUE_PASSING, AtenGraph, opname, source
 
 # Operations that turn logits into probabilities. Methods explain the logits: a probability depends on all classes.
 PROBABILITIES = {"softmax", "_softmax", "log_softmax", "_log_softmax", "sigmoid", "log_sigmoid", "log_sigmoid_forward"}
 
 
 def find_ending(graph: AtenGraph) -> Node | None:
-    """Return the operation that turns a model's logits into its output; None if the output is not made so."""
+    """Return the softmax or sigmoid that makes the model's output from its logits; None if there is none."""
     (output,) = graph.fx.find_nodes(op="output")
     node = output.args[0]
-    while opname(node) in SEEN_THROUGH and isinstance(node.args[0], Node):
+    while opname(node) in VALUE_PASSING and isinstance(node.args[0], Node):
         node = node.args[0]
     return node if opname(node) in PROBABILITIES else None
 
 
 def strip_ending(graph: AtenGraph) -> bool:
-    """Let a model end at its logits; returns whether it ended in a softmax or sigmoid."""
+    """Let the graph end at the model's logits. Return whether the model ended in a softmax or sigmoid."""
     node = find_ending(graph)
     if node is None:
         return False
@@ -35,11 +35,12 @@ def require_logits(graph: AtenGraph, name: str) -> None:
     node = find_ending(graph)
     if node is not None:
         what = f"the model ends in {opname(node).strip('_')}, in {source(node)}, and methods explain its logits"
-        raise UserError(name, what, "Leave the last operation off in the model, or pass --strip-softmax.")
+        remedy = "Remove the last operation from the model, or pass `strip_softmax=True`."
+        raise UserError(name, what, remedy, "strip_softmax")
 
 
 def add_class_dimension(graph: AtenGraph) -> None:
-    """Let a model that gives one number for each sample, (N,), give (N, 1): one class."""
+    """Let a model that returns one number per sample, (N,), return one class, (N, 1)."""
     (output,) = graph.fx.find_nodes(op="output")
     (scores,) = output.all_input_nodes
     if scores.meta["val"].dim() == 1:
@@ -47,7 +48,7 @@ def add_class_dimension(graph: AtenGraph) -> None:
 
 
 def evaluate_graph(graph: AtenGraph, samples: Tensor) -> Tensor:
-    """Return what the exported graph gives for some samples."""
+    """Return the output of the exported graph for samples."""
     copy = graph.copy()
     with torch.no_grad():
         return GraphModule(copy.attributes, copy.fx)(samples)

@@ -23,11 +23,11 @@ aten = torch.ops.aten
 
 
 def parse_limit(value: float | None, unlimited: str) -> float:
-    """Return a clamp's limit, infinite if it has none."""
+    """Return a clamp's limit as a number; `unlimited` if there is none."""
     return float(unlimited if value is None else value)
 
 
-# Canonical rectifiers, and the gate of each: where it passes its input on.
+# Canonical rectifiers, and the gate of each: the interval in which it passes its input on.
 RECTIFIERS: dict[Any, Callable[[dict[str, Any]], Gate]] = {
     aten.relu.default: lambda _: Gate(0.0, float("inf")),
     aten.relu6.default: lambda _: Gate(0.0, 6.0),
@@ -36,12 +36,12 @@ RECTIFIERS: dict[Any, Callable[[dict[str, Any]], Gate]] = {
     aten.clamp_min.default: lambda a: Gate(float(a["min"]), float("inf")),
     aten.clamp_max.default: lambda a: Gate(float("-inf"), float(a["max"])),
     aten.threshold.default: lambda a: Gate(float(a["threshold"]), float("inf")),
-    # Those that let a share of the rest through count as open where their slope is 1.
+    # Leaky rectifiers count as open where their slope is 1.
     aten.leaky_relu.default: lambda _: Gate(0.0, float("inf")),
     aten.prelu.default: lambda _: Gate(0.0, float("inf")),
 }
 
-# Those whose gradient needs their result only.
+# Rectifiers whose gradient needs only their result may overwrite their input.
 IN_PLACE: dict[Any, Any] = {aten.relu.default: aten.relu_.default, aten.hardtanh.default: aten.hardtanh_.default}
 
 CLAMPS = {
@@ -66,7 +66,7 @@ def canonicalize_rectifiers(graph: AtenGraph) -> None:
 
 
 def rewrite_maximum(graph: AtenGraph, node: Node) -> Node | None:
-    """The larger, or the smaller, of a value and one number."""
+    """Rewrite the maximum or minimum of a value and one number."""
     if node.target not in CLAMPS:
         return None
     x, bound = node.args
@@ -79,7 +79,7 @@ def rewrite_maximum(graph: AtenGraph, node: Node) -> Node | None:
 
 
 def rewrite_clamp(graph: AtenGraph, node: Node) -> Node | None:
-    """`clip`, and a clamp whose limits are tensors of one number."""
+    """Rewrite `clip`, and a clamp whose limits are tensors of one number."""
     if node.target is aten.clamp.default:
         return None
     a = arguments(node)
@@ -90,7 +90,7 @@ def rewrite_clamp(graph: AtenGraph, node: Node) -> Node | None:
 
 
 def rewrite_rrelu(graph: AtenGraph, node: Node) -> Node | None:
-    """`rrelu` in evaluation: a leaky rectifier with the mean of its slopes."""
+    """Rewrite `rrelu` in evaluation as a leaky rectifier with the mean of its slopes."""
     a = arguments(node)
     if a["training"]:
         return None
@@ -99,7 +99,14 @@ def rewrite_rrelu(graph: AtenGraph, node: Node) -> Node | None:
 
 @dataclass(frozen=True)
 class Condition:
-    """Where a value is above a number, `x > t` or `x >= t`; or, `above` being False, where it is below."""
+    """A comparison of a value with a number: `x > threshold` if `above`, otherwise `x < threshold`.
+
+    Attributes:
+        x: The value.
+        threshold: The number.
+        above: Whether the condition holds above the number.
+        strict: Whether the condition is false at the number itself.
+    """
 
     x: Node
     threshold: float
@@ -108,7 +115,7 @@ class Condition:
 
 
 def match_condition(graph: AtenGraph, mask: Any) -> Condition | None:
-    """Read a mask: a comparison of a value with one number, perhaps inverted or cast to another dtype."""
+    """Match a mask: a comparison of a value with one number, perhaps inverted or cast to another dtype."""
     turned = False
     while isinstance(mask, Node) and opname(mask) in COPIES | CASTS | INVERSIONS:
         turned ^= opname(mask) in INVERSIONS
@@ -116,7 +123,7 @@ def match_condition(graph: AtenGraph, mask: Any) -> Condition | None:
     if not isinstance(mask, Node):
         return None
     operation = opname(mask)
-    if operation == "heaviside":  # at 0 its value is the second argument, times x that is 0
+    if operation == "heaviside":  # its value at 0 does not matter, because it is multiplied by x = 0
         x, _ = mask.args
         return Condition(skip_copies(x), 0.0, not turned, True)
     if operation not in COMPARISONS:
@@ -138,23 +145,31 @@ INVERSIONS = {"logical_not", "bitwise_not"}
 
 
 def skip_copies(node: Any) -> Any:
-    """Return the value that a chain of copies is a copy of."""
+    """Return the value of which a chain of copies is a copy."""
     while isinstance(node, Node) and opname(node) in COPIES:
         node = node.args[0]
     return node
 
 
 def match_choice(graph: AtenGraph, node: Node, mask: Any, chosen: Any, other: Any) -> Node | None:
-    """The rectifier that takes one value where a mask holds and another elsewhere; None if it is none.
+    """Return the rectifier that takes one value where a mask holds and another value elsewhere.
 
-    chosen, other: a node or a number.
+    Args:
+        graph: The graph.
+        node: The node to replace.
+        mask: The mask.
+        chosen: The value where the mask holds, a node or a number.
+        other: The value elsewhere, a node or a number.
+
+    Returns:
+        The node of the rectifier; None if the choice is not a rectifier.
     """
     condition = match_condition(graph, mask)
     if condition is None:
         return None
     x, t = condition.x, condition.threshold
     upper, lower = (chosen, other) if condition.above else (other, chosen)
-    strict = condition.strict == condition.above  # whether x == t takes the lower value
+    strict = condition.strict == condition.above  # True if x == t takes the lower value
     if skip_copies(upper) is x:
         slope = find_slope(graph, lower, x)
         if slope is not None and 0 <= slope <= 1 and t == 0:
@@ -170,7 +185,7 @@ def match_choice(graph: AtenGraph, node: Node, mask: Any, chosen: Any, other: An
 
 
 def find_slope(graph: AtenGraph, node: Any, x: Node) -> float | None:
-    """Return s if a node is s · x with one number s."""
+    """Return s if a node is s · x with one number s; None for all others."""
     if not isinstance(node, Node) or opname(node) not in {"neg", "mul", "div"}:
         return None
     if opname(node) == "neg":
@@ -183,23 +198,23 @@ def find_slope(graph: AtenGraph, node: Any, x: Node) -> float | None:
 
 
 def find_value(graph: AtenGraph, value: Any) -> float | None:
-    """Return the one number that an argument is, or a node holds everywhere."""
+    """Return the one number that an argument is, or that a node holds everywhere."""
     return find_number(graph, value) if isinstance(value, Node) else float(value)
 
 
 def rewrite_where(graph: AtenGraph, node: Node) -> Node | None:
-    """`where(mask, chosen, other)`."""
+    """Rewrite `where(mask, chosen, other)`."""
     return match_choice(graph, node, *node.args) if len(node.args) == 3 else None
 
 
 def rewrite_masked_fill(graph: AtenGraph, node: Node) -> Node | None:
-    """`x.masked_fill(mask, value)`."""
+    """Rewrite `x.masked_fill(mask, value)`."""
     x, mask, value = node.args
     return match_choice(graph, node, mask, value, x)
 
 
 def rewrite_masked_assignment(graph: AtenGraph, node: Node) -> Node | None:
-    """`x[mask] = value`."""
+    """Rewrite `x[mask] = value`."""
     a = arguments(node)
     if a["accumulate"] or len(a["indices"]) != 1 or find_value(graph, a["values"]) is None:
         return None
@@ -207,7 +222,7 @@ def rewrite_masked_assignment(graph: AtenGraph, node: Node) -> Node | None:
 
 
 def rewrite_masked_product(graph: AtenGraph, node: Node) -> Node | None:
-    """`x * mask`."""
+    """Rewrite `x * mask`."""
     for x, mask in (node.args[:2], node.args[1::-1]):
         if is_activation(x) and isinstance(mask, Node):
             found = match_choice(graph, node, mask, x, 0.0)
@@ -229,7 +244,7 @@ REWRITES: dict[str, Callable[[AtenGraph, Node], Node | None]] = {
 
 
 def find_number(graph: AtenGraph, node: Any) -> float | None:
-    """Return the one number that a tensor holds everywhere, if it is known; of a number, itself."""
+    """Return the one number that a tensor holds everywhere, if it is known; a number is returned as it is."""
     if isinstance(node, int | float):
         return float(node)
     node = skip_copies(node)

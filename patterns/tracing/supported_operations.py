@@ -1,4 +1,4 @@
-"""x."""
+"""The operations that an explanation can propagate through."""
 
 from collections.abc import Collection
 
@@ -15,7 +15,7 @@ from patterns.tracing.rectifiers import RECTIFIERS
 
 aten = torch.ops.aten
 
-# Fixed linear maps without a weight of their own: they pass with their usual backward.
+# Linear operations without weights. They keep their usual gradient.
 FIXED_LINEAR = {
     "pad", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad2d",
     "gather", "repeat", "im2col", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d",
@@ -35,7 +35,7 @@ SUPPORTED = (
 
 
 def require_supported(graph: AtenGraph, name: str, pass_through: Collection[str]) -> None:
-    """Raise UserError for operations that the explanation pass would not know how to go back through."""
+    """Raise UserError if the graph has operations without a rule for the backward pass of explanations."""
     unknown: dict[str, str] = {}
     valueless = find_input_independent(graph)
     for node in graph.fx.nodes:
@@ -49,13 +49,13 @@ def require_supported(graph: AtenGraph, name: str, pass_through: Collection[str]
         unknown.setdefault(operation, source(node))
     if unknown:
         what = "; ".join(f"{operation} in {where}" for operation, where in list(unknown.items())[:3])
-        more = f" (and {len(unknown) - 3} more kinds)" if len(unknown) > 3 else ""
-        remedy = f"Pass --pass-through {','.join(unknown)} to use their gradient. Supported are {SUPPORTED}."
-        raise UserError(name, f"no pattern is defined for {what}{more}", remedy)
+        more = f" (and {len(unknown) - 3} more operations)" if len(unknown) > 3 else ""
+        remedy = f"Pass `pass_through={','.join(unknown)}` to use their gradient. Supported are {SUPPORTED}."
+        raise UserError(name, f"no pattern is defined for {what}{more}", remedy, "pass_through")
 
 
 def find_input_independent(graph: AtenGraph) -> set[Node]:
-    """What is made of constants and of the batch size: no gradient goes through it."""
+    """Return the nodes that depend only on constants and on the batch size; no gradient passes through them."""
     found: set[Node] = set()
     for node in graph.fx.nodes:
         made = node.op == "call_function" and all(n in found for n in node.all_input_nodes)
@@ -65,7 +65,7 @@ def find_input_independent(graph: AtenGraph) -> set[Node]:
 
 
 def is_shift(node: Node) -> bool:
-    """An added or subtracted constant: part of no neuron's weight, and its gradient is the identity."""
+    """Return whether a node adds or subtracts a constant: it belongs to no neuron's weight, and its gradient is 1."""
     if node.target in (aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar):
         first, *others = node.args
         return sum(isinstance(t, Node) and t.op != "get_attr" for t in (first, *others)) == 1 and (
