@@ -1,4 +1,4 @@
-"""A shard → a stream of decoded batches, and the samples in it that could not be used."""
+"""Read a shard as a stream of decoded batches, and list the samples that cannot be used."""
 
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
@@ -20,9 +20,14 @@ from ray_jobs.io.prefetch import map_in_order
 
 @dataclass(frozen=True)
 class Batch:
-    """images: (N, C, H, W) in the model's dtype, on the CPU.
+    """Decoded samples.
 
-    labels, boxes: None where a sample has none; boxes are in the model's input, and read where they are asked for.
+    Attributes:
+        images: The model's input, (N, C, H, W), in its dtype, on the CPU.
+        keys: The keys.
+        labels: The label of each sample; None if it has no label.
+        boxes: The boxes of each sample in pixels of the model's input; None if it has no boxes, or the reader's config
+            does not ask for them.
     """
 
     images: Tensor
@@ -31,18 +36,21 @@ class Batch:
     boxes: list[list[Box] | None]
 
 
-Used = tuple[str, Tensor, int | None, list[Box] | None]
+Decoded = tuple[str, Tensor, int | None, list[Box] | None]
 
 
 def read_shard(shard: str) -> Generator[Sample, None, None]:
-    """The samples of a shard as they stand; unusable samples have a `rejection`.
+    """Yield the samples of a shard in order, in bounded memory; samples that cannot be used have a `rejection`.
 
-    In order and in bounded memory, with keys that are all different. UserError where the shard is not whole
-    and sound to its end, or holds no sample; whatever the reason, it may be gone at another attempt.
+    Args:
+        shard: The shard. All keys that are yielded are different.
+
+    Raises:
+        UserError: If the shard is incomplete, damaged or empty; another attempt may succeed.
     """
     empty = True
     with translate_errors(shard, remedy="Replace it, or leave it out of --shards."):
-        for sample in reject_duplicates(raw_samples(shard)):
+        for sample in reject_duplicates(read_raw_samples(shard)):
             empty = False
             yield sample
     if empty:
@@ -50,7 +58,8 @@ def read_shard(shard: str) -> Generator[Sample, None, None]:
         raise UserError(shard, f"a {kind} without a sample", "Replace it, or leave it out of --shards.")
 
 
-def raw_samples(shard: str) -> Iterator[Sample]:
+def read_raw_samples(shard: str) -> Iterator[Sample]:
+    """Yield the samples of a shard; several may have the same key."""
     if match := image_folders.SHARD.fullmatch(shard):
         yield from image_folders.read_samples(match)
     elif parquet_reader.is_parquet(shard):
@@ -100,7 +109,7 @@ class ShardTask:
 
 @dataclass
 class ShardReader:
-    """The batches of a shard; samples that cannot be used are appended to `refused`.
+    """The batches of a shard; samples that cannot be used are appended to `rejected`.
 
     Attributes:
         shard: The shard.
@@ -108,7 +117,7 @@ class ShardReader:
         max_samples: See `ShardTask`.
         only: See `ShardTask`.
         skip: Samples with these keys are not used.
-        refused: The samples that were rejected until now.
+        rejected: The samples that were rejected until now.
     """
 
     shard: str
@@ -116,39 +125,40 @@ class ShardReader:
     max_samples: int | None = None
     only: frozenset[str] | None = None
     skip: frozenset[str] = frozenset()
-    refused: list[RejectedSample] = field(default_factory=list)
+    rejected: list[RejectedSample] = field(default_factory=list)
 
     def __iter__(self) -> Iterator[Batch]:
-        taken: list[Used] = []
-        self.lacking = set(self.only or ())
+        """Yield the batches."""
+        taken: list[Decoded] = []
+        self.missing = set(self.only or ())
         with (
             closing(read_shard(self.shard)) as samples,
-            closing(map_in_order(self.used, self.wanted(samples), self.config.threads)) as found,
+            closing(map_in_order(self.decode, self.select(samples), self.config.threads)) as found,
         ):
-            for used in found:
-                if isinstance(used, RejectedSample):
-                    self.refused.append(used)
+            for decoded in found:
+                if isinstance(decoded, RejectedSample):
+                    self.rejected.append(decoded)
                 else:
-                    taken.append(used)
+                    taken.append(decoded)
                 if len(taken) == self.config.batch_size:
-                    yield self.batch(taken)
+                    yield self.make_batch(taken)
                     taken = []
         if taken:
-            yield self.batch(taken)
-        self.refused += [
-            RejectedSample(self.shard, key, "read", "the shard has it no more") for key in sorted(self.lacking)
+            yield self.make_batch(taken)
+        self.rejected += [
+            RejectedSample(self.shard, key, "read", "the shard does not contain it any more") for key in sorted(self.missing)
         ]
 
-    def wanted(self, samples: Iterator[Sample]) -> Iterator[Sample]:
-        """Those of a shard's samples that are asked for."""
+    def select(self, samples: Iterator[Sample]) -> Iterator[Sample]:
+        """Yield the samples that the reader is to use."""
         for sample in islice(samples, self.max_samples):
             key = sample.key
-            self.lacking.discard(key)
+            self.missing.discard(key)
             if key not in self.skip and (self.only is None or key in self.only):
                 yield sample
 
-    def used(self, sample: Sample) -> Used | RejectedSample:
-        """A sample's key, input, label and boxes, or why it is refused."""
+    def decode(self, sample: Sample) -> Decoded | RejectedSample:
+        """Return the key, input, label and boxes of a sample, or why it is rejected."""
         key = sample.key
         if reason := sample.rejection:
             return RejectedSample(self.shard, key, "read", reason)
@@ -160,7 +170,8 @@ class ShardReader:
         except SampleError as error:
             return RejectedSample(self.shard, key, "decode", str(error))
 
-    def batch(self, taken: list[Used]) -> Batch:
+    def make_batch(self, taken: list[Decoded]) -> Batch:
+        """Return a batch of decoded samples."""
         keys, images, labels, boxes = zip(*taken)
         return Batch(
             normalize_batch(images, self.config.preprocessing).to(self.config.dtype),

@@ -185,7 +185,7 @@ class BatchStream:
             samples: Number of samples that were used until now.
             rejected: Number of rejected samples in addition to those that the reader rejected.
         """
-        return ShardReport(samples, len(self.reader.refused) + rejected, self.batches, self.waited)
+        return ShardReport(samples, len(self.reader.rejected) + rejected, self.batches, self.waited)
 
 
 Task = TypeVar("Task", bound=ShardTask)

@@ -50,7 +50,7 @@ class MethodWorker(ShardWorker[FilesTask], Generic[C]):
         """Write the table of rejected samples, and last the rows, with which the shard is finished."""
         files = task.files
         with publish(files.folder) as folder:
-            write_rejected(folder / files.refused, stream.reader.refused)
+            write_rejected(folder / files.rejected, stream.reader.rejected)
         rows = [{"shard": make_printable(task.shard), **row} for row in rows]
         with publish(files.folder) as folder:
             write_table(folder / files.rows, schema, [pa.Table.from_pylist(rows, schema)])

@@ -137,7 +137,7 @@ class MomentsWorker(ShardWorker[MomentsTask]):
         not_finite = [RejectedSample(task.shard, key, "model", NOT_FINITE) for key in sorted(skipped)]
         self.shards.append(task.number)
         self.samples += samples
-        self.rejected += [*stream.reader.refused, *not_finite]
+        self.rejected += [*stream.reader.rejected, *not_finite]
         yield stream.report(samples, len(not_finite))
 
     def observe(self, shard: str, stream: BatchStream) -> Generator[ShardReport, None, int]:

@@ -75,7 +75,7 @@ def write_shard_files(
         job.reporter.log(message)
     job.run(worker, config, *arguments)
     done = [each for shard, each in files.items() if shard not in job.missing]
-    rejected = [row for each in done for row in read_rejected(each.folder / each.refused)]
+    rejected = [row for each in done for row in read_rejected(each.folder / each.rejected)]
     session.run.write_quarantine(session.name, rejected)
     session.section |= {"shards": len(done), "missing": job.missing, "refused": len(rejected)}
     return done

@@ -53,7 +53,7 @@ class ShardFiles:
         return f"{self.name}.zarr.zip"
 
     @property
-    def refused(self) -> str:
+    def rejected(self) -> str:
         """The table of rejected samples."""
         return f"{self.name}.refused.parquet"
 

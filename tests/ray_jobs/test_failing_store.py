@@ -1,4 +1,4 @@
-"""Every command on a store that fails at any of its operations: one line, status 2 or 3, and nothing is lost."""
+"""Every command with a store that fails at its n-th operation: one error line, status 2 or 3, and nothing is lost."""
 
 import json
 from collections.abc import Iterator
@@ -20,8 +20,8 @@ FIRST_FAILURES = (1, 3, 8, 20)
 URL = "failing://store"
 SHARDS = f"{URL}/train-000.tar"
 EXPLAIN = ("--patterns", "RUN", "--shards", "SHARD0")
-BELOW = "afile/below"  # of this machine: a folder below a file
-# For every command, each option that names a file or folder: on the store, or where this machine cannot have it.
+BELOW = "afile/below"  # a folder below a file of this machine
+# For every command, each option for a file or folder: in the store, or at an impossible path of this machine.
 CASES: dict[str, list[list[str]]] = {
     "fit": [
         ["--model", "MODEL", "--shards", "SHARD0", "--out", f"{URL}/new", *OPTIONS, *ALONE],
@@ -58,13 +58,13 @@ CASES: dict[str, list[list[str]]] = {
 }
 
 
-def test_every_command_is_walked() -> None:
+def test_every_command_is_tested() -> None:
     assert sorted(CASES) == sorted(COMMANDS)
 
 
 @pytest.fixture(scope="module")
 def folder(model_spec: str, shards: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished fit and its explanations, on this machine and on the store."""
+    """Return a folder with two finished fits and explanations."""
     folder = tmp_path_factory.mktemp("walk")
     common = ["--model", model_spec, "--workers", "0", *OPTIONS]
     assert exit_status(["fit", *common, "--shards", shards[0], "--out", str(folder / "run")]) == 0
@@ -82,10 +82,10 @@ def folder(model_spec: str, shards: list[str], tmp_path_factory: pytest.TempPath
 
 
 @pytest.fixture
-def walked(
+def store(
     folder: Path, shards: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> Iterator[type[FailingFileSystem]]:
-    """The store with all of that, as it was."""
+    """Return the class of a store with copies of these files."""
     FailingFileSystem.reset()
     FailingFileSystem.store.clear()
     store = FailingFileSystem()
@@ -106,10 +106,10 @@ def walked(
 
 
 @pytest.mark.parametrize(("name", "number"), [(name, n) for name, cases in CASES.items() for n in range(len(cases))])
-def test_a_store_that_fails_is_one_line(
+def test_failing_store_is_one_error_line(
     name: str,
     number: int,
-    walked: type[FailingFileSystem],
+    store: type[FailingFileSystem],
     folder: Path,
     model_spec: str,
     shards: list[str],
@@ -127,9 +127,9 @@ def test_a_store_that_fails_is_one_line(
     remote = any(URL in word for word in command)
     failed = 0
     for fail_at in FIRST_FAILURES:
-        walked.reset(fail_at)
+        store.reset(fail_at)
         capsys.readouterr()
-        status = exit_status(command)  # a traceback would be an exception here
+        status = exit_status(command)  # an unexpected error would be raised here
         errors = capsys.readouterr().err
         if status == 0:
             break
@@ -137,9 +137,9 @@ def test_a_store_that_fails_is_one_line(
         assert status in (2, 3), errors
         assert sum(line.startswith("patternnet: ") for line in errors.splitlines()) == 1, errors
         assert "Traceback" not in errors
-        if not remote or name == "doctor":  # it would begin a Ray
+        if not remote or name == "doctor":  # it would start Ray
             break
-    assert failed > 0, "nothing of the store was used"
-    if remote and name not in ("doctor", "reproduce"):  # doctor would begin a Ray, and reproduce has no folder to write
-        walked.reset()
+    assert failed > 0, "the store was not used"
+    if remote and name not in ("doctor", "reproduce"):  # doctor would start Ray, and reproduce has no folder to write
+        store.reset()
         assert exit_status(command) == 0, "the same command does not resume"

@@ -52,7 +52,7 @@ def test_neither_workers_nor_order_change_a_digit(
 @pytest.mark.parametrize("positions", ["0", "-1", "some", "1.5"])
 def test_what_is_no_number_of_positions_is_refused(complaint, positions: str) -> None:  # type: ignore[no-untyped-def]
     line = complaint("fit", "--model", "torchvision:vgg11", "--shards", "x.tar", "--out", "x", "--positions", positions)
-    assert f"'{positions}' is no number of positions; write 16, all or auto" in line
+    assert f"'{positions}' is not a number of positions; write 16, all or auto" in line
 
 
 def test_merged_fits_of_some_positions_are_the_fit_of_all_their_shards(

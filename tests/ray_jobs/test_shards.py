@@ -1,4 +1,4 @@
-"""Shards: listed as meant, read to their end, and only good samples used."""
+"""Shards: listed and read completely, and only good samples are used."""
 
 import io
 import tarfile
@@ -52,31 +52,31 @@ def test_a_shard_named_twice_is_refused(tmp_path: Path) -> None:
         list_shards([path, f"{tmp_path}/*.tar"])
 
 
-def test_an_archive_without_a_sample_is_refused(tmp_path: Path) -> None:
+def test_archive_without_a_sample_is_an_error(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "none.tar", [])
     with pytest.raises(UserError, match="without a sample"):
         list(read_shard(str(path)))
 
 
 @pytest.mark.parametrize("cut", ["within a member", "between two members"])
-def test_a_shard_that_was_cut_short_is_not_read_as_whole(tmp_path: Path, cut: str) -> None:
+def test_truncated_shard_is_an_error(tmp_path: Path, cut: str) -> None:
     (path,) = make_shards(tmp_path, 1, 4)
     with tarfile.open(path) as tar:
         third = tar.getmembers()[4]
     data = Path(path).read_bytes()
     Path(path).write_bytes(data[: third.offset if cut == "between two members" else third.offset_data + 100])
-    with pytest.raises(UserError, match=r"cut short|cannot be read"):
+    with pytest.raises(UserError, match="truncated"):
         list(read_shard(path))
 
 
-def test_bytes_that_are_no_tar_are_refused(tmp_path: Path) -> None:
+def test_bytes_that_are_not_a_tar_are_an_error(tmp_path: Path) -> None:
     path = tmp_path / "noise.tar"
     path.write_bytes(b"not a tar at all" * 1000)
     with pytest.raises(UserError, match="cannot be read"):
         list(read_shard(str(path)))
 
 
-def test_a_compressed_shard_reads_the_same(tmp_path: Path) -> None:
+def test_compressed_shard_has_the_same_samples(tmp_path: Path) -> None:
     import gzip
 
     (path,) = make_shards(tmp_path, 1, 3)
@@ -85,7 +85,7 @@ def test_a_compressed_shard_reads_the_same(tmp_path: Path) -> None:
     assert [s.files["jpg"] for s in read_shard(str(packed))] == [s.files["jpg"] for s in read_shard(path)]
 
 
-def test_bad_samples_are_refused_with_their_reason_and_good_ones_kept(tmp_path: Path) -> None:
+def test_bad_samples_are_rejected_with_a_reason_and_good_samples_are_kept(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
 
     def npy(array: np.ndarray) -> bytes:
@@ -94,15 +94,15 @@ def test_bad_samples_are_refused_with_their_reason_and_good_ones_kept(tmp_path: 
         return buffer.getvalue()
 
     tensor = rng.normal(size=(3, 16, 16)).astype(np.float32)
-    endless = tensor.copy()
-    endless[0, 0, 0] = np.inf
+    infinite = tensor.copy()
+    infinite[0, 0, 0] = np.inf
     samples: list[dict[str, object]] = [
         {"__key__": "good", "jpg": jpeg(rng), "cls": b"3"},
         {"__key__": "cut", "jpg": jpeg(rng, 64)[:300]},
         {"__key__": "text", "txt": b"hello"},
         {"__key__": "tensor", "npy": npy(tensor)},
-        {"__key__": "grey", "npy": npy(tensor[:1])},
-        {"__key__": "endless", "npy": npy(endless)},
+        {"__key__": "gray", "npy": npy(tensor[:1])},
+        {"__key__": "infinite", "npy": npy(infinite)},
         {"__key__": "pickled", "npy": npy(np.array([{"a": 1}], dtype=object))},
         {"__key__": "label", "jpg": jpeg(rng), "cls": b"cat"},
     ]
@@ -112,23 +112,23 @@ def test_bad_samples_are_refused_with_their_reason_and_good_ones_kept(tmp_path: 
     assert [b.keys[0] for b in batches] == ["good", "tensor"]
     assert [b.labels[0] for b in batches] == [3, None]
     assert torch.equal(batches[1].images[0], torch.from_numpy(tensor))
-    reasons = {r.key: r.reason for r in reader.refused}
-    assert set(reasons) == {"cut", "text", "grey", "endless", "pickled", "label"}
+    reasons = {r.key: r.reason for r in reader.rejected}
+    assert set(reasons) == {"cut", "text", "gray", "infinite", "pickled", "label"}
     assert "truncated" in reasons["cut"].lower()
     assert "neither an image" in reasons["text"]
-    assert "(1, 16, 16)" in reasons["grey"]
-    assert "not finite" in reasons["endless"]
+    assert "(1, 16, 16)" in reasons["gray"]
+    assert "not finite" in reasons["infinite"]
     assert "type object" in reasons["pickled"]
     assert "not a class number" in reasons["label"]
 
 
 def steps(difference: torch.Tensor, preprocessing: Preprocessing) -> int:
-    """The largest difference between two inputs, in steps of 8-bit pixels."""
+    """Return the largest difference between two inputs, in steps of 8-bit pixels."""
     return round(float((difference.abs().amax((1, 2)) * torch.tensor(preprocessing.std)).max()) * 255)
 
 
 @pytest.mark.parametrize("size", [(320, 256), (200, 500)])
-def test_images_are_prepared_as_torchvision_says(size: tuple[int, int]) -> None:
+def test_images_are_preprocessed_as_by_torchvision(size: tuple[int, int]) -> None:
     data = photograph(*size)
     loaded = loading.override_preprocessing(
         loading.load_torchvision_model("resnet50", "random")[1], ModelConfig(spec="x")
@@ -137,7 +137,7 @@ def test_images_are_prepared_as_torchvision_says(size: tuple[int, int]) -> None:
     assert steps(decode({"png": data}, loaded) - expected, loaded) <= 1
 
 
-def test_images_are_prepared_as_timm_says() -> None:
+def test_images_are_preprocessed_as_by_timm() -> None:
     data = photograph(320, 300)
     model, preprocessing = loading.load_timm_model("tf_efficientnet_lite0", own_weights=False)
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
@@ -145,13 +145,13 @@ def test_images_are_prepared_as_timm_says() -> None:
     assert steps(decode({"png": data}, preprocessing) - expected, preprocessing) <= 2
 
 
-def test_one_mean_reads_grey_images() -> None:
-    grey = Preprocessing(image_size=16, resize=16, interpolation="bilinear", mean=(0.0,), std=(1.0,))
-    assert decode({"png": photograph(32, 32)}, grey).shape == (1, 16, 16)
+def test_one_mean_gives_gray_images() -> None:
+    gray = Preprocessing(image_size=16, resize=16, interpolation="bilinear", mean=(0.0,), std=(1.0,))
+    assert decode({"png": photograph(32, 32)}, gray).shape == (1, 16, 16)
 
 
 def many(folder: Path) -> str:
-    """s0 … s5, of which s1 is no image, s3 a link, and s4 has no good label."""
+    """Write a shard of s0 to s5, in which s1 is not an image, s3 is a link, and s4 and s5 have no valid label."""
     path, rng = folder / "many.tar", np.random.default_rng(0)
     with tarfile.open(path, "w") as tar:
         for number in range(6):
@@ -165,25 +165,25 @@ def many(folder: Path) -> str:
 
 
 def keys(reader: ShardReader) -> tuple[list[str], list[tuple[str, str]]]:
-    """The keys used, and the keys refused with their stage."""
+    """Return the used keys, and the rejected keys with their stages."""
     used = [key for batch in reader for key in batch.keys]
-    return used, [(r.key, r.stage) for r in reader.refused]
+    return used, [(r.key, r.stage) for r in reader.rejected]
 
 
-def test_each_refusal_has_the_stage_at_which_it_came(tmp_path: Path) -> None:
-    refusals = [("s1", "decode"), ("s3", "read"), ("s4", "decode"), ("s5", "decode")]
-    assert keys(ShardReader(many(tmp_path), ReaderConfig(PLAIN, 4))) == (["s0", "s2"], refusals)
+def test_each_rejection_has_its_stage(tmp_path: Path) -> None:
+    rejections = [("s1", "decode"), ("s3", "read"), ("s4", "decode"), ("s5", "decode")]
+    assert keys(ShardReader(many(tmp_path), ReaderConfig(PLAIN, 4))) == (["s0", "s2"], rejections)
 
 
-@pytest.mark.parametrize(("most", "used", "refused"), [(0, [], []), (2, ["s0"], ["s1"]), (3, ["s0", "s2"], ["s1"])])
-def test_the_first_samples_are_taken_whether_they_can_be_used_or_not(
-    tmp_path: Path, most: int, used: list[str], refused: list[str]
+@pytest.mark.parametrize(("limit", "used", "rejected"), [(0, [], []), (2, ["s0"], ["s1"]), (3, ["s0", "s2"], ["s1"])])
+def test_limit_counts_samples_whether_they_can_be_used_or_not(
+    tmp_path: Path, limit: int, used: list[str], rejected: list[str]
 ) -> None:
-    found = keys(ShardReader(many(tmp_path), ReaderConfig(PLAIN, 4), max_samples=most))
-    assert found == (used, [(key, "decode") for key in refused])
+    found = keys(ShardReader(many(tmp_path), ReaderConfig(PLAIN, 4), max_samples=limit))
+    assert found == (used, [(key, "decode") for key in rejected])
 
 
-def test_only_the_samples_that_are_asked_for_are_used_or_refused(tmp_path: Path) -> None:
+def test_only_requested_samples_are_used_or_rejected(tmp_path: Path) -> None:
     shard = many(tmp_path)
     assert keys(ShardReader(shard, ReaderConfig(PLAIN, 1), only=frozenset({"s2", "s3", "none"}))) == (
         ["s2"],
@@ -199,7 +199,7 @@ def test_only_the_samples_that_are_asked_for_are_used_or_refused(tmp_path: Path)
     assert keys(both) == (["s2"], [])
 
 
-def test_several_threads_decode_what_one_does(tmp_path: Path) -> None:
+def test_several_threads_give_the_batches_of_one_thread(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     samples = [
         {"__key__": f"{i}", "jpg": jpeg(rng) if i % 5 else b"no image", "cls": str(i).encode()} for i in range(40)
@@ -209,5 +209,5 @@ def test_several_threads_decode_what_one_does(tmp_path: Path) -> None:
     for a, b in zip(one, four, strict=True):
         assert (a.keys, a.labels) == (b.keys, b.labels)
         assert torch.equal(a.images, b.images)
-    assert one.refused == four.refused
-    assert [r.key for r in one.refused] == [str(i) for i in range(0, 33, 5)]
+    assert one.rejected == four.rejected
+    assert [r.key for r in one.rejected] == [str(i) for i in range(0, 33, 5)]

@@ -1,4 +1,4 @@
-"""Parquet with images in it."""
+"""Parquet files with images: columns, keys and labels of every type, and damage that is reported."""
 
 import io
 import json
@@ -43,7 +43,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("columns", LAYOUTS.values(), ids=LAYOUTS)
-def test_images_and_labels_come_in_their_order(tmp_path: Path, columns: dict[str, Any]) -> None:
+def test_images_and_labels_keep_their_order(tmp_path: Path, columns: dict[str, Any]) -> None:
     (shard,) = list_shards([f"{tmp_path}/*.parquet"] if written(tmp_path, columns) else [])
     found = list(read_shard(shard))
     assert [(s.key, s.files["jpg"], int(s.files["cls"])) for s in found] == [
@@ -51,7 +51,7 @@ def test_images_and_labels_come_in_their_order(tmp_path: Path, columns: dict[str
     ]
 
 
-def test_a_key_column_names_the_samples(tmp_path: Path) -> None:
+def test_key_column_gives_the_keys(tmp_path: Path) -> None:
     keys = ["a", "b", "a", "../c", "", None, "x.jpg", "k" * 5000]
     shard = written(tmp_path, {"__key__": keys, "jpg": IMAGES[:8]})
     reasons = {s.key: s.rejection or "" for s in read_shard(shard)}
@@ -87,7 +87,7 @@ LABELS = {
 
 
 @pytest.mark.parametrize(("column", "labels"), LABELS.values(), ids=LABELS)
-def test_whole_numbers_in_every_spelling_are_labels(tmp_path: Path, column: pa.Array, labels: list[int | None]) -> None:
+def test_whole_numbers_of_every_type_are_labels(tmp_path: Path, column: pa.Array, labels: list[int | None]) -> None:
     (batch,) = ShardReader(written(tmp_path, {"jpg": IMAGES[:2], "label": column}), ReaderConfig(PLAIN, 2))
     assert batch.labels == labels
 
@@ -96,10 +96,10 @@ def test_whole_numbers_in_every_spelling_are_labels(tmp_path: Path, column: pa.A
 def test_other_labels_are_rejected_with_their_value(tmp_path: Path, label: Any) -> None:
     reader = ShardReader(written(tmp_path, {"jpg": IMAGES[:1], "label": [label]}), ReaderConfig(PLAIN, 2))
     assert not list(reader)
-    assert "not a class number" in reader.refused[0].reason
+    assert "not a class number" in reader.rejected[0].reason
 
 
-def test_names_that_hugging_face_has_numbered_are_labels(tmp_path: Path) -> None:
+def test_class_names_of_hugging_face_are_labels(tmp_path: Path) -> None:
     features = {"label": {"names": ["eel", "cat"], "_type": "ClassLabel"}}
     table = pa.table({"jpg": IMAGES[:2], "label": ["cat", "eel"]})
     table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
@@ -108,25 +108,25 @@ def test_names_that_hugging_face_has_numbered_are_labels(tmp_path: Path) -> None
     assert batch.labels == [1, 0]
 
 
-def test_a_bitmap_is_read_if_its_path_says_so(tmp_path: Path) -> None:
+def test_bitmap_is_read_if_its_path_has_the_extension(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     Image.new("RGB", (20, 20), (10, 20, 30)).save(buffer, "bmp")
     images = [{"bytes": buffer.getvalue(), "path": path} for path in ("a/x.BMP", "a/x.jpg", None)]
     reader = ShardReader(written(tmp_path, {"image": images}), ReaderConfig(PLAIN, 4))
     (batch,) = reader
     assert batch.keys == ["00000000"]
-    assert all("BMP" in r.reason for r in reader.refused)
-    assert len(reader.refused) == 2
+    assert all("BMP" in r.reason for r in reader.rejected)
+    assert len(reader.rejected) == 2
 
 
-def test_bad_rows_are_refused_and_the_others_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_rows_are_rejected_and_others_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parquet_reader, "MAX_SAMPLE_BYTES", 3000)
     images = [IMAGES[0], None, bytes(4000), b"no image", b"", IMAGES[1]]
     shard = written(tmp_path, {"image": hugging_face(images), "label": [0, 1, 2, 3, 4, None]})
     reader = ShardReader(shard, ReaderConfig(PLAIN, 2))
     (batch,) = reader
     assert (batch.keys, batch.labels) == (["00000000", "00000005"], [0, None])
-    assert [(r.key[-1], r.stage) for r in reader.refused] == [
+    assert [(r.key[-1], r.stage) for r in reader.rejected] == [
         ("1", "read"),
         ("2", "read"),
         ("3", "decode"),
@@ -137,23 +137,23 @@ def test_bad_rows_are_refused_and_the_others_kept(tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize(
     ("columns", "reason"),
     [
-        ({"label": [1, 2]}, "no column of image bytes; it has label"),
-        ({"a": IMAGES[:2], "b": IMAGES[:2]}, "no column of image bytes; it has a, b"),
+        ({"label": [1, 2]}, "no column of image bytes; its columns are label"),
+        ({"a": IMAGES[:2], "b": IMAGES[:2]}, "no column of image bytes; its columns are a, b"),
         ({"jpg": pa.array([], pa.binary())}, "a Parquet file without a sample"),
     ],
 )
-def test_a_file_without_images_is_told(tmp_path: Path, columns: dict[str, Any], reason: str) -> None:
+def test_file_without_images_is_an_error(tmp_path: Path, columns: dict[str, Any], reason: str) -> None:
     with pytest.raises(UserError, match=reason):
         list(read_shard(written(tmp_path, columns)))
 
 
-def test_a_row_group_that_would_fill_memory_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_huge_row_group_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parquet_reader, "MAX_GROUP_BYTES", 10_000)
     with pytest.raises(UserError, match=r"row group 0 has \d+ bytes; at most 10000 are read"):
         list(read_shard(written(tmp_path, {"jpg": IMAGES})))
 
 
-def test_every_cut_of_a_file_is_found(tmp_path: Path) -> None:
+def test_file_truncated_anywhere_is_an_error(tmp_path: Path) -> None:
     path = Path(written(tmp_path, {"jpg": IMAGES}))
     data = path.read_bytes()
     for cut in range(1, len(data), len(data) // 50):
@@ -162,7 +162,7 @@ def test_every_cut_of_a_file_is_found(tmp_path: Path) -> None:
             list(read_shard(str(path)))
 
 
-def test_whatever_the_bytes_the_file_is_read_or_told_as_broken(tmp_path: Path) -> None:
+def test_damaged_file_is_read_or_is_an_error(tmp_path: Path) -> None:
     path = Path(written(tmp_path, {"image": hugging_face(list(IMAGES[:6])), "label": list(range(6))}))
     data = path.read_bytes()
     rng = random.Random(0)

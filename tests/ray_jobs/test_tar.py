@@ -1,4 +1,4 @@
-"""Tars: the same samples as webdataset where all is well, and none lost where it is not."""
+"""Tar archives: good archives give the samples of WebDataset, and damage is reported and loses no other sample."""
 
 import io
 import random
@@ -22,7 +22,7 @@ Entry = tuple[str | tarfile.TarInfo, bytes]
 
 
 def packed(entries: list[Entry], form: int = GNU) -> bytes:
-    """A tar of files by name, or of any member."""
+    """Return a tar archive of files by name or of arbitrary members."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=form, errors="surrogateescape") as archive:
         for name, data in entries:
@@ -39,7 +39,7 @@ def special(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
 
 
 def read(data: bytes) -> list[Sample]:
-    """The samples of a tar's bytes, as every reader of shards has them."""
+    """Return the samples in the bytes of an archive."""
     return list(samples.reject_duplicates(tar_reader.read_samples(io.BytesIO(data))))
 
 
@@ -55,13 +55,13 @@ GOOD = {
     "several dots": ["a.left.jpg", "a.right.JPG", "a.seg.png", "b.json"],
     "not ascii": ["größe.jpg", "日本語.png", "a b.jpg"],
     "long names": ["d" * 90 + "/" + "n" * 60 + ".jpg", "d" * 90 + "/" + "n" * 60 + ".cls", "e" * 99 + ".jpg"],
-    "passed over": ["README", "__meta__/x.json", "__keys__", "a.jpg", "a.cls"],
+    "skipped files": ["README", "__meta__/x.json", "__keys__", "a.jpg", "a.cls"],
 }
 
 
 @pytest.mark.parametrize("form", [GNU, PAX])
 @pytest.mark.parametrize("names", GOOD.values(), ids=GOOD)
-def test_good_tars_give_what_webdataset_gives(tmp_path: Path, names: list[str], form: int) -> None:
+def test_good_archives_give_the_samples_of_webdataset(tmp_path: Path, names: list[str], form: int) -> None:
     rng = np.random.default_rng(0)
     path = stored(tmp_path, packed([(name, rng.bytes(rng.integers(0, 3000))) for name in names], form))
     theirs = webdataset.WebDataset(path, shardshuffle=False)
@@ -70,16 +70,16 @@ def test_good_tars_give_what_webdataset_gives(tmp_path: Path, names: list[str], 
     assert expected
 
 
-def test_hidden_files_directories_and_global_headers_are_passed_over() -> None:
+def test_hidden_files_directories_and_global_headers_are_skipped() -> None:
     comment = tarfile.TarInfo.create_pax_global_header({"comment": "0" * 40})
     data = packed([(special("a", tarfile.DIRTYPE), b""), ("a/._b.jpg", b"x"), (".DS_Store", b"x"), ("a/b.jpg", b"1")])
     assert read(comment + data) == [Sample("a/b", {"jpg": b"1"})]
 
 
-REFUSED: dict[str, tuple[list[Entry], str, str]] = {
-    "leads out": ([("../b.jpg", b"x")], "../b", "leads out"),
-    "leads out midway": ([("a/../../b.jpg", b"x")], "a/../../b", "leads out"),
-    "absolute": ([("/etc/b.jpg", b"x")], "/etc/b", "leads out"),
+REJECTED: dict[str, tuple[list[Entry], str, str]] = {
+    "parent folder": ([("../b.jpg", b"x")], "../b", "leaves the folder"),
+    "parent folder inside": ([("a/../../b.jpg", b"x")], "a/../../b", "leaves the folder"),
+    "absolute": ([("/etc/b.jpg", b"x")], "/etc/b", "leaves the folder"),
     "control": ([("b\n.jpg", b"x")], "b\n", "control characters"),
     "hard link": ([(special("b.jpg", tarfile.LNKTYPE, "a.jpg"), b"")], "b", "a link or a device"),
     "link": ([(special("b.jpg", tarfile.SYMTYPE, "/etc/passwd"), b"")], "b", "a link or a device"),
@@ -90,8 +90,8 @@ REFUSED: dict[str, tuple[list[Entry], str, str]] = {
 }
 
 
-@pytest.mark.parametrize(("bad", "key", "reason"), REFUSED.values(), ids=REFUSED)
-def test_a_bad_member_is_refused_and_its_neighbours_are_kept(bad: list[Entry], key: str, reason: str) -> None:
+@pytest.mark.parametrize(("bad", "key", "reason"), REJECTED.values(), ids=REJECTED)
+def test_bad_member_is_rejected_and_its_neighbors_are_kept(bad: list[Entry], key: str, reason: str) -> None:
     first, odd, last = read(packed([("a.jpg", b"1"), ("a.cls", b"1"), *bad, ("c.jpg", b"3")]))
     assert first == Sample("a", {"jpg": b"1", "cls": b"1"})
     assert (odd.key, last) == (key, Sample("c", {"jpg": b"3"}))
@@ -99,19 +99,19 @@ def test_a_bad_member_is_refused_and_its_neighbours_are_kept(bad: list[Entry], k
     assert reason in odd.rejection
 
 
-def test_of_samples_with_the_same_key_the_first_counts_wherever_the_others_are() -> None:
+def test_only_the_first_of_several_samples_with_one_key_is_used() -> None:
     names = ["a.jpg", "a.jpg", "b.jpg", "a.png", "c.jpg", "b.jpg"]
     found = read(packed([(name, str(i).encode()) for i, name in enumerate(names)]))
     assert [s.key for s in found] == ["a", "a#2", "b", "a#3", "c", "b#2"]
     assert [s.files.get("jpg") for s in found if s.rejection is None] == [b"0", b"2", b"4"]
 
 
-def test_names_that_are_not_utf8_are_read_under_a_key_that_is() -> None:
+def test_names_that_are_not_utf8_get_printable_keys() -> None:
     (sample,) = read(packed([("caf\udce9.jpg", b"1"), ("caf\udce9.cls", b"2")]))
     assert sample == Sample("caf\\xe9", {"jpg": b"1", "cls": b"2"})
 
 
-def test_a_huge_member_is_passed_over_and_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_huge_member_is_rejected_without_being_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tar_reader, "MAX_SAMPLE_BYTES", 2000)
     entries: list[Entry] = [("a.jpg", b"1"), ("b.jpg", bytes(3000)), ("b.cls", b"2"), ("c.jpg", b"3")]
     first, huge, last = read(packed(entries))
@@ -120,10 +120,10 @@ def test_a_huge_member_is_passed_over_and_not_held(monkeypatch: pytest.MonkeyPat
     assert huge.files["jpg"] == b""
 
 
-def test_sparse_members_are_refused_in_each_of_their_formats() -> None:
+def test_sparse_members_of_every_format_are_rejected() -> None:
     old = bytearray(packed([("b.jpg", bytes(512))])[:1024])
     old[156:157] = tarfile.GNUTYPE_SPARSE
-    old[482] = 1  # a block more of the map
+    old[482] = 1  # one more block of the map follows
     more = bytes(512)
     info = tarfile.TarInfo("GNUSparseFile.0/b.jpg")
     info.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": "b.jpg"}
@@ -136,7 +136,7 @@ def test_sparse_members_are_refused_in_each_of_their_formats() -> None:
 
 
 def signed(block: bytearray) -> bytes:
-    """A header with the checksum that it should have."""
+    """Return a header with its correct checksum."""
     block[148:156] = b" " * 8
     block[148:156] = b"%06o\0 " % sum(block[:512])
     return bytes(block)
@@ -152,11 +152,11 @@ BROKEN = {
     "pax header of absurd size": (extended(b"x", b"", 1 << 40), "extended header of 1099511627776 bytes"),
     "long name of absurd size": (extended(b"L", b"", 1 << 40), "extended header of 1099511627776 bytes"),
     "global header of absurd size": (extended(b"g", b"", 1 << 40), "extended header of 1099511627776 bytes"),
-    "long name without an end": (extended(b"L", b"abc"), "damaged extended header"),
-    "pax record of no length": (extended(b"x", b"0 path=a\n"), "damaged extended header"),
-    "pax record beyond its header": (extended(b"x", b"999 path=a\n"), "damaged extended header"),
-    "pax size that is none": (extended(b"x", b"13 size=-100\n"), "a member's size is"),
-    "member of absurd size": (extended(b"0", b"", 1 << 60), "cut short"),
+    "long name without an end": (extended(b"L", b"abc"), "extended header is damaged"),
+    "pax record of no length": (extended(b"x", b"0 path=a\n"), "extended header is damaged"),
+    "pax record beyond its header": (extended(b"x", b"999 path=a\n"), "extended header is damaged"),
+    "pax size that is negative": (extended(b"x", b"13 size=-100\n"), "a member's size is"),
+    "member of absurd size": (extended(b"0", b"", 1 << 60), "truncated"),
     "member of negative size": (extended(b"0", b"", -5), "negative size"),
     "nothing": (b"", "end-of-archive mark"),
     "half a header": (bytes(100), "damaged"),
@@ -165,16 +165,16 @@ BROKEN = {
 
 
 @pytest.mark.parametrize(("data", "reason"), BROKEN.values(), ids=BROKEN)
-def test_a_broken_archive_is_told_before_memory_is_spent(tmp_path: Path, data: bytes, reason: str) -> None:
+def test_broken_archive_is_an_error_before_memory_is_allocated(tmp_path: Path, data: bytes, reason: str) -> None:
     shard = stored(tmp_path, data + packed([("a.jpg", b"1")]) if data else b"")
     if reason in ("damaged", "end-of-archive mark"):
         shard = stored(tmp_path, data)
-    with pytest.raises(UserError, match=reason) as told:
+    with pytest.raises(UserError, match=reason) as caught:
         list(read_shard(shard))
-    assert told.value.where == shard
+    assert caught.value.where == shard
 
 
-def test_a_damaged_header_midway_is_not_taken_for_the_end(tmp_path: Path) -> None:
+def test_damaged_header_is_not_taken_for_the_end(tmp_path: Path) -> None:
     (path,) = make_shards(tmp_path, 1, 6)
     data = bytearray(Path(path).read_bytes())
     with tarfile.open(path) as archive:
@@ -183,12 +183,12 @@ def test_a_damaged_header_midway_is_not_taken_for_the_end(tmp_path: Path) -> Non
         list(read_shard(stored(tmp_path, bytes(data))))
 
 
-def test_archives_joined_by_cat_are_not_read_by_half(tmp_path: Path) -> None:
+def test_archives_joined_by_cat_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="joined by cat"):
         list(read_shard(stored(tmp_path, packed([("a.jpg", b"1")]) + packed([("b.jpg", b"1")]))))
 
 
-def test_every_cut_of_an_archive_is_found(tmp_path: Path) -> None:
+def test_archive_truncated_anywhere_is_an_error(tmp_path: Path) -> None:
     data = packed([("a.jpg", b"1" * 700), ("a.cls", b"1"), ("b.jpg", b"2")])
     end = len(data.rstrip(b"\0"))
     marked = -(-end // 512) * 512 + 512  # all members, and a first block of zeros
@@ -199,12 +199,12 @@ def test_every_cut_of_an_archive_is_found(tmp_path: Path) -> None:
         assert len(list(read_shard(stored(tmp_path, data[:cut])))) == 2
 
 
-# Fuzzing: what was touched may be refused, or the whole shard told as broken; nothing else may be lost.
+# Fuzzing: only the damaged samples may be rejected, or the whole shard; no other sample may be lost.
 
 
 @pytest.fixture(scope="module")
 def archive() -> tuple[bytes, list[tarfile.TarInfo]]:
-    """A small shard of JPEGs with labels, and its members."""
+    """Return a small shard of JPEGs with labels, and its members."""
     rng = np.random.default_rng(0)
     names = [(f"s{i}", jpeg(rng)) for i in range(5)]
     data = packed([entry for key, image in names for entry in ((f"{key}.jpg", image), (f"{key}.cls", b"3"))])
@@ -213,19 +213,19 @@ def archive() -> tuple[bytes, list[tarfile.TarInfo]]:
         return data, opened.getmembers()
 
 
-def noise(rng: random.Random, most: int = 40) -> bytes:
-    return rng.randbytes(rng.randint(1, most))
+def noise(rng: random.Random, max_bytes: int = 40) -> bytes:
+    return rng.randbytes(rng.randint(1, max_bytes))
 
 
-def flipped(rng: random.Random, data: bytes, start: int, end: int, most: int = 8) -> bytes:
+def flipped(rng: random.Random, data: bytes, start: int, end: int, max_bytes: int = 8) -> bytes:
     changed = bytearray(data)
-    for _ in range(rng.randint(1, most)):
+    for _ in range(rng.randint(1, max_bytes)):
         changed[rng.randrange(start, end)] ^= rng.randint(1, 255)
     return bytes(changed)
 
 
-def untouched_or_broken(data: bytes, expected: list[Sample]) -> bool:
-    """Whether a shard is told as broken; else all expected samples are seen to be in it, in order."""
+def check_damaged(data: bytes, expected: list[Sample]) -> bool:
+    """Return whether a shard is an error; otherwise assert that it has all expected samples in order."""
     try:
         found = [s for s in read(data) if s.rejection is None]
     except samples.ShardError:
@@ -235,13 +235,11 @@ def untouched_or_broken(data: bytes, expected: list[Sample]) -> bool:
     return False
 
 
-def test_whatever_one_images_bytes_are_all_other_samples_come_through(
-    archive: tuple[bytes, list[tarfile.TarInfo]], tmp_path: Path
-) -> None:
+def test_damaged_image_affects_no_other_sample(archive: tuple[bytes, list[tarfile.TarInfo]], tmp_path: Path) -> None:
     data, members = archive
     rng = random.Random(1)
     expected = {b.keys[0]: b.images[0] for b in ShardReader(stored(tmp_path, data), ReaderConfig(PLAIN, 1))}
-    refusals = 0
+    rejections = 0
     for trial in range(1500):
         hit = members[rng.randrange(0, len(members), 2)]
         reader = ShardReader(
@@ -249,14 +247,14 @@ def test_whatever_one_images_bytes_are_all_other_samples_come_through(
         )
         found = {b.keys[0]: b.images[0] for b in reader}
         key = hit.name.removesuffix(".jpg")
-        assert found.keys() | {r.key for r in reader.refused} == expected.keys(), trial
-        assert {r.key for r in reader.refused} <= {key}
+        assert found.keys() | {r.key for r in reader.rejected} == expected.keys(), trial
+        assert {r.key for r in reader.rejected} <= {key}
         assert all(found[k].equal(expected[k]) for k in expected.keys() - {key})
-        refusals += len(reader.refused)
-    assert 0 < refusals < 1500
+        rejections += len(reader.rejected)
+    assert 0 < rejections < 1500
 
 
-def test_a_flipped_header_breaks_the_shard_or_touches_its_sample_alone(
+def test_flipped_header_breaks_the_shard_or_affects_only_its_sample(
     archive: tuple[bytes, list[tarfile.TarInfo]],
 ) -> None:
     data, members = archive
@@ -266,11 +264,11 @@ def test_a_flipped_header_breaks_the_shard_or_touches_its_sample_alone(
     for _ in range(4000):
         hit = rng.choice(members)
         spared = [s for s in original if s.key != hit.name.split(".")[0]]
-        broken += untouched_or_broken(flipped(rng, data, hit.offset, hit.offset + 512), spared)
+        broken += check_damaged(flipped(rng, data, hit.offset, hit.offset + 512), spared)
     assert broken > 3900
 
 
-def test_a_forged_header_breaks_the_shard_or_touches_its_sample_alone(
+def test_forged_header_breaks_the_shard_or_affects_only_its_sample(
     archive: tuple[bytes, list[tarfile.TarInfo]],
 ) -> None:
     data, members = archive
@@ -287,11 +285,11 @@ def test_a_forged_header_breaks_the_shard_or_touches_its_sample_alone(
         else:
             block[start:end] = flipped(rng, bytes(block), start, end, 20)[start:end]
         forged = data[: hit.offset] + signed(block) + data[hit.offset + 512 :]
-        broken += untouched_or_broken(forged, [s for s in original if s.key != hit.name.split(".")[0]])
+        broken += check_damaged(forged, [s for s in original if s.key != hit.name.split(".")[0]])
     assert 500 < broken < 3500
 
 
-def test_cut_filled_and_spliced_archives_are_broken_or_lose_what_was_cut_alone(
+def test_damaged_archives_are_an_error_or_lose_only_damaged_samples(
     archive: tuple[bytes, list[tarfile.TarInfo]],
 ) -> None:
     data, members = archive
@@ -301,17 +299,17 @@ def test_cut_filled_and_spliced_archives_are_broken_or_lose_what_was_cut_alone(
     for trial in range(3000):
         start = rng.randrange(len(data))
         end = min(len(data), start + rng.randint(1, 3000))
-        touched = (start, end)
+        damaged = (start, end)
         if trial % 3 == 0:
             mutated = data[:start] + data[end:]
         elif trial % 3 == 1:
-            mutated, touched = data[:start] + noise(rng, 1500) + data[start:], (start, start + 1)
+            mutated, damaged = data[:start] + noise(rng, 1500) + data[start:], (start, start + 1)
         else:
             mutated = data[:start] + rng.randbytes(end - start) + data[end:]
-        lost = {m.name.split(".")[0] for m in members if overlap(touched, m)}
-        broken += untouched_or_broken(mutated, [s for s in original if s.key not in lost])
+        lost = {m.name.split(".")[0] for m in members if overlap(damaged, m)}
+        broken += check_damaged(mutated, [s for s in original if s.key not in lost])
     assert broken > 1000
 
 
-def overlap(touched: tuple[int, int], member: tarfile.TarInfo) -> bool:
-    return touched[0] < member.offset_data + -(-member.size // 512) * 512 and member.offset < touched[1]
+def overlap(damaged: tuple[int, int], member: tarfile.TarInfo) -> bool:
+    return damaged[0] < member.offset_data + -(-member.size // 512) * 512 and member.offset < damaged[1]

@@ -46,7 +46,7 @@ def test_words_mean_classes_and_their_scores(
     torch.testing.assert_close(target.score(SCORES, found), torch.tensor(score, dtype=torch.float32))
     assert target.maps == len(score[0])
     assert target.needs_label == ("label" in spec and spec != "label-like")
-    given = target.targets(SCORES, LABELS)
+    given = target.make_targets(SCORES, LABELS)
     if target.against:  # the explained sum is the score
         torch.testing.assert_close((given * SCORES).sum(1, keepdim=True), torch.tensor(score, dtype=torch.float32))
     else:
@@ -57,7 +57,7 @@ def test_a_neurons_score_is_the_sum_over_its_positions(network: Network) -> None
     target = parse_target("0:5", network, NAMES)
     assert target.operator == "0"
     values = torch.arange(2 * 6 * 4.0).view(2, 6, 2, 2)
-    assert target.score(values, target.classes(values, LABELS)).tolist() == [[4 * 21.5], [4 * 45.5]]
+    assert target.score(values, target.pick_classes(values, LABELS)).tolist() == [[4 * 21.5], [4 * 45.5]]
 
 
 @pytest.mark.parametrize(

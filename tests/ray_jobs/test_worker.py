@@ -50,14 +50,14 @@ def seen() -> list[Tensor]:
 @pytest.fixture
 def opened(seen: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """The shards that were opened, each after a while as of an object store, and the batches worked on before."""
-    names, read = list[tuple[str, int]](), shard_reader.raw_samples
+    names, read = list[tuple[str, int]](), shard_reader.read_raw_samples
 
     def slowly(shard: str) -> Iterator[Sample]:
         names.append((shard, len(seen)))
         time.sleep(LATENCY)
         yield from read(shard)
 
-    monkeypatch.setattr(shard_reader, "raw_samples", slowly)
+    monkeypatch.setattr(shard_reader, "read_raw_samples", slowly)
     return names
 
 
@@ -104,7 +104,7 @@ def test_a_shard_that_failed_ahead_and_was_mended_is_read_anew(worker: MomentsWo
     Path(second.shard).write_bytes(whole[:600])
     list(worker.work(first, second))
     assert worker.following is not None
-    worker.following[1].prefetcher.made.wait(60)
+    worker.following[1].prefetcher.exhausted.wait(60)
     Path(second.shard).write_bytes(whole)
     (*_, told) = worker.work(second, None)
     assert told.samples == 4
@@ -114,7 +114,7 @@ def test_a_worker_that_hangs_in_what_will_not_follow_goes_on(
     worker: MomentsWorker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second, hung = (MomentsTask(shard, number=n) for n, shard in enumerate(make_shards(tmp_path, 3, 2)))
-    read, begun = shard_reader.raw_samples, list[str]()
+    read, begun = shard_reader.read_raw_samples, list[str]()
 
     def raw(shard: str) -> Iterator[Sample]:
         if shard == hung.shard:
@@ -122,7 +122,7 @@ def test_a_worker_that_hangs_in_what_will_not_follow_goes_on(
             time.sleep(20)
         yield from read(shard)
 
-    monkeypatch.setattr(shard_reader, "raw_samples", raw)
+    monkeypatch.setattr(shard_reader, "read_raw_samples", raw)
     list(worker.work(first, hung))
     while not begun:
         time.sleep(0.01)

@@ -146,13 +146,13 @@ def check_files(
     torch.set_num_threads(1)
     operators, estimators, tables = criterion.operators, criterion.estimators, list[pa.Table]()
     specs = pattern_specs(operators, estimators)
-    specs = {name: spec for name, spec in specs.items() if ESTIMATORS[name.rpartition("/")[2]].learns}
+    specs = {name: spec for name, spec in specs.items() if ESTIMATORS[name.rpartition("/")[2]].uses_data}
 
     def check(previous: TensorFile | None) -> Iterator[Tensor]:
         for operator in operators:
             loads = [partial(load_file, str(store.folder / file), operator.name) for file in files]
             found = check_convergence(operator, loads, estimators, criterion.seed)
-            named = {row: f"{operator.name}/{row}" for row in found.solution.patterns if ESTIMATORS[row].learns}
+            named = {row: f"{operator.name}/{row}" for row in found.solution.patterns if ESTIMATORS[row].uses_data}
             old = None
             if previous is not None:
                 old = replace(found.solution, patterns={row: previous.get(name) for row, name in named.items()})
