@@ -12,6 +12,9 @@ from hypothesis import settings
 from PIL import Image
 from webdataset import TarWriter
 
+from patterns import Network
+from ray_jobs.models.loading import LoadedModel
+
 # Ray otherwise turns token authentication on or off by what earlier runs left in the home directory.
 os.environ["RAY_AUTH_MODE"] = "disabled"
 # Serve kills a proxy that has not started within 5 s, as on two cores with four test processes it may not.
@@ -21,14 +24,46 @@ os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "60"
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
-# What is given to workers first, for it takes minutes or waits much: so that none is left alone with it.
-FIRST = ("ray_jobs", "cluster")
-NEXT = ("test_range", "test_models", "test_explain", "test_scales", "test_memory", "test_targets", "test_reference")
+# Fixtures that start a Ray cluster: tests that use them belong to the tier `ray` without a mark of their own.
+RAY_FIXTURES = {"local_ray", "cluster"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Jobs before numerics, and large files before small ones."""
-    items.sort(key=lambda item: (item.path.parent.name not in FIRST, item.path.stem not in NEXT))
+    """Mark the tests whose fixtures start Ray, and run them first because they take longest."""
+    for item in items:
+        if RAY_FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker("ray")
+    items.sort(key=lambda item: (item.get_closest_marker("ray") is None, item.path.parent.name == "patterns"))
+
+
+@pytest.fixture(autouse=True)
+def no_unmarked_ray(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail if a test without the mark `ray` starts Ray in this process: `make check` runs these tests only."""
+    if request.node.get_closest_marker("ray") is None:
+        monkeypatch.setattr(ray, "init", lambda *_, **__: pytest.fail("mark this test by pytest.mark.ray"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def traced_once() -> Iterator[None]:
+    """Trace a model of the same weights, code and options once per process.
+
+    Tracing takes most of the time of a job on a tiny model. `trace` itself is tested without this cache.
+    """
+    traced: dict[object, Network] = {}
+    original = LoadedModel.network.func  # type: ignore[attr-defined]
+
+    def network(self: LoadedModel) -> Network:
+        path = Path(self.config.spec.rpartition(":")[0])
+        code = path.read_bytes() if path.is_file() else b""
+        options = self.config.spec, self.config.pass_through, self.config.strip_softmax
+        key = self.digest, code, *options, self.preprocessing.input_shape, self.dtype, self.device
+        if key not in traced:
+            traced[key] = original(self)
+        return traced[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LoadedModel, "network", property(network))
+        yield
 
 
 MODEL = """
