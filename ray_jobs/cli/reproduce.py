@@ -17,7 +17,7 @@ from ray_jobs.config.commands import ReproduceOptions
 def reproduce(options: ReproduceOptions, resources: Resources) -> None:
     """Run the paper's experiments: patterns, their quality, image degradation, figures 3 to 6, results.md."""
     from ray_jobs.studies.datasets import NAMES
-    from ray_jobs.studies.reproduce import Experiment, digits
+    from ray_jobs.studies.reproduce import Experiment, prepare_digits
     from ray_jobs.studies.reproduce import reproduce as run_reproduce
 
     out, data = options.out.absolute(), options.data
@@ -25,7 +25,7 @@ def reproduce(options: ReproduceOptions, resources: Resources) -> None:
         if data is None:
             what = f"no folder with the files of {options.dataset}"
             raise UserError("", what, "Give the folder of the four idx files.", "data")
-        experiment = digits(options.dataset, data, out, options.max_samples, options.seed)
+        experiment = prepare_digits(options.dataset, data, out, options.max_samples, options.seed)
     elif options.dataset == "folder" and options.spec and (data is not None or (options.shards and options.evaluate)):
         names = ("spec", "weights", "seed", "image_size", "resize", "mean", "std", "strip_softmax")
         model = ModelConfig(**{name: vars(options)[name] for name in names})

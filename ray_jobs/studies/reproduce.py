@@ -1,5 +1,7 @@
-"""The paper's experiments in one go: patterns on the first half of the training data, v on the second, ρ and image
-degradation on the test data, and the paper's figures.
+"""The paper's experiments and figures.
+
+Patterns are fitted on the first half of the training data, v is regressed on the second half, and ρ and the image
+degradation are evaluated on the test data.
 """
 
 from collections.abc import Iterator
@@ -46,20 +48,34 @@ BY_ESTIMATOR = "filter", "linear", "two-component"
 SIGNALS = ("signal:identity", *(f"patternnet:{estimator}" for estimator in BY_ESTIMATOR))
 ATTRIBUTIONS = ("gradient-x-input", *(f"patternattribution:{estimator}" for estimator in BY_ESTIMATOR))
 DEGRADED = (*COMPARED, "patternattribution:filter", "patternattribution:linear")
-SHOWN, DRAWN = 64, 8  # test images that are explained, and drawn side by side
-# Images of fewer pixels have smaller patches, whose own mean is nearly all there is to them: black takes their place.
+EXPLAINED, DRAWN = 64, 8  # test images that are explained, and drawn side by side
+# Smaller images have smaller patches. Their own mean would keep most of what they show, so black replaces them.
 SMALL, SMALL_PATCH = 64, 4
-SPOKEN = {"mean": "their means", "blur": "a blurred image", "zero": "black", "dataset-mean": "the data's mean"}
-TOLERANCE = 0.05  # of ρ, within which two estimators are called comparable
+REPLACEMENT_TEXTS = {
+    "mean": "their means",
+    "blur": "a blurred image",
+    "zero": "black",
+    "dataset-mean": "the data's mean",
+}
+TOLERANCE = 0.05  # two estimators are comparable if their ρ differs by less
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """What the paper's experiments are done on: a model, shards of training and of test data.
+    """A model and data for the paper's experiments.
 
-    names: of the classes by number.  patch, steps, replacement: of the degradation; None: the paper's 9 pixels, 100
-    patches (or as many as there are) and their means, and for small images 4 pixels and black.
-    degraded: test images that are degraded.
+    Attributes:
+        model: The model.
+        train: The shards of training data.
+        test: The shards of test data.
+        names: The names of the classes by number.
+        patch: The side of the degradation's patches in pixels; None: the paper's 9, and 4 for small images.
+        steps: The number of patches that are replaced; None: the paper's 100, or as many as an image has.
+        replacement: What replaces a patch; None: the paper's mean of the patch, and black for small images.
+        degraded: The number of test images that are degraded.
+        batch_size: The number of samples of a batch.
+        max_samples: The number of training samples at most; None: all.
+        seed: The seed.
     """
 
     model: ModelConfig
@@ -75,29 +91,36 @@ class Experiment:
     seed: int = 0
 
 
-def digits(dataset: str, data: Path, out: Path, most: int | None, seed: int) -> Experiment:
-    """MNIST or Fashion-MNIST with a small network that is trained on it here, unless it was before.
+def prepare_digits(dataset: str, data: Path, out: Path, limit: int | None, seed: int) -> Experiment:
+    """Return an experiment on MNIST or Fashion-MNIST, with a small network that is trained first.
 
-    UserError where the data are not there.
+    Args:
+        dataset: One of NAMES.
+        data: The folder of the dataset's idx files.
+        out: The folder for shards and weights. Existing weights are used.
+        limit: The number of training images at most, and twice the number of test images; None: all.
+        seed: The seed.
+
+    Raises:
+        UserError: If the data are missing.
     """
-    parts = {"train": read_digits(data, "train", most), "test": read_digits(data, "t10k", most and -(-most // 2))}
+    parts = {"train": read_digits(data, "train", limit), "test": read_digits(data, "t10k", limit and -(-limit // 2))}
     count = len(parts["train"][0])
-    weights = out / f"weights-{count}-{seed}.safetensors"  # none of another training is taken for this one's
+    weights = out / f"weights-{count}-{seed}.safetensors"  # another training has other weights
     model = ModelConfig(spec=SPEC, weights=str(weights), image_size=28, resize=28, mean=(0.5,), std=(0.5,))
     shards = {}
     for name, (images, labels) in parts.items():
         shards[name] = write_digits(images, labels, out / f"shards-{count}", name)
     if not weights.exists():
-        trained = train(
-            partial(epochs, *parts["train"], torch.Generator().manual_seed(seed)), seed, say=partial(print, flush=True)
-        )
-        write_atomically(weights, lambda aside: save_file(trained.state_dict(), aside))
+        batches = partial(make_epoch, *parts["train"], torch.Generator().manual_seed(seed))
+        trained = train(batches, seed, log=partial(print, flush=True))
+        write_atomically(weights, lambda temporary: save_file(trained.state_dict(), temporary))
     listed = {name: list_shards(map(str, paths)) for name, paths in shards.items()}
     return Experiment(model, listed["train"], listed["test"], NAMES[dataset], seed=seed)
 
 
-def epochs(images: np.ndarray, labels: np.ndarray, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-    """Shuffled batches of one epoch, as the model takes them."""
+def make_epoch(images: np.ndarray, labels: np.ndarray, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the shuffled batches of one epoch: images float32 (N, 1, H, W) in [-1, 1], and labels (N,)."""
     order = torch.randperm(len(images), generator=generator)
     x, y = torch.from_numpy(images.copy()), torch.from_numpy(labels.astype(np.int64))
     for chosen in order.split(BATCH):
@@ -105,73 +128,83 @@ def epochs(images: np.ndarray, labels: np.ndarray, generator: torch.Generator) -
 
 
 def reproduce(experiment: Experiment, out: Path, resources: Resources = Resources()) -> Path:  # noqa: B008 - frozen
-    """Do the paper's experiments, or go on with those that ended early; gives the path of `results.md`.
+    """Do the paper's experiments, or resume those that ended early.
 
-    UserError where the configuration or the data are wrong, StoppedShortError where a signal came.
+    Args:
+        experiment: The model and the data.
+        out: The folder to write to.
+        resources: What the jobs take from the cluster.
+
+    Returns:
+        The path of `results.md`.
+
+    Raises:
+        UserError: If the configuration or the data are wrong.
+        StoppedShortError: If a signal stopped a job.
     """
     one = replace(experiment, model=infer_input_size(experiment.model, experiment.train))
     half = len(one.train) // 2
     if half == 0:
-        raise UserError("--shards", "one shard cannot be parted in two halves", "Give more training shards.")
+        raise UserError("", "one shard cannot be split into two halves", "Pass more training shards.", "shards")
     _, preprocessing = build_model(replace(one.model, weights="random"))
     size = one.model.image_size or preprocessing.image_size
     patch = one.patch or (SMALL_PATCH if size < SMALL else PATCH)
-    replacement = one.replacement or ("zero" if size < SMALL else "mean")
-    steps = one.steps or min(STEPS, (-(-size // patch)) ** 2)
-    folder, batch, seed = str(out / "run"), one.batch_size, one.seed
-    of_half = one.max_samples and one.max_samples // 2
-    parts = one.train[:half], one.train[half:]
-    run = fit(
-        FitConfig(
-            model=one.model,
-            shards=parts[0],
-            out=folder,
-            batch_size=batch,
-            estimators=ESTIMATORS,
-            max_samples=of_half,
-            seed=seed,
-        ),
-        resources,
+    folder = str(out / "run")
+    samples_of_half = one.max_samples and one.max_samples // 2
+    fitting = FitConfig(
+        model=one.model,
+        shards=one.train[:half],
+        out=folder,
+        batch_size=one.batch_size,
+        estimators=ESTIMATORS,
+        max_samples=samples_of_half,
+        seed=one.seed,
     )
-    quality = QualityConfig(
+    judging = QualityConfig(
         model=one.model,
         patterns=folder,
-        shards=parts[1],
+        shards=one.train[half:],
         evaluate=one.test,
         out=folder,
-        batch_size=batch,
-        max_samples=of_half,
+        batch_size=one.batch_size,
+        max_samples=samples_of_half,
+        seed=one.seed,
     )
-    measure(replace(quality, seed=seed), resources)
     degrading = DegradeConfig(
         model=one.model,
         patterns=folder,
         shards=one.test,
         out=folder,
-        batch_size=batch,
+        batch_size=one.batch_size,
         methods=DEGRADED,
         patch=patch,
-        steps=steps,
+        steps=one.steps or min(STEPS, (-(-size // patch)) ** 2),
+        replacement=one.replacement or ("zero" if size < SMALL else "mean"),
+        max_samples=one.degraded,
+        seed=one.seed,
     )
-    degrade(replace(degrading, replacement=replacement, max_samples=one.degraded, seed=seed), resources)
-    methods = tuple(dict.fromkeys((*COMPARED, *SIGNALS, *ATTRIBUTIONS)))
     explaining = ExplainConfig(
         model=one.model,
         patterns=folder,
         shards=one.test,
         out=folder,
-        batch_size=batch,
-        methods=methods,
+        batch_size=one.batch_size,
+        methods=tuple(dict.fromkeys((*COMPARED, *SIGNALS, *ATTRIBUTIONS))),
         outputs=("npy",),
+        max_samples=EXPLAINED,
+        seed=one.seed,
     )
-    explain(replace(explaining, max_samples=SHOWN, seed=seed), resources)
-    draw(run, out, one.names)
-    write_atomically(out / "results.md", partial(Path.write_text, data=results(run)))
+    run = fit(fitting, resources)
+    measure(judging, resources)
+    degrade(degrading, resources)
+    explain(explaining, resources)
+    draw_figures(run, out, one.names)
+    write_atomically(out / "results.md", partial(Path.write_text, data=format_results(run)))
     return out / "results.md"
 
 
-def draw(run: Run, out: Path, names: tuple[str, ...]) -> None:
-    """The paper's figures 3 to 6, as `figure-3.png` and so on."""
+def draw_figures(run: Run, out: Path, names: tuple[str, ...]) -> None:
+    """Draw the paper's figures 3 to 6, as `figure-3.png` and so on."""
     gallery = Gallery(run, dict(enumerate(names)))
     by_class: dict[int, Row] = {}
     for row in gallery.rows():
@@ -184,12 +217,12 @@ def draw(run: Run, out: Path, names: tuple[str, ...]) -> None:
         write_atomically(out / f"figure-{number}.png", partial(Path.write_bytes, data=drawn))
 
 
-def results(run: Run) -> str:
-    """What was found, as Markdown: ρ by layer and estimator, the areas over the curves, the paper's findings."""
+def format_results(run: Run) -> str:
+    """Return the results as Markdown: ρ by layer and estimator, areas over the curves, and the paper's findings."""
     manifest = run.manifest()
     sections = {job: manifest[job] for job in ("fit", "quality", "degrade")}
     kinds = {op["name"]: op["kind"] for op in manifest["operators"]}
-    rho = medians(pq.read_table(run.folder / "quality.parquet"))
+    rho = compute_medians(pq.read_table(run.folder / "quality.parquet"))
     rho = {name: rho[name] for name in ESTIMATORS if name in rho}
     rows = pq.read_table(run.folder / "degradation.parquet", columns=["method", "label", "prediction"])
     judged = rows.filter(pc.equal(rows["method"], "random"))
@@ -208,9 +241,10 @@ def results(run: Run) -> str:
     for name in operators:
         cells = [f"{found[name]:.3f}" if name in found else "" for found in rho.values()]
         lines.append(f"| `{name}` | {kinds[name]} | {' | '.join(cells)} |")
-    lines += ["", *findings(rho, kinds), "", "![Image degradation, as the paper's Figure 4](figure-4.png)", ""]
-    how = sections["degrade"]["options"]
-    lines += [f"Patches of {how['patch']}×{how['patch']} pixels, replaced by {SPOKEN[how['replacement']]}.", ""]
+    lines += ["", *compare_findings(rho, kinds), "", "![Image degradation, as the paper's Figure 4](figure-4.png)", ""]
+    options = sections["degrade"]["options"]
+    replacement = REPLACEMENT_TEXTS[options["replacement"]]
+    lines += [f"Patches of {options['patch']}×{options['patch']} pixels, replaced by {replacement}.", ""]
     lines += ["| method | area over the curve | 95 % |", "| --- | ---: | ---: |"]
     areas = sorted(sections["degrade"]["areas"].items(), key=lambda item: -item[1]["area"])
     for method, found in areas:
@@ -228,8 +262,8 @@ def results(run: Run) -> str:
     return "\n".join(lines) + "\n"
 
 
-def medians(quality: pa.Table) -> dict[str, dict[str, float]]:
-    """The median ρ over the neurons of each operator, by estimator."""
+def compute_medians(quality: pa.Table) -> dict[str, dict[str, float]]:
+    """Return the median ρ over the neurons of each operator, by estimator."""
     found: dict[str, dict[str, float]] = {}
     grouped = quality.drop_null().group_by(["estimator", "operator"], use_threads=False)
     for row in grouped.aggregate([("rho", "list")]).to_pylist():
@@ -237,9 +271,15 @@ def medians(quality: pa.Table) -> dict[str, dict[str, float]]:
     return found
 
 
-def findings(rho: dict[str, dict[str, float]], kinds: dict[str, str]) -> list[str]:
-    """What the paper found of VGG-16 (§5, Figure 3), and whether it is so here: medians within TOLERANCE are
-    comparable.
+def compare_findings(rho: dict[str, dict[str, float]], kinds: dict[str, str]) -> list[str]:
+    """Compare the paper's findings for VGG-16 (§5, Figure 3) to the results.
+
+    Args:
+        rho: The median ρ of each operator, by estimator; medians within TOLERANCE are comparable.
+        kinds: The operator type of each operator.
+
+    Returns:
+        A line of Markdown for each finding.
     """
     two = rho.get("two-component", {})
     gated = [name for name in kinds if name in two]  # an operator without a gate has no such estimator
@@ -263,6 +303,8 @@ def findings(rho: dict[str, dict[str, float]], kinds: dict[str, str]) -> list[st
             continue
         best = claim.endswith("best")
         off = {name: d for name, d in differences.items() if (d > 0 if best else abs(d) > TOLERANCE)}
-        said = "as in the paper" if not off else "differs in " + ", ".join(f"`{n}` ({d:+.4f})" for n, d in off.items())
-        lines.append(f"- {claim}: {said}.")
+        verdict = (
+            "as in the paper" if not off else "differs in " + ", ".join(f"`{n}` ({d:+.4f})" for n, d in off.items())
+        )
+        lines.append(f"- {claim}: {verdict}.")
     return lines

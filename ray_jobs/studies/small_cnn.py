@@ -1,4 +1,4 @@
-"""A small convolutional network, and its training: for the paper's experiments on small images."""
+"""A small convolutional network and its training, for the paper's experiments on small images."""
 
 from collections.abc import Callable, Iterable
 
@@ -11,8 +11,9 @@ SPEC = "ray_jobs.studies.small_cnn:small_cnn"
 
 
 def small_cnn() -> nn.Module:
-    """VGG in small, for grey images of 28×28 and 10 classes: two blocks of two 3×3 convolutions with ReLU and max
-    pooling, and two dense layers.
+    """Return an untrained network for gray images of 28×28 pixels and 10 classes.
+
+    It is a small VGG: two blocks of two 3×3 convolutions with ReLU and max pooling, and two dense layers.
     """
     layers: list[nn.Module] = []
     for channels, more in ((1, 16), (16, 32)):
@@ -25,29 +26,34 @@ def train(
     batches: Callable[[], Iterable[tuple[Tensor, Tensor]]],
     seed: int,
     epochs: int = EPOCHS,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> nn.Module:
-    """A trained `small_cnn`, the same for the same seed: Adam with a rate that falls to 0 along a half cosine, by
-    cross entropy.
+    """Return a trained `small_cnn`, the same for the same seed.
 
-    batches: makes one epoch's images (N, 1, 28, 28) and labels (N,); so many in each epoch.
+    The loss is the cross entropy. Adam's learning rate falls to 0 along a half cosine.
+
+    Args:
+        batches: Returns the batches of an epoch, images (N, 1, 28, 28) and labels (N,); each epoch has as many.
+        seed: The seed of the initial weights.
+        epochs: The number of epochs.
+        log: Prints a line after each epoch.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = small_cnn()
-    optimiser = torch.optim.Adam(model.parameters(), RATE)
+    optimizer = torch.optim.Adam(model.parameters(), RATE)
     schedule = None
     for epoch in range(epochs):
-        seen, lost = 0, 0.0
+        count, total = 0, 0.0
         listed = list(batches())
         if schedule is None:
-            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, epochs * len(listed))
+            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(listed))
         for images, labels in listed:
             loss = F.cross_entropy(model(images), labels)
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
-            optimiser.step()
+            optimizer.step()
             schedule.step()
-            seen, lost = seen + len(images), lost + float(loss.detach()) * len(images)
-        say(f"train: epoch {epoch + 1} of {epochs}, cross entropy {lost / seen:.4f}")
+            count, total = count + len(images), total + float(loss.detach()) * len(images)
+        log(f"train: epoch {epoch + 1} of {epochs}, cross entropy {total / count:.4f}")
     return model.eval()

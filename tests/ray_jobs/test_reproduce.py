@@ -18,7 +18,7 @@ from ray_jobs.data.shard_reader import ReaderConfig, ShardReader
 from ray_jobs.models.loading import load
 from ray_jobs.runs.run_folder import Run
 from ray_jobs.studies.datasets import read_digits, read_idx, write_digits
-from ray_jobs.studies.reproduce import findings
+from ray_jobs.studies.reproduce import compare_findings
 
 TRAIN, TEST = 2000, 1000
 
@@ -130,7 +130,7 @@ def test_findings_say_where_it_is_as_in_the_paper_and_where_not() -> None:
         "linear": {"a": 0.9, "b": 0.7, "c": 0.2, "d": 0.8},
         "two-component": {"a": 0.92, "b": 0.9, "c": 0.5},
     }
-    assert findings(rho, kinds) == [
+    assert compare_findings(rho, kinds) == [
         "- In convolutions, linear and two-component are comparable: differs in `b` (-0.2000).",
         "- In dense layers, two-component is best: as in the paper.",
         "- Above the first layer, the filter is little better than random: differs in `c` (+0.3000).",
