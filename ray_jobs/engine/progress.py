@@ -11,7 +11,7 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from ray_jobs.runs.timing import PRODUCTION, Timing
+from ray_jobs.config.timing import PRODUCTION, Timing
 from ray_jobs.units import format_duration
 
 MIN_WAITED = 0.05  # fraction of their time that workers wait for data from which it is shown

@@ -76,7 +76,7 @@ class ShardJob:
         max_loss: float | None,
     ) -> None:
         self.name, self.heartbeat, self.folder = name, heartbeat, str(heartbeat.run.folder)
-        self.remaining, self.resources, self.max_loss, self.timing = remaining, resources, max_loss, heartbeat.timing
+        self.remaining, self.resources, self.max_loss, self.timing = remaining, resources, max_loss, resources.timing
         self.local = resources.workers == 0
         # A working worker reports more often than this.
         self.stall_timeout = max(resources.stall_timeout, 2 * self.timing.report_interval)

@@ -12,9 +12,9 @@ from typing import Any, Protocol
 
 from ray.exceptions import RayTaskError
 
+from ray_jobs.config.timing import PRODUCTION, Timing
 from ray_jobs.engine import worker_backends
 from ray_jobs.engine.worker_backends import Backend, unwrap
-from ray_jobs.runs.timing import PRODUCTION, Timing
 
 MAX_TROUBLES = 3  # consecutive failures to start a worker, or to commit, after which the pool gives up
 STARTING = ("describe", "prepare")

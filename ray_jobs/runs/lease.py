@@ -14,9 +14,9 @@ from uuid import uuid4
 
 from patterns import UserError
 from patterns.io import write_json
+from ray_jobs.config.timing import PRODUCTION, Timing
 from ray_jobs.io.object_store import publish
 from ray_jobs.runs.run_folder import PROGRESS, Run
-from ray_jobs.runs.timing import PRODUCTION, Timing
 
 OWN_TOKENS: set[str] = set()  # of the drivers that work in this process
 
@@ -88,7 +88,7 @@ class Heartbeat:
         run: The run.
         driver: The driver of the job.
         job: Name of the job.
-        timing: The driver's intervals.
+        timing: Intervals.
 
     Attributes:
         progress: What to write; the job updates it.
@@ -187,7 +187,7 @@ def hold_lease(run: Run, job: str, timing: Timing = PRODUCTION) -> Iterator[Hear
     Args:
         run: The run.
         job: Name of the job.
-        timing: Intervals of the whole job: the heartbeat carries them to the job and its workers.
+        timing: Intervals.
 
     Yields:
         The heartbeat.

@@ -4,18 +4,20 @@ from collections.abc import Iterator
 from typing import Any
 
 from patterns import UserError
-from ray_jobs.runs.lease import STALE, WATCH_EVERY, Driver, change
+from ray_jobs.config.timing import PRODUCTION, Timing
+from ray_jobs.runs.lease import Driver, wait_for_heartbeat
 from ray_jobs.runs.run_folder import JOBS, Run
 from ray_jobs.units import format_duration
 
 
-def status_lines(run: Run, now: float, patience: float = 0.0) -> Iterator[str]:
+def status_lines(run: Run, now: float, patience: float = 0.0, timing: Timing = PRODUCTION) -> Iterator[str]:
     """Yield lines that describe the jobs of a run and their progress.
 
     Args:
         run: The run.
         now: The time in seconds since 1970.
         patience: Seconds to wait for a heartbeat if the last one is old, or in the future by this machine's clock.
+        timing: Intervals of the heartbeat.
 
     Raises:
         UserError: If the folder holds no run.
@@ -31,11 +33,11 @@ def status_lines(run: Run, now: float, patience: float = 0.0) -> Iterator[str]:
             yield f"{job}: complete, {section['samples']} samples{missing} ({section['written']})"
         else:
             noted = progress if progress.get("job", "").startswith(job) else {}
-            yield from progress_lines(job, section, noted, now, run, patience)
+            yield from progress_lines(job, section, noted, now, run, patience, timing)
 
 
 def progress_lines(
-    job: str, section: dict[str, Any], progress: dict[str, Any], now: float, run: Run, patience: float
+    job: str, section: dict[str, Any], progress: dict[str, Any], now: float, run: Run, patience: float, timing: Timing
 ) -> Iterator[str]:
     """Yield the progress that the last driver of an unfinished job recorded."""
     if "state" in progress:
@@ -54,6 +56,6 @@ def progress_lines(
     if progress.get("ended"):
         yield f"  stopped {format_duration(silent)} ago; {resume}"
     elif Driver(**progress["driver"]).has_ended() or (
-        not 0 <= since <= STALE and not change(run, progress, patience, WATCH_EVERY)
+        not 0 <= since <= timing.stale_after and not wait_for_heartbeat(run, progress, patience, timing.watch_interval)
     ):
         yield f"  stale: no heartbeat from its driver for {format_duration(silent)}; {resume}"

@@ -1,8 +1,8 @@
-"""Runs a fit again and again, each time dying at another of its file operations, and then to its end.
+"""Runs a fit repeatedly; each time it dies at another of its file operations, and then it is resumed to its end.
 
-A program of its own, since it forks: `python -m tests.ray_jobs.dying CONFIG`, CONFIG being JSON with `model`, `shards`
-and `folder`. Prints one JSON object for each way to die. Nothing of the jobs is replaced but what would make the trials
-slow, or depend on a clock: the model is traced once, and parts are merged although they are few.
+A program of its own, because it forks: `python -m tests.ray_jobs.dying CONFIG` with a JSON object that has `model`,
+`shards` and `folder`. It prints one JSON object for each death. Of the jobs, only two things are replaced, to make the
+trials fast and independent of the clock: the model is traced once, and even a few partial moments are merged.
 """
 
 import contextlib
@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ray_jobs.config import FitConfig, ModelConfig, Resources
+from ray_jobs.config.timing import Timing
 from ray_jobs.jobs import moments_job
 from ray_jobs.jobs.fit.fit import fit
 from ray_jobs.models import loading
-from ray_jobs.runs import lease
 from tests.ray_jobs.runs import PREPARED
 
 DEAD = 77
@@ -30,9 +30,12 @@ CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shu
 
 
 class Dying:
-    """An audit hook that ends the process, as a lost machine would, at the n-th operation that changes a folder.
+    """An audit hook that ends the process, as a lost machine would, at an operation that changes a folder.
 
-    torn: only where a file gets its name, and half of what was written had not reached the disk.
+    Args:
+        folder: The folder.
+        at: Number of the operation; None: the process lives.
+        torn: Only operations that give a file its name are counted, and half of the file has not reached the disk.
     """
 
     def __init__(self, folder: Path, at: int | None, torn: bool) -> None:
@@ -48,46 +51,46 @@ class Dying:
         if len(self.seen) - 1 == self.at:
             if self.torn:
                 at, path = self.at, arguments[0]
-                self.at = None  # cutting the file is no operation of the fit
+                self.at = None  # truncating the file is no operation of the fit
                 os.truncate(path, os.path.getsize(path) // 2)  # noqa: PTH202
                 self.at = at
             os._exit(DEAD)
 
 
-def in_child(run: Callable[[], Any]) -> tuple[int, Any]:
-    """Call a function in a process of its own: its exit status, and what it gave."""
+def run_in_child(function: Callable[[], Any]) -> tuple[int, Any]:
+    """Call a function in a process of its own, and return the exit status and the result."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(read)
         status = 1
         with contextlib.suppress(BaseException), open(write, "w") as out:
-            json.dump(run(), out)
+            json.dump(function(), out)
             status = 0
         os._exit(status)
     os.close(write)
     with open(read) as pipe:
-        said = pipe.read()
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), json.loads(said) if said else None
+        output = pipe.read()
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), json.loads(output) if output else None
 
 
-def trial(config: FitConfig, at: int | None, torn: bool) -> list[str]:
-    """Run the fit, dying on the way where that is wanted; gives its operations if it lives."""
+def fit_and_die(config: FitConfig, at: int | None, torn: bool) -> list[str]:
+    """Run the fit, and die at an operation; return all its operations if `at` is None."""
     dying = Dying(Path(config.out), at, torn)
     sys.addaudithook(dying)
-    fit(config, Resources(workers=0, max_loss=0.0))
+    fit(config, Resources(workers=0, max_loss=0.0, timing=Timing(heartbeat_interval=3600.0)))
     return dying.seen
 
 
 def difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
-    """The largest relative difference between two runs' tensors; infinite where they have not the same."""
+    """Return the largest relative difference between two runs' tensors; infinite if their names differ."""
     if one.keys() != other.keys():
         return float("inf")
     return max(float((one[name] - other[name]).norm() / one[name].norm()) for name in one)
 
 
-def state(folder: Path, reference: dict[str, Tensor]) -> dict[str, Any]:
-    """What a finished run holds."""
+def describe_run(folder: Path, reference: dict[str, Tensor]) -> dict[str, Any]:
+    """Return what a finished run holds."""
     manifest = json.loads((folder / "manifest.json").read_text())["fit"]
     return {
         "differs": difference(reference, load_file(folder / "patterns.safetensors")),
@@ -101,30 +104,29 @@ def state(folder: Path, reference: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def main() -> None:
-    told = json.loads(sys.argv[1])
-    folder = Path(told["folder"])
-    # In float64, so that patterns that were rounded to float32 hide nothing.
+    arguments = json.loads(sys.argv[1])
+    folder = Path(arguments["folder"])
+    # In float64, because rounding to float32 could hide a difference.
     config = FitConfig(
-        model=ModelConfig(spec=told["model"], precision="float64", **PREPARED),
-        shards=tuple(told["shards"]),
+        model=ModelConfig(spec=arguments["model"], precision="float64", **PREPARED),
+        shards=tuple(arguments["shards"]),
         out=str(folder),
     )
-    torch.set_num_threads(1)  # a fork has no other threads
+    torch.set_num_threads(1)  # a forked process has no other threads
     loaded = loading.load(config.model)
     loading.load = lambda *_: loaded  # type: ignore[assignment]
     moments_job.MAX_FILES = moments_job.MERGED_AT_ONCE = 2  # type: ignore[misc]
-    # Nothing by the clock: every trial does the same operations.
-    lease.BEAT_EVERY = 3600.0  # type: ignore[misc]
+    # Every trial does the same operations, whatever the clock says.
     moments_job.FLUSH_SHARE = 0  # type: ignore[misc]
     for torn in (False, True):
-        status, operations = in_child(lambda torn=torn: trial(config, None, torn))
+        status, operations = run_in_child(lambda torn=torn: fit_and_die(config, None, torn))
         assert status == 0
         reference = load_file(folder / "patterns.safetensors")
         for at, operation in enumerate(operations):
             shutil.rmtree(folder)
-            died, _ = in_child(lambda at=at, torn=torn: trial(config, at, torn))
-            resumed, _ = in_child(lambda torn=torn: trial(config, None, torn))
-            after = state(folder, reference) if resumed == 0 else {}
+            died, _ = run_in_child(lambda at=at, torn=torn: fit_and_die(config, at, torn))
+            resumed, _ = run_in_child(lambda torn=torn: fit_and_die(config, None, torn))
+            after = describe_run(folder, reference) if resumed == 0 else {}
             print(json.dumps({"torn": torn, "at": operation, "died": died, "resumed": resumed, "after": after}))
         shutil.rmtree(folder)
 

@@ -19,11 +19,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ray.exceptions import RayActorError
 
+from ray_jobs.config.timing import Timing
 from ray_jobs.engine import worker_pool
 from ray_jobs.engine.signals import stop_signals
 from ray_jobs.engine.worker_backends import Backend, LocalBackend, RayBackend
 from ray_jobs.engine.worker_pool import Outcome, PoolError
-from ray_jobs.runs.timing import Timing
 from tests.ray_jobs.failing import Actor, BadItemError
 from tests.ray_jobs.runs import until
 
@@ -115,7 +115,7 @@ def in_process(folder: Path, clock: Clock | None = None, unit: float = 0.001) ->
     return LocalBackend(lambda: Actor(folder, unit, time.sleep if clock is None else clock.sleep))
 
 
-@pytest.fixture(params=["in process", "on Ray"])
+@pytest.fixture(params=["in process", pytest.param("on Ray", marks=pytest.mark.ray)])
 def backend(request: pytest.FixtureRequest, tmp_path: Path) -> Backend:
     """Workers of each kind."""
     if request.param == "in process":
