@@ -17,7 +17,7 @@ from patterns.attribution.rectifier_rules import Rule, gate, insert_rules
 from patterns.attribution.rendering import RenderedExplanation, render_input
 from patterns.compilation import ForwardBackward
 from patterns.errors import UserError
-from patterns.io.pattern_files import TraceOptions, choose, load, load_trace_options
+from patterns.io.pattern_files import choose, load, load_trace_options
 from patterns.tracing.digests import digest
 from patterns.tracing.inputs import Targets, resolve_targets, validate_inputs
 from patterns.tracing.network import Network, trace
@@ -121,16 +121,13 @@ class Explainer:
         """
         folder = Path(run)
         weight = next(model.parameters())
-        known = example is None or (folder / "manifest.json").exists()
-        as_fitted = load_trace_options(folder) if known else TraceOptions(())
-        shape = as_fitted.input_shape if example is None else tuple(example.shape[1:])
-        zeros = torch.zeros((2, *shape), dtype=weight.dtype, device=weight.device)
+        options = load_trace_options(folder, None if example is None else tuple(example.shape[1:]))
         network = trace(
             model,
-            zeros,
+            torch.zeros((2, *options.input_shape), dtype=weight.dtype, device=weight.device),
             name=type(model).__name__,
-            pass_through=as_fitted.pass_through,
-            strip_softmax=as_fitted.strip_softmax,
+            pass_through=options.pass_through,
+            strip_softmax=options.strip_softmax,
         )
         patterns = load(folder, digest(model) if strict else None)
         passes = [parse_method(name).backward for name in methods]

@@ -3,6 +3,7 @@
 from patterns.io.atomic import TEMPORARY_PREFIX, temporary_path, write_atomically, write_json, write_table
 from patterns.io.pattern_files import (
     Patterns,
+    TraceOptions,
     load,
     load_moments,
     merge_moments,
@@ -16,6 +17,7 @@ __all__ = [
     "TEMPORARY_PREFIX",
     "Patterns",
     "TensorFile",
+    "TraceOptions",
     "load",
     "load_moments",
     "merge_moments",

@@ -1,15 +1,15 @@
-"""Files of a pattern set: safetensors for tensors, Parquet for tables. Nothing is ever pickled.
+"""Files of patterns and moments: safetensors for tensors, Parquet for tables. Nothing is pickled.
 
-Every file is written aside and renamed, so it is wholly there or not there.
+Every file is written atomically (see `patterns.io.atomic`).
 """
 
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import reduce
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,172 +20,340 @@ from torch import Tensor
 from patterns.errors import UserError
 from patterns.estimation.estimators import Choices, Solution, parse_estimators, select_choices, select_estimators
 from patterns.io.atomic import temporary_path, write_atomically
-from patterns.io.safetensors_stream import Specs, TensorFile, tensor_specs, write_tensors
+from patterns.io.safetensors_stream import REMEDY, Specs, TensorFile, tensor_specs, write_tensors
 from patterns.moments.gram import PatchMoments
 from patterns.moments.moments import Moments
 from patterns.operators.operator import Operator
 from patterns.tracing.network import Network
 
 FORMAT = "1"
-Patterns = dict[str, dict[str, Tensor]]  # by operator and row of ESTIMATORS
-
-
-def save(folder: str | Path, solutions: Mapping[str, Solution], weights_digest: str) -> None:
-    """Write patterns.safetensors, patterns.parquet and neurons.parquet."""
-    folder = Path(folder)
-    named = {f"{operator}/{row}": p for operator, s in solutions.items() for row, p in s.patterns.items()}
-    save_solutions(folder, tensor_specs(named), solutions.items(), weights_digest)
-
-
-def save_solutions(folder: Path, specs: Specs, solutions: Iterable[tuple[str, Solution]], weights_digest: str) -> None:
-    """As `save`, for solutions that come one by one, given what they will hold: see `solution_specs`."""
-    names = ("patterns.safetensors", "patterns.parquet", "neurons.parquet")
-    with ExitStack() as stack:
-        tensors, patterns, neurons = (stack.enter_context(temporary_path(folder / name)) for name in names)
-        pattern_rows = stack.enter_context(pq.ParquetWriter(patterns, PATTERN_SCHEMA))
-        neuron_rows = stack.enter_context(pq.ParquetWriter(neurons, NEURON_SCHEMA))
-
-        def written() -> Iterator[Tensor]:
-            for item in solutions:
-                neuron_rows.write_table(neuron_table(item))
-                if item[1].patterns:
-                    pattern_rows.write_table(pattern_table(item))
-                yield from item[1].patterns.values()
-
-        write_tensors(tensors, specs, written(), {"format": FORMAT, "weights": weights_digest})
-
-
-def pattern_specs(operators: Iterable[Operator], choices: Choices) -> Specs:
-    """What the patterns of some choices will be for some operators, before they are solved for."""
-    return {
-        f"{operator.name}/{row}": (
-            torch.promote_types(operator.weight.dtype, torch.float32),
-            tuple(operator.weight.shape),
-        )
-        for operator in operators
-        for row in select_estimators(operator, choices)
-    }
-
-
-def load(folder: str | Path, weights_digest: str | None, operators: Collection[str] | None = None) -> Patterns:
-    """The patterns of a run, for the model of this digest; of some operators only, where they are named.
-
-    weights_digest: None takes them whatever weights they were fitted for.
-
-    Raises UserError where there are none, or where they were fitted for other weights.
-    """
-    path = Path(folder) / "patterns.safetensors"
-    with open_tensors(path, "Run `patternnet fit` first, or name a run that has finished") as file:
-        fitted_for = (file.metadata() or {}).get("weights")
-        if weights_digest is not None and fitted_for != weights_digest:
-            raise UserError(
-                str(path),
-                f"these patterns were fitted for weights {fitted_for}, the model has {weights_digest}",
-                "Load the weights of the fit, or fit again for these.",
-            )
-        patterns: Patterns = {}
-        for key in file.keys():
-            operator, _, name = key.rpartition("/")
-            if operators is not None and operator not in operators:
-                continue
-            patterns.setdefault(operator, {})[name] = file.get_tensor(key)
-    return patterns
-
-
-def choose(network: Network, patterns: Patterns, choices: Choices = "default") -> dict[str, Tensor]:
-    """One pattern tensor for each operator: the first that some choices mean for it.
-
-    UserError where the run does not hold it, and for the identity, which has none.
-    """
-    used = {select_choices(name, choices)[0] for name in network.operators}
-    if unused := [choice for _, choice in parse_estimators(choices, network.operators) if choice not in used]:
-        what = f"{unused[0]!r} is never used, since an earlier estimator has all its operators"
-        raise UserError("--estimator", what, "Write one for all operators, or OPERATORS=ESTIMATOR before it.")
-    picked = {}
-    for name, operator in network.operators.items():
-        row = next(iter(select_estimators(operator, choices)), None)
-        if row is None:
-            raise UserError(name, "the identity has no pattern", "Choose another --estimator for this operator.")
-        if row not in patterns.get(name, {}):
-            remedy = "Run `patternnet solve` with an estimator that has it, or choose another --estimator."
-            raise UserError(name, f"the run holds no pattern {row!r} for this operator", remedy)
-        picked[name] = patterns[name][row]
-    return picked
+PATTERNS = "patterns.safetensors"
+Patterns = dict[str, dict[str, Tensor]]  # by operator and name from ESTIMATORS
+M = TypeVar("M", Moments, PatchMoments)
 
 
 @dataclass(frozen=True)
 class TraceOptions:
-    """How the model of a run was traced: see `patterns.trace`. input_shape: without the batch."""
+    """How a model was traced; see `patterns.trace`.
+
+    Attributes:
+        input_shape: Shape of a sample.
+        pass_through: The operations whose usual gradient was accepted.
+        strip_softmax: Whether a final softmax, log-softmax or sigmoid was left off.
+
+    Example:
+        >>> TraceOptions((3, 224, 224), pass_through=("gelu",)).strip_softmax
+        False
+    """
 
     input_shape: tuple[int, ...]
     pass_through: tuple[str, ...] = ()
     strip_softmax: bool = False
 
 
-def load_trace_options(folder: Path) -> TraceOptions:
-    """Read how the model of a run was traced. UserError if the folder has no manifest of a fit."""
-    path = folder / "manifest.json"
+def save(
+    folder: str | Path,
+    solutions: Mapping[str, Solution],
+    weights_digest: str,
+    trace_options: TraceOptions | None = None,
+) -> None:
+    """Write patterns.safetensors, patterns.parquet and neurons.parquet.
+
+    Args:
+        folder: The folder, which is created if it does not exist.
+        solutions: The solution of each operator by its name.
+        weights_digest: The `patterns.digest` of the model.
+        trace_options: How the model was traced. With it, `Explainer.load` needs no example input.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> import patterns
+        >>> model = torch.nn.Linear(3, 2)
+        >>> network = patterns.trace(model, torch.zeros(2, 3))
+        >>> moments = patterns.accumulate(network, [torch.rand(50, 3)])
+        >>> solutions = {name: patterns.solve(op, moments[name]) for name, op in network.operators.items()}
+        >>> with TemporaryDirectory() as folder:
+        ...     save(folder, solutions, patterns.digest(model), TraceOptions((3,)))
+        ...     patterns.load(folder, patterns.digest(model))["linear.0"]["linear"].shape
+        torch.Size([2, 3])
+    """
+    named = {f"{operator}/{row}": p for operator, s in solutions.items() for row, p in s.patterns.items()}
+    save_solutions(Path(folder), tensor_specs(named), solutions.items(), weights_digest, trace_options)
+
+
+def save_solutions(
+    folder: Path,
+    specs: Specs,
+    solutions: Iterable[tuple[str, Solution]],
+    weights_digest: str,
+    trace_options: TraceOptions | None = None,
+) -> None:
+    """Write the same files as `save` from solutions that are computed one by one.
+
+    Args:
+        folder: The folder, which is created if it does not exist.
+        specs: The dtypes and shapes of the patterns; see `pattern_specs`.
+        solutions: Operator names and solutions in the order of `specs`.
+        weights_digest: The `patterns.digest` of the model.
+        trace_options: How the model was traced.
+
+    Raises:
+        ValueError: If the patterns differ from `specs`.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     save_solutions(Path(folder), {}, iter([]), "sha256:0")
+        ...     sorted(path.name for path in Path(folder).iterdir())
+        ['neurons.parquet', 'patterns.parquet', 'patterns.safetensors']
+    """
+    metadata = {"format": FORMAT, "weights": weights_digest}
+    if trace_options is not None:
+        metadata["trace"] = json.dumps(asdict(trace_options))
+    names = (PATTERNS, "patterns.parquet", "neurons.parquet")
+    with ExitStack() as stack:
+        tensors, patterns, neurons = (stack.enter_context(temporary_path(folder / name)) for name in names)
+        pattern_rows = stack.enter_context(pq.ParquetWriter(patterns, PATTERN_SCHEMA))
+        neuron_rows = stack.enter_context(pq.ParquetWriter(neurons, NEURON_SCHEMA))
+
+        def write_rows() -> Iterator[Tensor]:
+            for operator, solution in solutions:
+                neuron_rows.write_table(neuron_table(operator, solution))
+                if solution.patterns:
+                    pattern_rows.write_table(pattern_table(operator, solution))
+                yield from solution.patterns.values()
+
+        write_tensors(tensors, specs, write_rows(), metadata)
+
+
+def pattern_specs(operators: Iterable[Operator], estimators: Choices) -> Specs:
+    """Return the dtypes and shapes of patterns before they are computed.
+
+    Args:
+        operators: The operators.
+        estimators: Choices of estimators as for `patterns.solve`.
+
+    Raises:
+        UserError: If an estimator is unknown.
+
+    Example:
+        >>> import patterns
+        >>> network = patterns.trace(torch.nn.Linear(3, 2), torch.zeros(2, 3))
+        >>> pattern_specs(network.operators.values(), "linear")
+        {'linear.0/linear': (torch.float32, (2, 3))}
+    """
+    return {
+        f"{op.name}/{row}": (torch.promote_types(op.weight.dtype, torch.float32), tuple(op.weight.shape))
+        for op in operators
+        for row in select_estimators(op, estimators)
+    }
+
+
+def load(folder: str | Path, weights_digest: str | None, operators: Collection[str] | None = None) -> Patterns:
+    """Load the patterns of a fit.
+
+    Args:
+        folder: The folder that they were saved in.
+        weights_digest: The `patterns.digest` of the model. None loads the patterns of any weights.
+        operators: Names of the operators whose patterns to load; None: all.
+
+    Returns:
+        The patterns by operator name and name from `ESTIMATORS`.
+
+    Raises:
+        UserError: If there are no patterns, or if they were fitted for other weights.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> import patterns
+        >>> with TemporaryDirectory() as folder:
+        ...     patterns.save(folder, {}, "sha256:0")
+        ...     load(folder, "sha256:0")
+        {}
+    """
+    path = Path(folder) / PATTERNS
+    with open_patterns(path) as file:
+        fitted_for = (file.metadata() or {}).get("weights")
+        if weights_digest is not None and fitted_for != weights_digest:
+            what = f"these patterns were fitted for weights {fitted_for}, the model has {weights_digest}"
+            raise UserError(str(path), what, "Load the weights of the fit, or fit again for these.")
+        patterns: Patterns = {}
+        for key in file.keys():
+            operator, _, row = key.rpartition("/")
+            if operators is None or operator in operators:
+                patterns.setdefault(operator, {})[row] = file.get_tensor(key)
+    return patterns
+
+
+def choose(network: Network, patterns: Patterns, estimator: Choices = "default") -> dict[str, Tensor]:
+    """Select one pattern for each operator, for `Explainer`.
+
+    Args:
+        network: The network.
+        patterns: Patterns by operator name and name from `ESTIMATORS`.
+        estimator: Choices of estimators as for `patterns.solve`. The first that applies to an operator counts.
+
+    Returns:
+        The pattern of each operator by its name, in the weight's shape.
+
+    Raises:
+        UserError: If an operator has no such pattern (the identity has none), or if a choice applies to no operator.
+
+    Example:
+        >>> import patterns
+        >>> network = patterns.trace(torch.nn.Linear(3, 2), torch.zeros(2, 3))
+        >>> choose(network, {"linear.0": {"filter": torch.ones(2, 3)}}, "filter")["linear.0"].shape
+        torch.Size([2, 3])
+    """
+    choices = parse_estimators(estimator, network.operators, "estimator")
+    used = {select_choices(name, estimator)[0] for name in network.operators}
+    if unused := [choice for _, choice in choices if choice not in used]:
+        what = f"{unused[0]!r} is never used, because an earlier estimator applies to all of its operators"
+        raise UserError("", what, "Put OPERATORS=ESTIMATOR before an estimator for all operators.", "estimator")
+    selected = {}
+    for name, operator in network.operators.items():
+        row = next(iter(select_estimators(operator, estimator)), None)
+        if row is None:
+            remedy = "Pass another `estimator` for this operator."
+            raise UserError(name, "the identity has no pattern", remedy, "estimator")
+        if row not in patterns.get(name, {}):
+            remedy = "Solve with an estimator that includes it, or pass another `estimator`."
+            raise UserError(name, f"the run has no pattern {row!r} for this operator", remedy, "estimator")
+        selected[name] = patterns[name][row]
+    return selected
+
+
+def load_trace_options(folder: Path, input_shape: tuple[int, ...] | None = None) -> TraceOptions:
+    """Load how the model of a fit was traced.
+
+    It is recorded in patterns.safetensors; before version 0.3 it was recorded in manifest.json.
+
+    Args:
+        folder: The folder of the fit.
+        input_shape: Shape of a sample, if it is known; otherwise, the recorded one.
+
+    Raises:
+        UserError: If neither file records it and `input_shape` is not given, or if there are no patterns.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     save(folder, {}, "sha256:0", TraceOptions((3, 224, 224), pass_through=("gelu",)))
+        ...     load_trace_options(Path(folder)).pass_through
+        ('gelu',)
+    """
+    with open_patterns(folder / PATTERNS) as file:
+        recorded = (file.metadata() or {}).get("trace")
+    options: dict[str, Any] = {}
     try:
-        manifest = json.loads(path.read_text())
-        model = manifest["fit"]["model"]
-        shape = tuple(manifest["model"]["input_shape"])
-        return TraceOptions(shape, tuple(model["pass_through"]), bool(model.get("strip_softmax", False)))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        remedy = "Name the folder of a finished fit, or give an example input."
-        raise UserError(str(path), "no manifest of a fit", remedy) from error
-
-
-M = TypeVar("M", Moments, PatchMoments)
+        if recorded is not None:
+            options = json.loads(recorded)
+        elif input_shape is None or (folder / "manifest.json").exists():
+            manifest = json.loads((folder / "manifest.json").read_text())
+            options = {**manifest["fit"]["model"], "input_shape": manifest["model"]["input_shape"]}
+        shape = tuple(options["input_shape"]) if input_shape is None else input_shape
+        return TraceOptions(shape, tuple(options.get("pass_through", ())), bool(options.get("strip_softmax", False)))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        what = f"neither {PATTERNS} nor manifest.json records how the model was traced"
+        raise UserError(str(folder), what, "Pass the folder of a finished fit, or an `example`.", "example") from error
 
 
 def save_moments(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write the named sums of some operators, `{operator}/total.xy` and so on: see `Observation.tensors`."""
-    about = {"format": FORMAT, **metadata}
-    write_atomically(path, lambda aside: write_tensors(aside, tensor_specs(tensors), tensors.values(), about))
+    """Write moments of some operators.
 
+    Args:
+        path: The file.
+        tensors: The sums by name, such as `{operator}/total.xy`: see `OperatorObserver.tensors`.
+        metadata: Texts to write to the header.
 
-def load_moments(files: Sequence[TensorFile], operator: str, kind: type[M] = Moments) -> M:  # type: ignore[assignment]
-    """The moments of one operator over several files, of the kind that they hold; nothing else of them is read.
-
-    UserError where a file lacks them; KeyError or ValueError for sums of another kind.
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> import patterns
+        >>> observer = patterns.Observer(patterns.trace(torch.nn.Linear(3, 2), torch.zeros(2, 3)))
+        >>> _ = observer.update(torch.rand(5, 3))
+        >>> with TemporaryDirectory() as folder:
+        ...     save_moments(Path(folder) / "part", observer.tensors(), {})
+        ...     with TensorFile(Path(folder) / "part") as file:
+        ...         load_moments([file], "linear.0").total.n.tolist()
+        [5, 5]
     """
-    names = [name for name in sums_of(files[0]) if name.rpartition("/")[0] == operator]
+    header = {"format": FORMAT, **metadata}
+    write_atomically(path, lambda temporary: write_tensors(temporary, tensor_specs(tensors), tensors.values(), header))
+
+
+def load_moments(
+    files: Sequence[TensorFile],
+    operator: str,
+    moments_type: type[M] = Moments,  # type: ignore[assignment]
+) -> M:
+    """Load the moments of one operator, summed over several files. Other tensors are not read.
+
+    Args:
+        files: The files.
+        operator: The operator's name.
+        moments_type: The type of the moments: `Moments` or `PatchMoments`.
+
+    Raises:
+        UserError: If a file lacks the moments of this operator.
+        KeyError, ValueError: If they are of the other type.
+
+    Example:
+        See `save_moments`.
+    """
+    names = [name for name in list_sums(files[0]) if name.rpartition("/")[0] == operator]
     for file in files:
         if not names or not file.specs.keys() >= set(names):
-            raise UserError(file.where, f"no moments of {operator}", "Delete the run's moments/ and fit again.")
-    return kind.from_tensors({name.removeprefix(f"{operator}/"): summed(files, name) for name in names})
+            raise UserError(file.where, f"no moments of {operator}", REMEDY)
+    return moments_type.from_tensors({name.removeprefix(f"{operator}/"): add_up(files, name) for name in names})
 
 
-def sums_of(file: TensorFile) -> Specs:
-    """What a file of moments holds, without the Σyyᵀ of version 0.2, which follows from the others."""
+def list_sums(file: TensorFile) -> Specs:
+    """Return the sums in a file of moments. Version 0.2 also stored Σyyᵀ, which follows from the others."""
     return {name: spec for name, spec in file.specs.items() if not name.endswith("/outer")}
 
 
-def summed(files: Iterable[TensorFile], name: str) -> Tensor:
-    """One of the sums over several files: what merging moments adds, it adds name by name."""
+def add_up(files: Iterable[TensorFile], name: str) -> Tensor:
+    """Return the sum of a tensor over files. Moments are merged in this way, tensor by tensor."""
     return reduce(Tensor.add_, (file.get(name) for file in files))
 
 
 def merge_moments(path: Path, files: Sequence[TensorFile], metadata: Mapping[str, str]) -> None:
-    """Write the sums over several files of moments, no more than two tensors in memory at a time.
+    """Write the sum of several files of moments. At most two tensors are in memory at once.
 
-    ValueError where the names or shapes differ.
+    Args:
+        path: The file to write.
+        files: The files to merge.
+        metadata: Texts to write to the header.
+
+    Raises:
+        ValueError: If the names, dtypes or shapes of their tensors differ.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     save_moments(Path(folder) / "part", {"conv/total.n": torch.tensor([5])}, {})
+        ...     with TensorFile(Path(folder) / "part") as file:
+        ...         merge_moments(Path(folder) / "merged", [file, file], {})
+        ...     with TensorFile(Path(folder) / "merged") as merged:
+        ...         merged.get("conv/total.n").tolist()
+        [10]
     """
-    specs = sums_of(files[0])
-    if any(sums_of(file) != specs for file in files):
+    specs = list_sums(files[0])
+    if any(list_sums(file) != specs for file in files):
         raise ValueError("files of moments of different operators or sums")
-    sums = (summed(files, name) for name in specs)
-    write_atomically(path, lambda aside: write_tensors(aside, specs, sums, {"format": FORMAT, **metadata}))
+    sums, header = (add_up(files, name) for name in specs), {"format": FORMAT, **metadata}
+    write_atomically(path, lambda temporary: write_tensors(temporary, specs, sums, header))
 
 
-def open_tensors(path: Path, remedy: str) -> safe_open:
-    """A safetensors file, or a UserError with this remedy."""
+def open_patterns(path: Path) -> safe_open:
+    """Open a file of patterns; UserError if there is no file, or if it is not complete."""
+    remedy = "Finish the fit first, or pass the folder of a finished fit."
     try:
         return safe_open(path, "pt")
     except FileNotFoundError as error:
-        raise UserError(str(path), "no such file", f"{remedy}.") from error
+        raise UserError(str(path), "no such file", remedy) from error
     except SafetensorError as error:
-        raise UserError(str(path), f"not a whole safetensors file ({error})", f"{remedy}.") from error
+        raise UserError(str(path), f"not a complete safetensors file ({error})", remedy) from error
 
 
 PATTERN_SCHEMA = pa.schema(
@@ -204,8 +372,8 @@ NEURON_SCHEMA = pa.schema(
 )
 
 
-def pattern_table(item: tuple[str, Solution]) -> pa.Table:
-    operator, solution = item
+def pattern_table(operator: str, solution: Solution) -> pa.Table:
+    """Return the rows of one operator in patterns.parquet."""
     tables = []
     for name, pattern in solution.patterns.items():
         k, d = len(pattern), pattern[0].numel()
@@ -217,8 +385,8 @@ def pattern_table(item: tuple[str, Solution]) -> pa.Table:
     return pa.concat_tables(tables)
 
 
-def neuron_table(item: tuple[str, Solution]) -> pa.Table:
-    operator, s = item
+def neuron_table(operator: str, s: Solution) -> pa.Table:
+    """Return the rows of one operator in neurons.parquet."""
     k = len(s.flags)
     columns = [[operator] * k, range(k), s.n.numpy(), s.n_positive.numpy(), s.mean_y.numpy(), s.var_y.numpy(), s.flags]
     arrays = [pa.array(column, field.type) for column, field in zip(columns, NEURON_SCHEMA)]

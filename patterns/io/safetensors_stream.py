@@ -1,7 +1,7 @@
 """Files of named tensors in the safetensors format, written and read one tensor at a time.
 
-The format's own library wants all tensors of a file in memory before it writes, and a file on this
-machine to read. Moments may be larger than what is free, and lie where only ranges of bytes can be had.
+The safetensors library needs all tensors of a file in memory to write it, and a local file to read. Moments may be
+larger than the free memory, and be in an object store that serves ranges of bytes.
 """
 
 import json
@@ -16,22 +16,39 @@ from torch import Tensor
 
 from patterns.errors import UserError
 
-# Type and shape of each tensor by name, in the order in which they lie in the file.
+# Dtype and shape of each tensor by name, in the order of the tensors in the file.
 Specs = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 DTYPES = {"F32": torch.float32, "F64": torch.float64, "I64": torch.int64}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
-LARGEST_HEADER = 100 << 20  # bytes, the format's own limit
+LARGEST_HEADER = 100 << 20  # bytes; the limit of the format
+REMEDY = "Delete the folder moments/ of the run and fit again."
 
 
 def tensor_specs(tensors: Mapping[str, Tensor]) -> Specs:
-    """Types and shapes of some tensors."""
+    """Return the dtypes and shapes of tensors by name."""
     return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
 def write_tensors(path: Path, specs: Specs, tensors: Iterable[Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a file of tensors that come one by one, in the order of their specs.
+    """Write tensors that come one by one to a safetensors file.
 
-    ValueError for a tensor of another type or shape, and for too few or too many.
+    Args:
+        path: The file. It is not written atomically.
+        specs: The dtype and shape of each tensor by name.
+        tensors: The tensors in the order of `specs`.
+        metadata: Texts to write to the header.
+
+    Raises:
+        ValueError: If a tensor has another dtype or shape than announced, or if there are more or fewer tensors.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "file"
+        ...     write_tensors(path, {"one": (torch.float32, (3,))}, iter([torch.ones(3)]), {"by": "me"})
+        ...     with TensorFile(path) as file:
+        ...         file.metadata, file.get("one")
+        ({'by': 'me'}, tensor([1., 1., 1.]))
     """
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0
@@ -45,48 +62,60 @@ def write_tensors(path: Path, specs: Specs, tensors: Iterable[Tensor], metadata:
         file.write(text)
         for (name, spec), tensor in zip(specs.items(), tensors, strict=True):
             if (tensor.dtype, tuple(tensor.shape)) != spec:
-                raise ValueError(f"{name}: {tensor.dtype} of shape {tuple(tensor.shape)} where {spec} was announced")
+                raise ValueError(f"{name}: {tensor.dtype} of shape {tuple(tensor.shape)}, but {spec} was announced")
             if tensor.numel():
-                file.write(as_bytes(tensor.cpu().contiguous()))
+                file.write(view_bytes(tensor.cpu().contiguous()))
 
 
-class Opened(Protocol):
-    """A path, of this machine or another."""
+class Openable(Protocol):
+    """A local or remote path."""
 
-    def open(self, mode: Literal["rb"]) -> Any: ...
+    def open(self, mode: Literal["rb"]) -> Any:
+        """Open the file to read bytes."""
 
 
 class TensorFile:
-    """An open file of tensors; nothing is read but its header and what is asked for.
+    """An open safetensors file; only its header is read until a tensor is requested.
 
-    specs: types and shapes by name.  metadata: what was written beside them.
-    UserError where it is no whole file of this format.
+    Attributes:
+        where: The path, for messages.
+        specs: Dtypes and shapes by name.
+        metadata: The texts in the header.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "file"
+        ...     write_tensors(path, {"one": (torch.float32, (3,))}, [torch.ones(3)], {})
+        ...     with TensorFile(path) as file:
+        ...         file.specs
+        {'one': (torch.float32, (3,))}
     """
 
-    def __init__(self, path: Opened) -> None:
+    def __init__(self, path: Openable) -> None:
+        """Open a file and read its header; UserError if there is no file, or if it is not complete."""
         self.where = str(path)
         try:
             self._file: BinaryIO = path.open("rb")
         except FileNotFoundError as error:
-            raise UserError(self.where, "no such file", "Delete the run's moments/ and fit again.") from error
+            raise UserError(self.where, "no such file", REMEDY) from error
         try:
             self.specs, self.metadata, self._starts = read_header(self._file)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             self._file.close()
-            what = f"not a whole file of tensors ({error})"
-            raise UserError(self.where, what, "Delete the run's moments/ and fit again.") from error
+            raise UserError(self.where, f"not a complete file of tensors ({error})", REMEDY) from error
 
     def get(self, name: str) -> Tensor:
-        """One tensor. KeyError where there is none of this name."""
+        """Read a tensor; KeyError if there is no tensor of this name, EOFError if the file was truncated meanwhile."""
         dtype, shape = self.specs[name]
         tensor = torch.empty(shape, dtype=dtype)
         if tensor.numel():
             self._file.seek(self._starts[name])
-            left = as_bytes(tensor)
-            while count := self._file.readinto(left):  # type: ignore[attr-defined]
-                left = left[count:]
-            if left:
-                raise EOFError(f"{name}: {len(left)} bytes are missing")
+            remaining = view_bytes(tensor)
+            while count := self._file.readinto(remaining):  # type: ignore[attr-defined]
+                remaining = remaining[count:]
+            if remaining:
+                raise EOFError(f"{name}: {len(remaining)} bytes are missing")
         return tensor
 
     def __enter__(self) -> "TensorFile":
@@ -97,7 +126,7 @@ class TensorFile:
 
 
 def read_header(file: BinaryIO) -> tuple[Specs, dict[str, str], dict[str, int]]:
-    """Specs, metadata, and where in the file each tensor begins. ValueError and its like for anything else."""
+    """Return the specs, the metadata and where each tensor begins; ValueError or similar if the file is not valid."""
     size = file.seek(0, 2)
     file.seek(0)
     length = int.from_bytes(file.read(8), "little")
@@ -111,7 +140,7 @@ def read_header(file: BinaryIO) -> tuple[Specs, dict[str, str], dict[str, int]]:
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
         if entry["data_offsets"] != [end, end + dtype.itemsize * prod(shape)] or not all(n >= 0 for n in shape):
-            raise ValueError(f"{name} lies at {entry['data_offsets']}")
+            raise ValueError(f"{name} is at {entry['data_offsets']}")
         specs[name], starts[name] = (dtype, shape), 8 + length + end
         end = entry["data_offsets"][1]
     if 8 + length + end != size:
@@ -119,6 +148,6 @@ def read_header(file: BinaryIO) -> tuple[Specs, dict[str, str], dict[str, int]]:
     return specs, metadata, starts
 
 
-def as_bytes(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor on the CPU."""
+def view_bytes(tensor: Tensor) -> memoryview:
+    """Return the memory of a contiguous tensor on the CPU."""
     return memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]

@@ -34,7 +34,7 @@ from patterns.attribution.adapters import (
     quantus_explain,
 )
 from patterns.attribution.rendering import RenderedExplanation
-from tests.patterns.networks import randomise, relative
+from tests.patterns.networks import randomize, relative
 
 CALLERS = {
     "patternnet": (PatternNet, PatternNetComposite),
@@ -48,7 +48,7 @@ class Small(nn.Module):
         super().__init__()
         self.stem, self.norm = nn.Conv2d(3, 6, 3, stride=2, padding=1), nn.BatchNorm2d(6)
         self.branch, self.head = nn.Conv2d(6, 6, 3, padding=1), nn.Linear(6, 10)
-        randomise(self.norm)
+        randomize(self.norm)
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.norm(self.stem(x)))
@@ -179,9 +179,9 @@ def test_patterns_are_converted_to_the_models_precision(run: Path, model: nn.Mod
 
 def test_folder_without_a_manifest_needs_an_example(run: Path, model: nn.Module, tmp_path: Path) -> None:
     (tmp_path / "patterns.safetensors").write_bytes((run / "patterns.safetensors").read_bytes())
-    with pytest.raises(UserError, match="example") as caught:
+    with pytest.raises(UserError, match="how the model was traced") as caught:
         Explainer.load(tmp_path, model)
-    assert caught.value.where == str(tmp_path / "manifest.json")
+    assert (caught.value.where, caught.value.parameter) == (str(tmp_path), "example")
     example = torch.zeros(1, 3, 16, 16, dtype=torch.float64)
     assert Explainer.load(tmp_path, model, example=example).network.input_shape == (3, 16, 16)
 
