@@ -1,4 +1,4 @@
-"""Writes api.md, the public names of `patterns` as their docstrings have them: `python docs/api.py`."""
+"""Write api.md, the docstrings of the public names of `patterns`: `python docs/api.py`."""
 
 import inspect
 import re

@@ -1,4 +1,4 @@
-"""Models of torchvision and timm as they are: each traces, fits and explains. The slow tests write docs/models.md."""
+"""Models of torchvision and timm are traced, fitted and explained. The slow tests write docs/models.md."""
 
 import gc
 import re
@@ -23,11 +23,11 @@ from tests.patterns.networks import relative
 TABLE = Path(__file__).parents[1] / "docs" / "models.md"
 LARGE = 30_000_000  # parameters
 TOO_LARGE_FOR_FLOAT64 = 400_000_000  # parameters
-MOMENTS = 2**30  # bytes of moments taken in one pass over the batches
-NOTHING = RequiredSums(total=False, open=False)
+MAX_MOMENTS = 2**30  # bytes of moments of one pass over the batches
+NO_SUMS = RequiredSums(total=False, open=False)
 SMALL = ["torchvision:squeezenet1_1", "timm:resnet10t", "timm:vit_tiny_patch16_224", "timm:convnext_atto"]
 
-# Where 64×64, or 32×32 for large models, does not do.
+# Sizes of images for models that cannot take 64×64, or 32×32 for large models.
 SIZES = {"torchvision:inception_v3": 96, "timm:inception_v3": 96, "timm:inception_v4": 96,
          "timm:inception_resnet_v2": 96, "timm:nasnetalarge": 96, "timm:pnasnet5large": 96,
          "timm:xception41": 96, "timm:legacy_xception": 96,
@@ -69,14 +69,14 @@ TIMM = [
 ]  # fmt: skip
 
 
-def every_model() -> list[str]:
+def list_models() -> list[str]:
     return [f"torchvision:{name}" for name in torchvision.models.list_models(module=torchvision.models)] + [
         f"timm:{name}" for name in TIMM
     ]
 
 
 def build(spec: str) -> tuple[nn.Module, int]:
-    """A model with random weights and 10 classes, and the side of an image for it."""
+    """Return a model with random weights and 10 classes, and the side of an image for it."""
     library, _, name = spec.partition(":")
     options, side = OPTIONS.get(spec, {}), SIZES.get(spec)
     torch.manual_seed(0)
@@ -88,7 +88,7 @@ def build(spec: str) -> tuple[nn.Module, int]:
             options = {"image_size": side}
         model = torchvision.models.get_model(name, weights=None, num_classes=10, **options)
     for parameter in model.parameters():
-        if not parameter.any():  # heads and residual branches that start from zero: without a gradient to compare
+        if not parameter.any():  # heads and residual branches of zeros would have no gradient to compare
             nn.init.normal_(parameter, std=0.1)
     large = sum(p.numel() for p in model.parameters()) > LARGE
     return model, side or (32 if large else 64)
@@ -96,53 +96,65 @@ def build(spec: str) -> tuple[nn.Module, int]:
 
 @dataclass(frozen=True)
 class Row:
-    """What the table says of a model. `needed`: what had to be passed through. `held`: nodes that hold something."""
+    """A row of the table.
+
+    Attributes:
+        spec: The model.
+        millions: Parameters in millions.
+        operators: Number of linear operators.
+        gated: Number of operators with a gate.
+        needed: Operations that had to be passed through.
+        detached: Number of detached values in the graph.
+        result: Whether the model works.
+    """
 
     spec: str
     millions: float
     operators: int
     gated: int
     needed: tuple[str, ...]
-    held: int
+    detached: int
     result: str
 
     def __str__(self) -> str:
         cells = (self.spec, f"{self.millions:.1f}", str(self.operators), str(self.gated), ", ".join(self.needed),
-                 str(self.held or ""), self.result)  # fmt: skip
+                 str(self.detached or ""), self.result)  # fmt: skip
         return f"| {' | '.join(cells)} |"
 
 
 def check(spec: str) -> Row:
-    """Trace a model, explain it with its weights for patterns, fit it, explain it with its patterns."""
+    """Trace a model, explain it with its weights as patterns, fit it, and explain it with its patterns."""
     model, side = build(spec)
     parameters = sum(p.numel() for p in model.parameters())
     wide = parameters < TOO_LARGE_FOR_FLOAT64
-    dtype, exact, near = (torch.float64, 1e-10, 1e-8) if wide else (torch.float32, 1e-4, 1e-3)
+    dtype, exact, close = (torch.float64, 1e-10, 1e-8) if wide else (torch.float32, 1e-4, 1e-3)
     model.to(dtype).eval().requires_grad_(False)
     batches = torch.randn(2, 2, 3, side, side, generator=torch.Generator().manual_seed(1), dtype=dtype)
-    network, needed = traced(model, batches[0], spec)
+    network, needed = trace_model(model, batches[0], spec)
     operators = network.operators
     with torch.no_grad():
         for x in (*batches, batches[0, :1]):
             assert relative(network.module(x), model(x)) < exact, "outputs"
-    free, held = released(network)
-    assert relative(with_weights(free, batches[0]), gradient(model, batches[0])) < near, "the model's gradient"
-    if held:
-        assert relative(with_weights(network, batches[0]), gradient(network.module, batches[0])) < near, "gradient"
+    free, detached = release(network)
+    assert relative(explain_with_weights(free, batches[0]), gradient(model, batches[0])) < close, "the model's gradient"
+    if detached:
+        assert relative(explain_with_weights(network, batches[0]), gradient(network.module, batches[0])) < close, (
+            "gradient"
+        )
     del model, free
     gc.collect()
     patterns = fit(network, batches)
     for name in ("patternnet", "patternattribution"):
-        gc.collect()  # an explainer refers to itself, and the last one's weights may be large
+        gc.collect()  # explainers are reference cycles, and the previous one may be large
         found = Explainer(network, patterns, [name])(batches[0]).maps[name]
         assert found.shape == batches[0].shape, name
         assert found.isfinite().all(), name
     gated = sum(operator.gate is not None for operator in operators.values())
-    return Row(spec, parameters / 1e6, len(operators), gated, needed, held, "works" if wide else "works in float32")
+    return Row(spec, parameters / 1e6, len(operators), gated, needed, detached, "works" if wide else "works in float32")
 
 
-def traced(model: nn.Module, example: Tensor, spec: str) -> tuple[Network, tuple[str, ...]]:
-    """A network, and the operations that tracing it refused, by its own error's remedy."""
+def trace_model(model: nn.Module, example: Tensor, spec: str) -> tuple[Network, tuple[str, ...]]:
+    """Trace a model, and pass through the operations that the remedies of its errors name."""
     needed: list[str] = []
     exported = export(model, example, spec)
     while True:
@@ -156,10 +168,10 @@ def traced(model: nn.Module, example: Tensor, spec: str) -> tuple[Network, tuple
             needed += found[2].split(",")
 
 
-def released(network: Network) -> tuple[Network, int]:
-    """The network with its usual gradient wherever it holds something still, and in how many places that is."""
-    norms = {held: norm for norm, held in DETACHED_NORMS.items()}
-    module, held = network.rewrite(lambda operator: operator), 0
+def release(network: Network) -> tuple[Network, int]:
+    """Return the network without detached values, and the number of detached values that it had."""
+    norms = {detached: norm for norm, detached in DETACHED_NORMS.items()}
+    module, count = network.rewrite(lambda operator: operator), 0
     for node in module.graph.nodes:
         if node.target in norms:
             node.target = norms[node.target]
@@ -167,13 +179,13 @@ def released(network: Network) -> tuple[Network, int]:
             node.replace_all_uses_with(node.args[0])
         else:
             continue
-        held += 1
+        count += 1
     module.recompile()
-    return replace(network, module=module), held
+    return replace(network, module=module), count
 
 
-def with_weights(network: Network, x: Tensor) -> Tensor:
-    """The explanation pass's gradient of the best scores with the weights for patterns."""
+def explain_with_weights(network: Network, x: Tensor) -> Tensor:
+    """Return the gradient of the best scores by the explanation pass with the weights as patterns."""
     weights = {name: operator.weight for name, operator in network.operators.items()}
     explained = Explainer(network, weights, ["patternnet"])(x)
     scores = explained.scores.amax(1)[:, None, None, None]
@@ -186,11 +198,11 @@ def gradient(module: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def fit(network: Network, batches: Tensor) -> dict[str, Tensor]:
-    """Patterns of every operator, in as many passes over the batches as keep the moments small."""
+    """Return the patterns of every operator, from several passes over the batches that limit the moments' memory."""
     patterns: dict[str, dict[str, Tensor]] = {}
-    for group in groups(network):
+    for group in group_operators(network):
         observer = Observer(
-            network, lambda op, group=group: required_sums(op, ["default"]) if op.name in group else NOTHING
+            network, lambda op, group=group: required_sums(op, ["default"]) if op.name in group else NO_SUMS
         )
         for batch in batches:
             observer.update(batch)
@@ -203,15 +215,15 @@ def fit(network: Network, batches: Tensor) -> dict[str, Tensor]:
     return choose(network, patterns)
 
 
-def groups(network: Network) -> list[set[str]]:
-    """The operators in their order, in groups whose moments fit into memory together."""
+def group_operators(network: Network) -> list[set[str]]:
+    """Return the operators in groups whose moments fit into memory together."""
     found: list[set[str]] = []
     room = 0
     for name, operator in network.operators.items():
         size = moments_bytes(operator, required_sums(operator, ["default"]))
         if size > room:
             found.append(set())
-            room = MOMENTS
+            room = MAX_MOMENTS
         found[-1].add(name)
         room -= size
     return found
@@ -219,17 +231,18 @@ def groups(network: Network) -> list[set[str]]:
 
 HEADER = """# Models
 
-Written by `tests/test_models.py` (`make soak`). Each model has random weights and sees two batches of two small images
-in float64. It *works* if its graph gives the model's own outputs, its moments, patterns and explanations are finite,
-and its explanation pass with the weights for patterns is its own gradient (to 1e-8). A norm, gate or attention passed
-through is held still on purpose; the table counts them, the pass is compared with autograd through the held graph
-also, and with the model's once they are released. *In float32*: too large for float64 here; compared to 1e-3.
+`tests/test_models.py` (`make soak`) writes this page. Each model has random weights and sees two batches of two small
+images in float64. It *works* if its graph gives the model's own outputs, if its moments, patterns and explanations are
+finite, and if its explanation pass with the weights as patterns gives its own gradient (to 1e-8). Norms, gates and
+attention that are passed through are detached; the table counts them. The pass is compared with autograd through the
+detached graph, and without detached values with the model's gradient. *In float32*: the model is too large for float64
+on this machine, and is compared to 1e-3.
 
-Models of timm come from families: the letters that timm's name of an architecture starts with, its version (`v2`)
-among them and `tf_` and `legacy_` not. {families} of them, in a model or more, are made of linear operators and
-rectifiers alone, and need no `--pass-through`: {names}.
+A family of timm's models is the letters at the beginning of an architecture's name and its version, such as `v2`,
+without `tf_` and `legacy_`. {families} families have a model that consists only of linear operators and
+rectifiers, and needs no `--pass-through`: {names}.
 
-| model | million parameters | operators | gated | needs `--pass-through` of | held | result |
+| model | million parameters | operators | gated | needs `--pass-through` of | detached | result |
 | --- | --- | --- | --- | --- | --- | --- |
 """
 
@@ -243,51 +256,51 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("spec", SMALL)
-def test_a_model_traces_fits_and_explains(spec: str) -> None:
+def test_model_is_traced_fitted_and_explained(spec: str) -> None:
     assert check(spec).result == "works"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spec", every_model())
-def test_a_model_of_the_table_traces_fits_and_explains(spec: str) -> None:
+@pytest.mark.parametrize("spec", list_models())
+def test_model_of_the_table_is_traced_fitted_and_explained(spec: str) -> None:
     try:
         record(check(spec))
-    except Exception as error:  # the table names it too
+    except Exception as error:  # failures are rows of the table
         record(Row(spec, 0, 0, 0, (), 0, f"fails: {' '.join(repr(error).split())[:150]}"))
         raise
 
 
 def record(row: Row) -> None:
-    """Put a row into the table, in the place of the model's last."""
-    rows = rows_of_table()
+    """Write a row of the table; it replaces the model's earlier row."""
+    rows = read_rows()
     rows[row.spec] = str(row)
-    listed = {spec: rows[spec] for spec in every_model() if spec in rows}
-    pure = pure_families(listed)
+    ordered = {spec: rows[spec] for spec in list_models() if spec in rows}
+    pure = list_pure_families(ordered)
     header = HEADER.format(families=len(pure), names=", ".join(pure))
-    TABLE.write_text(header + "".join(f"{line}\n" for line in listed.values()))
+    TABLE.write_text(header + "".join(f"{line}\n" for line in ordered.values()))
 
 
-def rows_of_table() -> dict[str, str]:
-    """The lines of the table by model."""
+def read_rows() -> dict[str, str]:
+    """Return the lines of the table by model."""
     lines = TABLE.read_text().splitlines() if TABLE.exists() else []
     return {line.split(" | ")[0].removeprefix("| "): line for line in lines if line.startswith(("| torch", "| timm"))}
 
 
-def pure_families(rows: Mapping[str, str]) -> list[str]:
-    """The families of timm with a model that works and needs nothing passed through."""
-    names = [spec.removeprefix("timm:") for spec, line in rows.items() if spec.startswith("timm:") and pure(line)]
+def list_pure_families(rows: Mapping[str, str]) -> list[str]:
+    """Return the families of timm with a model that works and needs nothing passed through."""
+    names = [spec.removeprefix("timm:") for spec, line in rows.items() if spec.startswith("timm:") and is_pure(line)]
     return sorted({re.match(r"(?:tf_|legacy_)?([a-z]+?(?:v\d)?)(?![a-z])", name)[1] for name in names})  # type: ignore[index]
 
 
-def pure(line: str) -> bool:
+def is_pure(line: str) -> bool:
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     return cells[4] == "" and cells[6].startswith("works")
 
 
-def test_the_table_has_every_model_at_work_and_forty_families_of_linear_operators_and_rectifiers() -> None:
-    rows = rows_of_table()
-    assert list(rows) == every_model()
+def test_table_has_every_model_working_and_forty_families_without_pass_through() -> None:
+    rows = read_rows()
+    assert list(rows) == list_models()
     assert not [line for line in rows.values() if not line.split(" | ")[6].startswith("works")]
-    families = pure_families(rows)
+    families = list_pure_families(rows)
     assert len(families) >= 40
-    assert f"{len(families)} of them, in a model or more," in TABLE.read_text()
+    assert f"{len(families)} families have a model" in TABLE.read_text()
