@@ -21,8 +21,8 @@ from ray.serve import Application
 from patterns import UserError
 from patterns.attribution import encode_png, render_map
 from ray_jobs.jobs.explain.online import OnlineExplainer
-from ray_jobs.runs.map_files import beside
-from ray_jobs.units import byte_count
+from ray_jobs.runs.map_files import tile_targets
+from ray_jobs.units import parse_bytes
 
 MAX_BYTES = 16 << 20  # maximum size of an upload
 MAX_BATCH = 8
@@ -49,7 +49,7 @@ class Explained:
 
 def map_png(method: str, array: np.ndarray) -> bytes:
     """Return a map as a PNG file."""
-    return encode_png(render_map(method, beside(array)))
+    return encode_png(render_map(method, tile_targets(array)))
 
 
 def map_npy(array: np.ndarray) -> bytes:
@@ -118,7 +118,7 @@ class Endpoint:
     @serve.batch(max_batch_size=MAX_BATCH, batch_wait_timeout_s=BATCH_WAIT)
     async def explain_batch(self, images: list[bytes]) -> list[Explained | str]:
         """Return for each image its explanation, or the reason why it cannot be used."""
-        inputs, reasons = self.explainer.inputs(images)
+        inputs, reasons = self.explainer.decode_images(images)
         results: list[Explained | str] = list(reasons)
         if len(inputs):
             explained = self.explainer.explain(inputs, ["0"] * len(inputs))
@@ -153,4 +153,4 @@ def app(arguments: dict[str, str]) -> Application:
         num_replicas=int(arguments.get("replicas", 1)),
         ray_actor_options={"num_gpus": float(arguments.get("gpus", 0))},
     )
-    return endpoint.bind(byte_count(arguments.get("max_bytes", str(MAX_BYTES))), plain | listed)
+    return endpoint.bind(parse_bytes(arguments.get("max_bytes", str(MAX_BYTES))), plain | listed)

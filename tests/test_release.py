@@ -1,4 +1,4 @@
-"""What is released: a wheel and a source archive that are whole, checked, and work where nothing else is installed."""
+"""The release: a complete wheel and source archive that work in an empty environment."""
 
 import re
 import runpy
@@ -26,7 +26,7 @@ def run(*command: str | Path, where: Path) -> str:
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The files of this repository that git knows or would add, so that no build output lies among them."""
+    """The files that git tracks or would add, without build output."""
     copy = tmp_path_factory.mktemp("release") / "checkout"
     listed = run("git", "ls-files", "--cached", "--others", "--exclude-standard", where=ROOT)
     for name in listed.splitlines():
@@ -38,7 +38,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def built(checkout: Path) -> Path:
-    """The folder of the source archive, and of the wheel that is built from it."""
+    """The folder with the source archive and the wheel that is built from it."""
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", checkout.parent / "dist", where=checkout)
     return checkout.parent / "dist"
 
@@ -51,41 +51,41 @@ def wheel(built: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path) -> Path:
-    """The programs of a new environment that has the wheel, and sees this environment's other packages."""
+    """The programs of a new environment with the wheel and this environment's other packages."""
     environment = wheel.parent.parent / "environment"
     run(sys.executable, "-m", "venv", "--without-pip", environment, where=wheel.parent)
     python = environment / "bin" / "python"
     install = ["install", "--quiet", "--no-deps", "--no-index", wheel]
     run(sys.executable, "-m", "pip", "--python", python, *install, where=wheel.parent)
-    # The .pth files of a folder that is named by one are not read: this checkout's own packages are not seen.
+    # The .pth files of a folder that is named by another .pth file are not read, so the checkout is not importable.
     (site,) = environment.glob("lib/python*/site-packages")
     (site / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return environment / "bin"
 
 
-def test_the_indexs_own_checks_pass(built: Path) -> None:
+def test_checks_of_the_package_index_pass(built: Path) -> None:
     assert "PASSED" in run(sys.executable, "-m", "twine", "check", "--strict", *built.iterdir(), where=built)
 
 
 def contents(wheel: Path) -> dict[str, int]:
-    """A wheel's files and their checksums."""
+    """Return the checksums of a wheel's files."""
     return {entry.filename: entry.CRC for entry in zipfile.ZipFile(wheel).infolist()}
 
 
-def test_the_source_archive_holds_everything_and_makes_the_checkouts_wheel(
+def test_source_archive_is_complete_and_builds_the_same_wheel(
     built: Path, wheel: Path, checkout: Path, tmp_path: Path
 ) -> None:
     names = tarfile.open(next(built.glob("*.tar.gz"))).getnames()  # noqa: SIM115
     held = {name.partition("/")[2] for name in names}
-    beside = {".ci/run", ".gitignore"}
+    not_packaged = {".ci/run", ".gitignore"}
     there = {str(path.relative_to(checkout)) for path in checkout.rglob("*") if path.is_file()}
     built_there = {name for name in there if ".egg-info/" in name or name.startswith("build/")}
-    assert there - built_there - beside <= held
+    assert there - built_there - not_packaged <= held
     run(sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", tmp_path, where=checkout)
     assert contents(tmp_path / wheel.name) == contents(wheel)
 
 
-def test_the_wheel_holds_data_and_definitions_and_no_tests(wheel: Path, checkout: Path) -> None:
+def test_wheel_contains_data_and_definitions_and_no_tests(wheel: Path, checkout: Path) -> None:
     held = set(contents(wheel))
     packages = ("patterns", "ray_jobs", "cluster")
     there = {str(p.relative_to(checkout)) for name in packages for p in (checkout / name).rglob("*") if p.is_file()}
@@ -95,7 +95,7 @@ def test_the_wheel_holds_data_and_definitions_and_no_tests(wheel: Path, checkout
     assert f"patternnet_ray-{VERSION}.dist-info/licenses/LICENSE" in held
 
 
-def test_the_wheel_works_in_another_environment(installed: Path, tmp_path: Path) -> None:
+def test_wheel_works_in_another_environment(installed: Path, tmp_path: Path) -> None:
     assert run(installed / "patternnet", "--version", where=tmp_path).startswith(f"patternnet {VERSION}\n")
     looks = """
 import runpy, sys
@@ -115,7 +115,7 @@ runpy.run_module("ray_jobs", run_name="__main__")
 
 
 @pytest.mark.slow
-def test_the_wheel_installs_with_its_dependencies_in_an_empty_environment(wheel: Path, tmp_path: Path) -> None:
+def test_wheel_installs_with_its_dependencies_in_an_empty_environment(wheel: Path, tmp_path: Path) -> None:
     run(sys.executable, "-m", "venv", tmp_path / "empty", where=tmp_path)
     programs = tmp_path / "empty" / "bin"
     run(programs / "pip", "install", "--quiet", f"{wheel}[s3,timm,zarr,serve]", where=tmp_path)
@@ -128,11 +128,11 @@ def test_the_wheel_installs_with_its_dependencies_in_an_empty_environment(wheel:
     shutil.rmtree(tmp_path / "empty")
 
 
-def test_the_changelog_tells_of_this_version() -> None:
+def test_changelog_has_an_entry_for_this_version() -> None:
     assert re.search(rf"^## \[{re.escape(VERSION)}\] - \d{{4}}-\d\d-\d\d$", (ROOT / "CHANGELOG.md").read_text(), re.M)
 
 
-def test_the_licences_page_is_that_of_the_lock() -> None:
+def test_licenses_page_matches_the_lock() -> None:
     script: dict[str, Any] = runpy.run_path(str(ROOT / "docs" / "licences.py"))
     rows = re.findall(r"^\| (\*\*)?([\w.-]+?)(?:\*\*)? \| (\d\S*) \| (.+) \|$", script["PAGE"].read_text(), re.M)
     assert {name: version for _, name, version, _ in rows} == script["locked"](), "run make lock"

@@ -24,20 +24,20 @@ def config(cloud: str) -> Config:
 
 
 def node(of: Config, name: str) -> Config:
-    """What a node type asks of its cloud."""
+    """Return the request of a node type to its cloud."""
     asked = of["available_node_types"][name]["node_config"]
     return asked.get("azure_arm_parameters", asked)
 
 
-# --- What Ray and the clouds take
+# --- Validity
 
 
 def seen_by_ray(of: Config) -> Config:
-    """A file as `ray up` has it before it asks the cloud; raises what Ray has against it."""
+    """Return a file as `ray up` completes it; raise if Ray rejects it."""
     import ray.autoscaler
     from ray.autoscaler._private.util import prepare_config, validate_config
 
-    # By itself Ray looks only after it has filled in its defaults, such as a name, for what is missing.
+    # Ray itself validates only after it has filled in defaults for missing fields.
     schema = Path(ray.autoscaler.__path__[0]) / "ray-schema.json"
     Draft7Validator(json.loads(schema.read_text())).validate(of)
     full = prepare_config(of)
@@ -47,7 +47,7 @@ def seen_by_ray(of: Config) -> Config:
 
 @cache
 def instance() -> Draft202012Validator:
-    """Of Google's instances."""
+    """Return the validator of Google's instances."""
     schema = json.loads((Path(__file__).parent / "schemas" / "compute.json").read_text())
     return Draft202012Validator({"$ref": "#/$defs/Instance", **schema})
 
@@ -73,7 +73,7 @@ def taken_by_gcp(of: Config, name: str) -> None:
 
 
 def taken_by_azure(of: Config, name: str) -> None:
-    """By the template that Ray fills in: only its parameters, each of its type, and all that Ray does not give."""
+    """Check the parameters by the template that Ray fills in: known, of the right type, and complete."""
     import ray.autoscaler._private._azure as azure
 
     template = json.loads((Path(azure.__path__[0]) / "azure-vm-template.json").read_text())["parameters"]
@@ -92,7 +92,7 @@ def taken_by_azure(of: Config, name: str) -> None:
     asked, kinds = node(of, name), {"string": str, "int": int, "bool": bool, "object": dict, "array": list}
     if unknown := set(asked) - set(template) - {"availability_zone"}:
         raise ValueError(f"unknown: {unknown}")
-    if missing := {key for key, told in template.items() if "defaultValue" not in told} - by_ray - set(asked):
+    if missing := {key for key, values in template.items() if "defaultValue" not in values} - by_ray - set(asked):
         raise ValueError(f"missing: {missing}")
     for key, value in asked.items():
         if not isinstance(value, kinds[template[key]["type"]]):
@@ -105,7 +105,7 @@ TAKEN: dict[str, Callable[[Config, str], None]] = {"aws": taken_by_aws, "gcp": t
 
 
 def check(cloud: str, of: Config) -> None:
-    """Raises what Ray or the cloud's interface has against a file."""
+    """Raise if Ray or the cloud's interface rejects a file."""
     seen_by_ray(of)
     for name in of["available_node_types"]:
         TAKEN[cloud](of, name)

@@ -19,7 +19,7 @@ STARTS = ("head_start_ray_commands", "worker_start_ray_commands")
 
 
 def started(of: Config) -> list[dict[str, str]]:
-    """What Ray starts with, on the head and on workers: {"RAY_AUTH_MODE": "token", "--head": ""}."""
+    """Return the options and variables of `ray start` on the head and on workers."""
     found = []
     for commands in (of[name] for name in STARTS):
         (line,) = [command for command in commands if "ray start" in command]
@@ -29,7 +29,7 @@ def started(of: Config) -> list[dict[str, str]]:
 
 
 def head_stays(of: Config) -> bool:
-    """Only workers are preemptible, and all of them are."""
+    """All workers are preemptible, and the head is not."""
 
     def preemptible(asked: Config) -> bool:
         market, scheduling = asked.get("InstanceMarketOptions", {}), asked.get("scheduling", {})
@@ -49,10 +49,10 @@ def driver_is_alone(of: Config) -> bool:
 def token_is_asked_for(of: Config) -> bool:
     places = set(of["file_mounts"])
     return all(
-        told.get("RAY_AUTH_MODE") == "token"
-        and told.get("RAY_AUTH_TOKEN_PATH") in places
-        and "RAY_AUTH_TOKEN" not in told
-        for told in started(of)
+        values.get("RAY_AUTH_MODE") == "token"
+        and values.get("RAY_AUTH_TOKEN_PATH") in places
+        and "RAY_AUTH_TOKEN" not in values
+        for values in started(of)
     )
 
 
@@ -64,7 +64,7 @@ def ray_knows_its_options(of: Config) -> bool:
     from ray.scripts.scripts import start
 
     known = {option for parameter in start.params for option in parameter.opts}
-    return all({word for word in told if word.startswith("--")} <= known for told in started(of))
+    return all({word for word in values if word.startswith("--")} <= known for values in started(of))
 
 
 def versions_are_fixed(of: Config) -> bool:
@@ -83,7 +83,7 @@ def cost_is_bounded(of: Config) -> bool:
 
 
 def own_security_group(of: Config) -> bool:
-    """In AWS, where Ray otherwise makes one that is open to the world."""
+    """AWS only: otherwise Ray creates a security group that is open to the world."""
     return of["provider"]["type"] != "aws" or all(node(of, name).get("SecurityGroupIds") for name in ("head", "worker"))
 
 
@@ -95,7 +95,7 @@ def shell_understands(of: Config) -> bool:
 
 
 def in_start(old: str, new: str, which: int = 0) -> Callable[[Config], Any]:
-    """A way to break the start of Ray: other words in it."""
+    """Return a function that replaces words in the start of Ray."""
 
     def change(of: Config) -> None:
         of[STARTS[which]] = [command.replace(old, new) for command in of[STARTS[which]]]
@@ -126,7 +126,7 @@ POLICIES = {
             ],
         },
     ),
-    "no worker runs beside the driver": Policy(
+    "no worker runs on the driver's node": Policy(
         driver_is_alone,
         {
             "Ray": in_start("--num-cpus=0", ""),

@@ -28,7 +28,7 @@ from tests.cluster.kubernetes_policies import (
 
 
 def changed(path: str, value: Any) -> Callable[[list[Object]], Any]:
-    """A way to break the nodes: something else at a place in them."""
+    """Return a function that breaks the definition by another value at a path."""
 
     def change(all_objects: list[Object]) -> None:
         *way, last = path.split("/")
@@ -176,7 +176,7 @@ POLICIES = {
                 f"{HEAD}/affinity/nodeAffinity/requiredDuringSchedulingIgnoredDuringExecution/nodeSelectorTerms/0/matchExpressions",
             ).pop(),
             "evicted": lambda o: pods(o)[0]["metadata"]["annotations"].popitem(),
-            "beside workers": changed("headGroupSpec/rayStartParams/num-cpus", "2"),
+            "with workers": changed("headGroupSpec/rayStartParams/num-cpus", "2"),
         },
     ),
     "nodes are probed as KubeRay does it": Policy(
@@ -201,7 +201,7 @@ OF_JOBS = {
     "retries come to an end, and take the nodes along": Policy(
         retries_end,
         {
-            "endless": lambda o: job(o).update(backoffLimit=1000),
+            "many": lambda o: job(o).update(backoffLimit=1000),
             "none": lambda o: job(o).update(backoffLimit=0),
             "nodes stay": lambda o: job(o).pop("shutdownAfterJobFinishes"),
             "the same job again": lambda o: job(o).update(jobId="patternnet"),

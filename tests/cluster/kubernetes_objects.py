@@ -37,17 +37,17 @@ BUILD = next(
 
 @cache
 def rendered(folder: Path) -> str:
-    """What a folder defines, as JSON."""
+    """Return the rendered objects of a folder as JSON."""
     done = subprocess.run([*BUILD, str(folder)], capture_output=True, text=True, check=True)
     return json.dumps(list(yaml.safe_load_all(done.stdout)))
 
 
 def objects(overlay: str) -> list[Object]:
-    """What an overlay defines, as values that may be changed."""
+    """Return the objects of an overlay; the caller may change them."""
     return json.loads(rendered(DEFINITIONS / "overlays" / overlay))
 
 
-# --- What Kubernetes and KubeRay take
+# --- Validity
 
 
 @cache
@@ -58,7 +58,7 @@ def definitions() -> dict[str, Object]:
 
 @cache
 def validator(api: str, kind: str) -> Draft202012Validator | None:
-    """Of the objects of a kind; None where there is no such kind among the schemas."""
+    """Return the validator of a kind of objects; None if the schemas do not have the kind."""
     for name in definitions():
         group, version, of = name.removeprefix("io.k8s.api.").rsplit(".", 2)
         if of == kind and api in (
@@ -71,7 +71,7 @@ def validator(api: str, kind: str) -> Draft202012Validator | None:
 
 
 def complaints(all_objects: list[Object]) -> list[str]:
-    """What the schemas have against objects."""
+    """Return the errors of objects by their schemas."""
     found = []
     for item in all_objects:
         if (of_kind := validator(item["apiVersion"], item["kind"])) is None:
@@ -81,7 +81,7 @@ def complaints(all_objects: list[Object]) -> list[str]:
     return found
 
 
-# --- What the objects consist of
+# --- Parts of the objects
 
 
 def of_kind(all_objects: list[Object], *kinds: str) -> list[Object]:
@@ -89,30 +89,30 @@ def of_kind(all_objects: list[Object], *kinds: str) -> list[Object]:
 
 
 def spec(all_objects: list[Object]) -> Object:
-    """Of the nodes, whether they stand on their own or inside a job."""
+    """Return the cluster's spec, which may be part of a job."""
     (owner,) = of_kind(all_objects, "RayCluster", "RayJob")
     return owner["spec"].get("rayClusterSpec", owner["spec"])
 
 
 def job(all_objects: list[Object]) -> Object:
-    """Of the job; nothing where there is none."""
+    """Return the job's spec; empty if there is no job."""
     found = of_kind(all_objects, "RayJob")
     return found[0]["spec"] if found else {}
 
 
 def groups(all_objects: list[Object]) -> list[Object]:
-    """Head first, then workers."""
+    """Return the groups of nodes, the head first."""
     return [spec(all_objects)["headGroupSpec"], *spec(all_objects)["workerGroupSpecs"]]
 
 
 def pods(all_objects: list[Object]) -> list[Object]:
-    """The pod templates: head, workers, submitter."""
+    """Return the pod templates of head, workers and submitter."""
     templates = [group["template"] for group in groups(all_objects)]
     return templates + ([job(all_objects)["submitterPodTemplate"]] if job(all_objects) else [])
 
 
 def containers(all_objects: list[Object]) -> list[Object]:
-    """Of all pods, with the one that KubeRay adds to the head for its autoscaler."""
+    """Return the containers of all pods and of the autoscaler that KubeRay adds to the head."""
     found = [
         item
         for pod in pods(all_objects)
@@ -129,7 +129,7 @@ def variables(container: Object) -> dict[str, Object]:
 
 
 def amount(quantity: str) -> float:
-    """A quantity of CPUs or of bytes."""
+    """Parse a quantity of CPUs or bytes."""
     number, unit = re.fullmatch(r"([\d.]+)(\D*)", quantity).groups()  # type: ignore[union-attr]
     return float(number) * {"": 1, "m": 0.001, **MEMORY}[unit]
 
@@ -155,14 +155,14 @@ def arguments(all_objects: list[Object]) -> list[str]:
 
 
 def opened(shell: str, line: str, given: dict[str, str]) -> list[str]:
-    """The words that a shell makes of a line."""
+    """Return the words of a line after a shell has parsed it."""
     command = [shell, "-c", rf"printf '%s\0' {line}"]
     done = subprocess.run(command, env={**os.environ, **given}, capture_output=True, text=True, check=True)
     return done.stdout.split("\0")[:-1]
 
 
 def parsed(words: list[str]) -> dict[str, Any]:
-    """What the program makes of a command; raises where it has no such command or option."""
+    """Parse a command as the program does; raise if the command or an option is unknown."""
     from ray_jobs.cli.app import app
 
     program, name, *options = words

@@ -23,7 +23,7 @@ from tests.cluster.kubernetes_objects import (
     variables,
 )
 
-# --- Policies. Each is a promise; how it is kept; ways to break it.
+# --- Policies: a predicate for each, and ways to break it.
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def namespace_refuses_others(all_objects: list[Object]) -> bool:
 
 
 def disks_are_written_where_they_may_be(all_objects: list[Object]) -> bool:
-    """A read-only root, mounts for all that Ray and torch write, and no mount without its volume."""
+    """The root is read-only, everything that Ray and torch write is mounted, and every mount has a volume."""
     for pod in pods(all_objects):
         volumes = {volume["name"]: volume for volume in pod["spec"]["volumes"]}
         for container in pod["spec"]["containers"]:
@@ -116,12 +116,12 @@ def secrets_are_references(all_objects: list[Object]) -> bool:
     if of_kind(all_objects, "Secret"):
         return False
     given = [variable for container in containers(all_objects) for variable in container.get("env", [])]
-    told = [key for data in of_kind(all_objects, "ConfigMap") for key in data["data"]]
-    return not any("value" in v and SECRET.search(v["name"]) for v in given) and not any(map(SECRET.search, told))
+    values = [key for data in of_kind(all_objects, "ConfigMap") for key in data["data"]]
+    return not any("value" in v and SECRET.search(v["name"]) for v in given) and not any(map(SECRET.search, values))
 
 
 def token_is_asked_for(all_objects: list[Object]) -> bool:
-    """Of every container, by its own variables, and of the operator and its autoscaler, by authOptions."""
+    """Every container requires the token by its variables, the operator and its autoscaler by authOptions."""
 
     def has_token(container: Object) -> bool:
         own = variables(container)
@@ -145,7 +145,7 @@ def written(rule: Object) -> str:
 
 
 def only_own_pods_and_the_operator_come_in(all_objects: list[Object]) -> bool:
-    """To every pod; the operator to the dashboard of the head alone."""
+    """Own pods reach every pod; the operator reaches only the dashboard of the head."""
     policies = [item["spec"] for item in of_kind(all_objects, "NetworkPolicy")]
     if not any(
         p["podSelector"] == {}
@@ -171,7 +171,7 @@ def only_own_pods_and_the_operator_come_in(all_objects: list[Object]) -> bool:
 
 
 def only_what_is_named_goes_out(all_objects: list[Object]) -> bool:
-    """To own pods, and elsewhere to named ports: names, HTTPS, from the head also Kubernetes' own."""
+    """Traffic leaves only to own pods and to the ports of DNS, HTTPS and, from the head, Kubernetes."""
     policies = [item["spec"] for item in of_kind(all_objects, "NetworkPolicy")]
     rules = [rule for policy in policies for rule in policy.get("egress", [])]
     return all(
@@ -188,7 +188,7 @@ def nothing_is_exposed(all_objects: list[Object]) -> bool:
 
 
 def kubernetes_is_not_within_reach(all_objects: list[Object]) -> bool:
-    """No credentials of Kubernetes in any container of ours; no roles but the one that KubeRay makes."""
+    """Our containers have no Kubernetes credentials, and there is no role besides the one from KubeRay."""
     accounts = of_kind(all_objects, "ServiceAccount")
     if of_kind(all_objects, "Role", "ClusterRole", "RoleBinding", "ClusterRoleBinding"):
         return False
@@ -218,14 +218,14 @@ def kubernetes_is_not_within_reach(all_objects: list[Object]) -> bool:
 def rays_nodes_are_as_large_as_their_containers(all_objects: list[Object]) -> bool:
     head, *workers = groups(all_objects)
     for group in (head, *workers):
-        told, pod = group["rayStartParams"], group["template"]["spec"]
+        values, pod = group["rayStartParams"], group["template"]["spec"]
         (limits,) = [container["resources"]["limits"] for container in pod["containers"]]
         (shared,) = [volume["emptyDir"] for volume in pod["volumes"] if volume["name"] == "shared-mem"]
-        if group is not head and float(told["num-cpus"]) != amount(limits["cpu"]):
+        if group is not head and float(values["num-cpus"]) != amount(limits["cpu"]):
             return False
-        if int(told["num-gpus"]) != int(limits.get("nvidia.com/gpu", "0")) or shared["medium"] != "Memory":
+        if int(values["num-gpus"]) != int(limits.get("nvidia.com/gpu", "0")) or shared["medium"] != "Memory":
             return False
-        if not int(told["object-store-memory"]) < amount(shared["sizeLimit"]) <= amount(limits["memory"]) / 2:
+        if not int(values["object-store-memory"]) < amount(shared["sizeLimit"]) <= amount(limits["memory"]) / 2:
             return False
     return True
 
@@ -243,7 +243,7 @@ PREEMPTIBLE = {
 
 
 def lands_on(pod: Object, labels: dict[str, str]) -> bool:
-    """Whether a pod may be put on a node of these labels."""
+    """Return whether a pod can be scheduled on a node with these labels."""
     affinity = pod["spec"].get("affinity", {}).get("nodeAffinity", {})
     terms = affinity.get("requiredDuringSchedulingIgnoredDuringExecution", {}).get("nodeSelectorTerms")
     return terms is None or any(
@@ -253,7 +253,7 @@ def lands_on(pod: Object, labels: dict[str, str]) -> bool:
 
 
 def drivers_node_stays(all_objects: list[Object]) -> bool:
-    """Head and submitter are on no preemptible node, and Ray puts the driver on the head, with no worker beside it."""
+    """Head and submitter run on permanent nodes, and the driver runs on the head without workers."""
     head, *_, last = pods(all_objects)
     staying = [head, last] if job(all_objects) else [head]
     if any(lands_on(pod, {key: value}) for pod in staying for key, value in PREEMPTIBLE.items()):
@@ -282,7 +282,7 @@ def retries_end(all_objects: list[Object]) -> bool:
 
 
 def what_is_named_is_there(all_objects: list[Object]) -> bool:
-    """Volumes and settings are defined, and Secrets made by the page's commands."""
+    """Volumes and settings are defined here, and secrets are created by the page's commands."""
     known = {(item["kind"], item["metadata"]["name"]) for item in all_objects}
     known |= {("Secret", name) for name in re.findall(r"create secret generic (\S+)", PAGE)}
     named = {
@@ -293,8 +293,8 @@ def what_is_named_is_there(all_objects: list[Object]) -> bool:
     }
     for container in containers(all_objects):
         for source in container.get("envFrom", []):
-            ((kind, told),) = source.items()
-            named.add(({"secretRef": "Secret", "configMapRef": "ConfigMap"}[kind], told["name"]))
+            ((kind, values),) = source.items()
+            named.add(({"secretRef": "Secret", "configMapRef": "ConfigMap"}[kind], values["name"]))
     claims = [
         v["persistentVolumeClaim"]["claimName"]
         for pod in pods(all_objects)
@@ -305,14 +305,14 @@ def what_is_named_is_there(all_objects: list[Object]) -> bool:
 
 
 def workers_fit_their_nodes(all_objects: list[Object]) -> bool:
-    """One worker of the job to a node, and room for as many nodes as it asks for."""
+    """Each node has one worker of the job, and the group is as large as the job requires."""
     if not job(all_objects):
         return True
-    told, workers = parsed(arguments(all_objects)), groups(all_objects)[1:]
+    values, workers = parsed(arguments(all_objects)), groups(all_objects)[1:]
     gpus = {int(group["rayStartParams"]["num-gpus"]) for group in workers}
     cpus = {float(group["rayStartParams"]["num-cpus"]) for group in workers}
-    wanted = told["gpus_per_worker"]
-    one_each = cpus == {told["cpus_per_worker"]} and gpus in ({0}, {1}) and wanted is None
+    wanted = values["gpus_per_worker"]
+    one_each = cpus == {values["cpus_per_worker"]} and gpus in ({0}, {1}) and wanted is None
     room = sum(group["maxReplicas"] for group in workers)
     asked = spec(all_objects).get("enableInTreeAutoscaling") or all(g["replicas"] == g["maxReplicas"] for g in workers)
-    return one_each and 0 < told["min_workers"] <= room and bool(asked)
+    return one_each and 0 < values["min_workers"] <= room and bool(asked)

@@ -1,4 +1,4 @@
-"""A real Slurm of one node on this machine, with its own munge, in a folder of its own, on loopback."""
+"""A real Slurm of one node on this machine, with its own munge and its own folder, on the loopback interface."""
 
 import os
 import shutil
@@ -39,7 +39,7 @@ PartitionName=main Nodes={host} Default=YES MaxTime=INFINITE State=UP
 
 
 def missing() -> str:
-    """What this machine lacks for a Slurm of its own; empty where nothing."""
+    """Return what is missing on this machine to run Slurm; empty if nothing is missing."""
     lacking = [name for name in PROGRAMS if not found(name)]
     return f"no {lacking[0]}: apt-get install slurm-wlm" if lacking else "" if os.geteuid() == 0 else "not root"
 
@@ -55,7 +55,7 @@ def free_port() -> int:
 
 
 class Slurm:
-    """As a context manager. `environment` makes sbatch and the others talk to it. folder: short, for sockets' sake."""
+    """Context manager; its `environment` directs `sbatch` to it. The folder's path must be short because of sockets."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -77,7 +77,7 @@ class Slurm:
             self.until(lambda: (self.folder / "munge.socket").exists())
             self.start("slurmctld", "-D")
             self.start("slurmd", "-D")
-            self.until(lambda: self.told("sinfo", "--noheader", "--format=%T") == "idle")
+            self.until(lambda: self.output("sinfo", "--noheader", "--format=%T") == "idle")
         except BaseException:
             self.close()
             raise
@@ -93,8 +93,8 @@ class Slurm:
             daemon = subprocess.Popen([program, *options], env=self.environment, stdout=log, stderr=log)
         self.daemons.append(daemon)
 
-    def told(self, *command: str) -> str:
-        """What a command of Slurm prints; empty where it fails."""
+    def output(self, *command: str) -> str:
+        """Return the output of a Slurm command; empty if it fails."""
         done = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False)
         return done.stdout.strip() if done.returncode == 0 else ""
 
@@ -109,7 +109,7 @@ class Slurm:
         return "\n".join(path.read_text()[-2000:] for path in self.folder.glob("*.log"))
 
     def close(self) -> None:
-        self.told("scancel", "--user=root")
+        self.output("scancel", "--user=root")
         for daemon in reversed(self.daemons):
             daemon.terminate()
         for daemon in self.daemons:

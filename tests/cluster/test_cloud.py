@@ -1,6 +1,6 @@
-"""The files for `ray up`: such as Ray and the clouds' interfaces take, with a head that stays, closed to the outside.
+"""The files for `ray up`: valid for Ray and the clouds, with a permanent head, closed to the outside.
 
-No cloud is asked. Every check is also seen to fail, on a copy that is broken on purpose.
+No cloud is needed. Every check is also tested to fail on a broken copy.
 """
 
 import re
@@ -18,7 +18,7 @@ from tests.cluster.cloud_policies import OF_AWS, POLICIES, Policy
 
 
 @pytest.mark.parametrize("cloud", CLOUDS)
-def test_ray_and_the_cloud_know_every_field(cloud: str) -> None:
+def test_ray_and_the_cloud_accept_every_field(cloud: str) -> None:
     check(cloud, config(cloud))
 
 
@@ -64,7 +64,7 @@ WRONG_IN: dict[str, dict[str, Callable[[Config], Any]]] = {
     [(cloud, how) for cloud in CLOUDS for how in [*WRONG, *WRONG_IN[cloud]]],
     ids=lambda value: value.replace(" ", "-"),
 )
-def test_a_file_that_they_do_not_know_is_found(cloud: str, how: str) -> None:
+def test_invalid_file_is_rejected(cloud: str, how: str) -> None:
     changed = config(cloud)
     (WRONG | WRONG_IN[cloud])[how](changed)
     with pytest.raises((ValueError, ValidationError)):
@@ -72,7 +72,7 @@ def test_a_file_that_they_do_not_know_is_found(cloud: str, how: str) -> None:
 
 
 @pytest.mark.slow
-def test_rays_launcher_starts_these_machines_in_a_simulated_ec2(
+def test_launcher_of_ray_starts_these_machines_in_a_simulated_ec2(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     import boto3
@@ -80,7 +80,7 @@ def test_rays_launcher_starts_these_machines_in_a_simulated_ec2(
     from ray.autoscaler._private.aws.config import bootstrap_aws
     from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
 
-    monkeypatch.setenv("HOME", str(tmp_path))  # where Ray puts the key that it makes
+    monkeypatch.setenv("HOME", str(tmp_path))  # Ray writes a generated key there
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "simulated")
     of = config("aws")
@@ -97,7 +97,7 @@ def test_rays_launcher_starts_these_machines_in_a_simulated_ec2(
         assert found["worker"]["resources"].items() >= {"CPU": 8, "GPU": 1, "accelerator_type:L4": 1}.items()
         provider = AWSNodeProvider(full["provider"], full["cluster_name"])
         for name in ("head", "worker"):
-            asked = {**node(full, name), "ImageId": ec2.describe_images()["Images"][0]["ImageId"]}  # not its to resolve
+            asked = {**node(full, name), "ImageId": ec2.describe_images()["Images"][0]["ImageId"]}
             provider.create_node(asked, {"ray-node-kind": name, "ray-node-status": "starting"}, 1)
         started = [i for r in ec2.describe_instances()["Reservations"] for i in r["Instances"]]
         assert [(i["InstanceType"], i.get("InstanceLifecycle")) for i in started] == [
@@ -107,7 +107,7 @@ def test_rays_launcher_starts_these_machines_in_a_simulated_ec2(
         assert [[g["GroupId"] for g in i["SecurityGroups"]] for i in started] == [[group], [group]]
 
 
-# --- Policies. Each is a promise; how it is kept; ways to break it.
+# --- Policies: a predicate for each, and ways to break it.
 
 
 def breaks() -> Iterator[Any]:
@@ -118,19 +118,19 @@ def breaks() -> Iterator[Any]:
 
 @pytest.mark.parametrize("cloud", CLOUDS)
 @pytest.mark.parametrize("promise", [*POLICIES, *OF_AWS])
-def test_the_policy_holds(cloud: str, promise: str) -> None:
+def test_policy_holds(cloud: str, promise: str) -> None:
     assert (POLICIES | OF_AWS)[promise].holds(config(cloud))
 
 
 @pytest.mark.parametrize(("cloud", "policy", "how"), breaks())
-def test_a_copy_that_breaks_a_policy_is_found(cloud: str, policy: Policy, how: str) -> None:
+def test_copy_that_breaks_a_policy_is_detected(cloud: str, policy: Policy, how: str) -> None:
     changed = config(cloud)
     policy.broken[how](changed)
     assert not policy.holds(changed)
 
 
 @pytest.mark.parametrize("cloud", CLOUDS)
-def test_the_clouds_differ_in_nothing_but_themselves(cloud: str) -> None:
+def test_clouds_differ_only_in_their_own_fields(cloud: str) -> None:
     own = {"provider", "available_node_types", "setup_commands", "head_setup_commands"}
     assert {k: v for k, v in config(cloud).items() if k not in own} == {
         k: v for k, v in config("aws").items() if k not in own
@@ -140,7 +140,7 @@ def test_the_clouds_differ_in_nothing_but_themselves(cloud: str) -> None:
 # --- The page
 
 
-def test_the_page_names_every_file_and_what_its_machines_are() -> None:
+def test_page_names_every_file_and_its_machines() -> None:
     assert set(re.findall(r"cluster/cloud/(\w+)\.yaml", PAGE)) == set(CLOUDS)
     for cloud, name in product(CLOUDS, ("head", "worker")):
         asked = node(config(cloud), name)
@@ -148,7 +148,7 @@ def test_the_page_names_every_file_and_what_its_machines_are() -> None:
         assert f"`{size}`" in PAGE, size
 
 
-def test_the_commands_of_the_page_are_known_to_the_program() -> None:
+def test_commands_of_the_page_are_valid() -> None:
     import typer
 
     from ray_jobs.cli.app import app
@@ -161,6 +161,6 @@ def test_the_commands_of_the_page_are_known_to_the_program() -> None:
             ["bash", "-c", rf"printf '%s\0' {line}"], capture_output=True, text=True, check=True
         ).stdout
         name, *options = words.split("\0")[:-1]
-        told = group.commands[name].make_context(name, options).params  # type: ignore[attr-defined]
-        assert told["cpus_per_worker"] == config("aws")["available_node_types"]["worker"]["resources"]["CPU"]
-        assert 0 < told["min_workers"] <= config("aws")["max_workers"]
+        values = group.commands[name].make_context(name, options).params  # type: ignore[attr-defined]
+        assert values["cpus_per_worker"] == config("aws")["available_node_types"]["worker"]["resources"]["CPU"]
+        assert 0 < values["min_workers"] <= config("aws")["max_workers"]

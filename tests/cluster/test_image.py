@@ -1,4 +1,4 @@
-"""The image's Dockerfile: it is linted, its locks answer pyproject.toml, and its own steps make a system that works."""
+"""The Dockerfile: its lint, its locks, and the system that its steps build."""
 
 import json
 import os
@@ -25,7 +25,7 @@ EXTRAS = ("s3", "timm", "zarr", "serve")
 
 
 def steps(dockerfile: str) -> list[tuple[str, str]]:
-    """A Dockerfile's instructions: (RUN, its command)."""
+    """Return the instructions of a Dockerfile: ("RUN", command)."""
     plain = re.sub(r"^\s*#.*\n", "", dockerfile, flags=re.M).replace("\\\n", "")
     return [(word, rest) for word, _, rest in (line.partition(" ") for line in plain.splitlines() if line)]
 
@@ -34,12 +34,12 @@ STEPS = steps((IMAGE / "Dockerfile").read_text())
 
 
 def said(word: str) -> list[str]:
-    """What all instructions of this name say."""
+    """Return the arguments of all instructions with this name."""
     return [rest for name, rest in STEPS if name == word]
 
 
 def locked(variant: str) -> dict[str, str]:
-    """A lock's packages and their versions; every one has a hash."""
+    """Return the versions of a lock's packages; every package has a hash."""
     found = {}
     for block in re.split(r"^(?=[A-Za-z])", (IMAGE / f"requirements-{variant}.txt").read_text(), flags=re.M)[1:]:
         name, _, version = block.split()[0].partition("==")
@@ -48,14 +48,14 @@ def locked(variant: str) -> dict[str, str]:
     return found
 
 
-def test_the_dockerfile_has_no_lint() -> None:
+def test_dockerfile_has_no_lint() -> None:
     done = subprocess.run(
         [Path(sys.executable).parent / "hadolint", IMAGE / "Dockerfile"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_the_image_is_pinned_runs_as_no_root_and_asks_for_a_token() -> None:
+def test_image_is_pinned_and_unprivileged_and_requires_a_token() -> None:
     assert re.search(r"BASE=python:3\.11\.\d+-slim-bookworm@sha256:[0-9a-f]{64}$", "\n".join(said("ARG")), re.M)
     assert said("FROM") == ["${BASE} AS build", "${BASE}"]
     assert said("USER") == ["1000:1000"]
@@ -66,13 +66,13 @@ def test_the_image_is_pinned_runs_as_no_root_and_asks_for_a_token() -> None:
 @pytest.mark.parametrize("variant", ["cuda", "cpu"])
 def test_make_tags_the_image_by_version_and_variant(variant: str) -> None:
     command = ["make", "--dry-run", "image", f"VARIANT={variant}"]
-    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert f"--tag patternnet-ray:{PROJECT['version']}-{variant} --build-arg VARIANT={variant} " in told
-    assert f"--build-arg VERSION={PROJECT['version']} " in told
+    output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert f"--tag patternnet-ray:{PROJECT['version']}-{variant} --build-arg VARIANT={variant} " in output
+    assert f"--build-arg VERSION={PROJECT['version']} " in output
 
 
 @pytest.mark.parametrize("variant", ["cuda", "cpu"])
-def test_the_locks_answer_pyproject(variant: str) -> None:
+def test_locks_satisfy_pyproject(variant: str) -> None:
     lock = locked(variant)
     groups = [PROJECT["dependencies"], *(PROJECT["optional-dependencies"][extra] for extra in EXTRAS)]
     needed = {Requirement(text) for group in groups for text in group}
@@ -83,7 +83,7 @@ def test_the_locks_answer_pyproject(variant: str) -> None:
     assert elsewhere.isdisjoint(lock)
 
 
-def test_the_cpus_lock_is_that_of_cuda_without_cuda() -> None:
+def test_cpu_lock_is_the_cuda_lock_without_cuda() -> None:
     cuda, cpu = locked("cuda"), locked("cpu")
     assert cpu.items() < cuda.items()
     assert not [name for name in cpu if re.match(r"torch|nvidia|cuda|triton", name)]
@@ -98,7 +98,7 @@ def test_no_lock_names_an_index(variant: str) -> None:
 
 @dataclass
 class System:
-    """A folder that holds a whole Debian, and what its commands are told and see of this machine.
+    """A folder with a whole Debian, the environment of its commands, and the parts of this machine that they see.
 
     Its mounts live in a namespace of the command, so that none is left however that ends.
     """
@@ -108,11 +108,11 @@ class System:
     seen: list[Path] = field(default_factory=list)
 
     def run(self, command: str) -> None:
-        """A build's step: as root, with this machine's network."""
+        """Run a step of the build: as root, with this machine's network."""
         self._enter([], ["chroot", self.root], command)
 
     def run_locked_down(self, command: str, data: Path) -> str:
-        """As the image's container would: uid 1000, a read-only root, two writable folders, no network but its own."""
+        """Run a command as in a container: uid 1000, read-only root, two writable folders, own network."""
         root = shlex.quote(str(self.root))
         mounts = [
             "ip link set lo up",
@@ -142,20 +142,20 @@ class System:
 
 
 def package_sources() -> tuple[dict[str, str], list[Path]]:
-    """Where pip finds packages on this machine: as environment variables, and the folders and files they name."""
+    """Return pip's package sources of this machine as environment variables, and the folders and files they name."""
     listed = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True)
     settings = dict(re.findall(r"^\S*?([\w-]+)='(.*)'$", listed.stdout, re.M))
     wanted = ("index-url", "extra-index-url", "find-links", "trusted-host", "proxy", "cert", "timeout")
     kept = {key: settings[key] for key in wanted if key in settings}
     paths = [Path(word.removeprefix("file://")) for value in kept.values() for word in value.split()]
-    # An index in a folder links to files beside it.
+    # An index in a folder links to neighboring files.
     folders = [path.parent if path.name == "simple" else path for path in paths if path.is_absolute() and path.exists()]
     return {f"PIP_{key.upper().replace('-', '_')}": value for key, value in kept.items()}, folders
 
 
 @pytest.fixture(scope="module")
 def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
-    """What the Dockerfile's steps make of the Debian that its base image has."""
+    """The system that the Dockerfile's steps build from the Debian release of its base image."""
     for tool in ("debootstrap", "unshare", "ip"):
         if shutil.which(tool) is None:
             pytest.skip(f"needs {tool}")
@@ -173,7 +173,7 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
 
 
 def build(system: System) -> None:
-    """Follow the Dockerfile, both stages in one root. A base image's Python is here Debian's own."""
+    """Run the Dockerfile's steps, both stages in one root, with Debian's Python instead of the base image's."""
     (release,) = re.findall(r"slim-(\w+)@", "".join(said("ARG")))
     targets = subprocess.run(
         ["apt-get", "indextargets", "--format", "$(RELEASE) $(REPO_URI)", "Created-By: Packages"],
@@ -202,7 +202,7 @@ def build(system: System) -> None:
 
 
 def copy(source: str, target: Path) -> None:
-    """A COPY from this repository, of what .dockerignore lets through."""
+    """Copy files of this repository that .dockerignore admits."""
     allowed = [line[1:] for line in (IMAGE / "Dockerfile.dockerignore").read_text().split() if line.startswith("!")]
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
@@ -217,7 +217,7 @@ def copy(source: str, target: Path) -> None:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model and shards that uid 1000 can read, and a folder it can write."""
+    """A folder of uid 1000 with a model and shards."""
     folder = tmp_path_factory.mktemp("data")
     (folder / "model.py").write_text(MODEL)
     make_shards(folder, 2, 6)
@@ -233,7 +233,7 @@ FIT = (
 
 
 @pytest.mark.slow
-def test_the_dockerfiles_steps_make_a_system_that_fits(system: System, data: Path) -> None:
+def test_system_built_from_the_dockerfile_runs_a_fit(system: System, data: Path) -> None:
     said = system.run_locked_down("patternnet --version; id -u; pwd; touch /opt/x || true", data)
     assert f"patternnet {PROJECT['version']}" in said
     assert "Read-only file system" in said
@@ -241,7 +241,7 @@ def test_the_dockerfiles_steps_make_a_system_that_fits(system: System, data: Pat
 
 
 @pytest.mark.slow
-def test_a_login_shell_finds_the_programs(system: System, data: Path) -> None:
+def test_login_shell_finds_the_programs(system: System, data: Path) -> None:
     said = system.run_locked_down("bash -lc 'command -v patternnet ray python wget'", data)
     assert said.split() == [
         *(f"/opt/patternnet/bin/{name}" for name in ("patternnet", "ray", "python")),
@@ -250,17 +250,17 @@ def test_a_login_shell_finds_the_programs(system: System, data: Path) -> None:
 
 
 @pytest.mark.slow
-def test_its_ray_asks_for_a_token_and_runs_a_fit_on_a_read_only_root(system: System, data: Path) -> None:
+def test_ray_in_the_image_requires_a_token_and_runs_a_fit_on_a_read_only_root(system: System, data: Path) -> None:
     start = "export RAY_AUTH_TOKEN=$(printf %064d 1); ray start --head --num-cpus=2 --include-dashboard=false"
     fit = f"patternnet {FIT} --out /mnt/by-ray --workers 1 --address auto"
-    asked = "ray status >/dev/null && echo accepted; RAY_AUTH_TOKEN=$(printf %064d 2) ray status 2>&1 || echo refused"
+    asked = "ray status >/dev/null && echo accepted; RAY_AUTH_TOKEN=$(printf %064d 2) ray status 2>&1 || echo rejected"
     said = system.run_locked_down(f"{start}; {fit}; {asked}; ray stop", data)
     assert "12 samples of 2 shards" in said
-    assert re.search(r"^accepted$.*[Ii]nvalid.*token.*^refused$", said, re.M | re.S), said
+    assert re.search(r"^accepted$.*[Ii]nvalid.*token.*^rejected$", said, re.M | re.S), said
 
 
 @pytest.mark.slow
-def test_the_bill_of_materials_lists_what_the_lock_does(system: System) -> None:
+def test_bill_of_materials_lists_the_lock(system: System) -> None:
     bill = json.loads((system.root / "opt/patternnet/sbom.cdx.json").read_text())
     assert bill["bomFormat"] == "CycloneDX"
     assert bill["metadata"]["component"]["name"] == PROJECT["name"]

@@ -1,6 +1,6 @@
-"""The definitions for Kubernetes: such as Kubernetes and KubeRay take, closed to the outside, running what they should.
+"""The Kubernetes definitions: valid for Kubernetes and KubeRay, closed to the outside, with valid commands.
 
-No cluster is asked. Every check is also seen to fail, on a copy that is broken on purpose.
+No cluster is needed. Every check is also tested to fail on a broken copy.
 """
 
 import json
@@ -36,7 +36,7 @@ from tests.cluster.kubernetes_objects import (
 )
 from tests.cluster.kubernetes_policies import PREEMPTIBLE, Policy, lands_on
 
-pytestmark = pytest.mark.skipif(not BUILD, reason="neither kubectl nor kustomize is here to render the definitions")
+pytestmark = pytest.mark.skipif(not BUILD, reason="needs kubectl or kustomize to render the definitions")
 
 
 def breaks(table: dict[str, Policy], overlays: list[str]) -> Iterator[Any]:
@@ -47,12 +47,12 @@ def breaks(table: dict[str, Policy], overlays: list[str]) -> Iterator[Any]:
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 @pytest.mark.parametrize("promise", [*POLICIES, *OF_JOBS])
-def test_the_policy_holds(overlay: str, promise: str) -> None:
+def test_policy_holds(overlay: str, promise: str) -> None:
     assert (POLICIES | OF_JOBS)[promise].holds(objects(overlay))
 
 
 @pytest.mark.parametrize(("overlay", "of_promise", "how"), [*breaks(POLICIES, OVERLAYS), *breaks(OF_JOBS, JOBS)])
-def test_a_copy_that_breaks_a_policy_is_found(overlay: str, of_promise: Policy, how: str) -> None:
+def test_copy_that_breaks_a_policy_is_detected(overlay: str, of_promise: Policy, how: str) -> None:
     changed_copy = objects(overlay)
     of_promise.broken[how](changed_copy)
     assert not of_promise.holds(changed_copy)
@@ -60,7 +60,7 @@ def test_a_copy_that_breaks_a_policy_is_found(overlay: str, of_promise: Policy, 
 
 # --- The schemas
 
-# A place in the nodes' definition, and what to do there: another value, or another name for the field.
+# Ways to make a definition invalid: another value at a path, or another name of a field.
 WRONG: dict[str, Callable[[list[Object]], Any]] = {
     "API version": lambda o: of_kind(o, "RayCluster", "RayJob")[0].update(apiVersion="ray.io/v2"),
     "kind": lambda o: of_kind(o, "RayCluster", "RayJob")[0].update(kind="RayBatch"),
@@ -97,7 +97,7 @@ WRONG_JOB: dict[str, Callable[[list[Object]], Any]] = {
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_kubernetes_and_kuberay_know_every_field(overlay: str) -> None:
+def test_kubernetes_and_kuberay_accept_every_field(overlay: str) -> None:
     assert complaints(objects(overlay)) == []
 
 
@@ -106,14 +106,14 @@ def test_kubernetes_and_kuberay_know_every_field(overlay: str) -> None:
     [*product(OVERLAYS, WRONG), *product(JOBS, WRONG_JOB)],
     ids=lambda value: value.replace(" ", "-"),
 )
-def test_a_definition_that_they_do_not_know_is_found(overlay: str, how: str) -> None:
+def test_invalid_definition_is_rejected(overlay: str, how: str) -> None:
     changed_copy = objects(overlay)
     (WRONG | WRONG_JOB)[how](changed_copy)
     assert complaints(changed_copy)
 
 
 @pytest.mark.parametrize(("gpu", "spot", "storage"), product((False, True), (False, True), ("volume", "s3")))
-def test_any_choice_of_parts_is_a_definition(gpu: bool, spot: bool, storage: str, tmp_path: Path) -> None:
+def test_any_combination_of_components_is_valid(gpu: bool, spot: bool, storage: str, tmp_path: Path) -> None:
     parts = [name for name, wanted in (("gpu", gpu), ("spot", spot), (storage, True), ("fit", True)) if wanted]
     here = Path(os.path.relpath(DEFINITIONS, tmp_path))
     choice = {
@@ -133,18 +133,18 @@ def test_any_choice_of_parts_is_a_definition(gpu: bool, spot: bool, storage: str
     assert lands_on(worker["template"], {}) is not spot
 
 
-# --- What runs
+# --- The command
 
 
 @pytest.mark.parametrize("overlay", JOBS)
-def test_the_command_is_one_of_the_program(overlay: str) -> None:
+def test_command_is_valid(overlay: str) -> None:
     all_objects = objects(overlay)
     words, (settings,) = arguments(all_objects), of_kind(all_objects, "ConfigMap")
-    told, data = parsed(words), settings["data"]["DATA"]
+    values, data = parsed(words), settings["data"]["DATA"]
     assert words[1] == overlay.partition("-")[0]
-    (shards,) = told["shards"]
-    assert re.fullmatch(re.escape(data) + r"/shards/\w+-\{\d+\.\.\d+\}\.tar", shards)  # no shell opened the braces
-    assert (told["out"] or told["patterns"]).startswith(f"{data}/runs/")
+    (shards,) = values["shards"]
+    assert re.fullmatch(re.escape(data) + r"/shards/\w+-\{\d+\.\.\d+\}\.tar", shards)  # no shell expanded the braces
+    assert (values["out"] or values["patterns"]).startswith(f"{data}/runs/")
 
 
 @pytest.mark.parametrize(
@@ -156,21 +156,21 @@ def test_the_command_is_one_of_the_program(overlay: str) -> None:
         ("argument", "unexpected extra argument"),
     ],
 )
-def test_a_command_that_the_program_does_not_know_is_found(wrong: str, complaint: str) -> None:
+def test_invalid_command_is_rejected(wrong: str, complaint: str) -> None:
     all_objects = objects(JOBS[0])
     job(all_objects)["entrypoint"] += f" {wrong}"
     with pytest.raises(Exception, match=complaint):
         parsed(arguments(all_objects))
 
 
-def test_a_shell_that_opens_braces_is_found() -> None:
+def test_shell_expansion_of_braces_is_detected() -> None:
     all_objects = objects(JOBS[0])
     job(all_objects)["entrypoint"] = job(all_objects)["entrypoint"].replace('"', "")
     with pytest.raises(Exception, match="unexpected extra argument"):
         parsed(arguments(all_objects))
 
 
-def test_explanations_are_made_of_what_the_fit_left() -> None:
+def test_explain_uses_the_run_of_the_fit() -> None:
     fit, explain = (parsed(arguments(objects(f"{name}-gpu-spot-s3"))) for name in ("fit", "explain"))
     assert explain["patterns"] == fit["out"]
 
@@ -178,9 +178,9 @@ def test_explanations_are_made_of_what_the_fit_left() -> None:
 # --- The page
 
 
-def test_the_page_names_every_part_and_nothing_else() -> None:
+def test_page_names_exactly_the_existing_parts() -> None:
     parts = {path.name for path in (DEFINITIONS / "components").iterdir()} - {"job"}
-    told = set(re.findall(r"^\| `([\w-]+)` \|", PAGE, re.M))
-    assert told == parts | set(OVERLAYS)
+    values = set(re.findall(r"^\| `([\w-]+)` \|", PAGE, re.M))
+    assert values == parts | set(OVERLAYS)
     for path in re.findall(r"cluster/kubernetes/(?:base|components|overlays)/[\w/.-]+", PAGE):
         assert (ROOT / path).exists(), path

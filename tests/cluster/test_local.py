@@ -1,4 +1,4 @@
-"""A cluster of several nodes on this machine: what joins, what is lost, and that nothing is left behind."""
+"""A local cluster of several nodes: joining, losing nodes, and ending without leftovers."""
 
 import json
 import os
@@ -15,8 +15,7 @@ import pytest
 from cluster.local import ROOT, LocalCluster, Node
 from cluster.processes import processes, processes_of_session
 
-# Attached drivers, as users have them: each prints one line of JSON.
-# It ends once a node is dead.
+# Drivers that attach to the cluster and print one line of JSON. This one ends once a node is dead.
 NODES = """
 import json, ray, time
 ray.init()
@@ -36,7 +35,7 @@ class Worker:
 workers = [Worker.remote() for _ in range(2)]
 print(json.dumps(ray.get([w.node.remote() for w in workers])))
 """
-# An owner that says which session its cluster has, and then does nothing more.
+# An owner that prints the session of its cluster and then sleeps.
 OWNER = """
 import time
 from cluster.local import LocalCluster
@@ -48,14 +47,14 @@ with LocalCluster(nodes=2) as cluster:
 
 
 def attached(cluster: LocalCluster, code: str) -> object:
-    """What a driver of this code prints."""
+    """Return the output of a driver with this code."""
     env = {**os.environ, **cluster.environment}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True, timeout=60)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def wait_until_dead(cluster: LocalCluster, lost: Node) -> None:
-    """Until the cluster holds a node for dead, and only that."""
+    """Wait until the cluster reports this node, and only this one, as dead."""
     alive = attached(cluster, NODES.format(id=lost.id))
     assert isinstance(alive, dict)
     assert not alive[lost.id]
@@ -63,7 +62,7 @@ def wait_until_dead(cluster: LocalCluster, lost: Node) -> None:
 
 
 def within(seconds: float, holds: Callable[[], bool]) -> bool:
-    """Whether something comes to hold within some time."""
+    """Return whether a condition becomes true within some seconds."""
     deadline = time.monotonic() + seconds
     while not (held := holds()) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -76,7 +75,7 @@ def cluster() -> Iterator[LocalCluster]:
         yield cluster
 
 
-def test_every_node_offers_what_it_claims_to_have(cluster: LocalCluster) -> None:
+def test_every_node_offers_its_configured_resources(cluster: LocalCluster) -> None:
     ids = {node.id for node in cluster.nodes.values()}
     spread = attached(cluster, SPREAD)
     assert isinstance(spread, list)
@@ -85,9 +84,7 @@ def test_every_node_offers_what_it_claims_to_have(cluster: LocalCluster) -> None
 
 
 @pytest.mark.parametrize("hangs", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["killed", "hung"])
-def test_a_lost_node_is_dead_to_the_cluster_and_none_of_its_processes_lives_on(
-    cluster: LocalCluster, hangs: bool
-) -> None:
+def test_lost_node_is_dead_and_leaves_no_process(cluster: LocalCluster, hangs: bool) -> None:
     node = cluster.add_node()
     own = {p.pid for p in cluster.processes() if node.raylet in (p.pid, p.parent)}
     assert len(own) > 1
@@ -99,7 +96,7 @@ def test_a_lost_node_is_dead_to_the_cluster_and_none_of_its_processes_lives_on(
     wait_until_dead(cluster, node)
 
 
-def test_nothing_is_left_behind_by_a_keeper_that_is_killed() -> None:
+def test_killed_keeper_leaves_no_process_and_no_file() -> None:
     with LocalCluster(nodes=2) as cluster:
         session, folder = cluster.keeper.pid, Path(cluster.folder)
         assert len(processes_of_session(session)) > 5
@@ -108,7 +105,7 @@ def test_nothing_is_left_behind_by_a_keeper_that_is_killed() -> None:
     assert not folder.exists()
 
 
-def test_nothing_is_left_behind_by_an_owner_that_is_killed() -> None:
+def test_killed_owner_leaves_no_process_and_no_file() -> None:
     with subprocess.Popen([sys.executable, "-c", OWNER], cwd=ROOT, stdout=subprocess.PIPE, text=True) as owner:
         assert owner.stdout is not None
         session, folder = owner.stdout.readline().split()
@@ -118,7 +115,7 @@ def test_nothing_is_left_behind_by_an_owner_that_is_killed() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
-def test_the_command_says_how_to_use_the_cluster_and_stops_it_on(number: signal.Signals) -> None:
+def test_command_prints_how_to_use_the_cluster_and_stops_it_on(number: signal.Signals) -> None:
     command = [sys.executable, "-m", "cluster.local", "--nodes", "1", "--cpus", "1"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as owner:
         assert owner.stdout is not None

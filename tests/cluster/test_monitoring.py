@@ -1,4 +1,4 @@
-"""What watches jobs on a cluster: Prometheus takes it, it names what is exported, and it tells of trouble only."""
+"""The monitoring of jobs: Prometheus accepts the files, the metrics exist, and alerts fire for trouble only."""
 
 import contextlib
 import json
@@ -33,18 +33,18 @@ from tests.ray_jobs.runs import configured
 FOLDER, CASES = Path("cluster/monitoring"), Path("tests/cluster/monitoring/rules_test.yml")
 DISCOVERY = "http://127.0.0.1:8265/api/prometheus/sd"
 JOBS = {f"ray_patternnet_{name}_total" for name in COUNTERS} | {f"ray_patternnet_{name}" for name in GAUGES}
-# Of nodes with a GPU alone, which need not be at hand.
+# Metrics of nodes with a GPU only, which this machine may not have.
 GPUS = {f"ray_{name}" for name in METRICS_GAUGES if name.startswith(("node_gpu", "node_gram"))}
 WORDS = {"and", "or", "unless", "by", "without", "on", "ignoring", "group_left", "group_right", "offset", "bool"}
 
 needs_prometheus = pytest.mark.skipif(
     shutil.which("promtool") is None or shutil.which("prometheus") is None,
-    reason="no Prometheus here: apt-get install prometheus",
+    reason="needs prometheus and promtool: apt-get install prometheus",
 )
 
 
 def rules(root: Path) -> list[dict[str, Any]]:
-    """All rules, recording and alerting."""
+    """Return all recording and alerting rules."""
     groups = yaml.safe_load((root / FOLDER / "rules.yml").read_text())["groups"]
     return [rule for group in groups for rule in group["rules"]]
 
@@ -55,22 +55,22 @@ def dashboard(root: Path) -> dict[str, Any]:
 
 
 def shown(root: Path) -> list[str]:
-    """The dashboard's expressions as Grafana sends them, of every run and job."""
+    """Return the dashboard's expressions with Grafana's variables replaced, for every run and job."""
     raw = [target["expr"] for panel in dashboard(root)["panels"] for target in panel.get("targets", [])]
     return [
-        expr.replace("$run", ".*").replace("$job", ".*").replace("$__rate_interval", "1m")  # as of 15 s between scrapes
+        expr.replace("$run", ".*").replace("$job", ".*").replace("$__rate_interval", "1m")  # for 15 s between scrapes
         for expr in raw
     ]
 
 
 def metrics_of(expression: str) -> set[str]:
-    """The metrics that an expression names."""
+    """Return the metrics in an expression."""
     bare = re.sub(r'"[^"]*"|\{[^}]*\}|\[[^\]]*\]|\b(by|on|without|ignoring)\s*\([^)]*\)', " ", expression)
     return set(re.findall(r"\b[a-z_][\w:]*\b(?!\s*\()", bare, re.IGNORECASE)) - WORDS
 
 
 def unknown_metrics(root: Path, exported: set[str]) -> set[str]:
-    """What rules and dashboard name that neither a job, nor Ray, nor a recording rule provides."""
+    """Return metrics of the rules and the dashboard that neither a job, Ray nor a recording rule provides."""
     recorded = {rule["record"] for rule in rules(root) if "record" in rule}
     asked = [target["query"]["query"] for target in dashboard(root)["templating"]["list"] if target["type"] == "query"]
     variables = {name for query in asked for name in re.findall(r"label_values\((\w+)", query)}
@@ -79,7 +79,7 @@ def unknown_metrics(root: Path, exported: set[str]) -> set[str]:
 
 
 def unknown_fields(root: Path) -> list[str]:
-    """The dashboard's fields that Grafana's own models do not keep when they read and write it."""
+    """Return fields of the dashboard that are lost when Grafana's own models read and write it."""
     pytest.importorskip("grafana_foundation_sdk", reason="needs grafana-foundation-sdk: Grafana's schema")
     from grafana_foundation_sdk.cog.encoder import JSONEncoder
     from grafana_foundation_sdk.cog.plugins import register_default_plugins
@@ -101,13 +101,13 @@ def unknown_fields(root: Path) -> list[str]:
 
 
 def promtool(*arguments: str | Path) -> str:
-    """What promtool complains of; nothing where it is content."""
+    """Return the errors of promtool; empty if there are none."""
     done = subprocess.run(["promtool", *map(str, arguments)], capture_output=True, text=True)
     return "" if done.returncode == 0 else done.stdout + done.stderr
 
 
-def refused_by_prometheus(root: Path, scratch: Path) -> str:
-    """What Prometheus refuses of the configuration, the rules, and the dashboard's expressions."""
+def rejected_by_prometheus(root: Path, scratch: Path) -> str:
+    """Return what Prometheus rejects in the configuration, the rules and the dashboard's expressions."""
     made = [{"record": "shown", "expr": expr} for expr in shown(root)]
     (scratch / "shown.yml").write_text(yaml.safe_dump({"groups": [{"name": "shown", "rules": made}]}))
     return promtool("check", "config", root / FOLDER / "prometheus.yml") + promtool(
@@ -116,7 +116,7 @@ def refused_by_prometheus(root: Path, scratch: Path) -> str:
 
 
 def wrong_alerts(root: Path) -> str:
-    """Where the alerts do not say of the known cases what they should."""
+    """Return the known cases for which the alerts are wrong."""
     return promtool("test", "rules", root / CASES)
 
 
@@ -124,11 +124,11 @@ def wrong_alerts(root: Path) -> str:
 def page(
     local_ray: None, model_spec: str, shards: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, float]:
-    """What a real node exports, by name and labels, after a fit that went on without one of its three shards."""
+    """Metrics that a real node exports after a fit that skipped one of its three shards."""
     folder = tmp_path_factory.mktemp("watched")
     bad = write_tar(folder / "bad.tar", [{"__key__": "cut", "jpg": b"\xff\xd8\xff\xe0 no more"}])
     (folder / "cut.tar").write_bytes(Path(shards[0]).read_bytes()[:3000])
-    given = [f"{folder}/cut.tar", shards[0], str(bad)]  # what comes before a failure is worked on again
+    given = [f"{folder}/cut.tar", shards[0], str(bad)]  # samples before a failure are processed again
     fit(configured(model_spec, given, folder / "run"), Resources(workers=0, retries=0, max_bad_shards=1))
     (node,) = ray.nodes()
     address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
@@ -149,24 +149,24 @@ def names(page: dict[str, float]) -> set[str]:
 
 
 def of_run(page: dict[str, float]) -> dict[str, float]:
-    """A run's own metrics, but not how long it waited, which may be nothing."""
+    """Return a run's own metrics, except the waiting time, which may be absent."""
     own = {series: value for series, value in page.items() if "/watched0/run" in series and "waiting" not in series}
     return {series.partition("{")[0].removeprefix("ray_patternnet_"): value for series, value in own.items()}
 
 
 @needs_prometheus
-def test_prometheus_takes_configuration_rules_and_expressions(tmp_path: Path) -> None:
-    assert refused_by_prometheus(ROOT, tmp_path) == ""
+def test_prometheus_accepts_configuration_rules_and_expressions(tmp_path: Path) -> None:
+    assert rejected_by_prometheus(ROOT, tmp_path) == ""
 
 
 @needs_prometheus
-def test_alerts_tell_of_jobs_in_trouble_and_of_no_healthy_or_finished_one() -> None:
+def test_alerts_fire_for_jobs_in_trouble_only() -> None:
     assert wrong_alerts(ROOT) == ""
     alerts = {rule["alert"] for rule in rules(ROOT) if "alert" in rule}
     assert alerts == set(re.findall(r'alertname="(\w+)"', (ROOT / CASES).read_text()))
 
 
-def test_every_alert_says_what_it_is_how_bad_and_what_to_do() -> None:
+def test_every_alert_has_a_summary_a_severity_and_a_runbook() -> None:
     for rule in rules(ROOT):
         if "alert" in rule:
             assert set(rule["annotations"]) == {"summary", "description", "runbook"}
@@ -175,11 +175,11 @@ def test_every_alert_says_what_it_is_how_bad_and_what_to_do() -> None:
             assert rule["annotations"]["runbook"] == f"docs/operations.md#{section[0].lower().replace(' ', '-')}"
 
 
-def test_every_metric_that_is_asked_for_is_exported(page: dict[str, float]) -> None:
+def test_every_queried_metric_is_exported(page: dict[str, float]) -> None:
     assert unknown_metrics(ROOT, names(page)) == set()
 
 
-def test_a_job_that_goes_on_without_a_shard_has_none_left_at_last(page: dict[str, float]) -> None:
+def test_finished_job_with_a_skipped_shard_has_no_shards_left(page: dict[str, float]) -> None:
     done = {"samples_total": 6, "refused_total": 1, "shards_total": 2, "failures_total": 1}
     assert of_run(page).items() >= (done | {"shards_left": 0, "workers": 1}).items()
 
@@ -210,7 +210,7 @@ def test_grafana_keeps_every_field_of_the_dashboard() -> None:
         ("dashboard.json", "fillOpacity", "fill"),
     ],
 )  # fmt: skip
-def test_a_broken_copy_is_found(page: dict[str, float], tmp_path: Path, file: str, old: str, new: str) -> None:
+def test_broken_copy_is_detected(page: dict[str, float], tmp_path: Path, file: str, old: str, new: str) -> None:
     shutil.copytree(ROOT / FOLDER, tmp_path / FOLDER)
     (tmp_path / CASES).parent.mkdir(parents=True)
     shutil.copy(ROOT / CASES, tmp_path / CASES)
@@ -220,13 +220,13 @@ def test_a_broken_copy_is_found(page: dict[str, float], tmp_path: Path, file: st
     assert (
         unknown_metrics(tmp_path, names(page))
         or unknown_fields(tmp_path)
-        or refused_by_prometheus(tmp_path, tmp_path)
+        or rejected_by_prometheus(tmp_path, tmp_path)
         or wrong_alerts(tmp_path)
     )
 
 
 class Prometheus:
-    """A real one on loopback, of a folder with its configuration; its data go there too."""
+    """A real Prometheus on the loopback interface; the folder holds its configuration and data."""
 
     def __init__(self, folder: Path) -> None:
         with socket.socket() as free:
@@ -244,12 +244,12 @@ class Prometheus:
         )
 
     def get(self, path: str, **query: object) -> Any:
-        """What its API answers; HTTPError where it refuses."""
+        """Return the answer of the API."""
         with urlopen(f"http://{self.address}/api/v1/{path}?{urlencode(query)}") as answer:
             return json.load(answer)["data"]
 
     def ever(self, expression: str, since: float) -> list[Any]:
-        """The series of an expression with values at any time since then."""
+        """Return the series of an expression that have had a value since a time."""
         times = {"start": since, "end": time.time(), "step": 5}
         found: list[Any] = self.get("query_range", query=expression, **times)["result"]
         return found
@@ -260,7 +260,7 @@ class Prometheus:
 
 
 def wait_for_healthy_nodes(prometheus: Prometheus, nodes: int) -> None:
-    """Until the metrics of so many Ray nodes were read."""
+    """Wait until the metrics of this number of Ray nodes were scraped."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         with contextlib.suppress(URLError):
@@ -272,7 +272,7 @@ def wait_for_healthy_nodes(prometheus: Prometheus, nodes: int) -> None:
 
 @needs_prometheus
 @pytest.mark.slow
-def test_prometheus_finds_a_clusters_nodes_and_sees_all_of_a_job_on_them_and_no_alert_once_it_is_done(
+def test_prometheus_discovers_nodes_and_records_a_job_without_an_alert_after_its_end(
     model_spec: str, tmp_path: Path
 ) -> None:
     shards = make_shards(tmp_path / "shards", 40, 100)
@@ -303,7 +303,7 @@ def test_prometheus_finds_a_clusters_nodes_and_sees_all_of_a_job_on_them_and_no_
         os.kill(working[0].pid, signal.SIGKILL)
         _, said = job.communicate(timeout=240)
         assert job.returncode == 0, said
-        time.sleep(30)  # two rounds of scraping after its end
+        time.sleep(30)  # two scrapes after its end
         took = time.time() - begun
 
         found = {expression: prometheus.ever(expression, begun) for expression in shown(ROOT)}

@@ -36,7 +36,7 @@ def slurm() -> Iterator[Slurm]:
 
 
 def sbatch(slurm: Slurm, folder: Path, *arguments: object, wait: bool = True) -> tuple[int, str]:
-    """Submit the script with three tasks; gives its exit status and log, or, if not waited for, what sbatch says."""
+    """Submit the script with three tasks; return its exit status and log, or the output of sbatch without `wait`."""
     command = ["sbatch", *(["--wait"] if wait else []), "--parsable", "--ntasks=3", "--ntasks-per-node=3"]
     command += ["--cpus-per-task=1", f"--output={folder}/log", str(SCRIPT), *map(str, arguments)]
     done = subprocess.run(command, env=slurm.environment, capture_output=True, text=True, check=False, timeout=240)
@@ -45,7 +45,7 @@ def sbatch(slurm: Slurm, folder: Path, *arguments: object, wait: bool = True) ->
 
 
 @pytest.mark.slow
-def test_fit_and_explain_give_what_this_process_gives_and_leave_nothing_behind(
+def test_results_on_slurm_equal_those_of_one_process_and_no_process_is_left(
     slurm: Slurm, model_spec: str, tmp_path: Path
 ) -> None:
     shards = [str(path) for path in make_shards(tmp_path / "shards", 4, 4)]
@@ -66,13 +66,13 @@ def test_fit_and_explain_give_what_this_process_gives_and_leave_nothing_behind(
     for mine in sorted((here / "explanations").glob("*.tar")):
         assert mine.read_bytes() == (there / "explanations" / mine.name).read_bytes()
 
-    slurm.until(lambda: not slurm.told("squeue", "--noheader"))
+    slurm.until(lambda: not slurm.output("squeue", "--noheader"))
     assert not [p for p in processes() if "/tmp/ray-1-" in p.title or "/tmp/ray-2-" in p.title]
     assert not list(Path("/tmp").glob("ray-[12]-[012]"))
 
 
 @pytest.mark.slow
-def test_the_programs_own_status_is_the_jobs(slurm: Slurm, tmp_path: Path) -> None:
+def test_status_of_the_job_is_that_of_the_program(slurm: Slurm, tmp_path: Path) -> None:
     out = tmp_path / "run"
     status, log = sbatch(
         slurm, tmp_path, "fit", "--model", "none:none", "--shards", tmp_path / "none.tar", "--out", out
@@ -82,9 +82,7 @@ def test_the_programs_own_status_is_the_jobs(slurm: Slurm, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_a_job_whose_time_is_over_commits_queues_again_and_goes_on(
-    slurm: Slurm, model_spec: str, tmp_path: Path
-) -> None:
+def test_job_out_of_time_commits_and_is_requeued_and_resumed(slurm: Slurm, model_spec: str, tmp_path: Path) -> None:
     shards = [str(path) for path in make_shards(tmp_path / "shards", 3, 4)]
     late = [LATE.format(gate=tmp_path / "gate", shard=shard) for shard in shards[1:]]
     out, undisturbed = tmp_path / "run", tmp_path / "undisturbed"
@@ -94,22 +92,22 @@ def test_a_job_whose_time_is_over_commits_queues_again_and_goes_on(
     assert status == 0, job
     number = job.strip()
 
-    def told(what: str) -> bool:
-        return what in slurm.told("scontrol", "show", "job", number)
+    def job_shows(what: str) -> bool:
+        return what in slurm.output("scontrol", "show", "job", number)
 
-    slurm.until(lambda: any((out / "moments").glob("part-*")), within=120)  # the first shard's
-    slurm.told("scancel", "--batch", "--signal=TERM", number)  # as Slurm does two minutes before the end
+    slurm.until(lambda: any((out / "moments").glob("part-*")), within=120)  # of the first shard
+    slurm.output("scancel", "--batch", "--signal=TERM", number)  # Slurm sends it two minutes before the time limit
     time.sleep(2)
     (tmp_path / "gate").touch()
-    slurm.until(lambda: told("Restarts=1"), within=120)
+    slurm.until(lambda: job_shows("Restarts=1"), within=120)
     assert "stopped with 1 of 3 shards left" in (tmp_path / "log").read_text()
-    slurm.until(lambda: told("JobState=COMPLETED"), within=400)
+    slurm.until(lambda: job_shows("JobState=COMPLETED"), within=400)
     assert "fit: 12 samples of 3 shards, 0 rejected" in (tmp_path / "log").read_text()
     fit(configured(model_spec, shards, undisturbed), Resources(workers=0))
     same_patterns(out, undisturbed)
 
 
-def test_sbatch_takes_the_script_and_refuses_a_broken_copy(slurm: Slurm, tmp_path: Path) -> None:
+def test_sbatch_accepts_the_script_and_rejects_broken_copies(slurm: Slurm, tmp_path: Path) -> None:
     def taken(script: Path) -> bool:
         command = ["sbatch", "--test-only", str(script), "plan"]
         return subprocess.run(command, env=slurm.environment, capture_output=True, check=False).returncode == 0
@@ -125,7 +123,7 @@ def test_sbatch_takes_the_script_and_refuses_a_broken_copy(slurm: Slurm, tmp_pat
 
 
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="no shellcheck: apt-get install shellcheck")
-def test_the_shells_linter_takes_the_script_and_refuses_broken_copies(tmp_path: Path) -> None:
+def test_shellcheck_accepts_the_script_and_rejects_broken_copies(tmp_path: Path) -> None:
     def taken(script: Path) -> bool:
         return subprocess.run(["shellcheck", str(script)], capture_output=True, check=False).returncode == 0
 
@@ -140,7 +138,7 @@ def test_the_shells_linter_takes_the_script_and_refuses_broken_copies(tmp_path: 
         assert not taken(copy), broken
 
 
-def test_a_clusters_token_is_asked_for_and_its_files_are_its_users_alone() -> None:
+def test_script_requires_a_token_and_keeps_its_files_private() -> None:
     text = SCRIPT.read_text()
     assert "RAY_AUTH_MODE=token" in text
     assert 'mkdir -m 700 "$TEMP-$SLURM_PROCID"' in text

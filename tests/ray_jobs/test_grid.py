@@ -1,4 +1,4 @@
-"""`grid` and `show`: the right photographs beside the right maps, whatever kind of file holds them."""
+"""`patternnet grid` and `show`: the right photographs with the right maps from every format."""
 
 from pathlib import Path
 from typing import Any
@@ -11,30 +11,17 @@ from torchvision.transforms.functional import to_pil_image
 
 from patterns import UserError
 from ray_jobs.cli.app import exit_status
-from ray_jobs.config import ExplainConfig, FitConfig, ModelConfig, Preprocessing, Resources
-from ray_jobs.data.image_decoding import cropped, upright
+from ray_jobs.config import ExplainConfig, ModelConfig, Preprocessing, Resources
+from ray_jobs.data.image_decoding import decode_upright, resize_and_crop
 from ray_jobs.data.shard_reader import read_shard
 from ray_jobs.jobs.explain.explain import explain
-from ray_jobs.jobs.fit.fit import fit
 from ray_jobs.runs.run_folder import Run
 from ray_jobs.views.gallery import Gallery, open_gallery
 from tests.conftest import jpeg, write_tar
-from tests.ray_jobs.runs import PREPARED
 
 HERE = Resources(workers=0)
 METHODS = ("gradient", "patternattribution")
 NAMES = {0: "ant", 1: "bee"}
-
-
-@pytest.fixture(scope="module")
-def model(model_spec: str) -> ModelConfig:
-    return ModelConfig(spec=model_spec, **PREPARED)  # type: ignore[arg-type]
-
-
-@pytest.fixture(scope="module")
-def fitted(model: ModelConfig, shards: list[str], tmp_path_factory: pytest.TempPathFactory) -> str:
-    out = str(tmp_path_factory.mktemp("fitted") / "run")
-    return str(fit(FitConfig(model=model, shards=tuple(shards), out=out), HERE).folder)
 
 
 def explained(fitted: str, model: ModelConfig, shards: list[str], out: Path, **options: Any) -> Run:
@@ -54,7 +41,7 @@ def same(one: Image.Image, other: Image.Image) -> bool:
 
 
 @pytest.mark.parametrize("outputs", [("npy",), ("parquet",)])
-def test_pictures_are_those_of_the_job_from_every_kind_of_file(
+def test_pictures_from_every_format_equal_those_of_the_job(
     run: Run, fitted: str, model: ModelConfig, shards: list[str], tmp_path: Path, outputs: tuple[str, ...]
 ) -> None:
     other = explained(fitted, model, shards[:3], tmp_path, outputs=outputs)
@@ -66,17 +53,19 @@ def test_pictures_are_those_of_the_job_from_every_kind_of_file(
             assert same(one.maps[method], two.maps[method])
 
 
-def test_each_photograph_is_its_own_samples_as_the_model_sees_it(run: Run, shards: list[str]) -> None:
+def test_photographs_are_the_models_inputs(run: Run, shards: list[str]) -> None:
     preprocessing = Preprocessing(image_size=16, resize=16, interpolation="bilinear", mean=(0.5,) * 3, std=(0.25,) * 3)
     found = Gallery(run, {})
     rows = found.rows()
     assert len(rows) == 18
     images = {s.key: s.files["jpg"] for shard in shards[:3] for s in read_shard(shard)}
-    for row, shown in zip(rows[::-1], found.pictures(rows[::-1])):  # in the order asked for
-        assert same(shown.photograph, to_pil_image(cropped(upright(images[row["key"]], "RGB"), preprocessing)))
+    for row, shown in zip(rows[::-1], found.pictures(rows[::-1])):  # in the requested order
+        assert same(
+            shown.photograph, to_pil_image(resize_and_crop(decode_upright(images[row["key"]], "RGB"), preprocessing))
+        )
 
 
-def test_the_worst_are_the_surest_of_the_wrong(run: Run) -> None:
+def test_worst_samples_are_wrong_with_the_highest_probability(run: Run) -> None:
     found = Gallery(run, {})
     worst = found.worst(5)
     assert 0 < len(worst) <= 5
@@ -87,13 +76,13 @@ def test_the_worst_are_the_surest_of_the_wrong(run: Run) -> None:
     assert max((r["probability"] for r in others), default=0) <= probabilities[-1]
 
 
-def test_random_samples_are_the_same_for_the_same_seed(run: Run) -> None:
+def test_random_samples_depend_on_the_seed_only(run: Run) -> None:
     found = Gallery(run, {})
     assert found.draw(4, 1) == found.draw(4, 1) != found.draw(4, 2)
     assert len(found.draw(1000, 1)) == 18
 
 
-def test_captions_name_classes_where_their_names_are_known(run: Run, tmp_path: Path) -> None:
+def test_captions_use_known_class_names(run: Run, tmp_path: Path) -> None:
     file = tmp_path / "classes.json"
     file.write_text('["ant", "bee"]')
     for row in (found := open_gallery(str(run.folder), str(file))).rows():
@@ -101,7 +90,7 @@ def test_captions_name_classes_where_their_names_are_known(run: Run, tmp_path: P
         assert found.caption(row) == f"{label} → {prediction} {row['probability']:.0%}"
 
 
-def test_the_commands_draw_and_say_where(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_draw_and_print_the_path(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first, *_, last = pq.read_table(run.folder / "explanations.parquet")["key"].to_pylist()
     folder = str(run.folder)
     assert exit_status(["grid", folder, "--keys", f"{last},{first}"]) == 0
@@ -116,7 +105,7 @@ def test_the_commands_draw_and_say_where(run: Run, tmp_path: Path, capsys: pytes
     assert (tmp_path / "one.pdf").read_bytes().startswith(b"%PDF")
 
 
-def test_what_cannot_be_shown_is_told(
+def test_missing_explanations_are_an_error(
     run: Run, fitted: str, model: ModelConfig, shards: list[str], tmp_path: Path, complaint: Any
 ) -> None:
     folder = str(run.folder)

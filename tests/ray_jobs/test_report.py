@@ -1,4 +1,4 @@
-"""`report`: one file that shows a run, needs no network, and runs nothing that came with the data."""
+"""`patternnet report`: one file that needs no network and executes nothing from the data."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ from ray_jobs.config import FITTED, DegradeConfig, ExplainConfig, FitConfig, Mod
 from ray_jobs.jobs.degrade import degrade
 from ray_jobs.jobs.explain.explain import explain
 from ray_jobs.jobs.fit.fit import fit
-from ray_jobs.jobs.quality import measure, medians
+from ray_jobs.jobs.quality import compute_medians, measure
 from ray_jobs.runs.run_folder import Run
 from ray_jobs.views.report import write_report
 from ray_jobs.views.report.charts import Scale
@@ -37,7 +37,7 @@ from tests.ray_jobs.runs import PREPARED
 HERE = Resources(workers=0)
 METHODS = ("gradient", "patternnet", "patternattribution")
 SIX = ("gradient-x-input", "deconvnet", "guided-backprop", *METHODS)
-# Each would run something if it were taken for HTML, for an attribute's end, or for the end of a script.
+# Each executes code if it is taken for HTML, for the end of an attribute or for the end of a script.
 HOSTILE = [
     '"><img src=x onerror=alert(1)>',
     "</script><script>alert(2)</script>",
@@ -45,7 +45,7 @@ HOSTILE = [
     "' onmouseover='alert(4)",
     "{{ 7 * 7 }} & \u2028 tail",
 ]
-SECONDS = 2.0  # until a report of 200 samples is loaded
+SECONDS = 2.0  # limit for loading a report of 200 samples
 MEGABYTES = 15
 
 
@@ -56,7 +56,7 @@ def model(model_spec: str) -> ModelConfig:
 
 @pytest.fixture(scope="module")
 def hostile_shards(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Shards of samples whose keys mean harm."""
+    """Shards of samples with malicious keys."""
     rng, folder = np.random.default_rng(5), tmp_path_factory.mktemp("hostile")
     samples = [
         {
@@ -74,7 +74,7 @@ def hostile_shards(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def run(
     model: ModelConfig, shards: list[str], hostile_shards: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> Run:
-    """All that a run's folder may hold."""
+    """A run with the results of all jobs."""
     out = str(tmp_path_factory.mktemp("reported") / "whole")
     fit(
         FitConfig(
@@ -104,7 +104,7 @@ def run(
 
 @pytest.fixture(scope="module")
 def bare(model: ModelConfig, shards: list[str], tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A fit and nothing else."""
+    """A run with a fit only."""
     return fit(
         FitConfig(model=model, shards=tuple(shards[:3]), out=str(tmp_path_factory.mktemp("reported") / "bare")), HERE
     )
@@ -155,7 +155,7 @@ def find(browser: Chrome, selector: str) -> WebElement:
 
 
 def shown(browser: Chrome) -> list[str]:
-    """The keys of the samples that are to be seen, in order."""
+    """Return the keys of the visible samples in order."""
     cards = browser.find_elements(By.CSS_SELECTOR, ".card")
     return [str(card.get_attribute("data-key")) for card in cards if card.is_displayed()]
 
@@ -169,12 +169,12 @@ def explained(run: Run) -> list[dict[str, Any]]:
 
 
 def requests(browser: Chrome) -> list[str]:
-    """The addresses that were asked for since the log was last read."""
+    """Return the addresses that were requested since the log was last read."""
     said = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     return [m["params"]["request"]["url"] for m in said if m["method"] == "Network.requestWillBeSent"]
 
 
-def test_a_page_loads_without_a_complaint_and_asks_for_nothing_but_itself(opened: Chrome, page: Path) -> None:
+def test_page_loads_without_errors_or_requests(opened: Chrome, page: Path) -> None:
     assert opened.get_log("browser") == []
     asked = [url for url in requests(opened) if not url.startswith("data:image/")]
     assert asked == [page.as_uri()]
@@ -184,7 +184,7 @@ def test_a_page_loads_without_a_complaint_and_asks_for_nothing_but_itself(opened
     assert "https:" not in text
 
 
-def test_what_came_with_the_data_stays_text(opened: Chrome, run: Run) -> None:
+def test_text_from_the_data_is_not_executed(opened: Chrome, run: Run) -> None:
     with pytest.raises(NoAlertPresentException):
         _ = opened.switch_to.alert
     assert len(opened.find_elements(By.CSS_SELECTOR, "script")) == 1
@@ -202,7 +202,7 @@ def test_what_came_with_the_data_stays_text(opened: Chrome, run: Run) -> None:
     assert opened.get_log("browser") == []
 
 
-def test_the_policy_stops_what_is_put_into_the_file_later(browser: Chrome, page: Path, tmp_path: Path) -> None:
+def test_content_security_policy_blocks_injected_scripts(browser: Chrome, page: Path, tmp_path: Path) -> None:
     put = "<script>window.ran = 1</script><img src=x onerror='window.ran = 1'><p id=p style='color: red'>red</p></main>"
     changed = tmp_path / "changed.html"
     changed.write_text(page.read_text().replace("</main>", put))
@@ -214,7 +214,7 @@ def test_the_policy_stops_what_is_put_into_the_file_later(browser: Chrome, page:
     assert sum("Content Security Policy" in text for text in complaints) >= 3
 
 
-def test_samples_are_sorted_as_chosen(opened: Chrome, run: Run) -> None:
+def test_samples_are_sorted_as_selected(opened: Chrome, run: Run) -> None:
     def surest(row: dict[str, Any]) -> Any:
         return -row["probability"], row["key"]
 
@@ -237,11 +237,11 @@ def test_samples_are_sorted_as_chosen(opened: Chrome, run: Run) -> None:
     assert shown(opened) == [row["key"] for row in sorted(rows, key=surest, reverse=True)]
 
 
-def test_samples_are_filtered_by_class_and_by_whether_they_are_right(opened: Chrome, run: Run) -> None:
+def test_samples_are_filtered_by_class_and_correctness(opened: Chrome, run: Run) -> None:
     rows = explained(run)
 
     def keys(text: str, right: bool | None) -> set[str]:
-        """By the table alone: labels and predictions that contain a text, and are or are not the same."""
+        """Filter the rows of the table independently of the page."""
         named = {r["key"]: [HOSTILE[n] for n in (r["label"], r["prediction"]) if n is not None] for r in rows}
         judged = {r["key"]: None if r["label"] is None else r["label"] == r["prediction"] for r in rows}
         return {
@@ -261,7 +261,7 @@ def test_samples_are_filtered_by_class_and_by_whether_they_are_right(opened: Chr
     assert status.get_attribute("aria-live") == "polite"
 
 
-def test_methods_are_shown_or_not(opened: Chrome) -> None:
+def test_methods_can_be_hidden(opened: Chrome) -> None:
     boxes = opened.find_elements(By.CSS_SELECTOR, "[name=method]")
     assert [box.accessible_name for box in boxes] == ["photograph", *METHODS]
 
@@ -276,7 +276,7 @@ def test_methods_are_shown_or_not(opened: Chrome) -> None:
     assert seen() == [True] * 4
 
 
-def test_a_sample_is_enlarged_and_left_by_keys_alone(opened: Chrome) -> None:
+def test_sample_is_enlarged_and_closed_by_keyboard(opened: Chrome) -> None:
     keys = shown(opened)
     button = find(opened, ".card .enlarge")
     assert button.accessible_name == f"Enlarge {keys[0]}"
@@ -298,7 +298,7 @@ def test_a_sample_is_enlarged_and_left_by_keys_alone(opened: Chrome) -> None:
     assert opened.switch_to.active_element.accessible_name == f"Enlarge {keys[1]}"
 
 
-def test_dark_is_the_systems_choice_or_the_readers(opened: Chrome) -> None:
+def test_dark_mode_follows_the_system_or_the_reader(opened: Chrome) -> None:
     def brightness() -> float:
         colour = find(opened, "body").value_of_css_property("background-color")
         return float(np.mean([float(v) for v in colour.partition("(")[2].rstrip(")").split(",")[:3]]))
@@ -318,7 +318,7 @@ def test_dark_is_the_systems_choice_or_the_readers(opened: Chrome) -> None:
     assert button.get_attribute("aria-pressed") == "false"
 
 
-def test_headings_landmarks_and_names_are_there_for_those_who_do_not_see_the_page(opened: Chrome) -> None:
+def test_page_has_headings_landmarks_and_names_for_screen_readers(opened: Chrome) -> None:
     for tag in ("main", "header", "nav", "footer", "h1"):
         assert len(opened.find_elements(By.CSS_SELECTOR, tag)) == 1, tag
     levels = [int(h.tag_name[1]) for h in opened.find_elements(By.CSS_SELECTOR, "main :is(h2, h3, h4)")]
@@ -333,7 +333,7 @@ def test_headings_landmarks_and_names_are_there_for_those_who_do_not_see_the_pag
     assert opened.switch_to.active_element.text == "Skip to the content"
 
 
-def test_two_hundred_samples_of_six_methods_open_in_time(browser: Chrome, model_spec: str, tmp_path: Path) -> None:
+def test_two_hundred_samples_of_six_methods_load_quickly(browser: Chrome, model_spec: str, tmp_path: Path) -> None:
     size = 160
     shards = [
         str(write_tar(tmp_path / f"{i}.tar", [{"__key__": f"{i}-{k}", "jpg": jpeg(rng, size)} for k in range(51)]))
@@ -347,11 +347,11 @@ def test_two_hundred_samples_of_six_methods_open_in_time(browser: Chrome, model_
         ExplainConfig(model=model, patterns=out, shards=tuple(shards), out=out, methods=SIX, outputs=("png",)), HERE
     )
     page = tmp_path / "report.html"
-    (told,) = write_report(page, [out])
-    assert told.samples is not None
-    assert len(told.samples.cards) == 200
-    assert told.samples.total == 204
-    assert 112 <= told.samples.cards[0].tiles[0].height <= 160
+    (contents,) = write_report(page, [out])
+    assert contents.samples is not None
+    assert len(contents.samples.cards) == 200
+    assert contents.samples.total == 204
+    assert 112 <= contents.samples.cards[0].tiles[0].height <= 160
     assert page.stat().st_size < MEGABYTES * 10**6
     took = []
     for _ in range(3):
@@ -361,7 +361,7 @@ def test_two_hundred_samples_of_six_methods_open_in_time(browser: Chrome, model_
     assert min(took) < SECONDS, took
 
 
-def test_runs_are_set_side_by_side(browser: Chrome, run: Run, bare: Run, tmp_path: Path) -> None:
+def test_runs_are_compared_in_one_table(browser: Chrome, run: Run, bare: Run, tmp_path: Path) -> None:
     page = tmp_path / "both.html"
     assert exit_status(["report", str(run.folder), str(bare.folder), "--samples", "5", "--out", str(page)]) == 0
     browser.get(page.as_uri())
@@ -370,7 +370,7 @@ def test_runs_are_set_side_by_side(browser: Chrome, run: Run, bare: Run, tmp_pat
     names = ["/".join(Path(str(one.folder)).parts[-2:]) for one in (run, bare)]
     assert texts[0] == " ".join(names)
     assert "fit: samples 72 18" in texts
-    rho = medians(run)
+    rho = compute_medians(run)
     assert {f"{name} {value:.3f} –" for name, value in rho.items()} <= set(texts)
     areas = run.manifest()["degrade"]["areas"]
     assert {f"{name} {found['area']:.4f} –" for name, found in areas.items()} <= set(texts)
@@ -380,15 +380,15 @@ def test_runs_are_set_side_by_side(browser: Chrome, run: Run, bare: Run, tmp_pat
     assert len(ids) == len(set(ids))
 
 
-def told(tmp_path: Path, *runs: Run, count: int = 0) -> list[Contents]:
-    return write_report(tmp_path / "told.html", [str(run.folder) for run in runs], count)
+def report(tmp_path: Path, *runs: Run, count: int = 0) -> list[Contents]:
+    return write_report(tmp_path / "report.html", [str(run.folder) for run in runs], count)
 
 
-def test_numbers_are_those_of_the_tables(run: Run, tmp_path: Path) -> None:
-    (page,) = told(tmp_path, run)
+def test_numbers_equal_those_of_the_tables(run: Run, tmp_path: Path) -> None:
+    (page,) = report(tmp_path, run)
     assert page.rho is not None
     assert page.health is not None
-    assert page.rho.medians == medians(run)
+    assert page.rho.medians == compute_medians(run)
     quality = pq.read_table(run.folder / "quality.parquet").drop_null().to_pandas()
     for operator, values in page.rho.rows:
         for one, value in zip(page.rho.estimators, values):
@@ -403,20 +403,20 @@ def test_numbers_are_those_of_the_tables(run: Run, tmp_path: Path) -> None:
     assert len(page.curves.chart.bands) == 2 + len(BASELINES)
 
 
-def test_weights_are_the_same_solved_for_or_loaded(run: Run, bare: Run, tmp_path: Path) -> None:
+def test_shown_weights_are_equal_from_patterns_and_from_the_model(run: Run, bare: Run, tmp_path: Path) -> None:
     def weights(page: Contents) -> list[np.ndarray]:
         assert page.filters is not None
         assert page.filters.rows[0] == ("w", "weight")
         pictures = (neuron.pictures[0] for neuron in page.filters.neurons)
         return [np.asarray(Image.open(BytesIO(urlopen(uri).read()))).astype(int) for uri in pictures if uri]
 
-    one, other = (weights(page) for page in told(tmp_path, run, bare))
+    one, other = (weights(page) for page in report(tmp_path, run, bare))
     assert len(one) == len(other) == 6
     assert max(np.abs(a - b).max() for a, b in zip(one, other)) <= 1
     assert len({a.tobytes() for a in one}) == 6
 
 
-def test_without_the_model_patterns_are_shown_alone(
+def test_patterns_are_shown_without_the_model(
     model_spec: str, model: ModelConfig, shards: list[str], tmp_path: Path
 ) -> None:
     copy = tmp_path / "gone.py"
@@ -424,24 +424,24 @@ def test_without_the_model_patterns_are_shown_alone(
     gone = ModelConfig(spec=f"{copy}:small", **PREPARED)  # type: ignore[arg-type]
     run = fit(FitConfig(model=gone, shards=tuple(shards[:2]), out=str(tmp_path / "run")), HERE)
     copy.unlink()
-    (page,) = told(tmp_path, run)
+    (page,) = report(tmp_path, run)
     assert page.filters is not None
     assert page.filters.rows[0] == ("a", "linear")
-    assert "The weights w are not shown, since the model cannot be loaded here" in (tmp_path / "told.html").read_text()
+    assert (
+        "The weights w are not shown because the model cannot be loaded here" in (tmp_path / "report.html").read_text()
+    )
 
 
-def test_what_is_missing_is_said_with_the_command_that_makes_it(bare: Run, tmp_path: Path) -> None:
-    told(tmp_path, bare, count=200)
-    text = (tmp_path / "told.html").read_text()
+def test_missing_results_name_the_command_that_makes_them(bare: Run, tmp_path: Path) -> None:
+    report(tmp_path, bare, count=200)
+    text = (tmp_path / "report.html").read_text()
     for command in ("quality", "explain", "degrade"):
         assert f"<code>patternnet {command} --patterns {bare.folder} --shards …</code>" in text
     assert "--until-converged" in text
     assert "<img" not in text.partition("run0-convergence-title")[2].partition("<script>")[0]
 
 
-def test_photographs_that_are_gone_do_not_keep_the_rest_from_being_shown(
-    run: Run, model: ModelConfig, tmp_path: Path
-) -> None:
+def test_missing_photographs_do_not_hide_other_results(run: Run, model: ModelConfig, tmp_path: Path) -> None:
     shards = make_shards(tmp_path / "s", 1, 4)
     explain(
         ExplainConfig(
@@ -456,7 +456,7 @@ def test_photographs_that_are_gone_do_not_keep_the_rest_from_being_shown(
     assert "The explanations cannot be shown" in (tmp_path / "x.html").read_text()
 
 
-def test_the_same_samples_are_drawn_for_the_same_seed(run: Run, tmp_path: Path) -> None:
+def test_same_seed_draws_the_same_samples(run: Run, tmp_path: Path) -> None:
     def keys(seed: int) -> list[str]:
         (page,) = write_report(tmp_path / "x.html", [str(run.folder)], 5, None, seed)
         assert page.samples is not None
@@ -465,7 +465,7 @@ def test_the_same_samples_are_drawn_for_the_same_seed(run: Run, tmp_path: Path) 
     assert keys(1) == keys(1) != keys(2)
 
 
-def test_what_is_no_run_is_told_and_nothing_is_written(run: Run, tmp_path: Path, complaint: Any) -> None:
+def test_folder_without_a_run_is_an_error_and_nothing_is_written(run: Run, tmp_path: Path, complaint: Any) -> None:
     out = tmp_path / "report.html"
     for folders in ([tmp_path], [run.folder, tmp_path / "nowhere"]):
         assert "holds no run. Name the folder" in complaint("report", *folders, "--out", out, "--samples", 0)
