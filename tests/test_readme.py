@@ -9,7 +9,7 @@ import torch
 from ray_jobs.config import ExplainConfig, FitConfig, ModelConfig, Resources
 from ray_jobs.jobs.explain.explain import explain
 from ray_jobs.jobs.fit.fit import fit
-from ray_jobs.models.factories import own_model
+from ray_jobs.models.factories import load_custom_model
 from tests.ray_jobs.runs import PREPARED
 
 README = Path(__file__).parents[1] / "README.md"
@@ -49,7 +49,7 @@ def test_code_of_the_explanations_page_runs(model_spec: str, shards: list[str], 
         "shard": shards[0],
         "explanations": str(run / "explanations" / Path(shards[0]).name),
         "run": run,
-        "model": own_model(model_spec),
+        "model": load_custom_model(model_spec),
         "images": torch.randn(2, 3, 16, 16),
     }
     exec(code, scope)
