@@ -10,7 +10,7 @@ from ray_jobs.config import ExplainConfig, FitConfig, ModelConfig, Resources
 from ray_jobs.jobs.explain.explain import explain
 from ray_jobs.jobs.fit.fit import fit
 from ray_jobs.models.factories import load_custom_model
-from tests.ray_jobs.runs import PREPARED
+from tests.ray_jobs.runs import PREPROCESSING
 
 README = Path(__file__).parents[1] / "README.md"
 DOCS = README.parent / "docs"
@@ -39,7 +39,7 @@ def test_readme_fits_on_two_screens() -> None:
 
 
 def test_code_of_the_explanations_page_runs(model_spec: str, shards: list[str], tmp_path: Path) -> None:
-    model_config = ModelConfig(spec=model_spec, **PREPARED)  # type: ignore[arg-type]
+    model_config = ModelConfig(spec=model_spec, **PREPROCESSING)  # type: ignore[arg-type]
     run = fit(FitConfig(model=model_config, shards=tuple(shards[:2]), out=str(tmp_path)), Resources(workers=0)).folder
     explain(
         ExplainConfig(model=model_config, patterns=str(run), shards=(shards[0],), out=str(run)), Resources(workers=0)

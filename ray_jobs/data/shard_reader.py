@@ -11,8 +11,9 @@ from torch import Tensor
 from patterns import UserError
 from ray_jobs.config import Preprocessing
 from ray_jobs.data import image_folders, parquet_reader, tar_reader
+from ray_jobs.data.annotations import parse_boxes, parse_label
 from ray_jobs.data.byte_streams import open_seekable, open_stream
-from ray_jobs.data.image_decoding import decode_input, normalize_batch, parse_boxes, parse_label
+from ray_jobs.data.image_decoding import decode_input, normalize_batch
 from ray_jobs.data.samples import Box, RejectedSample, Sample, SampleError, reject_duplicates
 from ray_jobs.io.file_systems import translate_errors
 from ray_jobs.io.prefetch import map_in_order

@@ -130,11 +130,6 @@ def make_black(preprocessing: Preprocessing) -> Tensor:
     return -mean / std
 
 
-def validate(config: DegradeConfig) -> None:
-    """Raise UserError if a method or setting does not exist."""
-    validate_settings(config)
-
-
 def validate_model(config: DegradeConfig, loaded: loading.LoadedModel) -> None:
     """Raise UserError if the model predicts no classes, or its images have fewer patches than steps."""
     if len(loaded.network.output_shape) != 1 or loaded.network.output_shape == (1,):
@@ -163,7 +158,7 @@ def degrade(config: DegradeConfig, resources: Resources = Resources()) -> Run:  
         StoppedShortError: If a signal stopped the job.
     """
     config = replace(config, methods=tuple(dict.fromkeys((*config.methods, *BASELINES))))
-    validate(config)
+    validate_settings(config)
     session = JobSession("degrade", config)
     if session.finished:
         return session.close()

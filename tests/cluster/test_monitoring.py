@@ -28,7 +28,7 @@ from ray_jobs.config import Resources
 from ray_jobs.engine.metrics import COUNTERS, GAUGES
 from ray_jobs.jobs.fit.fit import fit
 from tests.conftest import make_shards, write_tar
-from tests.ray_jobs.runs import configured
+from tests.ray_jobs.runs import make_fit_config
 
 FOLDER, CASES = Path("cluster/monitoring"), Path("tests/cluster/monitoring/rules_test.yml")
 DISCOVERY = "http://127.0.0.1:8265/api/prometheus/sd"
@@ -129,7 +129,7 @@ def page(
     bad = write_tar(folder / "bad.tar", [{"__key__": "cut", "jpg": b"\xff\xd8\xff\xe0 no more"}])
     (folder / "cut.tar").write_bytes(Path(shards[0]).read_bytes()[:3000])
     given = [f"{folder}/cut.tar", shards[0], str(bad)]  # samples before a failure are processed again
-    fit(configured(model_spec, given, folder / "run"), Resources(workers=0, retries=0, max_bad_shards=1))
+    fit(make_fit_config(model_spec, given, folder / "run"), Resources(workers=0, retries=0, max_bad_shards=1))
     (node,) = ray.nodes()
     address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
     seen: dict[str, float] = {}

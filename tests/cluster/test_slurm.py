@@ -17,7 +17,7 @@ from ray_jobs.jobs.explain.explain import explain
 from ray_jobs.jobs.fit.fit import fit
 from tests.cluster.slurm import Slurm, missing
 from tests.conftest import make_shards
-from tests.ray_jobs.runs import LATE, OPTIONS, configured, same_patterns
+from tests.ray_jobs.runs import LATE, OPTIONS, assert_same_patterns, make_fit_config
 
 SCRIPT = ROOT / "cluster" / "slurm" / "patternnet.sbatch"
 
@@ -50,7 +50,7 @@ def test_results_on_slurm_equal_those_of_one_process_and_no_process_is_left(
 ) -> None:
     shards = [str(path) for path in make_shards(tmp_path / "shards", 4, 4)]
     here, there = tmp_path / "here", tmp_path / "there"
-    config = configured(model_spec, shards, here)
+    config = make_fit_config(model_spec, shards, here)
     fit(config, Resources(workers=0))
     explain(
         ExplainConfig(model=config.model, patterns=str(here), shards=tuple(shards), out=str(here)), Resources(workers=0)
@@ -60,7 +60,7 @@ def test_results_on_slurm_equal_those_of_one_process_and_no_process_is_left(
     status, log = sbatch(slurm, tmp_path, "fit", "--model", model_spec, *given, "--out", there, *OPTIONS)
     assert status == 0, log
     assert "fit: 16 samples of 4 shards, 0 rejected" in log
-    same_patterns(here, there)
+    assert_same_patterns(here, there)
     status, log = sbatch(slurm, tmp_path, "explain", "--patterns", there, *given)
     assert status == 0, log
     for mine in sorted((here / "explanations").glob("*.tar")):
@@ -103,8 +103,8 @@ def test_job_out_of_time_commits_and_is_requeued_and_resumed(slurm: Slurm, model
     assert "stopped with 1 of 3 shards left" in (tmp_path / "log").read_text()
     slurm.until(lambda: job_shows("JobState=COMPLETED"), within=400)
     assert "fit: 12 samples of 3 shards, 0 rejected" in (tmp_path / "log").read_text()
-    fit(configured(model_spec, shards, undisturbed), Resources(workers=0))
-    same_patterns(out, undisturbed)
+    fit(make_fit_config(model_spec, shards, undisturbed), Resources(workers=0))
+    assert_same_patterns(out, undisturbed)
 
 
 def test_sbatch_accepts_the_script_and_rejects_broken_copies(slurm: Slurm, tmp_path: Path) -> None:

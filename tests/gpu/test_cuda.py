@@ -19,8 +19,8 @@ from ray_jobs.config import ExplainConfig, Resources
 from ray_jobs.jobs.explain.explain import explain
 from ray_jobs.jobs.fit.fit import fit
 from tests.patterns.networks import relative
-from tests.patterns.small import every_kind
-from tests.ray_jobs.runs import configured, same_patterns
+from tests.patterns.small import varied_model
+from tests.ray_jobs.runs import assert_same_patterns, make_fit_config
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
@@ -89,7 +89,7 @@ def test_maps_equal_the_cpus(model: nn.Module) -> None:
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead", "cudagraphs"])
 def test_compiled_sums_and_maps_equal_the_uncompiled(mode: str) -> None:
-    network = trace_on("cuda", every_kind())
+    network = trace_on("cuda", varied_model())
     patterns = {name: torch.randn_like(op.weight) for name, op in network.operators.items()}
     plain, compiled = (Observer(network) for _ in range(2))
     compiled.compile(8, mode)
@@ -139,18 +139,18 @@ def test_sampled_moments_need_little_more_memory_than_a_forward_pass() -> None:
 
 def test_jobs_with_and_without_a_gpu_agree(model_spec: str, shards: list[str], tmp_path: Path) -> None:
     torch.backends.cudnn.deterministic = True
-    here = fit(configured(model_spec, shards, tmp_path / "here", positions=3), Resources(workers=0))
+    here = fit(make_fit_config(model_spec, shards, tmp_path / "here", positions=3), Resources(workers=0))
     ray.init(address="local", include_dashboard=False, log_to_driver=False)
     try:
         resources = Resources(workers=1, gpus_per_worker=1, cpus_per_worker=4)
-        there = fit(configured(model_spec, shards, tmp_path / "there", positions=3), resources)
-        again = fit(configured(model_spec, shards, tmp_path / "again", positions=3), resources)
-        same_patterns(there.folder, again.folder)
-        plain = configured(model_spec, shards, tmp_path / "plain")
+        there = fit(make_fit_config(model_spec, shards, tmp_path / "there", positions=3), resources)
+        again = fit(make_fit_config(model_spec, shards, tmp_path / "again", positions=3), resources)
+        assert_same_patterns(there.folder, again.folder)
+        plain = make_fit_config(model_spec, shards, tmp_path / "plain")
         recorded = replace(plain, out=str(tmp_path / "recorded"), compile="cudagraphs")
-        same_patterns(*(fit(config, resources).folder for config in (plain, recorded)))
+        assert_same_patterns(*(fit(config, resources).folder for config in (plain, recorded)))
         config = ExplainConfig(
-            model=configured(model_spec, shards, "").model,
+            model=make_fit_config(model_spec, shards, "").model,
             patterns=str(here.folder),
             shards=tuple(shards),
             out=str(tmp_path),

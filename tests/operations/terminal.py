@@ -15,7 +15,7 @@ from pathlib import Path
 
 from cluster.local import ROOT, LocalCluster
 from ray_jobs.cli.app import exit_status
-from tests.ray_jobs.runs import same_patterns
+from tests.ray_jobs.runs import assert_same_patterns
 
 PAGE = (ROOT / "docs" / "operations.md").read_text()
 TOKEN = secrets.token_hex(32)
@@ -118,7 +118,7 @@ def assert_complete(terminal: Terminal, undisturbed: Path, name: str = "RUN") ->
     run = Path(str(terminal.names[name]))
     done = json.loads((run / "manifest.json").read_text())["fit"]
     assert (done["status"], done["samples"], done["missing"]) == ("complete", SHARDS * SAMPLES, {})
-    same_patterns(run, undisturbed)
+    assert_same_patterns(run, undisturbed)
 
 
 def other_version(folder: Path) -> dict[str, str]:

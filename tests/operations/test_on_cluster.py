@@ -27,7 +27,7 @@ from tests.operations.terminal import (
     late,
     other_version,
 )
-from tests.ray_jobs.runs import until
+from tests.ray_jobs.runs import wait_until
 
 
 def ready(cluster: LocalCluster) -> None:
@@ -39,7 +39,7 @@ def ready(cluster: LocalCluster) -> None:
             begun.append(client.submit_job(entrypoint="true"))
         return bool(begun)
 
-    until(taken)
+    wait_until(taken)
 
 
 @pytest.fixture(scope="module")
@@ -96,14 +96,14 @@ def test_suspended_and_killed_submissions_lose_nothing(away: Terminal, undisturb
     (same,) = commands("The laptop slept")
     first = away.start(f"exec {same}")
     name = sent(first)
-    until(lambda: at_work(away))
+    wait_until(lambda: at_work(away))
     first.send_signal(signal.SIGSTOP)
     second = away.start(f"exec {same}")
     assert sent(second) == name
     second.kill()
     second.wait()
     Path("gate").touch()
-    until(Path("run/patterns.safetensors").exists)
+    wait_until(Path("run/patterns.safetensors").exists)
     first.send_signal(signal.SIGCONT)
     status, output = ended(first)
     assert status == 0, output
@@ -117,7 +117,7 @@ def test_stuck_job_continues_after_its_hung_worker_is_killed(away: Terminal, und
     (same,) = commands("The laptop slept")
     job = away.start(same)
     sent(job)
-    until(lambda: at_work(away))
+    wait_until(lambda: at_work(away))
     assert away.cluster is not None
     send(signal.SIGSTOP, [p.pid for p in away.cluster.workers() if "Worker.work" in p.title])
     Path("gate").touch()
@@ -137,7 +137,7 @@ def test_a_stopped_job_commits_before_it_ends(away: Terminal, undisturbed: Path)
     (stop,), (same,) = blocks("A run must be stopped")
     job = away.start(same)
     away.names["JOB"] = sent(job)
-    until(lambda: at_work(away))
+    wait_until(lambda: at_work(away))
     stopping = away.start(stop)
     time.sleep(5)  # longer than Ray's default of three seconds
     Path("gate").touch()
@@ -156,7 +156,7 @@ def test_lost_node_needs_no_command(away: Terminal, undisturbed: Path) -> None:
     (same,) = commands("The laptop slept")
     job = away.start(same)
     sent(job)
-    until(lambda: at_work(away))
+    wait_until(lambda: at_work(away))
     assert away.cluster is not None
     away.cluster.kill_node(max(away.cluster.nodes))
     added = away.cluster.add_node()
@@ -176,7 +176,7 @@ def test_nodes_with_other_versions_are_reported(away: Terminal) -> None:
     assert status == 2
     assert re.search(r"patternnet-ray 9\.9, but \S+ here", output), output
     away.cluster.kill_node(other.number)
-    until(lambda: away("cd /", doctor)[0] == 0)  # after Ray has given up the node
+    wait_until(lambda: away("cd /", doctor)[0] == 0)  # after Ray has given up the node
 
 
 @pytest.mark.slow
@@ -204,9 +204,9 @@ def test_another_cluster_resumes_after_the_head_was_lost(
         terminal.cluster = first
         job = terminal.start(f"exec {same}")
         sent(job)
-        until(lambda: at_work(terminal))
+        wait_until(lambda: at_work(terminal))
         first.kill_node(0)
-        until(lambda: "stale" in terminal(looked)[1])  # a driver can outlive its head by a minute
+        wait_until(lambda: "stale" in terminal(looked)[1])  # a driver can outlive its head by a minute
     job.kill()
     job.wait()
     Path("gate").touch()

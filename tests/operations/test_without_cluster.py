@@ -35,7 +35,7 @@ from tests.operations.terminal import (
     signaling,
 )
 from tests.ray_jobs.chaos import SlowStorage
-from tests.ray_jobs.runs import same_patterns, until
+from tests.ray_jobs.runs import assert_same_patterns, wait_until
 
 
 def test_commands_of_a_whole_run_work(terminal: Terminal, plain: list[str], undisturbed: Path) -> None:
@@ -69,7 +69,7 @@ def test_second_driver_is_rejected_and_a_killed_driver_is_replaced(
     driver = subprocess.Popen(
         [sys.executable, "-m", "ray_jobs", *shlex.split(terminal.line(same))[1:], "--workers", "0"]
     )
-    until(lambda: "state" in Run("run").progress())
+    wait_until(lambda: "state" in Run("run").progress())
     status, output = terminal.here(same)
     assert status == 2
     assert re.search(r"process \d+ on \S+ works on this run", output)
@@ -107,7 +107,7 @@ def test_rejected_samples_are_listed_and_used_after_they_are_fixed(terminal: Ter
     assert (done["samples"], done["refused"]) == (160, 0)
     words = f"fit --model {model} --shards {given(sound)} --out sound/run --workers 0"
     assert exit_status(shlex.split(words)) == 0
-    same_patterns(Path("run"), Path("sound/run"))
+    assert_same_patterns(Path("run"), Path("sound/run"))
 
 
 def test_failing_shard_is_skipped_and_used_after_it_is_fixed(

@@ -23,7 +23,7 @@ from ray_jobs.config.timing import Timing
 from ray_jobs.jobs import moments_job
 from ray_jobs.jobs.fit.fit import fit
 from ray_jobs.models import loading
-from tests.ray_jobs.runs import PREPARED
+from tests.ray_jobs.runs import PREPROCESSING
 
 DEAD = 77
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.copyfile"}
@@ -108,7 +108,7 @@ def main() -> None:
     folder = Path(arguments["folder"])
     # In float64, because rounding to float32 could hide a difference.
     config = FitConfig(
-        model=ModelConfig(spec=arguments["model"], precision="float64", **PREPARED),
+        model=ModelConfig(spec=arguments["model"], precision="float64", **PREPROCESSING),
         shards=tuple(arguments["shards"]),
         out=str(folder),
     )

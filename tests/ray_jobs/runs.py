@@ -1,4 +1,4 @@
-"""Small fits to run, and when two of them are the same."""
+"""Small fits to run, and a comparison of their patterns."""
 
 import time
 from collections.abc import Callable
@@ -8,30 +8,30 @@ from safetensors.torch import load_file
 
 from ray_jobs.config import FitConfig, ModelConfig
 
-PREPARED = {"image_size": 16, "resize": 16, "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
+PREPROCESSING = {"image_size": 16, "resize": 16, "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
 
-# A shard that comes so late that much can happen to its job, and the file at which it does not wait any longer.
+# A shard that is delayed until the file {gate} exists, at most 5 minutes.
 LATE = "pipe:for i in $(seq 3000); do [ -e {gate} ] && break; sleep 0.1; done; cat {shard}"
 OPTIONS = ["--image-size", "16", "--resize", "16", "--mean", "0.5,0.5,0.5", "--std", "0.25,0.25,0.25"]
 
 
-def configured(spec: str, shards: list[str], out: Path | str, **options: object) -> FitConfig:
-    """A fit of a model for 16×16 images."""
+def make_fit_config(spec: str, shards: list[str], out: Path | str, **options: object) -> FitConfig:
+    """Return the config of a fit of a model for 16×16 images."""
     return FitConfig(
-        model=ModelConfig(spec=spec, **PREPARED), shards=tuple(shards), out=str(out), batch_size=4, **options
+        model=ModelConfig(spec=spec, **PREPROCESSING), shards=tuple(shards), out=str(out), batch_size=4, **options
     )  # type: ignore[arg-type]
 
 
-def same_patterns(one: Path, other: Path) -> None:
-    """Equal to 1e-9 relative, tensor by tensor; the tensors are float32, so that is to the bit or nearly so."""
+def assert_same_patterns(one: Path, other: Path) -> None:
+    """Assert that two runs have the same patterns, to 1e-9 relative for each float32 tensor: almost to the bit."""
     a, b = load_file(one / "patterns.safetensors"), load_file(other / "patterns.safetensors")
     assert a.keys() == b.keys()
     for name in a:
         assert (a[name].double() - b[name].double()).norm() <= 1e-9 * a[name].double().norm(), name
 
 
-def until(holds: Callable[[], object]) -> None:
-    """Wait for something to come to hold."""
+def wait_until(holds: Callable[[], object]) -> None:
+    """Wait until a condition holds."""
     deadline = time.monotonic() + 120
     while not holds():
         assert time.monotonic() < deadline

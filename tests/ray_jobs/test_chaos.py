@@ -19,7 +19,7 @@ from cluster.local import LocalCluster
 from ray_jobs.cli.app import exit_status
 from tests.conftest import make_shards
 from tests.ray_jobs.chaos import NODES, SlowStorage, Trial, schedule
-from tests.ray_jobs.runs import OPTIONS, same_patterns
+from tests.ray_jobs.runs import OPTIONS, assert_same_patterns
 
 SHARDS, SAMPLES = 24, 3
 # A worker that starts says nothing meanwhile, which takes seconds where two cores start several.
@@ -119,7 +119,7 @@ def test_a_fit_that_is_struck_has_the_patterns_of_one_that_is_not(
     columns = ["operator", "neuron", "n", "n_positive"]
     ours, theirs = (pq.read_table(folder / "neurons.parquet", columns=columns) for folder in (out, fitted))
     assert ours.equals(theirs)
-    same_patterns(out, fitted)
+    assert_same_patterns(out, fitted)
     assert kinds_of_files(out) == kinds_of_files(fitted)
     assert unnamed_parts(out / "moments") == []
 

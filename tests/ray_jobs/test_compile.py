@@ -1,4 +1,4 @@
-"""`--compile`: jobs find what they find uncompiled, and what cannot be compiled is told before anything is done."""
+"""`--compile`: compiled jobs compute what others compute, and wrong modes are rejected before anything is written."""
 
 import io
 import shutil
@@ -19,20 +19,20 @@ from ray_jobs.jobs.explain.explain import explain
 from ray_jobs.jobs.fit.fit import fit, merge
 from ray_jobs.runs.run_folder import Run
 from tests.patterns.networks import relative
-from tests.ray_jobs.runs import OPTIONS, configured
+from tests.ray_jobs.runs import OPTIONS, make_fit_config
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ to compile with")
 HERE, ONE = Resources(workers=0), Resources(workers=1)
 METHODS = ("guided-backprop", "patternattribution", "random")
-SMALL = ("default",)  # which has fewer sums to compile
+SMALL = ("default",)  # has fewer sums to compile than other estimators
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_compiled_jobs_find_what_uncompiled_ones_find_and_go_on_as_they_were_begun(
+def test_compiled_jobs_compute_what_uncompiled_jobs_compute_and_keep_their_mode(
     local_ray: None, model_spec: str, shards: list[str], tmp_path: Path, workers: int
 ) -> None:
     resources = Resources(workers=workers, gpus_per_worker=0)
-    plain = configured(model_spec, shards[:4], tmp_path / "plain", estimators=SMALL)
+    plain = make_fit_config(model_spec, shards[:4], tmp_path / "plain", estimators=SMALL)
     plain = replace(plain, model=replace(plain.model, precision="float64"))
     compiled = replace(plain, out=str(tmp_path / "compiled"), compile="default")
     before, after = (load_file(fit(c, resources).folder / "patterns.safetensors") for c in (plain, compiled))
@@ -68,14 +68,16 @@ def test_compiled_jobs_find_what_uncompiled_ones_find_and_go_on_as_they_were_beg
 
 
 @pytest.mark.slow
-def test_compiled_and_uncompiled_fits_of_other_shards_merge(model_spec: str, shards: list[str], tmp_path: Path) -> None:
-    one = fit(configured(model_spec, shards[:2], tmp_path / "one", estimators=SMALL), HERE)
-    other = fit(configured(model_spec, shards[2:4], tmp_path / "other", estimators=SMALL, compile="default"), HERE)
+def test_compiled_and_uncompiled_fits_of_different_shards_merge(
+    model_spec: str, shards: list[str], tmp_path: Path
+) -> None:
+    one = fit(make_fit_config(model_spec, shards[:2], tmp_path / "one", estimators=SMALL), HERE)
+    other = fit(make_fit_config(model_spec, shards[2:4], tmp_path / "other", estimators=SMALL, compile="default"), HERE)
     merged = merge([str(one.folder), str(other.folder)], str(tmp_path / "both"), HERE)
     assert merged.manifest()["fit"]["samples"] == 24
 
 
-def test_what_cannot_be_compiled_is_told_before_anything_is_done(
+def test_what_cannot_be_compiled_is_rejected_before_anything_is_written(
     complaint: Callable[..., str], model_spec: str, shards: list[str], tmp_path: Path
 ) -> None:
     words = ["fit", "--model", model_spec, "--shards", shards[0], "--out", tmp_path / "run", "--workers", 0, *OPTIONS]
@@ -87,10 +89,10 @@ def test_what_cannot_be_compiled_is_told_before_anything_is_done(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_mode_of_gpus_is_refused_before_the_run_has_it_by_a_ray_that_tells_of_none_once_it_is_connected(
+def test_a_mode_for_gpus_is_rejected_before_it_is_recorded_if_ray_reports_no_gpu_after_connecting(
     local_ray: None, model_spec: str, shards: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = configured(model_spec, shards[:1], tmp_path / "run", estimators=SMALL)
+    config = make_fit_config(model_spec, shards[:1], tmp_path / "run", estimators=SMALL)
     explained = ExplainConfig(
         model=config.model,
         patterns=config.out,
@@ -101,15 +103,15 @@ def test_a_mode_of_gpus_is_refused_before_the_run_has_it_by_a_ray_that_tells_of_
         compile="cudagraphs",
     )
     for job in (lambda: fit(replace(config, compile="cudagraphs"), ONE), lambda: explain(explained, ONE)):
-        told = iter([None, 0.0])  # before Ray is connected nobody knows
-        monkeypatch.setattr(shard_worker, "worker_gpus", lambda resources, told=told: next(told))
+        gpus = iter([None, 0.0])  # unknown before Ray is connected
+        monkeypatch.setattr(shard_worker, "worker_gpus", lambda resources, gpus=gpus: next(gpus))
         with pytest.raises(UserError, match="cudagraphs are a GPU's, and no worker gets any"):
             job()
         fit(config, HERE)
         assert "explain" not in Run(config.out).manifest()
 
 
-def test_a_worker_without_a_compiler_ends_the_job_with_a_line(
+def test_a_worker_without_a_compiler_ends_the_job_with_one_line(
     complaint: Callable[..., str], model_spec: str, shards: list[str], tmp_path: Path
 ) -> None:
     words = ["fit", "--model", model_spec, "--shards", shards[0], "--out", tmp_path / "run", "--workers", 0, *OPTIONS]

@@ -1,4 +1,4 @@
-"""The curve of a fit: its table over looks, and its picture."""
+"""The convergence curve of a fit: its table of checks, and its figure."""
 
 import math
 from functools import partial
@@ -36,7 +36,7 @@ def looks(network: Network, parts: int) -> dict[str, ConvergenceCheck]:
     }
 
 
-def test_the_table_has_a_row_for_each_operator_and_look(tmp_path: Path) -> None:
+def test_the_table_has_a_row_for_each_operator_and_check(tmp_path: Path) -> None:
     traced, path = network(), tmp_path / "convergence.parquet"
     first, second, third = looks(traced, 2), looks(traced, 8), looks(traced, 32)
     append_rows(path, [check_rows(40, name, found, None) for name, found in first.items()])
@@ -48,15 +48,15 @@ def test_the_table_has_a_row_for_each_operator_and_look(tmp_path: Path) -> None:
     assert [(r["samples"], r["operator"], r["estimator"]) for r in rows] == [
         (samples, *row) for samples in (40, 160, 640) for row in (("0", "positive"), ("2", "linear"))
     ]
-    assert [r["p90"] for r in rows[:2]] == [None, None]  # too few parts
-    assert [r["change"] for r in rows[:2]] == [None, None]  # nothing before
+    assert [r["p90"] for r in rows[:2]] == [None, None]  # too few groups of samples
+    assert [r["change"] for r in rows[:2]] == [None, None]  # no earlier check
     error = third["0"].errors["positive"]
     assert error is not None
     assert (rows[4]["median"], rows[4]["p90"]) == (error.median, error.p90)
     assert rows[4]["change"] == third["0"].changes(second["0"].solution)["positive"] > 0
 
 
-def test_a_look_that_is_taken_again_takes_its_place(tmp_path: Path) -> None:
+def test_a_repeated_check_replaces_the_earlier_rows(tmp_path: Path) -> None:
     traced, path = network(), tmp_path / "convergence.parquet"
     found = looks(traced, 8)["0"]
     append_rows(path, [check_rows(80, "0", found, None)])
@@ -64,7 +64,7 @@ def test_a_look_that_is_taken_again_takes_its_place(tmp_path: Path) -> None:
     assert append_rows(path, [check_rows(160, "0", found, None)])["samples"].to_pylist() == [80, 160]
 
 
-def test_the_last_look_decides(tmp_path: Path) -> None:
+def test_the_last_check_decides(tmp_path: Path) -> None:
     rows = [
         {"samples": n, "operator": op, "estimator": "linear", "median": p90 / 2, "p90": p90, "change": None}
         for n, op, p90 in [(100, "a", 0.2), (100, "b", 0.3), (400, "a", 0.1), (400, "b", 0.15)]
@@ -100,7 +100,7 @@ def test_every_curve_can_be_drawn(tmp_path: Path, looks: int, operators: int, to
 
 
 @pytest.mark.parametrize("table", [SCHEMA.empty_table(), curve(2, 2, known=False)])
-def test_a_curve_that_knows_nothing_yet_is_drawn_as_that(tmp_path: Path, table: pa.Table) -> None:
+def test_a_curve_without_known_errors_is_drawn(tmp_path: Path, table: pa.Table) -> None:
     draw_convergence(tmp_path / "convergence.png", table, 0.1)
     assert (tmp_path / "convergence.png").exists()
 
@@ -108,5 +108,5 @@ def test_a_curve_that_knows_nothing_yet_is_drawn_as_that(tmp_path: Path, table: 
 @pytest.mark.parametrize(
     ("value", "text"), [(0.003, "0.003"), (1, "1"), (500, "500"), (20_000, "20k"), (1_281_167, "1.28117M")]
 )
-def test_numbers_on_axes_are_short(value: float, text: str) -> None:
+def test_numbers_on_axes_are_abbreviated(value: float, text: str) -> None:
     assert tick_label(value, 0) == text

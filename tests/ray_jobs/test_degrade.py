@@ -1,4 +1,4 @@
-"""The degrade job: known outcomes, curves of a slow loop, the same however it is run."""
+"""The degrade job: known outcomes, curves of a slow loop, and the same results for any number of workers."""
 
 import io
 from dataclasses import replace
@@ -22,11 +22,11 @@ from ray_jobs.data.shard_reader import read_shard
 from ray_jobs.jobs.degrade import MeanCurve, degrade, format_areas
 from ray_jobs.jobs.fit.fit import fit
 from ray_jobs.models import loading
-from tests.ray_jobs.runs import PREPARED, configured
+from tests.ray_jobs.runs import PREPROCESSING, make_fit_config
 
 HERE = Resources(workers=0)
 METHODS = ("gradient-x-input", "patternattribution")
-# A model of 16×16 images that looks at nothing but the 4×4 patch in row 1, column 2.
+# A model of 16×16 images whose output depends only on the 4×4 patch in row 1, column 2.
 LOOKING = """
 import torch
 from torch import nn
@@ -49,7 +49,7 @@ class Looking(nn.Module):
 def looking():
     return Looking()
 """
-AT, PATCHES = 6, 16  # the patch's number, and how many there are
+PATCHES = 16  # of an image
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def looking(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def bright(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Shards of noise whose mean is well above black."""
+    """Shards of noise that is much brighter than black."""
     folder, rng = tmp_path_factory.mktemp("bright"), np.random.default_rng(0)
     paths = []
     for shard in range(3):
@@ -76,25 +76,25 @@ def bright(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def degrading(spec: str, shards: list[str], out: Path, **options: object) -> DegradeConfig:
-    model = ModelConfig(spec=spec, **PREPARED)  # type: ignore[arg-type]
-    told: dict[str, object] = {"batch_size": 7, "methods": METHODS, "patch": 4, "steps": PATCHES}
-    return DegradeConfig(model=model, patterns=str(out), shards=tuple(shards), out=str(out), **told | options)  # type: ignore[arg-type]
+    model = ModelConfig(spec=spec, **PREPROCESSING)  # type: ignore[arg-type]
+    defaults: dict[str, object] = {"batch_size": 7, "methods": METHODS, "patch": 4, "steps": PATCHES}
+    return DegradeConfig(model=model, patterns=str(out), shards=tuple(shards), out=str(out), **defaults | options)  # type: ignore[arg-type]
 
 
-def test_what_a_model_looks_at_goes_first_and_a_random_order_falls_at_its_expectation(
+def test_the_patch_that_a_model_uses_is_replaced_first_and_a_random_order_falls_as_expected(
     looking: str, bright: list[str], tmp_path: Path
 ) -> None:
-    fit(configured(looking, bright, tmp_path / "run", estimators=("linear",)), HERE)
+    fit(make_fit_config(looking, bright, tmp_path / "run", estimators=("linear",)), HERE)
     config = degrading(looking, bright, tmp_path / "run", replacement="zero", methods=METHODS[:1])
     run = degrade(config, HERE)
     table = pq.read_table(tmp_path / "run" / "degradation.parquet").to_pylist()
     oracle = [row["curve"] for row in table if row["method"] == "gradient-x-input"]
     blind = [row["curve"] for row in table if row["method"] == "random"]
     assert len(oracle) == len(blind) == 60
-    for curve in oracle:  # the one patch that counts is gone at the first step, and nothing else changes anything
+    for curve in oracle:  # the first step replaces the only patch that matters
         assert curve[1] < curve[0] - 0.05
         assert curve[1:] == pytest.approx([curve[1]] * PATCHES, abs=1e-6)
-    for curve in blind:  # at some step, each as likely as another, and only there
+    for curve in blind:  # the curve falls at a single step; all steps are equally likely
         falls = [n for n in range(PATCHES) if abs(curve[n + 1] - curve[n]) > 1e-6]
         assert len(falls) == 1
     curves = pq.read_table(tmp_path / "run" / "degradation-curves.parquet").to_pylist()
@@ -108,14 +108,14 @@ def test_what_a_model_looks_at_goes_first_and_a_random_order_falls_at_its_expect
     areas = run.manifest()["degrade"]["areas"]
     assert areas["gradient-x-input"]["area"] == pytest.approx((start - end) * PATCHES / (PATCHES + 1), rel=1e-4)
     assert areas["random"]["high"] < areas["gradient-x-input"]["low"]
-    spoken = [line.split()[0] for line in format_areas(run)]
-    assert spoken[0] == "gradient-x-input"
-    assert sorted(spoken[1:]) == sorted(BASELINES)
+    order = [line.split()[0] for line in format_areas(run)]
+    assert order[0] == "gradient-x-input"
+    assert sorted(order[1:]) == sorted(BASELINES)
     assert (tmp_path / "run" / "degradation.png").read_bytes().startswith(b"\x89PNG")
 
 
 def slow_curve(model: nn.Module, x: Tensor, values: Tensor, least_first: bool) -> list[float]:
-    """One image's curve, patch by patch, by mean replacement."""
+    """Return the curve of one image, patch by patch, by mean replacement."""
     with torch.no_grad():
         found = [model(x[None]).softmax(1)[0]]
     predicted = int(found[0].argmax())
@@ -129,8 +129,10 @@ def slow_curve(model: nn.Module, x: Tensor, values: Tensor, least_first: bool) -
 
 
 @pytest.mark.parametrize("least_first", [False, True])
-def test_curves_are_those_of_a_slow_loop(model_spec: str, shards: list[str], tmp_path: Path, least_first: bool) -> None:
-    fit(configured(model_spec, shards[:3], tmp_path), HERE)
+def test_curves_equal_those_of_a_slow_loop(
+    model_spec: str, shards: list[str], tmp_path: Path, least_first: bool
+) -> None:
+    fit(make_fit_config(model_spec, shards[:3], tmp_path), HERE)
     config = degrading(model_spec, shards[3:5], tmp_path, patch=5, least_first=least_first)
     degrade(config, HERE)
     loaded = loading.load(config.model)
@@ -143,7 +145,7 @@ def test_curves_are_those_of_a_slow_loop(model_spec: str, shards: list[str], tmp
         for sample in read_shard(shard):
             key = (shard, sample.key, METHODS[1])
             if key not in found:
-                continue  # refused
+                continue  # rejected
             seen += 1
             x = decode(sample.files, loaded.preprocessing)
             maps = explainer(x[None]).maps
@@ -154,9 +156,10 @@ def test_curves_are_those_of_a_slow_loop(model_spec: str, shards: list[str], tmp
     assert len(rows) == (len(METHODS) + len(BASELINES)) * seen
 
 
-def test_random_orders_are_the_samples_own(model_spec: str, shards: list[str], tmp_path: Path) -> None:
-    """A sample's random order depends on its key and the seed, not on its batch or its neighbours."""
-    fit(configured(model_spec, shards[:3], tmp_path / "fit"), HERE)
+def test_a_random_order_depends_on_the_key_and_the_seed_alone(
+    model_spec: str, shards: list[str], tmp_path: Path
+) -> None:
+    fit(make_fit_config(model_spec, shards[:3], tmp_path / "fit"), HERE)
     curves = []
     for size, seed in ((3, 0), (8, 0), (8, 1)):
         out = tmp_path / f"{size}-{seed}"
@@ -170,10 +173,10 @@ def test_random_orders_are_the_samples_own(model_spec: str, shards: list[str], t
 
 
 @pytest.mark.slow
-def test_workers_on_a_cluster_find_what_one_process_finds(
+def test_workers_on_a_cluster_compute_what_one_process_computes(
     model_spec: str, shards: list[str], tmp_path: Path, local_ray: None
 ) -> None:
-    fit(configured(model_spec, shards[:3], tmp_path / "fit"), HERE)
+    fit(make_fit_config(model_spec, shards[:3], tmp_path / "fit"), HERE)
     config = degrading(model_spec, shards, tmp_path / "fit", max_samples=40)
     degrade(replace(config, out=str(tmp_path / "here")), HERE)
     degrade(replace(config, out=str(tmp_path / "there")), Resources(workers=2))
@@ -182,8 +185,8 @@ def test_workers_on_a_cluster_find_what_one_process_finds(
     np.testing.assert_allclose(np.stack(one["curve"].to_numpy()), np.stack(other["curve"].to_numpy()), atol=2e-6)
 
 
-def test_a_finished_shard_is_not_worked_on_again(model_spec: str, shards: list[str], tmp_path: Path) -> None:
-    fit(configured(model_spec, shards[:3], tmp_path), HERE)
+def test_a_finished_shard_is_not_processed_again(model_spec: str, shards: list[str], tmp_path: Path) -> None:
+    fit(make_fit_config(model_spec, shards[:3], tmp_path), HERE)
     config = degrading(model_spec, shards[:3], tmp_path)
     run = degrade(config, HERE)
     first = (tmp_path / "degradation.parquet").read_bytes()
@@ -200,25 +203,26 @@ def test_a_finished_shard_is_not_worked_on_again(model_spec: str, shards: list[s
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "parameter", "what"),
     [
-        ({"replacement": "grey"}, "no replacement 'grey'. Choose from mean, blur, zero, dataset-mean."),
-        ({"steps": 17}, "have 16 patches of 4×4. Give fewer steps or a smaller --patch-size."),
-        ({"methods": ("magic",)}, "no method 'magic'"),
+        ({"replacement": "gray"}, "replacement", "no replacement 'gray'"),
+        ({"steps": 17}, "steps", "have 16 patches of 4×4"),
+        ({"methods": ("magic",)}, "methods", "no method 'magic'"),
     ],
 )
-def test_what_cannot_be_degraded_is_refused_before_anything_is_written(
-    model_spec: str, shards: list[str], tmp_path: Path, options: dict[str, object], said: str
+def test_wrong_options_are_rejected_before_anything_is_written(
+    model_spec: str, shards: list[str], tmp_path: Path, options: dict[str, object], parameter: str, what: str
 ) -> None:
-    fit(configured(model_spec, shards[:3], tmp_path), HERE)
+    fit(make_fit_config(model_spec, shards[:3], tmp_path), HERE)
     before = sorted(path.name for path in tmp_path.iterdir())
-    with pytest.raises(UserError, match=r".*") as error:
+    with pytest.raises(UserError) as error:
         degrade(degrading(model_spec, shards, tmp_path, **options), HERE)
-    assert said in str(error.value)
+    assert error.value.parameter == parameter
+    assert what in error.value.what
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
-def test_bands_are_those_of_the_mean_of_independent_samples() -> None:
+def test_bands_are_the_confidence_bands_of_a_mean_of_independent_samples() -> None:
     rng = np.random.default_rng(0)
     curves, mean = rng.normal(size=(40, 5)), MeanCurve(5)
     for part in np.split(curves, [7, 25]):

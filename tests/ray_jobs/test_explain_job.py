@@ -1,4 +1,4 @@
-"""The explain job: what the library computes, in shards that line up with the input's."""
+"""The explain job: it writes what the library computes, in shards with the keys and order of the input."""
 
 import io
 import json
@@ -41,7 +41,7 @@ def fitted(model: ModelConfig, shards: list[str], tmp_path_factory: pytest.TempP
     return fit(FitConfig(model=model, shards=tuple(shards), out=out), HERE).folder
 
 
-def test_explanations_line_up_with_their_shards_and_are_the_librarys(
+def test_explanations_have_the_order_of_their_shards_and_equal_the_librarys(
     local_ray: None, fitted: Path, model: ModelConfig, shards: list[str], tmp_path: Path
 ) -> None:
     methods, shards = (*METHODS, "patternattribution:linear"), shards[:4]
@@ -66,24 +66,24 @@ def test_explanations_line_up_with_their_shards_and_are_the_librarys(
         written = list(read_shard(str(tmp_path / "explanations" / Path(shard).name)))
         assert [s.key for s in written] == [s.key for s in read_shard(shard)]
         for i, sample in enumerate(written):
-            said = json.loads(sample.files["json"])
+            written_row = json.loads(sample.files["json"])
             row = rows[shard, sample.key]
-            assert said["target"] == said["prediction"] == int(expected.targets[i]) == row["target"]
-            assert said["label"] == batch.labels[i] == row["label"]
-            assert said["score"] == pytest.approx(float(expected.scores[i].max()), rel=1e-5)
+            assert written_row["target"] == written_row["prediction"] == int(expected.targets[i]) == row["target"]
+            assert written_row["label"] == batch.labels[i] == row["label"]
+            assert written_row["score"] == pytest.approx(float(expected.scores[i].max()), rel=1e-5)
             for method in methods:
                 array = np.load(io.BytesIO(sample.files[f"{method}.npy"]))
                 assert array.dtype == np.float16
-                found = torch.from_numpy(array.astype(np.float32)) * 2.0 ** said["exponents"][method]
+                found = torch.from_numpy(array.astype(np.float32)) * 2.0 ** written_row["exponents"][method]
                 true = expected.maps[method][i]
                 assert (found - true).abs().max() <= 1e-3 * true.abs().max()
                 assert Image.open(io.BytesIO(sample.files[f"{method}.png"])).size == (16, 16)
-                (told,) = summarize_maps(method, true[None], [None])
-                for name, value in told.items():
+                (statistics,) = summarize_maps(method, true[None], [None])
+                for name, value in statistics.items():
                     assert row[name] == (None if value is None else pytest.approx(value, rel=1e-4)), name
 
 
-def test_only_what_is_missing_is_done_again_and_gives_the_same_bytes(
+def test_only_missing_shards_are_explained_again_and_give_the_same_bytes(
     local_ray: None,
     fitted: Path,
     model: ModelConfig,
@@ -96,17 +96,17 @@ def test_only_what_is_missing_is_done_again_and_gives_the_same_bytes(
     killed: list[int] = []
     started, counts = ShardJob.on_ready, ShardJob.on_committed
 
-    def note(self: ShardJob, told: WorkerInfo) -> None:
-        pids.append(told.pid)
-        started(self, told)
+    def record_pid(self: ShardJob, worker: WorkerInfo) -> None:
+        pids.append(worker.pid)
+        started(self, worker)
 
-    def kill_a_worker(self: ShardJob, items: list[str], told: object) -> None:
-        counts(self, items, told)  # type: ignore[arg-type]
+    def kill_a_worker(self: ShardJob, items: list[str], result: object) -> None:
+        counts(self, items, result)  # type: ignore[arg-type]
         if self.reporter.counts.shards >= 4 and not killed:
             os.kill(pids[0], signal.SIGKILL)
             killed.append(pids[0])
 
-    monkeypatch.setattr(ShardJob, "on_ready", note)
+    monkeypatch.setattr(ShardJob, "on_ready", record_pid)
     monkeypatch.setattr(ShardJob, "on_committed", kill_a_worker)
     explain(config, RESOURCES)
     assert killed
@@ -119,7 +119,7 @@ def test_only_what_is_missing_is_done_again_and_gives_the_same_bytes(
         assert tar.read_bytes() == (again / "explanations" / tar.name).read_bytes()
 
 
-def test_labels_are_explained_where_asked_and_missing_ones_refused(
+def test_labels_are_explained_and_samples_without_a_valid_label_are_rejected(
     fitted: Path, model: ModelConfig, tmp_path: Path
 ) -> None:
     rng = np.random.default_rng(3)
@@ -135,14 +135,16 @@ def test_labels_are_explained_where_asked_and_missing_ones_refused(
     run = explain(config, replace(HERE, max_bad_fraction=1.0))
     (row,) = pq.read_table(run.folder / "explanations.parquet").to_pylist()
     assert (row["key"], row["target"]) == ("a", 2)
-    refused = pq.read_table(run.folder / "quarantine.parquet").to_pylist()
-    assert {r["key"]: r["reason"] for r in refused} == {
+    rejected = pq.read_table(run.folder / "quarantine.parquet").to_pylist()
+    assert {r["key"]: r["reason"] for r in rejected} == {
         "b": "the label None is none of the model's 5 classes",
         "c": "the label 5 is none of the model's 5 classes",
     }
 
 
-def test_shards_of_one_name_in_two_folders_keep_apart(fitted: Path, model: ModelConfig, tmp_path: Path) -> None:
+def test_shards_of_the_same_name_in_two_folders_have_files_of_their_own(
+    fitted: Path, model: ModelConfig, tmp_path: Path
+) -> None:
     rng = np.random.default_rng(4)
     paths = [
         str(write_tar(tmp_path / name / "0.tar", [{"__key__": name, "jpg": jpeg(rng)}])) for name in ("one", "two")

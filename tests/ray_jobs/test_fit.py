@@ -1,4 +1,4 @@
-"""The fit job: the same patterns whatever happens on the way."""
+"""The fit job: the patterns stay the same whatever happens while it runs."""
 
 import json
 import os
@@ -33,11 +33,11 @@ from ray_jobs.runs.run_folder import Run
 from ray_jobs.units import format_duration
 from ray_jobs.views.status import status_lines
 from tests.conftest import make_shards, write_tar
-from tests.ray_jobs.runs import PREPARED, configured, same_patterns
+from tests.ray_jobs.runs import PREPROCESSING, assert_same_patterns, make_fit_config
 
 
 def worker_of(config: FitConfig) -> tuple[ModelConfig, MomentsStore, int, Observe, loading.ModelDigests]:
-    """What a worker of a fit is made from."""
+    """Return the arguments of a worker of a fit."""
     loaded = loading.load(config.model)
     observe = partial(make_observer, config, tuple(loaded.network.operators))
     return config.model, MomentsStore(f"{config.out}/moments"), config.batch_size, observe, loaded.digests
@@ -52,18 +52,18 @@ def on_cpu(workers: int, max_loss: float = 300) -> Resources:
 
 
 HERE = Resources(workers=0)
-# More trials of what a killed worker, on two, and a struck fit show within `make test`.
+# Further trials of what `make test` shows with one worker.
 SEVERAL = [pytest.param(n, marks=pytest.mark.slow) for n in (2, 4)]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(model_spec: str, shards: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return Path(fit(configured(model_spec, shards, tmp_path_factory.mktemp("runs") / "one"), HERE).folder)
+    return Path(fit(make_fit_config(model_spec, shards, tmp_path_factory.mktemp("runs") / "one"), HERE).folder)
 
 
 def test_the_job_computes_what_one_process_computes(undisturbed: Path, model_spec: str, shards: list[str]) -> None:
     torch.set_num_threads(1)
-    loaded = loading.load(ModelConfig(spec=model_spec, **PREPARED))  # type: ignore[arg-type]
+    loaded = loading.load(ModelConfig(spec=model_spec, **PREPROCESSING))  # type: ignore[arg-type]
     batches = [b.images for s in shards for b in ShardReader(s, ReaderConfig(loaded.preprocessing, batch_size=4))]
     moments = accumulate(loaded.network, batches)
     saved = load_file(undisturbed / "patterns.safetensors")
@@ -73,12 +73,12 @@ def test_the_job_computes_what_one_process_computes(undisturbed: Path, model_spe
 
 
 @pytest.mark.parametrize("workers", [0, *SEVERAL])
-def test_neither_workers_nor_order_change_a_digit(
+def test_the_number_of_workers_and_the_order_of_shards_change_no_digit(
     local_ray: None, undisturbed: Path, model_spec: str, shards: list[str], tmp_path: Path, workers: int
 ) -> None:
     order = torch.randperm(len(shards), generator=torch.Generator().manual_seed(workers)).tolist()
-    run = fit(configured(model_spec, [shards[i] for i in order], tmp_path / "run"), on_cpu(workers, max_loss=0.01))
-    same_patterns(undisturbed, run.folder)
+    run = fit(make_fit_config(model_spec, [shards[i] for i in order], tmp_path / "run"), on_cpu(workers, max_loss=0.01))
+    assert_same_patterns(undisturbed, run.folder)
     assert run.manifest()["fit"]["samples"] == 72
 
 
@@ -92,28 +92,28 @@ def test_a_killed_worker_changes_no_digit(
 ) -> None:
     pids: list[int] = []
     worked: list[str] = []
-    started, heard = MomentsJob.on_ready, MomentsJob.on_done
+    started, done = MomentsJob.on_ready, MomentsJob.on_done
 
-    def note(self: MomentsJob, told: WorkerInfo) -> None:
-        pids.append(told.pid)
-        started(self, told)
+    def record_pid(self: MomentsJob, worker: WorkerInfo) -> None:
+        pids.append(worker.pid)
+        started(self, worker)
 
-    def kill_the_first_worker(self: MomentsJob, item: str, told: object) -> None:
+    def kill_the_first_worker(self: MomentsJob, item: str, report: object) -> None:
         worked.append(item)
-        heard(self, item, told)  # type: ignore[arg-type]
+        done(self, item, report)  # type: ignore[arg-type]
         if len(worked) == 5:
             os.kill(pids[0], signal.SIGKILL)
 
-    monkeypatch.setattr(MomentsJob, "on_ready", note)
+    monkeypatch.setattr(MomentsJob, "on_ready", record_pid)
     monkeypatch.setattr(MomentsJob, "on_done", kill_the_first_worker)
-    run = fit(configured(model_spec, shards, tmp_path / "run"), on_cpu(2))
-    assert len(worked) > len(shards), "no shard was done again: the killed worker had nothing to lose"
-    same_patterns(undisturbed, run.folder)
+    run = fit(make_fit_config(model_spec, shards, tmp_path / "run"), on_cpu(2))
+    assert len(worked) > len(shards), "no shard was processed again: the killed worker had nothing to lose"
+    assert_same_patterns(undisturbed, run.folder)
     assert run.manifest()["fit"]["samples"] == 72
 
 
 @pytest.mark.parametrize("workers", [0, SEVERAL[0]])
-def test_a_stopped_and_then_killed_driver_goes_on_and_changes_no_digit(
+def test_a_fit_resumed_after_its_driver_was_stopped_and_killed_changes_no_digit(
     model_spec: str, tmp_path_factory: pytest.TempPathFactory, local_ray: None, workers: int
 ) -> None:
     folder = tmp_path_factory.mktemp("driver")
@@ -152,8 +152,8 @@ def test_a_stopped_and_then_killed_driver_goes_on_and_changes_no_digit(
     assert sorted(n for part in after.parts for n in part.shards) == list(range(len(many)))
     assert after.samples == 90
     assert {p.name for p in (out / "moments").glob("*.safetensors")} == {part.file for part in after.parts}
-    whole = fit(configured(model_spec, sorted(many), folder / "whole"), HERE)
-    same_patterns(whole.folder, out)
+    whole = fit(make_fit_config(model_spec, sorted(many), folder / "whole"), HERE)
+    assert_same_patterns(whole.folder, out)
 
 
 def test_a_killed_reducer_changes_no_digit(
@@ -173,54 +173,54 @@ def test_a_killed_reducer_changes_no_digit(
         return solve_group(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(reduction, "solve_group", killed_once)
-    run = fit(configured(model_spec, shards, tmp_path / "run"), on_cpu(1))
+    run = fit(make_fit_config(model_spec, shards, tmp_path / "run"), on_cpu(1))
     assert killed.exists()
-    same_patterns(undisturbed, Path(str(run.folder)))
+    assert_same_patterns(undisturbed, Path(str(run.folder)))
 
 
 def test_each_worker_has_a_gpu_of_its_own(local_ray: None, model_spec: str, shards: list[str], tmp_path: Path) -> None:
     options = make_worker_options(Resources())
     assert count_worker_slots(options) == 2
-    actor, arguments = ray.remote(MomentsWorker), worker_of(configured(model_spec, shards, tmp_path / "run"))
+    actor, arguments = ray.remote(MomentsWorker), worker_of(make_fit_config(model_spec, shards, tmp_path / "run"))
     workers = [actor.options(**options).remote(*arguments, WorkerResources(1, 1)) for _ in range(2)]
-    told = ray.get([w.describe.remote() for w in workers])
+    workers_info = ray.get([w.describe.remote() for w in workers])
     for worker in workers:
         ray.kill(worker)
-    assert sorted(p.gpus for p in told) == ["0", "1"]
+    assert sorted(p.gpus for p in workers_info) == ["0", "1"]
 
 
-def test_more_gpus_than_a_node_has_are_refused(
+def test_more_gpus_than_a_node_has_are_rejected(
     local_ray: None, model_spec: str, shards: list[str], tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match="no node can hold a worker of 1 CPUs and 8 GPUs"):
-        fit(configured(model_spec, shards, tmp_path / "run"), Resources(gpus_per_worker=8))
+        fit(make_fit_config(model_spec, shards, tmp_path / "run"), Resources(gpus_per_worker=8))
 
 
-def test_a_finished_run_is_not_done_again(undisturbed: Path, model_spec: str, shards: list[str]) -> None:
+def test_a_finished_run_is_not_repeated(undisturbed: Path, model_spec: str, shards: list[str]) -> None:
     before = (undisturbed / "patterns.safetensors").stat().st_mtime_ns
-    fit(configured(model_spec, shards, undisturbed), HERE)
+    fit(make_fit_config(model_spec, shards, undisturbed), HERE)
     assert (undisturbed / "patterns.safetensors").stat().st_mtime_ns == before
 
 
 def test_further_estimators_are_solved_from_the_moments_alone(
     local_ray: None, model_spec: str, shards: list[str], tmp_path: Path
 ) -> None:
-    whole = fit(configured(model_spec, shards, tmp_path / "whole", estimators=tuple(CHOICES)), HERE)
-    run = fit(configured(model_spec, shards, tmp_path / "run"), HERE)
+    whole = fit(make_fit_config(model_spec, shards, tmp_path / "whole", estimators=tuple(CHOICES)), HERE)
+    run = fit(make_fit_config(model_spec, shards, tmp_path / "run"), HERE)
     assert "0/filter" not in load_file(run.folder / "patterns.safetensors")
     further = ["two-component-own-mean", "*=filter", "random"]
     solve_more(str(run.folder), further, HERE)
-    same_patterns(whole.folder, run.folder)
+    assert_same_patterns(whole.folder, run.folder)
     assert run.manifest()["fit"]["solved"] == [*FITTED, *further]
-    few = fit(configured(model_spec, shards, tmp_path / "few", estimators=("default",)), HERE)
-    with pytest.raises(UserError, match=r"a fit of default took no sums of 0 for linear\. Fit with"):
+    few = fit(make_fit_config(model_spec, shards, tmp_path / "few", estimators=("default",)), HERE)
+    with pytest.raises(UserError, match=r"a fit of default has no sums of 0 for linear\. Fit with"):
         solve_more(str(few.folder), ["linear"])
 
 
-def test_estimators_are_fitted_for_the_operators_that_a_pattern_of_names_means(
+def test_estimators_are_fitted_for_the_operators_that_match_their_pattern(
     local_ray: None, model_spec: str, shards: list[str], tmp_path: Path
 ) -> None:
-    run = fit(configured(model_spec, shards, tmp_path / "run", estimators=("2.conv*=linear", "6=filter")), HERE)
+    run = fit(make_fit_config(model_spec, shards, tmp_path / "run", estimators=("2.conv*=linear", "6=filter")), HERE)
     rows: dict[str, set[str]] = {}
     for key in load_file(run.folder / "patterns.safetensors"):
         operator, _, row = key.rpartition("/")
@@ -230,32 +230,32 @@ def test_estimators_are_fitted_for_the_operators_that_a_pattern_of_names_means(
         "average_pool.0": {"linear"}, "6": {"filter"},
     }  # fmt: skip
     with pytest.raises(UserError, match=r"no operator matches 'convs\.\*'"):
-        fit(configured(model_spec, shards, tmp_path / "none", estimators=("convs.*=linear",)), HERE)
+        fit(make_fit_config(model_spec, shards, tmp_path / "none", estimators=("convs.*=linear",)), HERE)
     assert not (tmp_path / "none").exists()
 
 
-def test_merged_fits_are_the_fit_of_all_their_shards(
+def test_merged_fits_equal_the_fit_of_all_their_shards(
     undisturbed: Path, local_ray: None, model_spec: str, shards: list[str], tmp_path: Path
 ) -> None:
     halves = [
-        fit(configured(model_spec, part, tmp_path / name), HERE).folder
+        fit(make_fit_config(model_spec, part, tmp_path / name), HERE).folder
         for name, part in (("a", shards[:5]), ("b", shards[5:]))
     ]
     merged = merge([str(half) for half in halves], str(tmp_path / "all"), HERE)
-    same_patterns(undisturbed, merged.folder)
+    assert_same_patterns(undisturbed, merged.folder)
     assert merged.manifest()["fit"]["samples"] == 72
     before = Path(merged.folder / "patterns.safetensors").stat().st_mtime_ns
-    fit(configured(model_spec, shards, tmp_path / "all"), HERE)  # it is that fit, and finished
+    fit(make_fit_config(model_spec, shards, tmp_path / "all"), HERE)  # it is finished already
     assert Path(merged.folder / "patterns.safetensors").stat().st_mtime_ns == before
 
 
-def test_fits_that_do_not_go_together_are_not_merged(
+def test_fits_with_different_options_or_common_shards_are_not_merged(
     undisturbed: Path, local_ray: None, model_spec: str, shards: list[str], tmp_path: Path
 ) -> None:
-    other = fit(configured(model_spec, shards[:2], tmp_path / "b", seed=1), HERE).folder
+    other = fit(make_fit_config(model_spec, shards[:2], tmp_path / "b", seed=1), HERE).folder
     with pytest.raises(UserError, match="this fit was done with seed 0, now 1 in comparison with"):
         merge([str(undisturbed), str(other)], str(tmp_path / "out"))
-    same = fit(configured(model_spec, shards[:2], tmp_path / "c"), HERE).folder
+    same = fit(make_fit_config(model_spec, shards[:2], tmp_path / "c"), HERE).folder
     with pytest.raises(UserError, match=r"train-000\.tar: is in .* and in .*; each needs shards of its own"):
         merge([str(undisturbed), str(same)], str(tmp_path / "out"))
     with pytest.raises(UserError, match="holds no finished fit"):
@@ -263,7 +263,7 @@ def test_fits_that_do_not_go_together_are_not_merged(
     assert not (tmp_path / "out").exists()
 
 
-def test_status_reads_how_far_a_run_is_from_its_files_alone(undisturbed: Path, tmp_path: Path) -> None:
+def test_status_reads_the_progress_of_a_run_from_its_files_alone(undisturbed: Path, tmp_path: Path) -> None:
     now = time.time()
     (line,) = status_lines(Run(undisturbed), now)
     assert line.startswith("fit: complete, 72 samples (")
@@ -281,7 +281,7 @@ def test_status_reads_how_far_a_run_is_from_its_files_alone(undisturbed: Path, t
         assert first.startswith(f"fit: {progress['shards']}/12 shards, ")
         assert work == f"  here/7: 2.5 samples/s, {format_duration(10 + silent)} at x.tar"
         assert [line.split()[0].rstrip(":") for line in more] == [last] * (last is not None)
-    early = {"job": "fit", "time": now - 90, "driver": driver}  # of a driver that was killed before it had a worker
+    early = {"job": "fit", "time": now - 90, "driver": driver}  # the driver was killed before it had a worker
     (tmp_path / "progress.json").write_text(json.dumps(early))
     first, stale = status_lines(Run(tmp_path), now)
     assert first.startswith("fit: started, no shard processed yet")
@@ -291,14 +291,14 @@ def test_status_reads_how_far_a_run_is_from_its_files_alone(undisturbed: Path, t
 
 
 @pytest.mark.slow
-def test_prometheus_reads_how_a_job_goes_from_rays_metrics(
+def test_prometheus_reads_the_progress_of_a_job_from_rays_metrics(
     local_ray: None, model_spec: str, shards: list[str], tmp_path: Path
 ) -> None:
-    fit(configured(model_spec, shards[:3], tmp_path / "run"), on_cpu(1))
+    fit(make_fit_config(model_spec, shards[:3], tmp_path / "run"), on_cpu(1))
     (node,) = ray.nodes()
     address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
     wanted = {"samples": 18, "shards": 3, "batches": 6}
-    deadline = time.monotonic() + 60  # Ray hands metrics on every few seconds
+    deadline = time.monotonic() + 60  # Ray publishes metrics every few seconds
     while True:
         with urlopen(address) as answer:
             lines = answer.read().decode().splitlines()
@@ -315,51 +315,51 @@ def test_prometheus_reads_how_a_job_goes_from_rays_metrics(
 
 
 @pytest.mark.slow
-def test_a_limit_takes_the_same_samples_whatever_the_workers(
+def test_max_samples_selects_the_same_samples_for_any_number_of_workers(
     local_ray: None, model_spec: str, shards: list[str], tmp_path: Path
 ) -> None:
-    runs = [fit(configured(model_spec, shards, tmp_path / f"{n}", max_samples=30), on_cpu(n)) for n in (0, 2)]
+    runs = [fit(make_fit_config(model_spec, shards, tmp_path / f"{n}", max_samples=30), on_cpu(n)) for n in (0, 2)]
     assert [r.manifest()["fit"]["samples"] for r in runs] == [30, 30]
-    same_patterns(runs[0].folder, runs[1].folder)
+    assert_same_patterns(runs[0].folder, runs[1].folder)
 
 
-def test_a_refused_sample_is_listed_and_the_run_goes_on(
+def test_a_rejected_sample_is_listed_and_the_run_continues(
     local_ray: None, model_spec: str, shards: list[str], tmp_path: Path
 ) -> None:
     import pyarrow.parquet as pq
 
     bad = str(write_tar(tmp_path / "bad.tar", [{"__key__": "cut", "jpg": b"\xff\xd8\xff\xe0 no more"}]))
-    run = fit(configured(model_spec, [*shards, bad], tmp_path / "run"), HERE)
+    run = fit(make_fit_config(model_spec, [*shards, bad], tmp_path / "run"), HERE)
     (row,) = pq.read_table(run.folder / "quarantine.parquet").to_pylist()
     assert (row["job"], row["shard"], row["key"]) == ("fit", bad, "cut")
     counted = run.manifest()["fit"]
     assert (counted["samples"], counted["refused"], counted["status"]) == (72, 1, "complete")
 
 
-def test_a_broken_shard_holds_up_no_other_and_is_taken_up_once_mended(
+def test_a_broken_shard_stops_no_other_and_is_processed_once_it_is_fixed(
     local_ray: None, model_spec: str, shards: list[str], tmp_path: Path
 ) -> None:
     broken = tmp_path / "broken.tar"
     broken.write_bytes(Path(shards[0]).read_bytes()[:3000])
-    config = configured(model_spec, [*shards, str(broken)], tmp_path / "run")
+    config = make_fit_config(model_spec, [*shards, str(broken)], tmp_path / "run")
     once = replace(HERE, retries=0)
     with pytest.raises(StoppedShortError, match=r"1 of 13 shards cannot be used, the first is \S+/broken\.tar"):
         fit(config, replace(on_cpu(1, max_loss=0.01), retries=0))
     folder = tmp_path / "run" / "moments"
     assert ledger_of(folder).remaining(range(13)) == [12]
-    said = fit(config, replace(once, max_bad_shards=1)).manifest()["fit"]
-    assert (said["status"], said["shards"], said["samples"]) == ("complete", 12, 72)
-    assert "broken.tar: " in said["missing"][str(broken)]
+    section = fit(config, replace(once, max_bad_shards=1)).manifest()["fit"]
+    assert (section["status"], section["shards"], section["samples"]) == ("complete", 12, 72)
+    assert "broken.tar: " in section["missing"][str(broken)]
     broken.write_bytes(Path(make_shards(tmp_path / "good", 1, 6, seed=9)[0]).read_bytes())
-    mended = fit(config, HERE).manifest()["fit"]
-    assert (mended["shards"], mended["samples"], mended["missing"]) == (13, 78, {})
+    fixed = fit(config, HERE).manifest()["fit"]
+    assert (fixed["shards"], fixed["samples"], fixed["missing"]) == (13, 78, {})
     assert sorted(n for part in ledger_of(folder).parts for n in part.shards) == list(range(13))
 
 
-def test_a_worker_that_fails_midway_forgets_what_it_had(model_spec: str, shards: list[str], tmp_path: Path) -> None:
+def test_a_worker_that_fails_drops_its_uncommitted_moments(model_spec: str, shards: list[str], tmp_path: Path) -> None:
     broken = tmp_path / "broken.tar"
     broken.write_bytes(Path(shards[0]).read_bytes()[:-4096])
-    config = configured(model_spec, [*shards, str(broken)], tmp_path / "run")
+    config = make_fit_config(model_spec, [*shards, str(broken)], tmp_path / "run")
     worker = MomentsWorker(*worker_of(config))
     worker.prepare()
     list(worker.work(MomentsTask(shards[0], number=0), MomentsTask(str(broken), number=12)))

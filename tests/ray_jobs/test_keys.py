@@ -1,4 +1,4 @@
-"""Keys: one for every name, and every output carries it to the library that reads it."""
+"""Keys: different names have different keys, and every output and library keeps them."""
 
 import io
 import os
@@ -16,16 +16,13 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ray_jobs.cli.app import exit_status
-from ray_jobs.config import ExplainConfig, FitConfig, ModelConfig, Resources
+from ray_jobs.config import OUTPUTS, ExplainConfig, ModelConfig, Resources
 from ray_jobs.data.samples import Sample, make_key
 from ray_jobs.data.tar_reader import read_samples
 from ray_jobs.jobs.explain.explain import explain
-from ray_jobs.jobs.fit.fit import fit
-from ray_jobs.runs.map_files import OUTPUTS
 from ray_jobs.runs.run_folder import Run
 from ray_jobs.views.gallery import Gallery
 from tests.conftest import jpeg, write_tar
-from tests.ray_jobs.runs import PREPARED
 
 HERE = Resources(workers=0)
 NAMES = [
@@ -45,12 +42,22 @@ NAMES = [
         "COM1",
     ),
 ]
-TAR_KEYS = ["a b", "a,b", "a%20b", "b", "100%", "x/y,z", "日本", "a;b", "-x"]  # that WebDataset itself can carry
+TAR_KEYS = [
+    "a b",
+    "a,b",
+    "a%20b",
+    "b",
+    "100%",
+    "x/y,z",
+    "日本",
+    "a;b",
+    "-x",
+]  # that WebDataset supports
 
 
 @given(st.text(min_size=1, max_size=20) | st.lists(st.sampled_from("a._/%, \\-é\n"), min_size=1).map("".join))
 @example("caf\udce9")
-def test_a_key_gives_its_name_again_and_survives_a_tar(name: str) -> None:
+def test_key_can_be_decoded_and_survives_a_tar(name: str) -> None:
     key = make_key(name)
     assert unquote(key, errors="surrogateescape") == name
     assert not set(key) & {".", ",", "\\"}
@@ -63,17 +70,6 @@ def test_a_key_gives_its_name_again_and_survives_a_tar(name: str) -> None:
     with tarfile.open(fileobj=io.BytesIO(buffer.getvalue())) as archive:
         members = archive.getnames()
     assert [webdataset.tariterators.base_plus_ext(m) for m in members] == [(key, "cls"), (key, "x.npy")]
-
-
-@pytest.fixture(scope="module")
-def model(model_spec: str) -> ModelConfig:
-    return ModelConfig(spec=model_spec, **PREPARED)  # type: ignore[arg-type]
-
-
-@pytest.fixture(scope="module")
-def fitted(model: ModelConfig, shards: list[str], tmp_path_factory: pytest.TempPathFactory) -> str:
-    out = str(tmp_path_factory.mktemp("fitted") / "run")
-    return str(fit(FitConfig(model=model, shards=tuple(shards[:2]), out=out), HERE).folder)
 
 
 def explained(fitted: str, model: ModelConfig, shard: Path, outputs: tuple[str, ...] = ("npy", "png")) -> Run:
@@ -94,9 +90,7 @@ def read_back(path: Path) -> list[dict[str, Any]]:
     return list(webdataset.WebDataset(str(path), shardshuffle=False, empty_check=False))
 
 
-def test_every_output_gives_as_many_samples_as_there_were_names(
-    fitted: str, model: ModelConfig, tmp_path: Path
-) -> None:
+def test_every_output_has_a_sample_for_every_name(fitted: str, model: ModelConfig, tmp_path: Path) -> None:
     zarr = pytest.importorskip("zarr")
     shard = tmp_path / "x.parquet"
     pq.write_table(pa.table({"key": NAMES, "jpg": photographs(len(NAMES))}), shard)
@@ -113,7 +107,7 @@ def test_every_output_gives_as_many_samples_as_there_were_names(
     assert [row["key"] for row in Gallery(run, {}).find_all(",".join(keys))] == keys
 
 
-def test_a_folder_gives_its_names_whether_read_or_packed(fitted: str, model: ModelConfig, tmp_path: Path) -> None:
+def test_names_of_a_folder_are_restored_whether_read_or_packed(fitted: str, model: ModelConfig, tmp_path: Path) -> None:
     names = [name.encode("utf-8", "surrogateescape") for name in ("1", "a.b", "a,b", "a b", " x", "é", "caf\udce9")]
     (tmp_path / "f" / "cat").mkdir(parents=True)
     for name, data in zip(names, photographs(len(names))):
@@ -125,7 +119,7 @@ def test_a_folder_gives_its_names_whether_read_or_packed(fitted: str, model: Mod
         assert sorted(os.fsencode(key) for key in keys) == sorted(b"cat/" + name for name in names)
 
 
-def test_samples_are_chosen_by_key_or_by_name(
+def test_samples_are_chosen_by_key_or_name(
     fitted: str, model: ModelConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], complaint: Any
 ) -> None:
     shard = write_tar(
@@ -144,7 +138,7 @@ def test_samples_are_chosen_by_key_or_by_name(
     assert "no explanation" in complaint("grid", run.folder, "--keys", "a,c")
 
 
-def test_a_name_of_several_samples_is_an_error(fitted: str, model: ModelConfig, tmp_path: Path, complaint: Any) -> None:
+def test_name_of_several_samples_is_an_error(fitted: str, model: ModelConfig, tmp_path: Path, complaint: Any) -> None:
     keys = ["a%2Cb", "%61%2Cb", "a%2Eb%2Ejpg"]
     data = photographs(len(keys))
     shard = write_tar(tmp_path / "x.tar", [{"__key__": key, "jpg": image} for key, image in zip(keys, data)])

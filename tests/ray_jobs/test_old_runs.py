@@ -26,7 +26,7 @@ from ray_jobs.engine.ray_tasks import LocalTasks
 from ray_jobs.jobs import job_session
 from ray_jobs.models import loading
 from tests.patterns.networks import relative
-from tests.ray_jobs.runs import OPTIONS, PREPARED
+from tests.ray_jobs.runs import OPTIONS, PREPROCESSING
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "run-0.2.0"
 PLACEHOLDER = "/run-0.2.0-fixture"
@@ -161,6 +161,6 @@ def test_status_and_report_read_an_old_run(run: Path, command: Command) -> None:
 
 
 def test_an_explainer_loads_an_old_run(run: Path) -> None:
-    model = loading.load(ModelConfig(spec=f"{run.parent}/small_model.py:small", **PREPARED)).model  # type: ignore[arg-type]
+    model = loading.load(ModelConfig(spec=f"{run.parent}/small_model.py:small", **PREPROCESSING)).model  # type: ignore[arg-type]
     explainer = Explainer.load(run, model, ["patternattribution"])
     assert explainer.network.input_shape == (3, 16, 16)

@@ -1,4 +1,4 @@
-"""Explanations outside of the job: Ray Data and Ray Serve give what the job writes."""
+"""Explanations without shards: Ray Data and Ray Serve return what the job writes."""
 
 import base64
 import io
@@ -23,7 +23,7 @@ from ray_jobs.data.shard_reader import read_shard
 from ray_jobs.jobs.explain.explain import explain
 from ray_jobs.jobs.explain.online import ExplainBatch, OnlineExplainer
 from ray_jobs.jobs.fit.fit import fit
-from tests.ray_jobs.runs import PREPARED
+from tests.ray_jobs.runs import PREPROCESSING
 
 METHODS = ("gradient", "patternattribution")
 
@@ -37,7 +37,7 @@ def png(image: Image.Image) -> bytes:
 @pytest.fixture(scope="module")
 def fitted(model_spec: str, shards: list[str], tmp_path_factory: pytest.TempPathFactory) -> str:
     out = str(tmp_path_factory.mktemp("fitted") / "run")
-    model = ModelConfig(spec=model_spec, **PREPARED)  # type: ignore[arg-type]
+    model = ModelConfig(spec=model_spec, **PREPROCESSING)  # type: ignore[arg-type]
     run = fit(FitConfig(model=model, shards=tuple(shards), out=out), Resources(workers=0))
     explain(
         ExplainConfig(model=model, patterns=out, shards=(shards[0],), out=out, methods=METHODS), Resources(workers=0)
@@ -47,7 +47,7 @@ def fitted(model_spec: str, shards: list[str], tmp_path_factory: pytest.TempPath
 
 @pytest.fixture(scope="module")
 def written(fitted: str, shards: list[str]) -> list[tuple[Sample, Sample]]:
-    """The samples of a shard beside what the job wrote of them."""
+    """The samples of a shard, each with the job's explanation."""
     maps = read_shard(str(Path(fitted) / "explanations" / Path(shards[0]).name))
     return list(zip(read_shard(shards[0]), maps))
 
@@ -69,9 +69,9 @@ def test_ray_data_gets_the_maps_of_the_job(local_ray: None, fitted: str, written
     met = sorted(found.take_all(), key=lambda row: row["number"])
     assert [row["number"] for row in met] == [-1, *range(len(written))]
     for row, (_, sample) in zip(met[1:], written):
-        said = json.loads(sample.files["json"])
-        assert (row["prediction"], row["target"], row["refused"]) == (said["prediction"], said["target"], "")
-        assert row["probability"] == pytest.approx(said["probability"], rel=1e-4)
+        expected = json.loads(sample.files["json"])
+        assert (row["prediction"], row["target"], row["refused"]) == (expected["prediction"], expected["target"], "")
+        assert row["probability"] == pytest.approx(expected["probability"], rel=1e-4)
         for method in METHODS:
             same(row[method], row[f"{method}_exponent"], sample, method)
     assert met[0]["refused"].startswith("not an image")
@@ -83,7 +83,7 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (20, 24, 3), np.uint8)
 FILE = png(Image.fromarray(PIXELS))
 PALETTE = Image.fromarray(PIXELS).quantize(64)
 ALPHA = np.full((20, 24, 1), 128, np.uint8)
-# An image, and what it must be explained as.
+# An image, and the pixels that it must be explained as.
 USABLE: dict[str, tuple[object, object]] = {
     "Hugging Face": ({"bytes": FILE, "path": "x.png"}, PIXELS),
     "bytearray": (bytearray(FILE), PIXELS),
@@ -138,7 +138,7 @@ def test_an_image_of_every_type_is_explained_as_its_pixels(batch: ExplainBatch, 
 
 
 @pytest.mark.parametrize("image", REJECTED.values(), ids=REJECTED)
-def test_what_is_no_image_is_rejected_alone(batch: ExplainBatch, image: object) -> None:
+def test_a_value_that_is_no_image_is_rejected_without_the_others(batch: ExplainBatch, image: object) -> None:
     found = batch({"image": column([PIXELS, image, PIXELS])})
     assert [bool(reason) for reason in found["refused"]] == [False, True, False]
     assert found["prediction"][1] == -1
@@ -152,7 +152,7 @@ def test_an_empty_batch_has_every_column(batch: ExplainBatch) -> None:
     }
 
 
-def test_images_come_as_files_pixels_and_tensors(fitted: str, written: list[tuple[Sample, Sample]]) -> None:
+def test_images_are_files_pixels_or_tensors(fitted: str, written: list[tuple[Sample, Sample]]) -> None:
     explainer = OnlineExplainer(fitted, METHODS)
     file = written[0][0].files["jpg"]
     pixels = np.asarray(Image.open(io.BytesIO(file)).convert("RGB"))
@@ -161,24 +161,27 @@ def test_images_come_as_files_pixels_and_tensors(fitted: str, written: list[tupl
     assert np.array_equal(inputs[0], inputs[1])
     again, _ = explainer.decode_images([inputs[0].numpy()])
     assert np.array_equal(again[0], inputs[0])
-    grey, reasons = explainer.decode_images([pixels[..., 0], pixels[..., :1], np.repeat(pixels, 2, 2), np.zeros((2, 2))])
+    gray, reasons = explainer.decode_images(
+        [pixels[..., 0], pixels[..., :1], np.repeat(pixels, 2, 2), np.zeros((2, 2))]
+    )
     assert reasons[:2] == ["", ""]
     assert reasons[2].startswith("pixels of shape (16, 16, 6)")
     assert "a tensor of shape (2, 2), the model takes (3, 16, 16)" in reasons[3]
-    assert np.array_equal(grey[0], grey[1])
+    assert np.array_equal(gray[0], gray[1])
 
 
-def test_a_batch_of_nothing_usable_is_told_row_by_row(fitted: str) -> None:
+def test_a_batch_without_usable_images_has_a_reason_in_every_row(fitted: str) -> None:
     found = ExplainBatch(fitted, METHODS)({"bytes": np.array([b"x", b""], dtype=object)})
     assert [bool(reason) for reason in found["refused"]] == [True, True]
     assert found["gradient"].shape == (2, 3, 16, 16)
-    with pytest.raises(UserError, match="no column image or bytes among picture"):
+    with pytest.raises(UserError, match="no column `image` or `bytes` among picture"):
         ExplainBatch(fitted, METHODS)({"picture": np.zeros(1)})
 
 
-def test_a_target_that_needs_labels_is_refused(fitted: str) -> None:
-    with pytest.raises(UserError, match="images from elsewhere have no label"):
+def test_a_target_that_needs_labels_is_rejected(fitted: str) -> None:
+    with pytest.raises(UserError, match="have no label") as error:
         OnlineExplainer(fitted, METHODS, target="label")
+    assert error.value.parameter == "target"
 
 
 # --- over HTTP ------------------------------------------------------------------------------------
@@ -197,17 +200,19 @@ def test_an_uploaded_image_gets_the_maps_of_the_job(endpoint: str, written: list
     image, sample = written[0]
     found = httpx.post(f"{endpoint}/explain", content=image.files["jpg"], timeout=60)
     assert found.status_code == 200
-    told, said = found.json(), json.loads(sample.files["json"])
-    assert (told["prediction"], told["target"]) == (said["prediction"], said["target"])
+    answer, expected = found.json(), json.loads(sample.files["json"])
+    assert (answer["prediction"], answer["target"]) == (expected["prediction"], expected["target"])
     for method in METHODS:
-        array = np.load(io.BytesIO(base64.b64decode(told["maps"][method]["npy"])))
-        same(array, told["maps"][method]["exponent"], sample, method)
+        array = np.load(io.BytesIO(base64.b64decode(answer["maps"][method]["npy"])))
+        same(array, answer["maps"][method]["exponent"], sample, method)
     picture = httpx.post(f"{endpoint}/explain?picture=gradient", content=image.files["jpg"], timeout=60)
     assert picture.headers["content-type"] == "image/png"
-    assert picture.content == base64.b64decode(told["maps"]["gradient"]["png"])
+    assert picture.content == base64.b64decode(answer["maps"]["gradient"]["png"])
 
 
-def test_images_that_come_together_get_each_their_own_maps(endpoint: str, written: list[tuple[Sample, Sample]]) -> None:
+def test_simultaneous_requests_get_the_maps_of_their_own_image(
+    endpoint: str, written: list[tuple[Sample, Sample]]
+) -> None:
     barrier = threading.Barrier(len(written))
 
     def ask(image: Sample) -> httpx.Response:
@@ -230,13 +235,15 @@ def test_images_that_come_together_get_each_their_own_maps(endpoint: str, writte
         ("?picture=lrp", b"", 422, "no method 'lrp'; there are gradient, patternattribution"),
     ],
 )
-def test_what_cannot_be_explained_is_told(endpoint: str, query: str, body: bytes, status: int, detail: str) -> None:
+def test_a_request_that_cannot_be_answered_gets_a_reason(
+    endpoint: str, query: str, body: bytes, status: int, detail: str
+) -> None:
     found = httpx.post(f"{endpoint}/explain{query}", content=body, timeout=60)
     assert found.status_code == status
     assert found.json()["detail"].startswith(detail)
 
 
-def test_arguments_that_are_none_are_told(fitted: str) -> None:
+def test_missing_and_unknown_arguments_are_rejected(fitted: str) -> None:
     with pytest.raises(UserError, match=r"run: is missing\. Write run=FOLDER"):
         app({})
     with pytest.raises(UserError, match=r"runs: no argument of this application\. There are classes"):

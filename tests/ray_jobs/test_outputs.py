@@ -1,4 +1,4 @@
-"""What the explain job writes: the same maps in every kind of file, in line with the shards, whatever is chosen."""
+"""The files of the explain job: the same maps in every format, in the order of the shards."""
 
 import io
 import json
@@ -28,7 +28,7 @@ from ray_jobs.jobs.fit.fit import fit
 from ray_jobs.models import loading
 from ray_jobs.runs.map_files import estimate_bytes_per_sample
 from tests.conftest import jpeg, write_tar
-from tests.ray_jobs.runs import PREPARED
+from tests.ray_jobs.runs import PREPROCESSING
 
 HERE = Resources(workers=0)
 KINDS = ("npy", "png", "parquet", "zarr")
@@ -37,7 +37,7 @@ METHODS = ("gradient", "patternattribution", "random")
 
 @pytest.fixture(scope="module")
 def model(model_spec: str) -> ModelConfig:
-    return ModelConfig(spec=model_spec, **PREPARED)  # type: ignore[arg-type]
+    return ModelConfig(spec=model_spec, **PREPROCESSING)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +74,7 @@ def in_zarr(folder: Path, name: str) -> dict[str, dict[str, np.ndarray]]:
     return {key: {m: arrays[m][i] for m in METHODS} for i, key in enumerate(group.attrs["keys"])}
 
 
-def test_every_kind_of_file_holds_the_same_maps(
-    fitted: Path, model: ModelConfig, shards: list[str], tmp_path: Path
-) -> None:
+def test_every_format_holds_the_same_maps(fitted: Path, model: ModelConfig, shards: list[str], tmp_path: Path) -> None:
     explain(config(fitted, model, shards[:3], tmp_path, outputs=KINDS), HERE)
     for shard in shards[:3]:
         name = Path(shard).stem
@@ -91,7 +89,7 @@ def test_every_kind_of_file_holds_the_same_maps(
 
 
 @pytest.mark.parametrize("kinds", [("png",), ("npy",), ("parquet",), ("zarr",)])
-def test_only_what_is_asked_for_is_written(
+def test_only_the_chosen_formats_are_written(
     fitted: Path, model: ModelConfig, shards: list[str], tmp_path: Path, kinds: tuple[str, ...]
 ) -> None:
     explain(config(fitted, model, shards[:1], tmp_path, outputs=kinds), HERE)
@@ -126,12 +124,12 @@ def test_maps_of_another_size_with_fewer_channels(
             # Pillow's triangle filter is torch's bilinear one with anti-aliasing.
             expected = np.asarray(Image.fromarray(true.astype(np.float32)).resize((4, 4), Image.Resampling.BILINEAR))
             assert np.abs(found[0] - expected).max() <= 3e-3 * np.abs(true).max()
-    # What is said of a map is said of the whole one.
+    # The statistics are those of the original map.
     tables = [pq.read_table(run.folder / "explanations.parquet") for run in (whole, small)]
     assert tables[0].equals(tables[1])
 
 
-def test_several_maps_a_sample_lie_in_one_array(
+def test_several_maps_of_a_sample_are_one_array(
     fitted: Path, model: ModelConfig, shards: list[str], tmp_path: Path
 ) -> None:
     run = explain(config(fitted, model, shards[:1], tmp_path / "top", target="top-2", outputs=KINDS), HERE)
@@ -156,7 +154,7 @@ def test_several_maps_a_sample_lie_in_one_array(
     assert Image.open(io.BytesIO(sample.files["gradient.png"])).size == (32, 16)
 
 
-def test_a_neuron_inside_is_explained_with_the_models_own_predictions(
+def test_an_inner_neuron_is_explained_with_the_models_own_predictions(
     fitted: Path, model: ModelConfig, shards: list[str], tmp_path: Path
 ) -> None:
     run = explain(config(fitted, model, shards[:1], tmp_path / "inside", target="2.conv1:3"), HERE)
@@ -172,7 +170,7 @@ def test_a_neuron_inside_is_explained_with_the_models_own_predictions(
         assert row["probability"] == pytest.approx(one["probability"], rel=1e-5)
 
 
-def test_methods_options_are_recorded_and_refused_when_changed(
+def test_settings_of_methods_are_recorded_and_must_not_change(
     fitted: Path, model: ModelConfig, shards: list[str], tmp_path: Path
 ) -> None:
     asked = replace(
@@ -187,7 +185,7 @@ def test_methods_options_are_recorded_and_refused_when_changed(
 
 
 @pytest.mark.parametrize("samples_of_shard", [100, pytest.param(1000, marks=pytest.mark.slow)])
-def test_a_training_job_finds_each_sample_beside_its_maps(
+def test_a_training_job_reads_each_sample_with_its_maps(
     fitted: Path, model: ModelConfig, tmp_path: Path, samples_of_shard: int
 ) -> None:
     each = samples_of_shard
@@ -206,11 +204,11 @@ def test_a_training_job_finds_each_sample_beside_its_maps(
             assert np.load(io.BytesIO(explained["gradient.npy"])).shape == (1, 16, 16)
             met.append(sample["__key__"])
     assert met == [s["__key__"] for s in samples if s["jpg"] != b"broken"]
-    refused = pq.read_table(run.folder / "quarantine.parquet")["key"].to_pylist()
-    assert refused == [s["__key__"] for s in samples if s["jpg"] == b"broken"]
+    rejected = pq.read_table(run.folder / "quarantine.parquet")["key"].to_pylist()
+    assert rejected == [s["__key__"] for s in samples if s["jpg"] == b"broken"]
 
 
-def test_zipping_skips_what_only_one_side_has() -> None:
+def test_zipping_skips_samples_without_maps() -> None:
     inputs = [{"__key__": key} for key in "abcdef"]
     maps = [{"__key__": key, "x": key} for key in "bce"]
     assert [(a["__key__"], b["x"]) for a, b in zip_explanations(inputs, maps)] == [("b", "b"), ("c", "c"), ("e", "e")]
@@ -219,19 +217,19 @@ def test_zipping_skips_what_only_one_side_has() -> None:
         list(zip_explanations(inputs, [{"__key__": "x"}]))
 
 
-def test_the_cost_is_said_before_the_start_and_is_kept(
+def test_the_logged_cost_bounds_the_size_of_the_files(
     fitted: Path, model: ModelConfig, shards: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     explain(config(fitted, model, shards[:1], tmp_path, outputs=KINDS), HERE)
-    said = capsys.readouterr().err
-    assert "a sample takes at most 21.75 KiB (npy 7.50 KiB, png 5.25 KiB, parquet 4.50 KiB" in said
-    assert "are free at" in said
-    most = estimate_bytes_per_sample(dict.fromkeys(METHODS, (3, 16, 16)), KINDS)
+    log = capsys.readouterr().err
+    assert "a sample takes at most 21.75 KiB (npy 7.50 KiB, png 5.25 KiB, parquet 4.50 KiB" in log
+    assert "are free at" in log
+    bounds = estimate_bytes_per_sample(dict.fromkeys(METHODS, (3, 16, 16)), KINDS)
     name, samples = Path(shards[0]).stem, 6
     folder = tmp_path / "explanations"
     for kind, file in {"parquet": f"{name}.maps.parquet", "zarr": f"{name}.zarr.zip"}.items():
-        assert (folder / file).stat().st_size <= 2 * samples * most[kind] + 16384
-    assert (folder / f"{name}.tar").stat().st_size <= samples * (most["npy"] + most["png"] + 2048) + 10240
+        assert (folder / file).stat().st_size <= 2 * samples * bounds[kind] + 16384
+    assert (folder / f"{name}.tar").stat().st_size <= samples * (bounds["npy"] + bounds["png"] + 2048) + 10240
 
 
 @pytest.mark.parametrize(
@@ -248,7 +246,7 @@ def test_the_cost_is_said_before_the_start_and_is_kept(
         (["--classes", "none.txt", "--target", "cat"], "--classes none.txt: cannot be read"),
     ],
 )
-def test_wrong_options_are_one_line_and_write_nothing(
+def test_wrong_options_print_one_line_and_write_nothing(
     fitted: Path, shards: list[str], tmp_path: Path, options: list[str], line: str,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -257,13 +255,13 @@ def test_wrong_options_are_one_line_and_write_nothing(
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 2
-    said = capsys.readouterr().err
-    assert said.startswith(f"patternnet: {line}"), said
-    assert said.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"patternnet: {line}"), printed
+    assert printed.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
-def test_boxes_among_the_samples_are_pointed_at(fitted: Path, model: ModelConfig, tmp_path: Path) -> None:
+def test_boxes_of_samples_give_the_pointing_game(fitted: Path, model: ModelConfig, tmp_path: Path) -> None:
     rng = np.random.default_rng(9)
     boxes = {"all": [[0, 0, 16, 16]], "none": [], "outside": [[-9, -9, -1, -1]]}
     samples = [{"__key__": k, "jpg": jpeg(rng), "json": json.dumps({"boxes": b}).encode()} for k, b in boxes.items()]
@@ -290,9 +288,7 @@ def test_patterns_of_the_named_estimator_are_used(
     assert torch.isfinite(load(fitted, None)["0"]["multivariate"]).all()
 
 
-def test_half_precision_gives_nearly_the_same_maps(
-    fitted: Path, model: ModelConfig, shards: list[str], tmp_path: Path
-) -> None:
+def test_half_precision_gives_similar_maps(fitted: Path, model: ModelConfig, shards: list[str], tmp_path: Path) -> None:
     methods = ("gradient", "patternattribution", "lrp-epsilon-plus-flat")
     asked = replace(config(fitted, model, shards[:1], tmp_path / "float32"), methods=methods, target="1")
     wide = explain(asked, HERE)
@@ -315,8 +311,8 @@ from ray_jobs.engine.shard_job import ShardJob
 
 peaks, counts = [], ShardJob.on_committed
 
-def note(self, items, told):
-    counts(self, items, told)
+def note(self, items, result):
+    counts(self, items, result)
     peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 ShardJob.on_committed = note
@@ -335,16 +331,16 @@ print(json.dumps(peaks))
 
 
 @pytest.mark.parametrize("shards_of_500", [2, pytest.param(100, marks=pytest.mark.slow)])
-def test_memory_stays_flat_however_many_images_are_explained(
+def test_memory_does_not_grow_with_the_number_of_images(
     fitted: Path, model: ModelConfig, tmp_path: Path, shards_of_500: int
 ) -> None:
     rng = np.random.default_rng(5)
     first = write_tar(tmp_path / "in-000.tar", [{"__key__": f"{i:04d}", "jpg": jpeg(rng)} for i in range(500)])
     for number in range(1, shards_of_500):
         (tmp_path / f"in-{number:03d}.tar").hardlink_to(first)
-    told = json.dumps([asdict(model), str(tmp_path / "in"), str(tmp_path / "out"), str(fitted), shards_of_500])
-    done = subprocess.run([sys.executable, "-c", PEAKS, told], capture_output=True, text=True, check=True)
+    arguments = json.dumps([asdict(model), str(tmp_path / "in"), str(tmp_path / "out"), str(fitted), shards_of_500])
+    done = subprocess.run([sys.executable, "-c", PEAKS, arguments], capture_output=True, text=True, check=True)
     peaks = json.loads(done.stdout.splitlines()[-1])
     assert len(peaks) >= shards_of_500
-    # KiB, of a process of some 700 MiB: a leak of a kilobyte an image would show in the long run, of 80 in the short.
+    # KiB, of a process of about 700 MiB. The long test shows leaks of 1 KiB per image, the short test of 80 KiB.
     assert peaks[-1] - peaks[len(peaks) // 5] < 40_000

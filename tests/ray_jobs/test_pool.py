@@ -25,7 +25,7 @@ from ray_jobs.engine.signals import stop_signals
 from ray_jobs.engine.worker_backends import Backend, LocalBackend, RayBackend
 from ray_jobs.engine.worker_pool import Outcome, PoolError
 from tests.ray_jobs.failing import Actor, BadItemError
-from tests.ray_jobs.runs import until
+from tests.ray_jobs.runs import wait_until
 
 FAST = Timing(poll=0.05, back_off=0.01)
 WORKER = tuple[int, int]
@@ -402,7 +402,7 @@ def test_pool_grows_and_shrinks_with_the_wanted_workers(backend: Backend, tmp_pa
     assert len(job.ready) == 3, "the worker that left was replaced although no more was wanted, or none was added"
     assert job.committed == Counter(items)
     if isinstance(backend, RayBackend):
-        until(lambda: not Path(f"/proc/{job.ready[0][0]}").exists())  # the process may take a moment to end
+        wait_until(lambda: not Path(f"/proc/{job.ready[0][0]}").exists())  # the process may take a moment to end
 
 
 def test_slow_item_that_reports_is_not_stalled(local_ray: None, tmp_path: Path) -> None:

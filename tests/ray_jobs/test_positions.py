@@ -1,4 +1,4 @@
-"""A fit from sampled positions: the library's, whoever works on what and in what order."""
+"""A fit from sampled positions equals the library's, for any number of workers and any order of shards."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -13,14 +13,16 @@ from ray_jobs.data.shard_reader import ReaderConfig, ShardReader
 from ray_jobs.jobs.fit.fit import fit, merge
 from ray_jobs.models import loading
 from tests.patterns.networks import relative
-from tests.ray_jobs.runs import configured, same_patterns
+from tests.ray_jobs.runs import assert_same_patterns, make_fit_config
 
 HERE = Resources(workers=0)
 Capsys = pytest.CaptureFixture[str]
 
 
-def test_the_job_draws_what_the_library_draws(model_spec: str, shards: list[str], tmp_path: Path) -> None:
-    config = configured(
+def test_the_job_samples_the_positions_that_the_library_samples(
+    model_spec: str, shards: list[str], tmp_path: Path
+) -> None:
+    config = make_fit_config(
         model_spec, shards, tmp_path / "run", positions=3, seed=4, estimators=("linear", "two-component")
     )
     run = fit(config, HERE)
@@ -32,66 +34,66 @@ def test_the_job_draws_what_the_library_draws(model_spec: str, shards: list[str]
     found, moments = load_file(run.folder / "patterns.safetensors"), observer.moments()
     for name, operator in loaded.network.operators.items():
         for row, pattern in solve(operator, moments[name], config.estimators).patterns.items():
-            # In float32, in other batches, and some neurons' denominators nearly vanish.
+            # float32, other batches, and some neurons' denominators are close to 0.
             assert relative(found[f"{name}/{row}"], pattern) < 2e-3
     assert run.manifest()["fit"]["options"]["positions"] == 3
 
 
 @pytest.mark.slow
-def test_neither_workers_nor_order_change_a_digit(
+def test_the_number_of_workers_and_the_order_of_shards_change_no_digit(
     local_ray: None, model_spec: str, shards: list[str], tmp_path: Path
 ) -> None:
-    config = configured(model_spec, shards, tmp_path / "one", positions=3)
+    config = make_fit_config(model_spec, shards, tmp_path / "one", positions=3)
     one = fit(config, HERE)
     two = fit(replace(config, out=str(tmp_path / "two")), Resources(workers=2, gpus_per_worker=0))
     back = fit(replace(config, out=str(tmp_path / "back"), shards=config.shards[::-1]), HERE)
-    same_patterns(one.folder, two.folder)
-    same_patterns(one.folder, back.folder)
+    assert_same_patterns(one.folder, two.folder)
+    assert_same_patterns(one.folder, back.folder)
 
 
 @pytest.mark.parametrize("positions", ["0", "-1", "some", "1.5"])
-def test_what_is_no_number_of_positions_is_refused(complaint, positions: str) -> None:  # type: ignore[no-untyped-def]
+def test_a_wrong_number_of_positions_is_rejected(complaint, positions: str) -> None:  # type: ignore[no-untyped-def]
     line = complaint("fit", "--model", "torchvision:vgg11", "--shards", "x.tar", "--out", "x", "--positions", positions)
     assert f"'{positions}' is not a number of positions; write 16, all or auto" in line
 
 
-def test_merged_fits_of_some_positions_are_the_fit_of_all_their_shards(
+def test_merged_fits_of_sampled_positions_equal_the_fit_of_all_their_shards(
     model_spec: str, shards: list[str], tmp_path: Path
 ) -> None:
     halves = [
-        str(fit(configured(model_spec, part, tmp_path / name, positions=3), HERE).folder)
+        str(fit(make_fit_config(model_spec, part, tmp_path / name, positions=3), HERE).folder)
         for name, part in (("a", shards[:5]), ("b", shards[5:]))
     ]
-    whole = fit(configured(model_spec, shards, tmp_path / "whole", positions=3), HERE)
+    whole = fit(make_fit_config(model_spec, shards, tmp_path / "whole", positions=3), HERE)
     merged = merge(halves, str(tmp_path / "all"), HERE)
-    same_patterns(whole.folder, merged.folder)
+    assert_same_patterns(whole.folder, merged.folder)
     assert merged.manifest()["fit"]["options"]["positions"] == 3
 
 
 @pytest.mark.parametrize(("tolerance", "expected"), [(100.0, 4), (1e-6, None)])
-def test_auto_takes_as_many_positions_as_the_tolerance_needs_and_keeps_to_them(
+def test_auto_chooses_the_positions_that_the_tolerance_needs_and_keeps_them(
     model_spec: str, shards: list[str], tmp_path: Path, tolerance: float, expected: int | None, capsys: Capsys
 ) -> None:
-    config = configured(model_spec, shards, tmp_path / "run", positions="auto", until_converged=tolerance)
+    config = make_fit_config(model_spec, shards, tmp_path / "run", positions="auto", until_converged=tolerance)
     run = fit(config, HERE)
     assert run.manifest()["fit"]["options"]["positions"] == expected
-    told = "all" if expected is None else str(expected)
+    number = "all" if expected is None else str(expected)
     assert (
-        f"{told} positions of each image: for patterns sure to {tolerance:g} after about 72 images"
+        f"{number} positions of each image: for a relative standard error of {tolerance:g} after ~72 images"
         in capsys.readouterr().err
     )
     fit(replace(config, shards=config.shards), HERE)
     assert "positions of each image" not in capsys.readouterr().err
 
 
-def test_auto_takes_all_where_there_are_too_few_images_to_tell(
+def test_auto_takes_all_positions_if_there_are_too_few_images(
     model_spec: str, shards: list[str], tmp_path: Path
 ) -> None:
-    run = fit(configured(model_spec, shards[:1], tmp_path / "run", positions="auto"), HERE)
+    run = fit(make_fit_config(model_spec, shards[:1], tmp_path / "run", positions="auto"), HERE)
     assert run.manifest()["fit"]["options"]["positions"] is None
 
 
-def test_all_positions_are_all_positions(model_spec: str, shards: list[str], tmp_path: Path) -> None:
-    every = fit(configured(model_spec, shards[:2], tmp_path / "every"), HERE)
-    many = fit(configured(model_spec, shards[:2], tmp_path / "many", positions=10**6), HERE)
-    same_patterns(every.folder, many.folder)
+def test_more_positions_than_an_image_has_are_all_positions(model_spec: str, shards: list[str], tmp_path: Path) -> None:
+    every = fit(make_fit_config(model_spec, shards[:2], tmp_path / "every"), HERE)
+    many = fit(make_fit_config(model_spec, shards[:2], tmp_path / "many", positions=10**6), HERE)
+    assert_same_patterns(every.folder, many.folder)

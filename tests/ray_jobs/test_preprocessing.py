@@ -1,4 +1,4 @@
-"""Preprocessing is that of the model's library: timm's evaluation transform, and torchvision's presets."""
+"""Preprocessing equals the transform of the model's library: timm's evaluation transform, torchvision's presets."""
 
 import io
 import json
@@ -17,12 +17,13 @@ from timm.data import create_transform, resolve_data_config  # type: ignore[attr
 
 from patterns import UserError
 from ray_jobs.config import FitConfig, ModelConfig, Preprocessing
-from ray_jobs.data.image_decoding import decode, parse_boxes
+from ray_jobs.data.annotations import parse_boxes
+from ray_jobs.data.image_decoding import decode
 from ray_jobs.models import loading
 from ray_jobs.models.libraries import convert_timm_config, convert_torchvision_preset, has_torchvision_weights
 from ray_jobs.models.loading import IMAGENET, override_preprocessing
 from ray_jobs.runs.run_folder import Run
-from tests.ray_jobs.runs import PREPARED
+from tests.ray_jobs.runs import PREPROCESSING
 
 LEVEL = 2 / 255  # pixels may differ by two levels of 255, as docs/data.md says
 SIZES = [(500, 375), (375, 500), (61, 40), (224, 224), (640, 90)]
@@ -50,21 +51,21 @@ def timm_configs() -> Iterator[tuple[str, dict[str, Any]]]:
         yield name, resolve_data_config(pretrained_cfg=found.to_dict())
 
 
-def test_every_pretrained_configuration_of_timm_is_converted_or_refused_by_name() -> None:
+def test_every_pretrained_configuration_of_timm_is_converted_or_rejected_by_name() -> None:
     kinds: dict[tuple[Any, ...], dict[str, Any]] = {}
-    refused = []
+    rejected = []
     for name, config in timm_configs():
         if config["input_size"][1] != config["input_size"][2]:
             with pytest.raises(UserError, match=name):
                 convert_timm_config(config, f"timm:{name}")
-            refused.append(name)
+            rejected.append(name)
             continue
         preprocessing = convert_timm_config(config, f"timm:{name}")
         assert preprocessing.input_shape == config["input_size"]
-        small = config["input_size"][1] <= 256  # the large ones differ in nothing but the time they take
+        small = config["input_size"][1] <= 256  # large images would only take longer
         kind = config["crop_mode"], config["interpolation"], config["crop_pct"] == 1, config["crop_pct"] > 1, small
         kinds.setdefault(kind, config)
-    assert refused
+    assert rejected
     assert {kind[0] for kind in kinds} == {"center", "squash", "border"}
     for config in kinds.values():
         transform = create_transform(**config, is_training=False)
@@ -78,7 +79,7 @@ def test_every_pretrained_configuration_of_timm_is_converted_or_refused_by_name(
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "nearest", "lanczos"])
 @pytest.mark.parametrize("crop_pct", [0.875, 1.0, 1.15])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_each_kind_of_timms_transform_is_its_own(
+def test_every_transform_of_timm_is_reproduced(
     crop_mode: str, interpolation: str, crop_pct: float, channels: int
 ) -> None:
     mean, std = (0.4, 0.5, 0.6)[:channels], (0.2, 0.3, 0.4)[:channels]
@@ -101,14 +102,14 @@ def test_each_kind_of_timms_transform_is_its_own(
         ({"crop_mode": "corner"}, "'corner'"),
     ],
 )
-def test_a_transform_that_is_not_supported_is_named(changed: dict[str, Any], named: str) -> None:
+def test_unsupported_transform_is_named(changed: dict[str, Any], named: str) -> None:
     config = {"input_size": (3, 32, 32), "interpolation": "bicubic", "mean": (0.5,) * 3, "std": (0.5,) * 3}
     with pytest.raises(UserError) as caught:
         convert_timm_config({**config, "crop_pct": 0.9, "crop_mode": "center", **changed}, "timm:x")
     assert named in caught.value.what
 
 
-def test_every_preset_of_torchvisions_classifiers_is_its_own() -> None:
+def test_every_preset_of_torchvisions_classifiers_is_reproduced() -> None:
     presets: dict[tuple[Any, ...], Any] = {}
     for name in torchvision.models.list_models(module=torchvision.models):
         for weights in torchvision.models.get_model_weights(name):
@@ -155,16 +156,14 @@ def test_boxes_stay_on_their_objects(crop_mode: str, size: tuple[int, int], resi
         ((0.5,), (0.5,) * 3, "1 means and 3"),
     ],
 )
-def test_means_and_deviations_that_cannot_be_are_refused(
-    mean: tuple[float, ...], std: tuple[float, ...], named: str
-) -> None:
+def test_invalid_means_and_deviations_are_an_error(mean: tuple[float, ...], std: tuple[float, ...], named: str) -> None:
     with pytest.raises(UserError) as caught:
         override_preprocessing(IMAGENET, ModelConfig(spec="m.py:net", mean=mean, std=std))
     assert named in caught.value.what
 
 
 @pytest.mark.parametrize("std", [(58.395, 57.12, 57.375), (1.0, 1.0, 1.0)])
-def test_the_scale_of_bytes_is_refused_with_the_values_that_give_the_same_inputs(std: tuple[float, ...]) -> None:
+def test_means_on_the_scale_of_bytes_are_an_error_that_names_the_right_values(std: tuple[float, ...]) -> None:
     mean = (123.675, 116.28, 103.53)
     with pytest.raises(UserError) as caught:
         override_preprocessing(IMAGENET, ModelConfig(spec="m.py:net", mean=mean, std=std))
@@ -177,8 +176,10 @@ def test_the_scale_of_bytes_is_refused_with_the_values_that_give_the_same_inputs
     override_preprocessing(IMAGENET, ModelConfig(spec="m.py:net", mean=advised["--mean"], std=advised["--std"]))
 
 
-def test_a_run_whose_manifest_lacks_newer_fields_goes_on(model_spec: str, tmp_path: Path) -> None:
-    config = FitConfig(model=ModelConfig(spec=model_spec, **PREPARED), shards=("a.tar",), out=str(tmp_path / "run"))  # type: ignore[arg-type]
+def test_run_whose_manifest_lacks_newer_fields_resumes(model_spec: str, tmp_path: Path) -> None:
+    config = FitConfig(
+        model=ModelConfig(spec=model_spec, **PREPROCESSING), shards=("a.tar",), out=str(tmp_path / "run")
+    )  # type: ignore[arg-type]
     loaded, run = loading.load(config.model), Run(config.out)
     section = run.section("fit", config, loaded)
     del section["options"]["preprocessing"]["crop_mode"]
@@ -190,7 +191,7 @@ def test_a_run_whose_manifest_lacks_newer_fields_goes_on(model_spec: str, tmp_pa
         Run(config.out).section("fit", config, replace(loaded, preprocessing=squash))
 
 
-def test_a_mean_alone_is_converted_alone() -> None:
+def test_mean_without_deviation_is_converted_alone() -> None:
     with pytest.raises(UserError) as caught:
         override_preprocessing(IMAGENET, ModelConfig(spec="m.py:net", mean=(123.675, 116.28, 103.53)))
     assert caught.value.where == "--mean"

@@ -1,4 +1,4 @@
-"""The quality job: ρ as regression over written-out patches finds it, whatever happens on the way."""
+"""The quality job: ρ equals a regression over unfolded patches, whatever happens while the job runs."""
 
 import os
 import signal
@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
@@ -45,7 +46,7 @@ def model(model_spec: str) -> ModelConfig:
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], ...]:
-    """Shards for the patterns, for v and for ρ."""
+    """The shards for the patterns, for v and for ρ."""
     folder = tmp_path_factory.mktemp("sets")
     return tuple(make_shards(folder / name, 3, 8, seed) for seed, name in enumerate("abc"))
 
@@ -65,7 +66,7 @@ def fitted(model: ModelConfig, sets: tuple[list[str], ...], tmp_path_factory: ob
     ).folder
 
 
-def configured(
+def quality_config(
     model: ModelConfig, fitted: Path, sets: tuple[list[str], ...], out: Path, **options: object
 ) -> QualityConfig:
     return QualityConfig(
@@ -80,11 +81,9 @@ def configured(
 
 
 def first_layer(model: ModelConfig, shards: list[str]) -> tuple[list[Neuron], nn.Conv2d]:
-    """The neurons of the model's first convolution over whole shards, written out."""
+    """Return the neurons of the model's first convolution over whole shards, with their unfolded patches."""
     loaded = loading.load(model)
     layer = loaded.network.operators["0"]
-    import torch
-
     x = torch.cat(
         [batch.images for s in shards for batch in ShardReader(s, ReaderConfig(loaded.preprocessing, 8, loaded.dtype))]
     )
@@ -93,7 +92,7 @@ def first_layer(model: ModelConfig, shards: list[str]) -> tuple[list[Neuron], nn
 
 
 def regressed(a: list[np.ndarray], b: Neuron, c: Neuron) -> float:
-    """ρ by least squares on B and the correlation on C, sample by sample."""
+    """Return ρ by least squares on B and the correlation on C, sample by sample."""
 
     def distractor(neuron: Neuron) -> np.ndarray:
         x, y, gate = neuron.x.numpy(), neuron.y.numpy(), neuron.open.numpy()
@@ -105,10 +104,10 @@ def regressed(a: list[np.ndarray], b: Neuron, c: Neuron) -> float:
     return 1 - np.corrcoef(distractor(c) @ v, c.y.numpy())[0, 1]
 
 
-def test_the_job_finds_what_regression_over_the_images_finds(
+def test_the_job_computes_what_a_regression_over_the_images_computes(
     fitted: Path, model: ModelConfig, sets: tuple[list[str], ...], tmp_path: Path
 ) -> None:
-    run = measure(configured(model, fitted, sets, tmp_path, operators=("0",), positions=EVERYWHERE), HERE)
+    run = measure(quality_config(model, fitted, sets, tmp_path, operators=("0",), positions=EVERYWHERE), HERE)
     table = pq.read_table(run.folder / "quality.parquet")
     found = {(r["estimator"], r["neuron"]): r["rho"] for r in table.to_pylist()}
     patterns = load_file(fitted / "patterns.safetensors")
@@ -119,13 +118,13 @@ def test_the_job_finds_what_regression_over_the_images_finds(
         for k, (b, c) in enumerate(zip(on_b, on_c)):
             a = [patterns[f"0/{side}"].double().flatten(1)[k].numpy() for side in sides]
             assert found[name, k] == pytest.approx(regressed(a, b, c), abs=1e-5), (name, k)
-    said = {k.decode(): v.decode() for k, v in table.schema.metadata.items() if not k.startswith(b"ARROW")}
-    assert said.pop("inverse").startswith("pseudo-inverse")
-    assert said == {"cutoff": "1e-10", "positions": "1000000", "seed": "0", "regressed": "24", "evaluated": "24"}
+    metadata = {k.decode(): v.decode() for k, v in table.schema.metadata.items() if not k.startswith(b"ARROW")}
+    assert metadata.pop("inverse").startswith("pseudo-inverse")
+    assert metadata == {"cutoff": "1e-10", "positions": "1000000", "seed": "0", "regressed": "24", "evaluated": "24"}
 
 
 @pytest.mark.slow
-def test_neither_workers_nor_losses_nor_resuming_change_a_digit(
+def test_workers_losses_and_resuming_change_no_digit(
     local_ray: None,
     fitted: Path,
     model: ModelConfig,
@@ -133,27 +132,27 @@ def test_neither_workers_nor_losses_nor_resuming_change_a_digit(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    config = configured(model, fitted, sets, tmp_path / "one", positions=3)
+    config = quality_config(model, fitted, sets, tmp_path / "one", positions=3)
     whole = measure(config, HERE)
     pids: list[int] = []
     worked: list[str] = []
-    started, heard = MomentsJob.on_ready, MomentsJob.on_done
+    started, done = MomentsJob.on_ready, MomentsJob.on_done
 
-    def note(self: MomentsJob, told: WorkerInfo) -> None:
-        pids.append(told.pid)
-        started(self, told)
+    def record_pid(self: MomentsJob, worker: WorkerInfo) -> None:
+        pids.append(worker.pid)
+        started(self, worker)
 
-    def kill_the_first_worker(self: MomentsJob, item: str, told: object) -> None:
+    def kill_the_first_worker(self: MomentsJob, item: str, report: object) -> None:
         worked.append(item)
-        heard(self, item, told)  # type: ignore[arg-type]
+        done(self, item, report)  # type: ignore[arg-type]
         if len(worked) == 2:
             os.kill(pids[0], signal.SIGKILL)
 
-    monkeypatch.setattr(MomentsJob, "on_ready", note)
+    monkeypatch.setattr(MomentsJob, "on_ready", record_pid)
     monkeypatch.setattr(MomentsJob, "on_done", kill_the_first_worker)
-    other = measure(configured(model, fitted, sets, tmp_path / "two", positions=3), RESOURCES)
+    other = measure(quality_config(model, fitted, sets, tmp_path / "two", positions=3), RESOURCES)
     assert len(worked) > 6, "no shard was done again: the killed worker had nothing to lose"
-    again = measure(configured(model, fitted, sets, tmp_path / "two", positions=3), HERE)
+    again = measure(quality_config(model, fitted, sets, tmp_path / "two", positions=3), HERE)
     expected = pq.read_table(whole.folder / "quality.parquet")
     for run in (other, again):
         table = pq.read_table(run.folder / "quality.parquet")
@@ -162,7 +161,7 @@ def test_neither_workers_nor_losses_nor_resuming_change_a_digit(
             assert one == (None if two is None else pytest.approx(two, abs=1e-7))
 
 
-def test_estimators_solved_since_are_judged_without_data(
+def test_estimators_solved_later_are_judged_without_data(
     model: ModelConfig, sets: tuple[list[str], ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     a = fit(
@@ -175,7 +174,7 @@ def test_estimators_solved_since_are_judged_without_data(
         ),
         HERE,
     )
-    config = configured(model, a.folder, sets, a.folder)
+    config = quality_config(model, a.folder, sets, a.folder)
     measure(config, HERE)
     solve(str(a.folder), ["random", "identity"], HERE)
     monkeypatch.setattr(MomentsJob, "on_done", lambda *_: pytest.fail("read data again"))
@@ -186,7 +185,7 @@ def test_estimators_solved_since_are_judged_without_data(
     assert all(0 <= r["rho"] <= 2 for r in rows if r["rho"] is not None)
 
 
-def test_the_command_parts_the_shards_judges_and_draws(
+def test_the_command_splits_the_shards_judges_and_draws(
     fitted: Path, sets: tuple[list[str], ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = Path(sets[1][0]).parent
@@ -201,29 +200,30 @@ def test_the_command_parts_the_shards_judges_and_draws(
         assert len(picture.convert("RGB").getcolors(10**6)) > 50  # type: ignore[arg-type]
 
 
-def test_shards_of_the_fit_or_of_both_sets_are_refused(
+def test_shards_of_the_fit_or_of_both_sets_are_rejected(
     fitted: Path, model: ModelConfig, sets: tuple[list[str], ...], tmp_path: Path
 ) -> None:
     a, b, c = sets
     for wrong in ((a, a, c), (a, b, b)):
-        with pytest.raises(UserError, match=r"is in .* each needs shards of its own\. Name other shards"):
-            measure(configured(model, fitted, wrong, tmp_path / "out"), HERE)
+        with pytest.raises(UserError, match="each needs shards of its own"):
+            measure(quality_config(model, fitted, wrong, tmp_path / "out"), HERE)
     assert not (tmp_path / "out").exists()
 
 
-def test_what_cannot_be_judged_is_said_before_data_is_read(
+def test_what_cannot_be_judged_is_rejected_before_data_are_read(
     fitted: Path, model: ModelConfig, sets: tuple[list[str], ...], tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match=r"no operator matches 'conv\*'"):
-        measure(configured(model, fitted, sets, tmp_path / "out", operators=("conv*",)), HERE)
+    with pytest.raises(UserError, match=r"no operator matches 'conv\*'") as error:
+        measure(quality_config(model, fitted, sets, tmp_path / "out", operators=("conv*",)), HERE)
+    assert error.value.parameter == "operators"
     half = fit(
         FitConfig(
             model=model, shards=tuple(sets[0]), out=str(tmp_path / "half"), batch_size=4, estimators=("default",)
         ),
         HERE,
     )
-    with pytest.raises(UserError, match="patterns of one side of the gate only"):
-        measure(configured(model, half.folder, sets, tmp_path / "out", operators=("0",)), HERE)
-    with pytest.raises(UserError, match=r"holds no finished fit\. Run `patternnet fit`"):
-        measure(configured(model, tmp_path / "nowhere", sets, tmp_path / "out"), HERE)
+    with pytest.raises(UserError, match="patterns of only one side of the gate"):
+        measure(quality_config(model, half.folder, sets, tmp_path / "out", operators=("0",)), HERE)
+    with pytest.raises(UserError, match="holds no finished fit"):
+        measure(quality_config(model, tmp_path / "nowhere", sets, tmp_path / "out"), HERE)
     assert not (tmp_path / "out").exists()

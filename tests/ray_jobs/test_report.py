@@ -32,7 +32,7 @@ from ray_jobs.views.report import write_report
 from ray_jobs.views.report.charts import Scale
 from ray_jobs.views.report.contents import Contents
 from tests.conftest import jpeg, make_shards, write_tar
-from tests.ray_jobs.runs import PREPARED
+from tests.ray_jobs.runs import PREPROCESSING
 
 HERE = Resources(workers=0)
 METHODS = ("gradient", "patternnet", "patternattribution")
@@ -51,7 +51,7 @@ MEGABYTES = 15
 
 @pytest.fixture(scope="module")
 def model(model_spec: str) -> ModelConfig:
-    return ModelConfig(spec=model_spec, **PREPARED)  # type: ignore[arg-type]
+    return ModelConfig(spec=model_spec, **PREPROCESSING)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -340,7 +340,7 @@ def test_two_hundred_samples_of_six_methods_load_quickly(browser: Chrome, model_
         for i in range(4)
         for rng in [np.random.default_rng(i)]
     ]
-    model = ModelConfig(spec=model_spec, **PREPARED | {"image_size": size, "resize": size})  # type: ignore[arg-type]
+    model = ModelConfig(spec=model_spec, **PREPROCESSING | {"image_size": size, "resize": size})  # type: ignore[arg-type]
     out = str(tmp_path / "run")
     fit(FitConfig(model=model, shards=tuple(shards), out=out, max_samples=20), HERE)
     explain(
@@ -421,7 +421,7 @@ def test_patterns_are_shown_without_the_model(
 ) -> None:
     copy = tmp_path / "gone.py"
     shutil.copyfile(model_spec.partition(":")[0], copy)
-    gone = ModelConfig(spec=f"{copy}:small", **PREPARED)  # type: ignore[arg-type]
+    gone = ModelConfig(spec=f"{copy}:small", **PREPROCESSING)  # type: ignore[arg-type]
     run = fit(FitConfig(model=gone, shards=tuple(shards[:2]), out=str(tmp_path / "run")), HERE)
     copy.unlink()
     (page,) = report(tmp_path, run)

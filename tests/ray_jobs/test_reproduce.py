@@ -1,4 +1,4 @@
-"""The paper's experiments in one command: on two thousand images, whole; data that are not there; what is concluded."""
+"""The paper's experiments in one command: a run on two thousand images, missing data, and the findings."""
 
 import gzip
 import struct
@@ -24,13 +24,13 @@ TRAIN, TEST = 2000, 1000
 
 
 def idx(array: np.ndarray) -> bytes:
-    """An idx file of bytes, by the format's description."""
+    """Return an idx file of bytes, written by the format's description."""
     return bytes((0, 0, 8, array.ndim)) + struct.pack(f">{array.ndim}i", *array.shape) + array.tobytes()
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """scikit-learn's digits at 28×28, some shifted by a pixel, in the files and under the names of MNIST."""
+    """scikit-learn's digits at 28×28, shifted by up to 4 pixels, in files with the names of MNIST."""
     folder, rng = tmp_path_factory.mktemp("digits"), np.random.default_rng(0)
     small, labels = load_digits(return_X_y=True)
     large = np.kron(small.reshape(-1, 8, 8) * 15.9, np.ones((3, 3))).astype(np.uint8)
@@ -45,7 +45,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_two_thousand_images_go_the_whole_way(files: Path, tmp_path: Path) -> None:
+def test_the_experiments_run_on_two_thousand_images(files: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = f"reproduce --dataset mnist --data {files} --out {out} --degraded 60 --batch-size 50 --workers 0"
     assert exit_status(command.split()) == 0
@@ -61,7 +61,7 @@ def test_two_thousand_images_go_the_whole_way(files: Path, tmp_path: Path) -> No
     assert median["linear"] > 0.5
     text = (out / "results.md").read_text()
     right = float(text.split("degraded, ")[1].split("%")[0])
-    assert right > 75  # it was trained
+    assert right > 75  # the network was trained
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
     heads = table[0][2:]
     (first,) = [line[2:] for line in table if line[0] == "`0`"]
@@ -75,10 +75,10 @@ def test_two_thousand_images_go_the_whole_way(files: Path, tmp_path: Path) -> No
         assert f"(figure-{number}.png)" in text
     written = {path: path.read_bytes() for path in out.glob("*.*")}
     assert exit_status(command.split()) == 0
-    assert {path: path.read_bytes() for path in out.glob("*.*")} == written  # nothing was trained or counted again
+    assert {path: path.read_bytes() for path in out.glob("*.*")} == written  # nothing was trained or computed again
 
 
-def test_shards_hold_the_images_and_labels_of_the_files(files: Path, tmp_path: Path) -> None:
+def test_shards_contain_the_images_and_labels_of_the_files(files: Path, tmp_path: Path) -> None:
     images, labels = read_digits(files, "train", 100)
     paths = write_digits(images, labels, tmp_path, "train")
     assert len(paths) == 8
@@ -92,12 +92,12 @@ def test_shards_hold_the_images_and_labels_of_the_files(files: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("spoil", ["", "cut", "ints", "short"])
-def test_what_is_no_idx_file_is_told_in_one_line(tmp_path: Path, spoil: str) -> None:
+def test_a_file_that_is_no_complete_idx_file_is_rejected(tmp_path: Path, spoil: str) -> None:
     path = tmp_path / "file"
     whole = idx(np.arange(24, dtype=np.uint8).reshape(2, 3, 4))
     assert read_idx_of(path, whole).tolist() == np.arange(24).reshape(2, 3, 4).tolist()
     spoilt = {"": b"", "cut": whole[:-1], "ints": whole[:2] + b"\x0c" + whole[3:], "short": whole[:9]}[spoil]
-    with pytest.raises(UserError, match=r"not a whole idx file of bytes\. Give a folder"):
+    with pytest.raises(UserError, match="not a complete idx file"):
         read_idx_of(path, spoilt)
 
 
@@ -107,7 +107,7 @@ def read_idx_of(path: Path, data: bytes) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "phrase"),
     [
         ("--dataset mnist", "--data: no folder of mnist's files. Name the one with the four idx files."),
         ("--dataset mnist --data /nowhere", "/nowhere: holds neither train-images-idx3-ubyte nor train-images-idx3-"),
@@ -115,14 +115,14 @@ def read_idx_of(path: Path, data: bytes) -> np.ndarray:
         ("--model torchvision:vgg16", "reproduce: neither a data set with its own model nor a model with data."),
     ],
 )
-def test_a_command_that_lacks_something_is_told_what(
-    complaint: Callable[..., str], tmp_path: Path, options: str, said: str
+def test_a_command_without_its_data_is_rejected(
+    complaint: Callable[..., str], tmp_path: Path, options: str, phrase: str
 ) -> None:
-    assert said in complaint(*f"reproduce --out {tmp_path / 'out'} {options}".split())
+    assert phrase in complaint(*f"reproduce --out {tmp_path / 'out'} {options}".split())
     assert not (tmp_path / "out").exists()
 
 
-def test_findings_say_where_it_is_as_in_the_paper_and_where_not() -> None:
+def test_findings_name_the_operators_that_differ_from_the_paper() -> None:
     kinds = {"a": "convolution", "b": "convolution", "c": "linear", "d": "linear"}
     rho = {
         "random": dict.fromkeys(kinds, 0.0),

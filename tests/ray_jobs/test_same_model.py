@@ -1,4 +1,4 @@
-"""Driver, workers and later commands hold the same model, or say that they do not."""
+"""Driver, workers and later commands have the same model, or report an error."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from ray_jobs.config import ExplainConfig, FitConfig, ModelConfig, Resources
 from ray_jobs.jobs.explain.explain import explain
 from ray_jobs.jobs.fit.fit import fit
 from tests.conftest import make_shards
-from tests.ray_jobs.runs import PREPARED
+from tests.ray_jobs.runs import PREPROCESSING
 
 HERE = Resources(workers=0)
 MODEL = """
@@ -60,24 +60,24 @@ def spec(tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize("case", ["buffer", "attribute", "number"])
-def test_a_model_that_draws_numbers_of_its_own_is_refused_by_the_first_worker(
+def test_model_with_unseeded_random_numbers_is_an_error_of_the_first_worker(
     case: str, spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATTERNNET_TEST_CASE", case)
     shards = make_shards(tmp_path / "shards", 1, 2)
     config = FitConfig(
-        model=ModelConfig(spec=f"{spec}:Net", **PREPARED), shards=tuple(shards), out=str(tmp_path / "run")
+        model=ModelConfig(spec=f"{spec}:Net", **PREPROCESSING), shards=tuple(shards), out=str(tmp_path / "run")
     )
     with pytest.raises(UserError) as caught:
         fit(config, HERE)
     assert "random" in caught.value.remedy
 
 
-def test_a_model_that_holds_another_number_than_when_it_was_fitted_is_refused(
+def test_model_with_another_constant_than_when_fitted_is_an_error(
     spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shards, run = make_shards(tmp_path / "shards", 1, 2), str(tmp_path / "run")
-    model = ModelConfig(spec=f"{spec}:Net", **PREPARED)
+    model = ModelConfig(spec=f"{spec}:Net", **PREPROCESSING)
     fit(FitConfig(model=model, shards=tuple(shards), out=run), HERE)
     Path(spec).write_text(MODEL.replace("else 0.5", "else 0.75"))
     with pytest.raises(UserError) as caught:
@@ -85,7 +85,7 @@ def test_a_model_that_holds_another_number_than_when_it_was_fitted_is_refused(
     assert "other numbers" in caught.value.what
 
 
-def test_probabilities_are_refused_and_stripped_to_logits_by_every_job(
+def test_probabilities_are_an_error_unless_the_softmax_is_stripped(
     spec: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shards, run = make_shards(tmp_path / "shards", 1, 4), str(tmp_path / "run")
@@ -102,9 +102,9 @@ def test_probabilities_are_refused_and_stripped_to_logits_by_every_job(
     assert stripped.equals(logits)
 
 
-def test_one_number_for_each_sample_is_explained_as_the_gradient_by_autograd(spec: str, tmp_path: Path) -> None:
+def test_model_with_one_output_is_explained_for_it(spec: str, tmp_path: Path) -> None:
     shards, run = make_shards(tmp_path / "shards", 1, 3), tmp_path / "run"
-    model = ModelConfig(spec=f"{spec}:Binary", **PREPARED)
+    model = ModelConfig(spec=f"{spec}:Binary", **PREPROCESSING)
     fit(FitConfig(model=model, shards=tuple(shards), out=str(run)), HERE)
     for target in ("predicted", "label"):
         out = tmp_path / target
@@ -126,12 +126,12 @@ def test_one_number_for_each_sample_is_explained_as_the_gradient_by_autograd(spe
     assert "one number" in caught.value.what
 
 
-def test_the_score_of_a_single_number_is_the_models_own(spec: str, tmp_path: Path) -> None:
+def test_score_of_a_single_output_is_the_models_output(spec: str, tmp_path: Path) -> None:
     from ray_jobs.data.shard_reader import ReaderConfig, ShardReader
     from ray_jobs.models import loading
 
     shards, run = make_shards(tmp_path / "shards", 1, 3), tmp_path / "run"
-    config = ModelConfig(spec=f"{spec}:Binary", **PREPARED)
+    config = ModelConfig(spec=f"{spec}:Binary", **PREPROCESSING)
     fit(FitConfig(model=config, shards=tuple(shards), out=str(run)), HERE)
     explain(
         ExplainConfig(model=config, patterns=str(run), shards=tuple(shards), out=str(run), methods=("gradient",)), HERE

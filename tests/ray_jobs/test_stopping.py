@@ -1,19 +1,18 @@
-"""Signals to the program itself: what a second one ends, and what is left running."""
+"""Signals to the program: what the second one ends, and that no process is left running."""
 
-import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from ray_jobs.engine.signals import pause, stop_signals
-from tests.ray_jobs.runs import until
+from tests.ray_jobs.runs import wait_until
 
 ROOT = Path(__file__).parents[2]
-# A job whose only shard never gives a byte, read in a thread while the main thread waits for it.
+# A job whose only shard never yields a byte; a thread reads it, and the main thread waits for the thread.
 BLOCKED = """
 import sys, threading
 from ray_jobs.engine.signals import Signals, end_process, stop_signals
@@ -31,14 +30,15 @@ with stop_signals():
 """
 
 
-def running(command: str, group: int) -> bool:
-    """Whether a process of a session has this command line."""
-    listed = subprocess.run(["ps", "-o", "args=", "-s", str(group)], capture_output=True, text=True, check=False)
+def is_running(command: str, session: int) -> bool:
+    """Return whether a process of a session has this command line."""
+    listed = subprocess.run(["ps", "-o", "args=", "-s", str(session)], capture_output=True, text=True, check=False)
     return command in listed.stdout
 
 
-@pytest.mark.parametrize(("signals", "ends"), [((signal.SIGINT,) * 2, True), ((signal.SIGHUP,) * 2, False)])
-def test_a_second_signal_ends_a_job_that_is_blocked_and_its_pipe(signals: tuple[int, ...], ends: bool) -> None:
+@pytest.fixture
+def blocked_job() -> Iterator[subprocess.Popen[str]]:
+    """A job that is blocked in reading a shard, in a session of its own."""
     job = subprocess.Popen(
         [sys.executable, "-c", BLOCKED],
         cwd=ROOT,
@@ -47,26 +47,36 @@ def test_a_second_signal_ends_a_job_that_is_blocked_and_its_pipe(signals: tuple[
         text=True,
         start_new_session=True,
     )
-    assert job.stdout is not None
-    assert job.stdout.readline() == "begun\n"
-    until(lambda: running("sleep 777", job.pid))
-    for number in signals:
-        job.send_signal(number)
-        time.sleep(0.2)
-    if ends:
-        _, errors = job.communicate(timeout=60)
-        assert job.returncode == 3
-        assert errors.count("patternnet: ") == 1
-        until(lambda: not running("sleep 777", job.pid))
-    else:  # a terminal that is closed may send it twice: the job still commits
-        assert job.poll() is None
-        job.send_signal(signal.SIGTERM)
-        job.communicate(timeout=60)
+    with job:
+        assert job.stdout is not None
+        assert job.stdout.readline() == "begun\n"
+        wait_until(lambda: is_running("sleep 777", job.pid))
+        yield job
+        job.kill()
 
 
-def test_a_pause_ends_when_the_job_is_to_stop() -> None:
-    with stop_signals() as stop:
-        os.kill(os.getpid(), signal.SIGTERM)
-        begun = time.monotonic()
-        pause(3600, 0.01, stop)
-    assert time.monotonic() - begun < 60
+def test_second_signal_ends_a_blocked_job_and_its_pipe(blocked_job: subprocess.Popen[str]) -> None:
+    blocked_job.send_signal(signal.SIGINT)
+    assert_alive(blocked_job)
+    blocked_job.send_signal(signal.SIGINT)
+    _, errors = blocked_job.communicate(timeout=60)
+    assert blocked_job.returncode == 3
+    assert errors.count("patternnet: ") == 1
+    wait_until(lambda: not is_running("sleep 777", blocked_job.pid))
+
+
+def test_second_sighup_lets_the_job_commit_because_a_closed_terminal_sends_it_twice(
+    blocked_job: subprocess.Popen[str],
+) -> None:
+    for _ in range(2):
+        blocked_job.send_signal(signal.SIGHUP)
+        assert_alive(blocked_job)
+    blocked_job.send_signal(signal.SIGTERM)
+    blocked_job.communicate(timeout=60)
+    assert blocked_job.returncode == 3
+
+
+def assert_alive(job: subprocess.Popen[str]) -> None:
+    """Assert that a job outlives a signal for a moment."""
+    time.sleep(0.2)
+    assert job.poll() is None

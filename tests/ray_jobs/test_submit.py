@@ -22,7 +22,7 @@ from ray_jobs.config import ExplainConfig, Resources
 from ray_jobs.jobs.explain.explain import explain
 from ray_jobs.jobs.fit.fit import fit
 from tests.conftest import make_shards
-from tests.ray_jobs.runs import LATE, OPTIONS, configured, same_patterns, until
+from tests.ray_jobs.runs import LATE, OPTIONS, assert_same_patterns, make_fit_config, wait_until
 
 PROGRAM = [sys.executable, "-m", "ray_jobs"]
 TOKEN = secrets.token_hex(32)
@@ -126,7 +126,7 @@ def test_a_cluster_with_a_token_gives_the_patterns_and_maps_of_this_process(
     cluster: LocalCluster, model_spec: str, shards: list[str], tmp_path: Path
 ) -> None:
     here, there = tmp_path / "here", tmp_path / "there"
-    config = configured(model_spec, shards, here)
+    config = make_fit_config(model_spec, shards, here)
     fit(config, Resources(workers=0))
     methods = ExplainConfig(model=config.model, patterns=str(here), shards=tuple(shards), out=str(here))
     explain(methods, Resources(workers=0))
@@ -145,7 +145,7 @@ def test_a_cluster_with_a_token_gives_the_patterns_and_maps_of_this_process(
     )
     assert fitted.returncode == 0, fitted.stdout + fitted.stderr
     assert "fit: 16 samples of 4 shards, 0 rejected" in fitted.stdout
-    same_patterns(here, there)
+    assert_same_patterns(here, there)
 
     status, out, err = ended(submission(cluster, "explain", "--patterns", there, *given))
     assert status == 0, out + err
@@ -215,7 +215,7 @@ def test_a_broken_line_loses_nothing_of_the_log_and_a_job_goes_on_without_who_fo
     before, line = sent(cluster), Line(cluster.dashboard)
     command = late_fit(model_spec, shards[0], tmp_path)
     first = submission(cluster, "--patience", "5m", *command, address=line.address)
-    until(lambda: at_work(tmp_path / "run"))
+    wait_until(lambda: at_work(tmp_path / "run"))
     (name,) = sent(cluster).keys() - before.keys()
     second = submission(cluster, *command)
     assert second.stdout is not None
@@ -226,7 +226,7 @@ def test_a_broken_line_loses_nothing_of_the_log_and_a_job_goes_on_without_who_fo
     assert f"{name} goes on without this command; the same command follows it again" in err
     assert sent(cluster)[name] == "RUNNING"
 
-    until(lambda: line.taken > 3)  # its log is being followed
+    wait_until(lambda: line.taken > 3)  # its log is being followed
     line.break_()
     assert first.stdout is not None
     said = []
@@ -249,9 +249,9 @@ def test_a_job_that_is_stopped_commits_first(
     before = sent(cluster)
     command = [*late_fit(model_spec, shards[0], tmp_path), "--shards", shards[1], "--workers", "1"]
     follower = submission(cluster, *command)
-    until(lambda: at_work(tmp_path / "run"))
+    wait_until(lambda: at_work(tmp_path / "run"))
     (name,) = sent(cluster).keys() - before.keys()
-    until(lambda: any(w["shard"] for w in progress(tmp_path / "run").get("workers", ())))  # the late one
+    wait_until(lambda: any(w["shard"] for w in progress(tmp_path / "run").get("workers", ())))  # the late one
     jobs_of(cluster).stop_job(name)
     time.sleep(15)  # longer than Ray itself would wait
     (tmp_path / "gate").touch()

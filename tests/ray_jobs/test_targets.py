@@ -1,4 +1,4 @@
-"""What is explained, in words."""
+"""The parsing of `--target`, and the names of classes."""
 
 import json
 from pathlib import Path
@@ -37,7 +37,7 @@ def network() -> Network:
         ("tench-vs-3", [[0, 3], [0, 3]], [[1.1], [1]]),
     ],
 )
-def test_words_mean_classes_and_their_scores(
+def test_targets_pick_classes_and_their_scores(
     network: Network, spec: str, classes: list[list[int]], score: list[list[float]]
 ) -> None:
     target = parse_target(spec, network, NAMES)
@@ -53,7 +53,7 @@ def test_words_mean_classes_and_their_scores(
         assert given.view(2, -1).tolist() == classes
 
 
-def test_a_neurons_score_is_the_sum_over_its_positions(network: Network) -> None:
+def test_the_score_of_a_neuron_is_the_sum_over_its_positions(network: Network) -> None:
     target = parse_target("0:5", network, NAMES)
     assert target.operator == "0"
     values = torch.arange(2 * 6 * 4.0).view(2, 6, 2, 2)
@@ -61,27 +61,28 @@ def test_a_neurons_score_is_the_sum_over_its_positions(network: Network) -> None
 
 
 @pytest.mark.parametrize(
-    ("spec", "line"),
+    ("spec", "what", "remedy"),
     [
-        ("best", "--target best: 'best' is no class. Name a class, or its number; --classes reads names."),
-        ("tiger cot", "--target tiger cot: 'tiger cot' is no class. Did you mean tiger cat?"),
-        ("4", "--target 4: no class 4. The model's are 0 to 3."),
-        ("top-5", "--target top-5: the model has 4 classes. Take top-1 to top-4."),
-        ("top-0", "--target top-0: the model has 4 classes"),
-        ("0:6", "--target 0:6: no neuron '6'. 0 has 0 to 5."),
-        ("0:x", "--target 0:x: no neuron 'x'"),
-        ("label-vs-label", "--target label-vs-label: a class against itself is 0"),
-        ("1-vs-", "--target 1-vs-: '' is no class"),
-        ("-1", "--target -1: '-1' is no class"),
+        ("best", "'best' is no class", "`classes` reads names"),
+        ("tiger cot", "'tiger cot' is no class", "Did you mean tiger cat?"),
+        ("4", "no class 4", "0 to 3"),
+        ("top-5", "the model has 4 classes", "top-1 to top-4"),
+        ("top-0", "the model has 4 classes", "top-1 to top-4"),
+        ("0:6", "no neuron '6'", "0 has 0 to 5"),
+        ("0:x", "no neuron 'x'", "0 has 0 to 5"),
+        ("label-vs-label", "a class against itself is 0", "two classes"),
+        ("1-vs-", "'' is no class", "Name a class"),
+        ("-1", "'-1' is no class", "Name a class"),
     ],
 )
-def test_words_that_mean_nothing_are_told(network: Network, spec: str, line: str) -> None:
+def test_wrong_targets_are_rejected(network: Network, spec: str, what: str, remedy: str) -> None:
     with pytest.raises(UserError) as caught:
         parse_target(spec, network, NAMES)
-    assert str(caught.value).startswith(line)
+    assert (caught.value.where, caught.value.parameter, caught.value.what) == (spec, "target", what)
+    assert remedy in caught.value.remedy
 
 
-def test_names_are_looked_for_only_where_a_target_may_need_them() -> None:
+def test_names_are_needed_only_for_targets_that_may_name_a_class() -> None:
     assert not any(map(needs_names, ["predicted", "label", "12", "top-5", "predicted-vs-second", "3-vs-label"]))
     assert all(map(needs_names, ["tabby", "3-vs-tabby", "features.28:17"]))
 
@@ -110,7 +111,7 @@ def test_names_are_read_from_lists_objects_and_lines(tmp_path: Path, content: st
         assert dict(names)["n01443537"] == 1
 
 
-def test_torchvisions_models_know_their_classes() -> None:
+def test_models_of_torchvision_have_names_of_classes() -> None:
     names = load_class_names("torchvision:resnet18", None)
     assert [(name, number) for number, name in enumerate(ResNet18_Weights.DEFAULT.meta["categories"])] == list(names)
     assert load_class_names("file.py:factory", None) == ()
@@ -119,7 +120,7 @@ def test_torchvisions_models_know_their_classes() -> None:
 @pytest.mark.parametrize(
     "read", [{"x": "y"}, {"0": 1.5}, {"0": []}, {"0": [1]}, {"-1": "a"}, [["n01", "tench"]], [1, 2], {}, [None]]
 )
-def test_files_that_hold_no_names_are_refused(tmp_path: Path, read: object) -> None:
+def test_files_without_names_are_rejected(tmp_path: Path, read: object) -> None:
     file = tmp_path / "classes.json"
     file.write_text(json.dumps(read))
     with pytest.raises(UserError) as caught:
@@ -133,7 +134,7 @@ TWICE = (("crane", 0), ("dog", 1), ("crane", 3), ("a-vs-b", 2))
 
 
 @pytest.mark.parametrize("spec", ["crane", "dog-vs-crane", "crane-vs-dog"])
-def test_a_name_of_two_classes_is_refused_with_their_numbers(network: Network, spec: str) -> None:
+def test_a_name_of_two_classes_is_rejected_with_their_numbers(network: Network, spec: str) -> None:
     with pytest.raises(UserError) as caught:
         parse_target(spec, network, TWICE)
     assert "0, 3" in caught.value.what
@@ -144,16 +145,16 @@ def test_a_name_of_two_classes_is_refused_with_their_numbers(network: Network, s
     ("spec", "expected"),
     [("a-vs-b", [2]), ("dog-vs-a-vs-b", [1, 2]), ("a-vs-b-vs-dog", [2, 1]), ("a-vs-b-vs-0", [2, 0])],
 )
-def test_a_name_may_hold_the_word_between_two_classes(network: Network, spec: str, expected: list[int]) -> None:
+def test_a_name_may_contain_the_separator_of_two_classes(network: Network, spec: str, expected: list[int]) -> None:
     assert parse_target(spec, network, TWICE).pick_classes(SCORES, LABELS)[0].tolist() == expected
 
 
 @pytest.mark.parametrize("word", ["predicted", "second", "label", "top-2", "predicted-vs-0"])
-def test_a_name_that_is_a_word_of_targets_is_refused(network: Network, tmp_path: Path, word: str) -> None:
+def test_a_name_that_is_a_keyword_of_targets_is_rejected(network: Network, tmp_path: Path, word: str) -> None:
     file = tmp_path / "classes.json"
     file.write_text(json.dumps(["predicted", "second", "label", "top-2"]))
     names = load_target_names(word, "file.py:factory", str(file))
-    with pytest.raises(UserError, match="a word of --target"):
+    with pytest.raises(UserError, match="a keyword of targets"):
         parse_target(word, network, names)
     assert load_target_names(word, "torchvision:resnet18", None) == ()
     parse_target(word, network, ())

@@ -11,7 +11,7 @@ from ray_jobs.config import FitConfig, ModelConfig, Resources
 from ray_jobs.engine.signals import StoppedShortError
 from ray_jobs.jobs.fit.fit import fit
 from tests.conftest import make_shards
-from tests.ray_jobs.runs import PREPARED
+from tests.ray_jobs.runs import PREPROCESSING
 
 HERE = Resources(workers=0, max_loss=0.0)
 
@@ -20,7 +20,7 @@ HERE = Resources(workers=0, max_loss=0.0)
 def config(model_spec: str, tmp_path_factory: pytest.TempPathFactory) -> FitConfig:
     folder = tmp_path_factory.mktemp("until")
     shards = make_shards(folder / "s", 40, 8, seed=3)
-    model = ModelConfig(spec=model_spec, **PREPARED)  # type: ignore[arg-type]
+    model = ModelConfig(spec=model_spec, **PREPROCESSING)  # type: ignore[arg-type]
     return FitConfig(
         model=model,
         shards=tuple(shards),

@@ -20,7 +20,7 @@ from ray_jobs.jobs.moments_job import MomentsTask, MomentsWorker
 from ray_jobs.models import loading
 from ray_jobs.runs.moments_store import MomentsStore
 from tests.conftest import make_shards
-from tests.ray_jobs.runs import PREPARED
+from tests.ray_jobs.runs import PREPROCESSING
 
 LATENCY, STEP = 0.4, 0.2  # seconds until a shard's first byte, and for a batch
 
@@ -63,7 +63,7 @@ def opened(seen: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> list[tuple[st
 
 @pytest.fixture
 def worker(model_spec: str, tmp_path: Path, seen: list[Tensor]) -> MomentsWorker:
-    model = ModelConfig(spec=model_spec, **PREPARED)
+    model = ModelConfig(spec=model_spec, **PREPROCESSING)
     made: Any = partial(Observed, seen)
     worker = MomentsWorker(model, MomentsStore(tmp_path), 2, made, loading.load(model).digests)
     worker.prepare()
