@@ -4,7 +4,6 @@ The files are untrusted. Whatever bytes they hold, no error but SampleError is r
 """
 
 import io
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,13 +19,11 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as T
 
 from ray_jobs.config import Preprocessing
-from ray_jobs.data.labels import MAX_CLASS, UNLABELED
 from ray_jobs.data.samples import (
     IMAGES,
     NAMED_FORMATS,
     TENSOR,
     UNREAD_IMAGES,
-    Box,
     SampleError,
     explain_unread_format,
     extension_of,
@@ -96,9 +93,16 @@ def decode(files: Mapping[str, bytes], preprocessing: Preprocessing) -> Tensor:
 
 
 def normalize_batch(images: Sequence[Tensor], preprocessing: Preprocessing) -> Tensor:
-    """Return results of `decode_input` as a normalized batch, float32, shape (N, C, H, W).
+    """Normalize results of `decode_input` as one batch.
 
     A whole batch is normalized at once, because threads that each run many small operations wait for each other.
+
+    Args:
+        images: Images (uint8) and ready tensors (float32), shape (C, H, W); ready tensors do not change.
+        preprocessing: The means and standard deviations.
+
+    Returns:
+        float32, shape (N, C, H, W).
     """
     batch = torch.empty(len(images), *preprocessing.input_shape)
     for target, image in zip(batch, images):
@@ -231,7 +235,12 @@ def validate_size(image: Image.Image) -> None:
 
 
 def apply_orientation(image: Image.Image, pixels: Tensor) -> Picture:
-    """Return the pixels of an image turned upright by its EXIF orientation."""
+    """Return the pixels of an image turned upright by its EXIF orientation.
+
+    Args:
+        image: The opened image; its size and EXIF data are read.
+        pixels: Its pixels, uint8, shape (C, H, W), possibly at reduced size.
+    """
     height, width = image.height, image.width
     transposed, flipped = ORIENTATIONS.get(read_orientation(image), (False, ()))
     if transposed:
@@ -254,7 +263,18 @@ def decode_jpeg(data: bytes, height: int, width: int, divisor: int) -> Tensor | 
 
 
 def decode_with_pillow(opened: Image.Image, mode: str) -> Tensor:
-    """Return the pixels of an opened image in a mode of Pillow, uint8, shape (C, H, W)."""
+    """Decode an opened image by Pillow.
+
+    Args:
+        opened: The opened image.
+        mode: Pillow's mode of the result, RGB or L.
+
+    Returns:
+        uint8, shape (C, H, W).
+
+    Raises:
+        SampleError: If the image has 32 bits per pixel.
+    """
     opened.load()
     opened.info.pop("transparency", None)  # otherwise Pillow converts some modes by way of an alpha channel
     if opened.mode == "F" or (opened.mode == "I" and opened.format == "TIFF"):
@@ -273,7 +293,14 @@ def read_orientation(image: Image.Image) -> int:
 
 
 def resize_and_crop(picture: Picture, preprocessing: Preprocessing) -> Tensor:
-    """Return the part of an image that the model sees, at the model's resolution: uint8 (C, S, S).
+    """Resize and crop an image to the part that the model sees.
+
+    Args:
+        picture: The image.
+        preprocessing: How to resize and crop.
+
+    Returns:
+        uint8, shape (C, image_size, image_size).
 
     Raises:
         SampleError: If the image is too long and thin to be resized.
@@ -292,7 +319,13 @@ def resize_and_crop(picture: Picture, preprocessing: Preprocessing) -> Tensor:
 
 
 def compute_resized_shape(height: int, width: int, preprocessing: Preprocessing) -> tuple[int, int]:
-    """Return the height and width that an image is resized to before the crop, rounded as timm and torchvision do."""
+    """Return the height and width of an image after resizing and before the crop, rounded as in timm and torchvision.
+
+    Args:
+        height: The height of the image in pixels.
+        width: The width of the image in pixels.
+        preprocessing: The side to resize to, and the crop mode.
+    """
     resize, shorter, longer = preprocessing.resize, min(height, width), max(height, width)
     if preprocessing.crop_mode == "squash":
         return resize, resize
@@ -302,12 +335,17 @@ def compute_resized_shape(height: int, width: int, preprocessing: Preprocessing)
 
 
 def compute_crop_offset(side: int, size: int) -> int:
-    """Return where a center crop of `size` begins in a resized side; negative if the side is padded."""
+    """Return the first pixel of a center crop; negative if the image is padded.
+
+    Args:
+        side: The height or width of the resized image.
+        size: The height or width of the crop.
+    """
     return round((side - size) / 2) if side >= size else -((size - side) // 2)
 
 
 def crop_with_border(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """Return the center crop of an image, with the mean color where the image is smaller than the crop."""
+    """Return the center crop of an image, padded by the mean color if the image is smaller."""
     size = preprocessing.image_size
     color = torch.tensor([round(255 * value) for value in preprocessing.mean], dtype=torch.uint8)
     canvas = color.view(-1, 1, 1).expand(len(pixels), size, size).clone()
@@ -316,79 +354,3 @@ def crop_with_border(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
     y, x = max(-top, 0), max(-left, 0)
     canvas[:, y : y + inner.shape[1], x : x + inner.shape[2]] = inner
     return canvas
-
-
-def parse_label(files: Mapping[str, bytes]) -> int | None:
-    """Return the class of a sample: its `cls`, else the `label` of its `json`.
-
-    Returns:
-        The class number; None if the sample has neither file, or if the label is -1.
-
-    Raises:
-        SampleError: If the label is not a class number.
-    """
-    name, value = ("cls", files["cls"]) if "cls" in files else ("json's label", parse_json_label(files.get("json")))
-    if value is None:
-        return None
-    try:
-        label = value if isinstance(value, int) else int(value.replace(b"_", b"?"))  # Python takes 1_0 for 10
-    except ValueError:
-        label = MAX_CLASS
-    if not UNLABELED <= label < MAX_CLASS:
-        raise SampleError(f"{name} is not a class number: {value[:20] if isinstance(value, bytes) else value!r}")
-    return None if label == UNLABELED else label
-
-
-def parse_boxes(files: Mapping[str, bytes], preprocessing: Preprocessing) -> list[Box] | None:
-    """Return the boxes of a sample's objects in pixels of the model's input.
-
-    Args:
-        files: The sample's files. The `boxes` of its `json` are lists [x0, y0, x1, y1], in pixels of the upright image
-            or of the ready tensor.
-        preprocessing: How the image is resized and cropped.
-
-    Returns:
-        The boxes; None if the sample has no `boxes`.
-
-    Raises:
-        SampleError: If the `boxes` are not boxes, or the image cannot be opened.
-    """
-    found = parse_json_value(files["json"], "boxes") if "json" in files else None
-    if found is None:
-        return None
-    try:
-        boxes = np.asarray(found, np.float64).reshape(-1, 4)
-    except (ValueError, TypeError) as error:
-        raise SampleError("json's boxes are not lists of four numbers") from error
-    if not np.isfinite(boxes).all():
-        raise SampleError("json's boxes are not finite")
-    file = find_image(files)
-    if file is None:
-        return [(x0, y0, x1, y1) for x0, y0, x1, y1 in boxes.tolist()]
-    try:
-        with Image.open(io.BytesIO(files[file]), formats=list_formats(file)) as image:
-            turned = read_orientation(image) >= 5
-            width, height = image.size[::-1] if turned else image.size
-    except Exception as error:  # untrusted bytes make Pillow raise anything
-        raise SampleError(f"{type(error).__name__}: {error}") from error
-    sides = compute_resized_shape(height, width, preprocessing)[::-1]
-    offsets = [compute_crop_offset(side, preprocessing.image_size) for side in sides]
-    boxes = boxes * np.tile(np.array(sides) / (width, height), 2) - np.tile(offsets, 2)
-    return [(x0, y0, x1, y1) for x0, y0, x1, y1 in boxes.tolist()]
-
-
-def parse_json_value(data: bytes, name: str) -> Any:
-    """Return a value of a sample's json; None if it is absent. Raise SampleError if the json cannot be parsed."""
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise SampleError(f"json cannot be parsed ({type(error).__name__})") from error
-    return value.get(name) if isinstance(value, dict) else None
-
-
-def parse_json_label(data: bytes | None) -> int | None:
-    """Return the `label` of a sample's json; None without a json or a label."""
-    label = None if data is None else parse_json_value(data, "label")
-    if label is not None and type(label) is not int:  # True is an int
-        raise SampleError(f"json's label is not a class number: {str(label)[:20]!r}")
-    return label

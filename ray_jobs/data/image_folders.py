@@ -80,7 +80,10 @@ class ImageFolder:
 
 
 def scan_folder(path: str) -> ImageFolder:
-    """List the images of a folder, by its path or URL, and their labels.
+    """List the images of a folder and their labels.
+
+    Args:
+        path: The path or URL of the folder.
 
     Raises:
         ShardError: If a file of labels does not match the images.
@@ -198,7 +201,14 @@ def read_sample(folder: str, image: str, label: int | None, key: str) -> Sample:
 
 
 def find_file_problem(path: str) -> str | None:
-    """Return why a listed path can never be read; None for a regular file or a file that has been deleted since."""
+    """Return why a listed path can never be read.
+
+    Args:
+        path: A path of this machine.
+
+    Returns:
+        The reason; None for a regular file, and for a file that has been deleted since.
+    """
     try:
         mode = Path(path).stat().st_mode
     except FileNotFoundError:

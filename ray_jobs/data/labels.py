@@ -42,6 +42,12 @@ def number_classes(names: Iterable[str]) -> dict[str, int]:
     If the names are class numbers and all different (7 and 007 are equal), each name is its own number. Otherwise the
     sorted names are numbered from 0, as in torchvision.
 
+    Args:
+        names: The names of the classes; repeated names count once.
+
+    Returns:
+        The numbers by name, in the order of the numbers.
+
     Example:
         >>> number_classes(["dog", "cat"]), number_classes(["10", "2"])
         ({'cat': 0, 'dog': 1}, {'2': 2, '10': 10})

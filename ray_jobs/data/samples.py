@@ -93,7 +93,14 @@ def find_tensor(files: Container[str]) -> str | None:
 
 
 def derive_seed(name: str) -> int:
-    """Return a seed for the random choices about a sample that depends on its name alone."""
+    """Return a seed for the random choices about a sample.
+
+    Args:
+        name: A name of the sample, the only input of the seed.
+
+    Returns:
+        A number of 56 bits.
+    """
     return int.from_bytes(blake2b(encode_name(name), digest_size=7).digest())
 
 

@@ -172,6 +172,12 @@ def name_outputs(shards: Sequence[str]) -> dict[str, str]:
 
     It is the shard's path without the folders that all shards share, and without a URL's query, which may be secret.
 
+    Args:
+        shards: The shards of a job.
+
+    Returns:
+        The paths by shard. A digest of the shard is appended to paths that are too long or not unique.
+
     Example:
         >>> name_outputs(["/data/a/0.tar", "/data/b/0.tar"])
         {'/data/a/0.tar': 'a/0', '/data/b/0.tar': 'b/0'}

@@ -80,7 +80,17 @@ def translate_errors(where: str, action: str = "read", remedy: str = "") -> Iter
 
 
 def to_user_error(error: Exception, where: str, action: str = "read", remedy: str = "") -> UserError:
-    """Return the UserError for an exception of a file system (see `translate_errors`)."""
+    """Return the UserError for an exception of a file system.
+
+    Args:
+        error: The exception.
+        where: The path or URL.
+        action: `read`, `written` or `deleted`.
+        remedy: The remedy for errors of no known type.
+
+    Returns:
+        The error; a MissingError if a file does not exist.
+    """
     chain = list(iterate_causes(error))
     names = {base.__name__ for each in chain for base in type(each).__mro__}
     cause = chain[-1] if isinstance(error, FileNotFoundError) else error  # HTTP: the status is in the cause
@@ -206,7 +216,15 @@ def open_file_system(url: str) -> tuple[Any, str]:
 
 
 def call_with_timeout(function: Callable[..., T], *arguments: object) -> T:
-    """Return the result of a small request to a store. Raise TimeoutError after ANSWER_TIMEOUT seconds."""
+    """Return the result of a small request to a store.
+
+    Args:
+        function: The request.
+        *arguments: Its arguments.
+
+    Raises:
+        TimeoutError: If there is no response within ANSWER_TIMEOUT seconds.
+    """
     results: list[T] = []
     errors: list[BaseException] = []
 

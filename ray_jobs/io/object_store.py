@@ -312,7 +312,15 @@ def fetch(path: Location) -> Iterator[Path]:
 
 
 def read_option_file(option: str, where: str) -> bytes:
-    """Return the content of a file or URL that an option names. Raise UserError, which names the option."""
+    """Return the content of the file that an option names.
+
+    Args:
+        option: The option, for errors.
+        where: The path or URL.
+
+    Raises:
+        UserError: If the file cannot be read.
+    """
     try:
         with fetch(locate(where)) as file, translate_errors(where):
             return file.read_bytes()
@@ -330,13 +338,30 @@ def read_table(path: Location) -> pa.Table:
 
 
 def copy_file(source: Location, folder: Location) -> None:
-    """Copy a file to a folder under the same name."""
+    """Copy a file to a folder under the same name.
+
+    Args:
+        source: The file.
+        folder: The folder.
+
+    Raises:
+        MissingError: If the file does not exist.
+        UserError: If the copy cannot be written.
+    """
     with fetch(source) as local, publish(folder) as out, temporary_path(out / source.name) as temporary:
         shutil.copyfile(local, temporary)
 
 
 def list_names(folder: Location, prefix: str = "") -> list[str]:
-    """Return the names in a folder that begin with a prefix; empty if the folder does not exist."""
+    """Return the names in a folder that begin with a prefix.
+
+    Args:
+        folder: The folder.
+        prefix: The prefix.
+
+    Returns:
+        The sorted names; empty if the folder does not exist.
+    """
     return [name for name in folder.entries() if name.startswith(prefix)]
 
 

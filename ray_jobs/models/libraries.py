@@ -42,7 +42,12 @@ def load_torchvision_model(name: str, weights: str) -> tuple[nn.Module, Preproce
 
 
 def has_torchvision_weights(spec: str, weights: str) -> bool:
-    """Return whether torchvision has weights of this name, such as IMAGENET1K_V1, for a model."""
+    """Return whether torchvision has weights of this name for a model.
+
+    Args:
+        spec: The spec of the model.
+        weights: A name such as IMAGENET1K_V1.
+    """
     from torchvision import models
 
     library, _, name = spec.partition(":")

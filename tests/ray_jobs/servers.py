@@ -1,4 +1,4 @@
-"""A real HTTP server with the faults that real ones have."""
+"""HTTP server with the faults of real servers."""
 
 import threading
 from collections.abc import Iterator
@@ -8,17 +8,17 @@ from pathlib import Path
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers /FAULT/NAME with the file NAME of the server's folder, never a range of it, and the fault."""
+    """Respond to /FAULT/NAME with the file NAME of the server's folder, never with a range, and with the fault."""
 
     protocol_version = "HTTP/1.1"
     folder: Path
     ended: threading.Event
-    asked: list[str]
+    requested: list[str]
 
     def do_GET(self) -> None:
-        self.asked.append(self.path)
+        self.requested.append(self.path)
         fault, name = self.path.partition("?")[0].lstrip("/").split("/", 1)
-        if fault in ("404", "500") or (fault == "once" and self.asked.count(self.path) == 1):
+        if fault in ("404", "500") or (fault == "once" and self.requested.count(self.path) == 1):
             return self.send_error(int(fault) if fault.isdigit() else 500)
         if fault == "moved":
             self.send_response(302)
@@ -56,9 +56,9 @@ class Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def http_server(folder: Path) -> Iterator[str]:
-    """The address of a server of a folder's files, on this machine alone."""
+    """Serve the files of a folder on this machine and yield the address."""
     ended = threading.Event()
-    handler = type("Bound", (Handler,), {"folder": folder, "ended": ended, "asked": []})
+    handler = type("Bound", (Handler,), {"folder": folder, "ended": ended, "requested": []})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()

@@ -1,4 +1,4 @@
-"""A file system in memory that fails from its n-th operation on, in whichever way."""
+"""File system in memory whose operations fail from the n-th on, with different errors."""
 
 import errno
 from typing import Any, ClassVar
@@ -11,13 +11,13 @@ ERRORS: tuple[Exception, ...] = (
     PermissionError("Forbidden"),
     ConnectionError("connection reset by peer"),
     TimeoutError("timed out"),
-    ValueError("something of the store's own\nin two lines"),
+    ValueError("an error of the store\nin two lines"),
     type("ClientError", (Exception,), {})("An error occurred (503)"),
 )
 
 
 class FailingFileSystem(MemoryFileSystem):
-    """Objects at failing://…; `fail_at` is the number of the first operation that fails, None: none does."""
+    """Objects at failing://…; the operations from number `fail_at` on fail, or none if it is None."""
 
     protocol = "failing"
     store: ClassVar[dict[str, Any]] = {}
@@ -35,7 +35,7 @@ class FailingFileSystem(MemoryFileSystem):
 
 
 def failing(name: str) -> Any:
-    """Return an operation of a file system in memory, which may fail first."""
+    """Return an operation of a file system in memory that fails if `fail_at` is reached."""
     operation = getattr(MemoryFileSystem, name)
 
     def operate(self: FailingFileSystem, *arguments: Any, **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Weights from files: those that torch's own strict load takes, and what keeps others from being taken."""
+"""Checkpoints: files that torch's strict load accepts are loaded, and for others an error says what they are."""
 
 import argparse
 import gzip
@@ -41,7 +41,7 @@ class Tied(nn.Module):
 
 
 class Renamed(Net):
-    """Reads names of an earlier version, as torchvision's DenseNet does."""
+    """A network that accepts names of an earlier version, like torchvision's DenseNet."""
 
     def _load_from_state_dict(self, state: State, prefix: str, *args: Any) -> None:  # type: ignore[override]
         for key in [key for key in state if key.startswith(f"{prefix}old_")]:
@@ -62,7 +62,7 @@ class Extra(Net):
 
 
 def values() -> State:
-    """A state dict that no Net begins with."""
+    """Return a state dict that differs from the initial weights of every Net."""
     torch.manual_seed(5)
     return {k: torch.rand_like(v) if v.is_floating_point() else v + 7 for k, v in Net().state_dict().items()}
 
@@ -83,7 +83,7 @@ def wrapped(wrap: Callable[[nn.Module], nn.Module]) -> State:
     return wrap(net).state_dict()
 
 
-def take(content: bytes, tmp_path: Path, model: nn.Module | None = None) -> nn.Module:
+def load(content: bytes, tmp_path: Path, model: nn.Module | None = None) -> nn.Module:
     file = tmp_path / "weights"
     file.write_bytes(content)
     model = Net() if model is None else model
@@ -91,7 +91,7 @@ def take(content: bytes, tmp_path: Path, model: nn.Module | None = None) -> nn.M
     return model
 
 
-TAKEN: dict[str, Callable[[], bytes]] = {
+VALID: dict[str, Callable[[], bytes]] = {
     "plain": lambda: saved(values()),
     "before torch 1.6": lambda: saved(values(), _use_new_zipfile_serialization=False),
     "safetensors": lambda: safetensors(values()),
@@ -99,7 +99,7 @@ TAKEN: dict[str, Callable[[], bytes]] = {
     "parallel": lambda: saved(wrapped(nn.DataParallel)),
     "averaged": lambda: saved(wrapped(torch.optim.swa_utils.AveragedModel)),
     "compiled and parallel": lambda: saved(wrapped(lambda net: nn.DataParallel(torch.compile(net)))),  # type: ignore[arg-type]
-    "a compiled part": lambda: saved({k.replace("conv.", "conv._orig_mod."): v for k, v in values().items()}),
+    "a compiled submodule": lambda: saved({k.replace("conv.", "conv._orig_mod."): v for k, v in values().items()}),
     "lightning": lambda: saved({"state_dict": prefixed("model.", values()), "epoch": 3, "hyper_parameters": {"lr": 1}}),
     "lightning, compiled": lambda: saved({"state_dict": prefixed("model._orig_mod.", values())}),
     "safetensors of a wrapper": lambda: safetensors(prefixed("module.", values())),
@@ -115,33 +115,33 @@ TAKEN: dict[str, Callable[[], bytes]] = {
 }
 
 
-@pytest.mark.parametrize("content", TAKEN.values(), ids=TAKEN)
-def test_a_checkpoint_with_one_state_dict_is_taken(content: Callable[[], bytes], tmp_path: Path) -> None:
-    for name, value in take(content(), tmp_path).state_dict().items():
-        torch.testing.assert_close(value, values()[name], rtol=1e-3, atol=1e-3)  # some are of half precision
+@pytest.mark.parametrize("content", VALID.values(), ids=VALID)
+def test_checkpoint_with_one_state_dict_is_loaded(content: Callable[[], bytes], tmp_path: Path) -> None:
+    for name, value in load(content(), tmp_path).state_dict().items():
+        torch.testing.assert_close(value, values()[name], rtol=1e-3, atol=1e-3)  # the case `half` is rounded
 
 
-def test_names_that_the_model_brings_up_to_date_are_taken(tmp_path: Path) -> None:
+def test_old_names_that_the_model_converts_are_loaded(tmp_path: Path) -> None:
     old = OrderedDict((k, v) for k, v in values().items() if "num_batches" not in k)  # as before torch 0.4.1
     Net().load_state_dict(old)
-    torch.testing.assert_close(take(saved(old), tmp_path).state_dict()["conv.weight"], old["conv.weight"])
-    take(saved(prefixed("module.", old)), tmp_path)
-    renamed = take(saved(prefixed("old_", values())), tmp_path, Renamed())
+    torch.testing.assert_close(load(saved(old), tmp_path).state_dict()["conv.weight"], old["conv.weight"])
+    load(saved(prefixed("module.", old)), tmp_path)
+    renamed = load(saved(prefixed("old_", values())), tmp_path, Renamed())
     torch.testing.assert_close(renamed.state_dict()["fc.weight"], values()["fc.weight"])
 
 
-def test_tied_weights_of_safetensors_are_taken(tmp_path: Path) -> None:
+def test_tied_weights_of_safetensors_are_loaded(tmp_path: Path) -> None:
     one = Tied()
     save_model(one, str(tmp_path / "tied.safetensors"))
-    other = take((tmp_path / "tied.safetensors").read_bytes(), tmp_path, Tied())
+    other = load((tmp_path / "tied.safetensors").read_bytes(), tmp_path, Tied())
     for name, value in one.state_dict().items():
         assert torch.equal(value, other.state_dict()[name]), name
 
 
-def test_extra_state_is_taken(tmp_path: Path) -> None:
+def test_extra_state_is_loaded(tmp_path: Path) -> None:
     state = Extra().state_dict()
     state["_extra_state"] = {"epoch": 8}
-    model = take(saved(state), tmp_path, Extra())
+    model = load(saved(state), tmp_path, Extra())
     assert isinstance(model, Extra)
     assert model.epoch == 8
 
@@ -164,7 +164,7 @@ def arrays() -> bytes:
     return buffer.getvalue()
 
 
-REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
+INVALID: dict[str, tuple[Callable[[], bytes], str]] = {
     "a whole model": (lambda: saved(Net()), "a whole model, tests.ray_jobs.test_checkpoints.Net"),
     "a whole model of torch's": (
         lambda: saved(nn.Sequential(nn.ReLU())),
@@ -191,45 +191,47 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
     "truncated safetensors": (lambda: safetensors(values())[:-20], "truncated"),
     "a list": (lambda: saved([torch.ones(1)]), "type list"),
     "a tensor": (lambda: saved(torch.ones(1)), "type Tensor"),
-    "nothing": (lambda: saved({}), "nothing"),
+    "an empty dictionary": (lambda: saved({}), "an empty state dict"),
     "values among tensors": (lambda: saved({**values(), "epoch": 3}), "epoch"),
     "two state dicts": (lambda: saved({"generator": values(), "critic": values()}), "generator, critic"),
     "a prefix and others": (lambda: saved({**prefixed("model.", values()), "loss.weight": torch.ones(1)}), "'model.'"),
     "too few": (lambda: saved({k: v for k, v in values().items() if k != "fc.bias"}), "fc.bias"),
     "too many": (lambda: saved({**values(), "head.bias": torch.ones(1)}), "head.bias"),
-    "another shape": (lambda: saved({**values(), "fc.bias": torch.ones(7)}), "(7,), the model's has (3,)"),
-    "two names for one": (lambda: saved({**values(), **prefixed("module.", values())}), "not the model's"),
+    "another shape": (lambda: saved({**values(), "fc.bias": torch.ones(7)}), "(7,), but (3,) in the model"),
+    "two names for one": (lambda: saved({**values(), **prefixed("module.", values())}), "not in the model"),
 }
 
 
-@pytest.mark.parametrize(("content", "named"), REFUSED.values(), ids=REFUSED)
-def test_another_file_is_refused_with_what_it_is(content: Callable[[], bytes], named: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("content", "phrase"), INVALID.values(), ids=INVALID)
+def test_invalid_file_is_an_error_that_says_what_it_is(
+    content: Callable[[], bytes], phrase: str, tmp_path: Path
+) -> None:
     with pytest.raises(UserError) as caught:
-        take(content(), tmp_path)
-    assert named in caught.value.what
+        load(content(), tmp_path)
+    assert phrase in caught.value.what
     assert caught.value.where == f"--weights {tmp_path / 'weights'}"
     for unwanted in ("\x1b", "\n", "weights_only"):
         assert unwanted not in str(caught.value)
 
 
-def test_a_prefix_of_the_models_own_is_named(tmp_path: Path) -> None:
+def test_missing_prefix_is_named(tmp_path: Path) -> None:
     class Outer(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.backbone = Net()
 
     with pytest.raises(UserError, match=r"'backbone\.'"):
-        take(saved(values()), tmp_path, Outer())
+        load(saved(values()), tmp_path, Outer())
 
 
-def test_nothing_of_a_pickle_is_executed(tmp_path: Path) -> None:
+def test_pickle_is_never_executed(tmp_path: Path) -> None:
     class Harm:
         def __reduce__(self) -> tuple[Any, ...]:
             return Path.touch, (tmp_path / "executed",)
 
     for options in ({}, {"_use_new_zipfile_serialization": False}):
         with pytest.raises(UserError, match="pickle"):
-            take(saved({"model": Harm()}, **options), tmp_path)
+            load(saved({"model": Harm()}, **options), tmp_path)
     with pytest.raises(UserError, match="pickle"):
-        take(pickle.dumps(Harm()), tmp_path)
+        load(pickle.dumps(Harm()), tmp_path)
     assert not (tmp_path / "executed").exists()

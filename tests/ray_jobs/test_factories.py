@@ -1,7 +1,8 @@
-"""Models of one's own: wrapped, in files beside others, of unusual state, and those that cannot be taken."""
+"""Custom models: wrapped models, files that import others, unusual tensors, and models that cannot be loaded."""
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,13 +31,13 @@ Load = Callable[..., loading.LoadedModel]
 
 @pytest.fixture
 def load(tmp_path: Path) -> Load:
-    """Loads the model that some code, after NET, defines as `made`."""
+    """Return a function that loads the model that code defines as `made` after NET."""
 
-    def loading(code: str, precision: str = "float32") -> loading.Loaded:
+    def load_code(code: str, precision: str = "float32") -> loading.LoadedModel:
         (tmp_path / "m.py").write_text(NET + code)
         return loading.load(ModelConfig(spec=f"{tmp_path / 'm.py'}:made", precision=precision, image_size=8, resize=8))
 
-    return loading
+    return load_code
 
 
 WRAPPED = {
@@ -64,12 +65,12 @@ FORWARDS = {
     "several inputs": "def forward(self, *xs): return self.m(torch.cat(xs))",
     "optional": "def forward(self, x=None, **kwargs): return self.m(x)",
     "keyword only": "def forward(self, *, pixel_values): return self.m(pixel_values)",
-    "one keyword needed": "def forward(self, *, mask=None, pixels): return self.m(pixels)",
+    "one required keyword": "def forward(self, *, mask=None, pixels): return self.m(pixels)",
 }
 
 
 @pytest.mark.parametrize("code", WRAPPED.values(), ids=WRAPPED)
-def test_a_wrapped_model_is_the_one_inside(load: Load, code: str) -> None:
+def test_wrapped_model_is_unwrapped(load: Load, code: str) -> None:
     loaded, plain = load(code), load("made = net()")
     with torch.no_grad():
         torch.testing.assert_close(loaded.network.module(INPUTS), plain.model.eval()(INPUTS))
@@ -77,7 +78,7 @@ def test_a_wrapped_model_is_the_one_inside(load: Load, code: str) -> None:
 
 
 @pytest.mark.parametrize("forward", FORWARDS.values(), ids=FORWARDS)
-def test_a_forward_of_any_signature_is_called_as_torch_calls_it(load: Load, forward: str) -> None:
+def test_forward_of_any_signature_gets_the_input(load: Load, forward: str) -> None:
     loaded = load(f"""
 class made(nn.Module):
     def __init__(self): super().__init__(); self.m = net()
@@ -86,7 +87,7 @@ class made(nn.Module):
         torch.testing.assert_close(loaded.network.module(INPUTS), loaded.model.eval().m(INPUTS))  # type: ignore[operator]
 
 
-def test_a_module_within_that_is_wrapped_keeps_its_names(load: Load) -> None:
+def test_wrapped_submodule_keeps_its_names(load: Load) -> None:
     loaded = load("""
 class made(nn.Module):
     def __init__(self): super().__init__(); self.m = nn.DataParallel(net()); self.c = torch.compile(nn.ReLU())
@@ -94,7 +95,7 @@ class made(nn.Module):
     assert list(loaded.network.operators) == ["m.module.0", "m.module.4"]
 
 
-REFUSED = {
+INVALID = {
     "a pair": ("def made(): return net(), 1", "a tuple of Sequential, int"),
     "None": ("def made(): net()", "None"),
     "a state dict": ("def made(): return net().state_dict()", "a state dict"),
@@ -122,7 +123,7 @@ REFUSED = {
     ),
     "two keywords": (
         "class made(nn.Module):\n    def forward(self, *, x, y): return x",
-        "keyword arguments only (x, y)",
+        "only keyword arguments (x, y)",
     ),
     "lazy for another size": ("def made(): return nn.Sequential(nn.LazyConv2d(4, 9), nn.Flatten())", "(3, 8, 8)"),
     "lazy and not used": (
@@ -141,16 +142,16 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize(("code", "named"), REFUSED.values(), ids=REFUSED)
-def test_what_is_no_model_to_trace_is_refused_with_its_cause(load: Load, code: str, named: str) -> None:
+@pytest.mark.parametrize(("code", "phrase"), INVALID.values(), ids=INVALID)
+def test_model_that_cannot_be_traced_is_an_error_with_its_cause(load: Load, code: str, phrase: str) -> None:
     with pytest.raises(UserError) as caught:
         load(code)
-    assert named in caught.value.what
+    assert phrase in caught.value.what
     assert caught.value.where.startswith("--model ")
     assert "\n" not in str(caught.value)
 
 
-def test_an_exception_is_placed_in_the_users_file(load: Load, tmp_path: Path) -> None:
+def test_exception_is_located_in_the_users_file(load: Load, tmp_path: Path) -> None:
     (tmp_path / "layers.py").write_text("import json\n\n\ndef layers():\n    return json.loads('{')\n")
     with pytest.raises(UserError) as caught:
         load("from layers import layers\nmade = layers")
@@ -167,7 +168,7 @@ def entry(folder: Path, code: str, layers: int) -> str:
 @pytest.mark.parametrize(
     "code", ["from layers import net", "from .layers import net", "import layers\nnet = layers.net"]
 )
-def test_files_of_the_same_names_in_two_folders_are_not_confused(tmp_path: Path, code: str) -> None:
+def test_files_of_the_same_names_in_two_folders_are_different_modules(tmp_path: Path, code: str) -> None:
     specs = [entry(tmp_path / "one", code, 3), entry(tmp_path / "two" / "a.b", code, 4)]
     path, modules = list(sys.path), {"torch", "json"} & set(sys.modules)
     found = [load_custom_model(spec).out_features for spec in (*specs, *specs)]
@@ -176,7 +177,7 @@ def test_files_of_the_same_names_in_two_folders_are_not_confused(tmp_path: Path,
     assert modules <= set(sys.modules)
 
 
-def test_a_package_of_the_current_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_package_of_the_current_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "package_of_a_test").mkdir()
     (tmp_path / "package_of_a_test" / "nets.py").write_text(NET)
     monkeypatch.chdir(tmp_path)
@@ -184,7 +185,7 @@ def test_a_package_of_the_current_folder_is_found(tmp_path: Path, monkeypatch: p
     assert isinstance(load_custom_model("package_of_a_test.nets:net"), nn.Sequential)
 
 
-def test_a_model_of_a_module_is_loaded_as_it_is_every_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_of_a_module_is_the_same_at_every_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "module_of_a_test.py").write_text(NET + "\nmade = net()")
     monkeypatch.chdir(tmp_path)
     config = ModelConfig(spec="module_of_a_test:made", precision="float64", image_size=8, resize=8)
@@ -193,7 +194,7 @@ def test_a_model_of_a_module_is_loaded_as_it_is_every_time(tmp_path: Path, monke
     assert loading.load(config).digest == first.digest
 
 
-def test_lazy_layers_are_the_same_in_every_process_that_loads_them(load: Load) -> None:
+def test_lazy_layers_are_the_same_in_every_process(load: Load) -> None:
     code = "def made(): return nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.Flatten(), nn.LazyLinear(3))"
     torch.manual_seed(0)
     first = load(code)
@@ -220,20 +221,28 @@ class made(nn.Module):
 """
 
 
-@pytest.mark.parametrize(("precision", "kind"), [("float32", torch.complex64), ("float64", torch.complex128)])
-def test_only_tensors_of_real_numbers_are_cast_to_the_precision(load: Load, precision: str, kind: torch.dtype) -> None:
+@pytest.mark.parametrize(("precision", "complex_dtype"), [("float32", torch.complex64), ("float64", torch.complex128)])
+def test_complex_and_integer_tensors_keep_their_type_when_cast(
+    load: Load, precision: str, complex_dtype: torch.dtype
+) -> None:
     loaded = load(UNUSUAL, precision)
     buffers = dict(loaded.model.named_buffers())
-    assert buffers["phase"].dtype == kind
+    assert buffers["phase"].dtype == complex_dtype
     assert (buffers["mask"].dtype, buffers["count"].dtype) == (torch.bool, torch.int64)
     assert buffers["small"].dtype == buffers["m.1.running_var"].dtype == loaded.dtype
     inputs = INPUTS.to(loaded.dtype)
     with torch.no_grad():
-        by_hand = inputs * torch.exp(1j * torch.linspace(0, 3, 8)).imag * 2
-        torch.testing.assert_close(loaded.network.module(inputs), loaded.model.m(by_hand), rtol=1e-5, atol=1e-5)  # type: ignore[operator]
+        scaled = inputs * torch.exp(1j * torch.linspace(0, 3, 8)).imag * 2
+        torch.testing.assert_close(loaded.network.module(inputs), loaded.model.m(scaled), rtol=1e-5, atol=1e-5)  # type: ignore[operator]
 
 
-def test_sparse_buffers_are_cast_as_torch_casts_them() -> None:
+def test_sparse_buffers_are_cast() -> None:
     model = nn.Linear(2, 2)
     model.register_buffer("adjacency", torch.eye(3).to_sparse())
     assert cast(model, torch.device("cpu"), torch.float64).adjacency.dtype == torch.float64
+
+
+def test_spec_of_a_moved_model_in_an_old_manifest_is_loaded() -> None:
+    config = ModelConfig(spec="ray_jobs.small:small_cnn", image_size=28, resize=28, mean=(0.5,), std=(0.5,))
+    moved = replace(config, spec="ray_jobs.studies.small_cnn:small_cnn")
+    assert loading.load(config).digest == loading.load(moved).digest

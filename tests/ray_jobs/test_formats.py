@@ -13,7 +13,7 @@ from ray_jobs.data.samples import SampleError
 from tests.ray_jobs.test_decode import PLAIN, TENSOR, npy, saved, smooth
 
 
-def test_an_image_is_used_whatever_else_the_sample_holds() -> None:
+def test_image_is_used_whatever_other_files_the_sample_has() -> None:
     photograph = saved(smooth("RGB"), "jpeg")
     mask = saved(Image.new("L", (24, 20)), "png")
     expected = decode({"jpg": photograph}, PLAIN)
@@ -34,7 +34,7 @@ PILLOWS = {"bmp": "BMP", "ppm": "PPM", "pgm": "PPM", "tif": "TIFF", "tiff": "TIF
 
 @pytest.mark.parametrize("extension", PILLOWS)
 @pytest.mark.parametrize("mode", ["1", "L", "RGB", "P", "RGBA", "CMYK", "I;16"])
-def test_formats_that_their_names_allow_are_read_as_pillow_reads_them(extension: str, mode: str) -> None:
+def test_formats_that_file_names_allow_are_read_as_pillow_reads_them(extension: str, mode: str) -> None:
     if mode in {"BMP": ("RGBA", "CMYK", "I;16"), "PPM": ("P", "RGBA", "CMYK")}.get(PILLOWS[extension], ()):
         return
     values = np.random.default_rng(0).integers(0, 65536, (20, 24), np.uint16)
@@ -63,7 +63,7 @@ def test_tiffs_are_turned_upright(orientation: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.int32])
-def test_a_tiff_of_32_bits_is_rejected(dtype: type) -> None:
+def test_tiff_of_32_bits_is_rejected(dtype: type) -> None:
     buffer = io.BytesIO()
     Image.fromarray(np.ones((20, 24), dtype)).save(buffer, "TIFF")
     with pytest.raises(SampleError, match="32 bits"):

@@ -1,4 +1,4 @@
-"""Files of labels in the forms that people have: understood as another reader would, or an error."""
+"""Files of labels: common forms are read as another reader would, and ambiguous files are an error."""
 
 import csv
 import io
@@ -59,7 +59,7 @@ FORMS = {
 
 @pytest.mark.parametrize("text", FORMS.values(), ids=FORMS)
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
-def test_every_common_form_is_understood(text: str, encoding: str) -> None:
+def test_every_common_form_is_read(text: str, encoding: str) -> None:
     assert parse_labels(text.encode(encoding), IMAGES, "val") == LABELS
 
 
@@ -73,15 +73,15 @@ NAMED = {
 
 
 @pytest.mark.parametrize("text", NAMED.values(), ids=NAMED)
-def test_names_of_classes_are_numbered_in_their_order(text: str) -> None:
+def test_class_names_are_numbered_in_their_order(text: str) -> None:
     assert parse_labels(text.encode(), IMAGES, "val") == [1, 0, 2, 1, 0, 2]
 
 
-def test_names_are_numbered_over_all_lines_though_the_folder_holds_some_images() -> None:
+def test_names_are_numbered_over_all_lines_even_if_images_are_missing() -> None:
     assert parse_labels(lines("{i} {n}", WNIDS).encode(), IMAGES[2:4], "val") == [2, 1]
 
 
-def test_no_label_and_minus_one_are_no_labels() -> None:
+def test_empty_label_and_minus_one_are_no_labels() -> None:
     assert parse_labels(lines("{i},{n}", ["", 0, -1, 3, 0, ""]).encode(), IMAGES, "val") == [None, 0, None, 3, 0, None]
 
 
@@ -104,18 +104,18 @@ WRONG = {
 
 
 @pytest.mark.parametrize("text", WRONG.values(), ids=WRONG)
-def test_what_is_not_understood_is_an_error(text: str) -> None:
+def test_ambiguous_file_is_an_error(text: str) -> None:
     with pytest.raises(ShardError):
         parse_labels(text.encode(), IMAGES, "val")
 
 
-def test_a_name_that_fits_two_images_is_an_error() -> None:
+def test_name_of_two_images_is_an_error() -> None:
     with pytest.raises(ShardError, match="several images"):
         parse_labels(b"1.jpg 5\n", ["a/1.jpg", "b/1.jpg"], "val")
     assert parse_labels(b"a/1.jpg 5\nb/1.jpg 6\n", ["a/1.jpg", "b/1.jpg"], "val") == [5, 6]
 
 
-def test_images_that_are_named_by_numbers_are_not_taken_for_labels() -> None:
+def test_image_names_that_are_numbers_are_not_taken_for_labels() -> None:
     images = [f"{n}.jpg" for n in range(5)]
     assert parse_labels(b"4\n3\n3\n1\n0\n", images, "val") == [4, 3, 3, 1, 0]
     assert parse_labels(b"label,image\n" + b"".join(b"%d,%d.jpg\n" % (n % 2, n) for n in range(5)), images, "") == [
@@ -127,7 +127,7 @@ def test_images_that_are_named_by_numbers_are_not_taken_for_labels() -> None:
     st.lists(st.text(st.characters(exclude_categories=("C", "Z")), min_size=1, max_size=8), min_size=1, unique=True),
     st.data(),
 )
-def test_a_table_that_csv_writes_is_read_as_csv_reads_it(stems: list[str], data: st.DataObject) -> None:
+def test_table_of_pythons_csv_is_read_as_written(stems: list[str], data: st.DataObject) -> None:
     images = sorted(f"{stem.replace('/', '_')}.jpg" for stem in stems)
     if len({image.casefold() for image in images}) < len(images):
         return
@@ -139,7 +139,7 @@ def test_a_table_that_csv_writes_is_read_as_csv_reads_it(stems: list[str], data:
     assert parse_labels(text.getvalue().encode(), images, "val") == labels
 
 
-def test_class_numbers_are_kept_only_if_they_tell_classes_apart() -> None:
+def test_class_numbers_are_kept_only_if_they_are_different() -> None:
     assert number_classes(["10", "2", "007"]) == {"2": 2, "007": 7, "10": 10}
     assert number_classes(["7", "007", "1"]) == {"007": 0, "1": 1, "7": 2}
     assert number_classes(["99999999999", "5"]) == {"5": 0, "99999999999": 1}
@@ -153,27 +153,27 @@ def filled(folder: Path, names: list[str]) -> Path:
     return folder
 
 
-def labelled(folder: Path) -> dict[str, int | None]:
+def read_labels(folder: Path) -> dict[str, int | None]:
     found = [s for shard in list_shards([str(folder)]) for s in read_shard(shard)]
     return {s.key: int(s.files["cls"]) if "cls" in s.files else None for s in found}
 
 
 @pytest.mark.parametrize("given", ["val", "val/images"])
-def test_tiny_imagenets_validation_folder_is_read_as_it_is(tmp_path: Path, given: str) -> None:
+def test_tiny_imagenets_validation_folder_is_read(tmp_path: Path, given: str) -> None:
     filled(tmp_path / "val" / "images", IMAGES)
     (tmp_path / "val" / "val_annotations.txt").write_text(NAMED["Tiny ImageNet's"])
-    assert list(labelled(tmp_path / given).values()) == [1, 0, 2, 1, 0, 2]
+    assert list(read_labels(tmp_path / given).values()) == [1, 0, 2, 1, 0, 2]
 
 
-def test_a_list_beside_class_folders_does_not_replace_their_classes(tmp_path: Path) -> None:
+def test_list_next_to_class_folders_does_not_replace_their_classes(tmp_path: Path) -> None:
     filled(tmp_path / "images", ["a/1.jpg", "b/2.jpg", "b/3.jpg"])
-    (tmp_path / "images.txt").write_text("1 a/1.jpg\n2 b/2.jpg\n3 b/3.jpg\n")  # as of CUB-200-2011: numbers of images
-    assert labelled(tmp_path / "images") == {"a/1": 0, "b/2": 1, "b/3": 1}
+    (tmp_path / "images.txt").write_text("1 a/1.jpg\n2 b/2.jpg\n3 b/3.jpg\n")  # as in CUB-200-2011: numbers of images
+    assert read_labels(tmp_path / "images") == {"a/1": 0, "b/2": 1, "b/3": 1}
 
 
-def test_a_file_of_labels_that_is_not_understood_is_named(tmp_path: Path) -> None:
+def test_ambiguous_file_of_labels_is_named(tmp_path: Path) -> None:
     folder = filled(tmp_path / "val", IMAGES)
     (folder / "labels.txt").write_text("".join(f"{i}:1\n" for i in IMAGES))
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError, match=r"labels\.txt") as caught:
         list_shards([str(folder)])
-    assert "labels.txt" in str(error.value)
+    assert caught.value.where == f"{folder}/"

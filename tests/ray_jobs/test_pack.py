@@ -1,4 +1,4 @@
-"""`pack` over folders as people have them: every image is packed, or one line says which cannot be."""
+"""`pack`: every image of a folder is packed, or an error names the image that cannot be packed."""
 
 import json
 import shutil
@@ -40,7 +40,7 @@ def test_hidden_files_and_folders_are_left_out(images: Path, tmp_path: Path, opt
     assert len([name for name in names if not name.endswith(".cls")]) == 4
 
 
-def test_a_folder_named_like_an_image_is_a_folder(images: Path, tmp_path: Path) -> None:
+def test_folder_named_like_an_image_is_a_folder(images: Path, tmp_path: Path) -> None:
     (images / "cat" / "album.jpg").mkdir()
     shutil.copy(images / "cat" / "1.jpg", images / "cat" / "album.jpg" / "1.jpg")
     assert "cat/album%2Ejpg/1.jpg" in packed(images, tmp_path / "out")
@@ -59,23 +59,28 @@ def test_every_format_of_torchvision_is_packed_and_counted(
     assert len(samples) == len({s.key for s in samples}) == len(names) // 2
 
 
-def broken_link(images: Path) -> None:
+def add_broken_link(images: Path) -> None:
     (images / "cat" / "3.jpg").symlink_to("nowhere.jpg")
 
 
-def empty_image(images: Path) -> None:
+def add_empty_image(images: Path) -> None:
     (images / "cat" / "3.jpg").write_bytes(b"")
 
 
-def gif(images: Path) -> None:
+def add_gif(images: Path) -> None:
     Image.new("RGB", (9, 9)).save(images / "cat" / "3.gif")
 
 
 @pytest.mark.parametrize(
     ("spoil", "options"),
-    [(broken_link, ()), (broken_link, ("--crops", "1")), (empty_image, ("--crops", "1")), (gif, ("--crops", "1"))],
+    [
+        (add_broken_link, ()),
+        (add_broken_link, ("--crops", "1")),
+        (add_empty_image, ("--crops", "1")),
+        (add_gif, ("--crops", "1")),
+    ],
 )
-def test_an_image_that_cannot_be_packed_is_named(
+def test_image_that_cannot_be_packed_is_named(
     images: Path,
     tmp_path: Path,
     complaint: Callable[..., str],
@@ -84,11 +89,11 @@ def test_an_image_that_cannot_be_packed_is_named(
 ) -> None:
     spoil(images)
     assert "cat/3." in complaint("pack", images, tmp_path / "out", *options)
-    assert not list((tmp_path / "out").glob("*")), "something half written was left"
+    assert not list((tmp_path / "out").glob("*")), "an incomplete file was left"
 
 
 @pytest.mark.parametrize("where", ["images/shards", "images", "images/cat", "file", "file/below"])
-def test_shards_go_to_a_folder_of_their_own(
+def test_output_folder_outside_the_images_is_required_and_nothing_is_written(
     images: Path, tmp_path: Path, complaint: Callable[..., str], where: str
 ) -> None:
     (tmp_path / "file").write_bytes(b"x")
@@ -106,7 +111,7 @@ def test_shards_go_to_a_folder_of_their_own(
         (["²", "٣"], {"0": "²", "1": "٣"}),
     ],
 )
-def test_folders_with_odd_numbers_are_different_classes(
+def test_folders_with_unusual_numbers_are_different_classes(
     tmp_path: Path, folders: list[str], classes: dict[str, str]
 ) -> None:
     for number, name in enumerate(folders):

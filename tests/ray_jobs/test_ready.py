@@ -1,4 +1,4 @@
-"""The input's shape from ready tensors: the same as if it had been spelled by options."""
+"""Ready tensors: the input shape is taken from them, as if it had been passed by options."""
 
 import io
 from pathlib import Path
@@ -31,21 +31,21 @@ def tensors(path: Path, *shape: int, first: dict[str, object] | None = None) -> 
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 5])
-def test_a_fit_of_ready_tensors_needs_no_options(tmp_path: Path, channels: int) -> None:
+def test_fit_of_ready_tensors_needs_no_options(tmp_path: Path, channels: int) -> None:
     (tmp_path / "m.py").write_text(NET.format(channels))
     shards = (tensors(tmp_path / "a.tar", channels, 28, 28), tensors(tmp_path / "b.tar", channels, 28, 28))
     spec = f"{tmp_path / 'm.py'}:net"
     config = FitConfig(model=ModelConfig(spec=spec), shards=shards, out=str(tmp_path / "run"))
-    spelled = ModelConfig(spec=spec, image_size=28, resize=28, mean=(0.0,) * channels, std=(1.0,) * channels)
+    explicit = ModelConfig(spec=spec, image_size=28, resize=28, mean=(0.0,) * channels, std=(1.0,) * channels)
     run = fit(config, HERE)
     assert run.manifest()["fit"]["samples"] == 8
-    assert ModelConfig(**run.read_fitted_model()) == spelled
-    for shard in shards:  # a finished fit is known without its data
+    assert ModelConfig(**run.read_fitted_model()) == explicit
+    for shard in shards:  # a finished fit does not need its data
         Path(shard).unlink()
     assert fit(config, HERE).manifest() == run.manifest()
 
 
-def test_other_data_and_options_leave_a_config_as_it_is(tmp_path: Path) -> None:
+def test_other_data_and_options_do_not_change_a_config(tmp_path: Path) -> None:
     config = ModelConfig(spec="m.py:net")
     images = make_shards(tmp_path, 1, 2)
     small = tensors(tmp_path / "small.tar", 1, 8, 8)
@@ -59,13 +59,13 @@ def test_other_data_and_options_leave_a_config_as_it_is(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("first", [{"npy": b"no tensor"}, {"npy": npy(3)}, {"txt": b"text"}])
-def test_the_first_sample_with_a_shape_counts(tmp_path: Path, first: dict[str, object]) -> None:
+def test_first_sample_with_a_shape_determines_the_shape(tmp_path: Path, first: dict[str, object]) -> None:
     shards = [str(tmp_path / "none.tar"), tensors(tmp_path / "a.tar", 2, 8, 8, first=first)]
     found = infer_input_size(ModelConfig(spec="m.py:net"), shards)
     assert (found.image_size, found.resize, found.mean, found.std) == (8, 8, (0.0, 0.0), (1.0, 1.0))
 
 
-def test_tensors_that_are_not_square_are_refused(tmp_path: Path) -> None:
+def test_tensors_that_are_not_square_are_an_error(tmp_path: Path) -> None:
     shard = tensors(tmp_path / "a.tar", 3, 8, 9)
     with pytest.raises(UserError) as caught:
         infer_input_size(ModelConfig(spec="m.py:net"), [shard])
@@ -73,7 +73,7 @@ def test_tensors_that_are_not_square_are_refused(tmp_path: Path) -> None:
     assert "(3, 8, 9)" in caught.value.what
 
 
-def test_images_are_rejected_by_a_model_of_another_number_of_channels(tmp_path: Path) -> None:
+def test_images_are_rejected_by_a_model_with_another_number_of_channels(tmp_path: Path) -> None:
     (tmp_path / "m.py").write_text(NET.format(2))
     samples = [{"__key__": "s0", "npy": npy(2, 28, 28)}, {"__key__": "s1", "jpg": jpeg(np.random.default_rng(0))}]
     shard = str(write_tar(tmp_path / "a.tar", samples))

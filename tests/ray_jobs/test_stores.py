@@ -1,4 +1,4 @@
-"""Paths, URLs and stores: what is meant by a name, and what is wrong with a store."""
+"""Paths, URLs and stores: names are normalized, and errors of stores say how to fix them."""
 
 import errno
 import os
@@ -29,8 +29,8 @@ from tests.conftest import make_shards
         (ValueError("Protocol not known: foo"), "foo://b/run", "foo://"),
         (type("NoCredentialsError", (Exception,), {})("Unable to locate"), "s3://b/run", "credentials"),
         (PermissionError("Forbidden"), "s3://b/run", "credentials"),
-        (ConnectionRefusedError(errno.ECONNREFUSED, "refused"), "s3://b/run", "does not answer"),
-        (TimeoutError("no answer"), "s3://b/run", "does not answer"),
+        (ConnectionRefusedError(errno.ECONNREFUSED, "refused"), "s3://b/run", "does not respond"),
+        (TimeoutError("no answer"), "s3://b/run", "does not respond"),
         (OSError(errno.ENOSPC, "No space left on device"), "/run", "Free disk space"),
         (OSError(errno.EROFS, "Read-only file system"), "/run", "permissions"),
         (OSError(errno.ENAMETOOLONG, "File name too long"), "/run", "Check the path"),
@@ -38,25 +38,25 @@ from tests.conftest import make_shards
         (RuntimeError("odd\n in two lines"), "s3://b/run", "odd in two lines"),
     ],
 )
-def test_errors_of_file_systems_say_what_to_do(error: Exception, where: str, phrase: str) -> None:
-    told = to_user_error(error, where)
-    assert told.where == where
-    assert phrase in str(told)
-    assert "\n" not in str(told)
+def test_errors_of_file_systems_say_how_to_fix_them(error: Exception, where: str, phrase: str) -> None:
+    found = to_user_error(error, where)
+    assert found.where == where
+    assert phrase in str(found)
+    assert "\n" not in str(found)
 
 
-def test_a_missing_file_is_known_as_one_and_a_server_that_is_away_is_not() -> None:
+def test_missing_file_and_unreachable_server_are_different_errors() -> None:
     assert isinstance(to_user_error(FileNotFoundError(errno.ENOENT, "no", "/a"), "/a"), MissingError)
-    away = FileNotFoundError("http://h/a")
-    away.__cause__ = ConnectionRefusedError("refused")
-    assert not isinstance(to_user_error(away, "http://h/a"), FileNotFoundError)
+    unreachable = FileNotFoundError("http://h/a")
+    unreachable.__cause__ = ConnectionRefusedError("refused")
+    assert not isinstance(to_user_error(unreachable, "http://h/a"), FileNotFoundError)
 
 
-def test_a_server_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_server_that_never_responds_is_an_error_after_a_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(file_systems, "ANSWER_TIMEOUT", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as server:
         begun = time.monotonic()
-        with pytest.raises(UserError, match="does not answer"):
+        with pytest.raises(UserError, match="does not respond"):
             locate(f"http://127.0.0.1:{server.getsockname()[1]}/run/manifest.json").read_text()
     assert time.monotonic() - begun < 20
 
@@ -73,12 +73,12 @@ def test_spellings_of_one_folder_are_one_location(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize("where", ["", " ", "s3:/bucket/run", "gs:/b", "http:/h/run", "~no-such-user/run"])
-def test_paths_that_cannot_be_meant_are_refused(where: str) -> None:
+def test_invalid_paths_are_an_error(where: str) -> None:
     with pytest.raises(UserError):
         normalize_location(where)
 
 
-def test_an_output_folder_is_no_file_and_nothing_is_created(tmp_path: Path) -> None:
+def test_output_folder_that_is_a_file_is_an_error_and_nothing_is_created(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     (tmp_path / "dangling").symlink_to("nowhere")
     (tmp_path / "real").mkdir()
@@ -97,18 +97,18 @@ def test_an_output_folder_is_no_file_and_nothing_is_created(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     "spec", ["{0..3}", "{003..001}", "{000..010..5}", "{010..000..5}", "{3..1}", "x{a,b{c,d}}", "{a..e..2}"]
 )
-def test_braces_are_bashs(spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told = subprocess.run(["bash", "-c", f"printf '%s\\n' {spec}.tar"], capture_output=True, text=True, check=True)
-    for name in told.stdout.splitlines():
+def test_braces_expand_as_in_bash(spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = subprocess.run(["bash", "-c", f"printf '%s\\n' {spec}.tar"], capture_output=True, text=True, check=True)
+    for name in done.stdout.splitlines():
         (tmp_path / name).write_text("x")
     monkeypatch.chdir(tmp_path)
-    assert [Path(shard).name for shard in list_shards([f"{spec}.tar"])] == told.stdout.splitlines()
+    assert [Path(shard).name for shard in list_shards([f"{spec}.tar"])] == done.stdout.splitlines()
 
 
 @pytest.mark.parametrize(
     "name", ["a::b", "a[1]b", "a{b,c}d", "@at", "back\\slash", "pct%20x", "q?x", "#hash", "new\nline"]
 )
-def test_folders_that_exist_are_meant_literally(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_existing_folders_are_taken_literally(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = make_shards(tmp_path / name, 2, 1)
     monkeypatch.chdir(tmp_path)
     for spec in (f"{name}/train-{{000..001}}.tar", f"{name}/*.tar", f"{name}/train-00[01].tar"):
@@ -116,7 +116,7 @@ def test_folders_that_exist_are_meant_literally(name: str, tmp_path: Path, monke
 
 
 @pytest.mark.parametrize("magic", [0x184D2A50, 0x184D2A5F])
-def test_a_zstd_file_of_several_frames_is_read(magic: int, tmp_path: Path) -> None:
+def test_zstd_file_of_several_frames_is_read(magic: int, tmp_path: Path) -> None:
     data, zstd = Path(make_shards(tmp_path, 1, 2)[0]).read_bytes(), pa.Codec("zstd")
     skippable = magic.to_bytes(4, "little") + (5).to_bytes(4, "little") + b"hello"
     halves = [zstd.compress(half, asbytes=True) for half in (data[:3000], data[3000:])]
@@ -126,7 +126,7 @@ def test_a_zstd_file_of_several_frames_is_read(magic: int, tmp_path: Path) -> No
         assert stream.read() == data
 
 
-def test_a_folder_of_ray_is_short_and_writable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_of_ray_is_short_and_writable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     long = tmp_path / ("x" * 2 * MAX_FOLDER_BYTES)
     long.mkdir()
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
@@ -140,7 +140,7 @@ def test_a_folder_of_ray_is_short_and_writable(tmp_path: Path, monkeypatch: pyte
         choose_temporary_folder()
 
 
-def test_a_home_that_cannot_be_written_gives_a_token_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_token_is_created_if_home_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", "/proc/nowhere")
@@ -151,10 +151,13 @@ def test_a_home_that_cannot_be_written_gives_a_token_of_its_own(monkeypatch: pyt
 
 @pytest.mark.parametrize("redirection", [">&-", "2>&-", "<&-", ">/dev/full", "| true"])
 def test_standard_streams_may_be_closed(redirection: str) -> None:
-    program = "from ray_jobs import standard; standard.secure(); print('→ ρ'); import sys; print('ρ', file=sys.stderr)"
+    program = (
+        "import sys; from ray_jobs.cli.standard_streams import secure; secure(); "
+        "print('→ ρ'); print('ρ', file=sys.stderr)"
+    )
     command = f'{sys.executable} -c "{program}" {redirection}'
     ascii_ = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    told = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=ascii_, check=False)
-    assert ("No space left" in told.stderr) == (redirection == ">/dev/full")
-    assert "UnicodeEncodeError" not in told.stderr
-    assert "BrokenPipe" not in told.stderr
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=ascii_, check=False)
+    assert ("No space left" in done.stderr) == (redirection == ">/dev/full")
+    assert ("Traceback" in done.stderr) == (redirection == ">/dev/full")
+    assert (done.returncode == 0) == (redirection != ">/dev/full")

@@ -1,4 +1,4 @@
-"""Threads beside the main path: everything in order, nothing held without bound, no error and no thread lost."""
+"""Background threads: results in order, bounded memory, and no lost exceptions or threads."""
 
 import random
 import threading
@@ -13,16 +13,16 @@ import torch
 from ray_jobs.engine.shard_worker import BatchStream
 from ray_jobs.io.prefetch import DEFAULT_COUNT, Prefetcher, WriteBehind, map_in_order
 
-Made = Callable[[Iterable[int]], Iterator[int]]
-MAKERS: dict[str, tuple[Made, int]] = {
-    "ahead": (lambda items: iter(Prefetcher(items)), DEFAULT_COUNT + 1),
+MakeStream = Callable[[Iterable[int]], Iterator[int]]
+MAKERS: dict[str, tuple[MakeStream, int]] = {
+    "prefetched": (lambda items: iter(Prefetcher(items)), DEFAULT_COUNT + 1),
     "in order, one thread": (lambda items: map_in_order(lambda i: i, items, 1), 1),
     "in order, three threads": (lambda items: map_in_order(lambda i: i, items, 3), 6),
 }
 
 
 class Source:
-    """Numbers from 0 on, which knows how many were taken and whether it was closed."""
+    """Numbers from 0 that count how many were taken and note whether their generator was closed."""
 
     def __init__(self, count: int, broken: bool = False) -> None:
         self.count, self.broken, self.taken, self.closed = count, broken, 0, False
@@ -42,7 +42,7 @@ class Source:
 
 
 @pytest.mark.parametrize(("stream", "held"), MAKERS.values(), ids=MAKERS)
-def test_items_come_in_order_and_few_are_held(stream: Made, held: int) -> None:
+def test_items_keep_their_order_and_few_are_held(stream: MakeStream, held: int) -> None:
     source = Source(50)
     for number, item in enumerate(stream(source.items())):
         assert item == number
@@ -52,7 +52,7 @@ def test_items_come_in_order_and_few_are_held(stream: Made, held: int) -> None:
 
 
 @pytest.mark.parametrize(("stream", "held"), MAKERS.values(), ids=MAKERS)
-def test_an_error_of_the_source_comes_after_its_items(stream: Made, held: int) -> None:
+def test_error_of_the_source_is_raised_after_its_items(stream: MakeStream, held: int) -> None:
     found: list[int] = []
     with pytest.raises(OSError, match="the source broke"):
         found.extend(stream(Source(5, broken=True).items()))
@@ -60,7 +60,7 @@ def test_an_error_of_the_source_comes_after_its_items(stream: Made, held: int) -
     assert len(found) >= 5 - held
 
 
-def test_a_reader_that_stops_early_closes_the_source_and_ends_its_thread() -> None:
+def test_closing_early_closes_the_source_and_ends_the_thread() -> None:
     before, source = threading.active_count(), Source(10**6)
     stream = Prefetcher(source.items())
     assert next(iter(stream)) == 0
@@ -69,7 +69,7 @@ def test_a_reader_that_stops_early_closes_the_source_and_ends_its_thread() -> No
     assert threading.active_count() == before
 
 
-def test_a_worker_that_fails_amid_a_shard_ends_its_reading_thread() -> None:
+def test_failure_within_a_shard_ends_the_reading_thread() -> None:
     before, source = threading.active_count(), Source(10**6)
     batches = BatchStream(source, torch.device("cpu"))  # type: ignore[arg-type]
 
@@ -86,7 +86,7 @@ def test_a_worker_that_fails_amid_a_shard_ends_its_reading_thread() -> None:
     assert batches.batches == 4
 
 
-def test_what_follows_begins_once_all_before_is_made_though_not_yet_worked_on() -> None:
+def test_next_prefetcher_starts_when_the_previous_is_exhausted_but_not_yet_used() -> None:
     first, second = Source(6), Source(10**6)
     before = Prefetcher(first)
     after = Prefetcher(second, before.exhausted)
@@ -94,7 +94,7 @@ def test_what_follows_begins_once_all_before_is_made_though_not_yet_worked_on() 
     for number in range(3):
         assert next(numbers) == number
     time.sleep(0.3)
-    assert (first.taken, second.taken) == (6, 0)  # the sixth waits for room
+    assert (first.taken, second.taken) == (6, 0)  # the sixth item waits for room in the queue
     assert next(numbers) == 3
     while second.taken < DEFAULT_COUNT + 1:
         time.sleep(0.01)
@@ -103,7 +103,7 @@ def test_what_follows_begins_once_all_before_is_made_though_not_yet_worked_on() 
     after.close()
 
 
-def test_what_follows_ends_though_what_is_before_never_does() -> None:
+def test_next_prefetcher_can_be_closed_although_the_previous_never_ends() -> None:
     before, first = set(threading.enumerate()), Prefetcher(Source(10**6))
     second = Source(1)
     Prefetcher(second, first.exhausted).close()
@@ -113,11 +113,11 @@ def test_what_follows_ends_though_what_is_before_never_does() -> None:
 
 
 def native_threads() -> int:
-    """Threads of this process that are not Python's."""
+    """Return the number of threads of this process that are not Python's."""
     return len(list(Path("/proc/self/task").iterdir())) - threading.active_count()
 
 
-def behind(work: Callable[[], int]) -> list[int]:
+def run_behind(work: Callable[[], int]) -> list[int]:
     found: list[int] = []
     with WriteBehind() as worker:
         worker.submit(lambda: found.append(work()))
@@ -125,16 +125,16 @@ def behind(work: Callable[[], int]) -> list[int]:
     return found
 
 
-BESIDE: dict[str, Callable[[Callable[[], int]], Iterable[int]]] = {
-    "ahead": lambda work: Prefetcher(work() for _ in range(1)),
+RUNNERS: dict[str, Callable[[Callable[[], int]], Iterable[int]]] = {
+    "prefetched": lambda work: Prefetcher(work() for _ in range(1)),
     "in order": lambda work: map_in_order(lambda _: work(), range(1), 3),
-    "behind": behind,
+    "write behind": run_behind,
 }
 
 
-@pytest.mark.parametrize("beside", BESIDE.values(), ids=BESIDE)
-def test_threads_beside_the_main_path_make_no_team_that_would_slow_its_own(
-    beside: Callable[[Callable[[], int]], Iterable[int]],
+@pytest.mark.parametrize("run", RUNNERS.values(), ids=RUNNERS)
+def test_background_threads_create_no_openmp_threads(
+    run: Callable[[Callable[[], int]], Iterable[int]],
 ) -> None:
     numbers, threads = torch.zeros(2**20), torch.get_num_threads()
     torch.set_num_threads(2)
@@ -144,15 +144,15 @@ def test_threads_beside_the_main_path_make_no_team_that_would_slow_its_own(
             numbers.add_(1)
             return native_threads()
 
-        before = work()  # with the main path's own team
-        (during,) = beside(work)
+        before = work()  # with the main thread's team
+        (during,) = run(work)
         assert during <= before
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
 
 
-def test_results_keep_the_order_of_their_items_however_long_each_takes() -> None:
+def test_results_keep_the_order_of_their_items_whatever_their_time() -> None:
     rng = random.Random(0)
     seconds = [rng.random() / 100 for _ in range(60)]
 
@@ -162,10 +162,10 @@ def test_results_keep_the_order_of_their_items_however_long_each_takes() -> None
 
     begun = time.monotonic()
     assert list(map_in_order(work, range(60), 6)) == [-n for n in range(60)]
-    assert time.monotonic() - begun < sum(seconds), "they were done one after the other"
+    assert time.monotonic() - begun < sum(seconds), "the items were computed one after the other"
 
 
-def test_an_error_comes_where_its_result_would_have() -> None:
+def test_error_is_raised_in_the_position_of_its_result() -> None:
     def work(number: int) -> int:
         if number == 7:
             raise ValueError("the eighth")
@@ -177,7 +177,7 @@ def test_an_error_comes_where_its_result_would_have() -> None:
     assert found == list(range(7))
 
 
-def test_what_is_done_behind_is_done_in_order_and_its_error_is_told() -> None:
+def test_deferred_calls_run_in_order_and_their_error_is_raised() -> None:
     done: list[int] = []
 
     def work(number: int) -> None:

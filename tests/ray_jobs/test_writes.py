@@ -1,4 +1,4 @@
-"""A fit that dies at any of its file operations loses nothing: the soak tries each."""
+"""A fit that dies at any of its file operations loses nothing; the soak tests each operation."""
 
 import json
 import subprocess
@@ -23,32 +23,32 @@ def trials(model_spec: str, tmp_path_factory: pytest.TempPathFactory) -> list[di
     bad = {"__key__": "cut", "jpg": b"\xff\xd8\xff\xe0 no more"}
     good = {"__key__": "whole", "jpg": jpeg(np.random.default_rng(2))}
     shards.append(str(write_tar(folder / "shards" / "bad.tar", [bad, good])))
-    told = json.dumps({"model": model_spec, "shards": shards, "folder": str(folder / "run")})
-    command = [sys.executable, "-m", "tests.ray_jobs.dying", told]
+    arguments = json.dumps({"model": model_spec, "shards": shards, "folder": str(folder / "run")})
+    command = [sys.executable, "-m", "tests.ray_jobs.dying", arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def test_operations_of_every_kind_were_tried(trials: list[dict[str, Any]]) -> None:
+def test_operations_of_every_type_were_tested(trials: list[dict[str, Any]]) -> None:
     assert all(t["died"] == DEAD for t in trials)
     assert len(trials) >= 80
     whole, torn = ([t["at"] for t in trials if t["torn"] == which] for which in (False, True))
     for name in ("manifest.json", "ledger.json", "progress.json", "patterns.safetensors", "quarantine.parquet"):
         assert any(at.startswith("os.rename") and at.endswith(name) for at in whole), name
         assert any(at.endswith(name) for at in torn), name
-    assert any(at.startswith("os.remove part-") for at in whole), "no merged part was deleted"
+    assert any(at.startswith("os.remove part-") for at in whole), "no merged partial was deleted"
     assert sum(at.startswith("open") for at in whole) > 20
 
 
-def test_wherever_it_died_the_same_command_ends_well_and_changes_no_digit(trials: list[dict[str, Any]]) -> None:
+def test_same_command_succeeds_after_every_death_and_changes_no_digit(trials: list[dict[str, Any]]) -> None:
     assert [t["at"] for t in trials if t["resumed"] != 0] == []
     for t in trials:
         assert t["after"]["differs"] < 1e-9, t["at"]
         assert (t["after"]["samples"], t["after"]["refused"]) == (10, 1), t["at"]
 
 
-def test_nothing_is_left_behind(trials: list[dict[str, Any]]) -> None:
+def test_no_file_is_left_behind(trials: list[dict[str, Any]]) -> None:
     for t in trials:
         after = t["after"]
         assert after["files"] == trials[0]["after"]["files"], t["at"]
