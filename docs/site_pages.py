@@ -1,4 +1,4 @@
-"""Hooks of mkdocs: pages of the site that lie outside docs/, and links to them and to source files."""
+"""Hooks of mkdocs: pages of the site that lie outside docs/, links to them and to source files, and formulas."""
 
 import re
 from pathlib import Path
@@ -13,6 +13,9 @@ PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "cluster/image/README.md": "image.md",
 }
+
+# Formulas become text, because a library that draws them would be loaded from the network.
+SYMBOLS = {"epsilon": "ε", "mu": "μ", "sigma": "σ", "odot": "⊙", "cdot": "·", "sim": "~", "quad": " ", "qquad": " "}
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -45,4 +48,17 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         path = str(target.relative_to(ROOT))
         return f"[{text}]({PAGES[path]}{anchor})" if path in PAGES else f"{text} (`{path}`)"
 
+    prose_and_code = re.split(r"(```.*?```|`[^`]*`)", markdown, flags=re.DOTALL)
+    markdown = "".join(part if part.startswith("`") else format_formulas(part) for part in prose_and_code)
     return re.sub(r"(?<!!)\[([^\]]*)\]\((?!\w+:)([^)#\s]+)(#[^)\s]*)?\)", replace, markdown)
+
+
+def format_formulas(text: str) -> str:
+    """Convert the TeX formulas of a text, such as `$a_s$`, to HTML."""
+
+    def convert(match: re.Match[str]) -> str:
+        formula = re.sub(r"\\([a-z]+)", lambda command: SYMBOLS[command[1]], match[1])
+        formula = re.sub(r"_(\w)", r"<sub>\1</sub>", formula)
+        return "<em>" + re.sub(r"\^(\w)", r"<sup>\1</sup>", formula) + "</em>"
+
+    return re.sub(r"\${1,2}([^$]+)\${1,2}", convert, text)
