@@ -1,7 +1,6 @@
 """The figures of docs/operations.md are computed again from the code and the benchmarks."""
 
 import re
-from dataclasses import fields
 from functools import partial
 
 import pytest
@@ -14,6 +13,7 @@ from benchmarks.machine import measure_cost
 from benchmarks.timing import vgg16_features
 from cluster.local import ROOT
 from ray_jobs.config import Resources
+from ray_jobs.config.option import options_of
 from ray_jobs.runs.map_files import estimate_bytes_per_sample
 from tests.operations.terminal import Terminal, blocks, rows, section
 
@@ -99,4 +99,4 @@ def test_memory_of_the_models_equals_the_output_of_plan(terminal: Terminal) -> N
 
 def test_options_that_may_change_on_resumption_are_the_resources() -> None:
     (listed,) = re.findall(r"These may\s+differ: (.*?); where", section("The run's life"), re.DOTALL)
-    assert set(re.findall(r"`--([\w-]+)`", listed)) == {each.name.replace("_", "-") for each in fields(Resources)}
+    assert set(re.findall(r"`--([\w-]+)`", listed)) == {name.replace("_", "-") for name in options_of(Resources)}
