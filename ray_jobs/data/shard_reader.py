@@ -98,7 +98,7 @@ class ShardTask:
 
     Attributes:
         shard: The shard.
-        max_samples: Only so many samples from the start of the shard are read, whether they can be used or not.
+        max_samples: The number of samples at most that are read from the start of the shard, usable or not.
             None: all.
         only: Only samples with these keys are used. None: all.
     """

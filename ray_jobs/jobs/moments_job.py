@@ -244,13 +244,13 @@ class MomentsJob(ShardJob):
         limit = equal_share(spec.max_samples, number, len(spec.shards))
         return MomentsTask(item, limit, self.retried.get(item), number=number, round=spec.round)
 
-    def on_committed(self, items: list[str], told: PartialMoments) -> None:
+    def on_committed(self, items: list[str], result: PartialMoments) -> None:
         """Note committed moments for the ledger."""
-        if sorted(told.shards) != sorted(self.numbers[item] for item in items):
-            raise RuntimeError(f"{told.file} holds {told.shards}, not {items}")
-        self.unwritten.append(told)
+        if sorted(result.shards) != sorted(self.numbers[item] for item in items):
+            raise RuntimeError(f"{result.file} holds {result.shards}, not {items}")
+        self.unwritten.append(result)
         self.seconds = time.monotonic() - self.first_ready
-        super().on_committed(items, told)
+        super().on_committed(items, result)
 
     def tick(self) -> None:
         """Write the ledger unless that took long and was done just now, and merge."""

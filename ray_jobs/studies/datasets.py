@@ -48,7 +48,7 @@ def read_digits(folder: Path, part: str, limit: int | None = None) -> tuple[np.n
     Args:
         folder: The folder of the idx files.
         part: `train` or `t10k`.
-        limit: Only the first so many; None: all.
+        limit: The number of images at most, from the start; None: all.
 
     Raises:
         UserError: If the folder does not hold them.

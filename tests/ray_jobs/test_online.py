@@ -92,7 +92,7 @@ USABLE: dict[str, tuple[object, object]] = {
     "Pillow": (Image.fromarray(PIXELS), PIXELS),
     "Pillow's palette": (PALETTE, np.asarray(PALETTE.convert("RGB"))),
     "Pillow's alpha": (Image.fromarray(np.concatenate([PIXELS, ALPHA], 2)), PIXELS),
-    "Pillow's grey": (Image.fromarray(PIXELS[..., 0]), PIXELS[..., :1]),
+    "Pillow's gray": (Image.fromarray(PIXELS[..., 0]), PIXELS[..., :1]),
     "RGBA": (np.concatenate([PIXELS, ALPHA], 2), PIXELS),
     "LA": (np.concatenate([PIXELS[..., :1], ALPHA], 2), PIXELS[..., 0]),
     "columns first": (np.asfortranarray(PIXELS), PIXELS),

@@ -198,10 +198,9 @@ def test_passes_over_the_data_give_the_patterns_of_one_pass(model_spec: str, tmp
     neurons = [pq.read_table(tmp_path / name / "neurons.parquet") for name in ("one", "few")]
     assert neurons[0]["n"].equals(neurons[1]["n"])
     assert whole.manifest()["fit"]["samples"] == few.manifest()["fit"]["samples"] == 20
-    with pytest.raises(UserError, match="its moments take") as error:
+    with pytest.raises(UserError, match="the moments of operator") as error:
         fit(replace(config, out=str(tmp_path / "none"), memory=2**20), HERE)
     assert error.value.parameter == "memory"
-    assert error.value.where in loading.load(config.model).network.operators
     assert not (tmp_path / "none").exists()
 
 

@@ -55,11 +55,11 @@ def plan_passes(
 def too_large_error(operator: Operator, estimators: Sequence[str], size: int, memory: int, room: int) -> UserError:
     """Return the error for an operator whose moments, of `size` bytes, exceed the `room` that memory leaves."""
     what = (
-        f"its moments take {format_bytes(size)}, but a `memory` of {format_bytes(memory)} leaves {format_bytes(room)} "
-        "after the model and a batch"
+        f"the moments of operator {operator.name} take {format_bytes(size)}, but a `memory` of {format_bytes(memory)} "
+        f"leaves {format_bytes(max(room, 0))} after the model and a batch"
     )
     remedy = f"Pass a `memory` of {format_bytes(memory - room + size)}"
     small = moments_bytes(operator, required_sums(operator, ["default"]))
     if small < size:
         remedy += f", or take fewer sums: `estimators` '{operator.name}=default,…' takes {format_bytes(small)} for it"
-    return UserError(operator.name, what, f"{remedy}.", "memory")
+    return UserError("", what, f"{remedy}.", "memory")
