@@ -11,7 +11,7 @@ from benchmarks import compiling, decoding, explaining, fitting
 from benchmarks.machine import Machine
 from benchmarks.pages import Table, make_parser, save_results
 from benchmarks.timing import COLUMNS, MODELS, THREADS, Bench, Row
-from patterns.compilation import RECORDED
+from patterns.compilation import CUDA_GRAPHS
 from ray_jobs.engine.shard_worker import keep_freed_memory
 
 PARTS: dict[str, Callable[[Bench], Iterable[Row]]] = {
@@ -41,7 +41,7 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.precision == "tf32"
     keep_freed_memory()  # as the workers do; for all variants alike
     batch = options.batch or (64 if on_gpu else 4)
-    mode = options.compile or (RECORDED if on_gpu else "default")
+    mode = options.compile or (CUDA_GRAPHS if on_gpu else "default")
     bench = Bench(Machine.measure(options.device), options.rounds, batch, options.models, mode)
     about = {
         "machine": f"{bench.machine.name()} ({platform.machine()})",  # before jobs set their own number of threads

@@ -83,7 +83,7 @@ VARIANTS = (
     Variant("own mean", "a₊ with the gate's own mean of y", lambda f: f.solve("two-component-own-mean")),
     Variant("multivariate", "all neurons of an operator at once", lambda f: f.solve("multivariate")),
     Variant("plain additions", "the default, but an addition's pattern is (1, 1)", plain_additions),
-    Variant("gated bottlenecks", "the default, but a₊ also where no gate follows", all_gated),
+    Variant("gated bottlenecks", "the default, but a₊ also if no gate follows", all_gated),
     Variant("filter", "w / wᵀw: no data", lambda f: f.solve("filter")),
 )
 

@@ -95,6 +95,9 @@ def draw(path: Path, points: list[Point]) -> None:
         name = "all positions" if positions is None else f"{positions} of each image"
         axes.plot([p.images for p in line], [p.errors["default"] for p in line], "o-", label=name)
     axes.set(xscale="log", yscale="log", xlabel="images", ylabel="median relative error of patterns")
+    ticks = sorted({point.images for point in points})
+    axes.set_xticks(ticks, map(str, ticks))
+    axes.tick_params(axis="x", which="minor", labelbottom=False)
     axes.grid(alpha=0.3, which="both")
     axes.legend(frameon=False)
     figure.savefig(path, dpi=130)

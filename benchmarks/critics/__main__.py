@@ -1,10 +1,9 @@
-"""Write docs/critics.md and its figures: `python -m benchmarks.critics [--write docs]`."""
+"""Measure what docs/critics.md reports: `python -m benchmarks.critics [--write docs]`."""
 
-import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -12,276 +11,173 @@ from torch import Tensor
 
 from benchmarks.critics import figures, photographs, shapes
 from benchmarks.critics.measures import cosine, heat, spearman, ssim
-from benchmarks.critics.photographs import BACKWARD, CARRIED, REFITTED, VARIANTS
+from benchmarks.critics.photographs import VARIANTS
+from benchmarks.pages import Cell, Table, make_parser, save_results
 from ray_jobs.engine.shard_worker import keep_freed_memory
 
-PARTS = "classifier", "blocks.6", "blocks.4", "blocks.2", "conv_stem"  # of the cascade, in the table
+PARTS = "classifier", "blocks.6", "blocks.4", "blocks.2", "conv_stem"  # stages of the cascade in the table
 PICTURED = 7  # the photograph in the figure
-STEPS = 7  # operators of the way back, in the table
-SCORES = "earth mover's accuracy", "mass inside", "pointing game"
+STEPS = 7  # operators of the backward pass in the table
 PICTURED_METHODS = tuple(
     name
-    for name in (*shapes.JUDGED, *shapes.BASELINES)
+    for name in (*shapes.METHODS, *shapes.BASELINES)
     if name not in ("integrated-gradients", "smoothgrad", "random map")
 )
 QUANTUS = ("guided-backprop", "default"), ("patternattribution", "default"), ("patternattribution", "linear")
+PAIR = "{:.2f} / {:.2f}"
+Rows = list[list[Cell]]
 
 
-def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    header = list(header)
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def escape(text: str) -> str:
+    """Escape the bars in a cell or title of a table."""
+    return text.replace("|", "\\|")
 
 
-def both(pair: tuple[Tensor, Tensor]) -> str:
-    """The means of SSIM and rank correlation."""
-    return " / ".join(f"{float(values.mean()):.2f}" for values in pair)
+def label(method: str) -> str:
+    """Return a method as code, or a baseline as text."""
+    return escape(method) if method in shapes.BASELINES else f"`{method}`"
 
 
-def named(method: str) -> str:
-    """As the page has it; what is no method is no code, and a bar would end a table's cell."""
-    return method.replace("|", "\\|") if method in shapes.BASELINES else f"`{method}`"
+def mean_pair(pair: tuple[Tensor, Tensor]) -> list[float]:
+    """Return the means of SSIM and rank correlation."""
+    return [float(values.mean()) for values in pair]
 
 
 # --- the photographs ------------------------------------------------------------------------------
 
 
-def randomisation(it: photographs.Setting, patterns: photographs.Patterns, folder: Path) -> dict[str, object]:
-    before, stages = photographs.randomisation(it, patterns, [PICTURED])
-    beside = photographs.baseline_likeness(before, it.photographs)
-    by_part = {stage.part: stage.likeness for stage in stages}
-    rows = [
-        [
-            variant, named(method), *(both(by_part[p][variant, method]) for p in PARTS),
-            *(both(pair) for pair in beside[method].values()),
-        ]
-        for variant, methods in VARIANTS.items()
-        for method in methods
-    ]  # fmt: skip
-    figures.draw_cascade(folder / "critics-cascade.png", stages, beside)
-    shown = {method: heat(maps)[PICTURED] for method, maps in before.items()}
-    figures.draw_maps(folder / "critics-maps.png", it.photographs[PICTURED], shown, stages)
-
-    def rank(part: str, variant: str, method: str) -> float:
-        return float(by_part[part][variant, method][1].mean())
-
-    numbers = {
-        f"rank_{short}_{where}_{key}": rank(part, variant, method)
-        for short, variant in (("carried", CARRIED), ("backward", BACKWARD), ("refitted", REFITTED))
-        for where, part in (("top", "classifier"), ("block", "blocks.6"), ("end", "conv_stem"))
-        for key, method in KEYS.items()
-        if method in VARIANTS[variant]
-    }
-    edges = {
-        f"rank_{base}_{key}": float(beside[m][name][1].mean())
-        for key, m in KEYS.items()
-        for base, name in (("sobel", "Sobel edges"), ("photo", "another photograph's map"))
-    }
-    head = [
-        "what is drawn anew",
-        "method",
-        *PARTS,
-        *(f"against {name}".replace("|", "\\|") for name in next(iter(beside.values()))),
-    ]
-    return {"cascade_table": table(head, rows), **numbers, **edges}
+def measure_cascade(it: photographs.Setting, patterns: photographs.Patterns, folder: Path) -> Table:
+    """Measure the similarity to the trained network's map along the cascade, and draw the figures."""
+    before, stages = photographs.measure_randomization(it, patterns, [PICTURED])
+    references = photographs.compare_with_baselines(before, it.photographs)
+    by_part = {stage.part: stage.similarity for stage in stages}
+    figures.draw_cascade(folder / "critics-cascade.png", stages, references)
+    heats = {method: heat(maps)[PICTURED] for method, maps in before.items()}
+    figures.draw_maps(folder / "critics-maps.png", it.photographs[PICTURED], heats, stages)
+    columns = {"randomized": "", "method": ""} | dict.fromkeys(PARTS, PAIR)
+    columns |= {f"against {escape(name)}": PAIR for name in next(iter(references.values()))}
+    rows: Rows = []
+    for variant, methods in VARIANTS.items():
+        for method in methods:
+            along_cascade = [mean_pair(by_part[part][variant, method]) for part in PARTS]
+            rows.append([variant, label(method), *along_cascade, *map(mean_pair, references[method].values())])
+    return Table(columns, rows)
 
 
-KEYS = {
-    "gradient": "gradient", "gxi": "gradient-x-input", "guided": "guided-backprop",
-    "pn": "patternnet:default", "pnl": "patternnet:linear",
-    "pa": "patternattribution:default", "pal": "patternattribution:linear",
-}  # fmt: skip
-
-
-def other_classes(it: photographs.Setting, patterns: photographs.Patterns) -> dict[str, object]:
-    found = photographs.other_classes(it, patterns)
+def compare_classes(it: photographs.Setting, patterns: photographs.Patterns) -> Table:
+    """Compare the maps of the predicted class with those of other classes."""
+    found = photographs.compare_classes(it, patterns)
     one, other = (torch.randn(it.photographs.shape, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
-    chance = ssim(heat(one), heat(other)), spearman(heat(one), heat(other)), cosine(one, other).abs()
-    rows = [[named(name), *(f"{float(v.mean()):.3f}" for v in scores.values())] for name, scores in found.items()]
-    rows.append(["two random maps", *(f"{float(values.mean()):.3f}" for values in chance)])
-    rows += [[f"{name}, which know no class", *["1.000"] * 3] for name in ("Sobel edges", "\\|x\\|")]
-    measures = {"ssim": "SSIM", "rank": "rank correlation", "cosine": "absolute cosine"}
-    numbers = {
-        f"other_{short}_{key}": float(found[method][measure].mean())
-        for key, method in KEYS.items()
-        for short, measure in measures.items()
-    }
-    return {"others_table": table(["method", *measures.values()], rows), "others": photographs.OTHERS, **numbers}
+    random = ssim(heat(one), heat(other)), spearman(heat(one), heat(other)), cosine(one, other).abs()
+    rows: Rows = [[label(name), *(float(v.mean()) for v in scores.values())] for name, scores in found.items()]
+    rows.append(["two random maps", *(float(values.mean()) for values in random)])
+    rows += [[f"{name}, the same for all classes", 1.0, 1.0, 1.0] for name in ("Sobel edges", "\\|x\\|")]
+    return Table({"method": ""} | dict.fromkeys(next(iter(found.values())), "{:.3f}"), rows)
 
 
-def ways_back(it: photographs.Setting, patterns: photographs.Patterns, folder: Path) -> dict[str, object]:
-    ways = photographs.ways_back(it, patterns)
-    figures.draw_ways_back(folder / "critics-convergence.png", ways)
-    operators = list(next(iter(ways.values())))
+def measure_convergence(it: photographs.Setting, patterns: photographs.Patterns, folder: Path) -> Table:
+    """Measure the cosine of two random output gradients along the backward pass, and draw the figure."""
+    curves = photographs.measure_backward_convergence(it, patterns)
+    figures.draw_convergence(folder / "critics-convergence.png", curves)
+    operators = list(next(iter(curves.values())))
     some = [operators[round(k * (len(operators) - 1) / (STEPS - 1))] for k in range(STEPS)]
-    rows = [[named(name), *(f"{float(way[op].mean()):.2f}" for op in some)] for name, way in ways.items()]
-    chance = (2 / torch.pi / torch.tensor(float(it.photographs[0].numel()))) ** 0.5
-    ratios = photographs.ratios(it.network, patterns)
-    ratio_rows = [
-        [name, f"{statistics.median(v.values()):.2f}", f"{max(v.values()):.2f}"] for name, v in ratios.items()
-    ]
-    end = {f"way_{key}": float(ways[m][operators[-1]].mean()) for key, m in KEYS.items() if m in ways}
-    negative = {
-        f"negative_{key}": f"{statistics.median(photographs.negative_shares(it.network, patterns[e])):.0%}"
-        for key, e in (("pa", "default"), ("pal", "linear"))
-    }
-    return {
-        "ways_table": table(["way back", *(f"`{name}`" for name in some)], rows),
-        "ratios_table": table(["weight", "σ₁/σ₂, median", "largest"], ratio_rows),
-        "ratio_w": statistics.median(ratios["w"].values()),
-        "ratio_pa": statistics.median(ratios["w⊙a, default"].values()),
-        "ratio_pal": statistics.median(ratios["w⊙a, linear"].values()),
-        "ratio_operators": len(ratios["w"]),
-        "way_normals": float(ways[photographs.NORMALS][operators[-1]].mean()),
-        "way_deconvnet": float(ways["deconvnet"][operators[-1]].mean()),
-        "way_chance": float(chance),
-        "converged": photographs.CONVERGED,
-        **end,
-        **negative,
-    }
+    rows: Rows = [[label(name), *(float(curve[op].mean()) for op in some)] for name, curve in curves.items()]
+    return Table({"backward pass": ""} | dict.fromkeys((f"`{name}`" for name in some), "{:.2f}"), rows)
+
+
+def measure_singular_ratios(it: photographs.Setting, patterns: photographs.Patterns) -> Table:
+    """Measure σ₁/σ₂ of the weights of backward passes."""
+    ratios = photographs.singular_ratios(it.network, patterns)
+    rows: Rows = [[name, statistics.median(v.values()), max(v.values())] for name, v in ratios.items()]
+    return Table({"weight": "", "σ₁/σ₂, median": "{:.2f}", "largest": "{:.2f}"}, rows)
 
 
 # --- the shapes -----------------------------------------------------------------------------------
 
 
-def suppressors(folder: Path) -> dict[str, object]:
-    scores: dict[tuple[str, str], dict[str, list[Tensor]]] = {}  # by scenario and model, by method, stacked SCORES
+def measure_suppressors(docs: Path | None, folder: Path) -> None:
+    """Score the maps of generated images against their ground truth."""
+    scores: dict[tuple[str, str], dict[str, list[Tensor]]] = {}  # by scenario and architecture, then by method
     pictures: dict[str, tuple[Tensor, Mapping[str, Tensor]]] = {}
     accuracies: dict[tuple[str, str], list[float]] = {}
     first: dict[tuple[str, str], shapes.Trained] = {}
     for scenario in shapes.SCENARIOS:
-        for kind in shapes.MODELS:
+        for architecture in shapes.MODELS:
+            key = scenario, architecture
             for seed in range(shapes.SEEDS):
-                trained = shapes.train(scenario, kind, seed)
-                accuracies.setdefault((scenario, kind), []).append(trained.accuracy)
+                trained = shapes.train(scenario, architecture, seed)
+                accuracies.setdefault(key, []).append(trained.accuracy)
                 images, labels = trained.images[: shapes.EXPLAINED], trained.labels[: shapes.EXPLAINED]
-                maps = shapes.explained(trained, images, labels)
+                maps = shapes.explain(trained, images, labels)
                 for name, some in maps.items():
-                    stacked = torch.stack([v.double() for v in shapes.judged(name, some).values()])
-                    scores.setdefault((scenario, kind), {}).setdefault(name, []).append(stacked)
+                    stacked = torch.stack([v.double() for v in shapes.score_maps(name, some).values()])
+                    scores.setdefault(key, {}).setdefault(name, []).append(stacked)
                 if seed == 0:
-                    first[scenario, kind] = trained
-                    pictures[f"{scenario}, {kind}"] = images[0, 0], {n: heat(maps[n])[0] for n in PICTURED_METHODS}
-                print(f"{scenario}, {kind}, seed {seed}: {trained.accuracy:.3f} right", flush=True)
+                    first[key] = trained
+                    heats = {name: heat(maps[name])[0] for name in PICTURED_METHODS}
+                    pictures[", ".join(key)] = images[0, 0], heats
+                print(f"{scenario}, {architecture}, seed {seed}: accuracy {trained.accuracy:.3f}", flush=True)
     figures.draw_shapes(folder / "critics-shapes.png", pictures, shapes.MASK)
     means = {key: {name: torch.cat(v, 1).mean(1) for name, v in of.items()} for key, of in scores.items()}
-    # A model's images are no independent draws of models, so the error is over the means of models.
+    # The images of one model are not independent draws of models, so the error is that of the means of models.
     errors = [
         float(torch.stack([v[0].mean() for v in several]).std() / len(several) ** 0.5)
         for of in scores.values()
         for name, several in of.items()
         if name not in shapes.BASELINES
     ]
-    methods = [*shapes.JUDGED, *shapes.BASELINES]
-    columns = [f"{scenario}, {kind}" for scenario, kind in means]
-    emd = [[named(name), *(f"{float(of[name][0]):.3f}" for of in means.values())] for name in methods]
-    rest = [
-        [named(name), *(f"{float(of[name][1]):.2f} / {float(of[name][2]):.2f}" for of in means.values())]
-        for name in methods
-    ]
-    best = {key: max(shapes.JUDGED, key=lambda name, of=of: float(of[name][0])) for key, of in means.items()}  # type: ignore[misc]
-    numbers = {
-        f"{what}_{scenario}_{kind}_{key}".lower(): float(of[method][row])
-        for (scenario, kind), of in means.items()
-        for row, what in enumerate(("emd", "inside", "hit"))
-        for key, method in {**KEYS, "random": "random map"}.items()
-    }
-    clear = 2 * max(errors)
-    above = {
-        f"above_{key}": sum(
-            float(of[m][0]) - max(float(of[b][0]) for b in shapes.BASELINES) > clear for of in means.values()
-        )
-        for key, m in {**KEYS, "pao": "patternattribution:two-component-own-mean"}.items()
-    }
-    outside = 1 - statistics.mean(float(of["gradient"][1]) for of in means.values())
-    average = {
-        f"mean_{key}": statistics.mean(float(of[m][0]) for of in means.values())
-        for key, m in {
-            **KEYS,
-            "sobel": "Sobel edges",
-            "x": "|x|",
-            "pao": "patternattribution:two-component-own-mean",
-            "random": "random map",
-            "pam": "patternattribution:multivariate",
-            "pnm": "patternnet:multivariate",
-        }.items()
-    }
-    return {
-        "emd_table": table(["method", *columns], emd),
-        "rest_table": table(["method", *columns], rest),
-        "accuracies": ", ".join(f"{s} {k} {min(v):.3f}" for (s, k), v in accuracies.items()),
-        "emd_error": max(errors),
-        "outside_gradient": f"{outside:.0%}",
-        "models": len(means),
-        "best": ";\n".join(
-            f"{s}, {k}: {named(name)} {float(means[s, k][name][0]):.3f}" for (s, k), name in best.items()
-        ),
-        **numbers,
-        **above,
-        **average,
-        **shift(first["XOR", "MLP"]),
-        **another_library(first["XOR", "CNN"]),
-    }
+    methods = [*shapes.METHODS, *shapes.BASELINES]
+    columns = [", ".join(key) for key in means]
+    distances: Rows = [[label(name), *(float(of[name][0]) for of in means.values())] for name in methods]
+    masses: Rows = [[label(name), *(of[name][1:].tolist() for of in means.values())] for name in methods]
+    lowest: Rows = [[min(values) for values in accuracies.values()]]
+    save(docs, "critics-accuracies", Table(dict.fromkeys(columns, "{:.3f}"), lowest))
+    distance_table = Table({"method": ""} | dict.fromkeys(columns, "{:.3f}"), distances)
+    save(docs, "critics-earth-movers", distance_table, standard_error=max(errors))
+    save(docs, "critics-mass", Table({"method": ""} | dict.fromkeys(columns, PAIR), masses))
+    save(docs, "critics-shift", measure_shift(first["XOR", "MLP"]))
+    save(docs, "critics-quantus", compare_with_quantus(first["XOR", "CNN"]))
 
 
-def shift(trained: shapes.Trained) -> dict[str, object]:
-    found = shapes.shift_errors(trained)
-    rows = [[named(name), *(f"{v:.1g}" for v in pair)] for name, pair in found.items()]
-    carried = max(pair[0] for name, pair in found.items() if ":" in name)
-    exact = [pair[1] for n, pair in found.items() if n.endswith((":linear", ":two-component-own-mean"))]
-    return {
-        "shift_table": table(["method", "patterns carried over", "patterns fitted again"], rows),
-        "shift_carried": f"{carried:.0e}",
-        "shift_refitted": f"{max(exact):.0e}",
-        "shift_multivariate": f"{found['patternattribution:multivariate'][1]:.0e}",
-        "shift_default": found["patternattribution:default"][1],
-        "shift_gxi": found["gradient-x-input"][0],
-        "shift_ig": found["integrated-gradients"][0],
-    }
+def measure_shift(trained: shapes.Trained) -> Table:
+    """Measure the change of maps by a constant shift of the inputs."""
+    rows: Rows = [[label(name), *pair] for name, pair in shapes.measure_shift(trained).items()]
+    return Table({"method": "", "patterns carried over": "{:.1g}", "patterns refitted": "{:.1g}"}, rows)
 
 
-def another_library(trained: shapes.Trained) -> dict[str, object]:
-    rows = []
+def compare_with_quantus(trained: shapes.Trained) -> Table:
+    """Run the randomization test by Quantus and by this project."""
+    rows: Rows = []
     for method, estimator in QUANTUS:
-        theirs, ours = shapes.randomisation_twice(trained, method, estimator)
-        rows.append([named(f"{method}:{estimator}" if method != "guided-backprop" else method),
-                     f"{theirs:.2f}", f"{ours:.2f}"])  # fmt: skip
-    return {"quantus_table": table(["method", "Quantus' MPRT", "`benchmarks.critics.measures.cascade`"], rows)}
+        name = f"{method}:{estimator}" if method.startswith("pattern") else method
+        rows.append([label(name), *shapes.compare_with_quantus(trained, method, estimator)])
+    return Table({"method": "", "Quantus' MPRT": "{:.2f}", "`benchmarks.critics.measures.cascade`": "{:.2f}"}, rows)
+
+
+def save(docs: Path | None, name: str, table: Table, **values: object) -> None:
+    """Print a result, and write it if there is a folder of docs."""
+    print(f"\n{name}\n{table.render()}\n{values or ''}")
+    if docs:
+        save_results(docs, name, table, **values)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.critics", description=__doc__)
-    parser.add_argument("--write", type=Path, help="the folder for the page and its figures")
-    options = parser.parse_args()
+    """Measure everything, and write results and figures."""
+    docs = make_parser("benchmarks.critics", __doc__).parse_args().write
     begun = time.monotonic()
     keep_freed_memory()
     with tempfile.TemporaryDirectory() as temporary:
-        folder = options.write or Path(temporary)
-        it = photographs.setting(Path(temporary))
+        folder = docs or Path(temporary)
+        it = photographs.load_setting(Path(temporary))
         patterns = it.patterns(it.network)
-        measured: dict[str, object] = {
-            **other_classes(it, patterns),
-            **ways_back(it, patterns, folder),
-            **randomisation(it, patterns, folder),
-            **suppressors(folder),
-            "carried": CARRIED,
-            "backward": BACKWARD,
-            "refitted": REFITTED,
-            "photographs": len(it.photographs),
-            "crops": photographs.CROPS,
-            "size": photographs.SIZE,
-            "minutes": f"{(time.monotonic() - begun) / 60:.0f}",
-            "threads": torch.get_num_threads(),
-            "trained": shapes.TRAINED,
-            "explained": shapes.EXPLAINED,
-            "seeds": shapes.SEEDS,
-            "draws": shapes.DRAWS,
-            "shift_size": shapes.SHIFT,
-        }
-        text = Path(__file__).with_name("page.md").read_text().format(**measured)
-        print(text)
-        if options.write:
-            (folder / "critics.md").write_text(text)
+        save(docs, "critics-classes", compare_classes(it, patterns))
+        save(docs, "critics-convergence", measure_convergence(it, patterns, folder))
+        negative = {e: statistics.median(photographs.negative_shares(it.network, patterns[e])) for e in patterns}
+        ratios = measure_singular_ratios(it, patterns)
+        save(docs, "critics-singular-ratios", ratios, negative_shares=negative)
+        save(docs, "critics-cascade", measure_cascade(it, patterns, folder))
+        measure_suppressors(docs, folder)
+    print(f"{(time.monotonic() - begun) / 60:.0f} minutes")
 
 
 if __name__ == "__main__":

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from benchmarks.critics.photographs import BACKWARD, CARRIED, METHODS, NORMALS, REFITTED, Stage
 
-COLOURS = {
+COLORS = {
     "gradient": "#5a5a5a", "gradient-x-input": "#a0a0a0", "deconvnet": "#c9a227", "guided-backprop": "#d1570a",
     "patternnet": "#1b8a4b", "patternattribution": "#0b3c6f", NORMALS: "#c06bb0",
 }  # fmt: skip
 TITLES = {
-    CARRIED: "weights drawn anew,\npatterns carried over",
-    BACKWARD: "only the w of w⊙a drawn anew,\nthe network as trained",
-    REFITTED: "weights drawn anew,\npatterns fitted again",
+    CARRIED: "randomized weights,\npatterns carried over",
+    BACKWARD: "only the w of w⊙a randomized,\nthe network as trained",
+    REFITTED: "randomized weights,\npatterns refitted",
 }
 SHOWN_ROWS = (
     (CARRIED, "gradient"), (CARRIED, "guided-backprop"), (CARRIED, "patternnet:default"),
@@ -31,37 +31,37 @@ SHOWN_ROWS = (
 
 
 def save(path: Path, figure: Figure) -> None:
-    """As a PNG of at most 256 colours, a fraction of the size."""
+    """Save as a PNG with at most 256 colors, which is several times smaller."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", facecolor="white")
     Image.open(buffer).convert("RGB").quantize(256, kmeans=3, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
-def line_of(method: str) -> dict[str, Any]:
-    """The style of a method's line: a colour for the method, dashes for its estimator."""
+def line_style(method: str) -> dict[str, Any]:
+    """Return the style of a method's line: its color stands for the method, dashes for the estimator."""
     name, _, estimator = method.partition(":")
-    return {"color": COLOURS[name], "ls": "--" if estimator == "linear" else "-", "lw": 1.6, "label": method}
+    return {"color": COLORS[name], "ls": "--" if estimator == "linear" else "-", "lw": 1.6, "label": method}
 
 
 def draw_cascade(
     path: Path, stages: Sequence[Stage], baselines: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]]
 ) -> None:
-    """SSIM and rank correlation with the trained network's map as the cascade goes down, in each variant."""
+    """Draw SSIM and rank correlation with the trained network's map along the cascade, for each variant."""
     figure = Figure(figsize=(12, 6.4), layout="constrained")
     rows = figure.subplots(2, 3, sharex=True, sharey="row")
-    beside = baselines["patternattribution:linear"]
+    references = baselines["patternattribution:linear"]
     for number, (axes_row, measure) in enumerate(zip(rows, ("SSIM", "rank correlation"))):
         for axes, (variant, title) in zip(axes_row, TITLES.items()):
             for method in METHODS:
-                if (variant, method) in stages[0].likeness:
-                    values = [float(s.likeness[variant, method][number].mean()) for s in stages]
-                    axes.plot(range(1, len(stages) + 1), values, **line_of(method))
-                    axes.plot([0, 1], [1, values[0]], **{**line_of(method), "label": None})
-            grounds = {name: float(pair[number].mean()) for name, pair in beside.items()}
-            for (name, value), place in zip(grounds.items(), apart(list(grounds.values()), 0.06)):
+                if (variant, method) in stages[0].similarity:
+                    values = [float(s.similarity[variant, method][number].mean()) for s in stages]
+                    axes.plot(range(1, len(stages) + 1), values, **line_style(method))
+                    axes.plot([0, 1], [1, values[0]], **{**line_style(method), "label": None})
+            levels = {name: float(pair[number].mean()) for name, pair in references.items()}
+            for (name, value), position in zip(levels.items(), spread_labels(list(levels.values()), 0.06)):
                 axes.axhline(value, color="#999999", lw=0.8, ls=":")
                 if variant == REFITTED:
-                    axes.text(len(stages) + 0.6, place, name, fontsize=7, color="#777777", va="center")
+                    axes.text(len(stages) + 0.6, position, name, fontsize=7, color="#777777", va="center")
             axes.grid(alpha=0.2)
             axes.set_xlim(-0.5, len(stages) + 0.5)
             axes.spines[["top", "right"]].set_visible(False)
@@ -75,17 +75,17 @@ def draw_cascade(
     save(path, figure)
 
 
-def apart(values: list[float], least: float) -> list[float]:
-    """Places near some values for labels that do not run into each other."""
+def spread_labels(values: list[float], least: float) -> list[float]:
+    """Return positions near some values at which labels do not overlap."""
     order = sorted(range(len(values)), key=values.__getitem__)
-    places = list(values)
+    positions = list(values)
     for below, above in pairwise(order):
-        places[above] = max(places[above], places[below] + least)
-    return places
+        positions[above] = max(positions[above], positions[below] + least)
+    return positions
 
 
 def draw_maps(path: Path, photograph: Tensor, before: Mapping[str, Tensor], stages: Sequence[Stage]) -> None:
-    """A photograph's heat by some methods, down the cascade. photograph: (3, H, W); before: (H, W) by method."""
+    """Draw the heat of a photograph (3, H, W) by some methods along the cascade; `before` is the heat at its start."""
     titles = ["photograph", "trained", *(s.part for s in stages)]
     figure = Figure(figsize=(1.05 * len(titles) + 1.55, 1.04 * len(SHOWN_ROWS) + 0.25), dpi=90)
     grid = figure.subplots(len(SHOWN_ROWS), len(titles), squeeze=False)
@@ -106,21 +106,21 @@ def draw_maps(path: Path, photograph: Tensor, before: Mapping[str, Tensor], stag
 
 
 def show_heat(axes: Axes, values: Tensor) -> None:
-    """A heat, its brightest hundredth white."""
+    """Draw a heat; its brightest percent is saturated."""
     array = values.numpy()
     axes.imshow(array, cmap="inferno", vmin=0, vmax=max(float(np.quantile(array, 0.99)), 1e-12))
 
 
-def draw_ways_back(path: Path, ways: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """How alike two random starts are at each operator's input, from the scores to the image."""
+def draw_convergence(path: Path, curves: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Draw the cosine of two random output gradients at each operator's input, from the scores to the image."""
     figure = Figure(figsize=(10, 4.4), layout="constrained")
     axes = figure.subplots()
-    for name, way in ways.items():
-        axes.plot([float(values.mean()) for values in way.values()], **line_of(name))
-    operators = list(next(iter(ways.values())))
+    for name, curve in curves.items():
+        axes.plot([float(values.mean()) for values in curve.values()], **line_style(name))
+    operators = list(next(iter(curves.values())))
     ticks = [k for k, name in enumerate(operators) if k in (0, len(operators) - 1) or name.endswith("conv_pwl")]
     axes.set_xticks(ticks, [operators[k] for k in ticks], rotation=60, fontsize=7, ha="right")
-    axes.set(ylabel="|cosine| of two random starts", ylim=(0, 1.03))
+    axes.set(ylabel="|cosine| of two random output gradients", ylim=(0, 1.03))
     axes.grid(alpha=0.2)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right center", frameon=False, fontsize=8)
@@ -128,7 +128,7 @@ def draw_ways_back(path: Path, ways: Mapping[str, Mapping[str, Tensor]]) -> None
 
 
 def draw_shapes(path: Path, rows: Mapping[str, tuple[Tensor, Mapping[str, Tensor]]], mask: Tensor) -> None:
-    """One image of each scenario and model: what it is, where its class is, and each method's heat, (H, W)."""
+    """Draw one image of each scenario and model, the mask of its class, and the heat (H, W) of each method."""
     methods = list(next(iter(rows.values()))[1])
     titles = [
         "image",

@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 and foolbox's photographs of ImageNet: weights drawn anew, other classes, the way back."""
+"""Randomized weights, other classes and backward convergence for EfficientNet-Lite0 and foolbox's photographs."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -7,28 +7,28 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.convergence import prepared
+from benchmarks.convergence import load_model_and_crops
 from benchmarks.critics.measures import (
     backward_convergence,
     cascade,
     cosine,
     heat,
-    learned,
-    randomised,
+    randomize,
     singular_ratio,
     spearman,
     ssim,
+    trained_operators,
 )
 from patterns import Explainer, Network, Observer, choose, solve
 from patterns.attribution.baselines import sobel
-from patterns.estimation.estimators import wanted
+from patterns.estimation.estimators import required_sums
 from ray_jobs.data.packing import pack
-from ray_jobs.data.shard_reader import ShardReader
+from ray_jobs.data.shard_reader import ReaderConfig, ShardReader
 
 SIZE = 160  # pixels
 CROPS, BATCH = 120, 20
-OTHERS = 4  # classes beside the predicted one
-CONVERGED = 10  # photographs whose gates random starts go back through
+OTHERS = 4  # other classes per photograph
+CONVERGED = 10  # photographs through whose gates random output gradients are propagated
 NORMALS = "normal weights"
 ESTIMATORS = "default", "linear"
 BASELINES = "random map", "Sobel edges", "|x|"
@@ -37,7 +37,7 @@ PLAIN = "gradient", "gradient-x-input", "guided-backprop"
 METHODS = PLAIN + PATTERNED
 Weights = dict[str, Tensor]  # by operator
 Patterns = dict[str, Weights]  # by estimator
-# What is drawn anew, and what is left as it was: the literature does all three and calls each the sanity check.
+# Three tests that the literature calls the sanity check; they differ in what is randomized.
 CARRIED, BACKWARD, REFITTED = "patterns carried over", "backward weights only", "patterns refitted"
 VARIANTS = {
     CARRIED: METHODS,
@@ -56,8 +56,8 @@ class Setting:
     crops: Tensor
 
     def patterns(self, network: Network) -> Patterns:
-        """Of a network over the crops."""
-        observer = Observer(network, lambda op: wanted(op, ESTIMATORS))
+        """Fit the patterns of a network on the crops."""
+        observer = Observer(network, lambda op: required_sums(op, ESTIMATORS))
         for batch in self.crops.split(BATCH):
             observer.update(batch)
         moments = observer.moments()
@@ -65,84 +65,89 @@ class Setting:
         return {estimator: choose(network, solutions, estimator) for estimator in ESTIMATORS}
 
     def maps(self, network: Network, methods: Iterable[str], patterns: Patterns) -> dict[str, Tensor]:
-        """Of the photographs, for the classes that the trained network predicts."""
+        """Return maps of the photographs for the classes that the trained network predicts."""
         return Explainer(network, None, list(methods), estimators=patterns)(self.photographs, self.targets).maps
 
 
-def setting(folder: Path) -> Setting:
+def load_setting(folder: Path) -> Setting:
+    """Load the model and the photographs, and draw crops."""
     torch.manual_seed(0)
-    loaded, crops = prepared(folder, SIZE)
+    loaded, crops = load_model_and_crops(folder, SIZE)
     (shard,) = pack(folder / "photographs", folder / "whole")
-    batches = ShardReader(str(shard), loaded.preprocessing, BATCH, loaded.dtype)
+    batches = ShardReader(str(shard), ReaderConfig(loaded.preprocessing, BATCH, loaded.dtype))
     photographs = torch.cat([batch.images for batch in batches])
     with torch.inference_mode():
         targets = loaded.network.module(photographs).argmax(1)
     return Setting(loaded.network, photographs, targets, crops.draw(CROPS))
 
 
-def baselines(photographs: Tensor) -> dict[str, Tensor]:
-    """Maps that know nothing of any model."""
+def baseline_maps(photographs: Tensor) -> dict[str, Tensor]:
+    """Return maps that do not depend on a model."""
     noise = torch.randn(photographs.shape, generator=torch.Generator().manual_seed(0))
     return dict(zip(BASELINES, (noise, sobel(photographs), photographs)))
 
 
-# --- weights drawn anew ---------------------------------------------------------------------------
+# --- randomized weights ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Stage:
-    """The cascade down to a part of the network. likeness: by variant and method, SSIM and rank correlation (N,) with
-    the map of the trained network. heats: of some photographs.
+    """The cascade down to a part of the network.
+
+    Attributes:
+        part: The part.
+        similarity: SSIM and rank correlation with the map of the trained network, (N,), by variant and method.
+        heats: The heat of some photographs, by variant and method.
     """
 
     part: str
-    likeness: dict[tuple[str, str], tuple[Tensor, Tensor]]
+    similarity: dict[tuple[str, str], tuple[Tensor, Tensor]]
     heats: dict[tuple[str, str], Tensor]
 
 
-def part(operator: str) -> str:
-    """`blocks.6` for all operators of that block; else the operator."""
+def part_of(operator: str) -> str:
+    """Return the part that an operator belongs to: its block, such as `blocks.6`, or itself."""
     return ".".join(operator.split(".")[:2]) if operator.startswith("blocks.") else operator
 
 
-def stages(network: Network, generator: torch.Generator) -> Iterator[tuple[str, Network]]:
-    """The cascade, at the end of each part."""
+def cascade_stages(network: Network, generator: torch.Generator) -> Iterator[tuple[str, Network]]:
+    """Yield the network at the end of each part of the cascade."""
     last: tuple[str, Network] | None = None
     for name, other in cascade(network, generator):
-        if last is not None and part(last[0]) != part(name):
-            yield part(last[0]), last[1]
+        if last is not None and part_of(last[0]) != part_of(name):
+            yield part_of(last[0]), last[1]
         last = name, other
     assert last is not None
-    yield part(last[0]), last[1]
+    yield part_of(last[0]), last[1]
 
 
-def alike(maps: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
-    """SSIM and rank correlation of two maps' heats."""
+def compare_heats(maps: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+    """Return SSIM and rank correlation of the heats of two maps."""
     one, other = heat(maps), heat(others)
     return ssim(one, other), spearman(one, other)
 
 
-def randomisation(it: Setting, patterns: Patterns, shown: list[int]) -> tuple[dict[str, Tensor], list[Stage]]:
-    """The maps of the trained network, and the stages of the cascade in all three variants."""
+def measure_randomization(it: Setting, patterns: Patterns, shown: list[int]) -> tuple[dict[str, Tensor], list[Stage]]:
+    """Return the maps of the trained network, and the stages of the cascade in all three variants."""
     before = it.maps(it.network, METHODS, patterns)
     found = []
-    for name, network in stages(it.network, torch.Generator().manual_seed(0)):
+    for name, network in cascade_stages(it.network, torch.Generator().manual_seed(0)):
         after = {
             CARRIED: it.maps(network, VARIANTS[CARRIED], patterns),
-            BACKWARD: backward_only(it, network, patterns),
+            BACKWARD: explain_with_backward_weights(it, network, patterns),
             REFITTED: it.maps(network, VARIANTS[REFITTED], it.patterns(network)),
         }
         pairs = {(variant, method): maps for variant, some in after.items() for method, maps in some.items()}
-        likeness = {key: alike(before[key[1]], maps) for key, maps in pairs.items()}
-        found.append(Stage(name, likeness, {key: heat(maps)[shown] for key, maps in pairs.items()}))
-        print(f"randomised down to {name}", flush=True)
+        similarity = {key: compare_heats(before[key[1]], maps) for key, maps in pairs.items()}
+        found.append(Stage(name, similarity, {key: heat(maps)[shown] for key, maps in pairs.items()}))
+        print(f"randomized down to {name}", flush=True)
     return before, found
 
 
-def backward_only(it: Setting, redrawn: Network, patterns: Patterns) -> dict[str, Tensor]:
-    """PatternAttribution with the w of w⊙a from the redrawn network and all else, the forward pass too, as trained.
+def explain_with_backward_weights(it: Setting, redrawn: Network, patterns: Patterns) -> dict[str, Tensor]:
+    """Return PatternAttribution with the w of w⊙a from the randomized network, and all else from the trained one.
 
-    A signal's pass takes any weights as they are, so it takes w⊙a.
+    PatternNet uses its patterns as the backward weights, so here it is given w⊙a.
     """
     operators = redrawn.operators
     products = {e: {n: operators[n].weight * a for n, a in of.items()} for e, of in patterns.items()}
@@ -150,28 +155,30 @@ def backward_only(it: Setting, redrawn: Network, patterns: Patterns) -> dict[str
     return {name.replace("patternnet", "patternattribution"): m for name, m in maps.items()}
 
 
-def baseline_likeness(before: Mapping[str, Tensor], photographs: Tensor) -> dict[str, dict[str, tuple[Tensor, Tensor]]]:
-    """How like each method's maps are to each baseline, and to its own maps of other photographs."""
-    others = baselines(photographs)
+def compare_with_baselines(
+    before: Mapping[str, Tensor], photographs: Tensor
+) -> dict[str, dict[str, tuple[Tensor, Tensor]]]:
+    """Compare the maps of each method with each baseline, and with its own maps of other photographs."""
+    others = baseline_maps(photographs)
     return {
-        method: {name: alike(maps, other) for name, other in others.items()}
-        | {"another photograph's map": alike(maps, maps.roll(1, 0))}
+        method: {name: compare_heats(maps, other) for name, other in others.items()}
+        | {"another photograph's map": compare_heats(maps, maps.roll(1, 0))}
         for method, maps in before.items()
     }
 
 
-# --- another class --------------------------------------------------------------------------------
+# --- other classes --------------------------------------------------------------------------------
 
 
-def other_classes(it: Setting, patterns: Patterns) -> dict[str, dict[str, Tensor]]:
-    """How like the maps of the predicted class and of other classes, drawn at random, are: (N · OTHERS,) each."""
+def compare_classes(it: Setting, patterns: Patterns) -> dict[str, dict[str, Tensor]]:
+    """Compare the maps of the predicted class with those of other, random classes; scores of shape (N · OTHERS,)."""
     classes = it.network.output_shape[0]
     generator = torch.Generator().manual_seed(0)
     steps = torch.stack([torch.randperm(classes - 1, generator=generator)[:OTHERS] + 1 for _ in it.targets])
     targets = torch.cat([it.targets[:, None], (it.targets[:, None] + steps) % classes], 1)
     maps: dict[str, list[Tensor]] = {}
-    for images, wanted_ in zip(it.photographs.split(5), targets.split(5)):
-        explained = Explainer(it.network, None, METHODS, estimators=patterns)(images, wanted_)
+    for images, classes_of_batch in zip(it.photographs.split(5), targets.split(5)):
+        explained = Explainer(it.network, None, METHODS, estimators=patterns)(images, classes_of_batch)
         for name, several in explained.maps.items():
             maps.setdefault(name, []).append(several)
     found = {}
@@ -186,14 +193,14 @@ def other_classes(it: Setting, patterns: Patterns) -> dict[str, dict[str, Tensor
     return found
 
 
-# --- the way back ---------------------------------------------------------------------------------
+# --- backward pass ----------------------------------------------------------------------------------
 
 
-def ways_back(it: Setting, patterns: Patterns) -> dict[str, dict[str, Tensor]]:
-    """By method, the absolute cosine of two random starts at each operator's input: see `backward_convergence`."""
+def measure_backward_convergence(it: Setting, patterns: Patterns) -> dict[str, dict[str, Tensor]]:
+    """Return the absolute cosine of two random output gradients at each operator's input, by method."""
     network = it.network
-    redrawn = randomised(network, learned(network), torch.Generator().manual_seed(1))
-    of_normals = {"": {n: op.weight for n, op in redrawn.operators.items()}}  # a signal's pass takes them as they are
+    redrawn = randomize(network, trained_operators(network), torch.Generator().manual_seed(1))
+    of_normals = {"": {n: op.weight for n, op in redrawn.operators.items()}}  # used as patterns
     passes = {name: (name, patterns) for name in ("gradient", "deconvnet", "guided-backprop", *PATTERNED)}
     found = {}
     for label, (name, weights) in {**passes, NORMALS: ("patternnet", of_normals)}.items():
@@ -203,8 +210,8 @@ def ways_back(it: Setting, patterns: Patterns) -> dict[str, dict[str, Tensor]]:
     return found
 
 
-def ratios(network: Network, patterns: Patterns) -> dict[str, dict[str, float]]:
-    """σ₁/σ₂ of each operator that is no depthwise convolution, sum or pooling: of w, a, w⊙a and of normal numbers."""
+def singular_ratios(network: Network, patterns: Patterns) -> dict[str, dict[str, float]]:
+    """Return σ₁/σ₂ of w, a, w⊙a and normal numbers, for all but depthwise convolutions, additions and pooling."""
     found: dict[str, dict[str, float]] = {"normal numbers": {}, "w": {}}
     for name, op in network.operators.items():
         if op.groups == op.neurons:
@@ -218,6 +225,6 @@ def ratios(network: Network, patterns: Patterns) -> dict[str, dict[str, float]]:
 
 
 def negative_shares(network: Network, patterns: Weights) -> list[float]:
-    """Of each operator but sums and pooling, the share of w⊙a's mass that is below 0."""
-    products = [network.operators[n].weight * patterns[n] for n in learned(network)]
+    """Return the negative share of the mass of w⊙a, for all operators except additions and pooling."""
+    products = [network.operators[n].weight * patterns[n] for n in trained_operators(network)]
     return [float(-p.clamp(max=0).sum() / p.abs().sum()) for p in products]

@@ -37,23 +37,23 @@ mpl.rcParams.update(
 
 
 def save(figure: Figure, path: Path) -> None:
-    """As a PNG of at most 256 colours, a third of the size."""
+    """Save as a PNG with at most 256 colors, which is a third of the size."""
     buffer = io.BytesIO()
     figure.savefig(buffer, bbox_inches="tight", pad_inches=0.06, facecolor="white")
     plt.close(figure)
     Image.open(buffer).convert("RGB").quantize(256, kmeans=3, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
-def arrow(axes: Axes, vector: Tensor, colour: str, width: float, head: float, order: int) -> None:
-    """From the origin to the vector."""
+def arrow(axes: Axes, vector: Tensor, color: str, width: float, head: float, order: int) -> None:
+    """Draw an arrow from the origin to the vector."""
     style = {"arrowstyle": f"-|>,head_width={head / 2},head_length={head}", "mutation_scale": 10}
-    line = {"color": colour, "lw": width, "shrinkA": 0, "shrinkB": 0, "joinstyle": "miter"}
+    line = {"color": color, "lw": width, "shrinkA": 0, "shrinkB": 0, "joinstyle": "miter"}
     x1, x2 = vector.flatten()
     axes.annotate("", xy=(float(x1), float(x2)), xytext=(0, 0), arrowprops={**style, **line}, zorder=order)
 
 
 def draw_planes(planes: dict[str, Plane], path: Path) -> None:
-    """The paper's Figure 2: data, distractor, weight and pattern, for several distractors."""
+    """Draw Figure 2 of the paper for several distractors: data, distractor, weight and pattern."""
     figure, row = plt.subplots(1, len(planes), figsize=(11, 3.3), sharex=True, sharey=True, layout="constrained")
     for axes, (title, plane) in zip(row, planes.items()):
         x, y = plane.x[:600], plane.y[:600, 0]
@@ -80,7 +80,7 @@ def draw_planes(planes: dict[str, Plane], path: Path) -> None:
 
 
 def draw_turning(turning: Turning, path: Path) -> None:
-    """The direction of weight and pattern against the distractor's, and the pattern's alone, enlarged."""
+    """Draw the directions of weight and pattern against that of the distractor, and the pattern enlarged."""
     figure, (whole, near) = plt.subplots(1, 2, figsize=(8.6, 3.1), layout="constrained", width_ratios=(1, 1))
     whole.axhline(0, color=SIGNAL, lw=6, solid_capstyle="butt")
     whole.plot(turning.angles, turning.weight, "o", color=WEIGHT, ms=3.5)
@@ -108,9 +108,9 @@ def draw_turning(turning: Turning, path: Path) -> None:
 
 
 def draw_side_by_side(panel: Panel, path: Path) -> None:
-    """A row for each image: its parts and every method's map, with the cosine to the true signal underneath."""
+    """Draw a row for each image: its parts and the map of each method, with the cosine to the true signal."""
     parts = {"image $x$": panel.x, "signal $a_s y$": panel.signal, "distractor $A_d\\epsilon$": panel.distractor}
-    columns = parts | {name: panel.maps[name] for name in ordered(panel.maps)}
+    columns = parts | {name: panel.maps[name] for name in sort_methods(panel.maps)}
     gaps = [1.0] * len(parts) + [0.22] + [1.0] * len(panel.maps)
     rows = len(panel.y)
     figure, grid = plt.subplots(
@@ -119,8 +119,8 @@ def draw_side_by_side(panel: Panel, path: Path) -> None:
     )  # fmt: skip
     for row in range(rows):
         grid[row, len(parts)].set_visible(False)
-        places = [axes for place, axes in enumerate(grid[row]) if place != len(parts)]
-        for axes, (name, images) in zip(places, columns.items()):
+        panels = [axes for column, axes in enumerate(grid[row]) if column != len(parts)]
+        for axes, (name, images) in zip(panels, columns.items()):
             image = images[row]
             limit = float((panel.x[row] if name in parts else image).abs().max())
             axes.imshow(image.reshape(16, 16), cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
@@ -144,14 +144,14 @@ TITLES = {
 }
 
 
-def ordered(methods: Iterable[str]) -> list[str]:
-    """The methods in the order above, others after them."""
+def sort_methods(methods: Iterable[str]) -> list[str]:
+    """Return the methods in the order of `TITLES`, other methods after them."""
     methods = list(methods)
     return sorted(methods, key=[*TITLES, *methods].index)
 
 
 def draw_convergence(sizes: list[int], errors: Tensor, path: Path) -> None:
-    """The pattern's error against the number of samples, with what theory says."""
+    """Draw the error of the pattern against the number of samples, with the theoretical error."""
     figure, axes = plt.subplots(figsize=(4.6, 3.1), layout="constrained")
     n = [float(size) for size in sizes]
     axes.plot(n, errors[:, :100], "o", color=SIGNAL, ms=3, alpha=0.12, mew=0)

@@ -1,4 +1,4 @@
-"""What docs/linear.md measures: each function is a cell of it, shown there as it stands here."""
+"""The measurements of docs/linear.md, which shows the source of some of these functions."""
 
 import math
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.linear.model import PAPER, LinearModel, degrees, fitted, network, trained
+from benchmarks.linear.model import PAPER, LinearModel, angle_between, fit_patterns, make_network, train_layer
 from patterns import METHODS, Explainer
 
 ESTIMATORS = ["linear", "multivariate", "filter"]
@@ -43,17 +43,17 @@ class Plane:
     patterns: dict[str, Tensor]
 
 
-def plane(angle: float, samples: int, seed: int = 0) -> Plane:
-    """The paper's data, with the distractor at this angle to the signal, in degrees."""
+def measure_plane(angle: float, samples: int, seed: int = 0) -> Plane:
+    """Train and fit on the paper's data with the distractor at this angle to the signal, in degrees."""
     model = PAPER.rotated(angle - 45)
     x, y = model.sample(samples, torch.Generator().manual_seed(seed))
-    linear = trained(x, y)
-    return Plane(model, x, y, linear.weight.detach(), fitted(network(linear), x, ESTIMATORS))
+    linear = train_layer(x, y)
+    return Plane(model, x, y, linear.weight.detach(), fit_patterns(make_network(linear), x, ESTIMATORS))
 
 
 @dataclass(frozen=True)
 class Turning:
-    """Directions in the plane, in degrees from a_s, by the distractor's."""
+    """Directions of weight and pattern in degrees from a_s, for each angle of the distractor."""
 
     samples: int
     angles: list[float]
@@ -61,60 +61,61 @@ class Turning:
     pattern: list[float]
 
     def standard_error(self, angle: float) -> float:
-        """Of the pattern's direction: what cov[ε, y]/var[y] adds of a_d, across the signal."""
+        """Return the standard error of the pattern's direction, from the sampling error of cov[ε, y] / var[y]."""
         return math.degrees(math.sqrt(2 * 3 / self.samples) * math.sin(math.radians(angle)))
 
     def largest_deviation(self) -> float:
-        """Of the pattern from a_s."""
+        """Return the largest angle between the pattern and a_s."""
         return max(map(abs, self.pattern))
 
     def standard_deviates(self) -> float:
-        """Root mean square of the pattern's deviations in standard errors: 1 if they are sampling alone."""
+        """Return the root mean square of the pattern's angles in standard errors; 1 for sampling errors only."""
         terms = [(found / self.standard_error(angle)) ** 2 for found, angle in zip(self.pattern, self.angles)]
         return math.sqrt(sum(terms) / len(terms))
 
 
-def turning(samples: int) -> Turning:
-    """Turn the distractor from 5° to 175° to the signal, with new data at each angle."""
+def turn_distractor(samples: int) -> Turning:
+    """Turn the distractor from 5° to 175° against the signal, with new data at each angle."""
     angles = [float(angle) for angle in range(5, 180, 5)]
-    planes = [plane(angle, samples, seed) for seed, angle in enumerate(angles)]
-    weights = [direction(p.weight) for p in planes]
-    return Turning(samples, angles, weights, [direction(p.patterns["linear"]) for p in planes])
+    planes = [measure_plane(angle, samples, seed) for seed, angle in enumerate(angles)]
+    weights = [angle_of(p.weight) for p in planes]
+    return Turning(samples, angles, weights, [angle_of(p.patterns["linear"]) for p in planes])
 
 
-def direction(vector: Tensor) -> float:
-    """Degrees from a_s = (1, 0), counter-clockwise."""
+def angle_of(vector: Tensor) -> float:
+    """Return the angle of a vector in degrees from a_s = (1, 0), counterclockwise."""
     return math.degrees(math.atan2(float(vector[0, 1]), float(vector[0, 0])))
 
 
-def convergence(sizes: list[int], repeats: int) -> Tensor:
-    """|a - a_s| of the paper's data, for each number of samples and each of several draws of them."""
+def measure_convergence(sizes: list[int], repeats: int) -> Tensor:
+    """Return |a - a_s| for the paper's data, for each number of samples and each of several draws."""
     generator = torch.Generator().manual_seed(0)
-    traced = network(trained(*PAPER.sample(100, generator)))
+    traced = make_network(train_layer(*PAPER.sample(100, generator)))
 
     def error(samples: int) -> float:
         x, _ = PAPER.sample(samples, generator)
-        return float((fitted(traced, x, ["linear"])["linear"] - PAPER.signal.T).norm())
+        return float((fit_patterns(traced, x, ["linear"])["linear"] - PAPER.signal.T).norm())
 
     return torch.tensor([[error(samples) for _ in range(repeats)] for samples in sizes])
 
 
-def slope(sizes: list[int], errors: Tensor) -> float:
-    """Of log root mean square error against log samples."""
+def fit_slope(sizes: list[int], errors: Tensor) -> float:
+    """Return the slope of log root mean square error against log samples."""
     n, e = torch.tensor(sizes).log(), errors.square().mean(1).sqrt().log()
     return float(((n - n.mean()) * (e - e.mean())).sum() / (n - n.mean()).square().sum())
 
 
-def rectified(mean: float, samples: int) -> dict[str, float]:
-    """Degrees from a_s to the patterns of a ReLU neuron on the paper's data, by estimator; `mean` is that of ε."""
+def measure_rectified(mean: float, samples: int) -> dict[str, float]:
+    """Return the angles in degrees between a_s and the patterns of a ReLU neuron, by estimator; ε has this mean."""
     model = LinearModel(PAPER.signal, PAPER.distractor, mean=mean)
     x, y = model.sample(samples, torch.Generator().manual_seed(0))
-    found = fitted(network(trained(x, y), nn.ReLU()), x, ["linear", "two-component", "two-component-own-mean"])
-    return {name: degrees(pattern, model.signal) for name, pattern in found.items()}
+    traced = make_network(train_layer(x, y), nn.ReLU())
+    found = fit_patterns(traced, x, ["linear", "two-component", "two-component-own-mean"])
+    return {name: angle_between(pattern, model.signal) for name, pattern in found.items()}
 
 
-def pictures() -> LinearModel:
-    """16×16 images: a blurred digit as the signal; brightness, gratings and pixel noise as distractors."""
+def make_images() -> LinearModel:
+    """Return a model of 16×16 images: the signal is a blurred digit, distractors are brightness, gratings and noise."""
     strokes = torch.tensor([[float(c == "#") for c in row.split()] for row in DIGIT.split("\n") if row.strip()])
     binomial = torch.tensor([1.0, 2.0, 1.0]) / 4
     digit = F.conv2d(strokes[None, None], binomial[:, None] * binomial[None, None, None], padding=1).double()
@@ -131,7 +132,7 @@ def pictures() -> LinearModel:
 
 @dataclass(frozen=True)
 class Panel:
-    """A few images by their parts, all (n, 256), every method's map of them, and the output that it explains."""
+    """Images, their signal and distractor, all (n, 256), the maps of all methods, and the explained output."""
 
     x: Tensor
     signal: Tensor
@@ -143,12 +144,12 @@ class Panel:
     pattern: Tensor
 
 
-def side_by_side(model: LinearModel, y: Tensor, seed: int = 1) -> Panel:
-    """Train a layer and fit its pattern on 4096 images, then explain new ones with this much signal."""
+def explain_images(model: LinearModel, y: Tensor, seed: int = 1) -> Panel:
+    """Train a layer and fit its pattern on 4096 images, then explain new images with these amounts y of signal."""
     x, amounts = model.sample(4096, torch.Generator().manual_seed(0))
-    linear = trained(x, amounts)
-    traced = network(linear)
-    pattern = fitted(traced, x, ["linear"])["linear"]
+    linear = train_layer(x, amounts)
+    traced = make_network(linear)
+    pattern = fit_patterns(traced, x, ["linear"])["linear"]
 
     noise = torch.randn(len(y), model.distractor.shape[1], generator=torch.Generator().manual_seed(seed)).double()
     images = model.observe(y[:, None], noise)
@@ -158,6 +159,6 @@ def side_by_side(model: LinearModel, y: Tensor, seed: int = 1) -> Panel:
     return Panel(images, signal, images - signal, y, output, explained.maps, weight, pattern)
 
 
-def likeness(maps: Tensor, truth: Tensor) -> float:
-    """Mean |cosine| of each image's map and truth."""
+def mean_cosine(maps: Tensor, truth: Tensor) -> float:
+    """Return the mean |cosine| between maps and the truth."""
     return float(F.cosine_similarity(maps, truth).abs().mean())

@@ -2,16 +2,25 @@
 
 from patterns.attribution.explanation import Explanation
 from patterns.attribution.methods import BASELINES, WITH_PATTERNS, parse_method, resolve_settings
-from patterns.attribution.rendering import RenderedExplanation, encode_png, render_input, render_map
+from patterns.attribution.rendering import (
+    RenderedExplanation,
+    center_values,
+    encode_png,
+    render_input,
+    render_map,
+    values_to_image,
+)
 
 __all__ = [
     "BASELINES",
     "WITH_PATTERNS",
     "Explanation",
     "RenderedExplanation",
+    "center_values",
     "encode_png",
     "parse_method",
     "render_input",
     "render_map",
     "resolve_settings",
+    "values_to_image",
 ]
