@@ -162,8 +162,8 @@ def draw(path: Path, rows: Sequence[Sequence[np.ndarray]]) -> None:
             axis.imshow(picture.clip(0, 1))
             axis.axis("off")
     for number, (axis, title) in enumerate(zip(axes[0], titles)):
-        kind = "" if number == 0 else "\nsignal" if number % 2 else "\nattribution"
-        axis.set_title(title + kind, fontsize=6, pad=2)
+        suffix = "" if number == 0 else "\nsignal" if number % 2 else "\nattribution"
+        axis.set_title(title + suffix, fontsize=6, pad=2)
     save_figure(path, figure)
 
 

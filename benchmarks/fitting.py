@@ -101,8 +101,8 @@ def measure_quality(bench: Bench) -> Row:
     """Compare ρ of all neurons of VGG-16's largest convolution, three estimators, with one eigendecomposition."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(K, D // 9, 3, 3, generator=generator, dtype=torch.float64)
-    kind, gate = Convolution((1, 1), (0, 0), (1, 1)), Gate(0.0, float("inf"))
-    operator = Operator("conv", kind, weight, None, ((D // 9, 3, 3),), (K, 1, 1), "", gate)
+    convolution, gate = Convolution((1, 1), (0, 0), (1, 1)), Gate(0.0, float("inf"))
+    operator = Operator("conv", convolution, weight, None, ((D // 9, 3, 3),), (K, 1, 1), "", gate)
     regressed, evaluated = (patch_moments(operator, generator) for _ in range(2))
     patterns = solve(operator, regressed.moments, ["filter", "linear", "two-component"]).patterns
     variants: dict[str, Callable[[], object]] = {

@@ -21,7 +21,7 @@ def gate(gradient: Tensor) -> tuple[None, Tensor]:
 
 
 def rectify(gradient: Tensor) -> tuple[Tensor, None]:
-    """Pass the positive part, whatever the rectifier's input was (Zeiler & Fergus 2014)."""
+    """Pass the positive part, independent of the rectifier's input (Zeiler & Fergus 2014)."""
     return gradient.clamp(min=0), None
 
 

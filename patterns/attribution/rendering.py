@@ -45,7 +45,7 @@ def values_to_image(values: np.ndarray) -> Image.Image:
 
 
 def center_values(values: np.ndarray) -> np.ndarray:
-    """Return x / (2 max|x|) + ½, which lies in [0, 1] and is ½ where x is 0."""
+    """Return x / (2 max|x|) + ½, which lies in [0, 1] and is ½ at x = 0."""
     largest = np.abs(values).max()
     return values / (2 * largest) + 0.5 if largest > 0 else np.full_like(values, 0.5)
 

@@ -99,13 +99,13 @@ def test_cascade_goes_down_and_keeps_its_earlier_draws() -> None:
     assert trained_operators(it.network) == ["stem", "one", "two", "head"]  # not the addition, nor the pooling
     steps = list(cascade(it.network, seeded(0)))
     assert [name for name, _ in steps] == ["head", "two", "one", "stem"]
-    drawn: dict[str, Tensor] = {}
+    randomized: dict[str, Tensor] = {}
     for name, network in steps:
         weights = {n: op.weight for n, op in network.operators.items()}
-        drawn[name] = weights[name]
+        randomized[name] = weights[name]
         for n, weight in weights.items():
-            assert torch.equal(weight, drawn.get(n, it.network.operators[n].weight))
-    assert not any(torch.equal(w, it.network.operators[n].weight) for n, w in drawn.items())
+            assert torch.equal(weight, randomized.get(n, it.network.operators[n].weight))
+    assert not any(torch.equal(w, it.network.operators[n].weight) for n, w in randomized.items())
 
 
 def test_map_of_a_hidden_neuron_does_not_depend_on_the_cascade_above_it() -> None:
@@ -245,8 +245,8 @@ def test_product_beyond_the_dtypes_range_converges_as_within_it() -> None:
         torch.testing.assert_close(values, truth[name], rtol=1e-4, atol=1e-4)
 
 
-def operator(kind: Convolution | Linear, weight: Tensor) -> Operator:
-    return Operator("it", kind, weight, None, ((1,),), (1,), "")
+def operator(operator_type: Convolution | Linear, weight: Tensor) -> Operator:
+    return Operator("it", operator_type, weight, None, ((1,),), (1,), "")
 
 
 def test_singular_values_equal_numpys_of_the_flattened_weight() -> None:

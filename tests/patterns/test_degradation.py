@@ -38,11 +38,11 @@ def boxes(height: int, width: int, size: int) -> list[tuple[slice, slice]]:
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 13))
 def test_every_pixel_is_in_one_patch_and_patches_are_summed(height: int, width: int, size: int) -> None:
     values = images(2, height, width)[:, 0]
-    sums, where = sum_patches(values, size), index_patches(height, width, size)
+    sums, patches = sum_patches(values, size), index_patches(height, width, size)
     for number, (rows, columns) in enumerate(boxes(height, width, size)):
         torch.testing.assert_close(sums[:, number], values[:, rows, columns].sum((1, 2)))
-        assert (where[rows, columns] == number).all()
-    assert sums.shape[1] == len(boxes(height, width, size)) == int(where.max()) + 1
+        assert (patches[rows, columns] == number).all()
+    assert sums.shape[1] == len(boxes(height, width, size)) == int(patches.max()) + 1
 
 
 @pytest.mark.parametrize("least_first", [False, True])
@@ -60,13 +60,13 @@ def test_sign_counts_for_attributions_and_not_for_signals() -> None:
     assert compute_relevance("patternnet", maps).item() == 4
 
 
-def replacement_of(kind: str, x: np.ndarray, size: int) -> np.ndarray:
+def replacement_of(name: str, x: np.ndarray, size: int) -> np.ndarray:
     """Return the replacement of each pixel of images (N, C, H, W)."""
-    if kind == "zero":
+    if name == "zero":
         return np.broadcast_to(BLACK.numpy(), x.shape)
-    if kind == "dataset-mean":
+    if name == "dataset-mean":
         return np.zeros_like(x)
-    if kind == "blur":
+    if name == "blur":
         return gaussian_filter(x, (0, 0, size, size), mode="nearest", radius=(0, 0, 2 * size, 2 * size))
     found = np.empty_like(x)
     for rows, columns in boxes(*x.shape[2:], size):
@@ -74,15 +74,15 @@ def replacement_of(kind: str, x: np.ndarray, size: int) -> np.ndarray:
     return found
 
 
-@pytest.mark.parametrize("kind", REPLACEMENTS)
-def test_degraded_images_equal_a_loop_over_patches(kind: str) -> None:
+@pytest.mark.parametrize("name", REPLACEMENTS)
+def test_degraded_images_equal_a_loop_over_patches(name: str) -> None:
     x, size = images(), 4
     values = images(3)[:, 1]
     ranks = rank_patches(sum_patches(values, size))
     steps = [0, 1, 5, 12]
-    replacement = REPLACEMENTS[kind](x, size, BLACK)
+    replacement = REPLACEMENTS[name](x, size, BLACK)
     found = degrade_images(x, replacement, ranks[:, index_patches(11, 14, size)], torch.tensor(steps)).numpy()
-    other = replacement_of(kind, x.numpy(), size)
+    other = replacement_of(name, x.numpy(), size)
     for n in range(len(x)):
         order = sorted(boxes(11, 14, size), key=lambda box: -float(values[n][box].sum()))
         for at, step in enumerate(steps):

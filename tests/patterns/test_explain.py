@@ -12,7 +12,7 @@ from zennit.attribution import Gradient
 
 from patterns import Explainer, Network, UserError, accumulate, choose, solve, trace
 from tests.oracles import Value, explanation
-from tests.patterns.networks import PASSES, randomise, relative, traced
+from tests.patterns.networks import PASSES, randomize, relative, traced
 
 ARCHITECTURES = ["vgg11", "resnet18", pytest.param("densenet121", marks=pytest.mark.slow), "tf_efficientnet_lite0"]
 EVERY_METHOD = tuple(PASSES)
@@ -134,8 +134,8 @@ class Mixed(nn.Module):
         self.norm = nn.BatchNorm2d(5)
         self.twice = nn.Conv2d(5, 5, 1, groups=5)
         self.head = nn.Linear(5, 3)
-        randomise(self.folded_norm)
-        randomise(self.norm)
+        randomize(self.folded_norm)
+        randomize(self.norm)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.max_pool2d(self.relu6(self.folded_norm(self.stem(x))), 2, 1)
@@ -193,11 +193,11 @@ class Small:
     as_matrices: Callable[[Value, Weights], Value]
 
 
-def small(kind: str) -> Small:
+def small(name: str) -> Small:
     """Return a network, random patterns for it, and the network as explicit matrices."""
     torch.manual_seed(11)
-    inputs = 3 * torch.randn(4, 2, 6 if kind == "residual" else 9, 6 if kind == "residual" else 9, dtype=torch.float64)
-    if kind == "residual":
+    inputs = 3 * torch.randn(4, 2, 6 if name == "residual" else 9, 6 if name == "residual" else 9, dtype=torch.float64)
+    if name == "residual":
         model: nn.Module = Residual().double().requires_grad_(False)
         weights, as_matrices = residual_weights(model), residual(model, residual_weights(model))  # type: ignore[arg-type]
     else:
@@ -209,9 +209,9 @@ def small(kind: str) -> Small:
     return Small(network, inputs, torch.tensor([2, 0, 1, 2]), weights, patterns, as_matrices)
 
 
-@pytest.mark.parametrize("kind", ["residual", "mixed"])
-def test_network_as_matrices_gives_the_same_scores(kind: str) -> None:
-    it = small(kind)
+@pytest.mark.parametrize("name", ["residual", "mixed"])
+def test_network_as_matrices_gives_the_same_scores(name: str) -> None:
+    it = small(name)
     assert {name: w.shape for name, w in weights_of(it.network).items()} == {n: w.shape for n, w in it.weights.items()}
     scores = it.network.module(it.inputs)
     for x, row in zip(it.inputs, scores):
@@ -219,10 +219,10 @@ def test_network_as_matrices_gives_the_same_scores(kind: str) -> None:
         torch.testing.assert_close(row, value, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", ["residual", "mixed"])
+@pytest.mark.parametrize("name", ["residual", "mixed"])
 @pytest.mark.parametrize("method", LINEAR)
-def test_backward_pass_equals_the_product_of_explicit_matrices(kind: str, method: str) -> None:
-    it = small(kind)
+def test_backward_pass_equals_the_product_of_explicit_matrices(name: str, method: str) -> None:
+    it = small(name)
     backward = {
         "gradient": it.weights,
         "patternnet": it.patterns,
