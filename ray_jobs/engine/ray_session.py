@@ -73,6 +73,8 @@ def attach_or_start(address: str) -> None:
         options |= {"include_dashboard": False, "_temp_dir": choose_temporary_folder()}
     try:
         ray.init(address=address, **options)
+    except SystemExit as error:  # while it starts, Ray's own handler of SIGTERM is installed, and exits with status 15
+        raise KeyboardInterrupt from error
     except AuthenticationError as error:
         raise no_token_error(address) from error
     except Exception as error:  # Ray's errors about a cluster or a machine have no common base
