@@ -38,7 +38,7 @@ def test_commands_of_the_tutorial_run(tmp_path: Path, monkeypatch: pytest.Monkey
     assert all(Path("run", name).exists() for name in ("quality.png", "grid.png", "report.html", "degradation.png"))
 
 
-def anchors(page: Path) -> set[str]:
+def list_anchors(page: Path) -> set[str]:
     return {
         re.sub(r"[^\w\- ]", "", h.lower()).strip().replace(" ", "-")
         for h in re.findall(r"^#+ (.*)$", page.read_text(), re.M)
@@ -52,7 +52,7 @@ def test_links_are_valid(page: Path) -> None:
             file, _, anchor = link.partition("#")
             target = page.parent / file if file else page
             assert target.exists(), link
-            assert not anchor or anchor in anchors(target), link
+            assert not anchor or anchor in list_anchors(target), link
 
 
 def test_index_links_to_every_page() -> None:
