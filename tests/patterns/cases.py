@@ -1,4 +1,4 @@
-"""Operators of every kind with inputs for them, and the patches that their neurons see."""
+"""Operators of every type with inputs, and the patches that their neurons see."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -37,7 +37,7 @@ Inputs = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Case:
-    """unfold: gives each group's patches of some inputs, (samples, D)."""
+    """An operator with inputs; `unfold` returns the patches of inputs for each group, (samples, D)."""
 
     operator_type: OperatorType
     weight: Tensor
@@ -62,13 +62,13 @@ class Case:
 
     @cached_property
     def groups(self) -> list[list[Neuron]]:
-        """The neurons that see the same inputs."""
+        """The neurons by group; the neurons of a group see the same inputs."""
         size = len(self.neurons) // self.operator.groups
         return [self.neurons[start : start + size] for start in range(0, len(self.neurons), size)]
 
     @cached_property
     def seeing(self) -> Tensor:
-        """How many positions see an input that a weight meets, (K, D), counted one by one."""
+        """The number of positions that see an input that a weight meets, (K, D), counted one by one."""
         counts = torch.stack(positions_seeing(self.unfold, self.operator.input_shapes))
         return counts.repeat_interleave(len(self.weight) // len(counts), 0)
 
@@ -82,7 +82,7 @@ class Case:
         return list(zip(*(x.split(sizes) for x in self.inputs)))
 
 
-# --- one case for each way that a kind can look at its inputs -----------------------------------------
+# --- one case for each way in which an operator type can see its inputs -------------------------------
 
 
 def convolution(weight: Tensor, x: Tensor, stride: Shape, padding: Shape, dilation: Shape, groups: int = 1) -> Case:
@@ -93,12 +93,12 @@ def convolution(weight: Tensor, x: Tensor, stride: Shape, padding: Shape, dilati
 
 
 def transposed(
-    weight: Tensor, x: Tensor, stride: Shape, padding: Shape, more: Shape, dilation: Shape, groups: int = 1
+    weight: Tensor, x: Tensor, stride: Shape, padding: Shape, output_padding: Shape, dilation: Shape, groups: int = 1
 ) -> Case:
     def unfold(x: Tensor) -> list[Tensor]:
-        return transposed_patches(x, tuple(weight.shape[2:]), stride, padding, more, dilation, groups)
+        return transposed_patches(x, tuple(weight.shape[2:]), stride, padding, output_padding, dilation, groups)
 
-    return Case(TransposedConvolution(stride, padding, more, dilation, groups), weight, (x,), unfold)
+    return Case(TransposedConvolution(stride, padding, output_padding, dilation, groups), weight, (x,), unfold)
 
 
 def linear(weight: Tensor, x: Tensor) -> Case:
@@ -129,7 +129,7 @@ def normal(*shape: int, seed: int = 5) -> Tensor:
 
 
 def values(*shape: int, seed: int = 0) -> Tensor:
-    """Correlated, skewed, on both sides of 0, and not about it; the same for seeds that differ, but for noise."""
+    """Correlated, skewed values on both sides of 0 with a mean other than 0; the seed changes only the noise."""
     common, noise = normal(*shape, seed=1), normal(*shape, seed=seed + 2)
     return 2 * common + noise.relu() * (seed + 1) + noise.roll(1, -1) + 0.3
 
@@ -163,7 +163,7 @@ FIXED: dict[str, Callable[[], Case]] = {
 
 
 def fixed(name: str, gate: str) -> Case:
-    """A case of the table with this gate; with a bias, where its kind can have one."""
+    """A case of the table with this gate, and with a bias if its operator type can have one."""
     case = FIXED[name]()
     bias = (
         None if isinstance(case.operator_type, Addition | AveragePool) else torch.linspace(-0.5, 0.5, len(case.weight))
@@ -178,7 +178,7 @@ def fixed(name: str, gate: str) -> Case:
 
 @dataclass(frozen=True)
 class Numbers:
-    """A case's random numbers. On a grid every output is exact, and many stand just on a gate's limits."""
+    """A source of random numbers. On a grid every output is exact, and many outputs equal a limit of the gate."""
 
     generator: torch.Generator
     dtype: torch.dtype
@@ -217,10 +217,10 @@ def transposed_convolutions(draw: st.DrawFn, random: Numbers) -> Case:
     dims = draw(st.integers(1, 3))
     kernel, stride, dilation = each(draw, dims, 1, 3), each(draw, dims, 1, 3), each(draw, dims, 1, 2)
     padding = tuple(draw(st.integers(0, min(1, d * (k - 1)))) for d, k in zip(dilation, kernel))
-    more = tuple(draw(st.integers(0, max(s, d) - 1)) for s, d in zip(stride, dilation))
+    output_padding = tuple(draw(st.integers(0, max(s, d) - 1)) for s, d in zip(stride, dilation))
     groups, inner, outer = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 2))
     x = random(2, groups * inner, *each(draw, dims, 2, 3), shift=0.5)
-    return transposed(random(groups * outer, inner, *kernel), x, stride, padding, more, dilation, groups)
+    return transposed(random(groups * outer, inner, *kernel), x, stride, padding, output_padding, dilation, groups)
 
 
 @st.composite
@@ -232,7 +232,7 @@ def linears(draw: st.DrawFn, random: Numbers) -> Case:
 
 @st.composite
 def along_an_axis(draw: st.DrawFn, random: Numbers) -> Case:
-    """Scales and sums whose channels are any dimension."""
+    """Scales and additions whose channels are in any dimension."""
     shape = tuple(draw(st.lists(st.integers(1, 4), min_size=2, max_size=4)))
     axis = draw(st.integers(1, len(shape) - 1))
     if draw(st.booleans()):
@@ -244,7 +244,7 @@ def along_an_axis(draw: st.DrawFn, random: Numbers) -> Case:
 @st.composite
 def average_pools(draw: st.DrawFn, random: Numbers) -> Case:
     dims = draw(st.integers(1, 3))
-    kernel = tuple(draw(st.sampled_from([2, 4])) for _ in range(dims))  # so that 1/k is exact
+    kernel = tuple(draw(st.sampled_from([2, 4])) for _ in range(dims))  # powers of two make 1/k exact
     padding = tuple(draw(st.integers(0, size // 2)) for size in kernel)
     x = random(draw(st.integers(1, 3)), draw(st.integers(1, 3)), *each(draw, dims, 4, 5), shift=0.5)
     return average_pool(kernel, each(draw, dims, 1, 3), padding, x)
@@ -261,7 +261,7 @@ STRATEGIES: dict[str, Callable[[Numbers], Any]] = {
 
 @st.composite
 def any_case(draw: st.DrawFn, strategy: str | None = None) -> Case:
-    """Any operator of any kind, or of one; with any gate and a bias where it may have one."""
+    """Any operator of any type, or of one strategy, with any gate, and with or without a bias."""
     random = draw(drawn_numbers())
     case = draw(STRATEGIES[strategy or draw(st.sampled_from(sorted(STRATEGIES)))](random))
     biased = not isinstance(case.operator_type, Addition | AveragePool) and draw(st.booleans())

@@ -1,4 +1,4 @@
-"""Parts of data that are drawn from a known distribution, and what patterns of endlessly many are."""
+"""Data drawn from a known distribution in several parts, and the patterns in the limit of infinitely many samples."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -26,14 +26,14 @@ def normal(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-# Inputs are normal, with covariance MIXING MIXINGᵀ, and not about 0.
+# Inputs are normal with covariance MIXING MIXINGᵀ and a mean other than 0.
 MIXING, MEAN = normal(D, D, seed=1), normal(D, seed=2)
 
 
 def layer(neurons: int = K, draws: int = 1, *, gated: bool = True) -> Operator:
-    """Neurons that are open for a half of the samples, some for more and some for less.
+    """Neurons that are open for half of the samples on average.
 
-    draws: the same neurons so often, each time over inputs of their own: independent experiments side by side.
+    `draws` repeats the neurons, each time over inputs of their own: independent experiments in one operator.
     """
     weight = normal(neurons, D, seed=3)
     bias = normal(neurons, seed=4) - weight @ MEAN
@@ -41,13 +41,13 @@ def layer(neurons: int = K, draws: int = 1, *, gated: bool = True) -> Operator:
 
 
 def over(weight: Tensor, bias: Tensor, groups: int = 1, gate: Gate | None = None) -> Operator:
-    """Neurons with these weights (K, D), each group of them over D inputs of its own."""
-    kind = Convolution((1,), (0,), (1,), groups)
-    return Operator("it", kind, weight[..., None], bias, ((groups * D, 1),), (len(weight), 1), "", gate)
+    """An operator with these weights (K, D), each group of neurons over D inputs of its own."""
+    convolution = Convolution((1,), (0,), (1,), groups)
+    return Operator("it", convolution, weight[..., None], bias, ((groups * D, 1),), (len(weight), 1), "", gate)
 
 
 def data(n: int, seed: int = 0, draws: int = 1) -> Tensor:
-    """Samples (n, draws × D, 1)."""
+    """Draw samples (n, draws × D, 1)."""
     return (normal(n, draws, D, seed=1000 + seed) @ MIXING.T + MEAN).view(n, draws * D, 1)
 
 
@@ -66,7 +66,7 @@ def loads(held: Sequence[Moments]) -> list[Callable[[], Moments]]:
 
 
 def solved(operator: Operator, held: Sequence[Moments], choices: Sequence[str] = CHOICES) -> dict[str, Tensor]:
-    """Patterns of the sum of some parts, each (K, D)."""
+    """Return the patterns of the sum of some partial moments, each (K, D)."""
     return {row: a.flatten(1) for row, a in solve(operator, reduce(add, held), choices).patterns.items()}
 
 
@@ -77,15 +77,15 @@ def errors(operator: Operator, held: Sequence[Moments], choices: Sequence[str] =
 
 
 def truth(operator: Operator, row: str) -> Tensor:
-    """The pattern of endlessly many samples, by the moments of a normal y cut at 0; (K, D)."""
+    """Return the pattern in the limit of infinitely many samples, from the moments of a truncated normal y; (K, D)."""
     w = operator.weight.flatten(1)
     cov = w @ MIXING @ MIXING.T
     var = (cov * w).sum(1, keepdim=True)
     if row == "linear":
         return cov / var
     assert operator.bias is not None
-    sd, centre = var.sqrt(), operator.bias[:, None] + (w @ MEAN)[:, None]
-    at = -centre / sd  # where the gate is, in standard deviations of y
+    sd, center = var.sqrt(), operator.bias[:, None] + (w @ MEAN)[:, None]
+    at = -center / sd  # the gate's limit, in standard deviations of y
     density = torch.exp(-at.square() / 2) / math.sqrt(2 * math.pi)
     is_open = 0.5 * torch.erfc(at / math.sqrt(2))
     first, second = sd * density / is_open, var * (1 + at * density / is_open)  # of y - E[y], over the open gate
@@ -94,5 +94,5 @@ def truth(operator: Operator, row: str) -> Tensor:
 
 
 def distance(found: Tensor, true: Tensor) -> Tensor:
-    """‖a - a'‖ / ‖a'‖, (K,)."""
+    """Return ‖a - a'‖ / ‖a'‖, (K,)."""
     return (found - true).norm(dim=1) / true.norm(dim=1)

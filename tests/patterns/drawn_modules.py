@@ -1,7 +1,7 @@
 """Small modules drawn from a grammar of layers, changes of shape and spellings, some of them hostile.
 
-A step is a function from a shape to a layer: what it holds, and what it does with a batch. Steps that do not fit the
-shape are left out, so every drawn list of steps is a module.
+A step maps a shape to a layer and applies it to a batch. Steps that do not fit the shape are left out, so every list of
+steps is a module.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Step:
-    """One line of a forward pass. fits: the shapes (without the batch) that it takes."""
+    """One line of a forward pass; `fits` says whether it accepts a shape (without the batch)."""
 
     name: str
     apply: Apply
@@ -26,7 +26,7 @@ class Step:
 
 
 class Drawn(nn.Module):
-    """A module that applies its steps one after the other."""
+    """A module that applies its steps in order."""
 
     def __init__(self, steps: Sequence[Step], shape: Shape) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ def batch_norm(shape: Shape) -> nn.Module:
 
 
 class Constant(nn.Module):
-    """A tensor that is neither a parameter nor a buffer, of a shape with each dimension of a batch of one."""
+    """A tensor that is neither a parameter nor a buffer, in the shape of one sample."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -80,8 +80,8 @@ def even(shape: Shape) -> bool:
     return len(shape) > 0 and shape[0] % 2 == 0
 
 
-# What the project takes: none of these may be refused.
-TAKEN = [
+# Supported steps: none of them may be rejected.
+SUPPORTED = [
     Step("conv", lambda m, x: m(x), image, lambda s: nn.Conv2d(s[0], 4, 3, padding=1)),
     Step("strided", lambda m, x: m(x), image, lambda s: nn.Conv2d(s[0], 6, 2, stride=2)),
     Step("depthwise", lambda m, x: m(x), image, lambda s: nn.Conv2d(s[0], s[0], 3, padding="same", groups=s[0])),
@@ -136,7 +136,7 @@ TAKEN = [
     Step("dropout layer", lambda m, x: m(x), layer=lambda s: nn.Dropout(0.5)),
 ]  # fmt: skip
 
-# What may be refused, and must never change a result.
+# Steps that may be rejected and must never change a result.
 HOSTILE = [
     Step("rows", lambda m, x: x.reshape(-1, x.shape[-1]), lambda s: len(s) > 0),
     Step("view -1", lambda m, x: x.reshape(-1, 4), lambda s: len(s) > 0 and s[-1] % 4 == 0),

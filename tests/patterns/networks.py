@@ -1,4 +1,4 @@
-"""Well-known architectures with random statistics, traced once for all tests."""
+"""Well-known architectures with random batch norm statistics, each traced once per process."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -22,12 +22,12 @@ class Traced:
 
 @cache
 def traced(name: str) -> Traced:
-    """A model by its library's name, float64, with random weights and batch norms; three inputs for it."""
+    """Build and trace a model in float64 with random weights and batch norms, and draw three inputs."""
     torch.manual_seed(len(name))
     model = build(name).double()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            randomise(module)
+            randomize(module)
     inputs = torch.randn(3, 3, SIZE, SIZE, dtype=torch.float64)
     return Traced(model, trace(model, inputs[:2], name=name), inputs)
 
@@ -37,7 +37,7 @@ def build(name: str) -> nn.Module:
         return timm.create_model(name, num_classes=10)
     if not name.startswith("vgg"):
         return getattr(torchvision.models, name)(num_classes=10)
-    with torch.device("meta"):  # a narrow head in the place of VGG's 120 million weights
+    with torch.device("meta"):  # a narrow head instead of VGG's head of 120 million weights
         model = getattr(torchvision.models, name)(init_weights=False)
         head = nn.Linear(512 * 7 * 7, 48), nn.ReLU(inplace=True), nn.Dropout(), nn.Linear(48, 10)
         model.classifier = nn.Sequential(*head)
@@ -48,8 +48,8 @@ def build(name: str) -> nn.Module:
     return model
 
 
-def randomise(norm: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d) -> None:
-    """Statistics and affine parameters of a batch norm that has seen data; a fifth of the scales are negative."""
+def randomize(norm: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d) -> None:
+    """Draw the statistics and affine parameters of a batch norm; a fifth of the scales are negative."""
     k = norm.num_features
     assert norm.running_mean is not None
     assert norm.running_var is not None
@@ -66,7 +66,7 @@ PASSES = [name for name, method in METHODS.items() if method.backward is not Non
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
-    """‖found - expected‖ / ‖expected‖ over the whole tensors."""
+    """Return ‖found - expected‖ / ‖expected‖ over the whole tensors."""
     assert found.shape == expected.shape
     assert expected.norm() > 0
     return float((found.double() - expected.double()).norm() / expected.double().norm())

@@ -1,4 +1,4 @@
-"""Ways to write linear operations, and the sums, scales and average poolings that each is read as."""
+"""Ways to write linear operations, and the additions, scales and average pools that tracing makes of them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,20 +11,8 @@ from torch.nn import functional as F
 
 from patterns import Network, trace
 from patterns.operators.operator import Addition, AveragePool, OperatorType, Scale
-from tests.patterns.networks import randomise
-
-
-class Calls(nn.Module):
-    """A model of some layers and parameters, and the function that is its forward pass."""
-
-    def __init__(self, forward: Callable[["Calls", Tensor], Tensor], **parts: nn.Module | nn.Parameter) -> None:
-        super().__init__()
-        self.call = forward
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.call(self, x)
+from tests.patterns.networks import randomize
+from tests.patterns.small import FunctionModel
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -44,7 +32,7 @@ def conv() -> nn.Conv2d:
 
 
 IMAGE, TOKENS = (5, 4, 6, 6), (5, 7, 4)
-Reading = tuple[Callable[[Calls, Tensor], Tensor], tuple[int, ...], dict[str, object], list[OperatorType]]
+Reading = tuple[Callable[[FunctionModel, Tensor], Tensor], tuple[int, ...], dict[str, object], list[OperatorType]]
 READINGS: dict[str, Reading] = {
     "difference": (lambda m, x: m.a(x) - m.b(x), IMAGE, {"a": conv(), "b": conv()}, [Addition((1.0, -1.0))]),
     "difference with alpha": (
@@ -166,8 +154,8 @@ READINGS |= {
 
 
 @dataclass(frozen=True)
-class Read:
-    """A reading with a linear layer behind it, so that it gives scores: the model, its network, and inputs."""
+class TracedReading:
+    """An operation followed by a linear layer that makes scores: the model, its network, and inputs."""
 
     model: nn.Module
     network: Network
@@ -175,15 +163,15 @@ class Read:
 
 
 @cache
-def read(name: str) -> Read:
-    """In float64, with random weights; traced once for all tests."""
-    forward, shape, parts, _ = READINGS[name]
+def trace_reading(name: str) -> TracedReading:
+    """Build and trace a model in float64 with random weights, once per process."""
+    forward, shape, members, _ = READINGS[name]
     torch.manual_seed(0)
-    for part in parts.values():
-        if isinstance(part, nn.Conv1d | nn.Conv2d | nn.Linear):
-            part.reset_parameters()
-        elif isinstance(part, nn.BatchNorm1d | nn.BatchNorm3d):
-            randomise(part)
-    model, x = Calls(forward, **parts).double(), normal(*shape)  # type: ignore[arg-type]
+    for member in members.values():
+        if isinstance(member, nn.Conv1d | nn.Conv2d | nn.Linear):
+            member.reset_parameters()
+        elif isinstance(member, nn.BatchNorm1d | nn.BatchNorm3d):
+            randomize(member)
+    model, x = FunctionModel(forward, **members).double(), normal(*shape)  # type: ignore[arg-type]
     scored = nn.Sequential(model, nn.Flatten(), nn.Linear(model(x)[0].numel(), 3)).double().requires_grad_(False)
-    return Read(scored, trace(scored, x[:2]), x)
+    return TracedReading(scored, trace(scored, x[:2]), x)

@@ -1,6 +1,7 @@
-"""Small models written as functions, and their networks."""
+"""Small models written as functions, and their traced networks."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,16 +11,18 @@ from patterns import Gate, Network, trace
 from tests.patterns.networks import relative
 
 
-class Calls(nn.Module):
-    """A model of some layers and the function that is its forward pass."""
+class FunctionModel(nn.Module):
+    """A model with some layers and parameters, and a function as its forward pass."""
 
-    def __init__(self, forward: Callable[["Calls", Tensor], object], **layers: nn.Module) -> None:
+    def __init__(
+        self, forward: Callable[["FunctionModel", Tensor], object], **members: nn.Module | nn.Parameter
+    ) -> None:
         super().__init__()
         self.call = forward
-        for name, layer in layers.items():
-            self.add_module(name, layer)
+        for name, member in members.items():
+            setattr(self, name, member)
 
-    def forward(self, x: Tensor) -> object:
+    def forward(self, x: Tensor) -> Any:
         return self.call(self, x)
 
 
@@ -28,12 +31,12 @@ def image(batch: int = 2, channels: int = 3, size: int = 8) -> Tensor:
     return torch.randn(batch, channels, size, size, generator=generator, dtype=torch.float64)
 
 
-def network_of(model: nn.Module, example: Tensor | None = None) -> Network:
+def trace_network(model: nn.Module, example: Tensor | None = None) -> Network:
     return trace(model.double(), image() if example is None else example)
 
 
-def gates_of(model: nn.Module) -> dict[str, Gate | None]:
-    return {name: operator.gate for name, operator in network_of(model).operators.items()}
+def trace_gates(model: nn.Module) -> dict[str, Gate | None]:
+    return {name: operator.gate for name, operator in trace_network(model).operators.items()}
 
 
 def conv(inner: int = 3, outer: int = 4) -> nn.Conv2d:
@@ -46,10 +49,10 @@ def assert_same_outputs(model: nn.Module, network: Network, *batches: Tensor) ->
             assert relative(network.module(batch), model(batch)) < 1e-10
 
 
-def every_kind() -> nn.Module:
-    """Convolutions with half the products, of one position and depthwise, sums, pools and rectifiers of two kinds."""
+def varied_model() -> nn.Module:
+    """A model with 3×3, 1×1 and depthwise convolutions, batch norm, an addition, both pools and two rectifiers."""
 
-    def forward(m: Calls, x: Tensor) -> Tensor:
+    def forward(m: FunctionModel, x: Tensor) -> Tensor:
         x = F.relu(m.norm(m.first(x)))  # type: ignore[operator]
         x = x + F.hardtanh(m.depthwise(m.mix(x)), 0.0, 6.0)  # type: ignore[operator]
         x = F.adaptive_avg_pool2d(F.max_pool2d(x, 2), 2)
@@ -63,4 +66,4 @@ def every_kind() -> nn.Module:
         "depthwise": nn.Conv2d(8, 8, 3, padding=1, groups=8),
         "last": nn.Linear(32, 5),
     }
-    return Calls(forward, **layers).double().eval()
+    return FunctionModel(forward, **layers).double().eval()

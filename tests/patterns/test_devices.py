@@ -1,4 +1,4 @@
-"""No tensor is made on another device than the network's, seen on the device that has no numbers."""
+"""All tensors are created on the network's device, tested on the meta device, which holds no numbers."""
 
 import pytest
 import torch
@@ -21,31 +21,31 @@ def network() -> Network:
 
 
 @pytest.fixture(scope="module")
-def elsewhere() -> Network:
-    """The network on the meta device, on which an operation with a tensor from elsewhere fails."""
+def meta_network() -> Network:
+    """The network on the meta device, where an operation with a tensor of another device fails."""
     return traced("meta")
 
 
 @pytest.mark.parametrize("positions", [None, 4])
-def test_moments_are_taken_where_the_network_is(elsewhere: Network, positions: int | None) -> None:
-    observer = Observer(elsewhere, positions=positions)
+def test_moments_are_on_the_networks_device(meta_network: Network, positions: int | None) -> None:
+    observer = Observer(meta_network, positions=positions)
     for _ in range(2):
         assert observer.update(torch.zeros(4, 3, 64, 64, device="meta")).device.type == "meta"
     observer.flush()
     assert {t.device.type for t in observer.tensors().values()} == {"meta"}
 
 
-def test_patches_are_gathered_where_the_network_is(elsewhere: Network) -> None:
-    observer = PatchObserver(elsewhere, ["conv1", "layer2.0.conv1", "fc"], 4)
+def test_patches_are_on_the_networks_device(meta_network: Network) -> None:
+    observer = PatchObserver(meta_network, ["conv1", "layer2.0.conv1", "fc"], 4)
     observer.update(torch.zeros(4, 3, 64, 64, device="meta"))
     assert {t.device.type for t in observer.tensors().values()} == {"meta"}
 
 
-def test_maps_are_made_where_the_network_is(network: Network, elsewhere: Network) -> None:
+def test_maps_are_on_the_networks_device(network: Network, meta_network: Network) -> None:
     patterns = {name: op.weight for name, op in network.operators.items()}
-    there = {name: torch.empty_like(op.weight) for name, op in elsewhere.operators.items()}
+    meta_patterns = {name: torch.empty_like(op.weight) for name, op in meta_network.operators.items()}
     scales = Explainer(network, patterns, PASSES).scales
-    explanation = Explainer(elsewhere, there, PASSES, scales)(torch.zeros(4, 3, 64, 64, device="meta"))
+    explanation = Explainer(meta_network, meta_patterns, PASSES, scales)(torch.zeros(4, 3, 64, 64, device="meta"))
     for name in PASSES:
         assert explanation.maps[name].device.type == "meta"
         assert explanation.maps[name].shape == (4, 3, 64, 64)

@@ -1,4 +1,4 @@
-"""Digests tell models apart by every number that their forward pass holds, and by nothing else."""
+"""Digests distinguish models by every number that their forward pass uses, and by nothing else."""
 
 import hashlib
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from tests.patterns.small import conv, image
 
 
 class Scaled(nn.Module):
-    """A convolution times a number that is kept in one of several places."""
+    """A convolution times a number that is stored in one of several places."""
 
     def __init__(self, place: str, value: float) -> None:
         super().__init__()
@@ -42,14 +42,14 @@ def digests(model: nn.Module) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("place", STATE + CONSTANTS)
-def test_another_number_anywhere_gives_another_digest(place: str) -> None:
+def test_every_number_changes_a_digest(place: str) -> None:
     one, same, other = (digests(Scaled(place, value)) for value in (0.5, 0.5, 0.75))
     assert one == same
     assert (one[0] != other[0]) == (place in STATE)
     assert (one[1] != other[1]) == (place in CONSTANTS)
 
 
-def test_a_closure_over_a_tensor_counts_too() -> None:
+def test_tensors_in_closures_change_the_digest_of_constants() -> None:
     class Closed(nn.Module):
         def __init__(self, scale: Tensor) -> None:
             super().__init__()
@@ -64,7 +64,7 @@ def test_a_closure_over_a_tensor_counts_too() -> None:
     assert one[1] != other[1]
 
 
-def test_the_digest_of_an_ordinary_model_is_that_of_its_state_dict_as_in_version_0_2() -> None:
+def test_digest_of_an_ordinary_model_is_that_of_its_state_dict_as_in_version_0_2() -> None:
     model = nn.Sequential(conv(), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(256, 3))
     state = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):

@@ -1,4 +1,4 @@
-"""Modules drawn at random: their traced network computes what they compute, at any batch size, or they are refused."""
+"""Random modules: the traced network has the module's outputs at any batch size, or the module is rejected."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from patterns import UserError, trace
-from tests.patterns.drawn_modules import HOSTILE, TAKEN, Drawn, Step
+from tests.patterns.drawn_modules import HOSTILE, SUPPORTED, Drawn, Step
 
 SHAPES = [(3, 8, 8), (2, 5, 6), (6,), (4, 6)]
 UNHURRIED = {
@@ -19,7 +19,7 @@ UNHURRIED = {
 
 
 def assert_same(found: Tensor, expected: Tensor, what: str) -> None:
-    """The same numbers; one sample may have lost its batch dimension, and one number for each sample is one class."""
+    """Compare the numbers. One sample may have lost its batch dimension, and one number per sample is one class."""
     assert found.numel() == expected.numel(), what
     scale = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
     torch.testing.assert_close(
@@ -27,16 +27,16 @@ def assert_same(found: Tensor, expected: Tensor, what: str) -> None:
     )
 
 
-def compare(steps: list[Step], shape: tuple[int, ...], seed: int, refusable: bool) -> None:
-    """Trace a drawn module, and compare it with its network for batches of 1, 2 and 5."""
+def compare(steps: list[Step], shape: tuple[int, ...], seed: int, rejectable: bool) -> None:
+    """Trace a module, and compare it with its network for batches of 1, 2 and 5."""
     torch.manual_seed(seed)
     module = Drawn(steps, shape).eval()
     try:
         network = trace(module, torch.zeros(2, *shape, dtype=torch.float64), name="drawn")
     except UserError as error:
-        if refusable:
+        if rejectable:
             return
-        raise AssertionError(f"{module} was refused") from error
+        raise AssertionError(f"{module} was rejected") from error
     assert network.input_shape == shape
     for batch in (1, 2, 5):
         x = torch.randn(batch, *shape, dtype=torch.float64)
@@ -50,36 +50,36 @@ def compare(steps: list[Step], shape: tuple[int, ...], seed: int, refusable: boo
 
 
 def check_hostile(steps: list[Step], shape: tuple[int, ...], seed: int) -> None:
-    compare(steps, shape, seed, refusable=True)
+    compare(steps, shape, seed, rejectable=True)
 
 
-hostile = given(st.lists(st.sampled_from(TAKEN + HOSTILE), max_size=7), st.sampled_from(SHAPES), st.integers(0, 99))
+hostile = given(st.lists(st.sampled_from(SUPPORTED + HOSTILE), max_size=7), st.sampled_from(SHAPES), st.integers(0, 99))
 
 
 @settings(max_examples=150, derandomize=True, **UNHURRIED)  # type: ignore[arg-type]
 @hostile
-def test_a_drawn_module_is_traced_as_it_is_or_refused(steps: list[Step], shape: tuple[int, ...], seed: int) -> None:
+def test_random_modules_are_traced_exactly_or_rejected(steps: list[Step], shape: tuple[int, ...], seed: int) -> None:
     check_hostile(steps, shape, seed)
 
 
 @settings(max_examples=50, derandomize=True, **UNHURRIED)  # type: ignore[arg-type]
-@given(st.lists(st.sampled_from(TAKEN), max_size=7), st.sampled_from(SHAPES), st.integers(0, 99))
-def test_a_drawn_module_of_supported_steps_is_never_refused(
+@given(st.lists(st.sampled_from(SUPPORTED), max_size=7), st.sampled_from(SHAPES), st.integers(0, 99))
+def test_random_modules_of_supported_steps_are_never_rejected(
     steps: list[Step], shape: tuple[int, ...], seed: int
 ) -> None:
-    compare(steps, shape, seed, refusable=False)
+    compare(steps, shape, seed, rejectable=False)
 
 
 @pytest.mark.slow
 @settings(max_examples=10_000, **UNHURRIED)  # type: ignore[arg-type]
 @hostile
-def test_ten_thousand_drawn_modules_are_traced_as_they_are_or_refused(
+def test_ten_thousand_random_modules_are_traced_exactly_or_rejected(
     steps: list[Step], shape: tuple[int, ...], seed: int
 ) -> None:
     check_hostile(steps, shape, seed)
 
 
 @pytest.mark.parametrize("step", HOSTILE, ids=lambda step: step.name)
-def test_each_hostile_step_alone_is_traced_as_it_is_or_refused(step: Step) -> None:
+def test_each_hostile_step_alone_is_traced_exactly_or_rejected(step: Step) -> None:
     for shape in SHAPES:
-        compare([TAKEN[4], step, TAKEN[4]], shape, 0, refusable=True)
+        compare([SUPPORTED[4], step, SUPPORTED[4]], shape, 0, rejectable=True)

@@ -1,3 +1,5 @@
+"""Tracing: operators, their names, shapes and outputs for ordinary ways to write a model."""
+
 from collections.abc import Callable
 
 import pytest
@@ -7,26 +9,26 @@ from torch.nn import functional as F
 
 from patterns import Gate, accumulate, solve, trace
 from patterns.operators.operator import Addition, AveragePool, Convolution, Linear, Scale
-from tests.patterns.networks import randomise, relative, traced
-from tests.patterns.small import Calls, assert_same_outputs, conv, gates_of, image, network_of
+from tests.patterns.networks import randomize, relative, traced
+from tests.patterns.small import FunctionModel, assert_same_outputs, conv, image, trace_gates, trace_network
 
 RELU, RELU6 = Gate(0.0, float("inf")), Gate(0.0, 6.0)
 ARCHITECTURES = ["resnet18", "vgg11_bn", "mobilenet_v2", "tf_efficientnet_lite0"]
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_tracing_and_folding_leave_the_outputs_as_they_were_at_any_batch_size(name: str) -> None:
+def test_tracing_and_folding_keep_the_outputs_at_any_batch_size(name: str) -> None:
     it = traced(name)
     assert_same_outputs(it.model, it.network, it.inputs, it.inputs[:1])
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_no_batch_norm_is_left_that_follows_a_convolution(name: str) -> None:
+def test_no_batch_norm_remains_behind_a_convolution(name: str) -> None:
     it = traced(name)
-    kinds = [type(operator.operator_type) for operator in it.network.operators.values()]
-    assert Scale not in kinds
-    assert kinds.count(Convolution) == sum(isinstance(m, nn.Conv2d) for m in it.model.modules())
-    assert kinds.count(Linear) == sum(isinstance(m, nn.Linear) for m in it.model.modules())
+    types = [type(operator.operator_type) for operator in it.network.operators.values()]
+    assert Scale not in types
+    assert types.count(Convolution) == sum(isinstance(m, nn.Conv2d) for m in it.model.modules())
+    assert types.count(Linear) == sum(isinstance(m, nn.Linear) for m in it.model.modules())
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -37,12 +39,12 @@ def test_operators_are_named_by_their_parameters(name: str) -> None:
     assert sorted(named) == sorted(layers)
     for operator in it.network.operators.values():
         if isinstance(operator.operator_type, Addition | AveragePool):
-            kind, _, order = operator.name.partition(".")
-            assert kind in {"addition", "average_pool"}
+            type_name, _, order = operator.name.partition(".")
+            assert type_name in {"addition", "average_pool"}
             assert order.isdigit()
 
 
-def test_operators_stand_in_the_order_of_their_calls() -> None:
+def test_operators_are_in_the_order_of_their_calls() -> None:
     class Backwards(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -51,13 +53,13 @@ def test_operators_stand_in_the_order_of_their_calls() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.last(self.first(x))
 
-    assert list(network_of(Backwards()).operators) == ["first", "last"]
+    assert list(trace_network(Backwards()).operators) == ["first", "last"]
 
 
-def test_a_module_called_twice_is_one_operator_with_the_samples_of_both_calls() -> None:
+def test_module_called_twice_is_one_operator_with_the_samples_of_both_calls() -> None:
     torch.manual_seed(0)
-    model = Calls(lambda m, x: m.conv(m.conv(x).relu()).relu(), conv=conv(3, 3)).double()
-    network, x = network_of(model), image(3)
+    model = FunctionModel(lambda m, x: m.conv(m.conv(x).relu()).relu(), conv=conv(3, 3)).double()
+    network, x = trace_network(model), image(3)
     assert list(network.operators) == ["conv"]
     assert_same_outputs(model, network, x, x[:1])
     first = F.conv2d(x, model.conv.weight, model.conv.bias, padding=1)
@@ -73,25 +75,25 @@ def test_a_module_called_twice_is_one_operator_with_the_samples_of_both_calls() 
         assert found.total.yy[k].item() == pytest.approx((y * y).sum().item(), rel=1e-10)
 
 
-def test_a_module_called_twice_is_gated_only_if_both_calls_are() -> None:
-    assert gates_of(Calls(lambda m, x: m.conv(m.conv(x).relu()), conv=conv(3, 3))) == {"conv": None}
+def test_module_called_twice_is_gated_only_if_both_calls_are() -> None:
+    assert trace_gates(FunctionModel(lambda m, x: m.conv(m.conv(x).relu()), conv=conv(3, 3))) == {"conv": None}
 
 
-def test_a_weight_that_two_modules_share_is_one_operator() -> None:
+def test_weight_shared_by_two_modules_is_one_operator() -> None:
     one, two = conv(3, 3), conv(3, 3)
     two.weight, two.bias = one.weight, one.bias
-    (name,) = network_of(nn.Sequential(one, nn.ReLU(), two, nn.ReLU())).operators
+    (name,) = trace_network(nn.Sequential(one, nn.ReLU(), two, nn.ReLU())).operators
     assert name in {"0", "2"}
 
 
-def test_batch_norm_standing_alone_is_a_scale_whose_pattern_is_one_over_its_weight() -> None:
+def test_separate_batch_norm_is_a_scale_whose_pattern_is_one_over_its_weight() -> None:
     torch.manual_seed(0)
-    model = Calls(
+    model = FunctionModel(
         lambda m, x: m.conv(m.norm(torch.cat([x, m.stem(x)], 1)).relu()),
         stem=conv(3, 2), norm=nn.BatchNorm2d(5), conv=conv(5, 2),
     ).double()  # fmt: skip
-    randomise(model.norm)
-    network, x = network_of(model), image(4)
+    randomize(model.norm)
+    network, x = trace_network(model), image(4)
     scale = network.operators["norm"]
     assert isinstance(scale.operator_type, Scale)
     assert scale.gate == RELU
@@ -123,10 +125,10 @@ POOLINGS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
-def test_average_pooling_keeps_the_outputs_and_every_window_weighs_one_over_k(pooling: str) -> None:
-    model = Calls(lambda m, x: POOLINGS[pooling](x)).double()
+def test_average_pooling_keeps_the_outputs_and_has_weights_of_one_over_k(pooling: str) -> None:
+    model = FunctionModel(lambda m, x: POOLINGS[pooling](x)).double()
     x = torch.randn(3, 2, 9, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    network = network_of(model, x[:2])
+    network = trace_network(model, x[:2])
     assert_same_outputs(model, network, x, x[:1])
     *scales, operator = network.operators.values()
     assert [type(scale.operator_type) for scale in scales] == [Scale] * (pooling == "a divisor of its own")
@@ -136,19 +138,19 @@ def test_average_pooling_keeps_the_outputs_and_every_window_weighs_one_over_k(po
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
-def test_gradient_of_average_pooling_is_kept(pooling: str) -> None:
-    model = Calls(lambda m, x: POOLINGS[pooling](x)).double()
+def test_average_pooling_keeps_its_gradient(pooling: str) -> None:
+    model = FunctionModel(lambda m, x: POOLINGS[pooling](x)).double()
     x = torch.randn(2, 2, 9, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    network = network_of(model, x)
-    start = torch.randn(model(x).shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    network = trace_network(model, x)
+    output_gradient = torch.randn(model(x).shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     gradients = []
     for function in (model, network.module):
         inputs = x.clone().requires_grad_()
-        gradients += torch.autograd.grad(function(inputs), inputs, start)
+        gradients += torch.autograd.grad(function(inputs), inputs, output_gradient)
     assert relative(gradients[1], gradients[0]) < 1e-12
 
 
-FORWARDS: dict[str, tuple[Callable[[Calls, Tensor], object], set[str]]] = {
+FORWARDS: dict[str, tuple[Callable[[FunctionModel, Tensor], object], set[str]]] = {
     "in place addition": (lambda m, x: m.conv(x).add_(m.other(x)), {"conv", "other", "addition.0"}),
     "weighted addition": (lambda m, x: torch.add(m.conv(x), m.other(x), alpha=0.5), {"conv", "other", "addition.0"}),
     "broadcast addition": (
@@ -164,11 +166,11 @@ FORWARDS: dict[str, tuple[Callable[[Calls, Tensor], object], set[str]]] = {
 
 
 @pytest.mark.parametrize("name", FORWARDS)
-def test_ordinary_ways_to_write_a_forward_pass_keep_their_outputs(name: str) -> None:
+def test_ordinary_forward_passes_keep_their_outputs(name: str) -> None:
     forward, expected = FORWARDS[name]
     torch.manual_seed(0)
-    model = Calls(forward, conv=conv(), other=conv()).double().eval()
-    network = network_of(model)
+    model = FunctionModel(forward, conv=conv(), other=conv()).double().eval()
+    network = trace_network(model)
     assert set(network.operators) == expected
     assert_same_outputs(model, network, image(3), image(1))
 
@@ -182,10 +184,10 @@ class Projected(nn.Module):
         return (self.conv(x) @ self.matrix).relu()
 
 
-def test_a_product_with_a_constant_matrix_is_a_linear_operator_named_by_it() -> None:
+def test_product_with_a_constant_matrix_is_a_linear_operator_with_its_name() -> None:
     torch.manual_seed(0)
-    model = Calls(lambda m, x: m.head(x), head=Projected()).double()
-    network = network_of(model)
+    model = FunctionModel(lambda m, x: m.head(x), head=Projected()).double()
+    network = trace_network(model)
     assert list(network.operators) == ["head.conv", "head.matrix"]
     operator = network.operators["head.matrix"]
     assert isinstance(operator.operator_type, Linear)
@@ -194,13 +196,13 @@ def test_a_product_with_a_constant_matrix_is_a_linear_operator_named_by_it() -> 
     assert_same_outputs(model, network, image(3), image(1))
 
 
-def test_what_depends_on_the_batch_size_alone_is_not_refused() -> None:
-    def forward(m: Calls, x: Tensor) -> Tensor:
-        places = torch.ones(x.shape[0], 4, 8, 8, dtype=x.dtype).cumsum(2).sin()
-        return m.conv(x) + places
+def test_operations_that_depend_on_the_batch_size_alone_are_accepted() -> None:
+    def forward(m: FunctionModel, x: Tensor) -> Tensor:
+        positions = torch.ones(x.shape[0], 4, 8, 8, dtype=x.dtype).cumsum(2).sin()
+        return m.conv(x) + positions
 
-    model = Calls(forward, conv=conv()).double()
-    network = network_of(model)
+    model = FunctionModel(forward, conv=conv()).double()
+    network = trace_network(model)
     assert_same_outputs(model, network, image(3), image(1))
 
 
@@ -211,14 +213,16 @@ PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("product", PRODUCTS)
-def test_attention_passed_through_has_the_gradient_of_its_values_alone(product: str) -> None:
+def test_attention_that_is_passed_through_has_the_gradient_of_its_values_alone(product: str) -> None:
     torch.manual_seed(0)
-    model = Calls(lambda m, x: PRODUCTS[product](m.one(x).softmax(-1), m.two(x)), one=conv(), two=conv()).double()
+    model = FunctionModel(
+        lambda m, x: PRODUCTS[product](m.one(x).softmax(-1), m.two(x)), one=conv(), two=conv()
+    ).double()
     network = trace(model, image(), pass_through=["softmax", product])
     x, again = image().requires_grad_(), image().requires_grad_()
     (found,) = torch.autograd.grad(network.module(x).square().sum(), x)
-    held = PRODUCTS[product](model.one(again).softmax(-1).detach(), model.two(again))
-    (expected,) = torch.autograd.grad(held.square().sum(), again)
+    linearized = PRODUCTS[product](model.one(again).softmax(-1).detach(), model.two(again))
+    (expected,) = torch.autograd.grad(linearized.square().sum(), again)
     assert relative(found, expected) < 1e-12
 
 
@@ -227,7 +231,7 @@ def test_attention_passed_through_has_the_gradient_of_its_values_alone(product: 
 def test_convolutions_with_padding_by_name_keep_their_outputs(padding: str, kernel: int | tuple[int, int]) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, kernel, padding=padding), nn.ReLU()).double()
-    network = network_of(model)
+    network = trace_network(model)
     assert list(network.operators) == ["0"]
     assert_same_outputs(model, network, image(3), image(1))
 
@@ -237,9 +241,9 @@ def test_convolutions_of_one_and_three_dimensions_keep_their_outputs(dims: int) 
     torch.manual_seed(0)
     layer, norm = ((nn.Conv1d, nn.BatchNorm1d), (nn.Conv3d, nn.BatchNorm3d))[dims == 3]
     model = nn.Sequential(layer(2, 4, 3, stride=2, dilation=2, groups=2), norm(4), nn.ReLU()).double()
-    randomise(model[1])
+    randomize(model[1])
     x = torch.randn(3, 2, *[9] * dims, dtype=torch.float64)
-    network = network_of(model, x[:2])
+    network = trace_network(model, x[:2])
     assert list(network.operators) == ["0"]
     assert_same_outputs(model, network, x, x[:1])
 
@@ -255,19 +259,19 @@ def test_operators_know_their_shapes_without_the_batch() -> None:
     assert operators["layer1.0.conv1"].inputs_per_neuron == 576
 
 
-def test_tracing_leaves_the_models_parameters_as_they_were() -> None:
+def test_tracing_keeps_the_models_parameters() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(conv(), nn.BatchNorm2d(4), nn.ReLU()).double()
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    network_of(model)
+    trace_network(model)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_a_model_in_training_mode_is_traced_in_evaluation_mode() -> None:
+def test_model_in_training_mode_is_traced_in_evaluation_mode() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(conv(), nn.BatchNorm2d(4), nn.Dropout(0.9), nn.ReLU()).double().train()
-    randomise(model[1])
-    network = network_of(model)
+    randomize(model[1])
+    network = trace_network(model)
     assert_same_outputs(model.eval(), network, image(3))

@@ -1,4 +1,4 @@
-"""What callers give a network, an explainer and the adapters: it fits, or the error says what it should be."""
+"""Inputs, targets and batches that callers pass: they fit, or the error says what is expected."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +30,7 @@ from patterns.attribution.adapters import PatternAttributionComposite, quantus_e
 
 
 class Pooled(nn.Module):
-    """A model that takes images of any size."""
+    """A model that accepts images of any size."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,9 +82,7 @@ ENTRIES: dict[str, Callable[[Network, Tensor], object]] = {
 
 @pytest.mark.parametrize("size", [8, 15, 20, 32])
 @pytest.mark.parametrize("entry", ENTRIES)
-def test_images_of_another_size_than_was_traced_are_refused_with_both_shapes(
-    network: Network, entry: str, size: int
-) -> None:
+def test_images_of_another_size_are_rejected_with_both_shapes(network: Network, entry: str, size: int) -> None:
     with pytest.raises(UserError) as caught:
         ENTRIES[entry](network, images(3, size))
     assert str((3, 3, size, size)) in caught.value.what
@@ -92,14 +90,14 @@ def test_images_of_another_size_than_was_traced_are_refused_with_both_shapes(
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
-def test_one_image_without_a_batch_is_refused_with_how_to_add_it(network: Network, entry: str) -> None:
+def test_image_without_a_batch_dimension_is_rejected_with_a_remedy(network: Network, entry: str) -> None:
     with pytest.raises(UserError) as caught:
         ENTRIES[entry](network, images()[0])
     assert "batch dimension" in caught.value.remedy
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.uint8, torch.bfloat16])
-def test_images_of_another_type_are_refused_with_both_types(explainer: Explainer, dtype: torch.dtype) -> None:
+def test_images_of_another_dtype_are_rejected_with_both_dtypes(explainer: Explainer, dtype: torch.dtype) -> None:
     for entry in (explainer, lambda x: accumulate(explainer.network, [x])):
         with pytest.raises(UserError) as caught:
             entry(images().to(dtype))
@@ -107,7 +105,7 @@ def test_images_of_another_type_are_refused_with_both_types(explainer: Explainer
         assert "float32" in caught.value.what
 
 
-def test_attribution_in_captums_manner_traces_the_model_again_for_another_size(tmp_path: Path) -> None:
+def test_captum_api_traces_the_model_again_for_another_size(tmp_path: Path) -> None:
     torch.manual_seed(1)
     convolutions = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 3, 3), nn.Flatten(2)).eval()
     network = trace(convolutions, torch.zeros(2, 3, 16, 16))
@@ -123,7 +121,7 @@ def test_attribution_in_captums_manner_traces_the_model_again_for_another_size(t
         assert torch.equal(attribution.attribute(x, target=1), expected)
 
 
-def test_adapters_refuse_another_size_that_the_patterns_do_not_fit(model: Pooled, run: Path) -> None:
+def test_adapters_reject_sizes_that_the_patterns_do_not_fit(model: Pooled, run: Path) -> None:
     x = images(2, 24)
     with pytest.raises(UserError):  # the pattern of the mean over 16 × 16 positions
         PatternAttribution(model, run, example=images(1)).attribute(x, target=1)
@@ -132,7 +130,7 @@ def test_adapters_refuse_another_size_that_the_patterns_do_not_fit(model: Pooled
         attributor(x, lambda scores: torch.eye(3)[[1, 1]])
     with pytest.raises(UserError):
         quantus_explain(run)(model, x.numpy(), np.array([1, 1]))
-    with torch.no_grad():  # the model is itself again
+    with torch.no_grad():  # the model is restored
         torch.testing.assert_close(model(x), model.forward(x))
 
 
@@ -146,11 +144,9 @@ TARGETS: dict[str, tuple[Any, list[int]]] = {
 
 
 @pytest.mark.parametrize("form", TARGETS)
-def test_targets_in_every_form_are_those_of_a_gradient_by_autograd(
-    model: Pooled, explainer: Explainer, form: str
-) -> None:
-    given, classes = TARGETS[form]
-    explanation = explainer(images(), given)
+def test_targets_in_every_form_give_the_gradient_of_autograd(model: Pooled, explainer: Explainer, form: str) -> None:
+    targets, classes = TARGETS[form]
+    explanation = explainer(images(), targets)
     x = images().requires_grad_()
     (expected,) = torch.autograd.grad(model(x)[range(8), classes].sum(), x)
     assert explanation.targets.tolist() == classes
@@ -165,32 +161,32 @@ def test_targets_in_every_form_are_those_of_a_gradient_by_autograd(
         (torch.ones(8, 2), "weights"), ([0.5] * 8, "weights"), (torch.ones(8, dtype=torch.bool), "bool"),
     ],
 )  # fmt: skip
-def test_targets_that_do_not_fit_are_refused(explainer: Explainer, targets: Any, word: str) -> None:
+def test_targets_that_do_not_fit_are_rejected(explainer: Explainer, targets: Any, word: str) -> None:
     with pytest.raises(UserError) as caught:
         explainer(images(), targets)
-    assert caught.value.where == "targets"
+    assert caught.value.parameter == "targets"
     assert word in caught.value.what
 
 
-def test_a_data_loader_of_images_and_labels_gives_the_moments_of_its_images(network: Network) -> None:
+def test_data_loader_of_images_and_labels_gives_the_moments_of_its_images(network: Network) -> None:
     x = images()
     expected = accumulate(network, [x[:4], x[4:]])
-    labelled = DataLoader(TensorDataset(x, torch.arange(8)), batch_size=4)
+    labeled = DataLoader(TensorDataset(x, torch.arange(8)), batch_size=4)
     alone = DataLoader(TensorDataset(x), batch_size=4)
-    for loader in (labelled, alone):
+    for loader in (labeled, alone):
         found = accumulate(network, loader)
         assert torch.equal(found["conv"].total.xy, expected["conv"].total.xy)
         assert torch.equal(found["head"].total.n, expected["head"].total.n)
 
 
 @pytest.mark.parametrize("batches", [[], iter([]), [{"image": images()}], ["x"], [([1], [2])]])
-def test_batches_that_are_none_or_hold_no_images_are_refused(network: Network, batches: Any) -> None:
+def test_missing_batches_and_batches_without_images_are_rejected(network: Network, batches: Any) -> None:
     with pytest.raises(UserError) as caught:
         accumulate(network, batches)
-    assert caught.value.where == "batches"
+    assert caught.value.parameter == "batches"
 
 
-def test_explanations_within_inference_mode_and_of_its_images_are_the_same(model: Pooled, run: Path) -> None:
+def test_inference_mode_and_its_images_change_no_map(model: Pooled, run: Path) -> None:
     expected = Explainer.load(run, model, ["patternattribution"], example=images(1))(images(), 0).maps
     with torch.inference_mode():
         made = images()
@@ -202,22 +198,22 @@ def test_explanations_within_inference_mode_and_of_its_images_are_the_same(model
     assert moments["conv"].total.n[0] == 8 * 16 * 16
 
 
-def test_a_model_that_was_made_in_inference_mode_is_refused_with_what_to_do() -> None:
+def test_model_created_in_inference_mode_is_rejected() -> None:
     with torch.inference_mode():
         made = Pooled()
     with pytest.raises(UserError, match="inference"):
         trace(made, torch.zeros(2, 3, 16, 16))
 
 
-def test_an_empty_batch_has_empty_maps(explainer: Explainer) -> None:
+def test_empty_batch_has_empty_maps(explainer: Explainer) -> None:
     assert explainer(images()[:0]).maps["patternattribution"].shape == (0, 3, 16, 16)
 
 
-def test_patterns_are_loaded_from_a_folder_given_as_text(model: Pooled, run: Path) -> None:
+def test_patterns_are_loaded_from_a_folder_given_as_string(model: Pooled, run: Path) -> None:
     assert load(str(run), digest(model)).keys() == load(run, digest(model)).keys()
 
 
-def test_a_resnet_at_another_size_is_refused_instead_of_a_part_of_the_image() -> None:
+def test_resnet_rejects_another_size_instead_of_reading_a_part_of_the_image() -> None:
     model = torchvision.models.resnet18(num_classes=5).eval()
     network = trace(model, torch.zeros(2, 3, 64, 64))
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The operator kinds: their transposes, how they are read off a model and explained, and what is held still."""
+"""Operator types: their transposes, how tracing reads them, their explanations, and linearized operations."""
 
 from collections.abc import Callable
 
@@ -14,14 +14,15 @@ from patterns.operators.operator import Addition, AveragePool, Convolution, Line
 from tests.oracles import matrix, window_patches
 from tests.patterns.cases import STRATEGIES, Case, any_case
 from tests.patterns.networks import relative
-from tests.patterns.readings import IMAGE, READINGS, TOKENS, Calls, conv, normal, parameter, read
+from tests.patterns.readings import IMAGE, READINGS, TOKENS, conv, normal, parameter, trace_reading
+from tests.patterns.small import FunctionModel
 
 cases = settings(max_examples=25, derandomize=True, deadline=None)
 RELU = Gate(0.0, float("inf"))
 
 
-def network_of(model: nn.Module, x: Tensor, *passed: str) -> Network:
-    """The network, with its outputs checked at two batch sizes."""
+def trace_network(model: nn.Module, x: Tensor, *passed: str) -> Network:
+    """Trace a model, and check the outputs at two batch sizes."""
     network = trace(model.double(), x[:2], pass_through=passed)
     with torch.no_grad():
         for batch in (x, x[:1]):
@@ -33,7 +34,7 @@ def network_of(model: nn.Module, x: Tensor, *passed: str) -> Network:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_input_gradients_are_the_transpose_of_the_forward_pass_with_any_weight(strategy: str) -> None:
+def test_input_gradient_is_the_transpose_of_the_forward_pass_for_any_weight(strategy: str) -> None:
     @given(any_case(strategy))
     @cases
     def check(case: Case) -> None:
@@ -69,27 +70,27 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("layout", ["channels first", "channels last"])
-def test_convolutions_that_see_one_position_have_the_sums_over_patches(
+def test_convolutions_over_one_position_have_the_sums_over_patches(
     form: str, layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     k, c, sizes, stride = FORMS[form]
     ones, nothing = (1,) * len(sizes), (0,) * len(sizes)
     x = normal(3, c, *sizes, seed=1)
-    kind = Convolution(stride, nothing, ones)
-    grad = normal(*kind.forward((x,), normal(k, c, *ones), None).shape, seed=2)
+    convolution = Convolution(stride, nothing, ones)
+    grad = normal(*convolution.forward((x,), normal(k, c, *ones), None).shape, seed=2)
     (patches,) = window_patches(x, ones, stride, nothing, ones)
     truth = grad.movedim(1, -1).flatten(0, -2).mT @ patches
     if layout == "channels last":
         x, grad = (t.movedim(1, -1).contiguous().movedim(-1, 1) for t in (x, grad))
-    taken, product = [], operator.sum_of_products
+    calls, product = [], operator.sum_of_products
 
-    def noted(*given: Tensor) -> Tensor:
-        taken.append(given)
-        return product(*given)
+    def record(*arguments: Tensor) -> Tensor:
+        calls.append(arguments)
+        return product(*arguments)
 
-    monkeypatch.setattr(operator, "sum_of_products", noted)
-    found = kind.weight_gradient((x,), grad, (k, c, *ones))
-    assert taken
+    monkeypatch.setattr(operator, "sum_of_products", record)
+    found = convolution.weight_gradient((x,), grad, (k, c, *ones))
+    assert calls
     assert found.shape == (k, c, *ones)
     assert relative(found.flatten(1), truth) < 1e-14
 
@@ -97,15 +98,15 @@ def test_convolutions_that_see_one_position_have_the_sums_over_patches(
 # --- explanations ---------------------------------------------------------------------------------
 
 
-def decoder(m: Calls, x: Tensor) -> Tensor:
+def decoder(m: FunctionModel, x: Tensor) -> Tensor:
     y = m.up(x).relu() * m.gain - m.side(x)
     z = (m.tokens(y.flatten(2).transpose(1, 2)) * m.scale).mean(1)
     return m.head(F.leaky_relu(z, 0.1) / 2 - z)
 
 
-def decoder_model() -> tuple[Calls, Tensor]:
+def decoder_model() -> tuple[FunctionModel, Tensor]:
     torch.manual_seed(2)
-    model = Calls(
+    model = FunctionModel(
         decoder,
         up=nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1, groups=2),
         side=nn.ConvTranspose2d(4, 6, 2, stride=2, bias=False),
@@ -115,9 +116,9 @@ def decoder_model() -> tuple[Calls, Tensor]:
     return model, normal(3, 4, 3, 3, seed=5)
 
 
-def test_with_the_weights_for_patterns_the_pass_is_autograds() -> None:
+def test_maps_with_weights_as_patterns_are_those_of_autograd() -> None:
     model, x = decoder_model()
-    network = network_of(model, x)
+    network = trace_network(model, x)
     weights = {name: operator.weight for name, operator in network.operators.items()}
     found = Explainer(network, weights, ["gradient", "patternnet"])(x, torch.tensor([2, 0, 1]))
     inputs = x.clone().requires_grad_()
@@ -127,9 +128,9 @@ def test_with_the_weights_for_patterns_the_pass_is_autograds() -> None:
     assert relative(found.maps["patternnet"], expected * score.detach()[..., None, None]) < 1e-10
 
 
-def test_the_pass_is_the_product_of_explicit_matrices_with_real_patterns() -> None:
+def test_maps_are_products_of_explicit_matrices_with_patterns() -> None:
     model, x = decoder_model()
-    network = network_of(model, x)
+    network = trace_network(model, x)
     assert [type(op.operator_type) for op in network.operators.values()] == [
         TransposedConvolution, Scale, TransposedConvolution, Addition, Linear, AveragePool, Scale, Addition, Linear,
     ]  # fmt: skip
@@ -144,7 +145,7 @@ def test_the_pass_is_the_product_of_explicit_matrices_with_real_patterns() -> No
 
         def transposed_matrix(layer: nn.ConvTranspose2d, pattern: Tensor) -> Tensor:
             groups = layer.groups
-            # torch's own layout: input channels first, output channels of each group next
+            # torch's layout: input channels first, then the output channels of each group
             own = torch.cat([p.transpose(0, 1) for p in pattern.chunk(groups)])
             options = (layer.stride, layer.padding, layer.output_padding, groups)
             return matrix(lambda v: F.conv_transpose2d(v, own, None, *options), (4, 3, 3))
@@ -153,19 +154,19 @@ def test_the_pass_is_the_product_of_explicit_matrices_with_real_patterns() -> No
         per_channel = [c.repeat_interleave(36) for c in (gain[:, 0], sub[:, 0], sub[:, 1])]
         jacobian = (per_channel[1] * per_channel[0] * gate)[:, None] * transposed_matrix(model.up, up)
         jacobian = jacobian + per_channel[2][:, None] * transposed_matrix(model.side, side)
-        # The mean over 36 tokens of a linear layer: a pooling pattern holds a number for each channel and token
+        # The mean over the 36 tokens of a linear layer: the pattern of the pool has a number for each channel and token
         jacobian = torch.einsum("dp,dc,cpi->di", pool[:, 0], tokens, jacobian.unflatten(0, (6, 36)))
         slope = torch.where(t[0] > 0, 1.0, 0.1 * torch.ones_like(t[0])) * half[:, 0] * last[:, 0] + last[:, 1]
         jacobian = head @ (slope[:, None] * jacobian)
         assert relative(found[k].flatten(), jacobian[target] * score) < 1e-10
 
 
-# --- how operations are read ----------------------------------------------------------------------
+# --- reading of operations ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", READINGS)
-def test_an_operation_is_read_as_its_kind_with_its_channels_and_keeps_outputs_and_gradient(name: str) -> None:
-    it = read(name)
+def test_operations_are_read_with_type_and_channels_and_keep_outputs_and_gradient(name: str) -> None:
+    it = trace_reading(name)
     found = [
         op.operator_type
         for op in it.network.operators.values()
@@ -193,19 +194,19 @@ def test_batch_norm_is_folded_into_a_transposed_convolution(dims: int, groups: i
     norm.running_mean.normal_()
     norm.weight.data.normal_()
     model = nn.Sequential(layer(4, 6, 3, stride=2, output_padding=1, groups=groups), norm, nn.ReLU())
-    network = network_of(model, normal(3, 4, *[3] * dims))
+    network = trace_network(model, normal(3, 4, *[3] * dims))
     assert list(network.operators) == ["0"]
     assert network.operators["0"].weight.shape == (6, 4 // groups, *[3] * dims)
     assert network.operators["0"].gate == RELU
 
 
-def test_a_parameter_used_twice_is_one_scale_named_after_it() -> None:
-    block = Calls(lambda m, x: (x * m.gamma).relu() * m.gamma, gamma=parameter(4, 1, 1))
-    network = network_of(nn.Sequential(block), normal(*IMAGE))
+def test_parameter_used_twice_is_one_scale_with_its_name() -> None:
+    block = FunctionModel(lambda m, x: (x * m.gamma).relu() * m.gamma, gamma=parameter(4, 1, 1))
+    network = trace_network(nn.Sequential(block), normal(*IMAGE))
     assert list(network.operators) == ["0.gamma"]
 
 
-GATES: dict[str, tuple[Callable[[Calls, Tensor], Tensor], Gate | None, bool]] = {
+GATES: dict[str, tuple[Callable[[FunctionModel, Tensor], Tensor], Gate | None, bool]] = {
     "leaky": (lambda m, x: F.leaky_relu(m.a(x), 0.2), RELU, False),
     "prelu": (lambda m, x: m.prelu(m.a(x)), RELU, False),
     "hardtanh": (lambda m, x: F.hardtanh(m.a(x), -0.5, 2.0), Gate(-0.5, 2.0), False),
@@ -223,16 +224,16 @@ GATES: dict[str, tuple[Callable[[Calls, Tensor], Tensor], Gate | None, bool]] = 
 
 
 @pytest.mark.parametrize("name", GATES)
-def test_gates_are_read_off_all_consumers_and_mixed_ones_are_noted(name: str) -> None:
+def test_gates_depend_on_all_consumers_and_mixed_gates_are_recorded(name: str) -> None:
     forward, gate, mixed = GATES[name]
-    operator = network_of(Calls(forward, a=conv(), prelu=nn.PReLU(4)), normal(*IMAGE)).operators["a"]
+    operator = trace_network(FunctionModel(forward, a=conv(), prelu=nn.PReLU(4)), normal(*IMAGE)).operators["a"]
     assert (operator.gate, operator.mixed_gates) == (gate, mixed)
 
 
-# --- what is held still ---------------------------------------------------------------------------
+# --- linearized operations ------------------------------------------------------------------------
 
 
-def held_layer_norm(x: Tensor) -> Tensor:
+def detached_layer_norm(x: Tensor) -> Tensor:
     y = (x - x.mean(-1, keepdim=True).detach()) / (x.var(-1, correction=0, keepdim=True).detach() + 1e-5).sqrt()
     return y * torch.arange(1.0, 5.0).double() + 0.5
 
@@ -241,7 +242,7 @@ def layer_norm(x: Tensor) -> Tensor:
     return F.layer_norm(x, (4,), torch.arange(1.0, 5.0).double(), torch.full((4,), 0.5).double())
 
 
-def held_group_norm(x: Tensor) -> Tensor:
+def detached_group_norm(x: Tensor) -> Tensor:
     groups = [x[:, :2], x[:, 2:]]
     return torch.cat([
         (g - g.mean((1, 2, 3), keepdim=True).detach())
@@ -250,28 +251,29 @@ def held_group_norm(x: Tensor) -> Tensor:
     ], 1)  # fmt: skip
 
 
-SHARES = torch.arange(1.0, 5.0).double()
+WEIGHTS = torch.arange(1.0, 5.0).double()
 
 
-def held_instance_norm(x: Tensor) -> Tensor:
-    centred = x - x.mean((2, 3), keepdim=True).detach()
-    return centred / (x.var((2, 3), correction=0, keepdim=True).detach() + 1e-5).sqrt()
+def detached_instance_norm(x: Tensor) -> Tensor:
+    centered = x - x.mean((2, 3), keepdim=True).detach()
+    return centered / (x.var((2, 3), correction=0, keepdim=True).detach() + 1e-5).sqrt()
 
 
 def excited(x: Tensor) -> Tensor:
     return x.mean((2, 3), keepdim=True).sigmoid()
 
 
-HELD: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], tuple[int, ...], tuple[str, ...]]] = {
-    "layer norm": (layer_norm, held_layer_norm, TOKENS, ("layer_norm",)),
-    "group norm": (lambda x: F.group_norm(x, 2), held_group_norm, IMAGE, ("group_norm",)),
+Function = Callable[[Tensor], Tensor]
+LINEARIZED: dict[str, tuple[Function, Function, tuple[int, ...], tuple[str, ...]]] = {
+    "layer norm": (layer_norm, detached_layer_norm, TOKENS, ("layer_norm",)),
+    "group norm": (lambda x: F.group_norm(x, 2), detached_group_norm, IMAGE, ("group_norm",)),
     "rms norm": (
-        lambda x: F.rms_norm(x, (4,), SHARES, 1e-3),
-        lambda x: x / (x.square().mean(-1, keepdim=True).detach() + 1e-3).sqrt() * SHARES, TOKENS, ("rms_norm",),
+        lambda x: F.rms_norm(x, (4,), WEIGHTS, 1e-3),
+        lambda x: x / (x.square().mean(-1, keepdim=True).detach() + 1e-3).sqrt() * WEIGHTS, TOKENS, ("rms_norm",),
     ),
     "instance norm": (
-        lambda x: F.instance_norm(x, None, None, SHARES, SHARES),
-        lambda x: held_instance_norm(x) * SHARES[:, None, None] + SHARES[:, None, None], IMAGE, ("instance_norm",),
+        lambda x: F.instance_norm(x, None, None, WEIGHTS, WEIGHTS),
+        lambda x: (detached_instance_norm(x) + 1) * WEIGHTS[:, None, None], IMAGE, ("instance_norm",),
     ),
     "attention": (
         lambda x: F.scaled_dot_product_attention(2 * x, x, x.flip(1)),
@@ -281,7 +283,7 @@ HELD: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], tu
         lambda x: (x @ x.mT / 2).softmax(-1) @ x, lambda x: (x @ x.mT / 2).softmax(-1).detach() @ x,
         TOKENS, ("matmul", "softmax"),
     ),
-    "factorised attention": (
+    "factorized attention": (
         lambda x: x @ (x.softmax(1).mT @ x), lambda x: x.detach() @ (x.softmax(1).detach().mT @ x),
         TOKENS, ("matmul", "softmax"),
     ),
@@ -299,21 +301,22 @@ HELD: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], tu
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", HELD)
-def test_what_is_passed_through_is_held_still_and_keeps_the_outputs(name: str) -> None:
-    forward, held, shape, passed = HELD[name]
-    model, x = Calls(lambda m, x: forward(x)), normal(*shape) + 0.3
-    network = network_of(model, x, *passed)
+@pytest.mark.parametrize("name", LINEARIZED)
+def test_passed_operations_are_linearized_and_keep_the_outputs(name: str) -> None:
+    forward, linearized, shape, passed = LINEARIZED[name]
+    model, x = FunctionModel(lambda m, x: forward(x)), normal(*shape) + 0.3
+    network = trace_network(model, x, *passed)
     gradients = []
-    for function in (held, network.module):
+    for function in (linearized, network.module):
         inputs = x.clone().requires_grad_()
         gradients += torch.autograd.grad(function(inputs).square().sum(), inputs)
     assert relative(gradients[1], gradients[0]) < 1e-10
 
 
-def test_what_is_not_passed_through_is_refused_with_all_the_names_to_pass() -> None:
-    model = Calls(lambda m, x: F.gelu(m.a(x)).softmax(1) * x, a=conv()).double()
-    with pytest.raises(
-        UserError, match=r"no pattern is defined for gelu .*Pass --pass-through gelu,softmax,mul to use"
-    ):
+def test_error_about_unsupported_operations_lists_all_names_to_pass() -> None:
+    model = FunctionModel(lambda m, x: F.gelu(m.a(x)).softmax(1) * x, a=conv()).double()
+    with pytest.raises(UserError) as caught:
         trace(model, normal(*IMAGE))
+    assert caught.value.parameter == "pass_through"
+    assert "no pattern is defined for gelu in the model" in caught.value.what
+    assert "`pass_through=gelu,softmax,mul`" in caught.value.remedy

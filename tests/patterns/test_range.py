@@ -1,4 +1,4 @@
-"""No method leaves the range of its dtype, at any depth: neither infinities, nor NaN, nor maps that underflow."""
+"""No method leaves the range of its dtype at any depth: no infinities, no NaN, no maps that underflow."""
 
 import copy
 from functools import cache
@@ -20,7 +20,7 @@ from patterns import (
     solve,
     trace,
 )
-from tests.patterns.networks import PASSES, build, randomise, relative
+from tests.patterns.networks import PASSES, build, randomize, relative
 from tests.patterns.test_scales import deep, patterns_of
 
 FOUND_FROM_DATA = "patternnet", "patternattribution"
@@ -29,7 +29,7 @@ TARGETS = torch.tensor([1, 4, 0])
 
 
 def cast(network: Network, dtype: torch.dtype) -> Network:
-    """The network in a dtype, sharing nothing with the original."""
+    """Copy the network into a dtype."""
     return Network(copy.deepcopy(network.module).to(dtype), network.input_shape, network.output_shape)
 
 
@@ -40,7 +40,7 @@ def linear_patterns(network: Network, inputs: Tensor) -> dict[str, Tensor]:
 
 
 def assert_same_maps(found: Explanation, expected: Explanation, cosine: float, size: float) -> None:
-    """Each sample's map is finite and not zero, points where the expected one does, and is as large."""
+    """Compare each sample's map: it is finite, not zero, and has the expected direction and size."""
     for method, maps in found.maps.items():
         for f, e in zip(maps.double().flatten(1), expected.maps[method].double().flatten(1)):
             assert f.isfinite().all(), method
@@ -51,7 +51,7 @@ def assert_same_maps(found: Explanation, expected: Explanation, cosine: float, s
 
 
 def signed(shrunk: float = 1.0) -> tuple[Network, Tensor]:
-    """A deep network of weights of either sign, whose dense blocks pass on little but their biases."""
+    """A deep network with weights of both signs, whose dense blocks pass on little except their biases."""
     network, inputs = deep()
     generator = torch.Generator().manual_seed(4)
     for name, operator in network.operators.items():
@@ -62,7 +62,7 @@ def signed(shrunk: float = 1.0) -> tuple[Network, Tensor]:
             assert operator.bias is not None
             operator.bias.abs_().add_(0.1)
         elif name == "last":
-            operator.weight.abs_()  # a score without positive weights is nothing to a DeconvNet
+            operator.weight.abs_()  # without positive weights a DeconvNet's map is 0
     return network, inputs
 
 
@@ -80,7 +80,7 @@ def test_scaling_changes_no_bit_of_any_method(monkeypatch: pytest.MonkeyPatch) -
         assert torch.equal(maps * 2.0 ** scaled.exponents[method], unscaled.maps[method]), method
 
 
-def test_gradients_below_float32_come_out_as_in_float64() -> None:
+def test_gradients_below_the_range_of_float32_equal_those_in_float64() -> None:
     network, inputs = signed(shrunk=2.0**-12)
     found = Explainer(cast(network, torch.float32), None, FROM_WEIGHTS)(inputs.float(), TARGETS)
     expected = Explainer(network, None, FROM_WEIGHTS)(inputs, TARGETS)
@@ -94,19 +94,19 @@ ARCHITECTURES = "tf_efficientnet_lite4", "densenet201", "resnet152"
 
 @cache
 def deep_architecture(name: str) -> tuple[Network, dict[str, Moments], Tensor]:
-    """A network in float32 with random statistics, its moments, and inputs."""
+    """Return a network in float32 with random batch norm statistics, its moments, and inputs."""
     torch.manual_seed(0)
     model = build(name).eval()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            randomise(module)
+            randomize(module)
     inputs = torch.randn(6, 3, 32, 32)
     network = trace(model, inputs[:2])
     return network, accumulate(network, inputs.split(3)), inputs
 
 
 class Rounded(Operator):
-    """An operator in float64 whose outputs are those that it would give in another dtype."""
+    """An operator in float64 whose outputs are rounded as in another dtype."""
 
     def __init__(self, operator: Operator, dtype: torch.dtype) -> None:
         shapes = operator.input_shapes, operator.output_shape
@@ -121,7 +121,7 @@ class Rounded(Operator):
 
 
 def rounded(network: Network, dtype: torch.dtype) -> Network:
-    """The network in float64 with the values, so the gates, that it has in another dtype."""
+    """Return the network in float64 with the values, and therefore the gates, of another dtype."""
     module = network.rewrite(lambda operator: Rounded(operator, dtype))
     return Network(module, network.input_shape, network.output_shape)
 
@@ -131,7 +131,7 @@ def rounded(network: Network, dtype: torch.dtype) -> Network:
     ("name", "dtype", "choice"),
     product(ARCHITECTURES, (torch.float32, torch.bfloat16), ("linear", "default", "multivariate")),
 )
-def test_a_deep_architectures_maps_are_those_of_a_backward_pass_in_float64(
+def test_maps_of_deep_architectures_are_those_of_a_backward_pass_in_float64(
     name: str, dtype: torch.dtype, choice: str
 ) -> None:
     network, moments, inputs = deep_architecture(name)
@@ -139,7 +139,7 @@ def test_a_deep_architectures_maps_are_those_of_a_backward_pass_in_float64(
     patterns, x = choose(network, solved, choice), inputs[:3].to(dtype)
     found = Explainer(cast(network, dtype), patterns, FOUND_FROM_DATA)(x, TARGETS)
     expected = Explainer(rounded(network, dtype), patterns, FOUND_FROM_DATA)(x.double(), TARGETS)
-    if choice != "multivariate":  # which keeps magnitudes in range by itself
+    if choice != "multivariate":  # its magnitudes stay in range without scaling
         assert found.exponents["patternnet"] > 200, "float32 would have held this without scaling"
     cosine, size = (1 - 1e-9, 1e-4) if dtype == torch.float32 else (0.9, 0.5)
     assert_same_maps(found, expected, cosine, size)
@@ -149,7 +149,7 @@ def test_a_deep_architectures_maps_are_those_of_a_backward_pass_in_float64(
 
 
 @pytest.mark.parametrize("growth", [30.0, 1 / 30])
-def test_a_deep_pass_in_bfloat16_is_that_in_float64(growth: float) -> None:
+def test_maps_of_a_deep_network_in_bfloat16_are_those_in_float64(growth: float) -> None:
     network, inputs = deep()
     patterns = patterns_of(network, growth)
     found = Explainer(cast(network, torch.bfloat16), patterns, FOUND_FROM_DATA)(inputs.bfloat16(), TARGETS)
@@ -159,13 +159,13 @@ def test_a_deep_pass_in_bfloat16_is_that_in_float64(growth: float) -> None:
 
 
 class Shallow(nn.Module):
-    """Gates that no rounding flips: half of the channels are open for every input, half closed."""
+    """A model whose gates no rounding flips: half of the channels are always open, and half are always closed."""
 
     def __init__(self) -> None:
         super().__init__()
         self.one, self.two = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, stride=2)
         self.norm, self.head = nn.BatchNorm2d(8), nn.Linear(8, 5)
-        randomise(self.norm)
+        randomize(self.norm)
         with torch.no_grad():
             self.one.bias.copy_(torch.tensor([9.0, -9.0]).repeat(4))
             self.norm.bias.copy_(torch.tensor([50.0, 50.0, -50.0, -50.0]).repeat(2))
@@ -176,11 +176,11 @@ class Shallow(nn.Module):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_without_flipping_gates_every_method_in_half_precision_is_that_in_float64(dtype: torch.dtype) -> None:
+def test_every_method_in_half_precision_is_that_in_float64_if_no_gate_flips(dtype: torch.dtype) -> None:
     torch.manual_seed(1)
     inputs = torch.randn(9, 3, 13, 13).to(dtype)
     network = trace(Shallow().to(dtype), inputs[:2])
-    wide = cast(network, torch.float64)  # to fit: in half precision, outputs far from 0 hardly vary
+    wide = cast(network, torch.float64)  # outputs far from 0 hardly vary in half precision
     patterns = linear_patterns(wide, inputs.double())
     found = Explainer(network, patterns, PASSES)(inputs[:3], TARGETS)
     expected = Explainer(wide, patterns, PASSES)(inputs[:3].double(), TARGETS)

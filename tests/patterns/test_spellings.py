@@ -1,4 +1,4 @@
-"""The same function written in another way is the same operator with the same gate, and gives the same maps."""
+"""Different spellings of one function give the same operator, gate and maps."""
 
 from collections.abc import Callable
 
@@ -9,12 +9,12 @@ from torch.nn import functional as F
 from torchvision.transforms import functional as T
 
 from patterns import Explainer, Gate, UserError, trace
-from tests.patterns.small import Calls, assert_same_outputs, conv, image
+from tests.patterns.small import FunctionModel, assert_same_outputs, conv, image
 
 RELU, SIX, BELOW = Gate(0.0, float("inf")), Gate(0.0, 6.0), Gate(float("-inf"), 0.0)
 Function = Callable[[Tensor], Tensor]
 
-# For each spelling its common form, and the gate that the operator before it has.
+# For each spelling: its common form, and the gate of the operator before it.
 GATES: dict[str, tuple[Function, Function, Gate | None]] = {
     "clip of two": (lambda y: y.clip(0, 6), F.relu6, SIX),
     "clip of one": (lambda y: torch.clip(y, min=0), F.relu, RELU),
@@ -65,12 +65,12 @@ def assigned(y: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", GATES)
-def test_a_spelling_has_the_gate_the_outputs_and_the_maps_of_its_common_form(name: str) -> None:
+def test_spellings_have_the_gate_the_outputs_and_the_maps_of_their_common_form(name: str) -> None:
     spelling, common, gate = GATES[name]
     maps = []
     for function in (spelling, common):
         torch.manual_seed(0)
-        model = Calls(lambda m, x, f=function: m.head(f(m.conv(x)).flatten(1)), conv=conv()).double()
+        model = FunctionModel(lambda m, x, f=function: m.head(f(m.conv(x)).flatten(1)), conv=conv()).double()
         with torch.no_grad():
             features = function(model.conv(image())).flatten(1).shape[1]
         model.head = nn.Linear(features, 3).double()
@@ -83,7 +83,7 @@ def test_a_spelling_has_the_gate_the_outputs_and_the_maps_of_its_common_form(nam
     torch.testing.assert_close(maps[0], maps[1], rtol=1e-10, atol=1e-12)
 
 
-REFUSED: dict[str, Function] = {
+REJECTED: dict[str, Function] = {
     "mask of another value": lambda y: y * (y.flip(1) > 0),
     "choice of another value": lambda y: torch.where(y > 0, y.flip(1), y),
     "absolute value": lambda y: torch.where(y > 0, y, -y),
@@ -93,10 +93,10 @@ REFUSED: dict[str, Function] = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_only_looks_like_a_rectifier_or_a_pool_is_refused(name: str) -> None:
+@pytest.mark.parametrize("name", REJECTED)
+def test_lookalikes_of_rectifiers_and_pools_are_rejected(name: str) -> None:
     with pytest.raises(UserError):
-        trace(Calls(lambda m, x: REFUSED[name](m.conv(x)), conv=conv()).double(), image())
+        trace(FunctionModel(lambda m, x: REJECTED[name](m.conv(x)), conv=conv()).double(), image())
 
 
 BEFORE: dict[str, Function] = {
@@ -108,8 +108,8 @@ BEFORE: dict[str, Function] = {
 
 
 @pytest.mark.parametrize("name", BEFORE)
-def test_preprocessing_in_the_forward_pass_is_taken(name: str) -> None:
-    model = Calls(lambda m, x: m.conv(BEFORE[name](x)).relu(), conv=conv()).double()
+def test_preprocessing_in_the_forward_pass_is_accepted(name: str) -> None:
+    model = FunctionModel(lambda m, x: m.conv(BEFORE[name](x)).relu(), conv=conv()).double()
     network, x = trace(model, image()), image(3)
     assert_same_outputs(model, network, x, x[:1])
     assert network.operators["conv"].gate == RELU

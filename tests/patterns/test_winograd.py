@@ -1,4 +1,4 @@
-"""The weight gradient by fewer products, against patches written out, and when it is taken."""
+"""The weight gradient with fewer products: compared with explicit patches, and chosen only if it is faster."""
 
 import pytest
 import torch
@@ -12,8 +12,8 @@ from tests.oracles import window_patches
 from tests.patterns.networks import relative
 
 
-def written_out(x: Tensor, grad: Tensor, kernel: tuple[int, int], padding: tuple[int, int]) -> Tensor:
-    """The gradient from patches, float64."""
+def gradient_of_patches(x: Tensor, grad: Tensor, kernel: tuple[int, int], padding: tuple[int, int]) -> Tensor:
+    """Return the gradient from explicit patches, float64."""
     (patches,) = window_patches(x, kernel, (1, 1), padding, (1, 1))
     rows = grad.double().movedim(1, -1).flatten(0, -2)
     return (rows.mT @ patches).view(grad.shape[1], x.shape[1], *kernel)
@@ -21,7 +21,7 @@ def written_out(x: Tensor, grad: Tensor, kernel: tuple[int, int], padding: tuple
 
 @st.composite
 def convolutions(draw: st.DrawFn) -> tuple[Tensor, Tensor, tuple[int, int], tuple[int, int]]:
-    """Inputs, a gradient of the outputs, kernel and padding."""
+    """Draw inputs, an output gradient, kernel and padding."""
     kernel, padding = (3, draw(st.integers(1, 5))), (draw(st.integers(0, 3)), draw(st.integers(0, 2)))
     sizes = [draw(st.integers(max(1, k - 2 * p), 13)) for k, p in zip(kernel, padding)]
     n, c, k = (draw(st.integers(1, 4)) for _ in range(3))
@@ -32,16 +32,16 @@ def convolutions(draw: st.DrawFn) -> tuple[Tensor, Tensor, tuple[int, int], tupl
 
 
 @pytest.mark.parametrize("block", [1, 300, winograd.BLOCK])
-def test_sums_are_those_over_patches_whatever_the_sizes_and_blocks(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sums_equal_those_over_patches_for_all_sizes_and_blocks(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(winograd, "BLOCK", block)
 
     @given(convolutions())
     @settings(max_examples=100, derandomize=True)
     def check(given: tuple[Tensor, Tensor, tuple[int, int], tuple[int, int]]) -> None:
         x, grad, kernel, padding = given
-        truth = written_out(x, grad, kernel, padding)
+        truth = gradient_of_patches(x, grad, kernel, padding)
         found = winograd.weight_gradient(x, grad, kernel, padding)
-        magnitude = written_out(x.abs(), grad.abs(), kernel, padding)
+        magnitude = gradient_of_patches(x.abs(), grad.abs(), kernel, padding)
         assert found.shape == truth.shape
         assert ((found - truth).abs() <= 1e-13 * magnitude.max()).all()
 
@@ -50,22 +50,20 @@ def test_sums_are_those_over_patches_whatever_the_sizes_and_blocks(block: int, m
 
 @pytest.mark.parametrize("mean", [0.0, 30.0])
 @pytest.mark.parametrize(("channels", "size"), [(64, 56), (128, 28)])
-def test_float32_loses_no_more_than_in_the_plain_gradient_or_its_last_digits(
-    channels: int, size: int, mean: float
-) -> None:
+def test_float32_error_is_at_most_that_of_the_plain_gradient(channels: int, size: int, mean: float) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4, channels, size, size, generator=generator).relu() + mean
     grad = torch.randn(4, channels, size, size, generator=generator)
     grad -= grad.mean((0, 2, 3), keepdim=True)
-    kind, weight = Convolution((1, 1), (1, 1), (1, 1)), x.new_empty(1).expand(channels, channels, 3, 3)
-    plain = kind._backward(grad, x, weight, (False, True, False))[1]
-    truth = kind._backward(grad.double(), x.double(), weight.double(), (False, True, False))[1]
+    convolution, weight = Convolution((1, 1), (1, 1), (1, 1)), x.new_empty(1).expand(channels, channels, 3, 3)
+    plain = convolution._backward(grad, x, weight, (False, True, False))[1]
+    truth = convolution._backward(grad.double(), x.double(), weight.double(), (False, True, False))[1]
     found = winograd.weight_gradient(x, grad, (3, 3), (1, 1))
     assert relative(found, truth) < max(relative(plain, truth), 2e-6)
 
 
 PLAIN = Convolution((1, 1), (1, 1), (1, 1))
-TAKEN = {
+USED = {
     "wide": (PLAIN, 16, 16, (3, 3), True),
     "wide, of another width": (Convolution((1, 1), (1, 2), (1, 1)), 16, 16, (3, 5), True),
     "narrow": (PLAIN, 16, 2, (3, 3), False),
@@ -77,34 +75,34 @@ TAKEN = {
 }
 
 
-@pytest.mark.parametrize("name", TAKEN)
-def test_a_convolution_takes_it_where_it_may_and_where_that_pays(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    kind, channels, neurons, kernel, expected = TAKEN[name]
+@pytest.mark.parametrize("name", USED)
+def test_convolutions_use_it_only_if_it_applies_and_is_faster(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    convolution, channels, neurons, kernel, expected = USED[name]
     calls, gradient = [], winograd.weight_gradient
 
-    def noted(*arguments: object) -> Tensor:
+    def record(*arguments: object) -> Tensor:
         calls.append(arguments)
         return gradient(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(winograd, "weight_gradient", noted)
+    monkeypatch.setattr(winograd, "weight_gradient", record)
     monkeypatch.setattr(winograd, "MIN_CHANNEL_COLUMNS", 16 * 12)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, channels, *[12] * len(kernel), generator=generator, dtype=torch.float64)
-    weight = torch.randn(neurons, channels // kind.groups, *kernel, generator=generator, dtype=torch.float64)
+    weight = torch.randn(neurons, channels // convolution.groups, *kernel, generator=generator, dtype=torch.float64)
     weight.requires_grad_()
-    z = kind.forward((x,), weight, None)
+    z = convolution.forward((x,), weight, None)
     grad = torch.randn(z.shape, generator=generator, dtype=torch.float64)
     (truth,) = torch.autograd.grad(z, weight, grad)
-    assert relative(kind.weight_gradient((x,), grad, tuple(weight.shape)), truth) < 1e-14
+    assert relative(convolution.weight_gradient((x,), grad, tuple(weight.shape)), truth) < 1e-14
     assert bool(calls) == expected
 
 
 def test_large_depthwise_kernels_have_the_same_gradient_in_another_layout() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 6, 40, 40, generator=generator, dtype=torch.float64)
-    kind = Convolution((2, 1), (2, 3), (1, 1), groups=6)
+    convolution = Convolution((2, 1), (2, 3), (1, 1), groups=6)
     weight = torch.randn(12, 1, 5, 7, generator=generator, dtype=torch.float64, requires_grad=True)
-    z = kind.forward((x,), weight, None)
+    z = convolution.forward((x,), weight, None)
     grad = torch.randn(z.shape, generator=generator, dtype=torch.float64)
     (truth,) = torch.autograd.grad(z, weight, grad)
-    assert relative(kind.weight_gradient((x,), grad, (12, 1, 5, 7)), truth) < 1e-14
+    assert relative(convolution.weight_gradient((x,), grad, (12, 1, 5, 7)), truth) < 1e-14
