@@ -42,20 +42,20 @@ The pictures in `docs/`, which the source archive contains, show these photograp
 """
 
 
-def locked() -> dict[str, str]:
+def read_lock() -> dict[str, str]:
     """Return the versions of the image's packages by name."""
     lock = (ROOT / "cluster" / "image" / "requirements-cuda.txt").read_text()
     return dict(re.findall(r"^([\w.-]+)==(\S+)", lock, re.M))
 
 
-def direct() -> set[str]:
+def read_dependencies() -> set[str]:
     """Return the packages that pyproject.toml names as dependencies of the program, without those for development."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = (project["optional-dependencies"][name] for name in ("s3", "timm", "zarr", "serve"))
     return {re.split(r"[^\w.-]", text)[0] for group in (project["dependencies"], *extras) for text in group}
 
 
-def licence(package: str) -> str:
+def read_license(package: str) -> str:
     """Return the license in a package's metadata: an SPDX expression, else a name, else the names of classifiers."""
     stated: Any = metadata.metadata(package)
     if expression := stated.get("License-Expression"):
@@ -69,10 +69,10 @@ def licence(package: str) -> str:
 
 def page() -> str:
     """Return the whole page."""
-    named = direct()
+    named = read_dependencies()
     rows = (
-        f"| {f'**{name}**' if name in named else name} | {version} | {licence(name)} |\n"
-        for name, version in locked().items()
+        f"| {f'**{name}**' if name in named else name} | {version} | {read_license(name)} |\n"
+        for name, version in read_lock().items()
     )
     return INTRO + "".join(rows)
 

@@ -135,7 +135,7 @@ def test_changelog_has_an_entry_for_this_version() -> None:
 def test_licenses_page_matches_the_lock() -> None:
     script: dict[str, Any] = runpy.run_path(str(ROOT / "docs" / "licences.py"))
     rows = re.findall(r"^\| (\*\*)?([\w.-]+?)(?:\*\*)? \| (\d\S*) \| (.+) \|$", script["PAGE"].read_text(), re.M)
-    assert {name: version for _, name, version, _ in rows} == script["locked"](), "run make lock"
-    assert {name for bold, name, _, _ in rows if bold} == {name.lower() for name in script["direct"]()}
+    assert {name: version for _, name, version, _ in rows} == script["read_lock"](), "run make lock"
+    assert {name for bold, name, _, _ in rows if bold} == {name.lower() for name in script["read_dependencies"]()}
     assert [name for _, name, _, licence in rows if licence == script["NONE"]] == ["cuda-toolkit"]
-    assert script["licence"]("zennit").startswith("GNU Lesser General Public License v3 or later")
+    assert script["read_license"]("zennit").startswith("GNU Lesser General Public License v3 or later")
