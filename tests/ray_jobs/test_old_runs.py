@@ -86,7 +86,8 @@ def test_patterns_solved_from_old_moments_are_the_old_patterns(
     after = load_file(run / "patterns.safetensors")
     assert set(after) - set(before) == {name for name in after if name.endswith("/filter")} != set()
     for name, pattern in before.items():
-        assert relative(after[name], pattern) < 1e-6, name
+        # With 12 samples Cov[y] is nearly singular, and its inverse is rounded differently than in version 0.2.0.
+        assert relative(after[name], pattern) < (1e-4 if name.endswith("/multivariate") else 1e-6), name
     assert read_section(run, "fit")["solved"] == ["linear", "two-component", "multivariate", "filter"]
 
 
