@@ -37,16 +37,16 @@ def layer(neurons: int = K, draws: int = 1, *, gated: bool = True) -> Operator:
     """
     weight = normal(neurons, D, seed=3)
     bias = normal(neurons, seed=4) - weight @ MEAN
-    return over(weight.repeat(draws, 1), bias.repeat(draws), draws, Gate(0.0, math.inf) if gated else None)
+    return build_operator(weight.repeat(draws, 1), bias.repeat(draws), draws, Gate(0.0, math.inf) if gated else None)
 
 
-def over(weight: Tensor, bias: Tensor, groups: int = 1, gate: Gate | None = None) -> Operator:
+def build_operator(weight: Tensor, bias: Tensor, groups: int = 1, gate: Gate | None = None) -> Operator:
     """An operator with these weights (K, D), each group of neurons over D inputs of its own."""
     convolution = Convolution((1,), (0,), (1,), groups)
     return Operator("it", convolution, weight[..., None], bias, ((groups * D, 1),), (len(weight), 1), "", gate)
 
 
-def data(n: int, seed: int = 0, draws: int = 1) -> Tensor:
+def draw_samples(n: int, seed: int = 0, draws: int = 1) -> Tensor:
     """Draw samples (n, draws × D, 1)."""
     return (normal(n, draws, D, seed=1000 + seed) @ MIXING.T + MEAN).view(n, draws * D, 1)
 
@@ -57,26 +57,30 @@ def moments(operator: Operator, x: Tensor) -> Moments:
     return accumulator.moments()
 
 
-def parts(operator: Operator, x: Tensor, sizes: Sequence[int] | int) -> list[Moments]:
+def split_moments(operator: Operator, x: Tensor, sizes: Sequence[int] | int) -> list[Moments]:
     return [moments(operator, part) for part in x.split(sizes)]
 
 
-def loads(held: Sequence[Moments]) -> list[Callable[[], Moments]]:
-    return [partial(copy, part) for part in held]
+def make_loaders(partials: Sequence[Moments]) -> list[Callable[[], Moments]]:
+    return [partial(copy, part) for part in partials]
 
 
-def solved(operator: Operator, held: Sequence[Moments], choices: Sequence[str] = CHOICES) -> dict[str, Tensor]:
+def solve_partials(
+    operator: Operator, partials: Sequence[Moments], choices: Sequence[str] = CHOICES
+) -> dict[str, Tensor]:
     """Return the patterns of the sum of some partial moments, each (K, D)."""
-    return {row: a.flatten(1) for row, a in solve(operator, reduce(add, held), choices).patterns.items()}
+    return {row: a.flatten(1) for row, a in solve(operator, reduce(add, partials), choices).patterns.items()}
 
 
-def errors(operator: Operator, held: Sequence[Moments], choices: Sequence[str] = CHOICES) -> dict[str, StandardErrors]:
-    found = check_convergence(operator, loads(held), choices).errors
+def estimate_errors(
+    operator: Operator, partials: Sequence[Moments], choices: Sequence[str] = CHOICES
+) -> dict[str, StandardErrors]:
+    found = check_convergence(operator, make_loaders(partials), choices).errors
     assert None not in found.values()
     return {row: error for row, error in found.items() if error is not None}
 
 
-def truth(operator: Operator, row: str) -> Tensor:
+def true_pattern(operator: Operator, row: str) -> Tensor:
     """Return the pattern in the limit of infinitely many samples, from the moments of a truncated normal y; (K, D)."""
     w = operator.weight.flatten(1)
     cov = w @ MIXING @ MIXING.T

@@ -28,15 +28,15 @@ from tests.patterns.drawn import (
     ROWS,
     D,
     K,
-    data,
-    errors,
+    build_operator,
+    draw_samples,
+    estimate_errors,
     layer,
-    loads,
+    make_loaders,
     moments,
     normal,
-    over,
-    parts,
-    solved,
+    solve_partials,
+    split_moments,
 )
 
 # --- standard errors ----------------------------------------------------------------------------------
@@ -54,8 +54,8 @@ SIZES = {
 def test_the_standard_error_is_what_patterns_vary_by_when_all_data_are_drawn_again(sizes: list[int]) -> None:
     draws = 400
     operator = layer(draws=draws)
-    held = parts(operator, data(1920, draws=draws), sizes)
-    found, patterns = errors(operator, held), solved(operator, held)
+    held = split_moments(operator, draw_samples(1920, draws=draws), sizes)
+    found, patterns = estimate_errors(operator, held), solve_partials(operator, held)
     for row in ROWS:
         a = patterns[row].view(draws, K, D)
         told = (found[row].neurons.view(draws, K) * a.norm(dim=2)).square().mean(0).sqrt()
@@ -103,12 +103,12 @@ def test_of_a_ratio_the_jackknife_is_its_definition_by_pseudo_values(sizes: list
 def test_it_agrees_with_a_bootstrap_of_the_parts() -> None:
     times, count = 1000, 16
     operator, many = layer(), layer(draws=times)
-    x = data(count * 300)
+    x = draw_samples(count * 300)
     drawn = torch.from_numpy(np.random.default_rng(0).integers(count, size=(count, times)))
     again = x.view(count, 300, D)[drawn]  # (parts, times, images, D)
     held = [moments(many, part.transpose(0, 1).reshape(300, times * D, 1)) for part in again]
-    patterns, once = solved(many, held), parts(operator, x, 300)
-    found, whole = errors(operator, once), solved(operator, once)
+    patterns, once = solve_partials(many, held), split_moments(operator, x, 300)
+    found, whole = estimate_errors(operator, once), solve_partials(operator, once)
     for row in ROWS:
         # A bootstrap of g parts has the variance of their means over g, not over g - 1.
         varied = (patterns[row].view(times, K, D).var(0).sum(1) * count / (count - 1)).sqrt()
@@ -117,10 +117,10 @@ def test_it_agrees_with_a_bootstrap_of_the_parts() -> None:
 
 def test_where_samples_of_a_part_are_alike_the_error_is_that_of_parts() -> None:
     operator, copies = layer(), 20
-    once = data(320)
+    once = draw_samples(320)
     apart, alike = once.split(20), [part.repeat(copies, 1, 1) for part in once.split(20)]
-    expected = errors(operator, [moments(operator, x) for x in apart])
-    found = errors(operator, [moments(operator, x) for x in alike])
+    expected = estimate_errors(operator, [moments(operator, x) for x in apart])
+    found = estimate_errors(operator, [moments(operator, x) for x in alike])
     for row in ROWS:  # 20 times the samples, and nothing new in them
         torch.testing.assert_close(found[row].neurons, expected[row].neurons, rtol=1e-5, atol=0)
 
@@ -128,7 +128,9 @@ def test_where_samples_of_a_part_are_alike_the_error_is_that_of_parts() -> None:
 def test_the_error_falls_as_one_over_the_root_of_the_samples() -> None:
     operator = layer(draws=100)
     counts = [160 * 4**power for power in range(4)]
-    found = [errors(operator, parts(operator, data(n, draws=100), n // GROUPS)) for n in counts]
+    found = [
+        estimate_errors(operator, split_moments(operator, draw_samples(n, draws=100), n // GROUPS)) for n in counts
+    ]
     for row in ROWS:
         slope, _ = np.polyfit(np.log(counts), np.log([error[row].median for error in found]), 1)
         assert slope == pytest.approx(-0.5, abs=0.1)
@@ -141,9 +143,9 @@ def test_the_error_falls_as_one_over_the_root_of_the_samples() -> None:
 @given(st.lists(st.integers(3, 40), min_size=FEWEST_GROUPS, max_size=40), st.randoms(use_true_random=False))
 def test_the_order_of_parts_does_not_matter(sizes: list[int], shuffling: random.Random) -> None:
     operator = layer()
-    held = parts(operator, data(sum(sizes)), sizes)
+    held = split_moments(operator, draw_samples(sum(sizes)), sizes)
     shuffled = shuffling.sample(held, len(held))
-    first, second = errors(operator, held), errors(operator, shuffled)
+    first, second = estimate_errors(operator, held), estimate_errors(operator, shuffled)
     assert first.keys() == second.keys()
     for row in first:
         torch.testing.assert_close(first[row].neurons, second[row].neurons, rtol=1e-6, atol=1e-9)
@@ -162,16 +164,16 @@ def test_groups_hold_every_part_once_and_are_about_equal(sizes: list[int]) -> No
 @pytest.mark.parametrize("count", range(1, FEWEST_GROUPS))
 def test_from_too_few_parts_nothing_is_known(count: int) -> None:
     operator = layer()
-    held = [*parts(operator, data(40 * count), 40), *([moments(operator, data(0))] * 5)]
-    found = check_convergence(operator, loads(held), CHOICES)
+    held = [*split_moments(operator, draw_samples(40 * count), 40), *([moments(operator, draw_samples(0))] * 5)]
+    found = check_convergence(operator, make_loaders(held), CHOICES)
     assert found.errors == dict.fromkeys(ROWS)
     assert found.solution.patterns.keys() == set(ROWS)
 
 
 def test_the_solution_is_that_of_all_parts() -> None:
     operator = layer()
-    x = data(300)
-    found = check_convergence(operator, loads(parts(operator, x, 7)), CHOICES).solution
+    x = draw_samples(300)
+    found = check_convergence(operator, make_loaders(split_moments(operator, x, 7)), CHOICES).solution
     expected = solve(operator, moments(operator, x), CHOICES)
     assert found.flags == expected.flags
     for row in ROWS:
@@ -180,7 +182,7 @@ def test_the_solution_is_that_of_all_parts() -> None:
 
 def test_each_part_is_loaded_twice_and_only_one_is_held() -> None:
     operator = layer()
-    held = parts(operator, data(800), 20)
+    held = split_moments(operator, draw_samples(800), 20)
     alive: weakref.WeakSet[Moments] = weakref.WeakSet()
     most, loaded = 0, [0] * len(held)
 
@@ -199,9 +201,9 @@ def test_each_part_is_loaded_twice_and_only_one_is_held() -> None:
 
 def test_the_parts_are_left_as_they_were() -> None:
     operator = layer()
-    held = parts(operator, data(200), 20)
+    held = split_moments(operator, draw_samples(200), 20)
     before = [{name: t.clone() for name, t in part.tensors().items()} for part in held]
-    check_convergence(operator, loads(held), CHOICES)
+    check_convergence(operator, make_loaders(held), CHOICES)
     for part, tensors in zip(held, before):
         assert all(torch.equal(part.tensors()[name], t) for name, t in tensors.items())
 
@@ -217,15 +219,15 @@ def silent(flag: str) -> Operator:
         bias[0] = -1e6
     else:
         weight[0], bias[0] = 0, 1
-    return over(weight, bias, gate=operator.gate)
+    return build_operator(weight, bias, gate=operator.gate)
 
 
 @pytest.mark.parametrize("flag", ["dead", "constant"])
 def test_neurons_without_a_pattern_are_left_out(flag: str) -> None:
     operator = silent(flag)
-    held = parts(operator, data(800), 50)
-    assert check_convergence(operator, loads(held)).solution.flags[0] == flag
-    for error in errors(operator, held, ["linear", "two-component"]).values():
+    held = split_moments(operator, draw_samples(800), 50)
+    assert check_convergence(operator, make_loaders(held)).solution.flags[0] == flag
+    for error in estimate_errors(operator, held, ["linear", "two-component"]).values():
         assert len(error.neurons) == K - 1
         assert error.neurons.isfinite().all()
         assert (error.neurons > 0).all()
@@ -233,26 +235,26 @@ def test_neurons_without_a_pattern_are_left_out(flag: str) -> None:
 
 def test_an_operator_without_any_pattern_has_no_error() -> None:
     operator = layer()
-    assert errors(operator, parts(operator, MEAN.expand(80, D)[..., None], 10)) == {}
+    assert estimate_errors(operator, split_moments(operator, MEAN.expand(80, D)[..., None], 10)) == {}
 
 
 def test_a_neuron_that_opened_in_one_part_only_is_as_good_as_unknown() -> None:
-    x = data(800)
+    x = draw_samples(800)
     w = torch.eye(D, dtype=torch.float64)[:1]
     x[:, 0] = -x[:, 0].abs()
     x[:50, 0] *= -1  # the first part
-    operator = over(w, torch.zeros(1, dtype=torch.float64), gate=Gate(0.0, math.inf))
-    error = errors(operator, parts(operator, x, 50), ["two-component"])["positive"]
+    operator = build_operator(w, torch.zeros(1, dtype=torch.float64), gate=Gate(0.0, math.inf))
+    error = estimate_errors(operator, split_moments(operator, x, 50), ["two-component"])["positive"]
     assert error.neurons.tolist() == pytest.approx([1], abs=0.1)
 
 
 def test_rows_that_look_at_no_data_have_no_error() -> None:
     operator = layer()
-    held = parts(operator, data(400), 20)
-    assert errors(operator, held, ["filter", "random", "identity"]) == {}
-    assert errors(operator, held, ["filter", "default"]).keys() == {"positive"}
+    held = split_moments(operator, draw_samples(400), 20)
+    assert estimate_errors(operator, held, ["filter", "random", "identity"]) == {}
+    assert estimate_errors(operator, held, ["filter", "default"]).keys() == {"positive"}
 
 
 def test_an_operator_without_a_gate_has_errors_of_its_own_rows() -> None:
     operator = layer(gated=False)
-    assert errors(operator, parts(operator, data(400), 20), ["default"]).keys() == {"linear"}
+    assert estimate_errors(operator, split_moments(operator, draw_samples(400), 20), ["default"]).keys() == {"linear"}

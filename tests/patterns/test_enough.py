@@ -18,15 +18,15 @@ from patterns.estimation.jackknife import (
 from tests.patterns.drawn import (
     CHOICES,
     ROWS,
-    data,
     distance,
-    errors,
+    draw_samples,
+    estimate_errors,
     layer,
-    loads,
+    make_loaders,
     moments,
-    parts,
-    solved,
-    truth,
+    solve_partials,
+    split_moments,
+    true_pattern,
 )
 
 
@@ -39,10 +39,12 @@ def test_a_fit_that_stopped_is_as_near_the_truth_as_was_asked() -> None:
         # Half as much again from look to look.
         size = max(20, sum(int(part.total.n[0]) for part in held) // 32)
         for part in range(GROUPS):
-            held.append(moments(operator, data(size, len(held) + part, draws)))
-        found, patterns = errors(operator, held, choices), solved(operator, held, choices)
+            held.append(moments(operator, draw_samples(size, len(held) + part, draws)))
+        found, patterns = estimate_errors(operator, held, choices), solve_partials(operator, held, choices)
         for row, ended in ends.items():
-            away = distance(patterns[row], truth(one, row).repeat(draws, 1)).view(draws, neurons).quantile(0.9, 1)
+            away = (
+                distance(patterns[row], true_pattern(one, row).repeat(draws, 1)).view(draws, neurons).quantile(0.9, 1)
+            )
             for draw, of_one in enumerate(found[row].neurons.view(draws, neurons)):
                 if draw not in ended and has_converged([StandardErrors(of_one).p90], tolerance):
                     ended[draw] = float(away[draw]) / tolerance
@@ -54,9 +56,9 @@ def test_a_fit_that_stopped_is_as_near_the_truth_as_was_asked() -> None:
 
 def test_the_truth_of_these_tests_is_what_patterns_tend_to() -> None:
     operator = layer()
-    found = solved(operator, parts(operator, data(400_000), 400_000))
+    found = solve_partials(operator, split_moments(operator, draw_samples(400_000), 400_000))
     for row in ("linear", "positive"):
-        assert distance(found[row], truth(operator, row)).max() < 0.02
+        assert distance(found[row], true_pattern(operator, row)).max() < 0.02
 
 
 @pytest.mark.parametrize(
@@ -78,9 +80,9 @@ def test_the_samples_needed_follow_from_the_root_law() -> None:
 
 def test_the_projection_meets_what_further_samples_show() -> None:
     operator, n = layer(draws=100), 800
-    x = data(16 * n, draws=100)
-    now = errors(operator, parts(operator, x[:n], n // GROUPS))["positive"].p90
-    later = errors(operator, parts(operator, x, n))["positive"].p90
+    x = draw_samples(16 * n, draws=100)
+    now = estimate_errors(operator, split_moments(operator, x[:n], n // GROUPS))["positive"].p90
+    later = estimate_errors(operator, split_moments(operator, x, n))["positive"].p90
     assert samples_needed([now], n, later) == pytest.approx(len(x), rel=0.2)
 
 
@@ -94,9 +96,12 @@ def test_the_change_is_the_median_over_neurons_that_have_a_pattern() -> None:
 
 def test_a_look_tells_what_changed_since_the_one_before() -> None:
     operator = layer()
-    held = parts(operator, data(800), 50)
-    first, second = check_convergence(operator, loads(held[:8]), CHOICES), check_convergence(operator, loads(held), CHOICES)
+    held = split_moments(operator, draw_samples(800), 50)
+    first, second = (
+        check_convergence(operator, make_loaders(held[:8]), CHOICES),
+        check_convergence(operator, make_loaders(held), CHOICES),
+    )
     assert second.changes(second.solution) == dict.fromkeys(ROWS, 0.0)
-    found, a, b = second.changes(first.solution), solved(operator, held), solved(operator, held[:8])
+    found, a, b = second.changes(first.solution), solve_partials(operator, held), solve_partials(operator, held[:8])
     for row in ROWS:
         assert found[row] == pytest.approx(float(distance(b[row], a[row]).median()))

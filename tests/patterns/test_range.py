@@ -140,7 +140,7 @@ def test_maps_of_deep_architectures_are_those_of_a_backward_pass_in_float64(
     found = Explainer(cast(network, dtype), patterns, FOUND_FROM_DATA)(x, TARGETS)
     expected = Explainer(rounded(network, dtype), patterns, FOUND_FROM_DATA)(x.double(), TARGETS)
     if choice != "multivariate":  # its magnitudes stay in range without scaling
-        assert found.exponents["patternnet"] > 200, "float32 would have held this without scaling"
+        assert found.exponents["patternnet"] > 200, "float32 would not overflow without scaling"
     cosine, size = (1 - 1e-9, 1e-4) if dtype == torch.float32 else (0.9, 0.5)
     assert_same_maps(found, expected, cosine, size)
 
