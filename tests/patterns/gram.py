@@ -156,4 +156,4 @@ SCALES: dict[str, Callable[[], Case]] = {
     "scale of tokens": lambda: case(Scale(2), normal(4, 1), (3, 4), unfold=partial(channel_patches, axis=2)),
 }
 IMAGES = {"linear": 120, "linear on tokens": 40}
-every_kind = pytest.mark.parametrize("name", CASES)
+every_operator_type = pytest.mark.parametrize("name", CASES)

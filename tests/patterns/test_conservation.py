@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from patterns import Explainer, Network, accumulate, choose, solve, trace
 from patterns.evaluation.conservation import Loss, conservation
-from tests.patterns.networks import randomise, traced
-from tests.patterns.readings import READINGS, read
+from tests.patterns.networks import randomize, traced
+from tests.patterns.readings import READINGS, trace_reading
 
 
 def fitted(network: Network, batches: Sequence[Tensor], choice: str = "default") -> dict[str, Tensor]:
@@ -46,7 +46,7 @@ class Linear(nn.Module):
         self.strided, self.dilated = nn.Conv2d(6, 8, 2, stride=3, bias=False), nn.Conv2d(14, 5, 2, dilation=2)
         self.hidden, self.head = nn.Linear(5 * 2 * 2, 7), nn.Linear(7, 3)
         for norm in (self.folded_norm, *self.norms):
-            randomise(norm)
+            randomize(norm)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.folded_norm(self.stem(x))
@@ -92,7 +92,7 @@ def test_losses_add_up_to_the_difference_between_map_and_target(name: str) -> No
 
 @pytest.mark.parametrize("name", READINGS)
 def test_every_spelling_of_an_operation_loses_relevance_at_gates_only(name: str) -> None:
-    network, x = read(name).network, read(name).inputs
+    network, x = trace_reading(name).network, trace_reading(name).inputs
     patterns, targets = fitted(network, [x]), torch.arange(len(x)) % 3
     losses = conservation(network, patterns, x, targets)
     largest = max(abs(loss.received) for loss in losses)

@@ -17,7 +17,7 @@ from tests.oracles import Neuron, window_patches
 from tests.patterns.gram import ALL, CASES, SCALES, drawn
 
 KINDS = CASES | SCALES
-every_kind = pytest.mark.parametrize("name", KINDS)
+every_operator_type = pytest.mark.parametrize("name", KINDS)
 
 
 def assert_sums(found: PatchMoments, truth: list[Neuron], rtol: float = 1e-9) -> None:
@@ -38,7 +38,7 @@ def assert_sums(found: PatchMoments, truth: list[Neuron], rtol: float = 1e-9) ->
         torch.testing.assert_close(xx[i], neuron.x.mT @ neuron.x, rtol=rtol, atol=1e-9)
 
 
-@every_kind
+@every_operator_type
 def test_gram_moments_equal_sums_over_all_unfolded_patches(name: str) -> None:
     case = KINDS[name]()
     inputs = case.inputs(4, 1)
@@ -128,7 +128,7 @@ def test_the_gram_moments_of_every_kind_of_operator_are_tested() -> None:
     assert {type(case().operator.operator_type) for case in KINDS.values()} == set(operator.OPERATOR_TYPES.values())
 
 
-@every_kind
+@every_operator_type
 def test_gram_moments_are_a_commutative_monoid(name: str) -> None:
     case = KINDS[name]()
     inputs = case.inputs(7, 1)
@@ -146,7 +146,7 @@ def test_gram_moments_are_a_commutative_monoid(name: str) -> None:
     assert PatchMoments.from_tensors(a.tensors()).nbytes == patch_moments_bytes(case.operator)
 
 
-@every_kind
+@every_operator_type
 def test_saved_gram_moments_load_to_the_last_digit_and_only_under_their_own_names(name: str) -> None:
     case = KINDS[name]()
     moments = case.moments(case.inputs(4, 1))

@@ -10,7 +10,7 @@ from patterns.moments.gram import PatchAccumulator, PatchMoments, zero_patch_mom
 from patterns.moments.position_sampling import PositionSampler
 from patterns.operators.operator import Linear, Scale
 from tests.oracles import Neuron, channel_patches, window_patches
-from tests.patterns.gram import ALL, CASES, ESTIMATORS, IMAGES, RELU, Case, case, drawn, every_kind, normal
+from tests.patterns.gram import ALL, CASES, ESTIMATORS, IMAGES, RELU, Case, case, drawn, every_operator_type, normal
 
 
 def patterns_of(case: Case, moments: PatchMoments) -> dict[str, Tensor]:
@@ -45,7 +45,7 @@ def assert_rho(case: Case, patterns: dict[str, Tensor], b: tuple[Tensor, ...], c
 # --- the quality ----------------------------------------------------------------------------------
 
 
-@every_kind
+@every_operator_type
 def test_quality_equals_least_squares_on_held_out_samples(name: str) -> None:
     case, images = CASES[name](), IMAGES.get(name, 12)
     a, b, c = (case.inputs(images, seed) for seed in (1, 2, 3))
@@ -57,7 +57,7 @@ def test_quality_equals_least_squares_on_held_out_samples(name: str) -> None:
         assert (found.abs() <= 1 + 1e-9).all()
 
 
-@every_kind
+@every_operator_type
 def test_on_a_single_set_quality_lies_in_0_1_and_that_of_linear_is_1(name: str) -> None:
     case = CASES[name]()
     moments = case.moments(case.inputs(IMAGES.get(name, 12), 1))
@@ -141,7 +141,10 @@ def test_the_two_component_quality_needs_the_gates_sums() -> None:
 
 def test_estimators_are_named_by_their_patterns() -> None:
     one, two = torch.ones(1, 1), torch.zeros(1, 1)
-    assert group_by_estimator({"linear": one, "positive": one, "negative": two}) == {"linear": (one,), "two-component": (one, two)}
+    assert group_by_estimator({"linear": one, "positive": one, "negative": two}) == {
+        "linear": (one,),
+        "two-component": (one, two),
+    }
     assert group_by_estimator({"positive": one, "filter": two}) == {"filter": (two,)}
 
 

@@ -15,7 +15,7 @@ from zennit.composites import EpsilonPlusFlat
 from zennit.torchvision import ResNetCanonizer, VGGCanonizer
 
 from patterns import METHODS, Explainer, Network, UserError, trace
-from tests.patterns.networks import randomise, relative
+from tests.patterns.networks import randomize, relative
 
 ONES = torch.eye(10, dtype=torch.float64)
 TARGETS = torch.tensor([3, 7, 0])
@@ -27,7 +27,7 @@ def model_of(name: str) -> nn.Module:
     model = getattr(torchvision.models, name)(num_classes=10).double().eval()
     for part in model.modules():
         if isinstance(part, nn.BatchNorm2d):
-            randomise(part)
+            randomize(part)
             # zennit keeps epsilon in the norms that it has merged, which would scale all values that pass them.
             part.eps = 0.0
     return model
@@ -105,7 +105,7 @@ class CalledTwice(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.twice, self.norm, self.head = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.Linear(3, 10)
-        randomise(self.norm)
+        randomize(self.norm)
 
     def forward(self, x: Tensor) -> Tensor:
         once = torch.relu(self.twice(x))
