@@ -1,4 +1,4 @@
-"""`python -m ray_jobs` is the program `patternnet`."""
+"""The program `patternnet`, also as `python -m ray_jobs`."""
 
 import sys
 

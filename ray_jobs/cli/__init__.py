@@ -1,1 +1,1 @@
-"""The command line."""
+"""The command line: one file per command. `app` runs them, and `options` makes their options from the configs."""

@@ -1,4 +1,4 @@
-"""Completion of the command line as a script that holds every word: to ask the program takes seconds, for torch."""
+"""Completion of the command line as a shell script that holds all words, because importing torch takes seconds."""
 
 import os
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 from patterns import UserError
 
-# zsh takes bash's completions by bashcompinit. Where no word fits, `-o default` offers files.
+# zsh runs bash's completions by bashcompinit. If no word fits, `-o default` offers files.
 SCRIPT = """\
 # Completion of patternnet for bash and zsh: source it.
 if [ -n "$ZSH_VERSION" ]; then
@@ -25,29 +25,35 @@ complete -o default -F _patternnet patternnet
 
 
 def script(program: Any) -> str:
-    """The script that completes a first word and each command's options, of a program as its parser has it."""
-    cases = {"'1 '*": [*program.commands, *options(program)]}
-    cases |= {f"*' {name} -'*": options(command) for name, command in program.commands.items()}
+    """Return the script that completes the commands of a program and the options of each command."""
+    cases = {"'1 '*": [*program.commands, *list_flags(program)]}
+    cases |= {f"*' {name} -'*": list_flags(command) for name, command in program.commands.items()}
     lines = [f"        {case}) words='{' '.join(words)}' ;;" for case, words in cases.items()]
     return SCRIPT.replace("CASES", "\n".join(lines))
 
 
-def options(command: Any) -> list[str]:
-    spellings = (word for parameter in command.params for word in (*parameter.opts, *parameter.secondary_opts))
+def list_flags(command: Any) -> list[str]:
+    """Return the flags of a command, without hidden ones."""
+    shown = (parameter for parameter in command.params if not getattr(parameter, "hidden", False))
+    spellings = (word for parameter in shown for word in (*parameter.opts, *parameter.secondary_opts))
     return ["--help", *(word for word in spellings if word.startswith("-"))]
 
 
 def install(text: str) -> Path:
-    """Keep the script for this user, and have the shell source it. Gives the shell's file."""
+    """Write the script for this user and let the shell source it. Return the start-up file of the shell.
+
+    Raises:
+        UserError: If the shell is neither bash nor zsh.
+    """
     shell = Path(os.environ.get("SHELL", "")).name
     if shell not in ("bash", "zsh"):
         raise UserError("--install-completion", f"the shell is {shell!r}, not bash or zsh", "Use --show-completion.")
-    kept = Path.home() / ".local" / "share" / "patternnet" / "completion.sh"
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    kept.write_text(text)
-    starts = Path.home() / f".{shell}rc"
-    line = f"source '{kept}'\n"
-    if not (starts.exists() and line in starts.read_text()):
-        with starts.open("a") as file:
+    path = Path.home() / ".local" / "share" / "patternnet" / "completion.sh"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    start_up = Path.home() / f".{shell}rc"
+    line = f"source '{path}'\n"
+    if not (start_up.exists() and line in start_up.read_text()):
+        with start_up.open("a") as file:
             file.write(f"\n{line}")
-    return starts
+    return start_up

@@ -1,4 +1,4 @@
-"""Help that can be followed: every command's summary and examples, the program's versions, and completion by TAB."""
+"""The help of every command and its examples, the versions of the program, and completion by TAB."""
 
 import os
 import pty
@@ -16,24 +16,34 @@ import pytest
 import ray
 import typer
 
+from patterns.attribution import parse_method
 from ray_jobs.cli.app import COMMANDS as REGISTERED
 from ray_jobs.cli.app import app, exit_status
+from ray_jobs.cli.completion import script
 from ray_jobs.units import find_version
 
 PROGRAM: Any = typer.main.get_command(app)
 COMMANDS = sorted(PROGRAM.commands)
 EXAMPLES = {name: each.examples for name, each in REGISTERED.items()}
+LINES = [(name, example) for name, examples in EXAMPLES.items() for example in examples]
 
 
 def parse(words: list[str]) -> Any:
-    """What the program's own parser makes of a command line, without running it."""
+    """Return the context that the program's parser makes of a command line, without running it."""
     context = PROGRAM.make_context("patternnet", list(words))
     name, command, arguments = PROGRAM.resolve_command(context, words)
     return command.make_context(name, arguments, parent=context)
 
 
-def test_all_commands_have_examples_and_no_other_has() -> None:
+def parse_example(example: str) -> Any:
+    """Return the context of an example; of the command that is submitted, if it is `submit`."""
+    parsed = parse(shlex.split(example.replace("\\\n", ""))[1:])
+    return parse(parsed.params["command"]) if parsed.info_name == "submit" else parsed
+
+
+def test_every_command_has_examples() -> None:
     assert sorted(EXAMPLES) == COMMANDS
+    assert all(1 <= len(examples) <= 3 for examples in EXAMPLES.values())
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -47,49 +57,59 @@ def test_help_is_a_summary_and_examples_that_fit_80_columns(
     assert exit_status([name, "--help"]) == 0
     shown = capsys.readouterr().out
     below = [line.rstrip().removeprefix(" ") for line in shown.partition("\n Examples")[2].splitlines()]
-    assert 1 <= len(EXAMPLES[name]) <= 3
     for example in EXAMPLES[name]:
         lines = [f"  {line}" for line in example.splitlines()]
         assert lines == below[below.index(lines[0]) :][: len(lines)]
 
 
-@pytest.mark.parametrize(("name", "example"), [(n, e) for n, examples in EXAMPLES.items() for e in examples])
-def test_examples_are_commands_that_the_program_takes(name: str, example: str) -> None:
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_has_a_help_text(name: str) -> None:
+    shown = [each for each in PROGRAM.commands[name].params if not getattr(each, "hidden", False)]
+    assert [each.name for each in shown if not each.help] == []
+
+
+@pytest.mark.parametrize(("name", "example"), LINES)
+def test_examples_are_accepted_by_the_program(name: str, example: str) -> None:
     program, *words = shlex.split(example.replace("\\\n", ""))
-    assert (program, words[0]) == ("patternnet", name) or name == "submit"
-    parsed = parse(words)
-    assert parsed.info_name == name
-    if name == "submit":
-        parse(parsed.params["command"])
+    assert (program, words[0]) == ("patternnet", name)
+    assert parse_example(example).info_name in COMMANDS
 
 
-def test_an_example_with_a_wrong_option_would_be_seen() -> None:
+@pytest.mark.parametrize("example", [example for _, example in LINES if "--methods" in example])
+def test_methods_of_examples_exist(example: str) -> None:
+    methods = parse_example(example).params["methods"]
+    assert methods
+    for method in methods:
+        parse_method(method)
+
+
+def test_wrong_option_in_an_example_would_be_noticed() -> None:
     with pytest.raises(Exception, match="No such option: --modell"):
         parse(["fit", "--modell", "x", "--shards", "y", "--out", "z"])
 
 
-def test_the_version_is_that_of_the_installed_package(capsys: pytest.CaptureFixture[str]) -> None:
+def test_version_is_that_of_the_installed_package(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_status(["--version"]) == 0
-    said = capsys.readouterr().out
-    assert said.startswith(f"patternnet {metadata.version('patternnet-ray')}\n")
-    assert f"torch {metadata.version('torch')}, Ray {metadata.version('ray')}" in said
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"patternnet {metadata.version('patternnet-ray')}\n")
+    assert f"torch {metadata.version('torch')}, Ray {metadata.version('ray')}" in printed
 
 
-def typed(shell: str, home: Path, keys: str) -> str:
-    """What an interactive shell ran in place of the program, once these keys were pressed. TABs are keys."""
+def type_keys(shell: str, home: Path, keys: str) -> str:
+    """Return the arguments of the program after these keys were pressed in an interactive shell. TABs are keys."""
     ours, theirs = pty.openpty()
     env = {"HOME": str(home), "PATH": os.environ["PATH"], "TERM": "dumb"}
     process = subprocess.Popen([shell, "-i"], stdin=theirs, stdout=theirs, stderr=theirs, env=env, cwd=home)
     try:
         os.write(ours, b'patternnet() { echo "<ran:$*>"; }; echo $((40 + 2))ready\n')
-        said, until, pressed = "", time.monotonic() + 20, False
-        while time.monotonic() < until and not (found := re.search(r"<ran:([^$]*?)>", said)):
+        printed, deadline, pressed = "", time.monotonic() + 120, False
+        while not (found := re.search(r"<ran:([^$]*?)>", printed)):
+            assert time.monotonic() < deadline, printed
             if select.select([ours], [], [], 0.1)[0]:
-                said += os.read(ours, 4096).decode(errors="replace")
-            if not pressed and "42ready" in said:
+                printed += os.read(ours, 4096).decode(errors="replace")
+            if not pressed and "42ready" in printed:
                 os.write(ours, keys.encode())
                 pressed = True
-        assert found, said
         return found[1].strip()
     finally:
         process.kill()
@@ -110,16 +130,24 @@ def test_tab_completes_commands_and_options(
         assert exit_status(["--install-completion"]) == 0
     assert (tmp_path / f".{shell}rc").read_text().count("source") == 1
     (tmp_path / "photographs").mkdir()
-    assert typed(shell, tmp_path, "patternnet f\t--mod\tx --until\t0.1\n") == "fit --model x --until-converged 0.1"
-    assert typed(shell, tmp_path, "patternnet repo\tphotogr\t\n").rstrip("/") == "report photographs"
+    typed = type_keys(shell, tmp_path, "patternnet f\t--mod\tx --until\t0.1\n")
+    assert typed == "fit --model x --until-converged 0.1"
+    assert type_keys(shell, tmp_path, "patternnet repo\tphotogr\t\n").rstrip("/") == "report photographs"
 
 
-def test_completion_of_another_shell_is_refused(complaint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_completion_leaves_out_deprecated_flags() -> None:
+    (line,) = [line for line in script(PROGRAM).splitlines() if "*' explain -'*" in line]
+    words = line.partition("words=")[2].replace("'", " ").split()
+    assert "--map-size" in words
+    assert "--resize" not in words
+
+
+def test_completion_of_another_shell_is_rejected(complaint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SHELL", "/usr/bin/fish")
-    assert "the shell is 'fish', not bash or zsh" in complaint("--install-completion")
+    assert "'fish'" in complaint("--install-completion")
 
 
-def test_a_checkout_that_is_not_installed_has_no_version_and_runs_all_the_same() -> None:
-    """As where a job runs in a folder that `patternnet submit --working-dir` sent."""
+def test_checkout_that_is_not_installed_has_no_version() -> None:
+    """As in a job that runs in a folder sent by `patternnet submit --working-dir`."""
     assert find_version("patternnet-ray-not-installed") == "not installed"
     assert find_version("ray") == ray.__version__
