@@ -91,13 +91,13 @@ class Network:
         Args:
             replace: Maps each operator to its replacement, which is called with the operator's inputs.
         """
-        parts: dict[str, Any] = {}
+        attributes: dict[str, Any] = {}
         for node in self.module.graph.nodes:
             if node.op == "get_attr":
-                parts[node.target] = get_attribute(self.module, node.target)
+                attributes[node.target] = get_attribute(self.module, node.target)
         for name, module in self.operators.items():
-            parts[name] = replace(module)
-        return GraphModule(parts, copy_graph(self.module.graph), type(self.module).__name__)
+            attributes[name] = replace(module)
+        return GraphModule(attributes, copy_graph(self.module.graph), type(self.module).__name__)
 
     def until(self, operator: str) -> "Network":
         """Return the network that ends at an operator and returns its output after its gate, (N, K, *positions).

@@ -16,33 +16,33 @@ Function = Callable[[Tensor], Tensor]
 
 # For each spelling: its common form, and the gate of the operator before it.
 GATES: dict[str, tuple[Function, Function, Gate | None]] = {
-    "clip of two": (lambda y: y.clip(0, 6), F.relu6, SIX),
-    "clip of one": (lambda y: torch.clip(y, min=0), F.relu, RELU),
+    "clip with two limits": (lambda y: y.clip(0, 6), F.relu6, SIX),
+    "clip with one limit": (lambda y: torch.clip(y, min=0), F.relu, RELU),
     "clip in place": (lambda y: y.clone().clip_(0), F.relu, RELU),
     "clamp of tensors": (lambda y: torch.clamp(y, min=torch.tensor(0.0)), F.relu, RELU),
     "maximum": (lambda y: torch.maximum(y, torch.zeros_like(y)), F.relu, RELU),
-    "maximum turned": (lambda y: torch.maximum(torch.full_like(y, 0.0), y), F.relu, RELU),
+    "maximum with swapped arguments": (lambda y: torch.maximum(torch.full_like(y, 0.0), y), F.relu, RELU),
     "maximum of ones": (lambda y: torch.minimum(y, torch.ones_like(y)), lambda y: y.clamp(max=1), Gate(-torch.inf, 1)),
     "fmax": (lambda y: torch.fmax(y, torch.zeros((), dtype=y.dtype)), F.relu, RELU),
     "fmin": (lambda y: torch.fmin(y, torch.zeros(1, dtype=y.dtype)), lambda y: y.clamp(max=0), BELOW),
     "rrelu in evaluation": (lambda y: F.rrelu(y, 0.1, 0.3), lambda y: F.leaky_relu(y, 0.2), RELU),
     "where": (lambda y: torch.where(y > 0, y, 0.0), F.relu, RELU),
-    "where turned": (lambda y: torch.where(y < 0, torch.zeros_like(y), y), F.relu, RELU),
+    "where with swapped branches": (lambda y: torch.where(y < 0, torch.zeros_like(y), y), F.relu, RELU),
     "where of a number before": (lambda y: torch.where(y > 0, y, 0.0), F.relu, RELU),
-    "where not": (lambda y: torch.where(~(y > 0), 0.0, y), F.relu, RELU),
-    "where leaky": (lambda y: torch.where(y > 0, y, 0.1 * y), lambda y: F.leaky_relu(y, 0.1), RELU),
-    "where leaky turned": (lambda y: torch.where(y <= 0, y / 4, y), lambda y: F.leaky_relu(y, 0.25), RELU),
-    "where at a number": (lambda y: torch.where(y > 1, y, 0.0), lambda y: F.threshold(y, 1, 0), Gate(1, torch.inf)),
-    "where above": (lambda y: torch.where(y > 6, 6.0, y), lambda y: y.clamp(max=6), Gate(-torch.inf, 6.0)),
+    "where with inverted mask": (lambda y: torch.where(~(y > 0), 0.0, y), F.relu, RELU),
+    "leaky where": (lambda y: torch.where(y > 0, y, 0.1 * y), lambda y: F.leaky_relu(y, 0.1), RELU),
+    "leaky where, branches swapped": (lambda y: torch.where(y <= 0, y / 4, y), lambda y: F.leaky_relu(y, 0.25), RELU),
+    "where above a number": (lambda y: torch.where(y > 1, y, 0.0), lambda y: F.threshold(y, 1, 0), Gate(1, torch.inf)),
+    "where below a number": (lambda y: torch.where(y > 6, 6.0, y), lambda y: y.clamp(max=6), Gate(-torch.inf, 6.0)),
     "negative part": (lambda y: y * (y < 0), lambda y: y.clamp(max=0), BELOW),
     "product with a mask": (lambda y: y * (y > 0), F.relu, RELU),
-    "product with floats": (lambda y: (y >= 0).to(y.dtype) * y, F.relu, RELU),
+    "product with a mask of floats": (lambda y: (y >= 0).to(y.dtype) * y, F.relu, RELU),
     "product with a step": (lambda y: y * torch.heaviside(y, torch.ones((), dtype=y.dtype)), F.relu, RELU),
     "masked fill": (lambda y: y.masked_fill(y < 0, 0), F.relu, RELU),
     "masked fill in place": (lambda y: y.clone().masked_fill_(y <= 0, 0.0), F.relu, RELU),
     "assignment": (lambda y: assigned(y.clone()), F.relu, RELU),
     "amax": (lambda y: F.relu(y).amax((2, 3), keepdim=True), lambda y: F.adaptive_max_pool2d(F.relu(y), 1), RELU),
-    "amax before": (
+    "amax before the rectifier": (
         lambda y: F.relu(y.amax((2, 3), keepdim=True)), lambda y: F.relu(F.adaptive_max_pool2d(y, 1)), RELU
     ),
     "max": (
@@ -52,8 +52,8 @@ GATES: dict[str, tuple[Function, Function, Gate | None]] = {
         lambda y: F.relu(y[:, [2, 1, 0, -1]]), lambda y: F.relu(torch.cat([y[:, :3].flip(1), y[:, 3:]], 1)), RELU
     ),
     "channels by tensor": (lambda y: F.relu(y[:, torch.tensor([3, 2, 1, 0])]), lambda y: F.relu(y.flip(1)), RELU),
-    "einsum of one": (lambda y: torch.einsum("nchw->nc", F.relu(y)), lambda y: F.relu(y).sum((2, 3)), RELU),
-    "einsum turned": (
+    "einsum of one factor": (lambda y: torch.einsum("nchw->nc", F.relu(y)), lambda y: F.relu(y).sum((2, 3)), RELU),
+    "einsum with permutation": (
         lambda y: torch.einsum("nchw->nwc", F.relu(y)), lambda y: F.relu(y).sum(2).permute(0, 2, 1), RELU
     ),
 }  # fmt: skip
