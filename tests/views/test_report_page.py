@@ -1,17 +1,14 @@
-"""`patternnet report`: one file that needs no network and executes nothing from the data."""
+"""The page of `patternnet report` in a real browser: no network, and no code from the data is executed."""
 
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from io import BytesIO
 from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 from selenium.common.exceptions import NoAlertPresentException
 from selenium.webdriver import Chrome, ChromeOptions, Keys
 from selenium.webdriver.chrome.service import Service
@@ -19,95 +16,18 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.select import Select
 
-from patterns import UserError
-from patterns.attribution.methods import BASELINES
 from ray_jobs.cli.app import exit_status
-from ray_jobs.config import FITTED, DegradeConfig, ExplainConfig, FitConfig, ModelConfig, QualityConfig, Resources
-from ray_jobs.jobs.degrade import degrade
+from ray_jobs.config import ExplainConfig, FitConfig, ModelConfig
 from ray_jobs.jobs.explain.explain import explain
 from ray_jobs.jobs.fit.fit import fit
-from ray_jobs.jobs.quality import compute_medians, measure
+from ray_jobs.jobs.quality import compute_medians
 from ray_jobs.runs.run_folder import Run
 from ray_jobs.views.report import write_report
-from ray_jobs.views.report.charts import Scale
-from ray_jobs.views.report.contents import Contents
-from tests.conftest import jpeg, make_shards, write_tar
+from tests.conftest import jpeg, write_tar
 from tests.ray_jobs.runs import PREPROCESSING
+from tests.views.reported import HERE, HOSTILE, MEGABYTES, METHODS, SECONDS, SIX
 
-HERE = Resources(workers=0)
-METHODS = ("gradient", "patternnet", "patternattribution")
-SIX = ("gradient-x-input", "deconvnet", "guided-backprop", *METHODS)
-# Each executes code if it is taken for HTML, for the end of an attribute or for the end of a script.
-HOSTILE = [
-    '"><img src=x onerror=alert(1)>',
-    "</script><script>alert(2)</script>",
-    "<svg onload=alert(3)>",
-    "' onmouseover='alert(4)",
-    "{{ 7 * 7 }} & \u2028 tail",
-]
-SECONDS = 2.0  # limit for loading a report of 200 samples
-MEGABYTES = 15
-
-
-@pytest.fixture(scope="module")
-def model(model_spec: str) -> ModelConfig:
-    return ModelConfig(spec=model_spec, **PREPROCESSING)  # type: ignore[arg-type]
-
-
-@pytest.fixture(scope="module")
-def hostile_shards(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Shards of samples with malicious keys."""
-    rng, folder = np.random.default_rng(5), tmp_path_factory.mktemp("hostile")
-    samples = [
-        {
-            "__key__": f"{number:02d} {HOSTILE[number % 4].replace('/', '')}",
-            "jpg": jpeg(rng),
-            "cls": b"%d" % (number % 5),
-        }
-        for number in range(16)
-    ]
-    samples += [{"__key__": "99 unlabelled", "jpg": jpeg(rng)}, {"__key__": "99 broken", "jpg": b"<img src=x>"}]
-    return [str(write_tar(folder / f"{i}.tar", part)) for i, part in enumerate((samples[:9], samples[9:]))]
-
-
-@pytest.fixture(scope="module")
-def run(
-    model: ModelConfig, shards: list[str], hostile_shards: list[str], tmp_path_factory: pytest.TempPathFactory
-) -> Run:
-    """A run with the results of all jobs."""
-    out = str(tmp_path_factory.mktemp("reported") / "whole")
-    fit(
-        FitConfig(
-            model=model,
-            shards=tuple(shards),
-            out=out,
-            batch_size=4,
-            estimators=("filter", *FITTED),
-            until_converged=1e-3,
-        ),
-        Resources(workers=0, max_loss=0.0),
-    )
-    judging = make_shards(Path(out).parent / "judging", 4, 8, seed=9)
-    measure(
-        QualityConfig(model=model, patterns=out, shards=tuple(judging[:2]), evaluate=tuple(judging[2:]), out=out), HERE
-    )
-    degrade(
-        DegradeConfig(
-            model=model, patterns=out, shards=tuple(shards[:2]), out=out, methods=METHODS[1:], patch=4, steps=10
-        ),
-        HERE,
-    )
-    return explain(
-        ExplainConfig(model=model, patterns=out, shards=tuple(hostile_shards), out=out, methods=METHODS), HERE
-    )
-
-
-@pytest.fixture(scope="module")
-def bare(model: ModelConfig, shards: list[str], tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run with a fit only."""
-    return fit(
-        FitConfig(model=model, shards=tuple(shards[:3]), out=str(tmp_path_factory.mktemp("reported") / "bare")), HERE
-    )
+pytestmark = pytest.mark.slow  # needs Chromium
 
 
 @pytest.fixture(scope="module")
@@ -378,111 +298,3 @@ def test_runs_are_compared_in_one_table(browser: Chrome, run: Run, bare: Run, tm
     assert [h.text for h in browser.find_elements(By.CSS_SELECTOR, "main h2")] == ["Side by side", *names]
     ids = browser.execute_script("return [...document.querySelectorAll('[id]')].map(e => e.id)")
     assert len(ids) == len(set(ids))
-
-
-def report(tmp_path: Path, *runs: Run, count: int = 0) -> list[Contents]:
-    return write_report(tmp_path / "report.html", [str(run.folder) for run in runs], count)
-
-
-def test_numbers_equal_those_of_the_tables(run: Run, tmp_path: Path) -> None:
-    (page,) = report(tmp_path, run)
-    assert page.rho is not None
-    assert page.health is not None
-    assert page.rho.medians == compute_medians(run)
-    quality = pq.read_table(run.folder / "quality.parquet").drop_null().to_pandas()
-    for operator, values in page.rho.rows:
-        for one, value in zip(page.rho.estimators, values):
-            own = quality[(quality.operator == operator) & (quality.estimator == one)].rho
-            assert value is None if own.empty else value == pytest.approx(own.median(), rel=1e-12)
-    flags = pq.read_table(run.folder / "neurons.parquet").to_pandas().groupby("operator").flag.value_counts()
-    for operator, counts in page.health.rows:
-        assert counts == [flags[operator].get(flag, 0) for flag in ("ok", "dead", "constant", "degenerate")]
-    assert page.convergence
-    assert page.curves is not None
-    assert {method for method, *_ in page.curves.areas} == {*METHODS[1:], *BASELINES}
-    assert len(page.curves.chart.bands) == 2 + len(BASELINES)
-
-
-def test_shown_weights_are_equal_from_patterns_and_from_the_model(run: Run, bare: Run, tmp_path: Path) -> None:
-    def weights(page: Contents) -> list[np.ndarray]:
-        assert page.filters is not None
-        assert page.filters.rows[0] == ("w", "weight")
-        pictures = (neuron.pictures[0] for neuron in page.filters.neurons)
-        return [np.asarray(Image.open(BytesIO(urlopen(uri).read()))).astype(int) for uri in pictures if uri]
-
-    one, other = (weights(page) for page in report(tmp_path, run, bare))
-    assert len(one) == len(other) == 6
-    assert max(np.abs(a - b).max() for a, b in zip(one, other)) <= 1
-    assert len({a.tobytes() for a in one}) == 6
-
-
-def test_patterns_are_shown_without_the_model(
-    model_spec: str, model: ModelConfig, shards: list[str], tmp_path: Path
-) -> None:
-    copy = tmp_path / "gone.py"
-    shutil.copyfile(model_spec.partition(":")[0], copy)
-    gone = ModelConfig(spec=f"{copy}:small", **PREPROCESSING)  # type: ignore[arg-type]
-    run = fit(FitConfig(model=gone, shards=tuple(shards[:2]), out=str(tmp_path / "run")), HERE)
-    copy.unlink()
-    (page,) = report(tmp_path, run)
-    assert page.filters is not None
-    assert page.filters.rows[0] == ("a", "linear")
-    assert (
-        "The weights w are not shown because the model cannot be loaded here" in (tmp_path / "report.html").read_text()
-    )
-
-
-def test_missing_results_name_the_command_that_makes_them(bare: Run, tmp_path: Path) -> None:
-    report(tmp_path, bare, count=200)
-    text = (tmp_path / "report.html").read_text()
-    for command in ("quality", "explain", "degrade"):
-        assert f"<code>patternnet {command} --patterns {bare.folder} --shards …</code>" in text
-    assert "--until-converged" in text
-    assert "<img" not in text.partition("run0-convergence-title")[2].partition("<script>")[0]
-
-
-def test_missing_photographs_do_not_hide_other_results(run: Run, model: ModelConfig, tmp_path: Path) -> None:
-    shards = make_shards(tmp_path / "s", 1, 4)
-    explain(
-        ExplainConfig(
-            model=model, patterns=str(run.folder), shards=tuple(shards), out=str(tmp_path / "run"), methods=METHODS
-        ),
-        HERE,
-    )
-    Path(shards[0]).unlink()
-    (page,) = write_report(tmp_path / "x.html", [str(tmp_path / "run")])
-    assert page.samples is None
-    assert shards[0] in page.unseen
-    assert "The explanations cannot be shown" in (tmp_path / "x.html").read_text()
-
-
-def test_same_seed_draws_the_same_samples(run: Run, tmp_path: Path) -> None:
-    def keys(seed: int) -> list[str]:
-        (page,) = write_report(tmp_path / "x.html", [str(run.folder)], 5, None, seed)
-        assert page.samples is not None
-        return [card.key for card in page.samples.cards]
-
-    assert keys(1) == keys(1) != keys(2)
-
-
-def test_folder_without_a_run_is_an_error_and_nothing_is_written(run: Run, tmp_path: Path, complaint: Any) -> None:
-    out = tmp_path / "report.html"
-    for folders in ([tmp_path], [run.folder, tmp_path / "nowhere"]):
-        assert "holds no run. Name the folder" in complaint("report", *folders, "--out", out, "--samples", 0)
-    assert not out.exists()
-    with pytest.raises(UserError, match="cannot be read"):
-        write_report(out, [str(run.folder)], classes=str(tmp_path / "none.json"))
-
-
-@pytest.mark.parametrize(
-    ("scale", "texts"),
-    [
-        (Scale(0, 1, 0, 100), ["0", "0.2", "0.4", "0.6", "0.8", "1"]),
-        (Scale(0, 37, 0, 100), ["0", "10", "20", "30"]),
-        (Scale(0.02, 0.5, 0, 100, log=True), ["0.03", "0.1", "0.3"]),
-        (Scale(30, 72, 0, 100, log=True), ["30", "40", "50", "60", "70"]),
-        (Scale(8, 2_000_000, 0, 100, log=True), ["10", "100", "1k", "10k", "100k", "1M"]),
-    ],
-)
-def test_axes_have_round_numbers(scale: Scale, texts: list[str]) -> None:
-    assert [tick.text for tick in scale.ticks()] == texts
