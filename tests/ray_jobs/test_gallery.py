@@ -109,11 +109,12 @@ def test_missing_explanations_are_an_error(
     run: Run, fitted: str, model: ModelConfig, shards: list[str], tmp_path: Path, complaint: Any
 ) -> None:
     folder = str(run.folder)
-    assert complaint("grid", folder) == (
-        "patternnet: grid: one way to choose samples is needed. Give --keys, --worst N or --random N."
-    )
-    assert complaint("grid", folder, "--keys", "a", "--worst", 1).startswith("patternnet: grid: one way")
-    assert complaint("show", folder, "nobody").startswith("patternnet: nobody: no explanation of a sample with this")
+    for options in ((), ("--keys", "a", "--worst", 1)):
+        line = complaint("grid", folder, *options)
+        assert all(option in line for option in ("--keys", "--worst", "--random"))
+    line = complaint("show", folder, "nobody")
+    assert line.startswith("patternnet: nobody: ")
+    assert "explained" in line
     assert "holds no finished explain" in complaint("grid", fitted, "--worst", 1)
     only_zarr = explained(fitted, model, shards[:1], tmp_path / "zarr", outputs=("zarr",))
     assert "holds explanations as zarr only" in complaint("grid", str(only_zarr.folder), "--random", 1)
@@ -122,5 +123,6 @@ def test_missing_explanations_are_an_error(
     unlabelled = explained(fitted, model, [str(shard)], tmp_path / "unlabelled")
     assert "--worst: no sample has a label" in complaint("grid", str(unlabelled.folder), "--worst", 1)
     write_tar(shard, [{"__key__": "b", "jpg": jpeg(rng)}])
-    with pytest.raises(UserError, match="has no sample 'a' any more"):
+    with pytest.raises(UserError, match="'a'") as caught:
         Gallery(unlabelled, {}).pictures(Gallery(unlabelled, {}).rows())
+    assert caught.value.where == str(shard)
