@@ -32,17 +32,22 @@ test: lint
 test-gpu: $(READY)
 	$(BIN)/python -m pytest tests/gpu
 
+# Long trials, and tests that need these programs; tests whose program is missing are skipped and say so.
+TOOLS := chromium chromium-driver slurm-wlm prometheus kubernetes-client debootstrap shellcheck zsh fish
+
 soak: $(READY)
-	$(BIN)/python -m pytest -m slow
+	if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+		apt-get update -qq && apt-get install -y -qq --no-install-recommends $(TOOLS); fi
+	$(BIN)/python -m pytest -m slow -rs
 
 docs: $(READY)
 	$(BIN)/mkdocs build --strict
 
 bench: $(READY)
-	$(BIN)/python -m benchmarks --write docs/benchmarks.md
+	$(BIN)/python -m benchmarks --write docs
 
 bench-gpu: $(READY)
-	$(BIN)/python -m benchmarks --device cuda --write docs/benchmarks-gpu.md
+	$(BIN)/python -m benchmarks --device cuda --write docs
 
 # What the image installs. Versions stay unless UPGRADE=--upgrade. The CPU's lock leaves out torch, which comes from
 # another index, and CUDA's libraries.
