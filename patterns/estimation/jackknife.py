@@ -123,8 +123,9 @@ def check_convergence(
         patterns = solve(operator, Moments.from_tensors(others), estimators, seed).patterns
         for row, jackknife in jackknives.items():
             jackknife.leave_out(patterns[row], left_out / samples)
-    errors = {row: StandardErrors(relative_norms(j.variance(), learned[row])) for row, j in jackknives.items()}
-    return ConvergenceCheck(whole, errors)
+    return ConvergenceCheck(
+        whole, {row: StandardErrors(relative_norms(j.variance(), learned[row])) for row, j in jackknives.items()}
+    )
 
 
 @dataclass(frozen=True)

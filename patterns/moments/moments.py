@@ -13,15 +13,8 @@ import torch
 from torch import Tensor
 
 from patterns.operators import winograd
-from patterns.operators.operator import (
-    Inputs,
-    Operator,
-    Summable,
-    reshape_along,
-    sample_dimensions,
-    sum_positions,
-    sum_squares,
-)
+from patterns.operators.axes import reshape_along, sample_dimensions, sum_positions, sum_squares
+from patterns.operators.operator import Inputs, Operator, Summable
 
 T = TypeVar("T")
 
