@@ -12,7 +12,7 @@ import pytest
 from patterns import UserError
 from patterns.io import write_json
 from ray_jobs.config.timing import Timing
-from ray_jobs.runs.lease import Driver, TakenOverError, find_driver, hold_lease
+from ray_jobs.runs.lease import Driver, Heartbeat, TakenOverError, find_driver, hold_lease
 from ray_jobs.runs.run_folder import Run
 from ray_jobs.views.status import status_lines
 from tests.ray_jobs.runs import wait_until
@@ -61,19 +61,36 @@ def test_second_driver_is_rejected_while_the_first_one_works(tmp_path: Path) -> 
         pass
 
 
-def test_heartbeat_writes_progress_until_another_driver_takes_over(tmp_path: Path) -> None:
+def test_heartbeat_writes_the_progress_regularly(tmp_path: Path) -> None:
     run = Run(tmp_path)
     with hold_lease(run, "fit", BRIEF) as heartbeat:
         heartbeat.progress = {"job": "fit", "shards": 3}
         wait_until(lambda: run.progress().get("shards") == 3)
         first = run.progress()["time"]
         wait_until(lambda: run.progress()["time"] > first)
+
+
+def test_driver_that_was_taken_over_writes_no_heartbeat(tmp_path: Path) -> None:
+    run, heartbeat = Run(tmp_path), Heartbeat(Run(tmp_path), Driver.current(), "fit", BRIEF)
+    heartbeat.write()
+    other = {"driver": vars(replace(Driver.current(), host="another machine")), "job": "fit"}
+    write_json(tmp_path / "progress.json", other)
+    heartbeat.thread.start()
+    time.sleep(10 * BRIEF.heartbeat_interval)
+    heartbeat.stopped.set()
+    heartbeat.thread.join()
+    assert run.progress() == other
+    with pytest.raises(TakenOverError) as caught:
+        heartbeat.require_lease()
+    assert caught.value.where == str(tmp_path)
+
+
+def test_driver_that_was_taken_over_does_not_say_that_the_run_has_ended(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    with hold_lease(run, "fit"):
         other = {"driver": vars(replace(Driver.current(), host="another machine")), "job": "fit"}
         write_json(tmp_path / "progress.json", other)
-        with pytest.raises(TakenOverError) as caught:
-            heartbeat.require_lease()
-        assert caught.value.where == str(tmp_path)
-    assert run.progress() == other, "the last heartbeat hides the driver that took over"
+    assert run.progress() == other
 
 
 def test_ended_driver_says_so_in_its_last_heartbeat(tmp_path: Path) -> None:
