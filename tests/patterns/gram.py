@@ -1,4 +1,4 @@
-"""Operators with a ReLU behind them, and as many images for them as a test wants."""
+"""Operators followed by a ReLU, with any number of images for them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,20 +25,20 @@ from patterns.operators.operator import (
 from tests.oracles import Neuron, channel_patches, linear_patches, neurons, window_patches
 
 RELU = (0.0, float("inf"))
-ALL = 10**6  # positions: more than any image here has
+ALL = 10**6  # more positions than any image here has
 ESTIMATORS = ["filter", "random", "linear", "two-component", "two-component-own-mean"]
 
 
 @dataclass(frozen=True)
 class Case:
-    """An operator with a ReLU behind it, and images for it."""
+    """An operator followed by a ReLU, with images for it."""
 
     operator: Operator
     shapes: tuple[tuple[int, ...], ...]
     unfold: Callable[..., list[Tensor]]
 
     def inputs(self, images: int, seed: int) -> tuple[Tensor, ...]:
-        """Correlated, skewed, away from 0."""
+        """Return correlated, skewed inputs with a mean other than 0."""
         generator = torch.Generator().manual_seed(seed)
         common = torch.randn(images, *self.shapes[0], generator=generator, dtype=torch.float64)
         noise = [torch.randn(images, *shape, generator=generator, dtype=torch.float64) for shape in self.shapes]
@@ -56,7 +56,7 @@ class Case:
 
 
 def drawn(seeds: Tensor, name: str, available: int, positions: int, seed: int = 0, call: int = 0) -> Tensor:
-    """The positions that count at one call of an operator."""
+    """Return the positions that are sampled at one call of an operator."""
     draw = PositionSampler(positions, seed)
     draw.start_pass(seeds)
     return [draw.sample(name, available) for _ in range(call + 1)][-1]
@@ -101,7 +101,7 @@ def transposed(
     ]
 
     def unfold(x: Tensor) -> list[Tensor]:
-        """Output position o sees input i through tap k where o = i · stride - padding + k · dilation."""
+        """Output position o sees input i through tap k if o = i · stride - padding + k · dilation."""
         rows = torch.zeros(len(x), *sizes, shape[0], *kernel, dtype=torch.float64)
         everywhere = [product(range(o), range(k)) for o, k in zip(sizes, kernel)]
         for pairs in product(*everywhere):
@@ -150,7 +150,7 @@ CASES: dict[str, Callable[[], Case]] = {
         unfold=partial(channel_patches, axis=2),
     ),
 }  # fmt: skip
-# Those with a distractor, and these.
+# Operators of one input per neuron, which have no distractor.
 SCALES: dict[str, Callable[[], Case]] = {
     "scale": lambda: case(Scale(), normal(3, 1), (3, 4), unfold=channel_patches),
     "scale of tokens": lambda: case(Scale(2), normal(4, 1), (3, 4), unfold=partial(channel_patches, axis=2)),

@@ -1,4 +1,4 @@
-"""Standard errors of patterns against what they vary by when all data are drawn again, and against textbooks."""
+"""Standard errors of patterns against their variation over new data, and against the textbook formulas."""
 
 import math
 import random
@@ -43,29 +43,29 @@ from tests.patterns.drawn import (
 
 
 SIZES = {
-    "one a group": [120] * GROUPS,
-    "several a group": [20] * 96,
-    "small ones and large ones": [40] * 24 + [240, 240, 480],
+    "one per group": [120] * GROUPS,
+    "several per group": [20] * 96,
+    "small and large": [40] * 24 + [240, 240, 480],
     "few": [80, 160, 240, 480, 960],
 }
 
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-def test_the_standard_error_is_what_patterns_vary_by_when_all_data_are_drawn_again(sizes: list[int]) -> None:
+def test_the_standard_error_is_the_deviation_of_patterns_over_new_data(sizes: list[int]) -> None:
     draws = 400
     operator = layer(draws=draws)
     held = split_moments(operator, draw_samples(1920, draws=draws), sizes)
     found, patterns = estimate_errors(operator, held), solve_partials(operator, held)
     for row in ROWS:
         a = patterns[row].view(draws, K, D)
-        told = (found[row].neurons.view(draws, K) * a.norm(dim=2)).square().mean(0).sqrt()
-        # A standard deviation of 400 draws is itself off by 4 %, and ratios' errors have long tails.
-        torch.testing.assert_close(told, a.var(0).sum(1).sqrt(), rtol=0.12, atol=0)
+        estimated = (found[row].neurons.view(draws, K) * a.norm(dim=2)).square().mean(0).sqrt()
+        # A standard deviation of 400 draws has an error of 4 %, and the errors of ratios have long tails.
+        torch.testing.assert_close(estimated, a.var(0).sum(1).sqrt(), rtol=0.12, atol=0)
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(1, 30), min_size=2, max_size=20), st.integers(0, 1000))
-def test_of_a_mean_the_jackknife_is_the_textbooks(sizes: list[int], seed: int) -> None:
+def test_for_a_mean_the_jackknife_is_the_textbook_formula(sizes: list[int], seed: int) -> None:
     x = normal(sum(sizes), 2, 3, seed=seed)
     jackknife = Jackknife(x.mean(0))
     for part in range(len(sizes)):
@@ -81,7 +81,7 @@ def test_of_a_mean_the_jackknife_is_the_textbooks(sizes: list[int], seed: int) -
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(5, 30), min_size=2, max_size=12), st.integers(0, 1000))
-def test_of_a_ratio_the_jackknife_is_its_definition_by_pseudo_values(sizes: list[int], seed: int) -> None:
+def test_for_a_ratio_the_jackknife_is_its_definition_by_pseudo_values(sizes: list[int], seed: int) -> None:
     x = normal(sum(sizes), 2, seed=seed) + 3
     n, g = sum(sizes), len(sizes)
 
@@ -95,12 +95,12 @@ def test_of_a_ratio_the_jackknife_is_its_definition_by_pseudo_values(sizes: list
         jackknife.leave_out(value, size / n)
     h = [n / size for size in sizes]
     pseudo = np.array([float(h[j] * whole - (h[j] - 1) * left[j]) for j in range(g)])
-    centre = float(g * whole) - sum((1 - sizes[j] / n) * float(left[j]) for j in range(g))
-    expected = np.mean((pseudo - centre) ** 2 / (np.array(h) - 1))
+    center = float(g * whole) - sum((1 - sizes[j] / n) * float(left[j]) for j in range(g))
+    expected = np.mean((pseudo - center) ** 2 / (np.array(h) - 1))
     assert float(jackknife.variance()) == pytest.approx(expected, rel=1e-6, abs=1e-15)
 
 
-def test_it_agrees_with_a_bootstrap_of_the_parts() -> None:
+def test_it_agrees_with_a_bootstrap_of_the_partial_moments() -> None:
     times, count = 1000, 16
     operator, many = layer(), layer(draws=times)
     x = draw_samples(count * 300)
@@ -110,12 +110,12 @@ def test_it_agrees_with_a_bootstrap_of_the_parts() -> None:
     patterns, once = solve_partials(many, held), split_moments(operator, x, 300)
     found, whole = estimate_errors(operator, once), solve_partials(operator, once)
     for row in ROWS:
-        # A bootstrap of g parts has the variance of their means over g, not over g - 1.
+        # A bootstrap of g partial moments has the variance of their means over g, not over g - 1.
         varied = (patterns[row].view(times, K, D).var(0).sum(1) * count / (count - 1)).sqrt()
         torch.testing.assert_close(found[row].neurons, varied / whole[row].norm(dim=1), rtol=0.1, atol=0)
 
 
-def test_where_samples_of_a_part_are_alike_the_error_is_that_of_parts() -> None:
+def test_copies_of_samples_within_partial_moments_do_not_change_the_error() -> None:
     operator, copies = layer(), 20
     once = draw_samples(320)
     apart, alike = once.split(20), [part.repeat(copies, 1, 1) for part in once.split(20)]
@@ -136,12 +136,12 @@ def test_the_error_falls_as_one_over_the_root_of_the_samples() -> None:
         assert slope == pytest.approx(-0.5, abs=0.1)
 
 
-# --- what parts, and how many ---------------------------------------------------------------------------
+# --- the partial moments ---------------------------------------------------------------------------------
 
 
 @settings(max_examples=15, deadline=None)
 @given(st.lists(st.integers(3, 40), min_size=FEWEST_GROUPS, max_size=40), st.randoms(use_true_random=False))
-def test_the_order_of_parts_does_not_matter(sizes: list[int], shuffling: random.Random) -> None:
+def test_the_order_of_partial_moments_does_not_matter(sizes: list[int], shuffling: random.Random) -> None:
     operator = layer()
     held = split_moments(operator, draw_samples(sum(sizes)), sizes)
     shuffled = shuffling.sample(held, len(held))
@@ -152,17 +152,17 @@ def test_the_order_of_parts_does_not_matter(sizes: list[int], shuffling: random.
 
 
 @given(st.lists(st.integers(0, 1000), max_size=60))
-def test_groups_hold_every_part_once_and_are_about_equal(sizes: list[int]) -> None:
+def test_groups_contain_all_partial_moments_once_and_are_about_equal(sizes: list[int]) -> None:
     groups = group_partial_moments([PartialSize(n, str(i)) for i, n in enumerate(sizes)])
     assert sorted(i for group in groups for i in group) == [i for i, n in enumerate(sizes) if n]
     assert len(groups) == min(GROUPS, sum(n > 0 for n in sizes))
-    for group in groups:  # no group is above the smallest by more than its own last part
+    for group in groups:  # no group exceeds the smallest by more than its own last element
         total, last = sum(sizes[i] for i in group), sizes[group[-1]]
         assert total - last <= min(sum(sizes[i] for i in other) for other in groups)
 
 
 @pytest.mark.parametrize("count", range(1, FEWEST_GROUPS))
-def test_from_too_few_parts_nothing_is_known(count: int) -> None:
+def test_errors_are_unknown_with_too_few_partial_moments(count: int) -> None:
     operator = layer()
     held = [*split_moments(operator, draw_samples(40 * count), 40), *([moments(operator, draw_samples(0))] * 5)]
     found = check_convergence(operator, make_loaders(held), CHOICES)
@@ -170,7 +170,7 @@ def test_from_too_few_parts_nothing_is_known(count: int) -> None:
     assert found.solution.patterns.keys() == set(ROWS)
 
 
-def test_the_solution_is_that_of_all_parts() -> None:
+def test_the_solution_is_that_of_all_samples() -> None:
     operator = layer()
     x = draw_samples(300)
     found = check_convergence(operator, make_loaders(split_moments(operator, x, 7)), CHOICES).solution
@@ -180,7 +180,7 @@ def test_the_solution_is_that_of_all_parts() -> None:
         torch.testing.assert_close(found.patterns[row], expected.patterns[row], rtol=1e-9, atol=1e-12)
 
 
-def test_each_part_is_loaded_twice_and_only_one_is_held() -> None:
+def test_partial_moments_are_loaded_twice_and_one_at_a_time() -> None:
     operator = layer()
     held = split_moments(operator, draw_samples(800), 20)
     alive: weakref.WeakSet[Moments] = weakref.WeakSet()
@@ -190,7 +190,7 @@ def test_each_part_is_loaded_twice_and_only_one_is_held() -> None:
         nonlocal most
         loaded[number] += 1
         part = replace(held[number])
-        most = max(most, len(alive))  # while the next one is made
+        most = max(most, len(alive))  # while the next one is loaded
         alive.add(part)
         return part
 
@@ -199,7 +199,7 @@ def test_each_part_is_loaded_twice_and_only_one_is_held() -> None:
     assert most == 0
 
 
-def test_the_parts_are_left_as_they_were() -> None:
+def test_partial_moments_are_left_unchanged() -> None:
     operator = layer()
     held = split_moments(operator, draw_samples(200), 20)
     before = [{name: t.clone() for name, t in part.tensors().items()} for part in held]
@@ -208,11 +208,11 @@ def test_the_parts_are_left_as_they_were() -> None:
         assert all(torch.equal(part.tensors()[name], t) for name, t in tensors.items())
 
 
-# --- neurons that say nothing ---------------------------------------------------------------------------
+# --- neurons without a pattern ---------------------------------------------------------------------------
 
 
 def silent(flag: str) -> Operator:
-    """Neurons of which the first is dead or constant."""
+    """Return neurons of which the first is dead or constant."""
     operator = layer()
     weight, bias = operator.weight.flatten(1).clone(), normal(K, seed=4)
     if flag == "dead":
@@ -238,7 +238,7 @@ def test_an_operator_without_any_pattern_has_no_error() -> None:
     assert estimate_errors(operator, split_moments(operator, MEAN.expand(80, D)[..., None], 10)) == {}
 
 
-def test_a_neuron_that_opened_in_one_part_only_is_as_good_as_unknown() -> None:
+def test_a_neuron_that_opened_in_one_of_the_partial_moments_has_an_error_of_one() -> None:
     x = draw_samples(800)
     w = torch.eye(D, dtype=torch.float64)[:1]
     x[:, 0] = -x[:, 0].abs()
@@ -248,13 +248,13 @@ def test_a_neuron_that_opened_in_one_part_only_is_as_good_as_unknown() -> None:
     assert error.neurons.tolist() == pytest.approx([1], abs=0.1)
 
 
-def test_rows_that_look_at_no_data_have_no_error() -> None:
+def test_estimators_that_use_no_data_have_no_error() -> None:
     operator = layer()
     held = split_moments(operator, draw_samples(400), 20)
     assert estimate_errors(operator, held, ["filter", "random", "identity"]) == {}
     assert estimate_errors(operator, held, ["filter", "default"]).keys() == {"positive"}
 
 
-def test_an_operator_without_a_gate_has_errors_of_its_own_rows() -> None:
+def test_an_operator_without_a_gate_has_errors_of_its_own_estimators() -> None:
     operator = layer(gated=False)
     assert estimate_errors(operator, split_moments(operator, draw_samples(400), 20), ["default"]).keys() == {"linear"}

@@ -1,4 +1,4 @@
-"""When a fit has seen enough: its stopping rule against the truth, and how it projects what is to come."""
+"""When a fit stops: its stopping rule against the truth, and the projection of the samples that it needs."""
 
 import math
 
@@ -30,13 +30,13 @@ from tests.patterns.drawn import (
 )
 
 
-def test_a_fit_that_stopped_is_as_near_the_truth_as_was_asked() -> None:
+def test_a_fit_that_stopped_is_within_the_tolerance_of_the_truth() -> None:
     draws, neurons, tolerance, choices = 60, 16, 0.08, ("linear", "two-component")
     operator, one = layer(neurons, draws), layer(neurons)
     held: list[Moments] = []
     ends: dict[str, dict[int, float]] = {"linear": {}, "positive": {}}
     while any(len(ended) < draws for ended in ends.values()):
-        # Half as much again from look to look.
+        # Half as many samples again from check to check.
         size = max(20, sum(int(part.total.n[0]) for part in held) // 32)
         for part in range(GROUPS):
             held.append(moments(operator, draw_samples(size, len(held) + part, draws)))
@@ -49,12 +49,12 @@ def test_a_fit_that_stopped_is_as_near_the_truth_as_was_asked() -> None:
                 if draw not in ended and has_converged([StandardErrors(of_one).p90], tolerance):
                     ended[draw] = float(away[draw]) / tolerance
     for ended in ends.values():
-        # The neurons of an operator err together, so what nine in ten stay below varies from draw to draw.
+        # The errors of the neurons of an operator are correlated, so their 90th percentile varies between draws.
         assert np.quantile(list(ended.values()), 0.9) <= 2
         assert 0.7 <= np.median(list(ended.values())) <= 1.5
 
 
-def test_the_truth_of_these_tests_is_what_patterns_tend_to() -> None:
+def test_patterns_of_many_samples_tend_to_the_truth_of_these_tests() -> None:
     operator = layer()
     found = solve_partials(operator, split_moments(operator, draw_samples(400_000), 400_000))
     for row in ("linear", "positive"):
@@ -62,13 +62,13 @@ def test_the_truth_of_these_tests_is_what_patterns_tend_to() -> None:
 
 
 @pytest.mark.parametrize(
-    ("found", "enough"),
+    ("found", "expected"),
     [([0.01, 0.02], True), ([0.01, 0.03], False), ([0.01, None], False), ([None], False), ([], False)],
 )
 def test_a_fit_stops_when_every_error_is_known_and_within_the_tolerance(
-    found: list[float | None], enough: bool
+    found: list[float | None], expected: bool
 ) -> None:
-    assert has_converged(found, 0.02) is enough
+    assert has_converged(found, 0.02) is expected
 
 
 def test_the_samples_needed_follow_from_the_root_law() -> None:
@@ -78,7 +78,7 @@ def test_the_samples_needed_follow_from_the_root_law() -> None:
     assert samples_needed([], 500, 0.05) is None
 
 
-def test_the_projection_meets_what_further_samples_show() -> None:
+def test_the_projection_agrees_with_further_samples() -> None:
     operator, n = layer(draws=100), 800
     x = draw_samples(16 * n, draws=100)
     now = estimate_errors(operator, split_moments(operator, x[:n], n // GROUPS))["positive"].p90
@@ -94,7 +94,7 @@ def test_the_change_is_the_median_over_neurons_that_have_a_pattern() -> None:
     assert median_change(torch.zeros(3, 2), before[:3]) == 0
 
 
-def test_a_look_tells_what_changed_since_the_one_before() -> None:
+def test_a_check_reports_the_changes_since_the_previous_check() -> None:
     operator = layer()
     held = split_moments(operator, draw_samples(800), 50)
     first, second = (

@@ -1,4 +1,4 @@
-"""What accumulating moments needs, measured: all that torch's allocator hands out, at the worst moment."""
+"""The peak memory of accumulating moments, measured in torch's allocator."""
 
 from collections.abc import Callable
 
@@ -10,12 +10,12 @@ from benchmarks.machine import peak
 from patterns import Observer, PatchObserver, trace
 
 
-def test_the_measure_sees_what_operations_make_and_what_they_need_inside() -> None:
+def test_the_measure_includes_results_and_temporary_memory() -> None:
     ones = torch.ones(2**20)
-    size, few = ones.nbytes, 64  # the numbers that are added
+    size, few = ones.nbytes, 64  # scalars
     assert peak(lambda: ones + 1) == pytest.approx(size, abs=few)
     assert peak(lambda: (ones + 1) + 1) == pytest.approx(2 * size, abs=few)
-    # A sum in float64 and, inside, a copy of what is added to it: the reason for patterns.moments.moments.CHUNK_ELEMENTS.
+    # The sum in float64 and a temporary float64 copy of the term: the reason for CHUNK_ELEMENTS.
     assert peak(lambda: torch.zeros(2**20, dtype=torch.float64).add_(ones)) == pytest.approx(4 * size, abs=few)
 
 
@@ -31,15 +31,15 @@ def small_head() -> list[nn.Module]:
 
 
 def large_head() -> list[nn.Module]:
-    """With more weights than there are activations, as VGG-16 has."""
+    """A head with more weights than the network has activations, as in VGG-16."""
     return [nn.MaxPool2d(4), nn.Flatten(), nn.Linear(64 * 16 * 16, 512), nn.ReLU(), nn.Linear(512, 10)]
 
 
 @pytest.mark.parametrize("head", [small_head, large_head])
-def test_accumulating_needs_at_most_a_third_more_than_forward_and_backward_beside_the_moments(
+def test_accumulating_needs_at_most_a_third_more_than_forward_and_backward_in_addition_to_the_moments(
     head: Callable[[], list[nn.Module]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # As much smaller as this network is than VGG-16: 2²² of 103 million weights, and of 13 million activations.
+    # Scaled down in proportion from VGG-16: 2²² of 103 million weights, and of 13 million activations.
     monkeypatch.setattr("patterns.moments.moments.CHUNK_ELEMENTS", 2**18)
     monkeypatch.setattr("patterns.operators.winograd.BLOCK", 2**18)
     torch.manual_seed(0)
@@ -56,7 +56,7 @@ def test_accumulating_needs_at_most_a_third_more_than_forward_and_backward_besid
     plain, accumulating = peak(forward_and_backward), peak(lambda: observer.update(x))
     activations = (2 * 32 + 3 * 64) * x[:, 0].nbytes
     assert activations < plain < 2.5 * activations
-    assert accumulating <= 1.3 * plain  # the moments were there before, and stay
+    assert accumulating <= 1.3 * plain  # the moments are not part of it
     assert observer.moments().keys() == moments.keys()
 
 
@@ -70,7 +70,7 @@ def test_sampling_patches_needs_at_most_a_third_more_than_a_forward_pass(
     x = torch.randn(8, 3, 64, 64)
     network = trace(model, x[:2])
     observer = PatchObserver(network, network.operators, positions=512)
-    assert 35 * at_a_time < 8 * 512 * 64 * 9  # the last convolutions' patches, which never are there all at once
+    assert 35 * at_a_time < 8 * 512 * 64 * 9  # the patches of the last convolutions, never all in memory
     with torch.no_grad():
         plain = peak(lambda: network.module(x))
     assert peak(lambda: observer.update(x)) <= 4 / 3 * plain

@@ -1,4 +1,4 @@
-"""The moments of any operator, against samples written out; and what float32 and large counts cost."""
+"""The moments of any operator against sums over its samples, also in float32 and for large counts."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,8 +22,8 @@ Shape = tuple[int, ...]
 cases = settings(max_examples=40, derandomize=True, deadline=None)
 
 
-def undisputed(case: Case) -> bool:
-    """No output so near a limit of its gate that float32 may see it on the other side; just on it is fine."""
+def is_unambiguous(case: Case) -> bool:
+    """Whether no output is so near a limit of its gate that float32 may put it on the other side; equal is fine."""
     if case.limits is None or case.weight.dtype == torch.float64:
         return True
     biases = [0.0] * len(case.neurons) if case.bias is None else case.bias.tolist()
@@ -33,7 +33,7 @@ def undisputed(case: Case) -> bool:
 
 
 def rows(sums: Sums, k: int) -> list[dict[str, Tensor]]:
-    """The sums of each neuron."""
+    """Return the sums of each neuron."""
     assert sums.x is not None
     assert sums.xy is not None
     x = sums.x.repeat_interleave(k // len(sums.x), 0)
@@ -42,10 +42,10 @@ def rows(sums: Sums, k: int) -> list[dict[str, Tensor]]:
 
 
 def assert_equal_sums(found: Sums, expected: list[dict[str, Tensor]], magnitude: list[Neuron], reach: float) -> None:
-    """Relative for each neuron; a sum that cancels is measured against the values that it is a sum of."""
+    """Compare relative to each neuron; a sum that cancels is compared relative to the size of its terms."""
     for row, truth, neuron in zip(rows(found, len(expected)), expected, magnitude):
         assert row["n"] == truth["n"]
-        # Outputs of exactly 0 are a bias less itself, rounded.
+        # Outputs of exactly 0 are a bias minus itself, rounded.
         small = max(reach * float(neuron.y @ neuron.y), 1e-9)
         scales = {"y": max(float(neuron.y.norm()), small), "yy": small, "x": float(neuron.x.norm()), "xy": small}
         for field, scale in scales.items():
@@ -53,7 +53,7 @@ def assert_equal_sums(found: Sums, expected: list[dict[str, Tensor]], magnitude:
 
 
 def assert_brute_force(case: Case) -> None:
-    assume(undisputed(case))
+    assume(is_unambiguous(case))
     found, truth = case.moments(), case.neurons
     reach = REACH[case.weight.dtype]
     assert {t.dtype for t in found.tensors().values()} == {torch.float64, torch.int64}
@@ -72,7 +72,7 @@ def assert_brute_force(case: Case) -> None:
 
 
 @pytest.mark.parametrize("strategy", [*STRATEGIES, "wide convolution"])
-def test_moments_equal_sums_over_samples_written_out(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_moments_equal_brute_force_sums_over_samples(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if strategy == "wide convolution":
         monkeypatch.setattr("patterns.operators.winograd.MIN_CHANNEL_COLUMNS", 0)
         strategy = "convolution"
@@ -86,7 +86,7 @@ def test_moments_equal_sums_over_samples_written_out(strategy: str, monkeypatch:
 
 
 @pytest.mark.parametrize(("high", "expected"), [(float("inf"), 4), (6.0, 2)])
-def test_a_gate_is_closed_just_on_its_limits(high: float, expected: int) -> None:
+def test_a_gate_is_closed_on_its_limits(high: float, expected: int) -> None:
     z = torch.tensor([[-1.0], [0.0], [1e-30], [3.0], [6.0], [7.0]])
     operator = Operator("it", Linear(), torch.ones(1, 1), None, (), (), "", Gate(0.0, high))
     accumulator = Accumulator(operator, RequiredSums())
@@ -98,7 +98,7 @@ def test_a_gate_is_closed_just_on_its_limits(high: float, expected: int) -> None
 
 
 class Sample(nn.Module):
-    """Every kind of operator, with and without a gate."""
+    """Every operator type, with and without a gate."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class Sample(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-def test_a_network_feeds_each_operator_what_the_model_computes_there() -> None:
+def test_each_operator_is_observed_with_the_inputs_of_the_model() -> None:
     torch.manual_seed(0)
     model = Sample().double().requires_grad_(False)
     model.norm.running_mean.fill_(0.2)
@@ -175,7 +175,7 @@ def test_a_neuron_that_never_closes_has_exactly_no_closed_sums() -> None:
         assert (field.view(6, -1) == 0).all(1).tolist() == (closed.n == 0).tolist()
 
 
-def test_moments_handed_out_do_not_change_with_later_batches() -> None:
+def test_returned_moments_do_not_change_with_later_batches() -> None:
     case = small()
     accumulator = Accumulator(case.operator, RequiredSums())
     accumulator.update(case.inputs, case.operator(*case.inputs))
@@ -190,18 +190,18 @@ def test_moments_handed_out_do_not_change_with_later_batches() -> None:
 
 def test_moments_with_and_without_a_gate_do_not_merge() -> None:
     gated, free = small(), fixed("conv2d in groups", "none")
-    with pytest.raises(ValueError, match="one side has a gate, the other has not"):
+    with pytest.raises(ValueError, match="gate"):
         gated.moments() + free.moments()
 
 
 def test_sums_taken_on_one_side_alone_do_not_merge() -> None:
     case = small()
-    with pytest.raises(ValueError, match="one side has Σx and Σxy, the other has not"):
+    with pytest.raises(ValueError, match="Σx and Σxy"):
         case.moments() + case.moments(RequiredSums(total=False))
 
 
 @pytest.mark.parametrize("left_out", ["total", "open"])
-def test_sums_that_are_not_wanted_are_not_taken_and_change_no_others(left_out: str) -> None:
+def test_sums_that_are_not_required_are_not_taken_and_change_no_others(left_out: str) -> None:
     case = small()
     partial, whole = case.moments(replace(RequiredSums(), **{left_out: False})).tensors(), case.moments().tensors()
     assert whole.keys() - partial.keys() == {f"{left_out}.x", f"{left_out}.xy"}
@@ -211,7 +211,7 @@ def test_sums_that_are_not_wanted_are_not_taken_and_change_no_others(left_out: s
 
 @pytest.mark.parametrize("name", ["conv2d", "conv2d in groups", "transposed conv1d", "linear on tokens", "addition"])
 @pytest.mark.parametrize("limit", ["CHUNK_POSITIONS", "CHUNK_ELEMENTS"])
-def test_a_batch_summed_in_pieces_gives_the_same_sums(limit: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_summed_in_chunks_gives_the_same_sums(limit: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = fixed(name, "relu")
     whole = case.moments()
     for size in (1, 10, 50):
@@ -232,7 +232,7 @@ LEARNED = ["linear", "two-component", "two-component-own-mean", "multivariate"]
 
 
 @pytest.mark.parametrize("layer", [*LAYERS, "wide convolution"])
-def test_activations_thirty_deviations_from_zero_keep_their_patterns_in_float32(
+def test_activations_thirty_deviations_from_zero_have_accurate_patterns_in_float32(
     layer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if layer == "wide convolution":
@@ -255,7 +255,7 @@ def test_activations_thirty_deviations_from_zero_keep_their_patterns_in_float32(
         solved.append(solve(network.operators["0"], moments, LEARNED).patterns)
     assert solved[0].keys() == {row for choice in LEARNED for row in CHOICES[choice][0]}
     for row, exact in solved[1].items():
-        # A mean so large makes the outputs of a transposed convolution's four kinds of positions nearly one.
+        # With a mean this large, the outputs of a transposed convolution's four types of positions are nearly equal.
         reach = 1e-3 if (layer, row) == ("transposed", "multivariate") else 1e-4
         found, truth = solved[0][row].double().flatten(1), exact.flatten(1)
         assert ((found - truth).norm(dim=1) / truth.norm(dim=1)).max() < reach, row
@@ -269,7 +269,7 @@ HALF: dict[str, tuple[OperatorType, Shape, Shape]] = {
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", HALF)
-def test_half_precision_loses_no_sample_and_no_digit_of_what_the_model_computed(name: str, dtype: torch.dtype) -> None:
+def test_half_precision_loses_no_sample_and_no_digit_of_the_models_outputs(name: str, dtype: torch.dtype) -> None:
     kind, weight_shape, shape = HALF[name]
     generator = torch.Generator().manual_seed(0)
     weight, x = ((torch.randn(size, generator=generator) + 1).to(dtype) for size in (weight_shape, shape))
@@ -299,9 +299,9 @@ MANY: dict[str, tuple[OperatorType, Shape, Shape]] = {
 
 
 @pytest.mark.parametrize("name", MANY)
-def test_one_batch_of_more_positions_than_float32_can_count_loses_nothing(name: str) -> None:
+def test_a_batch_of_more_positions_than_float32_can_count_loses_nothing(name: str) -> None:
     kind, weight, shape = MANY[name]
-    reach = 5e-5 if name == "convolution" else 1e-8  # its gradient adds up one by one what is summed at once
+    reach = 5e-5 if name == "convolution" else 1e-8  # its gradient adds the positions of a chunk one by one
     x = torch.ones(shape)
     x.view(-1)[::8] = -0.5
     operator = Operator("it", kind, torch.ones(weight), None, (), (), "", Gate(0.0, float("inf")))
@@ -315,12 +315,12 @@ def test_one_batch_of_more_positions_than_float32_can_count_loses_nothing(name: 
         assert sums.xy is not None
         y = z[mask].double()
         assert sums.n.item() == len(y)
-        # All weights are 1: what they have summed to is what the outputs sum to.
+        # All weights are 1, so the inputs have the same sum as the outputs.
         for value, expected in ((sums.y, y.sum()), (sums.x, y.sum()), (sums.yy, y @ y), (sums.xy, y @ y)):
             assert value.sum().item() == pytest.approx(float(expected), rel=reach)
 
 
-def test_a_thousand_million_samples_add_up_exactly_and_one_more_batch_still_counts() -> None:
+def test_a_billion_samples_add_up_exactly_and_one_more_batch_still_counts() -> None:
     case = small()
     part = case.moments()
     many, doublings = part, 32
@@ -332,12 +332,12 @@ def test_a_thousand_million_samples_add_up_exactly_and_one_more_batch_still_coun
     for name, value in many.tensors().items():
         assert torch.equal(value, part.tensors()[name] * 2**doublings), name
     accumulator = Accumulator(case.operator, RequiredSums())
-    accumulator._sums = many + zero_moments(case.operator, RequiredSums())  # as if this worker had seen them all
+    accumulator._sums = many + zero_moments(case.operator, RequiredSums())  # as if it had accumulated them all
     accumulator.update(case.inputs, case.operator(*case.inputs))
     for more in (many + part, accumulator.moments()):
         for name, value in more.tensors().items():
             added, expected = value - many.tensors()[name], part.tensors()[name]
-            # To the last digit of the large sum, with one for each of the terms that it is brought back from.
+            # Up to the last digit of the large sum, for each of the terms from which it is computed.
             assert ((added - expected).abs() <= 2**-51 * value.abs()).all(), name
             assert value.is_floating_point() or torch.equal(added, expected)
     for choice in LEARNED:

@@ -1,4 +1,4 @@
-"""The multivariate estimator recovers what made the data, and counts nothing twice."""
+"""The multivariate estimator recovers the mixing of the data and counts shared information once."""
 
 from dataclasses import replace
 
@@ -47,11 +47,11 @@ def test_copies_of_a_neuron_share_its_pattern() -> None:
     torch.testing.assert_close(three * (3 + RIDGE), one.repeat(3, 1) * (1 + RIDGE), rtol=1e-9, atol=0)
 
 
-def test_what_two_neurons_both_carry_is_counted_once_where_linear_counts_it_twice() -> None:
+def test_information_in_two_neurons_is_counted_once_and_by_linear_twice() -> None:
     mixing = normal(3, 4, seed=1)
     x = uncorrelated(100, 3, seed=0) @ mixing
     weight = torch.linalg.pinv(mixing).T
-    weight = torch.stack([weight[0], weight[0] + 0.1 * weight[1], weight[2]])  # the first two nearly say the same
+    weight = torch.stack([weight[0], weight[0] + 0.1 * weight[1], weight[2]])  # the first two are nearly the same
     case = linear(weight, x)
     y = x @ weight.T
     linear_patterns = solve(case.operator, case.moments(), "linear").patterns["linear"]
@@ -60,7 +60,7 @@ def test_what_two_neurons_both_carry_is_counted_once_where_linear_counts_it_twic
     assert (y @ linear_patterns - x).norm() > 0.5 * x.norm()
 
 
-def test_dead_and_constant_neurons_have_none_and_disturb_no_other() -> None:
+def test_dead_and_constant_neurons_have_no_pattern_and_change_no_other() -> None:
     weight, bias, x = normal(5, 6), torch.zeros(5).double(), normal(80, 6, seed=1)
     weight[1], bias[3] = 0.0, -1000.0
     alive = [0, 2, 4]
@@ -74,11 +74,12 @@ def test_dead_and_constant_neurons_have_none_and_disturb_no_other() -> None:
 
 @pytest.mark.parametrize("neurons", [6, 9])
 @pytest.mark.parametrize(("stride", "size"), [(1, 402), (2, 401), (3, 300)])
-def test_what_several_positions_tell_of_an_input_is_averaged(neurons: int, stride: int, size: int) -> None:
-    """With as many independent neurons as inputs, or more, a position's outputs give back all that it sees.
+def test_information_about_an_input_in_several_positions_is_averaged(neurons: int, stride: int, size: int) -> None:
+    """With at least as many independent neurons as inputs, the inputs follow from the outputs of a position.
 
-    Their sum over positions, each weight's share divided by the positions that see its inputs, is then the input
-    times a number that is 1 but for borders: exactly where each input is seen once, nearly inside a large image.
+    Their sum over positions, each weight's share divided by the number of positions that see its inputs, is then the
+    input times a number that is 1 except at borders: exactly if each input is seen once, and nearly inside a large
+    image.
     """
     weight = torch.linalg.qr(normal(neurons, 6, seed=3)).Q.view(neurons, 2, 3)
     case = convolution(weight, normal(4, 2, size) + 0.5, (stride,), (0,), (1,))
@@ -93,14 +94,14 @@ def test_what_several_positions_tell_of_an_input_is_averaged(neurons: int, strid
     assert share.mean() <= 1
     if stride == 3:
         assert (share == 1).all()
-    for x in (*case.inputs, torch.full((1, 2, size), 3.0).double()):  # what it was fitted on, and a constant field
+    for x in (*case.inputs, torch.full((1, 2, size), 3.0).double()):  # the data of the fit, and a constant input
         error = summed(case.operator(x), a) - share * x
         assert error.norm() <= 2 * RIDGE * x.norm()
 
 
 @pytest.mark.parametrize("mean", [0.0, 3.0])
-def test_outputs_that_depend_on_each_other_blow_up_no_error_of_float32(mean: float) -> None:
-    """Four times as many outputs as inputs, as where a convolution widens a network."""
+def test_dependent_outputs_do_not_amplify_errors_of_float32(mean: float) -> None:
+    """Four times as many outputs as inputs, as if a convolution widens a network."""
     weight, x = normal(64, 16), (normal(4000, 16, seed=1) + mean).relu()
     exact, found = (
         multivariate(linear(weight.to(dtype), x.to(dtype))).double() for dtype in (torch.float64, torch.float32)

@@ -1,4 +1,4 @@
-"""The moments with Σxxᵀ, over all patches and over sampled ones."""
+"""The moments with Σxxᵀ, over all patches and over sampled patches."""
 
 from itertools import product
 
@@ -16,8 +16,8 @@ from patterns.operators import operator
 from tests.oracles import Neuron, window_patches
 from tests.patterns.gram import ALL, CASES, SCALES, drawn
 
-KINDS = CASES | SCALES
-every_operator_type = pytest.mark.parametrize("name", KINDS)
+TYPES = CASES | SCALES
+every_operator_type = pytest.mark.parametrize("name", TYPES)
 
 
 def assert_sums(found: PatchMoments, truth: list[Neuron], rtol: float = 1e-9) -> None:
@@ -40,17 +40,17 @@ def assert_sums(found: PatchMoments, truth: list[Neuron], rtol: float = 1e-9) ->
 
 @every_operator_type
 def test_gram_moments_equal_sums_over_all_unfolded_patches(name: str) -> None:
-    case = KINDS[name]()
+    case = TYPES[name]()
     inputs = case.inputs(4, 1)
     found = case.moments(inputs)
     assert {t.dtype for t in found.tensors().values()} == {torch.float64, torch.int64}
     assert_sums(found, case.neurons(inputs))
 
 
-@pytest.mark.parametrize("name", [name for name in KINDS if name != "linear"])
+@pytest.mark.parametrize("name", [name for name in TYPES if name != "linear"])
 @pytest.mark.parametrize("positions", [1, 3])
 def test_sampled_sums_are_those_of_the_drawn_positions_alone(name: str, positions: int) -> None:
-    case = KINDS[name]()
+    case = TYPES[name]()
     inputs = case.inputs(5, 1)
     found = case.moments(inputs, positions, seed=7)
     z = case.operator(*inputs)
@@ -62,7 +62,7 @@ def test_sampled_sums_are_those_of_the_drawn_positions_alone(name: str, position
 
 
 @pytest.mark.parametrize(("available", "positions"), [(12, 4), (13, 5), (49, 16), (7, 6), (5, 1)])
-def test_each_position_is_drawn_equally_often_and_never_twice_from_an_image(available: int, positions: int) -> None:
+def test_each_position_is_sampled_equally_often_and_at_most_once_per_image(available: int, positions: int) -> None:
     images = 6000
     taken = drawn(torch.arange(images), "it", available, positions)
     assert taken.shape == (images, positions)
@@ -74,21 +74,21 @@ def test_each_position_is_drawn_equally_often_and_never_twice_from_an_image(avai
 
 
 @pytest.mark.parametrize("positions", [12, 13])
-def test_all_positions_are_taken_where_an_image_has_no_more(positions: int) -> None:
+def test_all_positions_are_taken_if_an_image_has_no_more(positions: int) -> None:
     assert drawn(torch.arange(2), "it", 12, positions).tolist() == [list(range(12))] * 2
 
 
-def test_the_draw_depends_on_seed_operator_call_and_image_alone() -> None:
+def test_sampled_positions_depend_only_on_seed_operator_call_and_image() -> None:
     images = torch.tensor([3, 8, -5])
-    told = list(product(("a", "b"), (1000,), (5,), (0, 1), (0, 1)))
-    draws = [drawn(images, *one) for one in told]
-    assert len({tuple(row) for d in draws for row in d.tolist()}) == len(told) * len(images)
-    for taken, one in zip(draws, told):
+    arguments = list(product(("a", "b"), (1000,), (5,), (0, 1), (0, 1)))
+    draws = [drawn(images, *one) for one in arguments]
+    assert len({tuple(row) for d in draws for row in d.tolist()}) == len(arguments) * len(images)
+    for taken, one in zip(draws, arguments):
         for image, row in zip(images, taken):
             assert torch.equal(drawn(image[None], *one)[0], row)
 
 
-def test_draws_made_at_once_are_those_made_one_by_one() -> None:
+def test_sampling_for_all_calls_at_once_equals_sampling_one_by_one() -> None:
     draw, calls = PositionSampler(5), [("a", 1000), ("b", 77), ("a", 9), ("c", 5), ("b", 77)]
     for seeds in (torch.tensor([3, 8, -5]), torch.tensor([4]), torch.tensor([3, 8])):
         draw.start_pass(seeds)
@@ -112,9 +112,11 @@ def test_numbers_are_uniform_and_independent_and_those_of_splitmix64() -> None:
     assert [value % 2**64 for value in mix(states).tolist()] == [6457827717110365317, 3203168211198807973]
 
 
-def test_no_positions_are_refused() -> None:
-    with pytest.raises(UserError, match="0 is no number of positions"):
-        PositionSampler(0)
+@pytest.mark.parametrize("positions", [0, -1])
+def test_no_positions_are_rejected(positions: int) -> None:
+    with pytest.raises(UserError, match=f"{positions} is not a number") as caught:
+        PositionSampler(positions)
+    assert (caught.value.where, caught.value.parameter) == ("", "positions")
 
 
 def assert_same(a: PatchMoments, b: PatchMoments, rtol: float = 0.0) -> None:
@@ -124,13 +126,13 @@ def assert_same(a: PatchMoments, b: PatchMoments, rtol: float = 0.0) -> None:
         torch.testing.assert_close(left[name], right[name], rtol=rtol, atol=0.0)
 
 
-def test_the_gram_moments_of_every_kind_of_operator_are_tested() -> None:
-    assert {type(case().operator.operator_type) for case in KINDS.values()} == set(operator.OPERATOR_TYPES.values())
+def test_the_gram_moments_of_every_type_of_operator_are_tested() -> None:
+    assert {type(case().operator.operator_type) for case in TYPES.values()} == set(operator.OPERATOR_TYPES.values())
 
 
 @every_operator_type
 def test_gram_moments_are_a_commutative_monoid(name: str) -> None:
-    case = KINDS[name]()
+    case = TYPES[name]()
     inputs = case.inputs(7, 1)
     a, b, c = (case.moments(part) for part in zip(*(x.split([2, 4, 1]) for x in inputs)))
     nothing = zero_patch_moments(case.operator)
@@ -147,12 +149,12 @@ def test_gram_moments_are_a_commutative_monoid(name: str) -> None:
 
 
 @every_operator_type
-def test_saved_gram_moments_load_to_the_last_digit_and_only_under_their_own_names(name: str) -> None:
-    case = KINDS[name]()
+def test_saved_gram_moments_load_exactly_and_only_under_their_own_names(name: str) -> None:
+    case = TYPES[name]()
     moments = case.moments(case.inputs(4, 1))
     named = load(save(moments.tensors()))
     assert_same(PatchMoments.from_tensors(named), moments)
-    with pytest.raises(ValueError, match=r"no sums of these names: total\.z"):
+    with pytest.raises(ValueError, match=r"total\.z"):
         PatchMoments.from_tensors({**named, "total.z": named["total.y"]})
     for field in named:
         with pytest.raises(KeyError, match=field):
@@ -168,8 +170,8 @@ def test_images_give_the_same_sums_in_any_order_and_batches(cuts: list[int]) -> 
     draws[0].start_pass(seeds)
     whole.update((x,), case.operator(x))
     order = torch.tensor([4, 2, 6, 0, 1, 5, 3])
-    for part, told in zip(x[order].split(cuts), seeds[order].split(cuts)):
-        draws[1].start_pass(told)
+    for part, seed in zip(x[order].split(cuts), seeds[order].split(cuts)):
+        draws[1].start_pass(seed)
         cut.update((part,), case.operator(part))
     assert_same(cut.moments(), whole.moments(), rtol=1e-11)
 
@@ -186,7 +188,7 @@ class Twice(nn.Module):
 
 
 @pytest.mark.parametrize("cuts", [[2, 2, 2], [1, 0, 5]])
-def test_a_layer_that_is_called_twice_draws_the_same_positions_however_a_source_is_cut(cuts: list[int]) -> None:
+def test_a_layer_that_is_called_twice_samples_the_same_positions_in_any_batches(cuts: list[int]) -> None:
     torch.manual_seed(0)
     model = Twice().double().requires_grad_(False)
     x = torch.randn(6, 2, 8, 8, dtype=torch.float64)
@@ -196,7 +198,7 @@ def test_a_layer_that_is_called_twice_draws_the_same_positions_however_a_source_
     for part in x.split(cuts):
         cut.update(part)
     assert_same(cut.moments()["layer"], whole.moments()["layer"], rtol=1e-11)
-    # At each call, other positions.
+    # Other positions at each call.
     first = window_patches(x, (3, 3), (1, 1), (1, 1), (1, 1))[0].unflatten(0, (6, -1))
     middle = model.layer(x).relu()[:, :, ::2]
     second = window_patches(middle, (3, 3), (1, 1), (1, 1), (1, 1))[0].unflatten(0, (6, -1))
@@ -209,7 +211,7 @@ def test_a_layer_that_is_called_twice_draws_the_same_positions_however_a_source_
     torch.testing.assert_close(whole.moments()["layer"].xx[0], rows.mT @ rows, rtol=1e-10, atol=1e-10)
 
 
-def test_patches_written_out_in_pieces_give_the_same_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_patches_written_out_in_chunks_give_the_same_sums(monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES["grouped"]()
     inputs = case.inputs(7, 1)
     whole = case.moments(inputs, 2)
@@ -229,7 +231,7 @@ class Sample(nn.Module):
         return self.head(F.relu(x + self.branch(x)).mean((2, 3)))
 
 
-def test_a_network_feeds_the_chosen_operators_what_the_model_computes_there() -> None:
+def test_selected_operators_are_observed_with_the_inputs_of_the_model() -> None:
     torch.manual_seed(0)
     model = Sample().double().requires_grad_(False)
     x = torch.randn(6, 2, 8, 8, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""A pilot's number of positions does what it says: enough for the error asked, and no more than needed."""
+"""The number of positions that a pilot finds suffices for the tolerance, and is the smallest that does."""
 
 import pytest
 import torch
@@ -17,13 +17,13 @@ def network() -> Network:
 
 
 def batches(count: int, seed: int) -> list[Tensor]:
-    """Noise, in which neighbours tell as much as strangers: so the error falls with the number of positions."""
+    """Noise without correlation between neighbors, so that the error falls with the number of positions."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(16, 3, 32, 32, generator=generator) + 0.5 for _ in range(count)]
 
 
 def worst(network: Network, positions: int | None, seed: int) -> float:
-    """The p90 of the worst convolution after 128 other images, by the jackknife over their batches."""
+    """Return the largest p90 of the convolutions after 128 other images, by the jackknife over their batches."""
     names = ["0", "2"]
     observer, parts = Observer(network, operators=names, positions=positions), []
     for batch in batches(8, seed):
@@ -31,27 +31,27 @@ def worst(network: Network, positions: int | None, seed: int) -> float:
         parts.append(observer.moments())
         observer.reset()
     found = [check_convergence(network.operators[n], [lambda p=p, n=n: p[n] for p in parts]) for n in names]  # type: ignore[misc]
-    return max(error.p90 for seen in found for error in seen.errors.values() if error is not None)
+    return max(error.p90 for check in found for error in check.errors.values() if error is not None)
 
 
-def test_it_takes_the_fewest_positions_that_reach_the_tolerance() -> None:
+def test_it_returns_the_smallest_number_that_reaches_the_tolerance() -> None:
     net = network()
     errors = {positions: worst(net, positions, seed=2) for positions in CANDIDATES}
-    assert errors[4] > 1.5 * errors[16] > 2 * errors[64], "more positions did not help: the images say nothing"
+    assert errors[4] > 1.5 * errors[16] > 2 * errors[64], "more positions do not help on these images"
     few, middle, many = CANDIDATES
     for positions, tolerance in ((few, 1.5 * errors[few]), (middle, (errors[few] * errors[middle]) ** 0.5)):
         assert positions_needed(net, batches(8, seed=1), 128, tolerance) == positions
     assert positions_needed(net, batches(8, seed=1), 128, errors[many] / 4) is None
-    # Of many more images fewer positions do.
+    # With many more images, fewer positions suffice.
     assert positions_needed(net, batches(8, seed=1), 128 * 32, errors[many]) == few
 
 
-def test_operators_that_have_few_positions_are_not_asked() -> None:
+def test_operators_with_few_positions_are_not_considered() -> None:
     torch.manual_seed(0)
     net = trace(nn.Sequential(nn.Flatten(), nn.Linear(12, 4)).eval(), torch.zeros(2, 3, 2, 2))
     assert positions_needed(net, [torch.randn(4, 3, 2, 2) for _ in range(4)], 10, 1e-9) == CANDIDATES[0]
 
 
-def test_too_few_batches_are_refused() -> None:
-    with pytest.raises(ValueError, match="3 batches say nothing of errors"):
+def test_too_few_batches_are_rejected() -> None:
+    with pytest.raises(ValueError, match="3 batches"):
         positions_needed(network(), batches(3, seed=0), 100, 0.1)

@@ -18,7 +18,7 @@ def patterns_of(case: Case, moments: PatchMoments) -> dict[str, Tensor]:
 
 
 def regressed_rho(components: tuple[Tensor, ...], k: int, w: Tensor, on_b: Neuron, on_c: Neuron) -> float:
-    """ρ of neuron k, sample by sample: the distractors, their regression on B, its correlation on C."""
+    """Return ρ of neuron k from its samples: the distractors, their regression on B, the correlation on C."""
     a = [c[k].flatten() / (c[k].flatten() @ w) for c in components]
 
     def parts(neuron: Neuron) -> tuple[np.ndarray, np.ndarray]:
@@ -52,7 +52,7 @@ def test_quality_equals_least_squares_on_held_out_samples(name: str) -> None:
     patterns = patterns_of(case, case.moments(a))
     assert_rho(case, patterns, b, c)
     on_b, on_c = whiten(case.moments(b)), case.moments(c)
-    for components in group_by_estimator(patterns).values():  # before `rho` cuts off the rounding
+    for components in group_by_estimator(patterns).values():  # before `rho` clamps the rounding
         found = correlation(components, case.operator.weight, on_b, on_c)
         assert (found.abs() <= 1 + 1e-9).all()
 
@@ -72,7 +72,7 @@ def test_on_a_single_set_quality_lies_in_0_1_and_that_of_linear_is_1(name: str) 
 
 
 def confined(case: Case, images: int, seed: int) -> tuple[Tensor, ...]:
-    """Inputs in which one is a copy of another and one is always 0."""
+    """Return inputs of which one is a copy of another and one is always 0."""
     (x,) = case.inputs(images, seed)
     x[:, 1] = x[:, 0]
     x[:, 2] = 0
@@ -89,13 +89,13 @@ def test_inputs_that_span_fewer_dimensions_leave_learned_patterns_their_quality(
     for name in ("linear", "two-component"):
         for k, w in enumerate(case.operator.weight):
             components = tuple(p.double() for p in group_by_estimator(patterns)[name])
-            # Float32 patterns stick out by rounding; least squares must be told not to look there.
+            # Float32 patterns leave the span by rounding; least squares must not use that.
             confined_w = torch.cat([(w[:1] + w[1:2]), torch.zeros(2), w[3:]])
             rows = [torch.cat([p[:, :1], torch.zeros(len(p), 2), p[:, 3:]], 1) for p in components]
             keep = [Neuron(n.x * torch.tensor([1, 0, 0, 1, 1, 1, 1]), n.y, n.open) for n in (on_b[k], on_c[k])]
             expected = regressed_rho(tuple(rows), k, confined_w, *keep)
             assert found[name][k].item() == pytest.approx(expected, abs=1e-8 if dtype == torch.float64 else 1e-5)
-    for name in ("filter", "random"):  # these lead out of the data, where vᵀd is y itself
+    for name in ("filter", "random"):  # these leave the span of the data, where vᵀd is y itself
         torch.testing.assert_close(found[name], torch.zeros_like(found[name]), rtol=0, atol=1e-8)
 
 
@@ -115,7 +115,7 @@ def test_quality_does_not_depend_on_a_patterns_length() -> None:
         torch.testing.assert_close(longer[name], r, rtol=0, atol=1e-10)
 
 
-def test_quality_does_not_depend_on_the_bias_but_through_the_gate() -> None:
+def test_quality_depends_on_the_bias_only_through_the_gate() -> None:
     case = CASES["conv2d"]()
     a, b, c = (case.moments(case.inputs(12, seed)) for seed in (1, 2, 3))
     free = Case(
@@ -135,7 +135,7 @@ def test_the_two_component_quality_needs_the_gates_sums() -> None:
     draw.start_pass(torch.arange(9))
     accumulator.update((normal(9, 3),), operator(normal(9, 3)))
     moments = accumulator.moments()
-    with pytest.raises(ValueError, match="taken without the sums that this needs"):
+    with pytest.raises(ValueError, match="without the sums"):
         rho((operator.weight, operator.weight), operator.weight, whiten(moments), moments)
 
 
@@ -152,7 +152,7 @@ def undefined(found: Tensor) -> list[bool]:
     return found.isnan().tolist()
 
 
-def test_where_quality_is_undefined_it_is_nan_for_that_neuron_alone() -> None:
+def test_undefined_quality_is_nan_for_the_affected_neurons_only() -> None:
     case = CASES["linear"]()
     a, b = case.moments(case.inputs(60, 1)), case.moments(case.inputs(60, 2))
     weight = case.operator.weight
@@ -163,7 +163,7 @@ def test_where_quality_is_undefined_it_is_nan_for_that_neuron_alone() -> None:
     (x,) = case.inputs(60, 2)
     x[:, 3:] = 0.25
     weight = weight.clone()
-    weight[2, :3] = 0  # y varies with a constant alone
+    weight[2, :3] = 0  # y depends on a constant input only
     constant = Case(Operator("it", Linear(), weight, None, (), (), "", Gate(*RELU)), case.shapes, case.unfold)
     still = constant.moments((x,))
     found = quality({"filter": weight}, weight, still, still)["filter"]
@@ -179,7 +179,7 @@ def test_a_neuron_of_one_input_has_no_distractor() -> None:
     assert undefined(found["linear"]) == [True] * 3
 
 
-def test_no_samples_have_no_quality() -> None:
+def test_quality_without_samples_is_undefined() -> None:
     case = CASES["linear"]()
     nothing, some = zero_patch_moments(case.operator), case.moments(case.inputs(50, 1))
     for b, c in ((nothing, some), (some, nothing)):

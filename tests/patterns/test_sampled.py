@@ -1,4 +1,4 @@
-"""Moments from sampled positions: those of the drawn ones exactly, of all of them in expectation."""
+"""Moments from sampled positions: exactly those of the sampled positions, and in expectation those of all."""
 
 from dataclasses import replace
 
@@ -18,11 +18,11 @@ from patterns.operators.operator import Addition
 from tests.oracles import Neuron
 from tests.patterns.gram import CASES, SCALES, Case, drawn
 
-KINDS = CASES | SCALES
+TYPES = CASES | SCALES
 
 
 def of_drawn(case: Case, inputs: tuple[Tensor, ...], positions: int) -> list[Neuron]:
-    """The neurons' samples at the drawn positions."""
+    """Return the neurons' samples at the sampled positions."""
     z = case.operator(*inputs)
     available = z[0].numel() // case.operator.neurons
     taken = drawn(torch.arange(len(z)), "it", available, positions, seed=7)
@@ -30,15 +30,15 @@ def of_drawn(case: Case, inputs: tuple[Tensor, ...], positions: int) -> list[Neu
     return [Neuron(n.x[rows], n.y[rows], n.open[rows]) for n in case.neurons(inputs)]
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", TYPES)
 @pytest.mark.parametrize(("block", "products"), [(1, 1), (5, 2**19), (10**6, 60)])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_sums_are_those_of_the_drawn_positions(
+def test_sums_are_those_of_the_sampled_positions(
     name: str, block: int, products: int, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sampled, "BLOCK_LIMITS", ((block, 2**23),) * 2)
     monkeypatch.setattr(sampled, "PRODUCT_ELEMENTS", (products, products))
-    case = KINDS[name]()
+    case = TYPES[name]()
     inputs = tuple(x.contiguous(memory_format=layout) if x.dim() == 4 else x for x in case.inputs(5, 1))
     draw = PositionSampler(2, seed=7)
     accumulator = SampledAccumulator(case.operator, RequiredSums(), draw)
@@ -74,7 +74,7 @@ class Small(nn.Module):
 
 
 def images(count: int) -> Tensor:
-    """Smooth ones, as photographs are: neighbouring positions tell much the same."""
+    """Smooth images, like photographs: neighboring positions have similar inputs."""
     coarse = torch.randn(count, 3, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     return F.interpolate(coarse, size=(16, 16), mode="bilinear") + 0.3
 
@@ -96,11 +96,11 @@ def patterns_of(positions: int | None, x: Tensor, seed: int = 0) -> dict[str, Te
 
 
 def of_neurons(found: Tensor, expected: Tensor) -> Tensor:
-    """Each neuron's relative error; one whose denominator nearly vanishes has a large one, which says nothing."""
+    """Return the relative error of each neuron; it is large if the denominator nearly vanishes."""
     return (found - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
 
 
-def test_errors_fall_as_an_unbiased_estimates_do() -> None:
+def test_errors_fall_like_those_of_an_unbiased_estimate() -> None:
     x = images(256)
     exact = patterns_of(None, x)
     errors: dict[int, dict[str, float]] = {}
@@ -110,7 +110,7 @@ def test_errors_fall_as_an_unbiased_estimates_do() -> None:
             name: float(torch.stack([of_neurons(f[name], pattern) for f in found]).median())
             for name, pattern in exact.items()
         }
-        if positions == 16:  # the mean over draws is nearer than each draw, as that of an unbiased estimate is
+        if positions == 16:  # the mean over draws has a smaller error than a draw, as for an unbiased estimate
             for name, pattern in exact.items():
                 mean = torch.stack([f[name] for f in found]).mean(0)
                 assert of_neurons(mean, pattern).median() < 0.7 * errors[positions][name], name
@@ -121,14 +121,14 @@ def test_errors_fall_as_an_unbiased_estimates_do() -> None:
         assert 0.2 * some < many < 0.6 * some, (name, errors)
 
 
-def test_all_positions_sampled_are_all_positions_counted() -> None:
+def test_sampling_all_positions_equals_using_all_positions() -> None:
     x = images(8)
     exact, found = patterns_of(None, x), patterns_of(256, x)
     for name, pattern in exact.items():
         assert torch.equal(found[name], pattern)
 
 
-def test_neither_order_nor_batches_change_more_than_the_last_digits() -> None:
+def test_order_and_batches_change_only_the_last_digits() -> None:
     x = images(24)
     network = trace(Small().double(), x[:1])
     seeds, order = list(range(100, 124)), torch.randperm(24, generator=torch.Generator().manual_seed(0))
@@ -141,7 +141,7 @@ def test_neither_order_nor_batches_change_more_than_the_last_digits() -> None:
             torch.testing.assert_close(cut.moments()[name].tensors()[field], value, rtol=1e-10, atol=1e-9)
 
 
-def test_layers_without_more_positions_are_summed_exactly() -> None:
+def test_layers_with_few_positions_are_summed_exactly() -> None:
     x = images(8)
     network = trace(Small().double(), x[:1])
     exact = accumulate(network, [to_channels_last(x)])["head"]
@@ -151,7 +151,7 @@ def test_layers_without_more_positions_are_summed_exactly() -> None:
         assert torch.equal(observer.moments()["head"].tensors()[field], value)
 
 
-def test_a_reset_forgets_what_was_gathered_but_not_summed() -> None:
+def test_a_reset_drops_gathered_samples() -> None:
     x = images(4)
     network = trace(Small().double(), x[:1])
     observer = Observer(network, positions=3)
@@ -161,7 +161,7 @@ def test_a_reset_forgets_what_was_gathered_but_not_summed() -> None:
 
 
 class Mixed(nn.Module):
-    """A half precision model that adds in float32 what half precision does not hold."""
+    """A half precision model that adds in float32 values beyond the range of half precision."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -172,7 +172,7 @@ class Mixed(nn.Module):
         return (z + z.float() * 1e5).mean((2, 3))
 
 
-def test_terms_of_two_precisions_keep_the_wider_ones_range() -> None:
+def test_terms_of_two_precisions_keep_the_wider_range() -> None:
     torch.manual_seed(0)
     x = torch.randn(4, 2, 6, 6, dtype=torch.float16)
     network = trace(Mixed().half(), x)
@@ -186,19 +186,19 @@ def test_terms_of_two_precisions_keep_the_wider_ones_range() -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_on_a_cpu_what_convolutions_give_has_each_positions_channels_together(channels: int) -> None:
+def test_outputs_of_convolutions_on_a_cpu_are_in_channels_last(channels: int) -> None:
     z = nn.Conv2d(channels, 8, 3)(to_channels_last(torch.randn(2, channels, 6, 6)))
     assert z.is_contiguous(memory_format=torch.channels_last)
     assert not z.is_contiguous()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_sums_are_those_of_float64_but_for_its_rounding(dtype: torch.dtype) -> None:
+def test_half_precision_sums_differ_from_float64_by_rounding_only(dtype: torch.dtype) -> None:
     x = images(16)
     torch.manual_seed(3)
     model = Small()
     found = {}
-    for at in (dtype, torch.float64):  # weights of the narrower first, so that both have the same
+    for at in (dtype, torch.float64):  # narrower first, so that both have the same weights
         network = trace(model.to(at), x[:1].to(at))
         observer = Observer(network, positions=16)
         observer.update(x.to(dtype).to(at))
@@ -225,7 +225,7 @@ class Windows(nn.Module):
 
 @pytest.mark.parametrize("positions", [3, 20])
 @pytest.mark.parametrize("images", [1, 4, 64])
-def test_where_images_do_not_come_first_all_positions_count(positions: int, images: int) -> None:
+def test_all_positions_are_used_if_images_are_not_the_first_dimension(positions: int, images: int) -> None:
     torch.manual_seed(0)
     network = trace(Windows().double(), torch.zeros(2, 3, 8, 8, dtype=torch.float64))
     observer = Observer(network, positions=positions)
@@ -236,8 +236,9 @@ def test_where_images_do_not_come_first_all_positions_count(positions: int, imag
     for name in ("of_windows", "of_tokens"):
         for field, sums in exact[name].tensors().items():
             torch.testing.assert_close(found[name].tensors()[field], sums, msg=f"{name} {field}")
-    with pytest.raises(UserError, match=r"of_tokens: its inputs are windows or tokens of several images"):
+    with pytest.raises(UserError, match="windows or tokens") as caught:
         PatchObserver(network, ["of_images", "of_tokens"], positions)
+    assert (caught.value.where, caught.value.parameter) == ("of_tokens", "operators")
 
 
 def test_attention_over_tokens_is_fitted_from_all_of_them() -> None:
