@@ -180,7 +180,7 @@ def test_damaged_jpeg_that_pillow_reads_is_read() -> None:
     data = saved(smooth("RGB", 500, 375), "jpeg")
     at = data.index(b"\xff\xda")
     damaged = data[:at] + b"\0\0\0" + data[at:]
-    with pytest.raises(ValueError, match=r"extraneous|corrupt|Corrupt"):
+    with pytest.raises(ValueError, match="extraneous bytes"):
         simplejpeg.decode_jpeg(damaged)
     assert torch.equal(decode_pixels(damaged), decode_pixels(data))
 
@@ -297,14 +297,17 @@ def test_label_is_the_cls_or_the_label_of_the_json(sample: dict[str, bytes], lab
     [
         *({"cls": cls} for cls in (b"", b"cat", b"-2", b"1.5", b"1_0", b"9" * 30, b"9" * 5000, b"\xff", b"0x7")),
         *({"json": json.dumps({"label": label}).encode()} for label in ("cat", 1.5, True, [1], -2, 10**30)),
-        {"json": b"{"},
-        {"json": b"\xff\xff"},
-        {"json": b"[" * 100_000},
     ],
 )
 def test_labels_that_are_not_class_numbers_are_rejected(sample: dict[str, bytes]) -> None:
-    with pytest.raises(SampleError, match=r"not a class number|cannot be parsed"):
+    with pytest.raises(SampleError, match="not a class number"):
         parse_label(sample)
+
+
+@pytest.mark.parametrize("data", [b"{", b"\xff\xff", b"[" * 100_000])
+def test_json_that_cannot_be_parsed_is_rejected(data: bytes) -> None:
+    with pytest.raises(SampleError, match="cannot be parsed"):
+        parse_label({"json": data})
 
 
 def mutations(rng: random.Random, data: bytes, other: bytes) -> bytes:

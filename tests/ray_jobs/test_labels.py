@@ -85,27 +85,30 @@ def test_empty_label_and_minus_one_are_no_labels() -> None:
     assert parse_labels(lines("{i},{n}", ["", 0, -1, 3, 0, ""]).encode(), IMAGES, "val") == [None, 0, None, 3, 0, None]
 
 
-WRONG = {
-    "another separator": lines("{i}:{n}"),
-    "names of images only": lines("{i}"),
-    "stems only": lines("{s}"),
-    "other images": "".join(f"test_{n}.JPEG {n}\n" for n in range(6)),
-    "as many lines, each different": "".join(f"photo-{n}\n" for n in range(6)),
-    "captions": "image,caption\n" + "".join(f"{i},a photo of {n}\n" for n, i in enumerate(IMAGES)),
-    "line numbers": "".join(f"{n} {i}\n" for n, i in enumerate(IMAGES)),
-    "two columns that may be labels": lines("{i},{n},{n}"),
-    "two labels for an image": lines("{i} {n}") + lines("{i} 5"),
-    "too few lines": "1\n2\n",
-    "a line without a label": lines("{i} {n}") + "val_0.JPEG\n",
-    "negative": lines("{i} -{n}"),
-    "too large": lines("{i} {n}00000000000"),
-    "empty": "\n",
+AMBIGUOUS = {
+    "another separator": (lines("{i}:{n}"), "is not recognized"),
+    "names of images only": (lines("{i}"), "is not recognized"),
+    "stems only": (lines("{s}"), "is not recognized"),
+    "other images": ("".join(f"test_{n}.JPEG {n}\n" for n in range(6)), "no line names an image"),
+    "as many lines, each different": ("".join(f"photo-{n}\n" for n in range(6)), "no line names an image"),
+    "captions": (
+        "image,caption\n" + "".join(f"{i},a photo of {n}\n" for n, i in enumerate(IMAGES)),
+        "every image has a different label",
+    ),
+    "line numbers": ("".join(f"{n} {i}\n" for n, i in enumerate(IMAGES)), "every image has a different label"),
+    "two columns that may be labels": (lines("{i},{n},{n}"), "2 columns may hold the labels"),
+    "two labels for an image": (lines("{i} {n}") + lines("{i} 5"), "two labels for val_0.JPEG"),
+    "too few lines": ("1\n2\n", "2 labels for 6 images"),
+    "a line without a label": (lines("{i} {n}") + "val_0.JPEG\n", "a line has no label"),
+    "negative": (lines("{i} -{n}"), "is not a class number"),
+    "too large": (lines("{i} {n}00000000000"), "300000000000 is not a class number"),
+    "empty": ("\n", "is empty"),
 }
 
 
-@pytest.mark.parametrize("text", WRONG.values(), ids=WRONG)
-def test_ambiguous_file_is_an_error(text: str) -> None:
-    with pytest.raises(ShardError):
+@pytest.mark.parametrize(("text", "reason"), AMBIGUOUS.values(), ids=AMBIGUOUS)
+def test_ambiguous_file_is_an_error(text: str, reason: str) -> None:
+    with pytest.raises(ShardError, match=reason):
         parse_labels(text.encode(), IMAGES, "val")
 
 

@@ -38,17 +38,17 @@ def test_brace_ranges_and_globs_list_the_same_shards(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("spec", "message"),
-    [("none.tar", "no such shard"), ("*.tgz", "nothing matches"), ("empty.tar", "it is empty")],
+    [("none.tar", "does not exist"), ("*.tgz", "nothing matches"), ("empty.tar", "not a tar archive")],
 )
-def test_a_shard_that_is_not_there_is_named(tmp_path: Path, spec: str, message: str) -> None:
+def test_missing_or_empty_shard_is_an_error(tmp_path: Path, spec: str, message: str) -> None:
     (tmp_path / "empty.tar").touch()
     with pytest.raises(UserError, match=message):
         list_shards([f"{tmp_path}/{spec}"])
 
 
-def test_a_shard_named_twice_is_refused(tmp_path: Path) -> None:
+def test_shard_that_is_listed_twice_is_an_error(tmp_path: Path) -> None:
     (path,) = make_shards(tmp_path, 1, 1)
-    with pytest.raises(UserError, match="named twice"):
+    with pytest.raises(UserError, match="listed twice"):
         list_shards([path, f"{tmp_path}/*.tar"])
 
 
