@@ -82,7 +82,11 @@ def test_run_in_an_object_store_equals_the_run_on_disk(
     solve(str(store.folder), ["filter"], HERE)
     assert "0/filter" in load_patterns(store)
     config = ExplainConfig(
-        model=ModelConfig(spec=model_spec, **PREPROCESSING), patterns="", shards=tuple(uploaded[:3]), out="", batch_size=4
+        model=ModelConfig(spec=model_spec, **PREPROCESSING),
+        patterns="",
+        shards=tuple(uploaded[:3]),
+        out="",
+        batch_size=4,
     )  # type: ignore[arg-type]
     outs = [
         explain(replace(config, patterns=str(run.folder), out=str(run.folder)), HERE).folder / "explanations"
