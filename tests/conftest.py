@@ -1,4 +1,4 @@
-"""Real things to test on: shards of JPEGs, a model in a file, a Ray of its own."""
+"""Fixtures: shards of JPEGs, a model in a file, a Ray on this machine."""
 
 import io
 import os
@@ -15,12 +15,12 @@ from webdataset import TarWriter
 from patterns import Network
 from ray_jobs.models.loading import LoadedModel
 
-# Ray otherwise turns token authentication on or off by what earlier runs left in the home directory.
+# Otherwise Ray enables token authentication if an earlier run left a token in the home directory.
 os.environ["RAY_AUTH_MODE"] = "disabled"
-# Serve kills a proxy that has not started within 5 s, as on two cores with four test processes it may not.
+# By default Serve kills a proxy that has not started within 5 s, which two cores with four test processes may exceed.
 os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "60"
 
-# Other work on the machine must fail no test.
+# Other work on the machine must not fail a test.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
@@ -106,7 +106,7 @@ def model_spec(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def jpeg(rng: np.random.Generator, size: int = 16) -> bytes:
-    """A random smooth image."""
+    """Return a random smooth image."""
     coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8))
     buffer = io.BytesIO()
     coarse.resize((size, size), Image.Resampling.BICUBIC).save(buffer, "jpeg", quality=95)
@@ -114,7 +114,7 @@ def jpeg(rng: np.random.Generator, size: int = 16) -> bytes:
 
 
 def write_tar(path: Path, samples: list[dict[str, object]]) -> Path:
-    """A shard of samples as they stand."""
+    """Write samples to a shard without encoding them, and return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tar = TarWriter(str(path), encoder=False)
     for sample in samples:
@@ -124,7 +124,7 @@ def write_tar(path: Path, samples: list[dict[str, object]]) -> Path:
 
 
 def make_shards(folder: Path, shards: int, samples: int, seed: int = 0) -> list[str]:
-    """Shards of random JPEGs with labels from 0 to 4."""
+    """Write shards of random JPEGs with labels from 0 to 4, and return their paths."""
     rng = np.random.default_rng(seed)
     return [
         str(
@@ -148,7 +148,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:
-    """A Ray of this machine that believes in four CPUs and two GPUs."""
+    """A Ray on this machine with four CPUs and two GPUs that need not exist."""
     ray.init(address="local", num_cpus=4, num_gpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
@@ -156,7 +156,7 @@ def local_ray() -> Iterator[None]:
 
 @pytest.fixture
 def complaint(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Run the program on bad input: gives its one line of complaint, and sees that the status is 2."""
+    """Return a function that runs the program on bad input, asserts status 2, and returns the one line of the error."""
     from ray_jobs.cli.app import exit_status
 
     def run(*arguments: object) -> str:

@@ -1,4 +1,4 @@
-"""Faults thrown at a job on a real cluster, by a seeded schedule, and what became of it."""
+"""Faults that strike a job on a real cluster by a seeded schedule, and a record of what happened."""
 
 import os
 import random
@@ -12,31 +12,33 @@ from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
 
 from cluster.local import ROOT, LocalCluster
-from cluster.processes import of_session, send
+from cluster.processes import processes_of_session, send
 
 DRIVER = {"driver-TERM": signal.SIGTERM, "driver-INT": signal.SIGINT, "driver-KILL": signal.SIGKILL}
 WORKER = {"kill-worker": signal.SIGKILL, "stop-worker": signal.SIGSTOP}
-# What may strike, and how often relative to the others.
+# The kinds of faults, and their relative frequencies.
 KINDS = {
     "kill-worker": 4, "stop-worker": 2, "kill-node": 2, "stop-node": 1, "add-node": 1,
     "driver-TERM": 2, "driver-INT": 1, "driver-KILL": 3,
 }  # fmt: skip
-STARTING = ("kill-worker", "kill-node", "driver-KILL")  # what may strike while a driver starts, too
-NODES = 2  # with a CPU each; those lost are replaced
-LIVES = 8  # of a driver, before a trial is given up
-LIFE = 300.0  # seconds of a driver's life, before a trial is given up
-END_WITHIN = 15.0  # seconds after a trial, for what Ray is ending
-TICK = 0.01  # seconds between two looks; one to strike amid writing looks ten times as often
+STARTING = ("kill-worker", "kill-node", "driver-KILL")  # kinds that may also strike while a driver starts
+NODES = 2  # with one CPU each; lost nodes are replaced
+MAX_LIVES = 8  # drivers after which a trial is given up
+MAX_LIFE = 300.0  # seconds after which a driver is killed
+END_TIMEOUT = 15.0  # seconds after a trial in which Ray may end its processes
+POLL = 0.01  # seconds between two checks of a driver; a tenth of it while a fault waits for a file
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing to happen.
+    """A fault of a schedule.
 
-    after: seconds since the last fault of this driver's life, or since its first shard was done.
-    starting: counts the seconds from the start of a driver instead, the one after a driver that was struck.
-    aimed: waits further, for the next file in the run's folder to appear, and so strikes amid writing.
-    choice: which of the possible victims, in [0, 1).
+    Attributes:
+        kind: Its kind, one of `KINDS`.
+        after: Seconds since the last fault in the same driver's life, or since its first shard was done.
+        starting: The seconds count from the start of the driver that follows a struck one instead.
+        aimed: The fault also waits until the next file appears in the run's folder, so that it strikes during a write.
+        choice: Which of the possible victims it strikes, in [0, 1).
     """
 
     kind: str
@@ -47,7 +49,7 @@ class Fault:
 
 
 def schedule(seed: int) -> tuple[Fault, ...]:
-    """One to three faults, the first of them amid the work."""
+    """Return one to three faults; the first strikes during the work on shards."""
     rng = random.Random(seed)
     faults: list[Fault] = []
     for kind in rng.choices(list(KINDS), list(KINDS.values()), k=rng.randint(1, 3)):
@@ -58,21 +60,33 @@ def schedule(seed: int) -> tuple[Fault, ...]:
 
 
 class SlowStorage(SimpleHTTPRequestHandler):
-    """Serves shards, each after a while, so that a run lasts long enough to be struck midway."""
+    """A server that delays each shard, so that a run lasts long enough for faults.
 
-    delay = 0.0  # seconds
+    Attributes:
+        delay: Seconds per shard.
+    """
+
+    delay = 0.0
 
     def do_GET(self) -> None:
         time.sleep(self.delay)
         super().do_GET()
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base's name
-        """Keep still."""
+        """Print nothing."""
 
 
 @dataclass(frozen=True)
 class Struck:
-    """A fault that struck. life, seconds: into which life.  midway: amid the work on shards."""
+    """A fault that struck.
+
+    Attributes:
+        fault: The fault.
+        life: Number of the driver's life.
+        seconds: Time since the start of that life.
+        victim: Name of the victim.
+        midway: Whether work on shards had begun.
+    """
 
     fault: Fault
     life: int
@@ -82,7 +96,14 @@ class Struck:
 
 
 class Life:
-    """One driver, from its start to its end; its process id is that of a session of its own."""
+    """One driver from its start to its end. Its process leads a session.
+
+    Args:
+        command: Arguments of the program.
+        environment: Further environment variables.
+        folder: The run's folder.
+        log: File for the driver's output.
+    """
 
     def __init__(self, command: list[str], environment: dict[str, str], folder: Path, log: Path) -> None:
         self.folder, self.log = folder, log
@@ -100,42 +121,50 @@ class Life:
             )
 
     def alive(self) -> bool:
-        """Whether the driver runs; one that has run for too long counts as ended."""
-        return self.driver.poll() is None and time.monotonic() - self.began < LIFE
+        """Return whether the driver runs; a driver that has run for too long counts as ended."""
+        return self.driver.poll() is None and time.monotonic() - self.began < MAX_LIFE
 
     def files(self) -> set[Path]:
-        """What work on shards leaves in the run's folder, finished or not."""
+        """Return the files that work on shards writes to the run's folder, including unfinished ones."""
         return {p for name in ("moments", "explanations") for p in (self.folder / name).rglob("*") if p.is_file()}
 
     def working(self) -> bool:
-        """Whether the work on shards has begun to show; from then on, faults' times are counted."""
+        """Return whether work on shards has written a file; the times of faults count from then on."""
         if self.counted_from is None and not self.files() <= self.before:
             self.counted_from = time.monotonic()
         return self.counted_from is not None
 
     def due(self, fault: Fault) -> bool:
-        """Whether it is time for a fault."""
+        """Return whether it is time for a fault."""
         since = self.began if fault.starting else self.counted_from
         if since is None or time.monotonic() - since < fault.after:
             return False
         if fault.aimed:
             files = self.files()
             while self.alive() and self.files() <= files:
-                time.sleep(TICK / 10)
+                time.sleep(POLL / 10)
         return self.alive()
 
     def end(self) -> int:
-        """The driver's exit status, after its end."""
+        """Kill the driver if it still runs, and return its exit status."""
         self.driver.kill()
         return self.driver.wait()
 
 
 @dataclass
 class Trial:
-    """A command, given again until it exits 0, under faults. `folder` is the run's, `logs` for what drivers say.
+    """A command that is repeated under faults until it exits with 0.
 
-    struck, lives, statuses: which faults struck, and the drivers with their exit statuses.
-    hung: the nodes that hang until the trial's end.
+    Attributes:
+        cluster: The cluster.
+        command: Arguments of the program.
+        folder: The run's folder.
+        logs: Folder for the drivers' output.
+        faults: The schedule.
+        struck: The faults that struck.
+        lives: The drivers.
+        statuses: Their exit statuses.
+        hung: Numbers of the nodes that hang until the trial's end.
     """
 
     cluster: LocalCluster
@@ -149,16 +178,16 @@ class Trial:
     hung: set[int] = field(default_factory=set)
 
     def run(self) -> None:
-        """Until the command exits 0, or too many lives have passed."""
+        """Repeat the command until it exits with 0, or the trial is given up."""
         left = deque(self.faults)
         try:
-            while 0 not in self.statuses and len(self.statuses) < LIVES:
+            while 0 not in self.statuses and len(self.statuses) < MAX_LIVES:
                 self.live(left)
         finally:
             self.restore()
 
     def live(self, left: deque[Fault]) -> None:
-        """One life of the driver, in which some of the faults that are left strike."""
+        """Run one driver; some of the remaining faults strike."""
         number = len(self.lives)
         life = Life(self.command, self.cluster.environment, self.folder, self.logs / f"life-{number}.txt")
         self.lives.append(life)
@@ -175,12 +204,12 @@ class Trial:
                         life.counted_from = time.monotonic() if midway else None
                         if fault.kind == "driver-KILL":
                             break
-                time.sleep(TICK)
+                time.sleep(POLL)
         finally:
             self.statuses.append(life.end())
 
     def strike(self, fault: Fault, driver: subprocess.Popen[bytes]) -> str | None:
-        """Do to one of the possible victims what a fault's kind says; gives its name, None where there is none."""
+        """Strike one of the possible victims, and return its name; None if there is no victim."""
         cluster = self.cluster
         if fault.kind in DRIVER:
             driver.send_signal(DRIVER[fault.kind])
@@ -205,16 +234,16 @@ class Trial:
         return f"node {number}"
 
     def restore(self) -> None:
-        """The cluster as it was, with no node that hangs."""
+        """Restore the cluster: remove hung and surplus nodes."""
         for number in self.hung:
             self.cluster.kill_node(number)
         while len(self.cluster.nodes) > NODES:
             self.cluster.kill_node(max(self.cluster.nodes))
 
-    def leaked(self) -> list[str]:
-        """What still runs of drivers and workers, after a time in which Ray may end them."""
-        deadline = time.monotonic() + END_WITHIN
-        while left := [p.title for life in self.lives for p in of_session(life.driver.pid)] + [
+    def list_leaked_processes(self) -> list[str]:
+        """Return the titles of drivers' and workers' processes that still run after `END_TIMEOUT`."""
+        deadline = time.monotonic() + END_TIMEOUT
+        while left := [p.title for life in self.lives for p in processes_of_session(life.driver.pid)] + [
             p.title for p in self.cluster.workers()
         ]:
             if time.monotonic() > deadline:
@@ -222,8 +251,8 @@ class Trial:
             time.sleep(0.1)
         return left
 
-    def story(self) -> str:
-        """All that happened, to be read where a trial fails."""
+    def report(self) -> str:
+        """Return all that happened, to explain a failed trial."""
         lines = [f"schedule: {fault}" for fault in self.faults] + [f"struck: {struck}" for struck in self.struck]
         for number, (life, status) in enumerate(zip(self.lives, self.statuses)):
             lines += [f"--- life {number} ended with {status}", life.log.read_text()]

@@ -1,6 +1,6 @@
-"""Jobs that are struck at random instants, on a real cluster of several nodes: the same results as undisturbed ones.
+"""Jobs with faults at random times, on a real cluster of several nodes, have the same results as undisturbed jobs.
 
-A trial's seed is in its id, so `pytest -m '' 'tests/ray_jobs/test_chaos.py::NAME[seed-17]'` repeats it.
+The id of a trial holds its seed: `pytest -m '' 'tests/ray_jobs/test_chaos.py::NAME[seed-17]'` repeats it.
 """
 
 import json
@@ -22,13 +22,13 @@ from tests.ray_jobs.chaos import NODES, SlowStorage, Trial, schedule
 from tests.ray_jobs.runs import OPTIONS, assert_same_patterns
 
 SHARDS, SAMPLES = 24, 3
-# A worker that starts says nothing meanwhile, which takes seconds where two cores start several.
+# A starting worker does not report, and its start takes seconds if two cores start several workers.
 FAULTS = ["--stall-timeout", "15", "--retries", "20", "--batch-size", "2", "--gpus-per-worker", "0"]
 SECONDS_PER_SHARD = 0.3  # 24 shards take two workers longer than three faults of a schedule
 
 
 def seeds(first: int, count: int, quick: Set[int] = frozenset()) -> list[object]:
-    """Seeds of trials, all but the quick ones for the soak."""
+    """Return the seeds of trials; all but the quick ones belong to the soak."""
     return [
         pytest.param(seed, marks=() if seed in quick else pytest.mark.slow, id=f"seed-{seed}")
         for seed in range(first, first + count)
@@ -43,7 +43,7 @@ def cluster() -> Iterator[LocalCluster]:
 
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Shards as `--shards` takes them, on a server that takes its time over each."""
+    """Shards as `--shards` takes them, on a server that delays each."""
     folder = tmp_path_factory.mktemp("storage")
     make_shards(folder, SHARDS, SAMPLES)
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(SlowStorage, directory=str(folder))) as server:
@@ -52,17 +52,17 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         server.shutdown()
 
 
-def fit(model_spec: str, storage: str, out: Path) -> list[str]:
+def fit_command(model_spec: str, storage: str, out: Path) -> list[str]:
     options = ["--model", model_spec, "--shards", storage, "--out", str(out), "--max-loss", "0.5"]
     return ["fit", *options, *OPTIONS, *FAULTS]
 
 
-def explain(patterns: Path, storage: str, out: Path) -> list[str]:
+def explain_command(patterns: Path, storage: str, out: Path) -> list[str]:
     return ["explain", "--patterns", str(patterns), "--shards", storage, "--out", str(out), *FAULTS]
 
 
 def undisturbed(command: list[str], folder: Path) -> Path:
-    """The run's folder of a command that nothing strikes, by one worker in this process."""
+    """Run a command without faults, with one worker in this process, and return the run's folder."""
     assert exit_status([*command, "--workers", "0"]) == 0
     return folder
 
@@ -70,13 +70,13 @@ def undisturbed(command: list[str], folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def fitted(model_spec: str, storage: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("fitted") / "run"
-    return undisturbed(fit(model_spec, storage, out), out)
+    return undisturbed(fit_command(model_spec, storage, out), out)
 
 
 @pytest.fixture(scope="module")
 def explained(fitted: Path, storage: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("explained") / "run"
-    return undisturbed(explain(fitted, storage, out), out)
+    return undisturbed(explain_command(fitted, storage, out), out)
 
 
 @pytest.fixture
@@ -87,45 +87,46 @@ def slowly() -> Iterator[None]:
 
 
 def survive(trial: Trial) -> None:
-    """Run a trial; it must end, with the right statuses on the way, after it was truly struck, and leave no process."""
+    """Run a trial. It must end, each driver with the right exit status; faults must strike; no process may be left."""
     trial.run()
-    print(trial.story())  # shown where the test fails
-    assert trial.statuses[-1] == 0, "the job never came to its end"
+    print(trial.report())  # shown if the test fails
+    assert trial.statuses[-1] == 0, "the job never ended"
     for life, status in enumerate(trial.statuses):
         kinds = {struck.fault.kind for struck in trial.struck if struck.life == life}
         stopped, killed = kinds & {"driver-TERM", "driver-INT"}, kinds & {"driver-KILL"}
         expected = {0} | ({3} if stopped else set()) | ({-signal.SIGKILL} if killed else set())
         assert status in expected, f"life {life} ended with {status} after {kinds or 'no fault'}"
-    assert any(struck.midway for struck in trial.struck), "nothing struck amid the work"
-    assert 2 * len(trial.struck) >= len(trial.faults), "most faults found nothing to strike"
-    assert trial.leaked() == []
+    assert any(struck.midway for struck in trial.struck), "no fault struck during the work on shards"
+    assert 2 * len(trial.struck) >= len(trial.faults), "most faults found no victim"
+    assert trial.list_leaked_processes() == []
 
 
-def kinds_of_files(folder: Path) -> set[str]:
-    """The paths of a run's files, with a star for what is random in their names."""
+def file_names(folder: Path) -> set[str]:
+    """Return the paths of a run's files, with a star for the random part of a name."""
     return {re.sub(r"[0-9a-f]{32}", "*", str(p.relative_to(folder))) for p in folder.rglob("*") if p.is_file()}
 
 
 @pytest.mark.parametrize("seed", seeds(0, 55, quick={45}))
 @pytest.mark.usefixtures("slowly")
-def test_a_fit_that_is_struck_has_the_patterns_of_one_that_is_not(
+def test_fit_with_faults_has_the_patterns_of_an_undisturbed_fit(
     cluster: LocalCluster, model_spec: str, storage: str, fitted: Path, tmp_path: Path, seed: int
 ) -> None:
     out = tmp_path / "run"
-    survive(Trial(cluster, fit(model_spec, storage, out), out, tmp_path, schedule(seed)))
+    survive(Trial(cluster, fit_command(model_spec, storage, out), out, tmp_path, schedule(seed)))
     counted = json.loads((out / "manifest.json").read_text())["fit"]
-    told = {name: counted[name] for name in ("status", "shards", "samples", "refused", "missing")}
-    assert told == {"status": "complete", "shards": SHARDS, "samples": SHARDS * SAMPLES, "refused": 0, "missing": {}}
+    section = {name: counted[name] for name in ("status", "shards", "samples", "refused", "missing")}
+    samples = SHARDS * SAMPLES
+    assert section == {"status": "complete", "shards": SHARDS, "samples": samples, "refused": 0, "missing": {}}
     columns = ["operator", "neuron", "n", "n_positive"]
     ours, theirs = (pq.read_table(folder / "neurons.parquet", columns=columns) for folder in (out, fitted))
     assert ours.equals(theirs)
     assert_same_patterns(out, fitted)
-    assert kinds_of_files(out) == kinds_of_files(fitted)
-    assert unnamed_parts(out / "moments") == []
+    assert file_names(out) == file_names(fitted)
+    assert uncounted_files(out / "moments") == []
 
 
-def unnamed_parts(moments: Path) -> list[str]:
-    """The parts that are named in no other file of their folder, and so count nowhere."""
+def uncounted_files(moments: Path) -> list[str]:
+    """Return the files of partial moments that no other file of the folder names, so that they do not count."""
     parts = set(moments.glob("*.safetensors"))
     ledger = b"".join(p.read_bytes() for p in moments.iterdir() if p.is_file() and p not in parts)
     return [p.name for p in parts if p.name.encode() not in ledger]
@@ -133,12 +134,12 @@ def unnamed_parts(moments: Path) -> list[str]:
 
 @pytest.mark.parametrize("seed", seeds(1000, 12))
 @pytest.mark.usefixtures("slowly")
-def test_explanations_are_the_same_bytes_whatever_strikes(
+def test_explanations_with_faults_have_the_same_bytes(
     cluster: LocalCluster, storage: str, fitted: Path, explained: Path, tmp_path: Path, seed: int
 ) -> None:
     out = tmp_path / "run"
-    survive(Trial(cluster, explain(fitted, storage, out), out, tmp_path, schedule(seed)))
-    assert kinds_of_files(out) == kinds_of_files(explained)
+    survive(Trial(cluster, explain_command(fitted, storage, out), out, tmp_path, schedule(seed)))
+    assert file_names(out) == file_names(explained)
     tars = sorted(explained.rglob("*.tar"))
     assert len(tars) == SHARDS
     for tar in tars:

@@ -1,4 +1,4 @@
-"""The ledger: each shard counts at most once in a round, whatever happens."""
+"""The ledger: each shard counts at most once per round, whatever happens."""
 
 import json
 from collections.abc import Callable
@@ -10,15 +10,15 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 
 from ray_jobs.config import equal_share
-from ray_jobs.runs.ledger import Ledger, PartialMoments, combine_entries, format_numbers, numbers
+from ray_jobs.runs.ledger import Ledger, PartialMoments, combine_entries, format_numbers, parse_numbers
 
 SHARDS = range(8)
 
 
 class Fit(RuleBasedStateMachine):
-    """Workers that take shards, write parts, are lost or late, and a driver that dies: over one ledger and its file.
+    """Workers that write partial moments, are lost or late, and a driver that dies, with one ledger and its file.
 
-    A shard has as many samples as twice its number plus one, of which those retried were refused before.
+    Shard s has 2 s + 1 samples.
     """
 
     parts = Bundle("parts")
@@ -38,7 +38,7 @@ class Fit(RuleBasedStateMachine):
         return self.part(shards)
 
     @rule(part=parts)
-    def the_driver_commits_a_part_or_refuses_it_since_it_is_late(self, part: PartialMoments) -> None:
+    def the_driver_commits_a_part_or_rejects_a_late_part(self, part: PartialMoments) -> None:
         fresh = not self.ledger.counted_shards(part.round) & set(part.shards)
         if fresh and (part.round == 0 or self.ledger.counted_shards() >= set(part.shards)):
             self.ledger = self.ledger.commit(part)
@@ -47,7 +47,7 @@ class Fit(RuleBasedStateMachine):
                 self.ledger.commit(part)
 
     @rule(part=consumes(parts))
-    def a_worker_is_lost_with_its_part(self, part: PartialMoments) -> None:
+    def a_lost_worker_loses_its_part(self, part: PartialMoments) -> None:
         pass
 
     @rule()
@@ -59,34 +59,34 @@ class Fit(RuleBasedStateMachine):
         self.ledger = Ledger.from_json(json.loads(self.file))
 
     @rule(target=parts, data=st.data())
-    def parts_are_merged(self, data: st.DataObject) -> object:
-        alike = [part for part in self.ledger.parts if part.round == self.round]
-        if len(alike) < 2:
+    def the_driver_merges_parts(self, data: st.DataObject) -> object:
+        in_round = [part for part in self.ledger.parts if part.round == self.round]
+        if len(in_round) < 2:
             return multiple()
-        chosen = data.draw(st.lists(st.sampled_from(alike), min_size=2, unique=True))
+        chosen = data.draw(st.lists(st.sampled_from(in_round), min_size=2, unique=True))
         merged = combine_entries(f"merged-{len(self.file)}-{self.written}", chosen)
         files, before = [part.file for part in chosen], self.ledger
-        with pytest.raises(ValueError, match="is not what"):
+        with pytest.raises(ValueError, match="is not the sum"):
             before.merge(files, replace(merged, samples=merged.samples + 1))
-        with pytest.raises(ValueError, match="is not what"):
+        with pytest.raises(ValueError, match="is not the sum"):
             before.merge([*files, "none"], merged)
         self.ledger = before.merge(files, merged)
         assert self.ledger.samples == before.samples
         assert self.ledger.counted_shards(self.round) == before.counted_shards(self.round)
-        return multiple(*chosen)  # what was merged may come again, late
+        return multiple(*chosen)  # merged parts may come again, late
 
     @rule()
-    def all_that_is_left_is_done_and_the_refused_are_tried_again(self) -> None:
+    def all_remaining_shards_are_done_and_rejected_samples_are_tried_again(self) -> None:
         if left := self.ledger.remaining(SHARDS, self.round):
             self.ledger = self.ledger.commit(self.part(left))
         whole = [part for part in self.ledger.parts if part.round == self.round]
         assert sorted(s for part in whole for s in part.shards) == list(SHARDS)
         assert sum(part.samples for part in whole) == sum(2 * s + 1 for s in SHARDS)
-        self.the_driver_writes_the_ledger()  # before the manifest says that a round is over
+        self.the_driver_writes_the_ledger()  # before the manifest says that the round is over
         self.round += 1
 
     @invariant()
-    def each_shard_counts_at_most_once_in_each_round(self) -> None:
+    def each_shard_counts_at_most_once_per_round(self) -> None:
         for round_ in range(self.round + 1):
             parts = [part for part in self.ledger.parts if part.round == round_]
             counted = [s for part in parts for s in part.shards]
@@ -96,7 +96,7 @@ class Fit(RuleBasedStateMachine):
             assert sum(part.samples for part in parts) == sum(2 * s + 1 for s in counted)
 
     @invariant()
-    def its_file_gives_it_back(self) -> None:
+    def the_file_holds_the_same_ledger(self) -> None:
         again = Ledger.from_json(json.loads(json.dumps(self.ledger.to_json())))
         assert again == Ledger(tuple(replace(p, shards=tuple(sorted(p.shards))) for p in self.ledger.parts))
 
@@ -113,7 +113,7 @@ WRONG: dict[str, Callable[[PartialMoments], PartialMoments]] = {
 
 
 @pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
-def test_a_part_that_would_count_a_shard_twice_is_refused(wrong: Callable[[PartialMoments], PartialMoments]) -> None:
+def test_part_that_would_count_a_shard_twice_is_rejected(wrong: Callable[[PartialMoments], PartialMoments]) -> None:
     ledger = Ledger().commit(PartialMoments("a", (0, 3), 7))
     with pytest.raises(ValueError, match=r"count already|do not count yet"):
         ledger.commit(wrong(PartialMoments("b", (1,), 1)))
@@ -122,14 +122,14 @@ def test_a_part_that_would_count_a_shard_twice_is_refused(wrong: Callable[[Parti
 
 @given(st.sets(st.integers(0, 200)))
 def test_numbers_are_written_as_ranges_and_read_back(chosen: set[int]) -> None:
-    assert list(numbers(format_numbers(chosen))) == sorted(chosen)
+    assert list(parse_numbers(format_numbers(chosen))) == sorted(chosen)
 
 
-def test_ranges_are_written_as_people_do() -> None:
+def test_ranges_have_inclusive_ends() -> None:
     assert format_numbers([7, 0, 1, 2, 4, 5]) == "0-2,4-5,7"
 
 
-def test_the_ledger_of_a_hundred_thousand_shards_is_small() -> None:
+def test_ledger_of_a_hundred_thousand_shards_is_small() -> None:
     ledger = Ledger()
     for worker in range(64):
         ledger = ledger.commit(
@@ -142,7 +142,7 @@ def test_the_ledger_of_a_hundred_thousand_shards_is_small() -> None:
 
 
 @given(st.integers(0, 1000), st.integers(1, 50))
-def test_shares_of_a_limit_are_even_and_add_up(total: int, items: int) -> None:
+def test_shares_of_a_limit_differ_by_at_most_one_and_add_up(total: int, items: int) -> None:
     shares = [equal_share(total, item, items) or 0 for item in range(items)]
     assert sum(shares) == total
     assert max(shares) - min(shares) <= 1

@@ -33,7 +33,7 @@ PLAIN = [f"plain-{i}" for i in range(12)]
 
 
 class Clock:
-    """Virtual time, in the place of the module `time`."""
+    """Virtual time instead of the module `time`."""
 
     def __init__(self) -> None:
         self.now = 0.0

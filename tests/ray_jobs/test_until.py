@@ -1,4 +1,4 @@
-"""A fit that ends once its patterns are sure enough: early, truthfully, and the same when it is taken up again."""
+"""A fit with `until_converged` stops early when its patterns have converged, says so, and resumes alike."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -31,20 +31,20 @@ def config(model_spec: str, tmp_path_factory: pytest.TempPathFactory) -> FitConf
     )
 
 
-def test_a_fit_ends_once_its_patterns_are_sure_enough_and_keeps_and_draws_the_curve(config: FitConfig) -> None:
+def test_fit_stops_when_its_patterns_have_converged_and_draws_the_curve(config: FitConfig) -> None:
     section = fit(config, HERE).manifest()["fit"]
-    sure = section["converged"]
+    converged = section["converged"]
     assert section["status"] == "complete"
     assert 4 * 8 <= section["samples"] < 40 * 8
-    assert section["samples"] - 8 <= sure["samples"] <= section["samples"], "it took more than the shard it was at"
-    assert sure["error"] <= 0.4
+    assert section["samples"] - 8 <= converged["samples"] <= section["samples"], "it read more than the current shard"
+    assert converged["error"] <= 0.4
     folder = Path(config.out)
     rows = pq.read_table(folder / "convergence.parquet").to_pylist()
-    looks = sorted({row["samples"] for row in rows})
-    worst = [max((row["p90"] or 9.0) for row in rows if row["samples"] == n) for n in looks]
-    assert len(looks) > 3
-    assert worst[-1] == sure["error"]
-    assert all(error > 0.4 for error in worst[:-1]), "it went on although it was sure enough"
+    checks = sorted({row["samples"] for row in rows})
+    worst = [max((row["p90"] or 9.0) for row in rows if row["samples"] == n) for n in checks]
+    assert len(checks) > 3
+    assert worst[-1] == converged["error"]
+    assert all(error > 0.4 for error in worst[:-1]), "it continued although it had converged"
     assert {row["operator"] for row in rows} == {"0", "2.conv1", "2.conv2", "addition.0", "average_pool.0", "6"}
     assert any(row["change"] for row in rows)
     with Image.open(folder / "convergence.png") as picture:
@@ -54,9 +54,7 @@ def test_a_fit_ends_once_its_patterns_are_sure_enough_and_keeps_and_draws_the_cu
     assert (folder / "patterns.safetensors").stat().st_mtime_ns == before
 
 
-def test_a_fit_that_never_gets_so_sure_takes_all_shards_and_says_how_sure_it_is(
-    config: FitConfig, tmp_path: Path
-) -> None:
+def test_fit_that_does_not_converge_reads_all_shards_and_reports_its_error(config: FitConfig, tmp_path: Path) -> None:
     few = replace(config, shards=config.shards[:6], out=str(tmp_path / "run"), until_converged=1e-6)
     section = fit(few, HERE).manifest()["fit"]
     assert section["samples"] == 48
@@ -64,26 +62,29 @@ def test_a_fit_that_never_gets_so_sure_takes_all_shards_and_says_how_sure_it_is(
     assert section["converged"]["samples"] == 48
 
 
-def test_a_fit_that_was_stopped_when_it_was_sure_enough_reads_no_more(
+def test_fit_that_was_killed_after_it_converged_reads_no_more(
     config: FitConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     again = replace(config, out=str(tmp_path / "run"))
     with monkeypatch.context() as patched:
-        patched.setattr("ray_jobs.jobs.fit.fit.finish", stopped)
+        patched.setattr("ray_jobs.jobs.fit.fit.finish", stop)
         with pytest.raises(StoppedShortError):
             fit(again, HERE)
     monkeypatch.setattr("ray_jobs.jobs.moments_job.MomentsWorker.work", lambda *_: pytest.fail("a shard was read"))
     section = fit(again, HERE).manifest()["fit"]
     assert section["converged"]["error"] <= 0.4
-    assert section["samples"] == section["converged"]["samples"]  # the shard it was at is looked at too
+    assert section["samples"] == section["converged"]["samples"]  # the last check covers the current shard too
 
 
-def stopped(*_: object) -> None:
-    raise StoppedShortError("as a kill would")
+def stop(*_: object) -> None:
+    """End a fit before it writes its patterns, as a kill would."""
+    raise StoppedShortError
 
 
 @pytest.mark.slow
-def test_looks_at_what_several_workers_did_end_a_fit_too(local_ray: None, config: FitConfig, tmp_path: Path) -> None:
+def test_convergence_checks_of_several_workers_stop_a_fit_too(
+    local_ray: None, config: FitConfig, tmp_path: Path
+) -> None:
     out = replace(config, out=str(tmp_path / "run"))
     section = fit(out, Resources(workers=2, gpus_per_worker=0, max_loss=0.0)).manifest()["fit"]
     assert section["converged"]["error"] <= 0.4
