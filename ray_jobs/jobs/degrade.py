@@ -148,7 +148,7 @@ def degrade(config: DegradeConfig, resources: Resources = Resources()) -> Run:  
 
     Args:
         config: The job.
-        resources: What it takes from the cluster.
+        resources: The workers, and the limits on failures.
 
     Returns:
         The run.

@@ -18,14 +18,14 @@ class JobSession:
 
     Args:
         name: The job's section of the manifest.
-        config: What to do. Its model is loaded unless `loaded` is given.
+        config: The options of the job. Its model is loaded unless `loaded` is passed.
         loaded: The model.
 
     Attributes:
         run: The run's folder.
-        section: The job's section of the manifest. What the work adds is recorded when it ends.
+        section: The job's section of the manifest. Additions during the work are recorded when it ends.
         heartbeat: The heartbeat of this driver, while it works.
-        tasks: What runs functions on the cluster, while it works.
+        tasks: Runs functions on the cluster, while it works.
 
     Raises:
         UserError: If the model cannot be loaded, or the folder holds this job with other options.
@@ -67,10 +67,10 @@ class JobSession:
         """Hold the run's lease and a connection to Ray, and record the job before and after the work.
 
         Args:
-            resources: What the job takes from the cluster.
+            resources: The workers, and the limits on failures.
             compile_mode: The mode of `torch.compile`, to validate it again: the cluster's GPUs are known only now.
             lease: The name under which progress is shown, if it is not the job's.
-            recorded: What the section holds from the start, in addition to the options.
+            recorded: Entries of the section that are recorded before the work, in addition to the options.
         """
         with hold_run(self.run, lease or self.name, resources) as (self.heartbeat, self.tasks):
             require_gpu_for_mode(compile_mode, resources)

@@ -1,4 +1,4 @@
-"""What `explain` and `degrade` share: a model, its patterns and methods, and files for each shard."""
+"""The common part of `explain` and `degrade`: a model, its patterns and methods, and files for each shard."""
 
 from collections.abc import Sequence
 from typing import Any, Generic, TypeVar
@@ -105,7 +105,7 @@ def validate_methods(
         scales: The scales of an earlier driver of this job; empty for a new job.
 
     Returns:
-        What the manifest records: `scales` and `settings`.
+        The manifest's entries `scales` and `settings`.
 
     Raises:
         UserError: If the patterns are missing, or those of another model.

@@ -228,7 +228,7 @@ class MomentsJob(ShardJob):
         spec, ledger, counts = self.spec, self.ledger, self.reporter.counts
         samples, rejected = counts.samples, counts.rejected
         if not samples or not ledger.samples:
-            samples, rejected = ledger.samples, sum(partial.rejected for partial in ledger.parts)
+            samples, rejected = ledger.samples, sum(partial.rejected for partial in ledger.entries)
         if not samples and not rejected:
             raise UserError(spec.shards[0], "no samples in any shard", "Check --shards.", "shards")
         allowed = self.resources.max_bad_fraction if spec.round == 0 else 1.0
@@ -296,7 +296,7 @@ class MomentsJob(ShardJob):
             for file in self.merged:
                 self.store.remove(file)
         if self.idle():
-            partials = [partial for partial in self.ledger.parts if partial.round == self.spec.round]
+            partials = [partial for partial in self.ledger.entries if partial.round == self.spec.round]
             if len(partials) > MAX_FILES:
                 chosen = sorted(partials, key=lambda partial: partial.samples)[:MERGED_AT_ONCE]
                 self.merged = [partial.file for partial in chosen]

@@ -56,7 +56,7 @@ def write_shard_files(
     Args:
         session: The job.
         config: Its config, the first argument of the workers.
-        resources: What it takes from the cluster.
+        resources: The workers, and the limits on failures.
         folder: The folder of the files in the run.
         message: The line to log if there is anything to do.
         worker: The class of the workers.

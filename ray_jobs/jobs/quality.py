@@ -77,7 +77,7 @@ def measure(config: QualityConfig, resources: Resources = Resources()) -> Run:  
 
     Args:
         config: The job.
-        resources: What it takes from the cluster.
+        resources: The workers, and the limits on failures.
 
     Returns:
         The run.

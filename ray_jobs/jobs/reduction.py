@@ -55,7 +55,7 @@ def solve_all(
         sums: Returns the sums that were taken of an operator.
         estimators: The estimators.
         seed: The seed of the `random` estimator.
-        tasks: What runs functions on the cluster.
+        tasks: Runs functions on the cluster.
     """
     groups = group_by_size(operators, [moments_bytes(op, sums(op)) for op in operators], TASK_BYTES)
     # The operators of a group may come from different passes over the data, and then have different files.

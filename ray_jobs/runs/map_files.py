@@ -82,7 +82,7 @@ class ExplainedBatch:
 
     Attributes:
         keys: The keys of the samples.
-        rows: What the model says of each sample, for its JSON file.
+        rows: Label, prediction, target and score of each sample, for its JSON file.
         summaries: The rows with the statistics of the maps, for the table.
         arrays: By method, float16 (N, …), or (N, T, …) for several targets; the explanation is array · 2^exponent.
         exponents: By method, int (N,), or (N, T) for several targets.

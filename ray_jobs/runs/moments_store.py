@@ -50,7 +50,7 @@ class MomentsStore:
 
     def list_files(self) -> list[str]:
         """Return the paths or URLs of the files that count."""
-        return [str(self.folder / partial.file) for partial in self.read_ledger().parts]
+        return [str(self.folder / partial.file) for partial in self.read_ledger().entries]
 
     def write(
         self, partial: PartialMoments, tensors: dict[str, Tensor], weights: str, rejected: Sequence[RejectedSample]
@@ -93,7 +93,7 @@ class MomentsStore:
 
     def remove_uncounted(self, ledger: Ledger) -> None:
         """Delete the files that a ledger does not name: workers that were lost wrote them."""
-        counted = {name for partial in ledger.parts for name in (partial.file, rejected_table_path(partial.file))}
+        counted = {name for partial in ledger.entries for name in (partial.file, rejected_table_path(partial.file))}
         for name in list_names(self.folder, PREFIX):
             if name not in counted:
                 remove(self.folder / name)
@@ -116,7 +116,7 @@ class MomentsStore:
             shards: The job's shards, by number.
             before: Only rounds before this one are read.
         """
-        found = (partial for partial in ledger.parts if before is None or partial.round < before)
+        found = (partial for partial in ledger.entries if before is None or partial.round < before)
         partials = sorted(found, key=lambda partial: partial.round)
         latest = {shards[number]: partial.round for partial in partials for number in partial.shards}
         originals = {make_printable(shard): shard for shard in latest}

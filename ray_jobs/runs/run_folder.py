@@ -1,4 +1,4 @@
-"""The output folder of a run, and its manifest: what each job did with what, and how far it is."""
+"""The output folder of a run, and its manifest: the options, inputs and results of each job."""
 
 import json
 import platform

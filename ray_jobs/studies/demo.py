@@ -35,7 +35,7 @@ def demo(out: Path, resources: Resources) -> Path:
 
     Args:
         out: The folder to write to.
-        resources: What the jobs take from the cluster.
+        resources: The workers, and the limits on failures.
 
     Returns:
         The path of the picture.

@@ -133,7 +133,7 @@ def reproduce(experiment: Experiment, out: Path, resources: Resources = Resource
     Args:
         experiment: The model and the data.
         out: The folder to write to.
-        resources: What the jobs take from the cluster.
+        resources: The workers, and the limits on failures.
 
     Returns:
         The path of `results.md`.

@@ -149,9 +149,9 @@ def test_a_fit_resumed_after_its_driver_was_stopped_and_killed_changes_no_digit(
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     after = ledger_of(ledger.parent)
-    assert sorted(n for part in after.parts for n in part.shards) == list(range(len(many)))
+    assert sorted(n for part in after.entries for n in part.shards) == list(range(len(many)))
     assert after.samples == 90
-    assert {p.name for p in (out / "moments").glob("*.safetensors")} == {part.file for part in after.parts}
+    assert {p.name for p in (out / "moments").glob("*.safetensors")} == {part.file for part in after.entries}
     whole = fit(make_fit_config(model_spec, sorted(many), folder / "whole"), HERE)
     assert_same_patterns(whole.folder, out)
 
@@ -353,7 +353,7 @@ def test_a_broken_shard_stops_no_other_and_is_processed_once_it_is_fixed(
     broken.write_bytes(Path(make_shards(tmp_path / "good", 1, 6, seed=9)[0]).read_bytes())
     fixed = fit(config, HERE).manifest()["fit"]
     assert (fixed["shards"], fixed["samples"], fixed["missing"]) == (13, 78, {})
-    assert sorted(n for part in ledger_of(folder).parts for n in part.shards) == list(range(13))
+    assert sorted(n for part in ledger_of(folder).entries for n in part.shards) == list(range(13))
 
 
 def test_a_worker_that_fails_drops_its_uncommitted_moments(model_spec: str, shards: list[str], tmp_path: Path) -> None:

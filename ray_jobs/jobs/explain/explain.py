@@ -32,7 +32,7 @@ from ray_jobs.units import format_bytes
 
 
 def make_schema(config: ExplainConfig, target: Target) -> pa.Schema:
-    """Return the columns of explanations.parquet: what the model says of a sample, and statistics of each method's map.
+    """Return the columns of explanations.parquet: the model's outputs, and statistics of each method's map.
 
     If a sample has several maps, the statistics are those of the first, and target and score are lists.
     """
@@ -186,7 +186,7 @@ def explain(config: ExplainConfig, resources: Resources = Resources()) -> Run:  
 
     Args:
         config: The job.
-        resources: What it takes from the cluster.
+        resources: The workers, and the limits on failures.
 
     Returns:
         The run.

@@ -31,7 +31,7 @@ class OnlineExplainer:
         run: The folder or URL of a finished fit.
         methods: The methods.
         estimator: The estimator of the methods that name none.
-        target: What is explained; see `ray_jobs.jobs.explain.targets`.
+        target: The target; see `ray_jobs.jobs.explain.targets`.
         settings: Settings of the methods by `{method}.{setting}`.
         classes: A file of the classes' names; None: the names that the model's library knows.
         reduction: The reduction of a map's channels.

@@ -1,4 +1,4 @@
-"""What of a model's output is explained: parses the option `--target`.
+"""Parse `--target`: the part of a model's output that is explained.
 
 | target | explains | maps for a sample |
 | --- | --- | --- |
@@ -35,7 +35,7 @@ TOP = r"top-(\d+)"
 
 @dataclass(frozen=True)
 class Target:
-    """What is explained of each sample.
+    """The classes or neurons that are explained for each sample.
 
     Attributes:
         picks: The classes or neurons.

@@ -68,7 +68,7 @@ class ConvergingJob(MomentsJob):
         self.checked_samples = 0  # the number of samples at the last check
         self.checking: PendingCall | None = None
         random.Random(criterion.seed).shuffle(self.remaining)
-        self.converged: dict[str, Any] = {}  # what the manifest says of the last check
+        self.converged: dict[str, Any] = {}  # the manifest's entry on the last check
 
     def gather(self, observe: Observe, weights: ModelDigests) -> Ledger:
         """Work as any job of moments does, unless the moments of an earlier call suffice."""
@@ -91,7 +91,7 @@ class ConvergingJob(MomentsJob):
         if self.idle() and not self.stop_reason and self.samples > growth * self.checked_samples:
             self.flush()
             self.checked_samples = self.ledger.samples
-            files = [entry.file for entry in self.ledger.parts]
+            files = [entry.file for entry in self.ledger.entries]
             self.checking = self.tasks.submit(check_files, self.store, files, self.criterion, self.checked_samples)
 
     def idle(self) -> bool:

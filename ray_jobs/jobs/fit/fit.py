@@ -1,4 +1,4 @@
-"""The fit job: shards → partial moments → patterns, each shard counted exactly once; and what is done with old fits."""
+"""The fit job: shards → partial moments → patterns, each shard counted exactly once; and `solve` and `merge`."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
@@ -70,7 +70,7 @@ def fit(config: FitConfig, resources: Resources = Resources(), retry_quarantined
 
     Args:
         config: The fit.
-        resources: What it takes from the cluster.
+        resources: The workers, and the limits on failures.
         retry_quarantined: Whether the rejected samples of a finished fit are tried again, and only these.
 
     Returns:
@@ -207,7 +207,7 @@ def solve(folder: str, estimators: Sequence[str], resources: Resources = Resourc
     Args:
         folder: The run's folder or URL.
         estimators: The further estimators.
-        resources: What the job takes from the cluster.
+        resources: The workers, and the limits on failures.
 
     Returns:
         The run.
@@ -228,7 +228,7 @@ def solve(folder: str, estimators: Sequence[str], resources: Resources = Resourc
     section = run.manifest()["fit"]
     solved = tuple(dict.fromkeys((*section.get("solved", config.estimators), *estimators)))
     passes = list_passes(run, loaded.network, config)
-    if not all(each.store.read_ledger().parts for each in passes):
+    if not all(each.store.read_ledger().entries for each in passes):
         raise UserError(folder, "its moments are gone", f"Fit again, with --estimators {','.join(solved)}.")
     with hold_run(run, "solve", resources) as (_, tasks):
         write_patterns(run, config, passes, loaded, solved, tasks)
@@ -242,7 +242,7 @@ def merge(folders: Sequence[str], out: str, resources: Resources = Resources()) 
     Args:
         folders: The folders or URLs of the fits.
         out: The folder or URL of the result.
-        resources: What the job takes from the cluster.
+        resources: The workers, and the limits on failures.
 
     Returns:
         The run in `out`.
@@ -274,7 +274,7 @@ def merge(folders: Sequence[str], out: str, resources: Resources = Resources()) 
             ledger, first = Ledger(), 0
             for source, own in zip(sources, configs):
                 store = source[number].store
-                for entry in store.read_ledger().parts:
+                for entry in store.read_ledger().entries:
                     each.store.copy_from(store, entry)
                     ledger = ledger.commit(replace(entry, shards=tuple(first + shard for shard in entry.shards)))
                 first += len(own.shards)
