@@ -33,7 +33,7 @@ class Ledger:
     """The partial moments that count. In each round, each shard is in at most one of them.
 
     Attributes:
-        parts: The partial moments.
+        entries: The partial moments.
 
     Example:
         >>> ledger = Ledger().commit(PartialMoments("part-1", (0, 2), samples=20))
@@ -41,26 +41,26 @@ class Ledger:
         ([1, 3], 20)
     """
 
-    parts: tuple[PartialMoments, ...] = ()
+    entries: tuple[PartialMoments, ...] = ()
 
-    def commit(self, *parts: PartialMoments) -> "Ledger":
+    def commit(self, *entries: PartialMoments) -> "Ledger":
         """Return a ledger with further partial moments.
 
         Args:
-            parts: The partial moments.
+            entries: The partial moments.
 
         Raises:
             ValueError: If a shard counts already in its round, or is tried again before it counts.
         """
-        counted = {round_: set(self.counted_shards(round_)) for round_ in {0, *(part.round for part in parts)}}
-        for part in parts:
-            in_round = counted[part.round]
-            if (repeated := in_round & set(part.shards)) or len(set(part.shards)) < len(part.shards):
-                raise ValueError(f"{part.file}: shards that count already: {sorted(repeated)}")
-            if part.round and not counted[0].issuperset(part.shards):
-                raise ValueError(f"{part.file}: shards that do not count yet are tried again")
-            in_round.update(part.shards)
-        return Ledger((*self.parts, *parts))
+        counted = {round_: set(self.counted_shards(round_)) for round_ in {0, *(entry.round for entry in entries)}}
+        for entry in entries:
+            in_round = counted[entry.round]
+            if (repeated := in_round & set(entry.shards)) or len(set(entry.shards)) < len(entry.shards):
+                raise ValueError(f"{entry.file}: shards that count already: {sorted(repeated)}")
+            if entry.round and not counted[0].issuperset(entry.shards):
+                raise ValueError(f"{entry.file}: shards that do not count yet are tried again")
+            in_round.update(entry.shards)
+        return Ledger((*self.entries, *entries))
 
     def merge(self, files: Collection[str], merged: PartialMoments) -> "Ledger":
         """Return a ledger in which one file replaces several files with the same content.
@@ -72,14 +72,14 @@ class Ledger:
         Raises:
             ValueError: If the entry differs from the sum of the old ones, or an old one is not in this ledger.
         """
-        old = [part for part in self.parts if part.file in files]
+        old = [entry for entry in self.entries if entry.file in files]
         if len(old) < len(files) or combine_entries(merged.file, old) != merged:
             raise ValueError(f"{merged.file} is not the sum of {len(files)} partial moments of this ledger")
-        return Ledger((*(part for part in self.parts if part.file not in files), merged))
+        return Ledger((*(entry for entry in self.entries if entry.file not in files), merged))
 
     def counted_shards(self, round_: int = 0) -> frozenset[int]:
         """Return the shards that count in a round."""
-        return frozenset(s for part in self.parts if part.round == round_ for s in part.shards)
+        return frozenset(s for entry in self.entries if entry.round == round_ for s in entry.shards)
 
     def remaining(self, shards: Iterable[int], round_: int = 0) -> list[int]:
         """Return those of some shards that do not count in a round yet, in their order."""
@@ -89,16 +89,16 @@ class Ledger:
     @property
     def samples(self) -> int:
         """The number of samples that count."""
-        return sum(part.samples for part in self.parts)
+        return sum(entry.samples for entry in self.entries)
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of the ledger's file."""
-        return {"parts": [entry_to_json(part) for part in self.parts]}
+        return {"parts": [entry_to_json(entry) for entry in self.entries]}
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> "Ledger":
         """Return the ledger of a file's content; the inverse of `to_json`."""
-        return Ledger(tuple(entry_from_json(part) for part in value["parts"]))
+        return Ledger(tuple(entry_from_json(each) for each in value["parts"]))
 
 
 def entry_to_json(entry: PartialMoments) -> dict[str, Any]:
@@ -118,19 +118,19 @@ def entry_from_json(value: dict[str, Any]) -> PartialMoments:
     return PartialMoments(value["file"], shards, value["samples"], value.get("refused", 0), value.get("round", 0))
 
 
-def combine_entries(file: str, parts: Collection[PartialMoments]) -> PartialMoments:
+def combine_entries(file: str, entries: Collection[PartialMoments]) -> PartialMoments:
     """Return the entry of a file with the sum of several partial moments.
 
     Args:
         file: Name of the file.
-        parts: The partial moments.
+        entries: The partial moments.
 
     Raises:
         ValueError: If they belong to different rounds.
     """
-    (round_,) = {part.round for part in parts}
-    shards = tuple(sorted(s for part in parts for s in part.shards))
-    return PartialMoments(file, shards, sum(p.samples for p in parts), sum(p.rejected for p in parts), round_)
+    (round_,) = {entry.round for entry in entries}
+    shards = tuple(sorted(s for entry in entries for s in entry.shards))
+    return PartialMoments(file, shards, sum(p.samples for p in entries), sum(p.rejected for p in entries), round_)
 
 
 def format_numbers(numbers: Collection[int]) -> str:

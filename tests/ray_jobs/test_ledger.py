@@ -60,7 +60,7 @@ class Fit(RuleBasedStateMachine):
 
     @rule(target=parts, data=st.data())
     def the_driver_merges_parts(self, data: st.DataObject) -> object:
-        in_round = [part for part in self.ledger.parts if part.round == self.round]
+        in_round = [part for part in self.ledger.entries if part.round == self.round]
         if len(in_round) < 2:
             return multiple()
         chosen = data.draw(st.lists(st.sampled_from(in_round), min_size=2, unique=True))
@@ -79,7 +79,7 @@ class Fit(RuleBasedStateMachine):
     def all_remaining_shards_are_done_and_rejected_samples_are_tried_again(self) -> None:
         if left := self.ledger.remaining(SHARDS, self.round):
             self.ledger = self.ledger.commit(self.part(left))
-        whole = [part for part in self.ledger.parts if part.round == self.round]
+        whole = [part for part in self.ledger.entries if part.round == self.round]
         assert sorted(s for part in whole for s in part.shards) == list(SHARDS)
         assert sum(part.samples for part in whole) == sum(2 * s + 1 for s in SHARDS)
         self.the_driver_writes_the_ledger()  # before the manifest says that the round is over
@@ -88,7 +88,7 @@ class Fit(RuleBasedStateMachine):
     @invariant()
     def each_shard_counts_at_most_once_per_round(self) -> None:
         for round_ in range(self.round + 1):
-            parts = [part for part in self.ledger.parts if part.round == round_]
+            parts = [part for part in self.ledger.entries if part.round == round_]
             counted = [s for part in parts for s in part.shards]
             assert len(counted) == len(set(counted))
             assert self.ledger.counted_shards(round_) == set(counted)
@@ -98,7 +98,7 @@ class Fit(RuleBasedStateMachine):
     @invariant()
     def the_file_holds_the_same_ledger(self) -> None:
         again = Ledger.from_json(json.loads(json.dumps(self.ledger.to_json())))
-        assert again == Ledger(tuple(replace(p, shards=tuple(sorted(p.shards))) for p in self.ledger.parts))
+        assert again == Ledger(tuple(replace(p, shards=tuple(sorted(p.shards))) for p in self.ledger.entries))
 
 
 TestFit = Fit.TestCase
@@ -136,8 +136,8 @@ def test_ledger_of_a_hundred_thousand_shards_is_small() -> None:
             PartialMoments(f"part-{worker:032x}.safetensors", tuple(range(worker, 100_000, 64)), 1_000_000)
         )
     assert len(json.dumps(ledger.to_json())) < 1_000_000
-    names = tuple(part.file for part in ledger.parts)
-    merged = ledger.merge(names, combine_entries("part-merged.safetensors", ledger.parts))
+    names = tuple(part.file for part in ledger.entries)
+    merged = ledger.merge(names, combine_entries("part-merged.safetensors", ledger.entries))
     assert len(json.dumps(merged.to_json())) < 200
 
 

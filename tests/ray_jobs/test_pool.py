@@ -354,8 +354,8 @@ def promises_are_kept(backend: Backend, folder: Path, workers: int) -> None:
     for pairs in assignments.values():
         kept = [following == item for (_, following), (item, _) in pairwise(pairs)]
         assert all(kept[:-1]), "only at the end may a worker that has nothing else to do take a promised item"
-    following = [following for pairs in assignments.values() for _, following in pairs if following != "None"]
-    assert len(set(following)) == len(following) >= len(items) - workers - 1
+    promised = [following for pairs in assignments.values() for _, following in pairs if following != "None"]
+    assert len(set(promised)) == len(promised) >= len(items) - workers - 1
 
 
 @pytest.mark.parametrize("workers", [1, 3])

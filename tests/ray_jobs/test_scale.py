@@ -87,7 +87,7 @@ def simulate(folder: Path, workers: int, shards: int, seconds: float) -> tuple[f
         worker_pool.run(names, job, backend, lambda: False, job.tick)
         job.flush()
     ledger = MomentsStore(folder / "moments").read_ledger()
-    assert sorted(s for part in ledger.parts for s in part.shards) == list(range(shards))
+    assert sorted(s for part in ledger.entries for s in part.shards) == list(range(shards))
     assert ledger.samples == 100 * shards
     assert job.first is not None
     assert job.last is not None
