@@ -167,7 +167,14 @@ def test_method_with_plain_rectifiers_does_not_change_the_graph(monkeypatch: pyt
         Explainer(network, None, ["guided-backprop"])
 
 
-def test_only_contributions_are_called_attributions() -> None:
-    assert [m for m, row in METHODS.items() if row.is_attribution] == [
-        "gradient-x-input", "patternattribution", "lrp-z", "lrp-epsilon-plus-flat", "integrated-gradients", "random",
-    ]  # fmt: skip
+def test_attributions_sum_to_the_score_of_a_linear_layer_and_signals_do_not() -> None:
+    torch.manual_seed(4)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 5, bias=False)).double().requires_grad_(False)
+    x, pattern = torch.randn(2, 3, 4, 4, dtype=torch.float64), torch.randn(5, 48, dtype=torch.float64)
+    pattern /= (model[1].weight * pattern).sum(1, keepdim=True)
+    settings = {"lrp-z.epsilon": 1e-12, "lrp-epsilon-plus-flat.epsilon": 1e-12}
+    found = Explainer(trace(model, x), {"1": pattern}, list(METHODS), settings=settings)(x, [1, 3], seeds=[1, 2])
+    scores = model(x)[[0, 1], [1, 3]]
+    for method, maps in found.maps.items():
+        error = float(((maps.flatten(1).sum(1) - scores) / scores).abs().max())
+        assert (error < 1e-4) == (METHODS[method].is_attribution and method != "random"), (method, error)
