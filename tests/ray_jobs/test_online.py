@@ -166,7 +166,7 @@ def test_images_are_files_pixels_or_tensors(fitted: str, written: list[tuple[Sam
     )
     assert reasons[:2] == ["", ""]
     assert reasons[2].startswith("pixels of shape (16, 16, 6)")
-    assert "a tensor of shape (2, 2), the model takes (3, 16, 16)" in reasons[3]
+    assert "a tensor of shape (2, 2)" in reasons[3]
     assert np.array_equal(gray[0], gray[1])
 
 
@@ -244,7 +244,9 @@ def test_a_request_that_cannot_be_answered_gets_a_reason(
 
 
 def test_missing_and_unknown_arguments_are_rejected(fitted: str) -> None:
-    with pytest.raises(UserError, match=r"run: is missing\. Write run=FOLDER"):
+    with pytest.raises(UserError, match="missing") as error:
         app({})
-    with pytest.raises(UserError, match=r"runs: no argument of this application\. There are classes"):
+    assert error.value.where == "run"
+    with pytest.raises(UserError, match="unknown argument") as error:
         app({"runs": fitted})
+    assert error.value.where == "runs"

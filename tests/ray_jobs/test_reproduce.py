@@ -109,7 +109,7 @@ def read_idx_of(path: Path, data: bytes) -> np.ndarray:
 @pytest.mark.parametrize(
     ("options", "phrase"),
     [
-        ("--dataset mnist", "--data: no folder of mnist's files. Name the one with the four idx files."),
+        ("--dataset mnist", "--data: no folder with the files of mnist"),
         ("--dataset mnist --data /nowhere", "/nowhere: holds neither train-images-idx3-ubyte nor train-images-idx3-"),
         ("--dataset cifar --data /nowhere", "reproduce: neither a data set with its own model nor a model with data."),
         ("--model torchvision:vgg16", "reproduce: neither a data set with its own model nor a model with data."),
