@@ -24,7 +24,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from patterns.attribution.backward_weights import OperatorWithBackwardWeight, Weights, compute_backward_weights
 from patterns.attribution.methods import ATTRIBUTION
 from patterns.attribution.rectifier_rules import rectifier_function
-from patterns.operators.operator import reshape_along
+from patterns.operators.axes import reshape_along
 from patterns.tracing.aten_graph import opname
 from patterns.tracing.network import Network
 
