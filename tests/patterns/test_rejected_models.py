@@ -34,13 +34,13 @@ class Block(nn.Module):
         (
             nn.Sequential(Block(nn.ReLU()), Block(nn.SiLU())),
             r"^no pattern is defined for silu in 1\.activation "
-            r"\(test_refusals\.py:\d+: return self\.activation\(self\.conv\(x\)\)\)$",
+            r"\(test_rejected_models\.py:\d+: return self\.activation\(self\.conv\(x\)\)\)$",
         ),
-        (Block(nn.GELU()), r"gelu in activation \(test_refusals\.py:\d+: return self\.activation"),
-        (Block(nn.LayerNorm([3, 8, 8])), r"layer_norm in activation \(test_refusals\.py:\d+: return self\.activation"),
+        (Block(nn.GELU()), r"gelu in activation \(test_rejected_models\.py:\d+: return self\.activation"),
+        (Block(nn.LayerNorm([3, 8, 8])), r"layer_norm in activation \(test_rejected_models\.py:\d+: return self"),
         (
             nn.Sequential(Block(nn.Softmax(1)), conv(3, 3)),
-            r"softmax in 0\.activation \(test_refusals\.py:\d+: return self\.activation",
+            r"softmax in 0\.activation \(test_rejected_models\.py:\d+: return self\.activation",
         ),
         (
             FunctionModel(lambda m, x: m.conv(x) * m.other(x).sigmoid(), conv=conv(), other=conv()),
@@ -82,7 +82,7 @@ class Branching(nn.Module):
 
 def test_control_flow_that_depends_on_the_data_is_rejected_with_its_line() -> None:
     error = trace_error(Branching())
-    assert re.search(r"cannot be exported .* test_refusals\.py:\d+.*if x\.sum\(\) > 0.*\(.+\)$", error.what)
+    assert re.search(r"cannot be exported .* test_rejected_models\.py:\d+.*if x\.sum\(\) > 0.*\(.+\)$", error.what)
     assert "control flow" in error.remedy
 
 
