@@ -62,9 +62,13 @@ def drawn(seeds: Tensor, name: str, available: int, positions: int, seed: int = 
     return [draw.sample(name, available) for _ in range(call + 1)][-1]
 
 
-def case(kind: OperatorType, weight: Tensor, *shapes: tuple[int, ...], unfold: Callable[..., list[Tensor]]) -> Case:
-    bias = None if isinstance(kind, Addition | AveragePool) else torch.linspace(-0.5, 0.5, len(weight)).double()
-    return Case(Operator("it", kind, weight, bias, (), (), "", Gate(*RELU)), shapes, unfold)
+def case(
+    operator_type: OperatorType, weight: Tensor, *shapes: tuple[int, ...], unfold: Callable[..., list[Tensor]]
+) -> Case:
+    bias = (
+        None if isinstance(operator_type, Addition | AveragePool) else torch.linspace(-0.5, 0.5, len(weight)).double()
+    )
+    return Case(Operator("it", operator_type, weight, bias, (), (), "", Gate(*RELU)), shapes, unfold)
 
 
 def normal(*shape: int) -> Tensor:

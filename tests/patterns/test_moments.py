@@ -270,15 +270,17 @@ HALF: dict[str, tuple[OperatorType, Shape, Shape]] = {
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", HALF)
 def test_half_precision_loses_no_sample_and_no_digit_of_the_models_outputs(name: str, dtype: torch.dtype) -> None:
-    kind, weight_shape, shape = HALF[name]
+    operator_type, weight_shape, shape = HALF[name]
     generator = torch.Generator().manual_seed(0)
     weight, x = ((torch.randn(size, generator=generator) + 1).to(dtype) for size in (weight_shape, shape))
-    operator = Operator("it", kind, weight, torch.linspace(-1, 1, 4).to(dtype), (), (), "", Gate(0.0, float("inf")))
+    operator = Operator(
+        "it", operator_type, weight, torch.linspace(-1, 1, 4).to(dtype), (), (), "", Gate(0.0, float("inf"))
+    )
     accumulator, z = Accumulator(operator, RequiredSums()), operator(x)
     accumulator.update((x,), z)
     found = accumulator.moments()
     patches = window_patches(x, (3, 3), (1, 1), (1, 1), (1, 1))[0] if name == "convolution" else x.double()
-    outputs = z.double().movedim(kind.axis, -1).flatten(0, -2)
+    outputs = z.double().movedim(operator_type.axis, -1).flatten(0, -2)
     y = outputs - operator.bias.double()  # type: ignore[union-attr]
     for sums, mask in ((found.total, torch.ones_like(y)), (found.open, (outputs > 0).double())):
         assert sums is not None
@@ -300,11 +302,11 @@ MANY: dict[str, tuple[OperatorType, Shape, Shape]] = {
 
 @pytest.mark.parametrize("name", MANY)
 def test_a_batch_of_more_positions_than_float32_can_count_loses_nothing(name: str) -> None:
-    kind, weight, shape = MANY[name]
+    operator_type, weight, shape = MANY[name]
     reach = 5e-5 if name == "convolution" else 1e-8  # its gradient adds the positions of a chunk one by one
     x = torch.ones(shape)
     x.view(-1)[::8] = -0.5
-    operator = Operator("it", kind, torch.ones(weight), None, (), (), "", Gate(0.0, float("inf")))
+    operator = Operator("it", operator_type, torch.ones(weight), None, (), (), "", Gate(0.0, float("inf")))
     accumulator = Accumulator(operator, RequiredSums())
     z = operator(x)
     accumulator.update((x,), z)

@@ -109,12 +109,14 @@ def test_neuron_table_has_counts_moments_and_flags(run: Run, tmp_path: Path) -> 
     assert table.to_pylist()[1]["n"] == 8 * 4 * 4
 
 
-@pytest.mark.parametrize("kind", [str, Path])
-def test_patterns_of_other_weights_are_rejected_with_both_digests(run: Run, tmp_path: Path, kind: type) -> None:
-    save(kind(tmp_path), run.solutions, "sha256:one")
-    assert load(kind(tmp_path), "sha256:one").keys() == load(kind(tmp_path), None).keys() == run.solutions.keys()
+@pytest.mark.parametrize("path_type", [str, Path])
+def test_patterns_of_other_weights_are_rejected_with_both_digests(run: Run, tmp_path: Path, path_type: type) -> None:
+    save(path_type(tmp_path), run.solutions, "sha256:one")
+    assert (
+        load(path_type(tmp_path), "sha256:one").keys() == load(path_type(tmp_path), None).keys() == run.solutions.keys()
+    )
     with pytest.raises(UserError) as caught:
-        load(kind(tmp_path), "sha256:two")
+        load(path_type(tmp_path), "sha256:two")
     assert caught.value.where == str(tmp_path / "patterns.safetensors")
     assert "sha256:one" in caught.value.what
     assert "sha256:two" in caught.value.what

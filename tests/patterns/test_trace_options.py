@@ -35,13 +35,13 @@ def saved_gelu(folder: Path, options: TraceOptions | None) -> Gelu:
     return model
 
 
-@pytest.mark.parametrize("kind", [str, Path])
-def test_explainers_load_from_a_folder_with_only_the_file_of_patterns(tmp_path: Path, kind: type) -> None:
+@pytest.mark.parametrize("path_type", [str, Path])
+def test_explainers_load_from_a_folder_with_only_the_file_of_patterns(tmp_path: Path, path_type: type) -> None:
     model = saved_gelu(tmp_path / "run", OPTIONS)
     (tmp_path / "only").mkdir()
     (tmp_path / "run" / "patterns.safetensors").rename(tmp_path / "only" / "patterns.safetensors")
     assert load_trace_options(tmp_path / "only") == OPTIONS
-    explainer = Explainer.load(kind(tmp_path / "only"), model)
+    explainer = Explainer.load(path_type(tmp_path / "only"), model)
     assert explainer.network.input_shape == (6,)
     assert explainer(torch.ones(2, 6), 0).maps["patternattribution"].shape == (2, 6)
 

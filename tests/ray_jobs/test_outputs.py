@@ -242,7 +242,7 @@ def test_the_logged_cost_bounds_the_size_of_the_files(
         (["--set", "gradient"], "Invalid value for '--set': 'gradient' is not a setting"),
         (["--set", "lrp-z.epsilon=0"], "--set: no setting 'lrp-z.epsilon' of these methods."),
         (["--methods", "lrp-x"], "--methods: no method 'lrp-x'"),
-        (["--methods", "patternnet:lineal"], "--estimators: no estimator 'lineal'"),
+        (["--methods", "patternnet:lineal"], "--estimator: no estimator 'lineal'"),
         (["--target", "99"], "--target 99: no class 99."),
         (["--classes", "none.txt", "--target", "cat"], "--classes none.txt: cannot be read"),
     ],
