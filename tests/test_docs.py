@@ -19,6 +19,7 @@ ELSEWHERE = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "clu
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), *(ROOT / name for name in ELSEWHERE)])
 
 
+@pytest.mark.ray  # `solve` starts Ray
 def test_commands_of_the_tutorial_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (ROOT / "docs" / "tutorial.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
