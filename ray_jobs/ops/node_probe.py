@@ -144,14 +144,14 @@ def unreadable(shards: Sequence[str]) -> dict[str, str]:
 
 def why_unreadable(shard: str) -> str:
     """Return the reason why the first sample of a shard cannot be read; empty if it can."""
-    from ray_jobs.data.byte_streams import opened
-    from ray_jobs.data.parquet_reader import is_table
+    from ray_jobs.data.byte_streams import open_stream
+    from ray_jobs.data.parquet_reader import is_parquet
     from ray_jobs.data.shard_reader import read_shard
     from ray_jobs.io.file_systems import is_url
 
     try:
-        if is_table(shard) and is_url(shard):  # its first sample would need a copy of the whole file
-            with closing(opened(shard).__enter__()) as stream:
+        if is_parquet(shard) and is_url(shard):  # its first sample would need a copy of the whole file
+            with closing(open_stream(shard).__enter__()) as stream:
                 stream.read(CHUNK)
         else:
             with closing(read_shard(shard)) as samples:
@@ -168,13 +168,13 @@ def reason(error: Exception) -> str:
 
 def speed(shard: str) -> float:
     """Return the rate in bytes per second at which a shard is read from its source, measured for a few seconds."""
-    from ray_jobs.data.byte_streams import source
+    from ray_jobs.data.byte_streams import open_source
     from ray_jobs.data.image_folders import SHARD
 
     if SHARD.fullmatch(shard):
         raise ValueError("a folder of images is not a single file")
     begun, size = time.monotonic(), 0
-    with source(shard) as (stream, _):
+    with open_source(shard) as (stream, _):
         while time.monotonic() - begun < READ_FOR and (data := stream.read(CHUNK)):
             size += len(data)
     return size / (time.monotonic() - begun)
@@ -182,13 +182,13 @@ def speed(shard: str) -> float:
 
 def write(out: str, mark: str) -> int:
     """Write a file in the way of a job, read it back, and return its size in bytes."""
-    from ray_jobs.io.object_store import located, published, remove
+    from ray_jobs.io.object_store import locate, publish, remove
 
-    folder, name, data = located(out), f"doctor-{platform.node()}-{os.getpid()}", os.urandom(WRITTEN)
+    folder, name, data = locate(out), f"doctor-{platform.node()}-{os.getpid()}", os.urandom(WRITTEN)
     if not (folder / mark).exists():
         raise OSError("the driver sees another folder under this name")
     try:
-        with published(folder) as here:
+        with publish(folder) as here:
             (here / name).write_bytes(data)
         if (folder / name).read_bytes() != data:
             raise OSError("the file that was read back differs from the one that was written")

@@ -14,7 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from patterns import UserError
 from ray_jobs.config import Resources
 from ray_jobs.engine.ray_session import connect, count_worker_slots, make_worker_options
-from ray_jobs.io.object_store import located, published, remove
+from ray_jobs.io.object_store import locate, publish, remove
 from ray_jobs.ops import node_probe
 from ray_jobs.ops.node_probe import Facts
 from ray_jobs.units import format_bytes
@@ -131,9 +131,9 @@ def marker_file(out: str | None) -> Iterator[str]:
     if out is None:
         yield mark
         return
-    folder = located(out)
+    folder = locate(out)
     fresh = not folder.exists()
-    with published(folder) as local:
+    with publish(folder) as local:
         (local / mark).touch()
     try:
         yield mark

@@ -18,22 +18,22 @@ from torchvision.transforms.functional import to_pil_image
 from patterns import UserError
 from patterns.attribution import RenderedExplanation, render_input, render_map
 from ray_jobs.config import Preprocessing
-from ray_jobs.data.image_decoding import cropped, decode, formats_of, upright
+from ray_jobs.data.image_decoding import decode, decode_upright, list_formats, resize_and_crop
 from ray_jobs.data.image_folders import EXTENSIONS
-from ray_jobs.data.samples import Sample, extension_of, image_in
+from ray_jobs.data.samples import Sample, extension_of, find_image
 from ray_jobs.data.shard_reader import read_shard
-from ray_jobs.io.object_store import fetched, read_table
-from ray_jobs.models.class_names import captions, class_names
-from ray_jobs.runs.map_files import Outputs, beside, outputs
+from ray_jobs.io.object_store import fetch, read_table
+from ray_jobs.models.class_names import load_class_names, map_numbers_to_names
+from ray_jobs.runs.map_files import ShardFiles, list_shard_files, tile_targets
 from ray_jobs.runs.run_folder import Run
-from ray_jobs.units import printable
+from ray_jobs.units import make_printable
 
 SHOWABLE = "Run `patternnet explain` with --output png, npy or parquet."
 Row = dict[str, Any]  # a row of explanations.parquet
 
 
 class Keys:
-    """Index of samples by their keys and by the names that the keys were made from (see `key_of`).
+    """Index of samples by their keys and by the names that the keys were made from (see `make_key`).
 
     Args:
         rows: Rows of explanations.parquet. If several rows have the same key, the first is used.
@@ -74,11 +74,11 @@ class Gallery:
     """
 
     def __init__(self, run: Run, names: Mapping[int, str]) -> None:
-        section = run.job("explain", "Run `patternnet explain` to the end first.")
+        section = run.require_job("explain", "Run `patternnet explain` to the end first.")
         options = dict(section["options"])
         self.run, self.methods = run, tuple(options["methods"])
         self.preprocessing = Preprocessing(**options["preprocessing"])
-        self.kinds, self.out = options["outputs"], outputs(str(run.folder), tuple(options["shards"]))
+        self.kinds, self.out = options["outputs"], list_shard_files(str(run.folder), tuple(options["shards"]))
         self.names = names
         if not {"png", "npy", "parquet"} & set(self.kinds):
             raise UserError(str(run.folder), f"holds explanations as {', '.join(self.kinds)} only", SHOWABLE)
@@ -87,7 +87,7 @@ class Gallery:
         """Return shard, key, label, prediction and probability of every sample, in the order of the shards."""
         columns = ["shard", "key", "label", "prediction", "probability"]
         rows = read_table(self.run.folder / "explanations.parquet").select(columns).to_pylist()
-        shards = {printable(shard): shard for shard in self.out}
+        shards = {make_printable(shard): shard for shard in self.out}
         return [{**row, "shard": shards[row["shard"]]} for row in rows]
 
     def find(self, key: str) -> Row:
@@ -148,7 +148,7 @@ class Gallery:
         """Return all columns of a sample's row that have a value, formatted as text."""
         table = read_table(self.run.folder / "explanations.parquet")
         (all_,) = table.filter(
-            (pc.field("shard") == printable(row["shard"])) & (pc.field("key") == row["key"])
+            (pc.field("shard") == make_printable(row["shard"])) & (pc.field("key") == row["key"])
         ).to_pylist()
         return {
             name: f"{value:.4g}" if isinstance(value, float) else str(value)
@@ -181,10 +181,10 @@ class Gallery:
                     return
         raise UserError(shard, f"no longer contains sample {min(left)!r}", "Choose samples that are still there.")
 
-    def maps(self, out: Outputs, keys: set[str]) -> Iterator[tuple[str, dict[str, Image.Image]]]:
+    def maps(self, out: ShardFiles, keys: set[str]) -> Iterator[tuple[str, dict[str, Image.Image]]]:
         """Yield the maps of some samples as pictures, from the smallest file that has them."""
         if not {"png", "npy"} & set(self.kinds):
-            with fetched(out.folder / out.maps) as path:
+            with fetch(out.folder / out.maps) as path:
                 yield from pictures_of(path, self.methods, keys)
             return
         with closing(read_shard(str(out.folder / out.tar))) as samples:
@@ -212,15 +212,15 @@ def open_gallery(run: str, classes: str | None) -> Gallery:
         classes: A file of class names; None for the names of the model's library.
     """
     found = Run(run)
-    model = found.job("explain", "Run `patternnet explain` to the end first.")["model"]
-    return Gallery(found, captions(class_names(model["spec"], classes)))
+    model = found.require_job("explain", "Run `patternnet explain` to the end first.")["model"]
+    return Gallery(found, map_numbers_to_names(load_class_names(model["spec"], classes)))
 
 
 def stored_picture(sample: Sample, method: str) -> Image.Image:
     """Return a method's map in a sample of an explanation shard as a picture."""
     if f"{method}.png" in sample.files:
         return Image.open(io.BytesIO(sample.files[f"{method}.png"])).convert("RGB")
-    return render_map(method, beside(np.load(io.BytesIO(sample.files[f"{method}.npy"]), allow_pickle=False)))
+    return render_map(method, tile_targets(np.load(io.BytesIO(sample.files[f"{method}.npy"]), allow_pickle=False)))
 
 
 def pictures_of(path: Any, methods: Sequence[str], keys: set[str]) -> Iterator[tuple[str, dict[str, Image.Image]]]:
@@ -233,7 +233,10 @@ def pictures_of(path: Any, methods: Sequence[str], keys: set[str]) -> Iterator[t
             table = file.read_row_group(number)
             for row, key in enumerate(found):
                 if key in keys:
-                    yield key, {m: render_map(m, beside(value(table, m, row).reshape(shapes[m]))) for m in methods}
+                    yield (
+                        key,
+                        {m: render_map(m, tile_targets(value(table, m, row).reshape(shapes[m]))) for m in methods},
+                    )
 
 
 def value(table: pa.Table, column: str, row: int) -> np.ndarray:
@@ -243,6 +246,8 @@ def value(table: pa.Table, column: str, row: int) -> np.ndarray:
 
 def model_view(sample: Sample, preprocessing: Preprocessing) -> Image.Image:
     """Return the part of a sample's image that the model sees, or its ready tensor as a picture."""
-    if image := image_in(sample.files):
-        return to_pil_image(cropped(upright(sample.files[image], "RGB", formats=formats_of(image)), preprocessing))
+    if image := find_image(sample.files):
+        return to_pil_image(
+            resize_and_crop(decode_upright(sample.files[image], "RGB", formats=list_formats(image)), preprocessing)
+        )
     return render_input(decode(sample.files, preprocessing).numpy())

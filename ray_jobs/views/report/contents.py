@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from patterns import UserError
 from ray_jobs.io.object_store import read_table
-from ray_jobs.models.class_names import captions, class_names
+from ray_jobs.models.class_names import load_class_names, map_numbers_to_names
 from ray_jobs.runs.run_folder import JOBS, Run
 from ray_jobs.units import format_duration
 from ray_jobs.views.gallery import Gallery
@@ -157,7 +157,7 @@ def read_contents(folder: str, number: int, count: int, classes: str | None, see
     tolerance = options.get("until_converged")
     seen, unseen = None, ""
     if "explain" in complete and count:
-        names = captions(class_names(manifest["explain"]["model"]["spec"], classes))
+        names = map_numbers_to_names(load_class_names(manifest["explain"]["model"]["spec"], classes))
         try:
             seen = read_samples(Gallery(run, names), count, seed, pages)
         except UserError as error:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from patterns import UserError
-from patterns.attribution import centred, coloured, png
+from patterns.attribution import center_values, encode_png, values_to_image
 from ray_jobs.config import ModelConfig
 from ray_jobs.models import loading
 from ray_jobs.runs.run_folder import Run, load_patterns
@@ -89,7 +89,7 @@ def read_filters(run: Run, manifest: Mapping[str, Any]) -> Filters | None:
 def weight_of(run: Run, operator: str, digest: str) -> tuple[Tensor | None, str]:
     """Return the operator's weight in the run's model; or None and the reason why it is not available."""
     try:
-        loaded = loading.load(ModelConfig(**run.fitted_model()))
+        loaded = loading.load(ModelConfig(**run.read_fitted_model()))
     except UserError as error:
         return None, f"the model cannot be loaded here ({error.what})"
     if loaded.digest != digest:
@@ -100,7 +100,9 @@ def weight_of(run: Run, operator: str, digest: str) -> tuple[Tensor | None, str]
 def neuron(number: int, shown: Mapping[str, Tensor]) -> Neuron:
     """Return one neuron with its pictures."""
     values = {row: tensor[number].float() for row, tensor in shown.items()}
-    pictures = [None if not bool(v.any()) else embed("png", png(draw_weights(v.numpy()))) for v in values.values()]
+    pictures = [
+        None if not bool(v.any()) else embed("png", encode_png(draw_weights(v.numpy()))) for v in values.values()
+    ]
     return Neuron(number, pictures, cosine(values))
 
 
@@ -115,4 +117,4 @@ def cosine(values: Mapping[str, Tensor]) -> float | None:
 
 def draw_weights(values: np.ndarray) -> Image.Image:
     """Return a neuron's weights (C, H, W) as a picture at its own contrast; gray is zero."""
-    return coloured(centred(values))
+    return values_to_image(center_values(values))

@@ -9,7 +9,7 @@ from itertools import groupby
 
 from PIL import Image
 
-from patterns.attribution import png
+from patterns.attribution import encode_png
 from ray_jobs.views.gallery import Gallery, Row
 
 LARGEST = 256  # pixels: the size of an enlarged picture on most screens
@@ -121,7 +121,7 @@ def tile(method: int, name: str, image: Image.Image, side: int) -> Tile:
 def data_uri(image: Image.Image) -> str:
     """Return an image as a data URI: PNG if it is small, else JPEG."""
     if image.height <= EXACT:
-        return embed("png", png(image))
+        return embed("png", encode_png(image))
     buffer = io.BytesIO()
     image.convert("RGB").save(buffer, "jpeg", quality=QUALITY, subsampling=0)  # the colors of maps carry the values
     return embed("jpeg", buffer.getvalue())
