@@ -16,11 +16,11 @@ ROOT = Path(__file__).parents[2]
 BLOCKED = """
 import sys, threading
 from ray_jobs.engine.signals import Signals, end_process, stop_signals
-from ray_jobs.data.byte_streams import opened
+from ray_jobs.data.byte_streams import open_stream
 
 Signals.end = staticmethod(end_process)
 def read():
-    with opened("pipe:sleep 777; true") as stream:
+    with open_stream("pipe:sleep 777; true") as stream:
         stream.read()
 with stop_signals():
     reader = threading.Thread(target=read, daemon=True)
