@@ -48,7 +48,7 @@ def load_custom_model(spec: str) -> nn.Module:
             module = execute_file(file.absolute()) if is_path else importlib.import_module(where)
         except (Exception, SystemExit) as error:
             what = f"{where} cannot be imported ({describe_error(error)})"
-            raise UserError(f"--model {spec}", what, "Fix it. " + REMEDY if is_path else REMEDY) from error
+            raise UserError(f"--model {spec}", what, "Fix the file. " + REMEDY if is_path else REMEDY) from error
         if not hasattr(module, name):
             raise UserError(f"--model {spec}", f"{where} has no function or model {name!r}", REMEDY)
         found = getattr(module, name)

@@ -78,7 +78,7 @@ def test_status_of_the_job_is_that_of_the_program(slurm: Slurm, tmp_path: Path) 
         slurm, tmp_path, "fit", "--model", "none:none", "--shards", tmp_path / "none.tar", "--out", out
     )
     assert status == 2
-    assert f"patternnet: {tmp_path}/none.tar: no such shard" in log
+    assert f"patternnet: {tmp_path}/none.tar: the shard does not exist" in log
 
 
 @pytest.mark.slow

@@ -126,7 +126,7 @@ def test_every_planted_fault_is_reported_with_its_node(
         f"the disk of {full} is full": 3,
         "Ray starts nothing on a node whose disk is 0.1 % full": 1,
         f"{shards[2]} cannot be read (not a tar archive": 3,
-        f"{gone} cannot be read, because the server does not answer (<urlopen error": 3,
+        f"{gone} cannot be read, because the server does not respond (<urlopen error": 3,
         f"--out {full}: cannot be written (No space left on device)": 3,
         "--cpus-per-worker --gpus-per-worker: no node can hold a worker of 1 CPUs and 2 GPUs": 0,
     }
