@@ -16,10 +16,10 @@ from patterns import (
     Operator,
     accumulate,
     choose,
-    scales,
     solve,
     trace,
 )
+from patterns.attribution import gradient_scaling
 from tests.patterns.networks import PASSES, build, randomize, relative
 from tests.patterns.test_scales import deep, patterns_of
 
@@ -69,9 +69,9 @@ def signed(shrunk: float = 1.0) -> tuple[Network, Tensor]:
 def test_scaling_changes_no_bit_of_any_method(monkeypatch: pytest.MonkeyPatch) -> None:
     network, inputs = signed()
     patterns = patterns_of(network, 3.0)
-    monkeypatch.setattr(scales, "SAFE", 10_000)
+    monkeypatch.setattr(gradient_scaling, "SAFE_DIGITS", 10_000)
     unscaled = Explainer(network, patterns, PASSES)(inputs)
-    monkeypatch.setattr(scales, "SAFE", 1)
+    monkeypatch.setattr(gradient_scaling, "SAFE_DIGITS", 1)
     scaled = Explainer(network, patterns, PASSES)(inputs)
     for method, maps in scaled.maps.items():
         assert unscaled.exponents[method] == 0
