@@ -53,11 +53,12 @@ def assert_same_maps(found: Explanation, expected: Explanation, cosine: float, s
 def signed(shrunk: float = 1.0) -> tuple[Network, Tensor]:
     """A deep network with weights of both signs, whose dense blocks pass on little except their biases."""
     network, inputs = deep()
+    assert {"plain.0", "reduce.0", "last"} <= set(network.operators)
     generator = torch.Generator().manual_seed(4)
     for name, operator in network.operators.items():
         if name.startswith("plain"):
             operator.weight.mul_(torch.randn(operator.weight.shape, generator=generator).sign())
-        elif name.startswith("back"):
+        elif name.startswith("reduce"):
             operator.weight.mul_(shrunk)
             assert operator.bias is not None
             operator.bias.abs_().add_(0.1)
