@@ -255,6 +255,7 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("spec", SMALL)
 def test_model_is_traced_fitted_and_explained(spec: str) -> None:
     assert check(spec).result == "works"

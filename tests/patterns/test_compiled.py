@@ -26,6 +26,7 @@ def network(monkeypatch: pytest.MonkeyPatch) -> Network:
     return trace(varied_model(), image())
 
 
+@pytest.mark.full
 def test_compiled_sums_are_those_of_the_uncompiled_network(network: Network) -> None:
     plain, compiled = Observer(network), Observer(network)
     compiled.compile(4)
@@ -65,6 +66,7 @@ def test_patterns_of_compiled_float32_sums_are_as_exact_as_uncompiled_patterns()
             assert compiled_error <= max(1.5 * error, 1e-6), (name, row, compiled_error, error)
 
 
+@pytest.mark.slow
 def test_compiled_maps_of_every_method_and_of_several_targets_are_those_of_uncompiled_passes(network: Network) -> None:
     torch.manual_seed(1)
     patterns = {name: torch.randn_like(op.weight) for name, op in network.operators.items()}
@@ -107,6 +109,7 @@ def test_compiled_backward_pass_is_a_product_of_matrices_and_masks() -> None:
     assert relative(explainer(x, torch.tensor([2])).maps["patternnet"][0], backward) < 1e-12
 
 
+@pytest.mark.full
 def test_compiled_passes_beyond_the_range_of_float32_are_scaled() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(*(layer for _ in range(8) for layer in (nn.Linear(8, 8), nn.ReLU())), nn.Linear(8, 2))

@@ -318,6 +318,7 @@ def test_packed_folder_keeps_images_and_classes(tmp_path: Path) -> None:
         assert sample.files["cls"] == {"cat": b"0", "dog": b"1"}[folder]
 
 
+@pytest.mark.slow
 def test_model_of_the_demo_classifies_its_photographs(tmp_path: Path) -> None:
     from ray_jobs.config import ModelConfig
     from ray_jobs.data.image_decoding import decode

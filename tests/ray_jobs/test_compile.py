@@ -110,6 +110,7 @@ def test_a_mode_for_gpus_is_rejected_before_it_is_recorded_if_ray_reports_no_gpu
         assert "explain" not in Run(config.out).manifest()
 
 
+@pytest.mark.slow
 def test_a_worker_without_a_compiler_ends_the_job_with_one_line(
     complaint: Callable[..., str], model_spec: str, shards: list[str], tmp_path: Path
 ) -> None:

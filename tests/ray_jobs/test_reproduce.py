@@ -45,6 +45,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_experiments_run_on_two_thousand_images(files: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = f"reproduce --dataset mnist --data {files} --out {out} --degraded 60 --batch-size 50 --workers 0"

@@ -200,7 +200,9 @@ print(json.dumps([[s.key for s in read_shard(shard)] for shard in list_shards(sy
 """
 
 
-@pytest.mark.parametrize("variable", ["AWS_ENDPOINT_URL", "FSSPEC_S3_ENDPOINT_URL"])
+@pytest.mark.parametrize(
+    "variable", [pytest.param("AWS_ENDPOINT_URL", marks=pytest.mark.slow), "FSSPEC_S3_ENDPOINT_URL"]
+)
 def test_s3_is_read_with_credentials_of_the_environment(s3: str, folder: Path, variable: str) -> None:
     keys = {"AWS_ACCESS_KEY_ID": "anyone", "AWS_SECRET_ACCESS_KEY": "anything"}
     specs = ["s3://data/shards/good.{tar,parquet}", "s3://data/shards/*.gz", "s3://data/train/"]
