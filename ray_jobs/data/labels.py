@@ -312,6 +312,6 @@ def parse_class_numbers(labels: Iterable[str]) -> dict[str, int | None]:
         numbers = number_classes(classes)
     else:
         numbers = {name: int(name.partition(".")[0]) for name in classes}
-        if wrong := next((name for name, number in numbers.items() if not 0 <= number < MAX_CLASS), None):
+        if wrong := next((name for name, number in sorted(numbers.items()) if not 0 <= number < MAX_CLASS), None):
             raise ShardError(f"{wrong[:MAX_SHOWN]} is not a class number")
     return {label: numbers.get(name) for label, name in class_of.items()}

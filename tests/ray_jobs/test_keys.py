@@ -135,7 +135,7 @@ def test_samples_are_chosen_by_key_or_name(
     assert exit_status(["show", str(run.folder), "x/y,z"]) == 0
     assert exit_status(["report", str(run.folder)]) == 0
     assert "a,c" not in TAR_KEYS
-    assert "no explanation" in complaint("grid", run.folder, "--keys", "a,c")
+    assert "no sample with this key" in complaint("grid", run.folder, "--keys", "a,c")
 
 
 def test_name_of_several_samples_is_an_error(fitted: str, model: ModelConfig, tmp_path: Path, complaint: Any) -> None:
@@ -143,5 +143,5 @@ def test_name_of_several_samples_is_an_error(fitted: str, model: ModelConfig, tm
     data = photographs(len(keys))
     shard = write_tar(tmp_path / "x.tar", [{"__key__": key, "jpg": image} for key, image in zip(keys, data)])
     run = explained(fitted, model, shard)
-    assert "names several samples" in complaint("show", run.folder, "a,b")
+    assert "several samples have this name" in complaint("show", run.folder, "a,b")
     assert Gallery(run, {}).find("a.b.jpg")["key"] == keys[2]

@@ -100,7 +100,7 @@ AMBIGUOUS = {
     "two labels for an image": (lines("{i} {n}") + lines("{i} 5"), "two labels for val_0.JPEG"),
     "too few lines": ("1\n2\n", "2 labels for 6 images"),
     "a line without a label": (lines("{i} {n}") + "val_0.JPEG\n", "a line has no label"),
-    "negative": (lines("{i} -{n}"), "is not a class number"),
+    "negative": (lines("{i} -{n}"), "-3 is not a class number"),
     "too large": (lines("{i} {n}00000000000"), "300000000000 is not a class number"),
     "empty": ("\n", "is empty"),
 }
