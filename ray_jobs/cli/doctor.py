@@ -7,7 +7,7 @@ from rich.table import Table
 
 from patterns import UserError
 from ray_jobs.cli.arguments import absolute, echo, listed
-from ray_jobs.cli.options import command
+from ray_jobs.cli.options import command, name_flags
 from ray_jobs.config import Resources
 from ray_jobs.config.commands import DoctorOptions
 
@@ -31,7 +31,7 @@ def doctor(options: DoctorOptions) -> None:
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     echo(f"{len(found.nodes)} nodes, with room for {found.workers} workers; {len(shards)} shards checked")
     for problem in found.problems:
-        echo(f"  {problem}")
+        echo(name_flags(f"  {problem}", {name: f"--{name.replace('_', '-')}" for name in names}))
     if found.problems:
         raise UserError("doctor", f"{len(found.problems)} problems to fix before a long run", "They are listed above.")
     echo("doctor: no problems found")

@@ -106,10 +106,10 @@ def examine(resources: Resources, shards: Sequence[str], out: str | None, patien
 
 def group(problems: Sequence[UserError]) -> list[UserError]:
     """Return each problem once, with the nodes that have it."""
-    nodes_of: dict[tuple[str, str], list[str]] = {}
+    nodes_of: dict[tuple[str, str, str | None], list[str]] = {}
     for problem in problems:
-        nodes_of.setdefault((problem.what, problem.remedy), []).append(problem.where)
-    return [UserError(name_some(nodes), what, remedy) for (what, remedy), nodes in nodes_of.items()]
+        nodes_of.setdefault((problem.what, problem.remedy, problem.parameter), []).append(problem.where)
+    return [UserError(name_some(nodes), *problem) for problem, nodes in nodes_of.items()]
 
 
 def name_some(nodes: Sequence[str]) -> str:

@@ -152,7 +152,7 @@ def test_command_is_valid(overlay: str) -> None:
     [
         ("--min-worker 4", "No such option"),
         ("--batch-size many", "valid integer"),
-        ("--log yaml", "'plain', 'json'"),
+        ("--max-loss soon", "not a duration"),
         ("argument", "unexpected extra argument"),
     ],
 )
