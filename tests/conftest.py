@@ -3,6 +3,7 @@
 import io
 import os
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -61,8 +62,10 @@ def traced_once() -> Iterator[None]:
             traced[key] = original(self)
         return traced[key]
 
+    cached = cached_property(network)
+    cached.__set_name__(LoadedModel, "network")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LoadedModel, "network", property(network))
+        patch.setattr(LoadedModel, "network", cached)
         yield
 
 
