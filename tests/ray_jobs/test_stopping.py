@@ -36,6 +36,12 @@ def is_running(command: str, session: int) -> bool:
     return command in listed.stdout
 
 
+def heed_signals() -> None:
+    """Undo the ignoring of signals that this process has inherited, for example from `nohup`."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @pytest.fixture
 def blocked_job() -> Iterator[subprocess.Popen[str]]:
     """A job that is blocked in reading a shard, in a session of its own."""
@@ -46,6 +52,7 @@ def blocked_job() -> Iterator[subprocess.Popen[str]]:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=heed_signals,
     )
     with job:
         assert job.stdout is not None
