@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -117,7 +118,9 @@ def test_killed_owner_leaves_no_process_and_no_file() -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_command_prints_how_to_use_the_cluster_and_stops_it_on(number: signal.Signals) -> None:
     command = [sys.executable, "-m", "cluster.local", "--nodes", "1", "--cpus", "1"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as owner:
+    # The signal may be ignored in this process, for example in the background of a shell.
+    heed = partial(signal.signal, number, signal.SIG_DFL)
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, preexec_fn=heed) as owner:
         assert owner.stdout is not None
         said = [owner.stdout.readline() for _ in range(4)]
         (keeper,) = [p for p in processes() if p.parent == owner.pid]
