@@ -93,3 +93,16 @@ def format_duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def format_quantity(value: float) -> str:
+    """Format a number for an axis: 0.01, 500, 20k, 1.28M.
+
+    Example:
+        >>> format_quantity(1_280_000)
+        '1.28M'
+    """
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:g}{unit}"
+    return f"{value:g}"

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from patterns.estimation import ConvergenceCheck, Solution
 from patterns.io import write_table
 from ray_jobs.figures.drawing import save_figure
+from ray_jobs.units import format_quantity
 
 # One row for each convergence check, operator (in the model's order) and estimator that depends on data.
 # samples: number of images so far.  median, p90: the 50th and 90th percentile over the operator's neurons of the
@@ -114,8 +115,8 @@ def draw_convergence(path: Path, table: pa.Table, tolerance: float | None = None
     for axis in axes:
         axis.set(xscale="log", yscale="log")
         axis.set_xlabel("images", fontsize=8)
-        axis.xaxis.set_major_formatter(tick_label)
-        axis.yaxis.set_major_formatter(tick_label)
+        axis.xaxis.set_major_formatter(lambda value, _: format_quantity(value))
+        axis.yaxis.set_major_formatter(lambda value, _: format_quantity(value))
         axis.tick_params(labelsize=7)
         axis.tick_params(which="minor", labelsize=0)
         axis.grid(which="major", linewidth=0.3)
@@ -142,11 +143,3 @@ def draw_worst(axis: Any, samples: np.ndarray, p90: np.ndarray, tolerance: float
         end = max(end, samples[-1] * min(EXTRAPOLATION, (p90[-1] / tolerance) ** 2))
     ahead = np.array([samples[-1], end])
     axis.plot(ahead, p90[-1] * np.sqrt(samples[-1] / ahead), ":", color="black", linewidth=1.2, label="1/√n")
-
-
-def tick_label(value: float, _: int) -> str:
-    """Format a number on an axis: 0.01, 500, 20k, 1.28M."""
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:g}{unit}"
-    return f"{value:g}"

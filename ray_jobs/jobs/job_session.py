@@ -36,7 +36,7 @@ class JobSession:
         session = JobSession("explain", config)
         if session.finished:
             return session.close()
-        with session.work(resources, recorded="from the start"):
+        with session.work(resources, scales=scales):
             session.section |= {"samples": do_it(session.heartbeat, session.tasks)}
         return session.run
     """

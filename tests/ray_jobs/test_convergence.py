@@ -19,8 +19,8 @@ from ray_jobs.figures.convergence_curves import (
     check_rows,
     draw_convergence,
     last_check,
-    tick_label,
 )
+from ray_jobs.units import format_quantity
 
 
 def network() -> Network:
@@ -109,4 +109,4 @@ def test_a_curve_without_known_errors_is_drawn(tmp_path: Path, table: pa.Table) 
     ("value", "text"), [(0.003, "0.003"), (1, "1"), (500, "500"), (20_000, "20k"), (1_281_167, "1.28117M")]
 )
 def test_numbers_on_axes_are_abbreviated(value: float, text: str) -> None:
-    assert tick_label(value, 0) == text
+    assert format_quantity(value) == text

@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from ray_jobs.units import format_quantity
+
 HEIGHT, LEFT, TOP, RIGHT = 250.0, 58.0, 14.0, 12.0
 FULL = 1140.0  # pixels: the width of a page
 MIN_PITCH, MIN_GROUP, MAX_GROUP = 4.0, 14.0, 120.0  # pixels between marks, and between columns
@@ -42,7 +44,7 @@ class Scale:
 
     def ticks(self, about: int = 5) -> list[Tick]:
         """Return about the given number of ticks at round numbers."""
-        return [Tick(self(value), tick_label(value)) for value in self.round_numbers(about)]
+        return [Tick(self(value), format_quantity(value)) for value in self.round_numbers(about)]
 
     def round_numbers(self, about: int) -> list[float]:
         """Return about the given number of round values on the scale."""
@@ -235,11 +237,3 @@ def convergence_lines(
     return Chart(
         name, title, width, bottom + 40, bottom, x.ticks(), y.ticks(), x_title, y_title, lines=drawn,
     )  # fmt: skip
-
-
-def tick_label(value: float) -> str:
-    """Format a number on an axis: 0.01, 500, 20k, 1.28M."""
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:g}{unit}"
-    return f"{value:g}"
