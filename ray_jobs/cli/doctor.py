@@ -31,7 +31,7 @@ def doctor(options: DoctorOptions) -> None:
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     echo(f"{len(found.nodes)} nodes, with room for {found.workers} workers; {len(shards)} shards checked")
     for problem in found.problems:
-        echo(name_flags(f"  {problem}", {name: f"--{name.replace('_', '-')}" for name in names}))
+        echo(name_flags(f"  {problem}", doctor.flags()))
     if found.problems:
         raise UserError("doctor", f"{len(found.problems)} problems to fix before a long run", "They are listed above.")
     echo("doctor: no problems found")
