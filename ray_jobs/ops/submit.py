@@ -117,7 +117,7 @@ def connect_client(address: str) -> JobSubmissionClient:
     """Connect to a dashboard; raise UserError if that fails."""
     if not address.startswith(("http://", "https://")):
         raise UserError(f"--address {address}", "not the address of a dashboard", "Write http://HOST:8265.")
-    os.environ["RAY_API_SERVER_ADDRESS"] = address  # Ray prefers this variable to the argument
+    os.environ.pop("RAY_API_SERVER_ADDRESS", None)  # Ray prefers this variable to the argument
     try:
         return JobSubmissionClient(address)
     except AuthenticationError as error:
