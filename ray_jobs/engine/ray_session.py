@@ -3,9 +3,8 @@
 import contextlib
 import logging
 import os
-import signal
-import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ray
@@ -22,6 +21,7 @@ from ray_jobs.engine.ray_address import (
     version_error,
 )
 from ray_jobs.engine.ray_tasks import LocalTasks, RayTasks, Tasks
+from ray_jobs.engine.signals import stop_signals
 from ray_jobs.io.file_systems import format_message
 
 REQUIREMENTS = {"CPU": "num_cpus", "GPU": "num_gpus"}  # a node's resources, and the actor options that take them
@@ -46,14 +46,22 @@ def connect(resources: Resources) -> Iterator[Tasks]:
     if ray.is_initialized():  # a notebook or a test has connected already
         yield RayTasks()
         return
-    handler = signal.getsignal(signal.SIGTERM)
-    attach_or_start(resources.address or os.environ.get("RAY_ADDRESS", "").strip())
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, handler)  # ray.init() has replaced it
     try:
+        with uninterrupted():
+            attach_or_start(resources.address or os.environ.get("RAY_ADDRESS", "").strip())
         yield RayTasks()
     finally:
-        ray.shutdown()
+        with uninterrupted():
+            ray.shutdown()
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Delay signals to the end of the block: Ray, interrupted while it starts or ends, aborts or leaves processes."""
+    with stop_signals() as stopped:
+        yield
+    if stopped():
+        raise KeyboardInterrupt
 
 
 def attach_or_start(address: str) -> None:
@@ -72,9 +80,8 @@ def attach_or_start(address: str) -> None:
         ensure_token()
         options |= {"include_dashboard": False, "_temp_dir": choose_temporary_folder()}
     try:
-        ray.init(address=address, **options)
-    except SystemExit as error:  # while it starts, Ray's own handler of SIGTERM is installed, and exits with status 15
-        raise KeyboardInterrupt from error
+        with ThreadPoolExecutor(1) as thread:  # in the main thread, ray.init() would replace the handler of SIGTERM
+            thread.submit(ray.init, address=address, **options).result()
     except AuthenticationError as error:
         raise no_token_error(address) from error
     except Exception as error:  # Ray's errors about a cluster or a machine have no common base

@@ -75,7 +75,7 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
-    # After ray.init(), which installs its own handlers. `nohup` ignores SIGHUP, and so does the job.
+    # `nohup` ignores SIGHUP, and so does the job.
     handled = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
     before = {number: signal.signal(number, handle) for number in handled}
     try:

@@ -1,15 +1,17 @@
 """Signals to the program: what the second one ends, and that no process is left running."""
 
+import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.ray_jobs.runs import wait_until
+from tests.ray_jobs.runs import OPTIONS, wait_until
 
 ROOT = Path(__file__).parents[2]
 # A job whose only shard never yields a byte; a thread reads it, and the main thread waits for the thread.
@@ -87,3 +89,34 @@ def assert_alive(job: subprocess.Popen[str]) -> None:
     """Assert that a job outlives a signal for a moment."""
     time.sleep(0.2)
     assert job.poll() is None
+
+
+@pytest.mark.ray
+def test_signal_while_ray_starts_stops_with_status_3_and_leaves_no_process(
+    tmp_path: Path, shards: list[str], model_spec: str
+) -> None:
+    # Ray interrupted halfway aborts the process, or leaves some of its own.
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder:  # the names of sockets in it must be short
+        command = [sys.executable, "-m", "ray_jobs", "fit", "--model", model_spec, "--shards", shards[0]]
+        job = subprocess.Popen(
+            [*command, "--workers", "1", "--out", str(tmp_path / "run"), *OPTIONS],
+            cwd=ROOT,
+            env={**os.environ, "RAY_TMPDIR": folder},
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=heed_signals,
+        )
+        with job:
+            wait_until(lambda: folder in running_commands("gcs_server"))
+            job.send_signal(signal.SIGTERM)
+            _, errors = job.communicate(timeout=300)
+        assert job.returncode == 3
+        assert errors.startswith("patternnet: interrupted")
+        assert errors.count("\n") == 1
+        wait_until(lambda: folder not in running_commands(folder))
+
+
+def running_commands(text: str) -> str:
+    """Return the command lines, with this text, of all processes."""
+    listed = subprocess.run(["ps", "-eo", "args="], capture_output=True, text=True, check=True).stdout
+    return "\n".join(line for line in listed.splitlines() if text in line)
