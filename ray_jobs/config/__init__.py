@@ -3,6 +3,7 @@
 from ray_jobs.config.jobs import (
     CROP_MODES,
     FITTED,
+    INTERPOLATIONS,
     OUTPUTS,
     PRECISIONS,
     REDUCTIONS,
@@ -20,6 +21,7 @@ from ray_jobs.config.jobs import (
 __all__ = [
     "CROP_MODES",
     "FITTED",
+    "INTERPOLATIONS",
     "OUTPUTS",
     "PRECISIONS",
     "REDUCTIONS",

@@ -10,6 +10,7 @@ from ray_jobs.units import parse_bytes, parse_duration, parse_positions
 # These estimators take all sums, so that every other estimator can be solved later without data.
 FITTED = ("linear", "two-component", "multivariate")
 CROP_MODES = ("center", "squash", "border")
+INTERPOLATIONS = ("nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos")
 PRECISIONS = ("float32", "tf32", "float64", "bfloat16")
 OUTPUTS = ("npy", "png", "parquet", "zarr")
 REDUCTIONS = ("none", "sum", "abs-sum", "abs-max")

@@ -15,8 +15,6 @@ import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms import functional as T
 
 from ray_jobs.config import Preprocessing
 from ray_jobs.data.samples import (
@@ -56,6 +54,14 @@ ORIENTATIONS = {
 }
 # A JPEG is decoded at reduced size if its shorter side keeps this many pixels for each pixel of the resized image.
 MIN_OVERSAMPLING = 2
+# Pillow's filters by torchvision's names of the interpolations that torch does not compute in the same way.
+FILTERS = {
+    "nearest": Image.Resampling.NEAREST,
+    "nearest-exact": Image.Resampling.NEAREST,
+    "box": Image.Resampling.BOX,
+    "hamming": Image.Resampling.HAMMING,
+    "lanczos": Image.Resampling.LANCZOS,
+}
 JPEG_DIVISORS = (8, 4, 2)  # of its sides, which libjpeg-turbo computes fast
 
 
@@ -73,7 +79,7 @@ class Picture:
 
     def image(self) -> Image.Image:
         """Return the pixels as an image of Pillow."""
-        return T.to_pil_image(self.pixels)
+        return to_pillow(self.pixels)
 
 
 def decode(files: Mapping[str, bytes], preprocessing: Preprocessing) -> Tensor:
@@ -281,7 +287,18 @@ def decode_with_pillow(opened: Image.Image, mode: str) -> Tensor:
         raise SampleError(f"32 bits per pixel (Pillow's mode {opened.mode}), so that the value of white is unknown")
     if opened.mode.startswith("I"):  # Pillow would clip all values above 255 to white
         opened = Image.fromarray((np.asarray(opened) >> 8).astype(np.uint8))
-    return T.pil_to_tensor(opened.convert(mode))
+    return to_tensor(opened.convert(mode))
+
+
+def to_pillow(pixels: Tensor) -> Image.Image:
+    """Return pixels, uint8 of shape (1 or 3, H, W), as an image of Pillow."""
+    array = pixels.permute(1, 2, 0).numpy()
+    return Image.fromarray(np.ascontiguousarray(array[..., 0] if len(pixels) == 1 else array))
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """Return the pixels of an image in mode RGB or L, uint8 of shape (3 or 1, H, W)."""
+    return torch.from_numpy(np.array(image)).view(image.height, image.width, -1).permute(2, 0, 1)
 
 
 def read_orientation(image: Image.Image) -> int:
@@ -308,14 +325,12 @@ def resize_and_crop(picture: Picture, preprocessing: Preprocessing) -> Tensor:
     size = compute_resized_shape(*picture.size, preprocessing)
     if min(size) == 0 or math.prod(size) > MAX_PIXELS:
         raise SampleError(f"{picture.size[1]}×{picture.size[0]} pixels: too long and thin to be resized")
-    pixels, interpolation = picture.pixels, InterpolationMode(preprocessing.interpolation)
-    if interpolation in (InterpolationMode.BILINEAR, InterpolationMode.BICUBIC):
-        pixels = F.interpolate(pixels[None], size, mode=interpolation.value, antialias=True)[0]
+    pixels, interpolation = picture.pixels, preprocessing.interpolation
+    if interpolation in ("bilinear", "bicubic"):
+        pixels = F.interpolate(pixels[None], size, mode=interpolation, antialias=True)[0]
     else:  # torch has no Lanczos or box filter, and its `nearest` differs from Pillow's
-        pixels = T.pil_to_tensor(T.resize(T.to_pil_image(pixels), list(size), interpolation))
-    if preprocessing.crop_mode == "border":
-        return crop_with_border(pixels, preprocessing)
-    return T.center_crop(pixels, [preprocessing.image_size, preprocessing.image_size])
+        pixels = to_tensor(to_pillow(pixels).resize(size[::-1], FILTERS[interpolation]))
+    return crop_center(pixels, preprocessing)
 
 
 def compute_resized_shape(height: int, width: int, preprocessing: Preprocessing) -> tuple[int, int]:
@@ -344,10 +359,19 @@ def compute_crop_offset(side: int, size: int) -> int:
     return round((side - size) / 2) if side >= size else -((size - side) // 2)
 
 
-def crop_with_border(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """Return the center crop of an image, padded by the mean color if the image is smaller."""
+def crop_center(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """Return the center crop of an image. A smaller image is padded: by the mean color in the mode `border`, else by 0.
+
+    Args:
+        pixels: uint8, shape (C, H, W).
+        preprocessing: The size of the crop, and its mode.
+
+    Returns:
+        uint8, shape (C, image_size, image_size).
+    """
     size = preprocessing.image_size
-    color = torch.tensor([round(255 * value) for value in preprocessing.mean], dtype=torch.uint8)
+    padding = preprocessing.mean if preprocessing.crop_mode == "border" else (0.0,)
+    color = torch.tensor([round(255 * value) for value in padding], dtype=torch.uint8)
     canvas = color.view(-1, 1, 1).expand(len(pixels), size, size).clone()
     top, left = (compute_crop_offset(side, size) for side in pixels.shape[1:])
     inner = pixels[:, max(top, 0) :, max(left, 0) :][:, :size, :size]

@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
-from torchvision.transforms import InterpolationMode
 
 from patterns import UserError
-from ray_jobs.config import CROP_MODES, Preprocessing
+from ray_jobs.config import CROP_MODES, INTERPOLATIONS, Preprocessing
 from ray_jobs.units import format_first_line
 
 
@@ -121,7 +120,7 @@ def convert_timm_config(config: Mapping[str, Any], spec: str) -> Preprocessing:
     if channels not in (1, 3) or len(mean) != channels or len(std) != channels:
         what = f"takes {channels} channels, with {len(mean)} means and {len(std)} deviations; 1 or 3 are supported"
         raise unsupported_error(spec, what)
-    if config["interpolation"] not in {mode.value for mode in InterpolationMode}:
+    if config["interpolation"] not in INTERPOLATIONS:
         raise unsupported_error(spec, f"resizes with interpolation {config['interpolation']!r}")
     if config["crop_mode"] not in CROP_MODES:
         raise unsupported_error(spec, f"has crop_mode {config['crop_mode']!r}; {', '.join(CROP_MODES)} are supported")
