@@ -117,7 +117,7 @@ def measure_job(bench: Bench) -> Iterator[Row]:
         )
         # One core of two stays free for the threads that read and write.
         loaded = loading.load(model)
-        worker = job.ExplainWorker(config, loaded.digests, {}, WorkerResources(cpus=1))
+        worker = job.ExplainWorker(config, loaded.traced, {}, WorkerResources(cpus=1))
         worker.prepare()
         (images, *_) = (b.images for b in ShardReader(shards[0], ReaderConfig(loaded.preprocessing, JOB_BATCH)))
         out = iter(list_shard_files(f"{folder}/out", shards).values())

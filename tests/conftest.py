@@ -2,6 +2,7 @@
 
 import io
 import os
+import signal
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -13,8 +14,8 @@ from hypothesis import settings
 from PIL import Image
 from webdataset import TarWriter
 
-from patterns import Network
-from ray_jobs.models.loading import LoadedModel
+from ray_jobs.engine.signals import SIGNALS
+from ray_jobs.models.loading import LoadedModel, TracedModel
 
 # Otherwise Ray enables token authentication if an earlier run left a token in the home directory.
 os.environ["RAY_AUTH_MODE"] = "disabled"
@@ -44,28 +45,38 @@ def no_unmarked_ray(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(ray, "init", lambda *_, **__: pytest.fail("mark this test by pytest.mark.ray"))
 
 
+@pytest.fixture(autouse=True)
+def same_signal_handlers() -> Iterator[None]:
+    """Restore this process's signal handlers after each test: the next test's processes inherit what is ignored."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        if handler is not None:  # otherwise another library has installed it
+            signal.signal(number, handler)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def traced_once() -> Iterator[None]:
     """Trace the small model once per process for the same weights and options.
 
     Tracing takes most of the time of a job on a tiny model. `trace` itself is tested without this cache.
     """
-    traced: dict[object, Network] = {}
-    original = LoadedModel.network.func  # type: ignore[attr-defined]
+    models: dict[object, TracedModel] = {}
+    original = LoadedModel.traced.func  # type: ignore[attr-defined]
 
-    def network(self: LoadedModel) -> Network:
+    def traced(self: LoadedModel) -> TracedModel:
         if not self.config.spec.endswith(f"/{MODEL_FILE}:small"):
             return original(self)
         options = self.config.spec, self.config.pass_through, self.config.strip_softmax
         key = self.digest, *options, self.preprocessing.input_shape, self.dtype, self.device
-        if key not in traced:
-            traced[key] = original(self)
-        return traced[key]
+        if key not in models:
+            models[key] = original(self)
+        return models[key]
 
-    cached = cached_property(network)
-    cached.__set_name__(LoadedModel, "network")
+    cached = cached_property(traced)
+    cached.__set_name__(LoadedModel, "traced")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LoadedModel, "network", cached)
+        patch.setattr(LoadedModel, "traced", cached)
         yield
 
 

@@ -39,6 +39,7 @@ from patterns.tracing.constant_products import canonicalize_products
 from patterns.tracing.digests import constants_digest
 from patterns.tracing.folding import fold_constants, fold_scales
 from patterns.tracing.forward_checks import agree, compute_independent_outputs, draw_samples_like, require_deterministic
+from patterns.tracing.graph_records import NodeRecord, build_graph, move, record_graph
 from patterns.tracing.inputs import add_shape_check
 from patterns.tracing.linearize import linearize_operations
 from patterns.tracing.lower import lower_operations
@@ -85,6 +86,23 @@ class Network:
         """A weight of the network: inputs must have its device and dtype."""
         return next(iter(self.operators.values())).weight
 
+    def to(self, device: torch.device | str) -> "Network":
+        """Return this network on a device; it is the network itself if it is there already.
+
+        Args:
+            device: The device.
+        """
+        device = torch.device(device)
+        if self.like.device.type == device.type and device.index in (None, self.like.device.index):
+            return self
+        attributes, records = record_graph(self.module)
+        moved = {name: move(value, device) for name, value in attributes.items()}
+        return replace(self, module=build_graph(moved, records, device))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        fields = self.input_shape, self.output_shape, self.constants
+        return restore_network, (*record_graph(self.module), *fields)
+
     def rewrite(self, replace: Callable[[Operator], nn.Module]) -> GraphModule:
         """Return the graph with each operator replaced; everything else is shared.
 
@@ -130,6 +148,11 @@ class Network:
         axis, shape = found.operator_type.axis, list(found.output_shape)
         shape.insert(0, shape.pop(axis - 1 if axis > 0 else axis))
         return Network(module, self.input_shape, tuple(shape), self.constants)
+
+
+def restore_network(attributes: dict[str, Any], records: tuple[NodeRecord, ...], *fields: Any) -> Network:
+    """Return a network that was pickled."""
+    return Network(build_graph(attributes, records), *fields)
 
 
 def trace(

@@ -128,7 +128,8 @@ class ShardJob:
         self.options = make_worker_options(self.resources)
         resources = WorkerResources(self.options["num_cpus"], self.options["num_gpus"], self.timing)
         actor: Any = ray.remote(worker)
-        return RayBackend(lambda: actor.options(**self.options).remote(*arguments, resources))
+        shared = [ray.put(argument) for argument in arguments]  # once for all workers: one of them is the model
+        return RayBackend(lambda: actor.options(**self.options).remote(*shared, resources))
 
     def judge(self, outcome: worker_pool.Outcome) -> None:
         """Note the shards that failed as missing, and raise an error if the job cannot continue without them."""

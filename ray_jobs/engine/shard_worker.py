@@ -15,12 +15,12 @@ import torch
 
 from patterns import UserError
 from patterns.compilation import CUDA_GRAPHS
-from ray_jobs.config import ModelConfig, Resources
+from ray_jobs.config import Resources
 from ray_jobs.config.timing import PRODUCTION, Timing
 from ray_jobs.data.shard_reader import Batch, ReaderConfig, ShardReader, ShardTask
 from ray_jobs.engine.ray_session import worker_gpus
 from ray_jobs.io.prefetch import Prefetcher
-from ray_jobs.models import loading
+from ray_jobs.models.loading import TracedModel
 
 MAX_DECODERS = 4  # more threads wait for Python's lock: fifteen decoded no more images per second (docs/data.md)
 
@@ -87,30 +87,13 @@ class WorkerResources:
         """The number of threads that decode images; 1 on a CPU, because the model needs the cores."""
         return max(1, min(MAX_DECODERS, int(self.cpus))) if self.device == "cuda" else 1
 
-    def load(self, config: ModelConfig, expected: loading.ModelDigests) -> loading.LoadedModel:
-        """Load the model on this worker's device.
-
-        Args:
-            config: The model.
-            expected: Digests of the driver's model.
-
-        Returns:
-            The model.
-
-        Raises:
-            UserError: If it cannot be loaded, or differs from the driver's model.
-        """
+    def place(self, model: TracedModel) -> TracedModel:
+        """Return a model on this worker's device, and prepare this process for its work."""
         torch.set_num_threads(1 if self.decoders > 1 else max(1, int(self.cpus)))
-        torch._inductor.config.compile_threads = max(1, int(self.cpus))  # by default all cores of the machine
+        # Read when the compiler is imported, for which a worker may have no reason. The default is all cores.
+        os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = str(max(1, int(self.cpus)))
         keep_freed_memory()
-        loaded = loading.load(config, self.device)
-        host = socket.gethostname()
-        if loaded.digest != expected.weights:
-            what = f"this worker loaded weights with digest {loaded.digest}, but the driver's have {expected.weights}"
-            remedy = "Make the same weights readable on every node, and seed all random draws in the model's code."
-            raise UserError(host, what, remedy)
-        loaded.require_constants(expected.constants, host, "the driver's model")
-        return loaded
+        return model.to(self.device)
 
 
 @dataclass(frozen=True)
@@ -195,19 +178,19 @@ class ShardWorker(Generic[Task]):
     """A worker that streams one shard after another; it begins to decode a shard before the previous one is finished.
 
     Args:
+        model: The driver's model.
         resources: Its share of the machine.
 
     Attributes:
-        loaded: The model; set by `prepare`.
+        model: The model; `prepare` places it on this worker's device.
         reader_config: How shards are read; set by `prepare`.
         following: The task that is likely to come next, and its stream.
     """
 
-    loaded: loading.LoadedModel
     reader_config: ReaderConfig
 
-    def __init__(self, resources: WorkerResources) -> None:
-        self.resources = resources
+    def __init__(self, model: TracedModel, resources: WorkerResources) -> None:
+        self.model, self.resources = model, resources
         self.following: tuple[Task, BatchStream] | None = None
 
     def describe(self) -> WorkerInfo:
@@ -220,7 +203,7 @@ class ShardWorker(Generic[Task]):
 
     def start_stream(self, reader: ShardReader, after: Event | None = None) -> BatchStream:
         """Return the stream of a reader, which begins now or after an event."""
-        return BatchStream(reader, self.loaded.device, after, self.resources.timing.report_interval)
+        return BatchStream(reader, self.model.device, after, self.resources.timing.report_interval)
 
     def open_stream(self, task: Task, following: Task | None) -> BatchStream:
         """Return the batches of a task.

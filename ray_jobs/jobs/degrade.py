@@ -31,7 +31,7 @@ from ray_jobs.io.object_store import publish, read_table
 from ray_jobs.jobs.job_session import JobSession
 from ray_jobs.jobs.method_job import MethodWorker, make_explainer, validate_methods, validate_settings
 from ray_jobs.jobs.per_shard_job import FilesTask, validate_sample_count, write_shard_files
-from ray_jobs.models import loading
+from ray_jobs.models.loading import TracedModel
 from ray_jobs.runs.run_folder import Run
 
 BAND_ERRORS = 1.959964  # standard errors from the mean to each end of a confidence band of 95 %
@@ -62,9 +62,9 @@ class DegradeWorker(MethodWorker[DegradeConfig]):
     """A worker that degrades the images of shards."""
 
     def prepare(self) -> None:
-        """Load the model and its patterns."""
-        self.load()
-        self.explainer = make_explainer(self.config, self.loaded, None, self.scales)
+        """Place the model on the device, and load its patterns."""
+        self.place_model()
+        self.explainer = make_explainer(self.config, self.model, None, self.scales)
 
     def work(self, task: FilesTask, following: FilesTask | None = None) -> Iterator[ShardReport]:
         """Degrade the images of a shard, and yield reports of the progress."""
@@ -84,10 +84,10 @@ class DegradeWorker(MethodWorker[DegradeConfig]):
     def degrade(self, batch: Batch, stream: BatchStream) -> Iterator[list[dict[str, Any]] | None]:
         """Yield the rows of a batch for each method, and None each time a report of the progress is due."""
         config = self.config
-        images = batch.images.to(self.loaded.device, non_blocking=True)
+        images = batch.images.to(self.model.device, non_blocking=True)
         explanation = self.explainer(images, None, self.make_seeds(batch.keys))
         probability, prediction = explanation.scores.float().softmax(1).max(1)
-        replacement = REPLACEMENTS[config.replacement](images, config.patch, make_black(self.loaded.preprocessing))
+        replacement = REPLACEMENTS[config.replacement](images, config.patch, make_black(self.model.preprocessing))
         index = index_patches(images.shape[2], images.shape[3], config.patch).to(images.device)
         for method, maps in explanation.maps.items():
             relevance = sum_patches(compute_relevance(method, maps), config.patch)
@@ -120,7 +120,7 @@ class DegradeWorker(MethodWorker[DegradeConfig]):
         Returns:
             float32 (N, S).
         """
-        scores = self.loaded.network.module(images.flatten(0, 1)).float()
+        scores = self.model.network.module(images.flatten(0, 1)).float()
         return scores.softmax(1).unflatten(0, images.shape[:2]).take_along_dim(classes[:, None, None], 2)[..., 0]
 
 
@@ -130,12 +130,12 @@ def make_black(preprocessing: Preprocessing) -> Tensor:
     return -mean / std
 
 
-def validate_model(config: DegradeConfig, loaded: loading.LoadedModel) -> None:
+def validate_model(config: DegradeConfig, model: TracedModel) -> None:
     """Raise UserError if the model predicts no classes, or its images have fewer patches than steps."""
-    if len(loaded.network.output_shape) != 1 or loaded.network.output_shape == (1,):
-        what = f"the model's outputs have the shape {loaded.network.output_shape}, and are not a score for each class"
+    if len(model.network.output_shape) != 1 or model.network.output_shape == (1,):
+        what = f"the model's outputs have the shape {model.network.output_shape}, and are not a score for each class"
         raise UserError(config.model.spec, what, "Degrade images for a model whose output is (N, classes).", "model")
-    size = loaded.preprocessing.image_size
+    size = model.preprocessing.image_size
     patches = math.ceil(size / config.patch) ** 2
     if config.steps > patches:
         shape = f"{config.patch}×{config.patch}"
@@ -162,15 +162,15 @@ def degrade(config: DegradeConfig, resources: Resources = Resources()) -> Run:  
     session = JobSession("degrade", config)
     if session.finished:
         return session.close()
-    run, loaded = session.run, session.loaded
-    validate_model(config, loaded)
-    recorded = validate_methods(config, loaded, None, session.section.get("scales", {}))
+    run, model = session.run, session.loaded.traced
+    validate_model(config, model)
+    recorded = validate_methods(config, model, None, session.section.get("scales", {}))
     with session.work(resources, **recorded):
         count = len(config.methods)
         message = (
             f"each image goes through the model {config.steps * count} times: {count} methods, {config.steps} steps"
         )
-        arguments = DegradeWorker, loaded.digests, recorded["scales"]
+        arguments = DegradeWorker, model, recorded["scales"]
         done = write_shard_files(session, config, resources, "degradation", message, *arguments)
         means = {method: MeanCurve(config.steps + 1) for method in config.methods}
         with publish(run.folder) as folder:

@@ -14,7 +14,7 @@ from ray_jobs.data.shard_reader import ReaderConfig
 from ray_jobs.engine.shard_worker import BatchStream, ShardWorker, WorkerResources
 from ray_jobs.io.object_store import publish
 from ray_jobs.jobs.per_shard_job import FilesTask
-from ray_jobs.models.loading import LoadedModel, ModelDigests
+from ray_jobs.models.loading import TracedModel
 from ray_jobs.runs.run_folder import Run, load_patterns, write_rejected
 from ray_jobs.units import make_printable
 
@@ -28,18 +28,18 @@ class MethodWorker(ShardWorker[FilesTask], Generic[C]):
     def __init__(
         self,
         config: C,
-        digests: ModelDigests,
+        model: TracedModel,
         scales: Scales,
         resources: WorkerResources = WorkerResources(),  # noqa: B008 - frozen
     ) -> None:
-        super().__init__(resources)
-        self.config, self.digests, self.scales = config, digests, scales
+        super().__init__(model, resources)
+        self.config, self.scales = config, scales
 
-    def load(self) -> None:
-        """Load the model."""
-        self.loaded = loaded = self.resources.load(self.config.model, self.digests)
+    def place_model(self) -> None:
+        """Place the model on the device."""
+        self.model = model = self.resources.place(self.model)
         self.reader_config = ReaderConfig(
-            loaded.preprocessing, self.config.batch_size, loaded.dtype, threads=self.resources.decoders
+            model.preprocessing, self.config.batch_size, model.dtype, threads=self.resources.decoders
         )
 
     def make_seeds(self, keys: Sequence[str]) -> list[int]:
@@ -56,30 +56,30 @@ class MethodWorker(ShardWorker[FilesTask], Generic[C]):
             write_table(folder / files.rows, schema, [pa.Table.from_pylist(rows, schema)])
 
 
-def make_explainer(config: MethodsConfig, loaded: LoadedModel, operator: str | None, scales: Scales) -> Explainer:
+def make_explainer(config: MethodsConfig, model: TracedModel, operator: str | None, scales: Scales) -> Explainer:
     """Return the explainer of a config's methods, with the patterns of its run.
 
     Args:
         config: The methods.
-        loaded: The model.
+        model: The model.
         operator: The operator at which the explained network ends; None: at the classes.
         scales: The scales that an earlier explainer has calibrated, by method.
 
     Raises:
         UserError: If the patterns are missing, or those of another model.
     """
-    network = loaded.network if operator is None else loaded.network.until(operator)
-    chosen, estimators = choose_patterns(config, loaded, network)
+    network = model.network if operator is None else model.network.until(operator)
+    chosen, estimators = choose_patterns(config, model, network)
     return Explainer(network, chosen, config.methods, scales, estimators, dict(config.settings))
 
 
-def choose_patterns(config: MethodsConfig, loaded: LoadedModel, network: Network) -> tuple[Any, dict[str, Any]]:
+def choose_patterns(config: MethodsConfig, model: TracedModel, network: Network) -> tuple[Any, dict[str, Any]]:
     """Return the patterns of the methods that name no estimator (None if there are none), and those by estimator."""
     passes = [b for name in config.methods if (b := parse_method(name).backward) is not None and b.needs_patterns]
     if not passes:
         return None, {}
-    patterns = load_patterns(config.patterns, loaded.digest)
-    Run(config.patterns).require_model(loaded)
+    patterns = load_patterns(config.patterns, model.digest)
+    Run(config.patterns).require_model(model)
     chosen = choose(network, patterns, config.estimator) if any(not b.estimator for b in passes) else None
     return chosen, {b.estimator: choose(network, patterns, b.estimator) for b in passes if b.estimator}
 
@@ -93,14 +93,12 @@ def validate_settings(config: MethodsConfig) -> dict[str, float]:
     return resolve_settings({name: parse_method(name) for name in config.methods}, dict(config.settings))
 
 
-def validate_methods(
-    config: MethodsConfig, loaded: LoadedModel, operator: str | None, scales: Scales
-) -> dict[str, Any]:
+def validate_methods(config: MethodsConfig, model: TracedModel, operator: str | None, scales: Scales) -> dict[str, Any]:
     """Check on the driver that the workers can make the explainer, and calibrate its scales once for all workers.
 
     Args:
         config: The methods.
-        loaded: The model.
+        model: The model.
         operator: See `make_explainer`.
         scales: The scales of an earlier driver of this job; empty for a new job.
 
@@ -112,7 +110,7 @@ def validate_methods(
     """
     settings = validate_settings(config)
     if scales:
-        choose_patterns(config, loaded, loaded.network if operator is None else loaded.network.until(operator))
+        choose_patterns(config, model, model.network if operator is None else model.network.until(operator))
     else:
-        scales = make_explainer(config, loaded, operator, {}).scales
+        scales = make_explainer(config, model, operator, {}).scales
     return {"scales": scales, "settings": settings}

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from patterns import Network, UserError
 from patterns.estimation import OperatorObserver
-from ray_jobs.config import ModelConfig, Resources, equal_share
+from ray_jobs.config import Resources, equal_share
 from ray_jobs.data.samples import RejectedSample, derive_seed
 from ray_jobs.data.shard_reader import ReaderConfig, ShardTask
 from ray_jobs.engine.ray_tasks import PendingCall, Tasks
 from ray_jobs.engine.shard_job import ShardJob, require_enough_samples
 from ray_jobs.engine.shard_worker import BatchStream, ShardReport, ShardWorker, WorkerResources
-from ray_jobs.models.loading import ModelDigests
+from ray_jobs.models.loading import TracedModel
 from ray_jobs.runs.lease import Heartbeat
 from ray_jobs.runs.ledger import Ledger, PartialMoments
 from ray_jobs.runs.moments_store import MomentsStore, group_keys, new_file
@@ -35,7 +35,6 @@ class MomentsSpec:
     """The moments that a job takes.
 
     Attributes:
-        model: The model.
         shards: The shards.
         store: The folder of the partial moments.
         batch_size: The number of samples of a batch.
@@ -43,7 +42,6 @@ class MomentsSpec:
         round: 0, or the number of this attempt to use the samples that were rejected before.
     """
 
-    model: ModelConfig
     shards: tuple[str, ...]
     store: MomentsStore
     batch_size: int
@@ -83,24 +81,22 @@ class MomentsWorker(ShardWorker[MomentsTask]):
 
     def __init__(
         self,
-        model: ModelConfig,
+        model: TracedModel,
         store: MomentsStore,
         batch_size: int,
         observe: Observe,
-        weights: ModelDigests,
         resources: WorkerResources = WorkerResources(),  # noqa: B008 - frozen
     ) -> None:
-        super().__init__(resources)
-        self.store, self.batch_size = store, batch_size
-        self.model, self.weights, self.observer = model, weights, observe
+        super().__init__(model, resources)
+        self.store, self.batch_size, self.observer = store, batch_size, observe
 
     def prepare(self) -> None:
-        """Load the model."""
-        self.loaded = loaded = self.resources.load(self.model, self.weights)
+        """Place the model on the device, and make the observation."""
+        self.model = model = self.resources.place(self.model)
         self.reader_config = ReaderConfig(
-            loaded.preprocessing, self.batch_size, loaded.dtype, threads=self.resources.decoders
+            model.preprocessing, self.batch_size, model.dtype, threads=self.resources.decoders
         )
-        self.observation = self.observer(loaded.network)
+        self.observation = self.observer(model.network)
         self.forget()
 
     def forget(self) -> None:
@@ -151,7 +147,7 @@ class MomentsWorker(ShardWorker[MomentsTask]):
         samples, before = 0, (list[str](), torch.ones(0, dtype=torch.bool))
         with closing(stream):
             for batch in stream:
-                images = batch.images.to(self.loaded.device, non_blocking=True)
+                images = batch.images.to(self.model.device, non_blocking=True)
                 outputs = self.observation.update(images, [derive_seed(key) for key in batch.keys])
                 now = batch.keys, outputs.flatten(1).isfinite().all(1)
                 require_finite(shard, *before)
@@ -166,7 +162,7 @@ class MomentsWorker(ShardWorker[MomentsTask]):
     def commit(self) -> PartialMoments:
         """Write the moments to the store. They count once the driver has put them into the ledger."""
         partial = PartialMoments(new_file(), tuple(self.shards), self.samples, len(self.rejected), self.round)
-        self.store.write(partial, self.observation.tensors(), self.loaded.digest, self.rejected)
+        self.store.write(partial, self.observation.tensors(), self.model.digest, self.rejected)
         self.forget()
         return partial
 
@@ -192,12 +188,12 @@ class MomentsJob(ShardJob):
         self.seconds = 0.0  # from the first worker's start to the last commit
         super().__init__(name, heartbeat, [spec.shards[n] for n in wanted], left, resources, resources.max_loss)
 
-    def gather(self, observe: Observe, weights: ModelDigests) -> Ledger:
+    def gather(self, observe: Observe, model: TracedModel) -> Ledger:
         """Work until every shard counts or is missing.
 
         Args:
             observe: Makes the observation that sums the moments of a network.
-            weights: The digests of the driver's model.
+            model: The model.
 
         Returns:
             The ledger.
@@ -207,7 +203,7 @@ class MomentsJob(ShardJob):
         """
         spec = self.spec
         try:
-            self.run(MomentsWorker, spec.model, spec.store, spec.batch_size, observe, weights)
+            self.run(MomentsWorker, model, spec.store, spec.batch_size, observe)
             self.flush()
             self.tick()  # there may still be many files
             while not self.idle():

@@ -107,10 +107,10 @@ def measure(config: QualityConfig, resources: Resources = Resources()) -> Run:  
     with session.work(resources):
         for name, shards in (("regressed", config.shards), ("evaluated", config.evaluate)):
             store = MomentsStore(run.folder / "quality" / name)
-            spec = MomentsSpec(config.model, shards, store, config.batch_size, config.max_samples)
+            spec = MomentsSpec(shards, store, config.batch_size, config.max_samples)
             job = MomentsJob(f"quality, {name}", session.heartbeat, spec, session.tasks, resources)
             try:
-                ledger = job.gather(partial(make_observer, names, config.positions, config.seed), loaded.digests)
+                ledger = job.gather(partial(make_observer, names, config.positions, config.seed), loaded.traced)
             finally:
                 rejected += job.read_rejected()
                 run.write_quarantine("quality", rejected)

@@ -23,16 +23,55 @@ LIBRARIES = ("torchvision", "timm")
 
 
 @dataclass(frozen=True)
-class ModelDigests:
-    """Digests by which processes verify that they have the same model.
+class TracedModel:
+    """A traced model as it is sent to workers, which need neither the model's code nor its library.
 
     Attributes:
-        weights: `patterns.digest` of the parameters and buffers.
-        constants: `patterns.Network.constants`, the digest of the constants in the graph; None if it is not known.
+        config: The config that it was loaded from.
+        network: The network, on its device.
+        preprocessing: From images to its inputs.
+        digest: `patterns.digest` of the model's weights as they were loaded.
     """
 
-    weights: str
-    constants: str | None = None
+    config: ModelConfig
+    network: Network
+    preprocessing: Preprocessing
+    digest: str
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the network."""
+        return self.network.like.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the inputs."""
+        return PRECISIONS[self.config.precision]
+
+    def to(self, device: str) -> "TracedModel":
+        """Return the model on a device, and set this process's precision of float32 products; see `load`."""
+        set_precision(self.config)
+        return replace(self, network=self.network.to(device))
+
+    def require(self, digest: str, constants: str | None, where: str, reference: str) -> None:
+        """Require that this is the same model as another one.
+
+        Args:
+            digest: The digest of the other model's weights.
+            constants: `patterns.Network.constants` of the other model; None if it is not known.
+            where: The host or folder to name in the error.
+            reference: The other model in words.
+
+        Raises:
+            UserError: If the models hold other weights, or other numbers in addition to their weights.
+        """
+        if digest != self.digest:
+            what = f"the model's weights have the digest {self.digest}, but those of {reference} have {digest}"
+            raise UserError(where, what, "Pass the same weights, and seed all random draws in the model's code.")
+        if constants is not None and constants != self.network.constants:
+            what = f"the model holds other numbers than {reference}, and they are not in its state_dict"
+            remedy = "Seed all random draws in the model's code, or make their results buffers that are saved."
+            raise UserError(where, what, remedy)
 
 
 @dataclass(frozen=True)
@@ -55,30 +94,23 @@ class LoadedModel:
     device: torch.device
     dtype: torch.dtype
 
-    @property
-    def digests(self) -> ModelDigests:
-        """The digests of the model; its constants are known only after tracing."""
-        return ModelDigests(self.digest, self.network.constants)
-
-    def require_constants(self, expected: str | None, where: str, reference: str) -> None:
-        """Raise UserError if the model holds other numbers in addition to its weights than expected.
-
-        Args:
-            expected: `patterns.Network.constants` of another model; None if it is not known.
-            where: The host or folder to name in the error.
-            reference: The other model in words.
-        """
-        if expected is not None and expected != self.network.constants:
-            what = f"the model holds other numbers than {reference}, and they are not in its state_dict"
-            remedy = "Seed all random draws in the model's code, or make their results buffers that are saved."
-            raise UserError(where, what, remedy)
-
     @cached_property
-    def network(self) -> Network:
+    def traced(self) -> TracedModel:
         """The traced model. It is traced on first use, because a finished job needs only the digest of the weights."""
         example = torch.zeros((2, *self.preprocessing.input_shape), device=self.device, dtype=self.dtype)
         passing, strip = self.config.pass_through, self.config.strip_softmax
-        return trace(self.model, example, name=self.config.spec, pass_through=passing, strip_softmax=strip)
+        network = trace(self.model, example, name=self.config.spec, pass_through=passing, strip_softmax=strip)
+        return TracedModel(self.config, network, self.preprocessing, self.digest)
+
+    @property
+    def network(self) -> Network:
+        """The traced network."""
+        return self.traced.network
+
+
+def set_precision(config: ModelConfig) -> None:
+    """Set for this process whether float32 products may be computed in TF32."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
 
 
 def load(config: ModelConfig, device: str = "cpu") -> LoadedModel:
@@ -94,7 +126,7 @@ def load(config: ModelConfig, device: str = "cpu") -> LoadedModel:
     Raises:
         UserError: If the config is invalid, the model or its weights cannot be loaded, or the model cannot be traced.
     """
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
+    set_precision(config)
     where = f"--model {config.spec}"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)

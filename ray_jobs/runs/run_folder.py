@@ -17,7 +17,7 @@ from ray_jobs.config import FitConfig, MethodsConfig, ModelConfig, Preprocessing
 from ray_jobs.data.samples import RejectedSample
 from ray_jobs.io import object_store
 from ray_jobs.io.file_systems import translate_errors
-from ray_jobs.models.loading import LoadedModel
+from ray_jobs.models.loading import LoadedModel, TracedModel
 from ray_jobs.units import find_version, make_printable
 
 FORMAT = 1
@@ -122,7 +122,7 @@ class Run:
             UserError: See `require_model`.
         """
         self.remove_temporary_files()
-        self.require_model(loaded)
+        self.require_model(loaded.traced)
         manifest = {
             **self.manifest(),
             "format": FORMAT,
@@ -139,7 +139,7 @@ class Run:
         with object_store.publish(self.folder) as folder:
             write_json(folder / self.path.name, manifest)
 
-    def require_model(self, loaded: LoadedModel) -> None:
+    def require_model(self, model: TracedModel) -> None:
         """Raise UserError if this folder's model had other numbers that are not among its weights.
 
         The digest of the weights is compared elsewhere. Such numbers may differ between versions of torch, and between
@@ -148,9 +148,9 @@ class Run:
         manifest = self.manifest()
         before = manifest.get("model", {})
         same = manifest.get("versions", {}).get("torch") == find_version("torch")
-        same = same and (before.get("digest"), before.get("precision")) == (loaded.digest, loaded.config.precision)
+        same = same and (before.get("digest"), before.get("precision")) == (model.digest, model.config.precision)
         if same:
-            loaded.require_constants(before.get("constants"), str(self.folder), "the runs of this folder")
+            model.require(model.digest, before.get("constants"), str(self.folder), "the runs of this folder")
 
     def remove_temporary_files(self) -> None:
         """Delete the unfinished files of workers and drivers that were killed."""

@@ -36,11 +36,11 @@ from tests.conftest import make_shards, write_tar
 from tests.ray_jobs.runs import PREPROCESSING, assert_same_patterns, make_fit_config
 
 
-def worker_of(config: FitConfig) -> tuple[ModelConfig, MomentsStore, int, Observe, loading.ModelDigests]:
+def worker_of(config: FitConfig) -> tuple[loading.TracedModel, MomentsStore, int, Observe]:
     """Return the arguments of a worker of a fit."""
     loaded = loading.load(config.model)
     observe = partial(make_observer, config, tuple(loaded.network.operators))
-    return config.model, MomentsStore(f"{config.out}/moments"), config.batch_size, observe, loaded.digests
+    return loaded.traced, MomentsStore(f"{config.out}/moments"), config.batch_size, observe
 
 
 def ledger_of(folder: Path) -> Ledger:
@@ -187,6 +187,25 @@ def test_each_worker_has_a_gpu_of_its_own(local_ray: None, model_spec: str, shar
     for worker in workers:
         ray.kill(worker)
     assert sorted(p.gpus for p in workers_info) == ["0", "1"]
+
+
+class WorkerThatListsModules(MomentsWorker):
+    """A worker that reports what it has imported."""
+
+    def modules(self) -> set[str]:
+        return set(sys.modules)
+
+
+def test_workers_import_neither_the_compiler_nor_the_code_of_the_model(
+    local_ray: None, model_spec: str, shards: list[str], tmp_path: Path
+) -> None:
+    arguments = worker_of(make_fit_config(model_spec, shards, tmp_path / "run"))
+    worker = ray.remote(WorkerThatListsModules).options(num_gpus=0).remote(*arguments, WorkerResources())
+    ray.get(worker.prepare.remote())
+    imported = ray.get(worker.modules.remote())
+    ray.kill(worker)
+    assert "torch" in imported
+    assert not {"torch._dynamo", "torch.export._trace", "torchvision", "timm", "small_model"} & imported
 
 
 def test_more_gpus_than_a_node_has_are_rejected(

@@ -60,16 +60,15 @@ def spec(tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize("case", ["buffer", "attribute", "number"])
-def test_model_with_unseeded_random_numbers_is_an_error_of_the_first_worker(
+def test_later_command_reports_a_model_with_unseeded_random_numbers(
     case: str, spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATTERNNET_TEST_CASE", case)
-    shards = make_shards(tmp_path / "shards", 1, 2)
-    config = FitConfig(
-        model=ModelConfig(spec=f"{spec}:Net", **PREPROCESSING), shards=tuple(shards), out=str(tmp_path / "run")
-    )
+    shards, run = make_shards(tmp_path / "shards", 1, 2), str(tmp_path / "run")
+    model = ModelConfig(spec=f"{spec}:Net", **PREPROCESSING)
+    fit(FitConfig(model=model, shards=tuple(shards), out=run), HERE)
     with pytest.raises(UserError) as caught:
-        fit(config, HERE)
+        explain(ExplainConfig(model=model, patterns=run, shards=tuple(shards), out=run), HERE)
     assert "random" in caught.value.remedy
 
 

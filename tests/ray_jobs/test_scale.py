@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import ray
 
-from ray_jobs.config import ModelConfig, Resources
+from ray_jobs.config import Resources
 from ray_jobs.engine import worker_pool
 from ray_jobs.engine.ray_tasks import LocalCall, LocalTasks
 from ray_jobs.engine.shard_worker import ShardReport, WorkerInfo
@@ -71,7 +71,7 @@ class SimulatedJob(MomentsJob):
 
 
 def moments_spec(folder: Path, shards: Sequence[str]) -> MomentsSpec:
-    return MomentsSpec(ModelConfig(spec="none"), tuple(shards), MomentsStore(folder / "moments"), 32)
+    return MomentsSpec(tuple(shards), MomentsStore(folder / "moments"), 32)
 
 
 def simulate(folder: Path, workers: int, shards: int, seconds: float) -> tuple[float, float]:

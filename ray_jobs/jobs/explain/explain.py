@@ -25,7 +25,7 @@ from ray_jobs.jobs.explain.targets import Target, parse_target
 from ray_jobs.jobs.job_session import JobSession
 from ray_jobs.jobs.method_job import MethodWorker, make_explainer, validate_methods, validate_settings
 from ray_jobs.jobs.per_shard_job import FilesTask, validate_sample_count, write_shard_files
-from ray_jobs.models import loading
+from ray_jobs.models.loading import TracedModel
 from ray_jobs.runs.map_files import ExplainedBatch, estimate_bytes_per_sample, import_zarr, open_writers
 from ray_jobs.runs.run_folder import Run
 from ray_jobs.units import format_bytes
@@ -55,17 +55,17 @@ class ExplainWorker(MethodWorker[ExplainConfig]):
     """A worker that explains shards."""
 
     def prepare(self) -> None:
-        """Load the model and its patterns."""
-        self.load()
-        self.target = parse_target(self.config.target, self.loaded.network, self.config.classes)
+        """Place the model on the device, and load its patterns."""
+        self.place_model()
+        self.target = parse_target(self.config.target, self.model.network, self.config.classes)
         self.reader_config = replace(self.reader_config, validate_label=self.validate_label, with_boxes=True)
-        self.explainer = make_explainer(self.config, self.loaded, self.target.operator, self.scales)
+        self.explainer = make_explainer(self.config, self.model, self.target.operator, self.scales)
         if self.config.compile is not None:
             self.explainer.compile(self.config.batch_size, self.config.compile)
 
     def validate_label(self, label: int | None) -> None:
         """Raise SampleError if the target is the sample's label, and the label is missing or no class."""
-        (classes, *_) = self.loaded.network.output_shape
+        (classes, *_) = self.model.network.output_shape
         if self.target.needs_label and (label is None or not 0 <= label < classes):
             raise SampleError(f"the label {label} is none of the model's {classes} classes")
 
@@ -97,7 +97,7 @@ class ExplainWorker(MethodWorker[ExplainConfig]):
     def explain(self, batch: Batch) -> ExplainedBatch:
         """Return the maps of a batch as they are written, and the rows of its samples."""
         target = self.target
-        images = batch.images.to(self.loaded.device, non_blocking=True)
+        images = batch.images.to(self.model.device, non_blocking=True)
         seeds = self.make_seeds(batch.keys)
         explanation = self.explainer(images, lambda scores: target.make_targets(scores, batch.labels), seeds)
         rows = self.describe_samples(batch, images, explanation)
@@ -120,7 +120,7 @@ class ExplainWorker(MethodWorker[ExplainConfig]):
         scores = values
         if target.operator is not None:
             with torch.inference_mode():
-                scores = self.loaded.network.module(images).float()
+                scores = self.model.network.module(images).float()
         prediction: list[int | None] = [None] * len(scores)
         probability: list[float | None] = [None] * len(scores)
         if scores.dim() == 2 and scores.shape[1] > 1:  # dense outputs, and one number for each sample, predict no class
@@ -155,9 +155,9 @@ def to_float16(maps: Tensor, exponent: int) -> tuple[np.ndarray, np.ndarray]:
     return scaled.half().cpu().numpy(), (exponents + exponent).cpu().numpy()
 
 
-def describe_cost(config: ExplainConfig, loaded: loading.LoadedModel, target: Target) -> str:
+def describe_cost(config: ExplainConfig, model: TracedModel, target: Target) -> str:
     """Return a line that says how much space the explanations take at most."""
-    channels, *sides = loaded.preprocessing.input_shape
+    channels, *sides = model.preprocessing.input_shape
     shape = (channels if config.reduction == "none" else 1, *([config.size] * 2 if config.size else sides))
     several = (target.maps,) if target.maps > 1 else ()
     each = estimate_bytes_per_sample(dict.fromkeys(config.methods, (*several, *shape)), config.outputs)
@@ -199,12 +199,12 @@ def explain(config: ExplainConfig, resources: Resources = Resources()) -> Run:  
     session = JobSession("explain", config)
     if session.finished:
         return session.close()
-    run, loaded = session.run, session.loaded
-    target = parse_target(config.target, loaded.network, config.classes)
-    recorded = validate_methods(config, loaded, target.operator, session.section.get("scales", {}))
+    run, model = session.run, session.loaded.traced
+    target = parse_target(config.target, model.network, config.classes)
+    recorded = validate_methods(config, model, target.operator, session.section.get("scales", {}))
     with session.work(resources, config.compile, **recorded):
-        message = describe_cost(config, loaded, target)
-        arguments = ExplainWorker, loaded.digests, recorded["scales"]
+        message = describe_cost(config, model, target)
+        arguments = ExplainWorker, model, recorded["scales"]
         done = write_shard_files(session, config, resources, "explanations", message, *arguments)
         samples = 0
 

@@ -1,6 +1,7 @@
 """Explanations of images that do not come from shards: for Ray Data and Ray Serve."""
 
 import io
+import socket
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from ray_jobs.io.object_store import locate
 from ray_jobs.jobs.explain.explain import ExplainWorker, validate
 from ray_jobs.jobs.explain.targets import load_target_names
 from ray_jobs.models.class_names import load_class_names, map_numbers_to_names
-from ray_jobs.models.loading import ModelDigests
+from ray_jobs.models.loading import load
 from ray_jobs.runs.map_files import ExplainedBatch
 from ray_jobs.runs.run_folder import Run
 
@@ -73,9 +74,9 @@ class OnlineExplainer:
         validate(config)
         scales = fitted.manifest().get("explain", {}).get("scales", {})
         about = fitted.manifest()["model"]
-        self.worker = ExplainWorker(
-            config, ModelDigests(about["digest"], about.get("constants")), scales, find_resources()
-        )
+        traced = load(config.model).traced
+        traced.require(about["digest"], about.get("constants"), socket.gethostname(), f"the fit in {fitted.folder}")
+        self.worker = ExplainWorker(config, traced, scales, find_resources())
         self.worker.prepare()
         if self.worker.target.needs_label:
             raise UserError("", "the images have no label", "Explain `predicted` or a class.", "target")
@@ -98,13 +99,13 @@ class OnlineExplainer:
         tensors, reasons = [], []
         for image in images:
             try:
-                tensors.append(decode(as_files(image), self.worker.loaded.preprocessing))
+                tensors.append(decode(as_files(image), self.worker.model.preprocessing))
                 reasons.append("")
             except SampleError as error:
                 reasons.append(str(error))
-        shape = (0, *self.worker.loaded.preprocessing.input_shape)
+        shape = (0, *self.worker.model.preprocessing.input_shape)
         stacked = torch.stack(tensors) if tensors else torch.zeros(shape)
-        return stacked.to(self.worker.loaded.dtype), reasons
+        return stacked.to(self.worker.model.dtype), reasons
 
     def explain(self, images: torch.Tensor, keys: Sequence[str] | None = None) -> ExplainedBatch:
         """Return the maps of images.
@@ -215,7 +216,7 @@ class ExplainBatch(OnlineExplainer):
         used = np.array([not reason for reason in reasons], dtype=bool)
         columns: dict[str, np.ndarray] = {"refused": np.array(reasons, dtype=object)}
         if not used.any():  # only a map shows the shape of the maps
-            blank = torch.zeros((1, *self.worker.loaded.preprocessing.input_shape), dtype=inputs.dtype)
+            blank = torch.zeros((1, *self.worker.model.preprocessing.input_shape), dtype=inputs.dtype)
             explained, kept = self.explain(blank), 0
         else:
             explained, kept = self.explain(inputs), len(inputs)

@@ -20,7 +20,7 @@ from ray_jobs.engine.ray_tasks import PendingCall, Tasks
 from ray_jobs.figures.convergence_curves import append_rows, check_rows, draw_convergence
 from ray_jobs.io.object_store import locate, publish
 from ray_jobs.jobs.moments_job import MomentsJob, MomentsSpec, Observe
-from ray_jobs.models.loading import ModelDigests
+from ray_jobs.models.loading import TracedModel
 from ray_jobs.runs.lease import Heartbeat
 from ray_jobs.runs.ledger import Ledger
 from ray_jobs.runs.moments_store import MomentsStore
@@ -70,11 +70,11 @@ class ConvergingJob(MomentsJob):
         random.Random(criterion.seed).shuffle(self.remaining)
         self.converged: dict[str, Any] = {}  # the manifest's entry on the last check
 
-    def gather(self, observe: Observe, weights: ModelDigests) -> Ledger:
+    def gather(self, observe: Observe, model: TracedModel) -> Ledger:
         """Work as any job of moments does, unless the moments of an earlier call suffice."""
         self.check_everything()
         if not self.stop_reason:
-            super().gather(observe, weights)
+            super().gather(observe, model)
             self.check_everything()
         return self.ledger
 

@@ -101,7 +101,7 @@ def fit(config: FitConfig, resources: Resources = Resources(), retry_quarantined
             if reason is not None and number == 0:
                 job.reporter.log(reason)
             try:
-                job.gather(partial(make_observer, config, each.operators), loaded.digests)
+                job.gather(partial(make_observer, config, each.operators), loaded.traced)
             finally:
                 rejected = write_quarantine(run, passes, config.shards)
             if isinstance(job, ConvergingJob):
@@ -120,9 +120,8 @@ def make_job(
     """Return the job of a pass."""
     one = passes[number]
     name = "fit" if len(passes) == 1 else f"fit, pass {number + 1} of {len(passes)}"
-    spec = MomentsSpec(
-        config.model, config.shards, one.store, config.batch_size, config.max_samples, session.section["rounds"]
-    )
+    rounds = session.section["rounds"]
+    spec = MomentsSpec(config.shards, one.store, config.batch_size, config.max_samples, rounds)
     if config.until_converged is None:
         return MomentsJob(name, session.heartbeat, spec, session.tasks, resources)
     operators = [session.loaded.network.operators[name] for name in one.operators]
