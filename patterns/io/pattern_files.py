@@ -176,7 +176,8 @@ def load(folder: str | Path, weights_digest: str | None, operators: Collection[s
         fitted_for = (file.metadata() or {}).get("weights")
         if weights_digest is not None and fitted_for != weights_digest:
             what = f"these patterns were fitted for weights {fitted_for}, the model has {weights_digest}"
-            raise UserError(str(path), what, "Load the weights of the fit (and seed random draws in the model's code), or fit again for these.")
+            remedy = "Load the weights of the fit (and seed random draws in the model's code), or fit again for these."
+            raise UserError(str(path), what, remedy)
         patterns: Patterns = {}
         for key in file.keys():
             operator, _, row = key.rpartition("/")
