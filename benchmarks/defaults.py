@@ -34,7 +34,7 @@ PATCH = 16
 REPLACED = (0, 1, 2, 4, 8, 16, 32, 64)  # numbers of replaced patches, of 196
 DRAWN = 6  # photographs in the figure
 METHODS = ("patternnet", "patternattribution")
-Patterns = dict[str, Tensor]
+Patterns = dict[str, Tensor | None]
 
 
 @dataclass(frozen=True)

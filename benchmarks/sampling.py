@@ -49,7 +49,8 @@ class Point:
 def solve_all(network: Network, moments: dict[str, Moments]) -> dict[str, Patterns]:
     """Return the patterns of each choice."""
     found = {name: solve(op, moments[name], CHOICES).patterns for name, op in network.operators.items()}
-    return {choice: choose(network, found, choice) for choice in CHOICES}
+    chosen = {choice: choose(network, found, choice) for choice in CHOICES}
+    return {choice: {name: a for name, a in each.items() if a is not None} for choice, each in chosen.items()}
 
 
 def error(network: Network, patterns: Patterns, reference: Patterns) -> float:

@@ -29,6 +29,7 @@ from patterns.attribution.methods import METHODS
 from patterns.errors import UserError
 from patterns.estimation.estimators import CHOICES, ESTIMATORS, Solution, solve
 from patterns.estimation.observer import Observer, PatchObserver, accumulate, accumulate_patches
+from patterns.estimation.presets import PRESETS
 from patterns.estimation.signal_quality import quality
 from patterns.evaluation.conservation import Loss, conservation
 from patterns.io.pattern_files import choose, load, save
@@ -36,6 +37,7 @@ from patterns.moments.gram import PatchMoments
 from patterns.moments.moments import Moments, Sums
 from patterns.operators.operator import Gate, Operator
 from patterns.tracing.digests import digest
+from patterns.tracing.inputs import contrast
 from patterns.tracing.network import Network, trace
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ __all__ = [
     "CHOICES",
     "ESTIMATORS",
     "METHODS",
+    "PRESETS",
     "Explainer",
     "Explanation",
     "Gate",
@@ -65,6 +68,7 @@ __all__ = [
     "accumulate_patches",
     "choose",
     "conservation",
+    "contrast",
     "digest",
     "load",
     "quality",

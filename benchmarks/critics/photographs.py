@@ -62,7 +62,8 @@ class Setting:
             observer.update(batch)
         moments = observer.moments()
         solutions = {n: solve(op, moments[n], ESTIMATORS).patterns for n, op in network.operators.items()}
-        return {estimator: choose(network, solutions, estimator) for estimator in ESTIMATORS}
+        chosen = {estimator: choose(network, solutions, estimator) for estimator in ESTIMATORS}
+        return {each: {n: a for n, a in patterns.items() if a is not None} for each, patterns in chosen.items()}
 
     def maps(self, network: Network, methods: Iterable[str], patterns: Patterns) -> dict[str, Tensor]:
         """Return maps of the photographs for the classes that the trained network predicts."""

@@ -108,7 +108,8 @@ class Trained:
         """Fit the patterns of a network on some images; return them by estimator."""
         moments = accumulate(network, images.split(1000))
         solutions = {n: solve(op, moments[n], ESTIMATORS).patterns for n, op in network.operators.items()}
-        return {estimator: choose(network, solutions, estimator) for estimator in ESTIMATORS}
+        chosen = {estimator: choose(network, solutions, estimator) for estimator in ESTIMATORS}
+        return {each: {n: a for n, a in patterns.items() if a is not None} for each, patterns in chosen.items()}
 
 
 def train(scenario: str, architecture: str, seed: int) -> Trained:

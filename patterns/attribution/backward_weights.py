@@ -1,4 +1,9 @@
-"""The weights that operators use in a backward pass, and the operators that use them."""
+"""The weights that operators use in a backward pass, and the operators that use them.
+
+The identity estimator, S(x) = x, has no fixed pattern: a neuron with the output z has the pattern x / z for the input
+x. PatternAttribution with it is the LRP-ε rule: each input receives x w R / z, with z kept away from 0 by `EPSILON`
+(Bach et al. 2015, eq. 58, with the stabilizer of zennit's `Epsilon`).
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,20 +18,27 @@ from patterns.operators.operator import Operator
 from patterns.tracing.network import Network
 
 Weights = Mapping[str, Tensor]  # by operator name
+Patterns = Mapping[str, Tensor | None]  # by operator name; None: the identity estimator
+EPSILON = 1e-6  # added to the size of an output that a relevance is divided by
 
 
-def compute_backward_weights(network: Network, patterns: Weights, backward: BackwardPass) -> Weights:
+def compute_backward_weights(network: Network, patterns: Patterns, backward: BackwardPass) -> Weights:
     """Return the weights of a backward pass by operator name, on the operators' device.
+
+    Those of an operator with the identity estimator are for the pattern 1: the rest of its pattern x / z depends on the
+    input.
 
     Raises:
         UserError: If a pattern is missing or does not have the shape of the operator's weight.
     """
     weights = {}
     for name, operator in network.operators.items():
-        pattern = patterns.get(name)
-        if pattern is None and backward.needs_patterns:
+        if name not in patterns and backward.needs_patterns:
             raise UserError(name, "this operator has no pattern", "Fit patterns for this model.")
-        if pattern is not None:
+        pattern = patterns.get(name, torch.ones_like(operator.weight))
+        if pattern is None:
+            pattern = torch.ones_like(operator.weight)
+        else:
             if pattern.shape != operator.weight.shape:
                 what = f"the pattern has shape {tuple(pattern.shape)}, the weight {tuple(operator.weight.shape)}"
                 raise UserError(name, what, "Fit patterns for this model.")
@@ -35,25 +47,61 @@ def compute_backward_weights(network: Network, patterns: Weights, backward: Back
     return weights  # type: ignore[return-value]
 
 
-class OperatorWithBackwardWeight(ScaledModule):
-    """An operator whose input gradient uses another weight than its forward pass."""
+def find_identities(patterns: Patterns, backward: BackwardPass) -> frozenset[str]:
+    """Return the names of the operators that have the identity estimator in a backward pass."""
+    return frozenset(name for name, pattern in patterns.items() if pattern is None and backward.needs_patterns)
 
-    def __init__(self, operator: Operator, backward_weight: Callable[[], Tensor]) -> None:
+
+class OperatorWithBackwardWeight(ScaledModule):
+    """An operator whose input gradient uses another weight than its forward pass.
+
+    Args:
+        operator: The operator.
+        backward_weight: Returns the weight.
+        is_identity: Returns whether the weight is that of the identity estimator. None: it never is.
+    """
+
+    def __init__(
+        self, operator: Operator, backward_weight: Callable[[], Tensor], is_identity: Callable[[], bool] | None = None
+    ) -> None:
         super().__init__(operator.name)
-        self.operator, self.backward_weight = operator, backward_weight
+        self.operator, self.backward_weight, self.is_identity = operator, backward_weight, is_identity
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Apply the operator."""
-        return _OperatorWithBackwardWeight.apply(self.operator, self.backward_weight, *inputs)
+        return _OperatorWithBackwardWeight.apply(self.operator, self.backward_weight, self.is_identity, *inputs)
 
 
 class _OperatorWithBackwardWeight(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, operator: Operator, backward_weight: Callable[[], Tensor], *inputs: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        operator: Operator,
+        backward_weight: Callable[[], Tensor],
+        is_identity: Callable[[], bool] | None,
+        *inputs: Tensor,
+    ) -> Tensor:
         ctx.operator_type, ctx.backward_weight = operator.operator_type, backward_weight
-        ctx.input_shapes = tuple(tuple(x.shape) for x in inputs)
-        return operator(*inputs)
+        ctx.is_identity, ctx.input_shapes = is_identity, tuple(tuple(x.shape) for x in inputs)
+        output = operator(*inputs)
+        if is_identity is not None:  # a rectifier may overwrite the output
+            overwritten = operator.gate is not None or operator.mixed_gates
+            ctx.save_for_backward(output.clone() if overwritten else output, *inputs)
+        return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        return None, None, *ctx.operator_type.input_gradient(grads[0], ctx.backward_weight(), ctx.input_shapes)
+        (gradient,) = grads
+        identity = ctx.is_identity is not None and ctx.is_identity()
+        if identity:
+            output, *inputs = ctx.saved_tensors
+            gradient = gradient / stabilize(output)
+        found = ctx.operator_type.input_gradient(gradient, ctx.backward_weight(), ctx.input_shapes)
+        if identity:
+            found = tuple(x * g for x, g in zip(inputs, found))
+        return None, None, None, *found
+
+
+def stabilize(output: Tensor) -> Tensor:
+    """Return an output moved away from 0 by `EPSILON`; 0 counts as positive."""
+    return output + torch.where(output < 0, -EPSILON, EPSILON)

@@ -9,7 +9,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from patterns.attribution import gradient_scaling
-from patterns.attribution.backward_weights import OperatorWithBackwardWeight, Weights, compute_backward_weights
+from patterns.attribution.backward_weights import (
+    OperatorWithBackwardWeight,
+    Patterns,
+    Weights,
+    compute_backward_weights,
+    find_identities,
+)
 from patterns.attribution.explanation import Explanation
 from patterns.attribution.gradient_scaling import BranchScale, ScaledModule, ValueClasses
 from patterns.attribution.methods import BackwardPass, parse_method, resolve_settings
@@ -18,6 +24,7 @@ from patterns.attribution.rendering import RenderedExplanation, render_input
 from patterns.compilation import ForwardBackward
 from patterns.errors import UserError
 from patterns.io.pattern_files import choose, load, load_trace_options
+from patterns.operators.operator import Operator
 from patterns.tracing.digests import digest
 from patterns.tracing.inputs import Targets, resolve_targets, validate_inputs
 from patterns.tracing.network import Network, trace
@@ -35,7 +42,8 @@ class Explainer:
 
     Args:
         network: The traced network.
-        patterns: Patterns by operator name, each in the shape of the operator's weight. None if no method needs them.
+        patterns: Patterns by operator name, each in the shape of the operator's weight; None for the identity
+            estimator. None if no method needs patterns.
         methods: Names from `METHODS`. A method with patterns can name an estimator: `patternnet:linear`.
         scales: `scales` of an earlier explainer of the same network and patterns. Methods without scales are
             calibrated, which takes a few backward passes.
@@ -63,10 +71,10 @@ class Explainer:
     def __init__(
         self,
         network: Network,
-        patterns: Weights | None,
+        patterns: Patterns | None,
         methods: Collection[str],
         scales: Mapping[str, Sequence[int]] | None = None,
-        estimators: Mapping[str, Weights] | None = None,
+        estimators: Mapping[str, Patterns] | None = None,
         settings: Mapping[str, float] | None = None,
     ) -> None:
         if not network.output_shape:
@@ -75,7 +83,7 @@ class Explainer:
         self.network, self._like = network, network.like
         self._methods = {name: parse_method(name) for name in methods}
         self.settings = resolve_settings(self._methods, settings or {})
-        by_estimator = {"": patterns or {}, **(estimators or {})}
+        by_estimator: dict[str, Patterns] = {"": patterns or {}, **(estimators or {})}
         self._procedures = {
             name: method.procedure(network, {key: self.settings[f"{name}.{key}"] for key in method.settings})
             for name, method in self._methods.items()
@@ -83,11 +91,13 @@ class Explainer:
         }
         passes = dict.fromkeys(method.backward for method in self._methods.values() if method.backward is not None)
         self._weights = {b: compute_backward_weights(network, by_estimator.get(b.estimator, {}), b) for b in passes}
+        self._identities = {b: find_identities(by_estimator.get(b.estimator, {}), b) for b in passes}
         self._exponents = dict.fromkeys(passes, 0)
         self._restored = dict.fromkeys(passes, 0)  # exponent multiplied back into a scaled pass's result if it fits
         self._current: Weights = {}
+        self._identity: Collection[str] = ()
         self._rule: Rule = gate
-        self._module = network.rewrite(lambda op: OperatorWithBackwardWeight(op, lambda: self._current[op.name]))
+        self._module = network.rewrite(self._make_operator)
         if any(backward.rectifier is not gate for backward in passes):
             insert_rules(self._module, lambda: self._rule)
         self._potentials = self._scale_weights(network, scales or {})
@@ -177,7 +187,7 @@ class Explainer:
         """
         (method,) = self._methods.values()
         assert method.backward is not None
-        self._current, self._rule = self._weights[method.backward], method.backward.rectifier
+        self._select(method.backward)
         restored = 2.0 ** self._restored[method.backward]
         factor = next(iter(self._current.values())).new_tensor(restored)
         return nn.Sequential(BranchScale("input", lambda: factor), self._module)
@@ -262,7 +272,7 @@ class Explainer:
 
         def run_pass(output_gradient: Tensor, backward: BackwardPass, last: bool) -> Tensor:
             values = output_gradient * scores.detach() if backward.starts_from_value else output_gradient
-            self._current, self._rule = self._weights[backward], backward.rectifier
+            self._select(backward)
             (gradient,) = torch.autograd.grad(scores, leaf, values, retain_graph=not last)
             restored = self._restored[backward]
             return gradient_scaling.times_power_of_two(gradient, restored) if restored else gradient
@@ -272,6 +282,18 @@ class Explainer:
                 yield [run_pass(gradient, b, gradient is gradients[-1] and b is passes[-1]) for b in passes]
 
         return scores.detach(), run_passes
+
+    def _make_operator(self, operator: Operator) -> OperatorWithBackwardWeight:
+        """Return an operator that uses the weight of the current backward pass."""
+        name = operator.name
+        used = any(name in names for names in self._identities.values())
+        is_identity = (lambda: name in self._identity) if used else None
+        return OperatorWithBackwardWeight(operator, lambda: self._current[name], is_identity)
+
+    def _select(self, backward: BackwardPass) -> None:
+        """Let the operators and rectifiers do a backward pass."""
+        self._current, self._identity = self._weights[backward], self._identities[backward]
+        self._rule = backward.rectifier
 
     def _maps(
         self, inputs: Tensor, output_gradient: Tensor, results: list[Tensor], seeds: list[int]
@@ -327,8 +349,8 @@ class Explainer:
         self, backward: BackwardPass, classes: ValueClasses, phi: Mapping[int, int], noise: Tensor
     ) -> dict[int, float]:
         """Return the largest scaled |gradient| of each class of values in a backward pass with a potential."""
+        self._select(backward)
         self._current = gradient_scaling.scale_weights(self._weights[backward], classes, phi)
-        self._rule = backward.rectifier
         largest = dict.fromkeys(classes.order, 0.0)
 
         def record(number: int, gradient: Tensor) -> None:

@@ -17,16 +17,21 @@ from patterns.estimation.jackknife import (
 )
 from patterns.estimation.observer import OperatorObserver
 from patterns.estimation.position_pilot import positions_needed
+from patterns.estimation.presets import PRESETS, Preset, expand_presets, find_top
 from patterns.estimation.signal_quality import CUTOFF, group_by_estimator, quality
 
 __all__ = [
     "CUTOFF",
     "ESTIMATORS",
     "FEWEST_GROUPS",
+    "PRESETS",
     "ConvergenceCheck",
     "OperatorObserver",
+    "Preset",
     "Solution",
     "check_convergence",
+    "expand_presets",
+    "find_top",
     "group_by_estimator",
     "has_converged",
     "parse_estimators",

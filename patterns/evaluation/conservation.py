@@ -6,7 +6,8 @@ which includes the share of the bias. So the sum of the map equals the target's 
 - at gates: relevance for a gate that is closed (the value is 0, or 6) ends there;
 - at borders: the share Σ w_i a_i over the padding in a neuron's receptive field; in transposed convolutions with a
   stride also the share over the zeros between the inputs;
-- in neurons without wᵀa = 1, such as those with pattern 0 (dead, constant or degenerate).
+- in neurons without wᵀa = 1, such as those with pattern 0 (dead, constant or degenerate), and those with the identity
+  estimator, x / z, whose share of the bias is lost.
 
 Max pooling, reshaping, concatenation and values with several readers lose nothing. Shares are signed because relevance
 is: a closed gate that loses negative relevance raises the sum.
@@ -21,10 +22,16 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
-from patterns.attribution.backward_weights import OperatorWithBackwardWeight, Weights, compute_backward_weights
+from patterns.attribution.backward_weights import (
+    OperatorWithBackwardWeight,
+    Patterns,
+    compute_backward_weights,
+    find_identities,
+)
 from patterns.attribution.methods import ATTRIBUTION
 from patterns.attribution.rectifier_rules import rectifier_function
 from patterns.operators.axes import reshape_along
+from patterns.operators.operator import Operator
 from patterns.tracing.aten_graph import opname
 from patterns.tracing.network import Network
 
@@ -58,7 +65,7 @@ class Loss:
         return self.received - self.given
 
 
-def conservation(network: Network, patterns: Weights, inputs: Tensor, targets: Tensor) -> list[Loss]:
+def conservation(network: Network, patterns: Patterns, inputs: Tensor, targets: Tensor) -> list[Loss]:
     """Measure where PatternAttribution loses relevance.
 
     Args:
@@ -88,7 +95,13 @@ def conservation(network: Network, patterns: Weights, inputs: Tensor, targets: T
     """
     operators = network.operators
     weights = compute_backward_weights(network, patterns, ATTRIBUTION)
-    module = network.rewrite(lambda op: OperatorWithBackwardWeight(op, lambda: weights[op.name]))
+    identities = find_identities(patterns, ATTRIBUTION)
+
+    def make_operator(operator: Operator) -> OperatorWithBackwardWeight:
+        is_identity = (lambda: True) if operator.name in identities else None
+        return OperatorWithBackwardWeight(operator, lambda: weights[operator.name], is_identity)
+
+    module = network.rewrite(make_operator)
     losses: list[Loss] = []
 
     def total(gradients: Gradients) -> float:
@@ -101,8 +114,11 @@ def conservation(network: Network, patterns: Weights, inputs: Tensor, targets: T
             return
         operator, relevance = operators[str(node.target)], received[0]
         assert relevance is not None
-        shares = weights[operator.name].flatten(1).sum(1)
-        by_neurons = total((relevance * reshape_along(operator.operator_type.axis, shares, relevance),))
+        if operator.name in identities:  # nothing is lost at borders, where x is 0
+            by_neurons = total(given)
+        else:
+            shares = weights[operator.name].flatten(1).sum(1)
+            by_neurons = total((relevance * reshape_along(operator.operator_type.axis, shares, relevance),))
         losses.append(Loss(operator.name, "neuron", total(received), by_neurons))
         losses.append(Loss(operator.name, "border", by_neurons, total(given)))
 

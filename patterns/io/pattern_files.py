@@ -19,6 +19,7 @@ from torch import Tensor
 
 from patterns.errors import UserError
 from patterns.estimation.estimators import Choices, Solution, parse_estimators, select_choices, select_estimators
+from patterns.estimation.presets import expand_presets
 from patterns.io.atomic import temporary_path, write_atomically
 from patterns.io.safetensors_stream import REMEDY, Specs, TensorFile, tensor_specs, write_tensors
 from patterns.moments.gram import PatchMoments
@@ -186,19 +187,20 @@ def load(folder: str | Path, weights_digest: str | None, operators: Collection[s
     return patterns
 
 
-def choose(network: Network, patterns: Patterns, estimator: Choices = "default") -> dict[str, Tensor]:
+def choose(network: Network, patterns: Patterns, estimator: Choices = "default") -> dict[str, Tensor | None]:
     """Select one pattern for each operator, for `Explainer`.
 
     Args:
         network: The network.
         patterns: Patterns by operator name and name from `ESTIMATORS`.
-        estimator: Choices of estimators as for `patterns.solve`. The first that applies to an operator counts.
+        estimator: Choices of estimators as for `patterns.solve`, or names of presets. The first that applies to an
+            operator counts.
 
     Returns:
-        The pattern of each operator by its name, in the weight's shape.
+        The pattern of each operator by its name, in the weight's shape; None for the identity estimator.
 
     Raises:
-        UserError: If an operator has no such pattern (the identity has none), or if a choice applies to no operator.
+        UserError: If an operator has no such pattern, or if a choice applies to no operator.
 
     Example:
         >>> import patterns
@@ -206,17 +208,18 @@ def choose(network: Network, patterns: Patterns, estimator: Choices = "default")
         >>> choose(network, {"linear.0": {"filter": torch.ones(2, 3)}}, "filter")["linear.0"].shape
         torch.Size([2, 3])
     """
+    estimator = expand_presets(estimator, network)
     choices = parse_estimators(estimator, network.operators, "estimator")
     used = {select_choices(name, estimator)[0] for name in network.operators}
     if unused := [choice for _, choice in choices if choice not in used]:
         what = f"{unused[0]!r} is never used, because an earlier estimator applies to all of its operators"
         raise UserError("", what, "Put OPERATORS=ESTIMATOR before an estimator for all operators.", "estimator")
-    selected = {}
+    selected: dict[str, Tensor | None] = {}
     for name, operator in network.operators.items():
-        row = next(iter(select_estimators(operator, estimator)), None)
-        if row is None:
-            remedy = "Pass another `estimator` for this operator."
-            raise UserError(name, "the identity has no pattern", remedy, "estimator")
+        if select_choices(name, estimator)[0] == "identity":
+            selected[name] = None
+            continue
+        row = select_estimators(operator, estimator)[0]
         if row not in patterns.get(name, {}):
             remedy = "Solve with an estimator that includes it, or pass another `estimator`."
             raise UserError(name, f"the run has no pattern {row!r} for this operator", remedy, "estimator")

@@ -100,3 +100,25 @@ def resolve_targets(targets: Targets, scores: Tensor) -> Tensor:
     if outside.numel():
         raise UserError("", f"no class {int(outside[0])}", f"The model's classes are 0 to {classes - 1}.", "targets")
     return chosen
+
+
+def contrast(scores: Tensor, classes: Tensor | None = None) -> Tensor:
+    """Return the weights of a contrastive target: a class less the softmax-weighted mean of all other classes.
+
+    Relevance for the score of a class alone also marks what speaks for the classes that resemble it.
+
+    Args:
+        scores: The network's output, shape (N, K), K > 1.
+        classes: A class for each sample, int64 (N,); by default the one with the highest score.
+
+    Returns:
+        Shape (N, K), in the dtype of the scores: 1 for the class, and numbers that add up to -1 for the others.
+
+    Example:
+        >>> contrast(torch.tensor([[2.0, 1.0, 1.0]]))
+        tensor([[ 1.0000, -0.5000, -0.5000]])
+    """
+    classes = scores.argmax(1) if classes is None else classes
+    chosen = classes[:, None]
+    others = scores.scatter(1, chosen, -torch.inf).softmax(1)
+    return (-others).scatter(1, chosen, 1.0)

@@ -8,6 +8,8 @@
 | `top-5` | the five classes with the highest scores | 5 |
 | `281`, `tabby` | a class by number or name | 1 |
 | `A-vs-B` | score of A less score of B, each one of the above except `top-5` | 1 |
+| `A-vs-others` | score of A less the mean score of all other classes, weighted by their softmax | 1 |
+| `contrast` | the same as `predicted-vs-others` | 1 |
 | `features.28:17` | a neuron of an operator after its gate, all its positions together | 1 |
 
 The target of a model that returns one number for each sample (a binary or regression head) is that number.
@@ -21,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from patterns import Network, UserError
+from patterns import Network, UserError, contrast
 from ray_jobs.models.class_names import ClassNames, load_class_names
 
 Labels = Sequence[int | None]
@@ -30,6 +32,8 @@ Pick = Callable[[Tensor, Labels], Tensor]  # from scores (N, classes) and labels
 AGAINST = "-vs-"
 RANKS = {"predicted": 0, "second": 1}
 WORDS = {*RANKS, "label"}
+OTHERS = "others"
+CONTRAST = "contrast"
 TOP = r"top-(\d+)"
 
 
@@ -41,12 +45,14 @@ class Target:
         picks: The classes or neurons.
         operator: The operator at which the explained network ends; None: at the classes.
         against: Whether a single map explains the difference of two classes. Otherwise each class has its own map.
+        against_others: Whether the map explains a class less the softmax-weighted mean of the others.
         needs_label: Whether samples without a label cannot be explained.
     """
 
     picks: tuple[Pick, ...]
     operator: str | None = None
     against: bool = False
+    against_others: bool = False
     needs_label: bool = False
 
     @property
@@ -64,10 +70,12 @@ class Target:
         if self.against:
             one, other = (torch.zeros_like(scores).scatter_(1, c[:, None], 1.0) for c in classes.unbind(1))
             return one - other
+        if self.against_others:
+            return contrast(scores, classes[:, 0])
         return classes[:, 0] if self.maps == 1 else classes
 
     def score(self, scores: Tensor, classes: Tensor) -> Tensor:
-        """Return what each map explains: a class's score, a difference of two, or a neuron's sum over positions.
+        """Return what each map explains: a class's score, a difference, or a neuron's sum over positions.
 
         Args:
             scores: The network's output (N, K, …).
@@ -77,6 +85,8 @@ class Target:
             (N, maps).
         """
         values = scores.flatten(2).sum(2) if scores.dim() > 2 else scores
+        if self.against_others:
+            return (values * contrast(values, classes[:, 0])).sum(1, keepdim=True)
         values = values.gather(1, classes)
         return values[:, :1] - values[:, 1:] if self.against else values
 
@@ -118,11 +128,16 @@ def parse_target(spec: str, network: Network, names: ClassNames) -> Target:
             what = "the model returns one number for each sample, and nothing else can be explained"
             raise target_error(spec, what, "Leave out `target`, or explain a neuron: OPERATOR:NEURON.")
         return Target((pick_class(0),))
-    words = split_pair(spec, {name for name, _ in names})
+    if spec == CONTRAST:
+        require_no_class(CONTRAST, spec, names)
+    words = split_pair(f"predicted{AGAINST}{OTHERS}" if spec == CONTRAST else spec, {name for name, _ in names})
+    if against_others := words[1:] == [OTHERS]:
+        require_no_class(OTHERS, spec, names)
+        words = words[:1]
     picks = tuple(parse_word(word, spec, classes, names, network) for word in words)
     if len(words) == 2 and words[0] == words[1]:
         raise target_error(spec, "a class against itself is 0", "Name two classes.")
-    return Target(picks, against=len(words) == 2, needs_label="label" in words)
+    return Target(picks, None, len(words) == 2, against_others, needs_label="label" in words)
 
 
 def split_pair(spec: str, names: Collection[str]) -> list[str]:
@@ -183,8 +198,9 @@ def require_no_class(word: str, spec: str, names: ClassNames) -> None:
 
 def needs_names(spec: str) -> bool:
     """Return whether the names of classes are needed to parse a target."""
+    known = WORDS | {OTHERS, CONTRAST}
     return not re.fullmatch(TOP, spec) and any(
-        not word.isdecimal() and word not in WORDS for word in spec.split(AGAINST)
+        not word.isdecimal() and word not in known for word in spec.split(AGAINST)
     )
 
 
