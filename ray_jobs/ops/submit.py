@@ -27,6 +27,7 @@ from ray_jobs.engine.signals import StoppedShortError
 
 STOP_WITHIN = "600"  # seconds that a stopped job has to commit; Ray's default of 3 is too short
 PROGRAM = "python -m ray_jobs"
+ADDRESS = "RAY_API_SERVER_ADDRESS"
 SILENCE = 60.0  # seconds without new log text after which the status of the job is requested
 PAUSE, MAX_PAUSE = 1.0, 30.0  # seconds between attempts to reach a cluster that does not answer
 Chunks = AsyncGenerator[str, None]
@@ -117,13 +118,18 @@ def connect_client(address: str) -> JobSubmissionClient:
     """Connect to a dashboard; raise UserError if that fails."""
     if not address.startswith(("http://", "https://")):
         raise UserError(f"--address {address}", "not the address of a dashboard", "Write http://HOST:8265.")
-    os.environ.pop("RAY_API_SERVER_ADDRESS", None)  # Ray prefers this variable to the argument
+    before = os.environ.get(ADDRESS)
+    os.environ[ADDRESS] = address  # Ray prefers it, and RAY_ADDRESS, to the argument
     try:
         return JobSubmissionClient(address)
     except AuthenticationError as error:
         raise no_token_error(address) from error
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise no_answer_error(address) from error
+    finally:
+        os.environ.pop(ADDRESS)
+        if before is not None:
+            os.environ[ADDRESS] = before
 
 
 def find_or_send(client: JobSubmissionClient, submission: Submission, address: str) -> tuple[str, bool]:

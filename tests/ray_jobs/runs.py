@@ -32,7 +32,7 @@ def assert_same_patterns(one: Path, other: Path) -> None:
 
 def wait_until(holds: Callable[[], object]) -> None:
     """Wait until a condition holds."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.1)
