@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.critics import figures, photographs, shapes
-from benchmarks.critics.measures import cosine, heat, spearman, ssim
 from benchmarks.critics.photographs import VARIANTS
 from benchmarks.pages import Cell, Table, make_parser, save_results
+from patterns.evaluation import cosine, heat, spearman, ssim
 from ray_jobs.engine.shard_worker import keep_freed_memory
 
 PARTS = "classifier", "blocks.6", "blocks.4", "blocks.2", "conv_stem"  # stages of the cascade in the table
@@ -151,7 +151,7 @@ def compare_with_quantus(trained: shapes.Trained) -> Table:
     for method, estimator in QUANTUS:
         name = f"{method}:{estimator}" if method.startswith("pattern") else method
         rows.append([label(name), *shapes.compare_with_quantus(trained, method, estimator)])
-    return Table({"method": "", "Quantus' MPRT": "{:.2f}", "`benchmarks.critics.measures.cascade`": "{:.2f}"}, rows)
+    return Table({"method": "", "Quantus' MPRT": "{:.2f}", "`patterns.evaluation.cascade`": "{:.2f}"}, rows)
 
 
 def save(docs: Path | None, name: str, table: Table, **values: object) -> None:

@@ -8,20 +8,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.convergence import load_model_and_crops
-from benchmarks.critics.measures import (
-    backward_convergence,
-    cascade,
-    cosine,
-    heat,
-    randomize,
-    singular_ratio,
-    spearman,
-    ssim,
-    trained_operators,
-)
+from benchmarks.critics.measures import backward_convergence, singular_ratio
 from patterns import Explainer, Network, Observer, choose, solve
 from patterns.attribution.baselines import sobel
 from patterns.estimation.estimators import required_sums
+from patterns.evaluation import cascade, cosine, heat, randomize, spearman, ssim, trained_operators
 from ray_jobs.data.packing import pack
 from ray_jobs.data.shard_reader import ReaderConfig, ShardReader
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.critics.measures import absorb_shift, cascade, earth_movers_accuracy, heat, spearman
+from benchmarks.critics.measures import earth_movers_accuracy
 from patterns import Explainer, Network, accumulate, choose, solve, trace
 from patterns.attribution.baselines import sobel
+from patterns.evaluation import absorb_shift, cascade, heat, spearman
 from ray_jobs.jobs.explain.map_statistics import summarize_maps
 
 SIDE = 8
@@ -175,7 +176,7 @@ def measure_shift(trained: Trained) -> dict[str, tuple[float, float]]:
     network, images, labels = trained.network, trained.images[:EXPLAINED], trained.labels[:EXPLAINED]
     noise = torch.randn(network.input_shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     shift = SHIFT * trained.training_images.std() * noise
-    moved = absorb_shift(network, next(iter(network.operators)), shift)
+    moved = absorb_shift(network, shift)
     carried = trained.patterns(network, trained.training_images)
     refitted = trained.patterns(moved, trained.training_images + shift)
 
@@ -196,7 +197,7 @@ def measure_shift(trained: Trained) -> dict[str, tuple[float, float]]:
 
 
 def compare_with_quantus(trained: Trained, method: str, estimator: str) -> tuple[float, float]:
-    """Run the cascading randomization of a CNN with its patterns carried over, by Quantus and by `measures.cascade`.
+    """Run the cascading randomization of a CNN with its patterns carried over, by Quantus and by `cascade`.
 
     Quantus initializes layers as torch does. `cascade` draws normals with the moments of the trained weights, here
     several times; this can close all gates, so maps of zeros are left out.

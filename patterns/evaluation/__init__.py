@@ -1,5 +1,6 @@
-"""Measures of the quality of maps."""
+"""Measures of the quality of maps, and the modified networks and images that they need."""
 
+from patterns.evaluation.constant_shift import absorb_shift, find_shift_obstacle, shift_sensitivity
 from patterns.evaluation.degradation import (
     PATCH,
     REPLACEMENTS,
@@ -11,15 +12,42 @@ from patterns.evaluation.degradation import (
     rank_patches,
     sum_patches,
 )
+from patterns.evaluation.pointing import draw_quadruples, make_grids, pointing_shares
+from patterns.evaluation.randomization import (
+    cascade,
+    randomize,
+    redraw,
+    replace_operators,
+    trained_operators,
+    with_weights,
+)
+from patterns.evaluation.similarity import cosine, heat, ranks, spearman, ssim
 
 __all__ = [
     "PATCH",
     "REPLACEMENTS",
     "STEPS",
+    "absorb_shift",
     "area_over_curve",
+    "cascade",
     "compute_relevance",
+    "cosine",
     "degrade_images",
+    "draw_quadruples",
+    "find_shift_obstacle",
+    "heat",
     "index_patches",
+    "make_grids",
+    "pointing_shares",
+    "randomize",
     "rank_patches",
+    "ranks",
+    "redraw",
+    "replace_operators",
+    "shift_sensitivity",
+    "spearman",
+    "ssim",
     "sum_patches",
+    "trained_operators",
+    "with_weights",
 ]

@@ -89,7 +89,8 @@ def conservation(network: Network, patterns: Patterns, inputs: Tensor, targets: 
         >>> network = trace(model, data[:2])
         >>> moments = accumulate(network, [data])
         >>> solutions = {name: solve(op, moments[name]).patterns for name, op in network.operators.items()}
-        >>> losses = conservation(network, choose(network, solutions), data[:5], torch.tensor([0, 1, 0, 1, 0]))
+        >>> chosen, targets = choose(network, solutions, "linear"), torch.tensor([0, 1, 0, 1, 0])
+        >>> losses = conservation(network, chosen, data[:5], targets)
         >>> [loss.cause for loss in losses], all(abs(loss.lost) < 1e-5 for loss in losses)
         (['neuron', 'border'], True)
     """

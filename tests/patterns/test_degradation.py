@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
-from torch import Tensor
+from torch import Tensor, nn
 
 from patterns.evaluation.degradation import (
     REPLACEMENTS,
@@ -94,3 +94,25 @@ def test_degraded_images_equal_a_loop_over_patches(name: str) -> None:
 
 def test_area_over_a_curve_is_the_mean_fall_from_its_start() -> None:
     assert area_over_curve(torch.tensor([[0.8, 0.8, 0.8], [0.9, 0.3, 0.0]])).tolist() == pytest.approx([0.0, 0.5])
+
+
+@pytest.mark.parametrize("pixels", [1, 5])
+def test_degradation_of_single_pixels_equals_quantus_pixel_flipping(pixels: int) -> None:
+    """Patches of one pixel in images of one channel, which are replaced by the mean that images are normalized by."""
+    import quantus
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(30, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    x, values, targets = images(4, 5, 6)[:, :1].float(), images(4, 5, 6)[:, 1].float(), torch.tensor([0, 1, 2, 0])
+    metric = quantus.PixelFlipping(
+        features_in_step=pixels, perturb_baseline=0.0, abs=False, normalise=False, disable_warnings=True
+    )
+    arrays = {"x_batch": x.numpy(), "y_batch": targets.numpy(), "a_batch": values[:, None].numpy()}
+    truth = metric(model=model, **arrays, channel_first=True, softmax=True, device="cpu")
+
+    ranks = rank_patches(sum_patches(values, 1))[:, index_patches(5, 6, 1)]
+    steps = torch.arange(pixels, 31, pixels)
+    degraded = degrade_images(x, REPLACEMENTS["dataset-mean"](x, 1, BLACK), ranks, steps)
+    probabilities = model(degraded.flatten(0, 1)).softmax(1).unflatten(0, (4, -1))
+    found = probabilities.gather(2, targets.view(-1, 1, 1).expand(-1, len(steps), 1))[..., 0]
+    np.testing.assert_allclose(found.detach(), truth, rtol=1e-5, atol=1e-6)
