@@ -2,7 +2,8 @@
 
 The identity estimator, S(x) = x, has no fixed pattern: a neuron with the output z has the pattern x / z for the input
 x. PatternAttribution with it is the LRP-ε rule: each input receives x w R / z, with z kept away from 0 by `EPSILON`
-(Bach et al. 2015, eq. 58, with the stabilizer of zennit's `Epsilon`).
+(Bach et al. 2015, eq. 58, with the stabilizer of zennit's `Epsilon`). PatternNet does the same at such an operator: its
+own signal, x R / z, would be the whole input whatever the target, and nothing below could depend on the class.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,26 +26,26 @@ EPSILON = 1e-6  # added to the size of an output that a relevance is divided by
 def compute_backward_weights(network: Network, patterns: Patterns, backward: BackwardPass) -> Weights:
     """Return the weights of a backward pass by operator name, on the operators' device.
 
-    Those of an operator with the identity estimator are for the pattern 1: the rest of its pattern x / z depends on the
-    input.
+    That of an operator with the identity estimator is w; the rest, x / z, depends on the input.
 
     Raises:
         UserError: If a pattern is missing or does not have the shape of the operator's weight.
     """
-    weights = {}
+    weights: dict[str, Any] = {}
     for name, operator in network.operators.items():
         if name not in patterns and backward.needs_patterns:
             raise UserError(name, "this operator has no pattern", "Fit patterns for this model.")
-        pattern = patterns.get(name, torch.ones_like(operator.weight))
-        if pattern is None:
-            pattern = torch.ones_like(operator.weight)
-        else:
+        pattern = patterns.get(name)
+        if name in patterns and pattern is None:
+            weights[name] = operator.weight
+            continue
+        if pattern is not None:
             if pattern.shape != operator.weight.shape:
                 what = f"the pattern has shape {tuple(pattern.shape)}, the weight {tuple(operator.weight.shape)}"
                 raise UserError(name, what, "Fit patterns for this model.")
             pattern = pattern.to(operator.weight)
         weights[name] = backward.operator(operator.weight, pattern)
-    return weights  # type: ignore[return-value]
+    return weights
 
 
 def find_identities(patterns: Patterns, backward: BackwardPass) -> frozenset[str]:

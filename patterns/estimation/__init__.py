@@ -17,7 +17,7 @@ from patterns.estimation.jackknife import (
 )
 from patterns.estimation.observer import OperatorObserver
 from patterns.estimation.position_pilot import positions_needed
-from patterns.estimation.presets import PRESETS, Preset, expand_presets, find_top
+from patterns.estimation.presets import PRESETS, Preset, expand_presets, find_top, resolve_estimators
 from patterns.estimation.signal_quality import CUTOFF, group_by_estimator, quality
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "positions_needed",
     "quality",
     "required_sums",
+    "resolve_estimators",
     "samples_needed",
     "select_choices",
     "select_estimators",

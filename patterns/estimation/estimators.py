@@ -177,7 +177,7 @@ ESTIMATORS: dict[str, Estimator] = {
 }
 
 # By name of a choice: the estimators for operators with a gate, and for operators without. Explanations use the
-# pattern of the first. The identity, S(x) = x, has no pattern.
+# pattern of the first. The identity, S(x) = x, has no pattern. `default` has what every preset needs.
 CHOICES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "identity": ((), ()),
     "filter": (("filter",), ("filter",)),
@@ -186,10 +186,10 @@ CHOICES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "two-component": (("positive", "negative"), ("linear",)),
     "two-component-own-mean": (("positive-own-mean", "negative-own-mean"), ("linear",)),
     "multivariate": (("multivariate",), ("multivariate",)),
-    "default": (("positive",), ("linear",)),
+    "default": (("positive", "positive-own-mean"), ("linear",)),
 }
 # The choices with a pattern for each side of the gate.
-PAIRS = {name: rows for name, (rows, _) in CHOICES.items() if len(rows) == 2}
+PAIRS = {name: rows for name, (rows, _) in CHOICES.items() if len(rows) == 2 and name != "default"}
 
 # Comma-separated names from CHOICES, for all operators, or `glob=name` pairs, for operators whose name matches a glob
 # such as `features.*`; or an iterable of such names and pairs. Other operators have the choice `default`.

@@ -1,10 +1,11 @@
 """Presets: named choices of an estimator for each operator of a network."""
 
 import glob
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
-from patterns.estimation.estimators import Choices
+from patterns.errors import UserError
+from patterns.estimation.estimators import CHOICES, Choices, parse_estimators, select_choices
 from patterns.operators.operator import Convolution, TransposedConvolution
 from patterns.tracing.network import Network, find_ancestors, find_operator_calls
 
@@ -61,7 +62,7 @@ def class_specific(network: Network) -> list[str]:
 PRESETS: dict[str, Preset] = {
     "paper": Preset(
         "The paper's estimators: a₊ of S_a± for operators with a gate, S_a for the others.",
-        lambda network: ["default"],
+        lambda network: ["two-component"],
     ),
     "linear": Preset("S_a for every operator.", lambda network: ["linear"]),
     "own-mean": Preset(
@@ -74,6 +75,10 @@ PRESETS: dict[str, Preset] = {
         class_specific,
     ),
 }
+
+
+# The preset of explanations that name none, and the one for runs of version 0.2, which lack the patterns of the first.
+DEFAULT, BEFORE = "class-specific", "paper"
 
 
 def expand_presets(estimators: Choices, network: Network) -> list[str]:
@@ -94,5 +99,52 @@ def expand_presets(estimators: Choices, network: Network) -> list[str]:
         >>> expand_presets("class-specific", network)
         ['2=identity', 'two-component-own-mean']
     """
-    choices = estimators.split(",") if isinstance(estimators, str) else estimators
+    choices = [c.strip() for c in (estimators.split(",") if isinstance(estimators, str) else estimators)]
     return [c for choice in choices for c in (PRESETS[choice].choices(network) if choice in PRESETS else [choice])]
+
+
+def resolve_estimators(
+    network: Network, estimators: Choices, solved: Mapping[str, Collection[str]] | None = None
+) -> dict[str, str]:
+    """Return the estimator of each operator in an explanation.
+
+    Args:
+        network: The network.
+        estimators: Choices of estimators, or names of presets. The first that applies to an operator counts; operators
+            to which none applies have the default preset.
+        solved: For each operator the names of the patterns that a run has. If it lacks those of the default preset, as
+            runs of version 0.2 do, the preset `paper` takes its place.
+
+    Returns:
+        A name from `CHOICES` for each operator's name.
+
+    Raises:
+        UserError: If there is no such estimator, or a choice applies to no operator.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from patterns import trace
+        >>> network = trace(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), torch.zeros(1, 4))
+        >>> resolve_estimators(network, "0=linear,class-specific")
+        {'0': 'linear', '2': 'identity'}
+    """
+    own = [c.strip() for c in (estimators.split(",") if isinstance(estimators, str) else estimators)]
+    given = [c for c in own if c not in PRESETS and c != "default"]
+    found = parse_estimators(given, network.operators, "estimator")
+    preset = DEFAULT if solved is None or has_rows(network, DEFAULT, solved) else BEFORE
+    choices = expand_presets([preset if c == "default" else c for c in [*own, "default"]], network)
+    selected = {name: select_choices(name, choices)[0] for name in network.operators}
+    if unused := [name for _, name in found if name not in selected.values()]:
+        what = f"{unused[0]!r} is never used, because an earlier estimator applies to all of its operators"
+        raise UserError("", what, "Put OPERATORS=ESTIMATOR before an estimator for all operators.", "estimator")
+    return selected
+
+
+def has_rows(network: Network, preset: str, solved: Mapping[str, Collection[str]]) -> bool:
+    """Return whether a run has the patterns of a preset."""
+    choices = PRESETS[preset].choices(network)
+    return all(
+        set(CHOICES[select_choices(name, choices)[0]][op.gate is None][:1]) <= set(solved.get(name, ()))
+        for name, op in network.operators.items()
+    )

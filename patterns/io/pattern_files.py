@@ -4,12 +4,11 @@ Every file is written atomically (see `patterns.io.atomic`).
 """
 
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from functools import reduce
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,19 +17,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from patterns.errors import UserError
-from patterns.estimation.estimators import Choices, Solution, parse_estimators, select_choices, select_estimators
-from patterns.estimation.presets import expand_presets
-from patterns.io.atomic import temporary_path, write_atomically
-from patterns.io.safetensors_stream import REMEDY, Specs, TensorFile, tensor_specs, write_tensors
-from patterns.moments.gram import PatchMoments
-from patterns.moments.moments import Moments
+from patterns.estimation.estimators import CHOICES, Choices, Solution, select_estimators
+from patterns.estimation.presets import resolve_estimators
+from patterns.io.atomic import temporary_path
+from patterns.io.safetensors_stream import Specs, tensor_specs, write_tensors
 from patterns.operators.operator import Operator
 from patterns.tracing.network import Network
 
 FORMAT = "1"
 PATTERNS = "patterns.safetensors"
 Patterns = dict[str, dict[str, Tensor]]  # by operator and name from ESTIMATORS
-M = TypeVar("M", Moments, PatchMoments)
 
 
 @dataclass(frozen=True)
@@ -208,18 +204,12 @@ def choose(network: Network, patterns: Patterns, estimator: Choices = "default")
         >>> choose(network, {"linear.0": {"filter": torch.ones(2, 3)}}, "filter")["linear.0"].shape
         torch.Size([2, 3])
     """
-    estimator = expand_presets(estimator, network)
-    choices = parse_estimators(estimator, network.operators, "estimator")
-    used = {select_choices(name, estimator)[0] for name in network.operators}
-    if unused := [choice for _, choice in choices if choice not in used]:
-        what = f"{unused[0]!r} is never used, because an earlier estimator applies to all of its operators"
-        raise UserError("", what, "Put OPERATORS=ESTIMATOR before an estimator for all operators.", "estimator")
     selected: dict[str, Tensor | None] = {}
-    for name, operator in network.operators.items():
-        if select_choices(name, estimator)[0] == "identity":
+    for name, choice in resolve_estimators(network, estimator, patterns).items():
+        if choice == "identity":
             selected[name] = None
             continue
-        row = select_estimators(operator, estimator)[0]
+        row = CHOICES[choice][network.operators[name].gate is None][0]
         if row not in patterns.get(name, {}):
             remedy = "Solve with an estimator that includes it, or pass another `estimator`."
             raise UserError(name, f"the run has no pattern {row!r} for this operator", remedy, "estimator")
@@ -262,91 +252,33 @@ def load_trace_options(folder: Path, input_shape: tuple[int, ...] | None = None)
         raise UserError(str(folder), what, "Pass the folder of a finished fit, or an `example`.", "example") from error
 
 
-def save_moments(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write moments of some operators.
+def list_patterns(folder: str | Path) -> dict[str, list[str]]:
+    """List the patterns in the folder of a fit.
 
     Args:
-        path: The file.
-        tensors: The sums by name, such as `{operator}/total.xy`: see `OperatorObserver.tensors`.
-        metadata: Texts to write to the header.
+        folder: The folder.
 
-    Example:
-        >>> from tempfile import TemporaryDirectory
-        >>> import patterns
-        >>> observer = patterns.Observer(patterns.trace(torch.nn.Linear(3, 2), torch.zeros(2, 3)))
-        >>> _ = observer.update(torch.rand(5, 3))
-        >>> with TemporaryDirectory() as folder:
-        ...     save_moments(Path(folder) / "part", observer.tensors(), {})
-        ...     with TensorFile(Path(folder) / "part") as file:
-        ...         load_moments([file], "linear.0").total.n.tolist()
-        [5, 5]
-    """
-    header = {"format": FORMAT, **metadata}
-    write_atomically(path, lambda temporary: write_tensors(temporary, tensor_specs(tensors), tensors.values(), header))
-
-
-def load_moments(
-    files: Sequence[TensorFile],
-    operator: str,
-    moments_type: type[M] = Moments,  # type: ignore[assignment]
-) -> M:
-    """Load the moments of one operator, summed over several files. Other tensors are not read.
-
-    Args:
-        files: The files.
-        operator: The operator's name.
-        moments_type: The type of the moments: `Moments` or `PatchMoments`.
+    Returns:
+        Names from `ESTIMATORS` for each operator's name.
 
     Raises:
-        UserError: If a file lacks the moments of this operator.
-        KeyError, ValueError: If they are of the other type.
+        UserError: If there are no patterns.
 
     Example:
-        See `save_moments`.
+        >>> import patterns, tempfile
+        >>> run, network = tempfile.mkdtemp(), patterns.trace(torch.nn.Linear(3, 2), torch.zeros(2, 3))
+        >>> moments = patterns.accumulate(network, [torch.rand(50, 3)])
+        >>> solution = patterns.solve(network.operators["linear.0"], moments["linear.0"], "linear")
+        >>> patterns.save(run, {"linear.0": solution}, "sha256:0")
+        >>> list_patterns(run)
+        {'linear.0': ['linear']}
     """
-    names = [name for name in list_sums(files[0]) if name.rpartition("/")[0] == operator]
-    for file in files:
-        if not names or not file.specs.keys() >= set(names):
-            raise UserError(file.where, f"no moments of {operator}", REMEDY)
-    return moments_type.from_tensors({name.removeprefix(f"{operator}/"): add_up(files, name) for name in names})
-
-
-def list_sums(file: TensorFile) -> Specs:
-    """Return the sums in a file of moments. Version 0.2 also stored Σyyᵀ, which follows from the others."""
-    return {name: spec for name, spec in file.specs.items() if not name.endswith("/outer")}
-
-
-def add_up(files: Iterable[TensorFile], name: str) -> Tensor:
-    """Return the sum of a tensor over files. Moments are merged in this way, tensor by tensor."""
-    return reduce(Tensor.add_, (file.get(name) for file in files))
-
-
-def merge_moments(path: Path, files: Sequence[TensorFile], metadata: Mapping[str, str]) -> None:
-    """Write the sum of several files of moments. At most two tensors are in memory at once.
-
-    Args:
-        path: The file to write.
-        files: The files to merge.
-        metadata: Texts to write to the header.
-
-    Raises:
-        ValueError: If the names, dtypes or shapes of their tensors differ.
-
-    Example:
-        >>> from tempfile import TemporaryDirectory
-        >>> with TemporaryDirectory() as folder:
-        ...     save_moments(Path(folder) / "part", {"conv/total.n": torch.tensor([5])}, {})
-        ...     with TensorFile(Path(folder) / "part") as file:
-        ...         merge_moments(Path(folder) / "merged", [file, file], {})
-        ...     with TensorFile(Path(folder) / "merged") as merged:
-        ...         merged.get("conv/total.n").tolist()
-        [10]
-    """
-    specs = list_sums(files[0])
-    if any(list_sums(file) != specs for file in files):
-        raise ValueError("files of moments of different operators or sums")
-    sums, header = (add_up(files, name) for name in specs), {"format": FORMAT, **metadata}
-    write_atomically(path, lambda temporary: write_tensors(temporary, specs, sums, header))
+    found: dict[str, list[str]] = {}
+    with open_patterns(Path(folder) / PATTERNS) as file:
+        for key in file.keys():
+            operator, _, row = key.rpartition("/")
+            found.setdefault(operator, []).append(row)
+    return found
 
 
 def open_patterns(path: Path) -> safe_open:

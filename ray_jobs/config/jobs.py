@@ -31,6 +31,21 @@ def methods_help() -> str:
     return f"Methods ({', '.join(METHODS)}); {' and '.join(WITH_PATTERNS)} also as METHOD:ESTIMATOR."
 
 
+def presets_help() -> str:
+    """Return the help text of the presets."""
+    from patterns import PRESETS
+
+    listed = "; ".join(f"{name}: {preset.description[:-1]}" for name, preset in PRESETS.items())
+    return f"Estimators of the operators that --estimators leaves out (default: class-specific). {listed}."
+
+
+def list_presets() -> tuple[str, ...]:
+    """Return the names of the presets."""
+    from patterns import PRESETS
+
+    return tuple(PRESETS)
+
+
 def list_replacements() -> tuple[str, ...]:
     """Return the names of the values that can replace a patch."""
     from patterns.evaluation import REPLACEMENTS
@@ -203,7 +218,8 @@ class QualityConfig(Validated):
 class MethodsConfig(Validated):
     """Methods by the patterns of the run `patterns`, on whole shards.
 
-    `estimator` serves the methods that name no estimator. `settings` are pairs of `METHOD.SETTING` and its value.
+    `estimator` and `preset` serve the methods that name no estimator. `settings` are pairs of `METHOD.SETTING` and its
+    value.
     """
 
     model: ModelConfig
@@ -213,6 +229,7 @@ class MethodsConfig(Validated):
     batch_size: int = same(FitConfig, "batch_size")
     methods: tuple[str, ...] = option(("gradient", "patternnet", "patternattribution"), methods_help)
     estimator: tuple[str, ...] = same(FitConfig, "estimators", default=("default",))
+    preset: str | None = option(None, presets_help, choices=list_presets)
     settings: tuple[tuple[str, float], ...] = option(
         (),
         "Setting of a method: smoothgrad.samples=50. Repeatable.",
@@ -223,6 +240,11 @@ class MethodsConfig(Validated):
     )
     max_samples: int | None = same(FitConfig, "max_samples")
     seed: int = same(ModelConfig, "seed")
+
+    @property
+    def estimators(self) -> tuple[str, ...]:
+        """The choices of estimators for the methods that name none: the first that applies to an operator counts."""
+        return (*(each for each in self.estimator if each != "default"), self.preset or "default")
 
 
 @dataclass(frozen=True, kw_only=True)

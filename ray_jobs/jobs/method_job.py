@@ -1,12 +1,13 @@
 """The common part of `explain` and `degrade`: a model, its patterns and methods, and files for each shard."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 import pyarrow as pa
 
-from patterns import Explainer, Network, choose
+from patterns import Explainer, Network, UserError, choose
 from patterns.attribution import parse_method, resolve_settings
+from patterns.estimation import resolve_estimators
 from patterns.io import write_table
 from ray_jobs.config import MethodsConfig
 from ray_jobs.data.samples import derive_seed
@@ -15,7 +16,7 @@ from ray_jobs.engine.shard_worker import BatchStream, ShardWorker, WorkerResourc
 from ray_jobs.io.object_store import publish
 from ray_jobs.jobs.per_shard_job import FilesTask
 from ray_jobs.models.loading import TracedModel
-from ray_jobs.runs.run_folder import Run, load_patterns, write_rejected
+from ray_jobs.runs.run_folder import Run, list_solved, load_patterns, write_rejected
 from ray_jobs.units import make_printable
 
 Scales = dict[str, list[int]]  # the potential of each method's backward pass; see `Explainer.scales`
@@ -75,13 +76,32 @@ def make_explainer(config: MethodsConfig, model: TracedModel, operator: str | No
 
 def choose_patterns(config: MethodsConfig, model: TracedModel, network: Network) -> tuple[Any, dict[str, Any]]:
     """Return the patterns of the methods that name no estimator (None if there are none), and those by estimator."""
-    passes = [b for name in config.methods if (b := parse_method(name).backward) is not None and b.needs_patterns]
-    if not passes:
+    names = list_estimators(config)
+    if not names:
         return None, {}
     patterns = load_patterns(config.patterns, model.digest)
     Run(config.patterns).require_model(model)
-    chosen = choose(network, patterns, config.estimator) if any(not b.estimator for b in passes) else None
-    return chosen, {b.estimator: choose(network, patterns, b.estimator) for b in passes if b.estimator}
+    chosen = {name: choose(network, patterns, name or config.estimators) for name in names}
+    return chosen.pop("", None), chosen
+
+
+def list_estimators(config: MethodsConfig) -> list[str]:
+    """Return the estimators that the methods with patterns name; "" for those of the config."""
+    backward = (parse_method(name).backward for name in config.methods)
+    return list(dict.fromkeys(b.estimator for b in backward if b is not None and b.needs_patterns))
+
+
+def describe_estimators(config: MethodsConfig, network: Network) -> dict[str, dict[str, str]]:
+    """Return the estimator of each operator for each method with patterns, for the manifest."""
+    if not list_estimators(config):
+        return {}
+    solved = list_solved(config.patterns)
+    found = {}
+    for name in config.methods:
+        backward = parse_method(name).backward
+        if backward is not None and backward.needs_patterns:
+            found[name] = resolve_estimators(network, backward.estimator or config.estimators, solved)
+    return found
 
 
 def validate_settings(config: MethodsConfig) -> dict[str, float]:
@@ -93,24 +113,31 @@ def validate_settings(config: MethodsConfig) -> dict[str, float]:
     return resolve_settings({name: parse_method(name) for name in config.methods}, dict(config.settings))
 
 
-def validate_methods(config: MethodsConfig, model: TracedModel, operator: str | None, scales: Scales) -> dict[str, Any]:
+def validate_methods(
+    config: MethodsConfig, model: TracedModel, operator: str | None, section: Mapping[str, Any]
+) -> dict[str, Any]:
     """Check on the driver that the workers can make the explainer, and calibrate its scales once for all workers.
 
     Args:
         config: The methods.
         model: The model.
         operator: See `make_explainer`.
-        scales: The scales of an earlier driver of this job; empty for a new job.
+        section: The job's section of the manifest, which an earlier driver may have written.
 
     Returns:
-        The manifest's entries `scales` and `settings`.
+        The manifest's entries `scales`, `settings` and `estimators`.
 
     Raises:
-        UserError: If the patterns are missing, or those of another model.
+        UserError: If the patterns are missing or those of another model, or the job was begun with other estimators.
     """
-    settings = validate_settings(config)
+    settings, scales = validate_settings(config), section.get("scales", {})
+    network = model.network if operator is None else model.network.until(operator)
     if scales:
-        choose_patterns(config, model, model.network if operator is None else model.network.until(operator))
+        choose_patterns(config, model, network)
     else:
         scales = make_explainer(config, model, operator, {}).scales
-    return {"scales": scales, "settings": settings}
+    estimators = describe_estimators(config, network)
+    if section.get("estimators", estimators) != estimators:
+        what = "this job was begun when the fit had the patterns of other estimators"
+        raise UserError(config.out, what, "Choose another --out.")
+    return {"scales": scales, "settings": settings, "estimators": estimators}

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from patterns import Operator, UserError
-from patterns.io import TEMPORARY_PREFIX, Patterns, load, write_json, write_table
+from patterns.io import TEMPORARY_PREFIX, Patterns, list_patterns, load, write_json, write_table
 from patterns.operators import TYPE_NAMES
 from ray_jobs.config import FitConfig, MethodsConfig, ModelConfig, Preprocessing, QualityConfig
 from ray_jobs.data.samples import RejectedSample
@@ -210,6 +210,19 @@ def load_patterns(run: str, weights: str, operators: Collection[str] | None = No
     """
     with object_store.fetch(object_store.locate(run) / "patterns.safetensors") as file:
         return load(file.parent, weights, operators)
+
+
+def list_solved(run: str) -> dict[str, list[str]]:
+    """Return the names of the patterns of each operator in a run.
+
+    Args:
+        run: The run's folder or URL.
+
+    Raises:
+        UserError: If there are no patterns.
+    """
+    with object_store.fetch(object_store.locate(run) / "patterns.safetensors") as file:
+        return list_patterns(file.parent)
 
 
 def options_of(config: Config) -> dict[str, Any]:

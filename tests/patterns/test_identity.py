@@ -61,8 +61,7 @@ def test_instance_pattern_satisfies_the_constraint_of_patterns(method: str) -> N
     w, y = layer.weight[1].detach(), x @ layer.weight[1].detach()
     pattern = x / y[:, None]
     torch.testing.assert_close(pattern @ w, torch.ones(5, dtype=torch.float64))
-    expected = pattern * y[:, None] * (w if method == "patternattribution" else 1)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found, w * pattern * y[:, None], rtol=1e-4, atol=1e-5)
 
 
 def test_relevance_is_conserved_through_the_top() -> None:

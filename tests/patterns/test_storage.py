@@ -27,7 +27,8 @@ from patterns import (
 )
 from patterns.estimation.observer import Observer
 from patterns.io.atomic import write_atomically, write_json
-from patterns.io.pattern_files import load_moments, load_trace_options, merge_moments, save_moments
+from patterns.io.moment_files import load_moments, merge_moments, save_moments
+from patterns.io.pattern_files import load_trace_options
 from patterns.io.safetensors_stream import TensorFile, tensor_specs, write_tensors
 from patterns.moments.moments import RequiredSums
 
@@ -150,10 +151,22 @@ def test_a_file_in_another_format_is_rejected(tmp_path: Path) -> None:
 
 def test_a_choice_of_patterns_uses_the_estimator_of_each_operator(run: Run) -> None:
     patterns = {name: solution.patterns for name, solution in run.solutions.items()}
-    for choice, first in {"default": "positive", "linear": "linear", "filter": "filter"}.items():
+    chosen = {"paper": ("positive", "linear"), "own-mean": ("positive-own-mean", "linear"), "filter": ("filter",) * 2}
+    for choice, (gated, ungated) in {**chosen, "0=linear,filter": ("linear", "filter")}.items():
         found = choose(run.network, patterns, choice)
-        assert torch.equal(found["0"], patterns["0"][first])
-        assert torch.equal(found["4"], patterns["4"]["filter" if choice == "filter" else "linear"])
+        assert torch.equal(found["0"], patterns["0"][gated])
+        assert torch.equal(found["4"], patterns["4"][ungated])
+    default = choose(run.network, patterns)
+    assert torch.equal(default["0"], patterns["0"]["positive-own-mean"])
+    assert default["4"] is None
+
+
+def test_runs_without_the_patterns_of_the_default_preset_use_those_of_the_paper(run: Run) -> None:
+    rows = "positive", "negative", "linear"
+    patterns = {name: {row: s.patterns[row] for row in rows if row in s.patterns} for name, s in run.solutions.items()}
+    found = choose(run.network, patterns)
+    assert torch.equal(found["0"], patterns["0"]["positive"])
+    assert torch.equal(found["4"], patterns["4"]["linear"])
 
 
 def test_a_choice_that_was_not_fitted_is_rejected_by_operator_and_estimator(run: Run) -> None:

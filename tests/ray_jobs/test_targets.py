@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -15,6 +16,12 @@ from ray_jobs.models.class_names import load_class_names, map_numbers_to_names
 SCORES = torch.tensor([[0.1, 3.0, 2.0, -1.0], [5.0, 1.0, 4.0, 4.0]])
 LABELS = [2, 3]
 NAMES = (("tench", 0), ("tiger cat", 1), ("label-like", 2))
+
+
+def weighted_mean(*scores: float) -> float:
+    """Return the mean of some scores, weighted by their softmax."""
+    weights = np.exp(scores)
+    return float(np.average(scores, weights=weights))
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +42,9 @@ def network() -> Network:
         ("label-like", [[2], [2]], [[2], [4]]),
         ("predicted-vs-label", [[1, 2], [0, 3]], [[1], [1]]),
         ("tench-vs-3", [[0, 3], [0, 3]], [[1.1], [1]]),
+        ("contrast", [[1], [0]], [[3 - weighted_mean(0.1, 2, -1)], [5 - weighted_mean(1, 4, 4)]]),
+        ("label-vs-others", [[2], [3]], [[2 - weighted_mean(0.1, 3, -1)], [4 - weighted_mean(5, 1, 4)]]),
+        ("tench-vs-others", [[0], [0]], [[0.1 - weighted_mean(3, 2, -1)], [5 - weighted_mean(1, 4, 4)]]),
     ],
 )
 def test_targets_pick_classes_and_their_scores(
@@ -47,7 +57,7 @@ def test_targets_pick_classes_and_their_scores(
     assert target.maps == len(score[0])
     assert target.needs_label == ("label" in spec and spec != "label-like")
     given = target.make_targets(SCORES, LABELS)
-    if target.against:  # the explained sum is the score
+    if target.against or target.against_others:  # the explained sum is the score
         torch.testing.assert_close((given * SCORES).sum(1, keepdim=True), torch.tensor(score, dtype=torch.float32))
     else:
         assert given.view(2, -1).tolist() == classes
@@ -70,6 +80,7 @@ def test_the_score_of_a_neuron_is_the_sum_over_its_positions(network: Network) -
         ("top-0", "the model has 4 classes", "top-1 to top-4"),
         ("0:6", "no neuron '6'", "0 has 0 to 5"),
         ("0:x", "no neuron 'x'", "0 has 0 to 5"),
+        ("others", "'others' is no class", "Name a class"),
         ("label-vs-label", "a class against itself is 0", "two classes"),
         ("1-vs-", "'' is no class", "Name a class"),
         ("-1", "'-1' is no class", "Name a class"),

@@ -201,7 +201,7 @@ def explain(config: ExplainConfig, resources: Resources = Resources()) -> Run:  
         return session.close()
     run, model = session.run, session.loaded.traced
     target = parse_target(config.target, model.network, config.classes)
-    recorded = validate_methods(config, model, target.operator, session.section.get("scales", {}))
+    recorded = validate_methods(config, model, target.operator, session.section)
     with session.work(resources, config.compile, **recorded):
         message = describe_cost(config, model, target)
         arguments = ExplainWorker, model, recorded["scales"]

@@ -157,7 +157,10 @@ def write_patterns(
     estimators: Sequence[str],
     tasks: Tasks,
 ) -> None:
-    """Merge the partial moments that count, and write the patterns of some estimators."""
+    """Merge the partial moments that count, and write the patterns of some estimators.
+
+    The patterns that presets need are written too, unless the fit has no sums for them.
+    """
     operators = list(loaded.network.operators.values())
 
     def find_sums(operator: Operator) -> RequiredSums:
@@ -166,6 +169,8 @@ def write_patterns(
     files: dict[str, list[str]] = {}
     for each in passes:
         files |= dict.fromkeys(each.operators, each.store.list_files())
+    if all(required_sums(operator, "default") <= find_sums(operator) for operator in operators):
+        estimators = *estimators, "default"
     solutions = reduction.solve_all(files, operators, find_sums, estimators, config.seed, tasks)
     model = loaded.config
     options = TraceOptions(loaded.network.input_shape, tuple(model.pass_through), model.strip_softmax)
