@@ -46,13 +46,17 @@ def connect(resources: Resources) -> Iterator[Tasks]:
     if ray.is_initialized():  # a notebook or a test has connected already
         yield RayTasks()
         return
-    try:
-        with uninterrupted():
-            attach_or_start(resources.address or os.environ.get("RAY_ADDRESS", "").strip())
-        yield RayTasks()
-    finally:
-        with uninterrupted():
-            ray.shutdown()
+    address = resources.address or os.environ.get("RAY_ADDRESS", "").strip()
+    # In the main thread, ray.init() would replace the handler of SIGTERM. Ray's processes end with the thread that
+    # started them, so this one lives as long as the connection.
+    with ThreadPoolExecutor(1) as thread:
+        try:
+            with uninterrupted():
+                thread.submit(attach_or_start, address).result()
+            yield RayTasks()
+        finally:
+            with uninterrupted():
+                ray.shutdown()
 
 
 @contextlib.contextmanager
@@ -80,8 +84,7 @@ def attach_or_start(address: str) -> None:
         ensure_token()
         options |= {"include_dashboard": False, "_temp_dir": choose_temporary_folder()}
     try:
-        with ThreadPoolExecutor(1) as thread:  # in the main thread, ray.init() would replace the handler of SIGTERM
-            thread.submit(ray.init, address=address, **options).result()
+        ray.init(address=address, **options)
     except AuthenticationError as error:
         raise no_token_error(address) from error
     except Exception as error:  # Ray's errors about a cluster or a machine have no common base

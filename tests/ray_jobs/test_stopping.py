@@ -118,5 +118,5 @@ def test_signal_while_ray_starts_stops_with_status_3_and_leaves_no_process(
 
 def running_commands(text: str) -> str:
     """Return the command lines, with this text, of all processes."""
-    listed = subprocess.run(["ps", "-eo", "args="], capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(["ps", "-ww", "-eo", "args="], capture_output=True, text=True, check=True).stdout
     return "\n".join(line for line in listed.splitlines() if text in line)
