@@ -22,4 +22,4 @@ def test_public_names_are_not_hidden_by_modules() -> None:
     code = "import sys, patterns; print([n for n in patterns.__all__ if f'patterns.{n}' in sys.modules or not callable("
     code += "getattr(patterns, n))])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "['CHOICES', 'ESTIMATORS', 'METHODS']"
+    assert done.stdout.strip() == "['CHOICES', 'ESTIMATORS', 'METHODS', 'PRESETS']"

@@ -19,6 +19,7 @@ from ray_jobs.cli.arguments import echo
 from ray_jobs.cli.degrade import degrade
 from ray_jobs.cli.demo import demo
 from ray_jobs.cli.doctor import doctor
+from ray_jobs.cli.evaluate import evaluate
 from ray_jobs.cli.explain import explain
 from ray_jobs.cli.fit import fit
 from ray_jobs.cli.grid import grid
@@ -42,7 +43,7 @@ CTRL_C = 130  # the status that the command-line library returns after Ctrl-C
 COMMANDS = {
     each.name: each
     for each in (
-        *(demo, fit, quality, explain, degrade, reproduce),
+        *(demo, fit, quality, explain, degrade, evaluate, reproduce),
         *(pack, plan, merge, status, solve, grid, report, show, doctor, submit),
     )
 }

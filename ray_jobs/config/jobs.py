@@ -12,6 +12,13 @@ FITTED = ("linear", "two-component", "multivariate")
 CROP_MODES = ("center", "squash", "border")
 INTERPOLATIONS = ("nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos")
 PRECISIONS = ("float32", "tf32", "float64", "bfloat16")
+MEASURES = ("degradation", "pointing", "class", "random-top", "random-half", "random-all", "shift")
+# The methods that an evaluation compares: each preset of each method with patterns.
+OURS = tuple(
+    f"{method}:{preset}"
+    for method in ("patternnet", "patternattribution")
+    for preset in ("paper", "linear", "own-mean", "class-specific")
+)
 OUTPUTS = ("npy", "png", "parquet", "zarr")
 REDUCTIONS = ("none", "sum", "abs-sum", "abs-max")
 
@@ -276,6 +283,23 @@ class DegradeConfig(MethodsConfig):
     steps: int = option(100, "Number of patches that are replaced one after another.", min=1)
     replacement: str = option("mean", "What replaces a patch.", choices=list_replacements)
     least_first: bool = option(False, "Replace the least relevant patches first.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(DegradeConfig):
+    """An evaluation of methods by several measures; see `ray_jobs.jobs.evaluation_measures`."""
+
+    methods: tuple[str, ...] = same(
+        MethodsConfig, "methods", default=("gradient", "gradient-x-input", "lrp-epsilon-plus-flat", *OURS)
+    )
+    measures: tuple[str, ...] = option(MEASURES, "Measures.", flag="--measures", choices=MEASURES)
+    target: str = option(
+        "predicted",
+        "What maps explain: the class, or the class less the weighted mean of the others.",
+        choices=("predicted", "contrast"),
+    )
+    patch: int = same(DegradeConfig, "patch", default=16)
+    steps: int = same(DegradeConfig, "steps", default=30)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """Figures of explanations, pattern quality and image degradation, in the style of the paper."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +154,44 @@ def draw_degradation(path: Path, curves: pa.Table) -> None:
     axis.grid(linewidth=0.3)
     axis.legend(fontsize=7, frameon=False)
     save_figure(path, figure)
+
+
+def draw_evaluation(path: Path, summary: pa.Table, titles: Mapping[str, tuple[str, bool]]) -> None:
+    """Draw each measure as a panel with a bar for each method, the best on top, and standard errors.
+
+    Args:
+        path: The file to write, PNG or SVG by its suffix.
+        summary: Rows of evaluation-summary.parquet.
+        titles: The title of each measure, and whether a higher value is better.
+    """
+    from matplotlib.figure import Figure
+
+    measures = summary["measure"].unique().to_pylist()
+    methods = summary["method"].unique().to_pylist()
+    columns = min(3, max(1, len(measures)))
+    rows = -(-len(measures) // columns)
+    size = (4.6 * columns, (0.9 + 0.22 * len(methods)) * rows)
+    figure = Figure(figsize=size, dpi=130, layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis, measure in zip(axes, measures):
+        title, higher_is_better = titles[measure]
+        own = summary.filter(pa.compute.equal(summary["measure"], measure)).to_pylist()
+        own.sort(key=lambda row: row["mean"], reverse=not higher_is_better)
+        colors = ["0.65" if row["method"] in BASELINES else method_color(row["method"]) for row in own]
+        errors = [row["error"] or 0.0 for row in own]
+        axis.barh([row["method"] for row in own], [row["mean"] for row in own], xerr=errors, color=colors, height=0.7)
+        axis.set_title(f"{title} ({'higher' if higher_is_better else 'lower'} is better)", fontsize=8)
+        axis.tick_params(labelsize=7)
+        axis.grid(axis="x", linewidth=0.3)
+        axis.set_axisbelow(True)
+    for axis in axes[len(measures) :]:
+        axis.set_axis_off()
+    save_figure(path, figure)
+
+
+def method_color(method: str) -> str:
+    """Return the color of a method: one for PatternNet, one for PatternAttribution, one for all others."""
+    return {"patternnet": "tab:green", "patternattribution": "tab:orange"}.get(method.partition(":")[0], "tab:blue")
 
 
 def save_figure(path: Path, figure: Any) -> None:

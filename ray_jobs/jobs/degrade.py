@@ -11,7 +11,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from patterns import UserError
+from patterns import Explanation, UserError
 from patterns.attribution import BASELINES
 from patterns.evaluation import (
     REPLACEMENTS,
@@ -83,45 +83,55 @@ class DegradeWorker(MethodWorker[DegradeConfig]):
 
     def degrade(self, batch: Batch, stream: BatchStream) -> Iterator[list[dict[str, Any]] | None]:
         """Yield the rows of a batch for each method, and None each time a report of the progress is due."""
-        config = self.config
         images = batch.images.to(self.model.device, non_blocking=True)
         explanation = self.explainer(images, None, self.make_seeds(batch.keys))
-        probability, prediction = explanation.scores.float().softmax(1).max(1)
-        replacement = REPLACEMENTS[config.replacement](images, config.patch, make_black(self.model.preprocessing))
-        index = index_patches(images.shape[2], images.shape[3], config.patch).to(images.device)
-        for method, maps in explanation.maps.items():
-            relevance = sum_patches(compute_relevance(method, maps), config.patch)
-            ranks = rank_patches(relevance, config.least_first)[:, index]
-            curve = [probability[:, None]]
-            for steps in torch.arange(1, config.steps + 1).split(max(1, config.batch_size // len(images))):
-                degraded = degrade_images(images, replacement, ranks, steps.to(images.device))
-                curve.append(self.compute_probabilities(degraded, prediction))
+        for found in compute_curves(self.model, self.config, images, explanation):
+            if found is None:
                 if stream.report_due():
                     yield None
-            curves = torch.cat(curve, 1)
+                continue
+            method, curves, areas = found
             columns = {
                 "key": batch.keys,
                 "label": batch.labels,
-                "prediction": prediction.tolist(),
+                "prediction": explanation.scores.argmax(1).tolist(),
                 "method": [method] * len(batch.keys),
-                "area": area_over_curve(curves.double()).tolist(),
+                "area": areas.tolist(),
                 "curve": curves.tolist(),
             }
             yield [dict(zip(columns, row)) for row in zip(*columns.values())]
 
-    @torch.inference_mode()
-    def compute_probabilities(self, images: Tensor, classes: Tensor) -> Tensor:
-        """Return the probability of a class for each image.
 
-        Args:
-            images: S images of each sample, (N, S, C, H, W).
-            classes: The class of each sample, int64 (N,).
+@torch.inference_mode()
+def compute_curves(
+    model: TracedModel, config: DegradeConfig, images: Tensor, explanation: Explanation
+) -> Iterator[tuple[str, Tensor, Tensor] | None]:
+    """Degrade images in the order of each method's maps.
 
-        Returns:
-            float32 (N, S).
-        """
-        scores = self.model.network.module(images.flatten(0, 1)).float()
-        return scores.softmax(1).unflatten(0, images.shape[:2]).take_along_dim(classes[:, None, None], 2)[..., 0]
+    Args:
+        model: The model.
+        config: The patches and steps.
+        images: Shape (N, C, H, W).
+        explanation: Their maps for the predicted classes.
+
+    Yields:
+        For each method its name, the probability of the prediction after each step, float32 (N, steps + 1), and the
+        area over this curve, float64 (N,). Between them None after every few steps.
+    """
+    probability, prediction = explanation.scores.float().softmax(1).max(1)
+    replacement = REPLACEMENTS[config.replacement](images, config.patch, make_black(model.preprocessing))
+    index = index_patches(images.shape[2], images.shape[3], config.patch).to(images.device)
+    for method, maps in explanation.maps.items():
+        relevance = sum_patches(compute_relevance(method, maps), config.patch)
+        ranks = rank_patches(relevance, config.least_first)[:, index]
+        curve = [probability[:, None]]
+        for steps in torch.arange(1, config.steps + 1).split(max(1, config.batch_size // len(images))):
+            degraded = degrade_images(images, replacement, ranks, steps.to(images.device))
+            scores = model.network.module(degraded.flatten(0, 1)).float().softmax(1).unflatten(0, degraded.shape[:2])
+            curve.append(scores.take_along_dim(prediction[:, None, None], 2)[..., 0])
+            yield None
+        curves = torch.cat(curve, 1)
+        yield method, curves, area_over_curve(curves.double())
 
 
 def make_black(preprocessing: Preprocessing) -> Tensor:
