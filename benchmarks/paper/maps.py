@@ -22,7 +22,6 @@ SHOWN = (
     "imagenet_01_559", "imagenet_11_630",
 )  # fmt: skip
 SAMPLE = "imagenet_15_99"  # the photograph that is shown for every estimator
-SATURATION = 0.998
 Patterns = dict[str, dict[str, Tensor]]  # by estimator and operator
 
 
@@ -59,15 +58,9 @@ def explain_photographs(
         with torch.inference_mode():
             channel = int(find_strongest_channel(network.module(inputs))[0])
         picture = to_pil_image(denormalize(inputs[0], preprocessing))
-        rendered = {method: render_map(method, saturate(maps[method][0]).numpy()) for method in methods}
+        rendered = {method: render_map(method, maps[method][0].numpy()) for method in methods}
         found.append(RenderedExplanation(picture, f"channel {channel}", rendered))
     return found
-
-
-def saturate(values: Tensor) -> Tensor:
-    """Limit values to the quantile SATURATION of their magnitudes, so that a few pixels do not set the scale."""
-    limit = float(values.abs().flatten().quantile(SATURATION))
-    return values.clamp(-limit, limit)
 
 
 def find_strongest_channel(activations: Tensor) -> Tensor:

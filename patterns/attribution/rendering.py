@@ -11,6 +11,7 @@ from PIL import Image
 
 from patterns.attribution.methods import parse_method
 
+SATURATION = 0.998  # the share of values that a picture shows unclipped, so that a few pixels do not set the scale
 COLOR_MAP = "coldnhot"  # from zennit: black at 0, blue for negative values, red to yellow for positive ones
 
 
@@ -45,9 +46,10 @@ def values_to_image(values: np.ndarray) -> Image.Image:
 
 
 def center_values(values: np.ndarray) -> np.ndarray:
-    """Return x / (2 max|x|) + ½, which lies in [0, 1] and is ½ at x = 0."""
-    largest = np.abs(values).max()
-    return values / (2 * largest) + 0.5 if largest > 0 else np.full_like(values, 0.5)
+    """Return x / 2s + ½ clipped to [0, 1], which is ½ at x = 0, where s is the quantile SATURATION of |x|."""
+    sizes = np.abs(values)
+    scale = np.quantile(sizes, SATURATION) or sizes.max()
+    return np.clip(values / (2 * scale) + 0.5, 0, 1) if scale > 0 else np.full_like(values, 0.5)
 
 
 def encode_png(image: Image.Image) -> bytes:

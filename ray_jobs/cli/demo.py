@@ -8,18 +8,20 @@ from ray_jobs.config.commands import DemoOptions
 
 @command("patternnet demo", "patternnet demo --out /tmp/demo --workers 0")
 def demo(options: DemoOptions) -> None:
-    """Fit, evaluate, explain and draw packaged photographs with packaged weights."""
+    """Fit and explain two networks on packaged photographs with packaged weights, and draw pictures."""
     from ray_jobs.studies.demo import demo as run_demo
 
-    picture = run_demo(options.out.absolute(), Resources(workers=options.workers, address=options.address))
+    signals, classes = run_demo(options.out.absolute(), Resources(workers=options.workers, address=options.address))
+    folder = signals.parent
     echo(
         f"""
-Photographs and the maps of each method:                   {picture}
-Quality of the patterns by layer and estimator:            {picture.parent / "run" / "quality.png"}
-Patterns, tables and explanations of every photograph:     {picture.parent / "run"}
-Shards for your own experiments:                           {picture.parent / "shards"}
+VGG-16: what the strongest channel of each photograph sees:  {signals}
+EfficientNet-Lite0: what speaks for the predicted class:     {classes}
+Patterns, tables and explanations of every photograph:       {folder / "signals"}, {folder / "classes"}
+Shards for your own experiments:                             {folder / "shards"}
 
-Next, the same on your own images:
+Next, which method fits this network best, and the same on your own images:
+  patternnet evaluate --patterns {folder / "classes"} --shards '{folder / "shards"}/explain/*.tar'
   patternnet pack IMAGES SHARDS                 a folder of class folders → shards
   patternnet fit --model torchvision:resnet50 --shards 'SHARDS/*.tar' --out RUN
   patternnet explain --patterns RUN --shards 'SHARDS/*.tar' --methods patternattribution"""

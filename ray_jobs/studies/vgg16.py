@@ -36,6 +36,7 @@ CONVOLUTIONS = {
     0: "conv1_1", 2: "conv1_2", 5: "conv2_1", 7: "conv2_2", 10: "conv3_1", 12: "conv3_2", 14: "conv3_3",
     17: "conv4_1", 19: "conv4_2", 21: "conv4_3", 24: "conv5_1", 26: "conv5_2", 28: "conv5_3",
 }  # fmt: skip
+LAST = "28"  # the operator conv5_3
 REBUILD = np.empty(0).__reduce__()[0]  # numpy's _reconstruct, whose module depends on the version of numpy
 ALLOWED: dict[tuple[str, str], Any] = {
     ("numpy", "dtype"): np.dtype,

@@ -14,8 +14,11 @@ import torch
 from safetensors.torch import save_file
 
 from patterns import UserError
+from patterns.estimation import resolve_estimators
 from ray_jobs.cli.app import COMMANDS, app, exit_status
 from ray_jobs.cli.options import name_flags
+from ray_jobs.config import ModelConfig
+from ray_jobs.models import loading
 from ray_jobs.studies.demo import prepare_photographs, prepare_weights
 from tests.conftest import make_shards, write_tar
 
@@ -297,6 +300,22 @@ def test_plan_shows_operators_and_gates_without_data(model_spec: str, capsys: py
     assert "addition" in rows["addition.0"]
     assert "0 < z < inf" in rows["addition.0"]
     assert "6 operators;" in out
+
+
+def test_plan_names_the_estimators_of_explanations(
+    model_spec: str, capsys: pytest.CaptureFixture[str], complaint: Complaint
+) -> None:
+    def estimators(*words: str) -> dict[str, str]:
+        assert exit_status(["plan", "--model", model_spec, *PREPARED, *words]) == 0
+        lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith(" ")]
+        assert lines[0][-2:] == ["explained", "by"]
+        return {line[0]: line[-1] for line in lines[1:]}
+
+    network = loading.load(ModelConfig(spec=model_spec, image_size=16)).network
+    assert estimators() == estimators("--preset", "class-specific") == resolve_estimators(network, "default")
+    assert {"identity", "two-component-own-mean"} == set(estimators().values())
+    assert estimators("--preset", "paper") == dict.fromkeys(network.operators, "two-component")
+    assert "class-specific" in complaint("plan", "--model", model_spec, *PREPARED, "--preset", "papers")
 
 
 def test_packed_folder_keeps_images_and_classes(tmp_path: Path) -> None:

@@ -70,6 +70,15 @@ def test_the_score_of_a_neuron_is_the_sum_over_its_positions(network: Network) -
     assert target.score(values, target.pick_classes(values, LABELS)).tolist() == [[4 * 21.5], [4 * 45.5]]
 
 
+def test_the_strongest_neuron_has_the_largest_sum_over_positions(network: Network) -> None:
+    target = parse_target("0:strongest", network, NAMES)
+    assert target.operator == "0"
+    values = torch.zeros(2, 6, 2, 2)
+    values[0, 3], values[0, 1, 0, 0], values[1, 5] = 1, 3, 0.1
+    assert target.pick_classes(values, LABELS).tolist() == [[3], [5]]
+    assert target.score(values, torch.tensor([[3], [5]])).tolist() == [[4], [pytest.approx(0.4)]]
+
+
 @pytest.mark.parametrize(
     ("spec", "what", "remedy"),
     [

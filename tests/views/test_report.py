@@ -1,6 +1,7 @@
 """The contents of `patternnet report`."""
 
 import shutil
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from PIL import Image
 
 from patterns import UserError
 from patterns.attribution.methods import BASELINES
-from ray_jobs.config import ExplainConfig, FitConfig, ModelConfig
+from ray_jobs.config import EvaluateConfig, ExplainConfig, FitConfig, ModelConfig
+from ray_jobs.jobs.evaluate import evaluate
 from ray_jobs.jobs.explain.explain import explain
 from ray_jobs.jobs.fit.fit import fit
 from ray_jobs.jobs.quality import compute_medians
@@ -49,6 +51,44 @@ def test_numbers_equal_those_of_the_tables(run: Run, tmp_path: Path) -> None:
     assert len(page.curves.chart.bands) == 2 + len(BASELINES)
 
 
+def test_evaluation_has_the_numbers_of_its_table(
+    bare: Run, model: ModelConfig, shards: list[str], tmp_path: Path
+) -> None:
+    sized = replace(model, image_size=15, resize=15)  # grids need an even height
+    methods = ("gradient", "patternattribution:linear")
+    out = str(tmp_path / "run")
+    fit(FitConfig(model=sized, shards=tuple(shards[:2]), out=out), HERE)
+    evaluated = evaluate(
+        EvaluateConfig(
+            model=sized, patterns=out, shards=(shards[0],), out=out, methods=methods, patch=4, steps=3,
+            measures=("class", "degradation", "pointing"),
+        ),
+        HERE,
+    )  # fmt: skip
+    first, second = report(tmp_path, evaluated, bare)
+    assert first.evaluation is not None
+    assert second.evaluation is None
+    summary = pq.read_table(evaluated.folder / "evaluation-summary.parquet").to_pylist()
+    expected = {(row["method"], row["measure"]): (row["mean"], row["error"], row["samples"]) for row in summary}
+    rows = [*first.evaluation.methods, *first.evaluation.baselines]
+    shown = {
+        (row.method, column.name): (cell.mean, cell.error, cell.samples)
+        for row in rows
+        for column, cell in zip(first.evaluation.columns, row.cells)
+        if cell is not None
+    }
+    assert shown == expected
+    assert [row.method for row in first.evaluation.methods] == list(methods)
+    assert [row.method for row in first.evaluation.baselines] == list(BASELINES)
+    assert {c.name: c.higher_is_better for c in first.evaluation.columns} == {"class": False, "degradation": True}
+    assert {row.method: row.time for row in rows} == evaluated.manifest()["evaluate"]["times"]
+    text = (tmp_path / "report.html").read_text()
+    for mean, error, _ in expected.values():
+        assert f">{mean:.3f} ± {error:.3f}</td>" in text
+    assert "Not measured: grid pointing game, because its input has no even height and width." in text
+    assert first.compared["Evaluation"]["class: gradient"] == f"{expected['gradient', 'class'][0]:.3f}"
+
+
 def test_shown_weights_are_equal_from_patterns_and_from_the_model(run: Run, bare: Run, tmp_path: Path) -> None:
     def weights(page: Contents) -> list[np.ndarray]:
         assert page.filters is not None
@@ -81,7 +121,7 @@ def test_patterns_are_shown_without_the_model(
 def test_missing_results_name_the_command_that_makes_them(bare: Run, tmp_path: Path) -> None:
     report(tmp_path, bare, count=200)
     text = (tmp_path / "report.html").read_text()
-    for command in ("quality", "explain", "degrade"):
+    for command in ("quality", "explain", "degrade", "evaluate"):
         assert f"<code>patternnet {command} --patterns {bare.folder} --shards …</code>" in text
     assert "--until-converged" in text
     assert "<img" not in text.partition("run0-convergence-title")[2].partition("<script>")[0]

@@ -10,6 +10,7 @@
 | `A-vs-B` | score of A less score of B, each one of the above except `top-5` | 1 |
 | `A-vs-others` | score of A less the mean score of all other classes, weighted by their softmax | 1 |
 | `contrast` | the same as `predicted-vs-others` | 1 |
+| `features.28:strongest` | the neuron of an operator with the largest sum over positions | 1 |
 | `features.28:17` | a neuron of an operator after its gate, all its positions together | 1 |
 
 The target of a model that returns one number for each sample (a binary or regression head) is that number.
@@ -34,6 +35,7 @@ RANKS = {"predicted": 0, "second": 1}
 WORDS = {*RANKS, "label"}
 OTHERS = "others"
 CONTRAST = "contrast"
+STRONGEST = "strongest"
 TOP = r"top-(\d+)"
 
 
@@ -109,9 +111,11 @@ def parse_target(spec: str, network: Network, names: ClassNames) -> Target:
     """
     operator, colon, neuron = spec.rpartition(":")
     if colon and operator in network.operators:
+        if neuron == STRONGEST:
+            return Target((pick_strongest,), operator)
         count = network.operators[operator].neurons
         if not neuron.isdecimal() or int(neuron) >= count:
-            raise target_error(spec, f"no neuron {neuron!r}", f"{operator} has 0 to {count - 1}.")
+            raise target_error(spec, f"no neuron {neuron!r}", f"{operator} has 0 to {count - 1}, and {STRONGEST}.")
         return Target((pick_class(int(neuron)),), operator)
     if len(network.output_shape) != 1:
         what = f"the model's outputs have the shape {network.output_shape}, and are not a score for each class"
@@ -229,3 +233,8 @@ def pick_rank(rank: int) -> Pick:
 def pick_class(number: int) -> Pick:
     """Return a pick of one class for all samples."""
     return lambda scores, _: torch.full((len(scores),), number, device=scores.device)
+
+
+def pick_strongest(scores: Tensor, _: Labels) -> Tensor:
+    """Return the neuron of each sample with the largest sum over all positions, int64 (N,)."""
+    return (scores.flatten(2).sum(2) if scores.dim() > 2 else scores).argmax(1)

@@ -16,6 +16,7 @@ from ray_jobs.runs.run_folder import JOBS, Run
 from ray_jobs.units import format_duration
 from ray_jobs.views.gallery import Gallery
 from ray_jobs.views.report.charts import WHISKERS, Chart, convergence_lines, curves_with_bands, spreads
+from ray_jobs.views.report.evaluation import Evaluation, read_evaluation
 from ray_jobs.views.report.filters import Filters, read_filters
 from ray_jobs.views.report.samples import Samples, read_samples
 
@@ -106,6 +107,7 @@ class Contents:
     convergence: list[Chart] | None
     tolerance: float | None
     curves: Curves | None
+    evaluation: Evaluation | None
     samples: Samples | None
     unseen: str  # the reason why existing explanations cannot be shown
 
@@ -129,6 +131,7 @@ class Contents:
             "Median ρ": {name: f"{value:.3f}" for name, value in self.rho.medians.items()} if self.rho else {},
             "Neurons": dict(neurons),
             "Area over the degradation curve": {m: f"{a:.4f}" for m, a, *_ in self.curves.areas} if self.curves else {},
+            "Evaluation": self.evaluation.compared if self.evaluation else {},
         }
         return {name: {k: v for k, v in rows.items() if v} for name, rows in groups.items()}
 
@@ -177,6 +180,7 @@ def read_contents(folder: str, number: int, count: int, classes: str | None, see
         convergence=convergence(id_, table_of(run, "convergence.parquet"), tolerance),
         tolerance=tolerance,
         curves=curves(id_, table_of(run, "degradation-curves.parquet"), manifest.get("degrade", {})),
+        evaluation=read_evaluation(table_of(run, "evaluation-summary.parquet"), manifest.get("evaluate", {})),
         samples=seen,
         unseen=unseen,
     )
