@@ -31,7 +31,7 @@ from ray_jobs.figures.convergence_curves import append_rows, check_rows, draw_co
 from ray_jobs.models import loading
 from ray_jobs.studies.demo import SPEC, prepare_photographs, prepare_weights
 
-CHOICES = ("default", "linear")
+CHOICES = ("two-component", "linear")
 METHODS = ("patternattribution", "patternnet")
 SIZE = 96  # pixels; small, so that a CPU can process many crops
 BATCH = 32  # maximum
@@ -139,7 +139,7 @@ def main() -> None:
             curve_table = append_rows(curve, new_rows)
             before = {name: check.solution for name, check in checks.items()}
             found[samples] = explain(network, before, whole)
-            print(f"{samples} crops", *errors(curve_table, samples, network, "default"), flush=True)
+            print(f"{samples} crops", *errors(curve_table, samples, network, "two-component"), flush=True)
     rows: list[list[Cell]] = []
     for n, maps in found.items():
         for choice in CHOICES:

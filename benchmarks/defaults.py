@@ -63,12 +63,12 @@ class Fitted:
 def plain_additions(fitted: Fitted) -> Patterns:
     """Return the default, except that additions pass the whole signal to each of their inputs."""
     plain = {n: op.weight for n, op in fitted.network.operators.items() if isinstance(op.operator_type, Addition)}
-    return fitted.solve("default") | plain
+    return fitted.solve("two-component") | plain
 
 
 def all_gated(fitted: Fitted) -> Patterns:
     """Return the default, except that hidden operators without a gate use a₊ for z > 0."""
-    patterns = fitted.solve("default")
+    patterns = fitted.solve("two-component")
     *hidden, _ = fitted.network.operators.values()
     for operator in hidden:
         if operator.gate is None and not isinstance(operator.operator_type, Addition):
@@ -78,7 +78,7 @@ def all_gated(fitted: Fitted) -> Patterns:
 
 
 VARIANTS = (
-    Variant("default", "a₊ if a gate follows, else linear; additions are neurons", lambda f: f.solve("default")),
+    Variant("default", "a₊ if a gate follows, else linear; additions are neurons", lambda f: f.solve("two-component")),
     Variant("linear", "linear everywhere", lambda f: f.solve("linear")),
     Variant("own mean", "a₊ with the gate's own mean of y", lambda f: f.solve("two-component-own-mean")),
     Variant("multivariate", "all neurons of an operator at once", lambda f: f.solve("multivariate")),

@@ -20,7 +20,7 @@ from patterns import Moments, Network, Observer, choose, solve
 from patterns.estimation.estimators import required_sums
 from ray_jobs.engine.shard_worker import keep_freed_memory
 
-CHOICES = ("default", "linear")
+CHOICES = ("two-component", "linear")
 SIZE = 160
 BATCH = 16
 POSITIONS = (1, 4, 16, 64, None)
@@ -94,7 +94,7 @@ def draw(path: Path, points: list[Point]) -> None:
     for positions in dict.fromkeys(point.positions for point in points):
         line = [point for point in points if point.positions == positions]
         name = "all positions" if positions is None else f"{positions} of each image"
-        axes.plot([p.images for p in line], [p.errors["default"] for p in line], "o-", label=name)
+        axes.plot([p.images for p in line], [p.errors["two-component"] for p in line], "o-", label=name)
     axes.set(xscale="log", yscale="log", xlabel="images", ylabel="median relative error of patterns")
     ticks = sorted({point.images for point in points})
     axes.set_xticks(ticks, map(str, ticks))

@@ -23,7 +23,11 @@ PICTURED_METHODS = tuple(
     for name in (*shapes.METHODS, *shapes.BASELINES)
     if name not in ("integrated-gradients", "smoothgrad", "random map")
 )
-QUANTUS = ("guided-backprop", "default"), ("patternattribution", "default"), ("patternattribution", "linear")
+QUANTUS = (
+    ("guided-backprop", "two-component"),
+    ("patternattribution", "two-component"),
+    ("patternattribution", "linear"),
+)
 PAIR = "{:.2f} / {:.2f}"
 Rows = list[list[Cell]]
 

@@ -24,8 +24,8 @@ TITLES = {
     REFITTED: "randomized weights,\npatterns refitted",
 }
 SHOWN_ROWS = (
-    (CARRIED, "gradient"), (CARRIED, "guided-backprop"), (CARRIED, "patternnet:default"),
-    (CARRIED, "patternattribution:default"), (CARRIED, "patternattribution:linear"),
+    (CARRIED, "gradient"), (CARRIED, "guided-backprop"), (CARRIED, "patternnet:two-component"),
+    (CARRIED, "patternattribution:two-component"), (CARRIED, "patternattribution:linear"),
     (BACKWARD, "patternattribution:linear"), (REFITTED, "patternattribution:linear"),
 )  # fmt: skip
 

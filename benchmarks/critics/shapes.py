@@ -25,11 +25,11 @@ TRAINED, TESTED, EXPLAINED, SEEDS = 6000, 1000, 24, 3
 SHIFT = 3.0  # times the images' standard deviation
 DRAWS = 5  # cascades that are compared with one of Quantus
 EPOCHS, BATCH = 25, 64
-ESTIMATORS = ("default", "linear", "multivariate", "two-component-own-mean")
+ESTIMATORS = ("two-component", "linear", "multivariate", "two-component-own-mean")
 METHODS = (
     "gradient", "gradient-x-input", "guided-backprop", "integrated-gradients", "smoothgrad",
-    "patternnet:default", "patternnet:linear", "patternnet:multivariate",
-    "patternattribution:default", "patternattribution:linear", "patternattribution:two-component-own-mean",
+    "patternnet:two-component", "patternnet:linear", "patternnet:multivariate",
+    "patternattribution:two-component", "patternattribution:linear", "patternattribution:two-component-own-mean",
     "patternattribution:multivariate",
 )  # fmt: skip
 BASELINES = ("random map", "Sobel edges", "|x|")
