@@ -264,7 +264,8 @@ class ExplainConfig(MethodsConfig):
 
     target: str = option(
         "predicted",
-        "What to explain: predicted, second, label, top-K, a class by number or name, A-vs-B, or OPERATOR:NEURON.",
+        "What to explain: predicted, second, label, top-K, a class by number or name, A-vs-B, A-vs-others, contrast, "
+        "OPERATOR:NEURON or OPERATOR:strongest.",
     )
     classes: tuple[tuple[str, int], ...] = ()
     outputs: tuple[str, ...] = option(("npy", "png"), "Formats of the maps.", flag="--output", choices=OUTPUTS)
