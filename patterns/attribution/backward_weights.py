@@ -105,4 +105,4 @@ class _OperatorWithBackwardWeight(torch.autograd.Function):
 
 def stabilize(output: Tensor) -> Tensor:
     """Return an output moved away from 0 by `EPSILON`; 0 counts as positive."""
-    return output + torch.where(output < 0, -EPSILON, EPSILON)
+    return torch.where(output < 0, output - EPSILON, output + EPSILON)

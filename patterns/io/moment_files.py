@@ -27,7 +27,7 @@ def save_moments(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
 
     Example:
         >>> from tempfile import TemporaryDirectory
-        >>> import patterns
+        >>> import patterns, torch
         >>> observer = patterns.Observer(patterns.trace(torch.nn.Linear(3, 2), torch.zeros(2, 3)))
         >>> _ = observer.update(torch.rand(5, 3))
         >>> with TemporaryDirectory() as folder:
@@ -88,6 +88,7 @@ def merge_moments(path: Path, files: Sequence[TensorFile], metadata: Mapping[str
         ValueError: If the names, dtypes or shapes of their tensors differ.
 
     Example:
+        >>> import torch
         >>> from tempfile import TemporaryDirectory
         >>> with TemporaryDirectory() as folder:
         ...     save_moments(Path(folder) / "part", {"conv/total.n": torch.tensor([5])}, {})

@@ -186,7 +186,8 @@ def measure_times(config: EvaluateConfig, model: TracedModel, scales: dict[str, 
     images = torch.zeros((1, *model.network.input_shape)).to(model.network.like)
 
     def seconds(method: str) -> float:
-        alone = replace(config, methods=(method,))
+        settings = tuple((name, value) for name, value in config.settings if name.startswith(f"{method}."))
+        alone = replace(config, methods=(method,), settings=settings)
         explainer = make_explainer(alone, model, None, {n: s for n, s in scales.items() if n == method})
         times = []
         for _ in range(TIMED):

@@ -14,7 +14,7 @@ from tests.patterns.networks import randomize, traced
 from tests.patterns.readings import READINGS, trace_reading
 
 
-def fitted(network: Network, batches: Sequence[Tensor], choice: str = "default") -> dict[str, Tensor]:
+def fitted(network: Network, batches: Sequence[Tensor], choice: str = "two-component") -> dict[str, Tensor]:
     moments = accumulate(network, batches)
     solved = {name: solve(op, moments[name], [choice]).patterns for name, op in network.operators.items()}
     return choose(network, solved, choice)
@@ -57,7 +57,7 @@ class Linear(nn.Module):
         return self.head(self.hidden(x.flatten(1)))
 
 
-@pytest.mark.parametrize("choice", ["default", "linear", "filter", "random"])
+@pytest.mark.parametrize("choice", ["two-component", "linear", "filter", "random"])
 def test_map_sums_to_the_targets_value_without_gates_and_borders(choice: str) -> None:
     torch.manual_seed(6)
     x = torch.randn(40, 2, 17, 17, dtype=torch.float64) + 0.2

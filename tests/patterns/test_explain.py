@@ -316,7 +316,7 @@ def test_patternnet_of_the_toy_model_is_the_signal_without_the_distractor() -> N
     model[0].weight.data.copy_(torch.tensor([[1.0, -1.0]]))
     network = trace(model, x)
     solution = solve(network.operators["0"], accumulate(network, [x])["0"])
-    patterns = choose(network, {"0": solution.patterns})
+    patterns = choose(network, {"0": solution.patterns}, "paper")
     maps = Explainer(network, patterns, ["patternnet"])(x).maps["patternnet"]
     torch.testing.assert_close(maps, s[:, None] * signal, rtol=1e-10, atol=1e-12)
 

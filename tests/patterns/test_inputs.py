@@ -112,7 +112,7 @@ def test_captum_api_traces_the_model_again_for_another_size(tmp_path: Path) -> N
     moments = accumulate(network, [images()])
     solutions = {n: solve(op, moments[n], "default") for n, op in network.operators.items()}
     save(tmp_path, solutions, digest(convolutions))
-    attribution = PatternAttribution(convolutions, tmp_path, example=torch.zeros(1, 3, 16, 16))
+    attribution = PatternAttribution(convolutions, tmp_path, "paper", torch.zeros(1, 3, 16, 16))
     patterns = {n: s.patterns["positive" if "positive" in s.patterns else "linear"] for n, s in solutions.items()}
     for size in (16, 24, 16):
         x = images(2, size)
@@ -124,12 +124,12 @@ def test_captum_api_traces_the_model_again_for_another_size(tmp_path: Path) -> N
 def test_adapters_reject_sizes_that_the_patterns_do_not_fit(model: Pooled, run: Path) -> None:
     x = images(2, 24)
     with pytest.raises(UserError):  # the pattern of the mean over 16 × 16 positions
-        PatternAttribution(model, run, example=images(1)).attribute(x, target=1)
-    composite = PatternAttributionComposite(model, run, example=images(1))
+        PatternAttribution(model, run, "paper", images(1)).attribute(x, target=1)
+    composite = PatternAttributionComposite(model, run, "paper", images(1))
     with pytest.raises(UserError), Gradient(model, composite) as attributor:
         attributor(x, lambda scores: torch.eye(3)[[1, 1]])
     with pytest.raises(UserError):
-        quantus_explain(run)(model, x.numpy(), np.array([1, 1]))
+        quantus_explain(run, estimator="paper")(model, x.numpy(), np.array([1, 1]))
     with torch.no_grad():  # the model is restored
         torch.testing.assert_close(model(x), model.forward(x))
 

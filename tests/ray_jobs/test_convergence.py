@@ -46,14 +46,16 @@ def test_the_table_has_a_row_for_each_operator_and_check(tmp_path: Path) -> None
     assert table.schema.equals(SCHEMA)
     rows = table.to_pylist()
     assert [(r["samples"], r["operator"], r["estimator"]) for r in rows] == [
-        (samples, *row) for samples in (40, 160, 640) for row in (("0", "positive"), ("2", "linear"))
+        (samples, *row)
+        for samples in (40, 160, 640)
+        for row in (("0", "positive"), ("0", "positive-own-mean"), ("2", "linear"))
     ]
-    assert [r["p90"] for r in rows[:2]] == [None, None]  # too few groups of samples
-    assert [r["change"] for r in rows[:2]] == [None, None]  # no earlier check
+    assert [r["p90"] for r in rows[:3]] == [None] * 3  # too few groups of samples
+    assert [r["change"] for r in rows[:3]] == [None] * 3  # no earlier check
     error = third["0"].errors["positive"]
     assert error is not None
-    assert (rows[4]["median"], rows[4]["p90"]) == (error.median, error.p90)
-    assert rows[4]["change"] == third["0"].changes(second["0"].solution)["positive"] > 0
+    assert (rows[6]["median"], rows[6]["p90"]) == (error.median, error.p90)
+    assert rows[6]["change"] == third["0"].changes(second["0"].solution)["positive"] > 0
 
 
 def test_a_repeated_check_replaces_the_earlier_rows(tmp_path: Path) -> None:
@@ -61,7 +63,7 @@ def test_a_repeated_check_replaces_the_earlier_rows(tmp_path: Path) -> None:
     found = looks(traced, 8)["0"]
     append_rows(path, [check_rows(80, "0", found, None)])
     append_rows(path, [check_rows(160, "0", found, None)])
-    assert append_rows(path, [check_rows(160, "0", found, None)])["samples"].to_pylist() == [80, 160]
+    assert append_rows(path, [check_rows(160, "0", found, None)])["samples"].to_pylist() == [80, 80, 160, 160]
 
 
 def test_the_last_check_decides(tmp_path: Path) -> None:

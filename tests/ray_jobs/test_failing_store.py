@@ -40,6 +40,23 @@ CASES: dict[str, list[list[str]]] = {
         [*EXPLAIN, "--out", "six", "--target", "ant", "--classes", f"{URL}/c.json", *ALONE],
     ],
     "degrade": [["--patterns", f"{URL}/run", "--shards", "SHARD0", "--out", f"{URL}/seven", "--steps", "2", *ALONE]],
+    "evaluate": [
+        [
+            "--patterns",
+            f"{URL}/run",
+            "--shards",
+            "SHARD0",
+            "--out",
+            f"{URL}/nine",
+            "--measures",
+            "class",
+            "--patch-size",
+            "4",
+            "--steps",
+            "4",
+            *ALONE,
+        ]
+    ],
     "reproduce": [
         ["--model", "MODEL", "--shards", f"{URL}/train-*.tar", "--evaluate", "SHARD0", "--out", BELOW, *ALONE],
         ["--dataset", "mnist", "--data", BELOW, "--out", "eight", *ALONE],

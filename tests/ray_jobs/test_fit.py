@@ -245,7 +245,8 @@ def test_estimators_are_fitted_for_the_operators_that_match_their_pattern(
         operator, _, row = key.rpartition("/")
         rows.setdefault(operator, set()).add(row)
     assert rows == {
-        "0": {"positive"}, "2.conv1": {"linear"}, "2.conv2": {"linear"}, "addition.0": {"positive"},
+        "0": {"positive", "positive-own-mean"}, "2.conv1": {"linear"}, "2.conv2": {"linear"},
+        "addition.0": {"positive", "positive-own-mean"},
         "average_pool.0": {"linear"}, "6": {"filter"},
     }  # fmt: skip
     with pytest.raises(UserError, match=r"no operator matches 'convs\.\*'"):
