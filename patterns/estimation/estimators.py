@@ -217,14 +217,19 @@ def parse_estimators(
         [('layer4.*', 'linear'), ('*', 'two-component')]
     """
     pairs = []
-    for choice in estimators.split(",") if isinstance(estimators, str) else estimators:
-        glob, _, name = choice.strip().rpartition("=")
+    for choice in split_choices(estimators):
+        glob, _, name = choice.rpartition("=")
         if name not in CHOICES:
             raise UserError("", f"no estimator {name!r}", f"Choose from {', '.join(CHOICES)}.", parameter)
         if glob and operators is not None and not any(fnmatchcase(o, glob) for o in operators):
             raise UserError("", f"no operator matches {glob!r}", f"Operators are {name_some(operators)}.", parameter)
         pairs.append((glob or "*", name))
     return pairs
+
+
+def split_choices(estimators: Choices) -> list[str]:
+    """Return the single choices of a comma-separated text, or of an iterable of choices."""
+    return [choice.strip() for choice in (estimators.split(",") if isinstance(estimators, str) else estimators)]
 
 
 def name_some(operators: Collection[str], limit: int = 5) -> str:

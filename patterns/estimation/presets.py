@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from patterns.errors import UserError
-from patterns.estimation.estimators import CHOICES, Choices, parse_estimators, select_choices
+from patterns.estimation.estimators import CHOICES, Choices, parse_estimators, select_choices, split_choices
 from patterns.operators.operator import Convolution, TransposedConvolution
 from patterns.tracing.network import Network, find_ancestors, find_operator_calls
 
@@ -99,7 +99,7 @@ def expand_presets(estimators: Choices, network: Network) -> list[str]:
         >>> expand_presets("class-specific", network)
         ['2=identity', 'two-component-own-mean']
     """
-    choices = [c.strip() for c in (estimators.split(",") if isinstance(estimators, str) else estimators)]
+    choices = split_choices(estimators)
     return [c for choice in choices for c in (PRESETS[choice].choices(network) if choice in PRESETS else [choice])]
 
 
@@ -129,7 +129,7 @@ def resolve_estimators(
         >>> resolve_estimators(network, "0=linear,class-specific")
         {'0': 'linear', '2': 'identity'}
     """
-    own = [c.strip() for c in (estimators.split(",") if isinstance(estimators, str) else estimators)]
+    own = split_choices(estimators)
     given = [c for c in own if c not in PRESETS and c != "default"]
     found = parse_estimators(given, network.operators, "estimator")
     preset = DEFAULT if solved is None or has_rows(network, DEFAULT, solved) else BEFORE

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from patterns import Explanation, UserError
-from patterns.attribution import BASELINES
 from patterns.evaluation import (
     REPLACEMENTS,
     area_over_curve,
@@ -29,7 +28,7 @@ from ray_jobs.engine.shard_worker import BatchStream, ShardReport
 from ray_jobs.figures.drawing import draw_degradation
 from ray_jobs.io.object_store import publish, read_table
 from ray_jobs.jobs.job_session import JobSession
-from ray_jobs.jobs.method_job import MethodWorker, make_explainer, validate_methods, validate_settings
+from ray_jobs.jobs.method_job import MethodWorker, add_baselines, make_explainer, validate_methods, validate_settings
 from ray_jobs.jobs.per_shard_job import FilesTask, validate_sample_count, write_shard_files
 from ray_jobs.models.loading import TracedModel
 from ray_jobs.runs.run_folder import Run
@@ -64,7 +63,7 @@ class DegradeWorker(MethodWorker[DegradeConfig]):
     def prepare(self) -> None:
         """Place the model on the device, and load its patterns."""
         self.place_model()
-        self.explainer = make_explainer(self.config, self.model, None, self.scales)
+        self.explainer = make_explainer(self.config, self.model, self.model.network, self.scales)
 
     def work(self, task: FilesTask, following: FilesTask | None = None) -> Iterator[ShardReport]:
         """Degrade the images of a shard, and yield reports of the progress."""
@@ -167,7 +166,7 @@ def degrade(config: DegradeConfig, resources: Resources = Resources()) -> Run:  
         UserError: If the configuration or the data are wrong.
         StoppedShortError: If a signal stopped the job.
     """
-    config = replace(config, methods=tuple(dict.fromkeys((*config.methods, *BASELINES))))
+    config = add_baselines(config)
     validate_settings(config)
     session = JobSession("degrade", config)
     if session.finished:

@@ -22,6 +22,7 @@ from ray_jobs.jobs.evaluation_measures import MEASURES, Context, Explained, Meas
 from ray_jobs.jobs.job_session import JobSession
 from ray_jobs.jobs.method_job import (
     MethodWorker,
+    add_baselines,
     choose_patterns,
     make_explainer,
     validate_methods,
@@ -58,15 +59,13 @@ class EvaluateWorker(MethodWorker[EvaluateConfig]):
     def prepare(self) -> None:
         """Place the model on the device, load its patterns, and prepare the measures."""
         self.place_model()
-        self.explainer = make_explainer(self.config, self.model, None, self.scales)
-        self.context = Context(self.config, self.model, self.explainer, self.explain_other, self.make_seeds)
+        self.explainer = self.explain_network(self.model.network)
+        self.context = Context(self.config, self.model, self.explainer, self.explain_network, self.make_seeds)
         self.measures: dict[str, Measure] = {name: MEASURES[name].make(self.context) for name in self.config.measures}
 
-    def explain_other(self, network: Network) -> Explainer:
-        """Return an explainer of the same methods, patterns and scales for another network."""
-        chosen, estimators = choose_patterns(self.config, self.model, network)
-        settings = dict(self.config.settings)
-        return Explainer(network, chosen, self.config.methods, self.scales, estimators, settings)
+    def explain_network(self, network: Network) -> Explainer:
+        """Return the explainer of the model's network, or of one with other weights and the same patterns."""
+        return make_explainer(self.config, self.model, network, self.scales)
 
     def work(self, task: FilesTask, following: FilesTask | None = None) -> Iterator[ShardReport]:
         """Measure the maps of a shard, and yield reports of the progress."""
@@ -79,9 +78,7 @@ class EvaluateWorker(MethodWorker[EvaluateConfig]):
         with closing(self.open_stream(task, following)) as stream:
             for batch in stream:
                 images = batch.images.to(self.model.device, non_blocking=True)
-                with torch.inference_mode():
-                    classes = self.model.network.module(images).argmax(1)
-                explanation = self.context.explain(self.explainer, images, batch.keys, classes)
+                explanation = self.context.explain(self.explainer, images, batch.keys)
                 for name, measure in self.measures.items():
                     for found in measure.add(Explained(batch, images, explanation)):
                         if found is not None:
@@ -134,7 +131,7 @@ def evaluate(config: EvaluateConfig, resources: Resources = Resources()) -> Run:
         UserError: If the configuration or the data are wrong.
         StoppedShortError: If a signal stopped the job.
     """
-    config = replace(config, methods=tuple(dict.fromkeys((*config.methods, *BASELINES))))
+    config = add_baselines(config)
     validate_settings(config)
     session = JobSession("evaluate", config)
     if session.finished:
@@ -184,11 +181,11 @@ def summarize(tables: Iterable[pa.Table]) -> pa.Table:
 def measure_times(config: EvaluateConfig, model: TracedModel, scales: dict[str, list[int]]) -> dict[str, float]:
     """Return the time of a map by each method, in units of the time of a gradient, on this machine."""
     images = torch.zeros((1, *model.network.input_shape)).to(model.network.like)
+    chosen, estimators = choose_patterns(config, model, model.network)
 
     def seconds(method: str) -> float:
-        settings = tuple((name, value) for name, value in config.settings if name.startswith(f"{method}."))
-        alone = replace(config, methods=(method,), settings=settings)
-        explainer = make_explainer(alone, model, None, {n: s for n, s in scales.items() if n == method})
+        settings = {name: value for name, value in config.settings if name.startswith(f"{method}.")}
+        explainer = Explainer(model.network, chosen, [method], scales, estimators, settings)
         times = []
         for _ in range(TIMED):
             begun = time.perf_counter()

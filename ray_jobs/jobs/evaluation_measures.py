@@ -65,8 +65,13 @@ class Context:
     make_explainer: Callable[[Network], Explainer]
     make_seeds: Callable[[Sequence[str]], list[int]]
 
-    def explain(self, explainer: Explainer, images: Tensor, keys: Sequence[str], classes: Tensor) -> Explanation:
-        """Explain a class of each image, int64 (N,), by itself or against all others, as the config says."""
+    def explain(
+        self, explainer: Explainer, images: Tensor, keys: Sequence[str], classes: Tensor | None = None
+    ) -> Explanation:
+        """Explain a class of each image, int64 (N,), by itself or against all others, as the config says.
+
+        If the classes are None, the predicted ones are explained.
+        """
         if self.config.target == "contrast":
             return explainer(images, lambda scores: contrast(scores, classes), self.make_seeds(keys))
         return explainer(images, classes, self.make_seeds(keys))

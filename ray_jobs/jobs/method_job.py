@@ -1,12 +1,13 @@
 """The common part of `explain` and `degrade`: a model, its patterns and methods, and files for each shard."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
 import pyarrow as pa
 
 from patterns import Explainer, Network, UserError, choose
-from patterns.attribution import parse_method, resolve_settings
+from patterns.attribution import BASELINES, parse_method, resolve_settings
 from patterns.estimation import resolve_estimators
 from patterns.io import write_table
 from ray_jobs.config import MethodsConfig
@@ -57,21 +58,25 @@ class MethodWorker(ShardWorker[FilesTask], Generic[C]):
             write_table(folder / files.rows, schema, [pa.Table.from_pylist(rows, schema)])
 
 
-def make_explainer(config: MethodsConfig, model: TracedModel, operator: str | None, scales: Scales) -> Explainer:
+def make_explainer(config: MethodsConfig, model: TracedModel, network: Network, scales: Scales) -> Explainer:
     """Return the explainer of a config's methods, with the patterns of its run.
 
     Args:
         config: The methods.
         model: The model.
-        operator: The operator at which the explained network ends; None: at the classes.
+        network: The model's network, or one with the same operators or fewer.
         scales: The scales that an earlier explainer has calibrated, by method.
 
     Raises:
         UserError: If the patterns are missing, or those of another model.
     """
-    network = model.network if operator is None else model.network.until(operator)
     chosen, estimators = choose_patterns(config, model, network)
     return Explainer(network, chosen, config.methods, scales, estimators, dict(config.settings))
+
+
+def end_at(network: Network, operator: str | None) -> Network:
+    """Return the network that ends at an operator, or the network itself if the operator is None."""
+    return network if operator is None else network.until(operator)
 
 
 def choose_patterns(config: MethodsConfig, model: TracedModel, network: Network) -> tuple[Any, dict[str, Any]]:
@@ -104,6 +109,11 @@ def describe_estimators(config: MethodsConfig, network: Network) -> dict[str, di
     return found
 
 
+def add_baselines(config: C) -> C:
+    """Return a config with the methods that do not depend on the model in addition to its own."""
+    return replace(config, methods=tuple(dict.fromkeys((*config.methods, *BASELINES))))
+
+
 def validate_settings(config: MethodsConfig) -> dict[str, float]:
     """Return all settings of a config's methods.
 
@@ -121,7 +131,7 @@ def validate_methods(
     Args:
         config: The methods.
         model: The model.
-        operator: See `make_explainer`.
+        operator: The operator at which the explained network ends; None: at the classes.
         section: The job's section of the manifest, which an earlier driver may have written.
 
     Returns:
@@ -131,11 +141,11 @@ def validate_methods(
         UserError: If the patterns are missing or those of another model, or the job was begun with other estimators.
     """
     settings, scales = validate_settings(config), section.get("scales", {})
-    network = model.network if operator is None else model.network.until(operator)
+    network = end_at(model.network, operator)
     if scales:
         choose_patterns(config, model, network)
     else:
-        scales = make_explainer(config, model, operator, {}).scales
+        scales = make_explainer(config, model, network, {}).scales
     estimators = describe_estimators(config, network)
     if section.get("estimators", estimators) != estimators:
         what = "this job was begun when the fit had the patterns of other estimators"

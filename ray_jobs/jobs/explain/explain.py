@@ -23,7 +23,7 @@ from ray_jobs.io.prefetch import WriteBehind
 from ray_jobs.jobs.explain.map_statistics import COLUMNS, reduce_maps, summarize_maps
 from ray_jobs.jobs.explain.targets import Target, parse_target
 from ray_jobs.jobs.job_session import JobSession
-from ray_jobs.jobs.method_job import MethodWorker, make_explainer, validate_methods, validate_settings
+from ray_jobs.jobs.method_job import MethodWorker, end_at, make_explainer, validate_methods, validate_settings
 from ray_jobs.jobs.per_shard_job import FilesTask, validate_sample_count, write_shard_files
 from ray_jobs.models.loading import TracedModel
 from ray_jobs.runs.map_files import ExplainedBatch, estimate_bytes_per_sample, import_zarr, open_writers
@@ -59,7 +59,8 @@ class ExplainWorker(MethodWorker[ExplainConfig]):
         self.place_model()
         self.target = parse_target(self.config.target, self.model.network, self.config.classes)
         self.reader_config = replace(self.reader_config, validate_label=self.validate_label, with_boxes=True)
-        self.explainer = make_explainer(self.config, self.model, self.target.operator, self.scales)
+        network = end_at(self.model.network, self.target.operator)
+        self.explainer = make_explainer(self.config, self.model, network, self.scales)
         if self.config.compile is not None:
             self.explainer.compile(self.config.batch_size, self.config.compile)
 
