@@ -105,6 +105,7 @@ def export(model: nn.Module, example: Tensor, name: str) -> AtenGraph:
         with redirect_stdout(StringIO()), redirect_stderr(StringIO()), readable_constants():
             program = torch.export.export(model, (example,), dynamic_shapes=(batch,), strict=False)
             require_any_batch(program, name)
+            use_functional_activations(program.graph)
             module: Any = program.run_decompositions({}).module()
     except UserError:
         raise
@@ -133,6 +134,28 @@ def export(model: nn.Module, example: Tensor, name: str) -> AtenGraph:
         elif node.op == "call_module" or opname(node) in CHECKS:  # torch.export's guards on shapes and dtypes
             graph.erase_node(node)
     return AtenGraph(graph, attributes)
+
+
+# Operations that return a tensor of their own, never a view of an input.
+FRESH = {"conv1d", "conv2d", "conv3d", "convolution", "linear", "batch_norm", "addmm", "mm", "add", "mul"}
+IN_PLACE_ACTIVATIONS = {"relu_", "relu6_", "hardtanh_", "silu_", "hardswish_", "hardsigmoid_", "leaky_relu_", "elu_"}
+
+
+def use_functional_activations(graph: Graph) -> None:
+    """Replace in-place activations of an exported graph whose input nothing else uses.
+
+    torch.export would do this for all in-place operations, but takes many times as long for each: it analyzes which
+    tensors share memory. The result is the same, because nobody sees the overwritten tensor.
+    """
+    for node in graph.nodes:
+        name = node.target._schema.name.partition("::")[2] if isinstance(node.target, torch._ops.OpOverload) else ""
+        if name not in IN_PLACE_ACTIVATIONS or not hasattr(torch.ops.aten, name[:-1]):
+            continue
+        source = node.args[0]
+        if isinstance(source, Node) and opname(source) in FRESH and len(source.users) == 1:
+            if source.target._schema.name.endswith("_"):  # type: ignore[union-attr]
+                continue  # an in-place operation returns its input
+            node.target = torch.ops.aten.__getattr__(name[:-1]).default
 
 
 # Calls with which torch.export checks shapes and dtypes while the graph runs.
