@@ -10,6 +10,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,6 +58,11 @@ def load_weights(model: nn.Module, where: str, spec: str) -> None:
         UserError: If the file cannot be read, or its state dict does not fit the model.
     """
     place = f"--weights {where}"
+    if re.fullmatch(r"\w+", where) and not Path(where).exists():
+        what = "neither a file, nor a name of weights for this model"
+        raise UserError(
+            place, what, "Pass default, random, a file or a URL, or for torchvision a name such as DEFAULT."
+        )
     content = read_option_file("--weights", where)
     load_state_dict(model, select_state_dict(parse_checkpoint(content, place), place), place, spec)
 

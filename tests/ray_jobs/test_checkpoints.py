@@ -235,3 +235,10 @@ def test_pickle_is_never_executed(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="pickle"):
         load(pickle.dumps(Harm()), tmp_path)
     assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("name", ["Default", "pretrained", "none"])
+def test_word_that_is_no_file_is_answered_by_the_names_of_weights(name: str) -> None:
+    with pytest.raises(UserError, match="default, random") as caught:
+        load_weights(Net(), name, "m.py:net")
+    assert caught.value.where == f"--weights {name}"
