@@ -12,7 +12,9 @@ FITTED = ("linear", "two-component", "multivariate")
 CROP_MODES = ("center", "squash", "border")
 INTERPOLATIONS = ("nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos")
 PRECISIONS = ("float32", "tf32", "float64", "bfloat16")
-MEASURES = ("degradation", "pointing", "class", "random-top", "random-half", "random-all", "shift")
+MEASURES = (
+    "degradation", "pointing", "class", "random-top", "random-half", "random-all", "random-all-refit", "shift",
+)  # fmt: skip
 # The methods that an evaluation compares: each preset of each method with patterns.
 OURS = tuple(
     f"{method}:{preset}"
@@ -299,6 +301,7 @@ class EvaluateConfig(DegradeConfig):
         "What maps explain: the class, or the class less the weighted mean of the others.",
         choices=("predicted", "contrast"),
     )
+    refit_samples: int = option(256, "Samples on which patterns of random weights are fitted.", min=1)
     patch: int = same(DegradeConfig, "patch", default=16)
     steps: int = same(DegradeConfig, "steps", default=30)
 

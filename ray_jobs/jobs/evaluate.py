@@ -29,9 +29,11 @@ from ray_jobs.jobs.method_job import (
     validate_settings,
 )
 from ray_jobs.jobs.per_shard_job import FilesTask, validate_sample_count, write_shard_files
+from ray_jobs.jobs.refitting import refit
 from ray_jobs.models.loading import TracedModel
 from ray_jobs.runs.run_folder import Run
 
+REFITTED = "refitted"  # folder of the patterns of the network with random weights
 TIMED = 3  # repetitions, of which the fastest counts
 ROWS = pa.schema(
     [
@@ -63,9 +65,10 @@ class EvaluateWorker(MethodWorker[EvaluateConfig]):
         self.context = Context(self.config, self.model, self.explainer, self.explain_network, self.make_seeds)
         self.measures: dict[str, Measure] = {name: MEASURES[name].make(self.context) for name in self.config.measures}
 
-    def explain_network(self, network: Network) -> Explainer:
-        """Return the explainer of the model's network, or of one with other weights and the same patterns."""
-        return make_explainer(self.config, self.model, network, self.scales)
+    def explain_network(self, network: Network, refitted: bool = False) -> Explainer:
+        """Return the explainer of the network or of one with random weights, with refitted patterns if asked."""
+        folder = str(Run(self.config.out).folder / REFITTED) if refitted else None
+        return make_explainer(self.config, self.model, network, self.scales, folder)
 
     def work(self, task: FilesTask, following: FilesTask | None = None) -> Iterator[ShardReport]:
         """Measure the maps of a shard, and yield reports of the progress."""
@@ -144,6 +147,8 @@ def evaluate(config: EvaluateConfig, resources: Resources = Resources()) -> Run:
     with session.work(resources, **recorded, measures=described, not_measured=obstacles):
         message = f"{len(config.methods)} methods, {len(measured.measures)} measures"
         message += "".join(f"; {name} cannot be measured: {reason}" for name, reason in obstacles.items())
+        if any(MEASURES[name].refitted for name in measured.measures):
+            refit(config, model, run.folder / REFITTED)
         arguments = EvaluateWorker, model, recorded["scales"]
         done = write_shard_files(session, measured, resources, "evaluation", message, *arguments)
         tables = [read_table(files.folder / files.rows) for files in done]

@@ -18,14 +18,13 @@ from patterns.evaluation import (
     heat,
     make_grids,
     pointing_shares,
-    randomize,
     shift_sensitivity,
     spearman,
-    trained_operators,
 )
 from ray_jobs.config import EvaluateConfig
 from ray_jobs.data.shard_reader import Batch
 from ray_jobs.jobs.degrade import compute_curves
+from ray_jobs.jobs.refitting import randomize_share
 from ray_jobs.models.loading import TracedModel
 
 MAX_POINTED = 64  # samples of a shard that are kept for its grids, as images of half the size
@@ -55,14 +54,15 @@ class Context:
         config: The job.
         model: The model, on the worker's device.
         explainer: The explainer of its methods.
-        make_explainer: Returns an explainer of the same methods and patterns for another network.
+        make_explainer: Returns an explainer of the same methods for another network. It has the same patterns, or if
+            its second argument is true, those that were fitted to the network with random weights in all operators.
         make_seeds: Returns the seeds of some keys.
     """
 
     config: EvaluateConfig
     model: TracedModel
     explainer: Explainer
-    make_explainer: Callable[[Network], Explainer]
+    make_explainer: Callable[[Network, bool], Explainer]
     make_seeds: Callable[[Sequence[str]], list[int]]
 
     def explain(
@@ -155,19 +155,18 @@ class ClassSensitivity(PerBatch):
 
 
 class Randomization(PerBatch):
-    """The rank correlation of maps with those of a network with random weights and the same patterns.
+    """The rank correlation of maps with those of a network with random weights.
 
     As Adebayo et al. 2018: the weights of a share of the trained operators are drawn anew, from the last one down.
     """
 
     share: float
+    refitted = False
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
-        network, generator = context.model.network, torch.Generator().manual_seed(context.config.seed)
-        names = list(reversed(trained_operators(network)))
-        chosen = names[: max(1, round(self.share * len(names)))]
-        self.explainer = context.make_explainer(randomize(network, chosen, generator))
+        network = randomize_share(context.model.network, self.share, context.config.seed)
+        self.explainer = context.make_explainer(network, self.refitted)
 
     def add(self, explained: Explained) -> Iterator[Result | None]:
         """Yield the correlation of each sample; a constant map counts as not correlated."""
@@ -196,6 +195,12 @@ class RandomizedAll(Randomization):
     share = 1.0
 
 
+class Refitted(RandomizedAll):
+    """Randomization of all trained operators, with patterns that were fitted to the random weights."""
+
+    refitted = True
+
+
 class ShiftSensitivity(PerBatch):
     """The relative change of maps if a constant is added to the input and taken away by the first bias.
 
@@ -207,7 +212,7 @@ class ShiftSensitivity(PerBatch):
         network = context.model.network
         self.shift = network.like.new_zeros((network.input_shape[0], *[1] * (len(network.input_shape) - 1)))
         self.shift[0] = SHIFT
-        self.explainer = context.make_explainer(absorb_shift(network, self.shift))
+        self.explainer = context.make_explainer(absorb_shift(network, self.shift), False)
 
     def add(self, explained: Explained) -> Iterator[Result | None]:
         """Yield the change of each sample's map."""
@@ -261,6 +266,7 @@ class Row:
         higher_is_better: Whether a higher value is better; None if neither is.
         needs_labels: Whether it uses only samples with a label.
         obstacle: Returns why a network cannot be measured; None if it can.
+        refitted: Whether it needs patterns that were fitted to random weights.
     """
 
     make: Callable[[Context], Measure]
@@ -268,6 +274,7 @@ class Row:
     higher_is_better: bool
     needs_labels: bool = False
     obstacle: Callable[[Network], str | None] = lambda network: None
+    refitted: bool = False
 
 
 def find_size_obstacle(network: Network) -> str | None:
@@ -283,5 +290,6 @@ MEASURES: dict[str, Row] = {
     "random-top": Row(RandomizedTop, "rank correlation, last weights random", False),
     "random-half": Row(RandomizedHalf, "rank correlation, upper half random", False),
     "random-all": Row(RandomizedAll, "rank correlation, all weights random", False),
+    "random-all-refit": Row(Refitted, "rank correlation, all weights random, patterns refitted", False, refitted=True),
     "shift": Row(ShiftSensitivity, "change by a constant shift of the input", False, False, find_shift_obstacle),
 }

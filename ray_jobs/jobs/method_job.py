@@ -58,7 +58,9 @@ class MethodWorker(ShardWorker[FilesTask], Generic[C]):
             write_table(folder / files.rows, schema, [pa.Table.from_pylist(rows, schema)])
 
 
-def make_explainer(config: MethodsConfig, model: TracedModel, network: Network, scales: Scales) -> Explainer:
+def make_explainer(
+    config: MethodsConfig, model: TracedModel, network: Network, scales: Scales, folder: str | None = None
+) -> Explainer:
     """Return the explainer of a config's methods, with the patterns of its run.
 
     Args:
@@ -66,11 +68,12 @@ def make_explainer(config: MethodsConfig, model: TracedModel, network: Network, 
         model: The model.
         network: The model's network, or one with the same operators or fewer.
         scales: The scales that an earlier explainer has calibrated, by method.
+        folder: The folder of the patterns. None: the run's.
 
     Raises:
         UserError: If the patterns are missing, or those of another model.
     """
-    chosen, estimators = choose_patterns(config, model, network)
+    chosen, estimators = choose_patterns(config, model, network, folder)
     return Explainer(network, chosen, config.methods, scales, estimators, dict(config.settings))
 
 
@@ -79,12 +82,14 @@ def end_at(network: Network, operator: str | None) -> Network:
     return network if operator is None else network.until(operator)
 
 
-def choose_patterns(config: MethodsConfig, model: TracedModel, network: Network) -> tuple[Any, dict[str, Any]]:
+def choose_patterns(
+    config: MethodsConfig, model: TracedModel, network: Network, folder: str | None = None
+) -> tuple[Any, dict[str, Any]]:
     """Return the patterns of the methods that name no estimator (None if there are none), and those by estimator."""
     names = list_estimators(config)
     if not names:
         return None, {}
-    patterns = load_patterns(config.patterns, model.digest)
+    patterns = load_patterns(folder or config.patterns, model.digest)
     Run(config.patterns).require_model(model)
     chosen = {name: choose(network, patterns, name or config.estimators) for name in names}
     return chosen.pop("", None), chosen

@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
 from patterns import UserError
 from patterns.attribution.explainer import Explainer
+from patterns.evaluation import heat, randomize, spearman
 from ray_jobs import config as configs
 from ray_jobs.cli.app import exit_status
 from ray_jobs.config import EvaluateConfig, FitConfig, ModelConfig, Resources
@@ -118,6 +120,7 @@ def mean(values: dict[str, list[float]]) -> float:
     return float(np.mean([v for each in values.values() for v in each]))
 
 
+@pytest.mark.full
 def test_pointing_is_1_for_maps_of_the_object_and_a_quarter_for_noise(
     values: dict[tuple[str, str], dict[str, list[float]]],
 ) -> None:
@@ -153,6 +156,35 @@ def test_maps_that_ignore_the_model_keep_their_ranks_if_its_weights_are_random(
     assert set(np.round([v for each in values["random-all", "gradient-x-input"].values() for v in each])) <= {0.0, 1.0}
 
 
+def test_refitted_patterns_are_those_of_a_fit_of_the_model_with_random_weights(
+    config: EvaluateConfig, values: dict[tuple[str, str], dict[str, list[float]]], tmp_path: Path
+) -> None:
+    loaded = loading.load(config.model)
+    random = randomize(loaded.network, ["out", "detect"], torch.Generator().manual_seed(config.seed))
+    state = {f"{name}.weight": op.weight for name, op in random.operators.items() if name in ("out", "detect")}
+    state |= {f"{name}.bias": random.operators[name].bias for name in ("out", "detect")}
+    torch.save(state, tmp_path / "random.pt")
+    model = replace(config.model, weights=str(tmp_path / "random.pt"))
+    fit(FitConfig(model=model, shards=config.shards, out=str(tmp_path / "fit"), positions=16, batch_size=5), HERE)
+    after = loading.load(model)
+    explainers = [
+        Explainer.load(folder, each.model, METHODS)
+        for folder, each in ((config.patterns, loaded), (tmp_path / "fit", after))
+    ]
+    changed = 0
+    for batch in ShardReader(config.shards[1], ReaderConfig(loaded.preprocessing, 4)):
+        classes = loaded.model(batch.images).argmax(1)
+        one, other = (explainer(batch.images, classes).maps for explainer in explainers)
+        for method in METHODS:
+            expected = spearman(heat(one[method]), heat(other[method])).nan_to_num(0.0)
+            for key, value in zip(batch.keys, expected.tolist()):
+                (found,) = values["random-all-refit", method][key]
+                assert found == pytest.approx(value, abs=1e-3)
+                changed += values["random-all", method][key] != [found]
+    assert changed  # refitting makes a difference
+    assert values["random-all-refit", "gradient-x-input"] == values["random-all", "gradient-x-input"]
+
+
 def test_degradation_removes_the_object_first(values: dict[tuple[str, str], dict[str, list[float]]]) -> None:
     assert mean(values["degradation", "patternattribution:class-specific"]) > mean(values["degradation", "random"])
 
@@ -177,6 +209,7 @@ def test_table_has_every_method_and_measure_with_standard_errors(
     assert recorded["patternattribution:class-specific"]["detect"] == "two-component-own-mean"
 
 
+@pytest.mark.full
 def test_a_killed_job_resumes_to_the_same_bytes(
     config: EvaluateConfig, values: object, spec: str, shards: list[str], tmp_path: Path
 ) -> None:
