@@ -23,11 +23,11 @@ lint: $(READY)
 
 # Numerics and jobs in this process, without Ray.
 check: lint
-	$(PYTEST) -m "not slow and not full and not ray" -n 2 --dist worksteal --timeout 300
+	$(PYTEST) -m "not slow and not full and not ray" -n 2 --dist loadfile --no-loadscope-reorder --timeout 300
 
 # Everything that must hold.
 test: lint
-	$(PYTEST) -m "not slow" -n 3 --dist worksteal --timeout 600
+	$(PYTEST) -m "not slow" -n 3 --dist loadfile --no-loadscope-reorder --timeout 600
 
 test-gpu: $(READY)
 	$(BIN)/python -m pytest tests/gpu

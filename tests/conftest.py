@@ -2,9 +2,11 @@
 
 import io
 import os
+import re
 import signal
+from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ import ray
 from hypothesis import settings
 from PIL import Image
 from webdataset import TarWriter
+from xdist.scheduler import LoadScopeScheduling
 
 from ray_jobs.engine.signals import SIGNALS
 from ray_jobs.models.loading import LoadedModel, TracedModel
@@ -31,11 +34,40 @@ RAY_FIXTURES = {"local_ray", "cluster"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests whose fixtures start Ray, and run them first because they take longest."""
+    """Mark the tests whose fixtures start Ray, and put the files that take longest first.
+
+    Of the cases of a test marked `cases`, `make check` runs every tenth.
+    """
+    seen = Counter[object]()
     for item in items:
         if RAY_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker("ray")
-    items.sort(key=lambda item: (item.get_closest_marker("ray") is None, item.path.parent.name == "patterns"))
+        if item.get_closest_marker("cases"):
+            law = getattr(item, "function", item)
+            if seen[law] % 10:
+                item.add_marker("full")
+            seen[law] += 1
+    items.sort(key=lambda item: (not find_ray(item.path), item.path.parent.name != "patterns"))
+
+
+@cache
+def find_ray(file: Path) -> str | None:
+    """Return which Ray the tests of a file share: "local_ray", "LocalCluster", or None."""
+    found = re.search(r"local_ray|LocalCluster\b", file.read_text())
+    return found[0] if found else None
+
+
+class ByFile(LoadScopeScheduling):
+    """The tests of a file run in one process, because they share fixtures, and so do all that share a Ray."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file, _, _ = nodeid.partition("::")
+        return find_ray(self.config.rootpath / file) or file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadScopeScheduling | None:
+    """Divide the tests among processes, for `--dist loadfile`."""
+    return ByFile(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 @pytest.fixture(autouse=True)

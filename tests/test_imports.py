@@ -9,6 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("name", "loads"), [("patterns", []), ("ray_jobs.cli.app", [])])
 def test_import_loads_no_slow_library(name: str, loads: list[str]) -> None:
     heavy = {"ray", "webdataset", "zennit", "torchvision", "torch._dynamo", "sympy", "pandas", "matplotlib"}
@@ -17,6 +18,7 @@ def test_import_loads_no_slow_library(name: str, loads: list[str]) -> None:
     assert done.stdout.strip() == str(loads)
 
 
+@pytest.mark.full
 def test_public_names_are_not_hidden_by_modules() -> None:
     """Neither a function hides the module that it comes from, nor a module the function."""
     code = "import sys, patterns; print([n for n in patterns.__all__ if f'patterns.{n}' in sys.modules or not callable("

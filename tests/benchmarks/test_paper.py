@@ -120,6 +120,7 @@ def test_ratios_of_known_singular_values() -> None:
     assert convergence.measure_negative_shares(network, patterns["linear"])[name] == pytest.approx(share)
 
 
+@pytest.mark.full
 def test_study_writes_every_table_and_figure(files: list[Path], tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 5, 3, padding=1), nn.ReLU())

@@ -186,6 +186,7 @@ def test_models_have_the_layers_of_the_paper() -> None:
     assert all(make()(torch.zeros(3, 1, 8, 8)).shape == (3, 2) for make in models.MODELS.values())
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("architecture", list(models.MODELS))
 def test_trained_models_are_scored(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "EPOCHS", 3)

@@ -86,6 +86,7 @@ def expected(run: Path, model: nn.Module, method: str, x: Tensor, estimator: str
     return explanation.maps[method] * 2.0 ** explanation.exponents[method]
 
 
+@pytest.mark.cases
 @pytest.mark.parametrize("method", CALLERS)
 @pytest.mark.parametrize("estimator", ["default", "linear"])
 def test_attribute_returns_the_explainers_map(
@@ -108,6 +109,7 @@ def run_zennit(composite: PatternComposite | EpsilonPlusFlat, model: nn.Module, 
     return output, relevance
 
 
+@pytest.mark.cases
 @pytest.mark.parametrize("method", CALLERS)
 def test_composite_returns_the_explainers_map(run: Path, model: nn.Module, images: Tensor, method: str) -> None:
     before = model(images)
@@ -138,6 +140,7 @@ def test_composite_rejects_another_model(run: Path, model: nn.Module, images: Te
     assert "another model" in caught.value.what
 
 
+@pytest.mark.full
 def test_quantus_function_returns_the_sum_over_channels(run: Path, model: nn.Module, images: Tensor) -> None:
     explain = quantus_explain(run)
     found = explain(model, images.numpy(), TARGETS.numpy(), device="cpu")

@@ -92,6 +92,7 @@ def test_compiled_maps_of_every_method_and_of_several_targets_are_those_of_uncom
                 assert relative(found.maps[method], expected.maps[method]) < 1e-12, method
 
 
+@pytest.mark.full
 def test_compiled_backward_pass_is_a_product_of_matrices_and_masks() -> None:
     torch.manual_seed(0)
     layers = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
@@ -154,6 +155,7 @@ def test_unknown_modes_and_missing_compilers_are_errors_of_one_line(network: Net
     assert not any(t.any() for t in observer.tensors().values())
 
 
+@pytest.mark.full
 def test_only_full_batches_run_compiled(network: Network) -> None:
     observer, explainer = Observer(network), Explainer(network, None, ["gradient"])
     observer.compile(4)

@@ -57,6 +57,7 @@ class Linear(nn.Module):
         return self.head(self.hidden(x.flatten(1)))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("choice", ["two-component", "linear", "filter", "random"])
 def test_map_sums_to_the_targets_value_without_gates_and_borders(choice: str) -> None:
     torch.manual_seed(6)
@@ -75,6 +76,7 @@ def test_map_sums_to_the_targets_value_without_gates_and_borders(choice: str) ->
         assert abs(loss.lost) < 1e-10
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["vgg11", "resnet18"])
 def test_losses_add_up_to_the_difference_between_map_and_target(name: str) -> None:
     it = traced(name)
@@ -90,6 +92,7 @@ def test_losses_add_up_to_the_difference_between_map_and_target(name: str) -> No
     assert abs(causes.get("other", 0.0)) < 1e-10 * largest
 
 
+@pytest.mark.cases
 @pytest.mark.parametrize("name", READINGS)
 def test_every_spelling_of_an_operation_loses_relevance_at_gates_only(name: str) -> None:
     network, x = trace_reading(name).network, trace_reading(name).inputs

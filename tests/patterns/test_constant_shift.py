@@ -123,6 +123,7 @@ def traced(make: Callable[[], nn.Module], dtype: torch.dtype) -> tuple[Network, 
     return trace(model.to(dtype), x.to(dtype)), x.to(dtype)
 
 
+@pytest.mark.cases
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", ABSORBING)
 def test_network_without_an_obstacle_absorbs_any_constant_per_channel(name: str, dtype: torch.dtype) -> None:
@@ -135,6 +136,7 @@ def test_network_without_an_obstacle_absorbs_any_constant_per_channel(name: str,
     assert not torch.allclose(network.module(x + shift), outputs, rtol=0.1, atol=0.1)
 
 
+@pytest.mark.cases
 @pytest.mark.parametrize("name", NOT_ABSORBING)
 def test_obstacle_is_reported(name: str) -> None:
     make, reason = NOT_ABSORBING[name]

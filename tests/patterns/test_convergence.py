@@ -50,6 +50,7 @@ SIZES = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def test_the_standard_error_is_the_deviation_of_patterns_over_new_data(sizes: list[int]) -> None:
     draws = 400
@@ -100,6 +101,7 @@ def test_for_a_ratio_the_jackknife_is_its_definition_by_pseudo_values(sizes: lis
     assert float(jackknife.variance()) == pytest.approx(expected, rel=1e-6, abs=1e-15)
 
 
+@pytest.mark.full
 def test_it_agrees_with_a_bootstrap_of_the_partial_moments() -> None:
     times, count = 1000, 16
     operator, many = layer(), layer(draws=times)
@@ -125,6 +127,7 @@ def test_copies_of_samples_within_partial_moments_do_not_change_the_error() -> N
         torch.testing.assert_close(found[row].neurons, expected[row].neurons, rtol=1e-5, atol=0)
 
 
+@pytest.mark.full
 def test_the_error_falls_as_one_over_the_root_of_the_samples() -> None:
     operator = layer(draws=100)
     counts = [160 * 4**power for power in range(4)]

@@ -26,6 +26,7 @@ def meta_network() -> Network:
     return traced("meta")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("positions", [None, 4])
 def test_moments_are_on_the_networks_device(meta_network: Network, positions: int | None) -> None:
     observer = Observer(meta_network, positions=positions)
@@ -41,6 +42,7 @@ def test_patches_are_on_the_networks_device(meta_network: Network) -> None:
     assert {t.device.type for t in observer.tensors().values()} == {"meta"}
 
 
+@pytest.mark.full
 def test_maps_are_on_the_networks_device(network: Network, meta_network: Network) -> None:
     patterns = {name: op.weight for name, op in network.operators.items()}
     meta_patterns = {name: torch.empty_like(op.weight) for name, op in meta_network.operators.items()}

@@ -41,6 +41,7 @@ def digests(model: nn.Module) -> tuple[str, str]:
     return digest(model), trace(model, image()).constants
 
 
+@pytest.mark.cases
 @pytest.mark.parametrize("place", STATE + CONSTANTS)
 def test_every_number_changes_a_digest(place: str) -> None:
     one, same, other = (digests(Scaled(place, value)) for value in (0.5, 0.5, 0.75))

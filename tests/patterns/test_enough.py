@@ -30,6 +30,7 @@ from tests.patterns.drawn import (
 )
 
 
+@pytest.mark.full
 def test_a_fit_that_stopped_is_within_the_tolerance_of_the_truth() -> None:
     draws, neurons, tolerance, choices = 60, 16, 0.08, ("linear", "two-component")
     operator, one = layer(neurons, draws), layer(neurons)

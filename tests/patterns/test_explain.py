@@ -30,6 +30,7 @@ def gradient(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
     return torch.autograd.grad(score, inputs)[0]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_weights_as_patterns_give_the_models_own_gradient(name: str) -> None:
     it = traced(name)
@@ -219,6 +220,7 @@ def test_network_as_matrices_gives_the_same_scores(name: str) -> None:
         torch.testing.assert_close(row, value, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.cases
 @pytest.mark.parametrize("name", ["residual", "mixed"])
 @pytest.mark.parametrize("method", LINEAR)
 def test_backward_pass_equals_the_product_of_explicit_matrices(name: str, method: str) -> None:
@@ -235,6 +237,7 @@ def test_backward_pass_equals_the_product_of_explicit_matrices(name: str, method
         assert relative(f, e) < 1e-10
 
 
+@pytest.mark.cases
 @pytest.mark.parametrize("changed", ["head", "addition.0", "average_pool.0", "one", "stem"])
 def test_every_operators_pattern_changes_the_map(changed: str) -> None:
     it = small("residual")
@@ -274,6 +277,7 @@ def test_default_target_is_the_predicted_class() -> None:
     assert len(set(found.targets.tolist())) > 1
 
 
+@pytest.mark.cases
 @pytest.mark.parametrize("method", EVERY_METHOD)
 def test_map_does_not_depend_on_other_samples_or_their_targets(method: str) -> None:
     it = small("mixed")

@@ -139,6 +139,7 @@ def test_residual_blocks_have_gates_at_their_first_convolution_and_their_additio
     assert gates["fc"] is None
 
 
+@pytest.mark.full
 def test_inverted_residuals_have_relu6_gates_except_at_their_bottlenecks() -> None:
     gates = {name: op.gate for name, op in traced("mobilenet_v2").network.operators.items()}
     assert gates["features.3.conv.0.0"] == RELU6
@@ -155,6 +156,7 @@ def test_gates_are_found_behind_max_pooling_and_shape_changes() -> None:
     assert trace_gates(joined) == {"one": RELU, "two": RELU}
 
 
+@pytest.mark.cases
 @pytest.mark.parametrize(
     ("rectifier", "gate"),
     [
@@ -184,6 +186,7 @@ def test_every_spelling_of_a_rectifier_is_a_gate(rectifier: nn.Module, gate: Gat
     assert_same_outputs(model, network, 9 * image(3))
 
 
+@pytest.mark.cases
 @pytest.mark.parametrize(
     "forward",
     [

@@ -153,6 +153,7 @@ ENDS = {
 }
 
 
+@pytest.mark.cases
 @pytest.mark.parametrize("name", ENDS)
 def test_models_that_end_in_probabilities_are_rejected_unless_the_end_is_stripped(name: str) -> None:
     torch.manual_seed(0)

@@ -16,6 +16,7 @@ RELU, RELU6 = Gate(0.0, float("inf")), Gate(0.0, 6.0)
 ARCHITECTURES = ["resnet18", "vgg11_bn", "mobilenet_v2", "tf_efficientnet_lite0"]
 
 
+@pytest.mark.cases
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_tracing_and_folding_keep_the_outputs_at_any_batch_size(name: str) -> None:
     it = traced(name)
@@ -124,6 +125,7 @@ POOLINGS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.cases
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_average_pooling_keeps_the_outputs_and_has_weights_of_one_over_k(pooling: str) -> None:
     model = FunctionModel(lambda m, x: POOLINGS[pooling](x)).double()
@@ -137,6 +139,7 @@ def test_average_pooling_keeps_the_outputs_and_has_weights_of_one_over_k(pooling
     torch.testing.assert_close(sums, torch.ones_like(sums), rtol=1e-12, atol=0)
 
 
+@pytest.mark.cases
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_average_pooling_keeps_its_gradient(pooling: str) -> None:
     model = FunctionModel(lambda m, x: POOLINGS[pooling](x)).double()
@@ -165,6 +168,7 @@ FORWARDS: dict[str, tuple[Callable[[FunctionModel, Tensor], object], set[str]]] 
 }
 
 
+@pytest.mark.cases
 @pytest.mark.parametrize("name", FORWARDS)
 def test_ordinary_forward_passes_keep_their_outputs(name: str) -> None:
     forward, expected = FORWARDS[name]

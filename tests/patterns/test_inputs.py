@@ -105,6 +105,7 @@ def test_images_of_another_dtype_are_rejected_with_both_dtypes(explainer: Explai
         assert "float32" in caught.value.what
 
 
+@pytest.mark.full
 def test_captum_api_traces_the_model_again_for_another_size(tmp_path: Path) -> None:
     torch.manual_seed(1)
     convolutions = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 3, 3), nn.Flatten(2)).eval()
@@ -213,6 +214,7 @@ def test_patterns_are_loaded_from_a_folder_given_as_string(model: Pooled, run: P
     assert load(str(run), digest(model)).keys() == load(run, digest(model)).keys()
 
 
+@pytest.mark.full
 def test_resnet_rejects_another_size_instead_of_reading_a_part_of_the_image() -> None:
     model = torchvision.models.resnet18(num_classes=5).eval()
     network = trace(model, torch.zeros(2, 3, 64, 64))

@@ -60,6 +60,7 @@ def zennit(method: str, model: nn.Module, inputs: Tensor, targets: Tensor) -> Te
         return attributor(inputs, lambda z: one_hot * z if method == "gradient-x-input" else one_hot)[1].detach()
 
 
+@pytest.mark.cases
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("method", OTHERS)
 def test_method_of_another_paper_equals_zennits(name: str, method: str) -> None:
@@ -104,6 +105,7 @@ class Twice(nn.Module):
         return self.three(self.rectify(self.two(x)) + x)
 
 
+@pytest.mark.cases
 @pytest.mark.parametrize("rectifier", RECTIFIERS)
 def test_rules_hold_after_every_rectifier(rectifier: str) -> None:
     torch.manual_seed(2)

@@ -231,6 +231,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 LEARNED = ["linear", "two-component", "two-component-own-mean", "multivariate"]
 
 
+@pytest.mark.cases
 @pytest.mark.parametrize("layer", [*LAYERS, "wide convolution"])
 def test_activations_thirty_deviations_from_zero_have_accurate_patterns_in_float32(
     layer: str, monkeypatch: pytest.MonkeyPatch
@@ -300,6 +301,7 @@ MANY: dict[str, tuple[OperatorType, Shape, Shape]] = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", MANY)
 def test_a_batch_of_more_positions_than_float32_can_count_loses_nothing(name: str) -> None:
     operator_type, weight, shape = MANY[name]

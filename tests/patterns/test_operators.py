@@ -164,6 +164,7 @@ def test_maps_are_products_of_explicit_matrices_with_patterns() -> None:
 # --- reading of operations ------------------------------------------------------------------------
 
 
+@pytest.mark.cases
 @pytest.mark.parametrize("name", READINGS)
 def test_operations_are_read_with_type_and_channels_and_keep_outputs_and_gradient(name: str) -> None:
     it = trace_reading(name)
@@ -185,6 +186,7 @@ def test_operations_are_read_with_type_and_channels_and_keep_outputs_and_gradien
         assert moments.total.yy.isfinite().all()
 
 
+@pytest.mark.cases
 @pytest.mark.parametrize("dims", [1, 2, 3])
 @pytest.mark.parametrize("groups", [1, 2])
 def test_batch_norm_is_folded_into_a_transposed_convolution(dims: int, groups: int) -> None:
@@ -223,6 +225,7 @@ GATES: dict[str, tuple[Callable[[FunctionModel, Tensor], Tensor], Gate | None, b
 }
 
 
+@pytest.mark.cases
 @pytest.mark.parametrize("name", GATES)
 def test_gates_depend_on_all_consumers_and_mixed_gates_are_recorded(name: str) -> None:
     forward, gate, mixed = GATES[name]
@@ -301,6 +304,7 @@ LINEARIZED: dict[str, tuple[Function, Function, tuple[int, ...], tuple[str, ...]
 }  # fmt: skip
 
 
+@pytest.mark.cases
 @pytest.mark.parametrize("name", LINEARIZED)
 def test_passed_operations_are_linearized_and_keep_the_outputs(name: str) -> None:
     forward, linearized, shape, passed = LINEARIZED[name]

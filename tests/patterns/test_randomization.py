@@ -136,6 +136,7 @@ class RedrawableLinear(Redrawable, nn.Linear):
     pass
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("method", ["gradient", "guided-backprop", "patternnet", "patternattribution"])
 def test_cascade_and_rank_correlation_equal_quantus_parameter_randomization(method: str) -> None:
     """Quantus randomizes the layers in its own order with the same draws, and compares the maps by its own measure."""

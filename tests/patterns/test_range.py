@@ -67,6 +67,7 @@ def signed(shrunk: float = 1.0) -> tuple[Network, Tensor]:
     return network, inputs
 
 
+@pytest.mark.full
 def test_scaling_changes_no_bit_of_any_method(monkeypatch: pytest.MonkeyPatch) -> None:
     network, inputs = signed()
     patterns = patterns_of(network, 3.0)
@@ -81,6 +82,7 @@ def test_scaling_changes_no_bit_of_any_method(monkeypatch: pytest.MonkeyPatch) -
         assert torch.equal(maps * 2.0 ** scaled.exponents[method], unscaled.maps[method]), method
 
 
+@pytest.mark.full
 def test_gradients_below_the_range_of_float32_equal_those_in_float64() -> None:
     network, inputs = signed(shrunk=2.0**-12)
     found = Explainer(cast(network, torch.float32), None, FROM_WEIGHTS)(inputs.float(), TARGETS)
@@ -149,6 +151,7 @@ def test_maps_of_deep_architectures_are_those_of_a_backward_pass_in_float64(
 # --- half precision -------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("growth", [30.0, 1 / 30])
 def test_maps_of_a_deep_network_in_bfloat16_are_those_in_float64(growth: float) -> None:
     network, inputs = deep()

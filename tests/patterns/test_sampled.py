@@ -100,6 +100,7 @@ def of_neurons(found: Tensor, expected: Tensor) -> Tensor:
     return (found - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
 
 
+@pytest.mark.full
 def test_errors_fall_like_those_of_an_unbiased_estimate() -> None:
     x = images(256)
     exact = patterns_of(None, x)
@@ -223,6 +224,7 @@ class Windows(nn.Module):
         return self.of_images(self.of_tokens(tokens).relu().transpose(0, 1)).mean(1)
 
 
+@pytest.mark.cases
 @pytest.mark.parametrize("positions", [3, 20])
 @pytest.mark.parametrize("images", [1, 4, 64])
 def test_all_positions_are_used_if_images_are_not_the_first_dimension(positions: int, images: int) -> None:

@@ -80,6 +80,7 @@ def test_process_that_receives_a_network_needs_no_compiler(tmp_path: Path) -> No
     assert printed == "(7, 2) False\n"
 
 
+@pytest.mark.full
 def test_moved_network_creates_its_tensors_on_the_device(network: Network) -> None:
     moved = network.to("meta")
     assert network.to("cpu") is network

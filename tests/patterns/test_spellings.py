@@ -64,6 +64,7 @@ def assigned(y: Tensor) -> Tensor:
     return y
 
 
+@pytest.mark.cases
 @pytest.mark.parametrize("name", GATES)
 def test_spellings_have_the_gate_the_outputs_and_the_maps_of_their_common_form(name: str) -> None:
     spelling, common, gate = GATES[name]

@@ -20,6 +20,7 @@ def explainer(network_of: str = "resnet18") -> tuple[Explainer, Tensor]:
     return Explainer(it.network, patterns, METHODS_OF_ALL, settings={"integrated-gradients.steps": 2}), it.inputs
 
 
+@pytest.mark.full
 def test_each_of_several_targets_has_the_map_that_it_has_alone() -> None:
     explain, x = explainer()
     targets = torch.tensor([[1, 2], [3, 4], [5, 0]])
@@ -31,6 +32,7 @@ def test_each_of_several_targets_has_the_map_that_it_has_alone() -> None:
             assert relative(together.maps[method][:, t], alone.maps[method]) < 1e-12, method
 
 
+@pytest.mark.full
 def test_targets_can_be_a_function_of_the_scores() -> None:
     explain, x = explainer()
     found = explain(x, lambda scores: scores.argmin(1))
@@ -38,6 +40,7 @@ def test_targets_can_be_a_function_of_the_scores() -> None:
     assert relative(found.maps["gradient"], explain(x, found.targets).maps["gradient"]) < 1e-12
 
 
+@pytest.mark.full
 def test_class_against_another_is_the_difference_of_their_maps() -> None:
     explain, x = explainer()
     one, other = torch.tensor([1, 2, 3]), torch.tensor([4, 4, 0])

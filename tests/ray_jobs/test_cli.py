@@ -89,6 +89,7 @@ def test_missing_model_is_named(complaint: Complaint, fit: list[object], tmp_pat
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.full
 def test_unsupported_operation_is_named_with_its_place(complaint: Complaint) -> None:
     line = complaint("plan", "--model", "timm:efficientnet_b0", "--weights", "random")
     assert "silu" in line
@@ -153,6 +154,7 @@ def test_changed_options_of_an_old_run_are_named(
     assert (tmp_path / "run" / "manifest.json").read_bytes() == before
 
 
+@pytest.mark.full
 def test_signal_before_anything_can_be_committed_stops_with_status_3(tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text(
         "import time\n\n\ndef model():\n    print('here', flush=True)\n    time.sleep(60)\n"
@@ -256,6 +258,7 @@ def test_deprecated_flags_still_work_with_a_warning(
     assert manifest["quality"]["options"]["positions"] == 3
 
 
+@pytest.mark.full
 def test_program_in_a_shell_ends_with_status_2_and_no_traceback() -> None:
     command = [sys.executable, "-m", "ray_jobs", "fit", "--model", "torchvision:none", "--shards", "x", "--out", "y"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -88,6 +88,7 @@ def curve(looks: int, operators: int, known: bool = True) -> pa.Table:
     return pa.Table.from_pylist(rows, SCHEMA)
 
 
+@pytest.mark.cases
 @pytest.mark.parametrize("looks", [1, 5])
 @pytest.mark.parametrize("operators", [1, 20])
 @pytest.mark.parametrize("tolerance", [None, 0.01, 5.0])

@@ -143,6 +143,7 @@ def test_first_frame_of_an_animation_is_used(form: str) -> None:
 LARGE = [(2051, 1547), (1030, 1999), (1024, 1024), (700, 513)]
 
 
+@pytest.mark.cases
 @pytest.mark.parametrize("orientation", [1, 6])
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("size", LARGE)
@@ -347,6 +348,7 @@ def fuzzed() -> dict[str, Callable[[], bytes]]:
     }
 
 
+@pytest.mark.cases
 @pytest.mark.parametrize("kind", fuzzed())
 @pytest.mark.filterwarnings("ignore")  # Pillow warns about damaged files
 def test_arbitrary_bytes_are_decoded_or_rejected(kind: str) -> None:

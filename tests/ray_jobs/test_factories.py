@@ -69,6 +69,7 @@ FORWARDS = {
 }
 
 
+@pytest.mark.cases
 @pytest.mark.parametrize("code", WRAPPED.values(), ids=WRAPPED)
 def test_wrapped_model_is_unwrapped(load: Load, code: str) -> None:
     loaded, plain = load(code), load("made = net()")
@@ -87,6 +88,7 @@ class made(nn.Module):
         torch.testing.assert_close(loaded.network.module(INPUTS), loaded.model.eval().m(INPUTS))  # type: ignore[operator]
 
 
+@pytest.mark.full
 def test_wrapped_submodule_keeps_its_names(load: Load) -> None:
     loaded = load("""
 class made(nn.Module):

@@ -122,6 +122,7 @@ def store(
     FailingFileSystem.reset()
 
 
+@pytest.mark.cases
 @pytest.mark.parametrize(("name", "number"), [(name, n) for name, cases in CASES.items() for n in range(len(cases))])
 def test_failing_store_is_one_error_line(
     name: str,

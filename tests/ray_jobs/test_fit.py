@@ -53,7 +53,7 @@ def on_cpu(workers: int, max_loss: float = 300) -> Resources:
 
 HERE = Resources(workers=0)
 # Further trials of what `make test` shows with one worker.
-SEVERAL = [pytest.param(n, marks=pytest.mark.slow) for n in (2, 4)]
+SEVERAL = [pytest.param(n, marks=[pytest.mark.slow, pytest.mark.ray]) for n in (2, 4)]
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +74,15 @@ def test_the_job_computes_what_one_process_computes(undisturbed: Path, model_spe
 
 @pytest.mark.parametrize("workers", [0, *SEVERAL])
 def test_the_number_of_workers_and_the_order_of_shards_change_no_digit(
-    local_ray: None, undisturbed: Path, model_spec: str, shards: list[str], tmp_path: Path, workers: int
+    request: pytest.FixtureRequest,
+    undisturbed: Path,
+    model_spec: str,
+    shards: list[str],
+    tmp_path: Path,
+    workers: int,
 ) -> None:
+    if workers:
+        request.getfixturevalue("local_ray")
     order = torch.randperm(len(shards), generator=torch.Generator().manual_seed(workers)).tolist()
     run = fit(make_fit_config(model_spec, [shards[i] for i in order], tmp_path / "run"), on_cpu(workers, max_loss=0.01))
     assert_same_patterns(undisturbed, run.folder)
@@ -112,10 +119,13 @@ def test_a_killed_worker_changes_no_digit(
     assert run.manifest()["fit"]["samples"] == 72
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("workers", [0, SEVERAL[0]])
 def test_a_fit_resumed_after_its_driver_was_stopped_and_killed_changes_no_digit(
-    model_spec: str, tmp_path_factory: pytest.TempPathFactory, local_ray: None, workers: int
+    model_spec: str, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest, workers: int
 ) -> None:
+    if workers:
+        request.getfixturevalue("local_ray")
     folder = tmp_path_factory.mktemp("driver")
     many = make_shards(folder / "shards", 30, 3, seed=5)
     out = folder / "run"
@@ -123,7 +133,7 @@ def test_a_fit_resumed_after_its_driver_was_stopped_and_killed_changes_no_digit(
     command += ["--out", str(out), "--workers", str(workers), "--gpus-per-worker", "0", "--max-loss", "0"]
     command += ["--batch-size", "4", "--image-size", "16", "--resize", "16"]
     command += ["--mean", "0.5,0.5,0.5", "--std", "0.25,0.25,0.25"]
-    environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    environment = {**os.environ, **({"RAY_ADDRESS": ray.get_runtime_context().gcs_address} if workers else {})}
     ledger = out / "moments" / "ledger.json"
 
     def until_it_grows(number: signal.Signals) -> tuple[int, str]:

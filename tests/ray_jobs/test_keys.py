@@ -55,6 +55,7 @@ TAR_KEYS = [
 ]  # that WebDataset supports
 
 
+@pytest.mark.full
 @given(st.text(min_size=1, max_size=20) | st.lists(st.sampled_from("a._/%, \\-é\n"), min_size=1).map("".join))
 @example("caf\udce9")
 def test_key_can_be_decoded_and_survives_a_tar(name: str) -> None:

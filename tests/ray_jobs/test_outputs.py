@@ -184,6 +184,7 @@ def test_settings_of_methods_are_recorded_and_must_not_change(
         explain(replace(asked, settings=(("smoothgrad.samples", 3),)), HERE)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("samples_of_shard", [100, pytest.param(1000, marks=pytest.mark.slow)])
 def test_a_training_job_reads_each_sample_with_its_maps(
     fitted: Path, model: ModelConfig, tmp_path: Path, samples_of_shard: int
@@ -332,6 +333,7 @@ print(json.dumps(peaks))
 """
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("shards_of_500", [2, pytest.param(100, marks=pytest.mark.slow)])
 def test_memory_does_not_grow_with_the_number_of_images(
     fitted: Path, model: ModelConfig, tmp_path: Path, shards_of_500: int

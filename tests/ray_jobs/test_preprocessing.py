@@ -75,6 +75,7 @@ def test_every_pretrained_configuration_of_timm_is_converted_or_rejected_by_name
             compare(expected, data, convert_timm_config(config, "timm:x"))
 
 
+@pytest.mark.cases
 @pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "nearest", "lanczos"])
 @pytest.mark.parametrize("crop_pct", [0.875, 1.0, 1.15])

@@ -59,6 +59,7 @@ def load_patterns(run: Run) -> dict[str, object]:
     return load_tensors((run.folder / "patterns.safetensors").read_bytes())
 
 
+@pytest.mark.full
 def test_run_in_an_object_store_equals_the_run_on_disk(
     model_spec: str, bucket: str, uploaded: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

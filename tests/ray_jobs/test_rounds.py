@@ -245,6 +245,7 @@ def test_a_merged_fit_of_fixed_data_keeps_its_quarantine_and_its_rounds(model_sp
     assert len(quarantined(tmp_path / "both")) == 3
 
 
+@pytest.mark.full
 def test_a_full_disk_gives_one_line_and_loses_nothing(model_spec: str, tmp_path: Path) -> None:
     make_shards(tmp_path / "s", 3, 2)
     command = [sys.executable, "-m", "ray_jobs", "fit", "--model", model_spec, "--shards", f"{tmp_path}/s/*.tar"]

@@ -59,6 +59,7 @@ def spec(tmp_path: Path) -> str:
     return str(tmp_path / "random_model.py")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("case", ["buffer", "attribute", "number"])
 def test_later_command_reports_a_model_with_unseeded_random_numbers(
     case: str, spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -84,6 +85,7 @@ def test_model_with_another_constant_than_when_fitted_is_an_error(
     assert "other numbers" in caught.value.what
 
 
+@pytest.mark.full
 def test_probabilities_are_an_error_unless_the_softmax_is_stripped(
     spec: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

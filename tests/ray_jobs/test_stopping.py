@@ -64,6 +64,7 @@ def blocked_job() -> Iterator[subprocess.Popen[str]]:
         job.kill()
 
 
+@pytest.mark.full
 def test_second_signal_ends_a_blocked_job_and_its_pipe(blocked_job: subprocess.Popen[str]) -> None:
     blocked_job.send_signal(signal.SIGINT)
     assert_alive(blocked_job)
@@ -74,6 +75,7 @@ def test_second_signal_ends_a_blocked_job_and_its_pipe(blocked_job: subprocess.P
     wait_until(lambda: not is_running("sleep 777", blocked_job.pid))
 
 
+@pytest.mark.full
 def test_second_sighup_lets_the_job_commit_because_a_closed_terminal_sends_it_twice(
     blocked_job: subprocess.Popen[str],
 ) -> None:

@@ -200,6 +200,7 @@ print(json.dumps([[s.key for s in read_shard(shard)] for shard in list_shards(sy
 """
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "variable", [pytest.param("AWS_ENDPOINT_URL", marks=pytest.mark.slow), "FSSPEC_S3_ENDPOINT_URL"]
 )

@@ -235,6 +235,7 @@ def check_damaged(data: bytes, expected: list[Sample]) -> bool:
     return False
 
 
+@pytest.mark.full
 def test_damaged_image_affects_no_other_sample(archive: tuple[bytes, list[tarfile.TarInfo]], tmp_path: Path) -> None:
     data, members = archive
     rng = random.Random(1)

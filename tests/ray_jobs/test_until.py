@@ -54,6 +54,7 @@ def test_fit_stops_when_its_patterns_have_converged_and_draws_the_curve(config: 
     assert (folder / "patterns.safetensors").stat().st_mtime_ns == before
 
 
+@pytest.mark.full
 def test_fit_that_does_not_converge_reads_all_shards_and_reports_its_error(config: FitConfig, tmp_path: Path) -> None:
     few = replace(config, shards=config.shards[:6], out=str(tmp_path / "run"), until_converged=1e-6)
     section = fit(few, HERE).manifest()["fit"]

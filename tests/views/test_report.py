@@ -32,6 +32,7 @@ def report(tmp_path: Path, *runs: Run, count: int = 0) -> list[Contents]:
     return write_report(tmp_path / "report.html", [str(run.folder) for run in runs], count)
 
 
+@pytest.mark.full
 def test_numbers_equal_those_of_the_tables(run: Run, tmp_path: Path) -> None:
     (page,) = report(tmp_path, run)
     assert page.rho is not None
