@@ -155,7 +155,7 @@ def use_functional_activations(graph: Graph) -> None:
         if isinstance(source, Node) and opname(source) in FRESH and len(source.users) == 1:
             if source.target._schema.name.endswith("_"):  # type: ignore[union-attr]
                 continue  # an in-place operation returns its input
-            node.target = torch.ops.aten.__getattr__(name[:-1]).default
+            node.target = getattr(torch.ops.aten, name[:-1]).default
 
 
 # Calls with which torch.export checks shapes and dtypes while the graph runs.
