@@ -63,6 +63,7 @@ def test_index_links_to_every_page() -> None:
     )
 
 
+@pytest.mark.full
 def test_site_builds_in_strict_mode_with_every_page(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
     built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from ray_jobs.config import ExplainConfig, FitConfig, ModelConfig, Resources
@@ -11,6 +12,8 @@ from ray_jobs.jobs.explain.explain import explain
 from ray_jobs.jobs.fit.fit import fit
 from ray_jobs.models.factories import load_custom_model
 from tests.ray_jobs.runs import PREPROCESSING
+
+pytestmark = pytest.mark.full
 
 README = Path(__file__).parents[1] / "README.md"
 DOCS = README.parent / "docs"

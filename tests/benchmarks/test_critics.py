@@ -24,6 +24,7 @@ from tests.patterns.test_explain import small
 # --- backward pass ---------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_after_a_matrix_of_rank_one_two_gradients_differ_only_in_sign() -> None:
     one = normal(6, 1) @ normal(1, 5, seed=1)
     network = chain(normal(5, 4, seed=2), one, normal(3, 6, seed=3))
@@ -35,6 +36,7 @@ def test_after_a_matrix_of_rank_one_two_gradients_differ_only_in_sign() -> None:
     assert set(found["0"].sign().tolist()) == {1.0, -1.0}
 
 
+@pytest.mark.full
 def test_orthogonal_matrices_keep_the_cosine_of_two_gradients() -> None:
     rotations = [torch.linalg.qr(normal(6, 6, seed=s)).Q for s in range(4)]
     found = backward_convergence(Explainer(chain(*rotations), None, ["gradient"]), normal(9, 6), seeded(7))
@@ -45,6 +47,7 @@ def test_orthogonal_matrices_keep_the_cosine_of_two_gradients() -> None:
         torch.testing.assert_close(values, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("method", ["gradient", "patternnet", "patternattribution", "guided-backprop"])
 def test_convergence_at_the_input_is_the_cosine_of_two_maps(method: str) -> None:
     it = small("residual")
@@ -59,6 +62,7 @@ def test_convergence_at_the_input_is_the_cosine_of_two_maps(method: str) -> None
     torch.testing.assert_close(found["stem"], cosine(one, other), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.full
 def test_product_beyond_the_dtypes_range_converges_as_within_it() -> None:
     weights = [normal(5, 5, seed=s) for s in range(6)]
     x = normal(4, 5, seed=9)

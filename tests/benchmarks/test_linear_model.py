@@ -63,6 +63,7 @@ def test_weight_recovers_the_signal_and_cancels_the_distractor(model: LinearMode
     assert np.allclose(model.weight() @ model.distractor, np.zeros((k, m)), atol=1e-7)
 
 
+@pytest.mark.full
 @settings(deadline=None)
 @given(models())
 def test_weight_is_the_shortest_that_does_so(model: LinearModel) -> None:
@@ -125,6 +126,7 @@ def test_training_without_noise_finds_the_exact_weight(model: LinearModel, seed:
     assert torch.allclose(train_layer(x, y).weight, model.weight(), rtol=1e-7, atol=1e-7)
 
 
+@pytest.mark.full
 def test_rotating_the_distractor_rotates_the_weight_and_not_the_pattern() -> None:
     samples = 20_000
     for angle in (10.0, 60.0, 90.0, 160.0):
@@ -146,6 +148,7 @@ def test_data_with_three_inputs_cannot_be_rotated() -> None:
         LinearModel(normal(0, 3, 1), normal(1, 3, 1)).rotated(10)
 
 
+@pytest.mark.full
 @settings(max_examples=6, deadline=None)
 @given(models(signals=1), st.integers(0, 100))
 def test_signal_uncorrelated_with_the_distractor_is_found_exactly(model: LinearModel, seed: int) -> None:
@@ -155,6 +158,7 @@ def test_signal_uncorrelated_with_the_distractor_is_found_exactly(model: LinearM
     assert torch.allclose(found, model.signal.T, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.full
 @settings(max_examples=6, deadline=None)
 @given(models(), st.integers(0, 100))
 def test_linear_pattern_of_the_population_is_the_signal(model: LinearModel, seed: int) -> None:
@@ -167,6 +171,7 @@ def test_linear_pattern_of_the_population_is_the_signal(model: LinearModel, seed
     assert torch.allclose(found, model.signal.T, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.full
 @settings(max_examples=6, deadline=None)
 @given(models(), st.integers(0, 100))
 def test_multivariate_separates_correlated_signals(model: LinearModel, seed: int) -> None:
@@ -180,6 +185,7 @@ def test_multivariate_separates_correlated_signals(model: LinearModel, seed: int
     assert np.allclose(found["linear"], mixed, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.full
 def test_both_components_of_a_relu_neuron_are_the_linear_pattern() -> None:
     x = factorial(PAPER, (-1.0, -0.25, 0.5, 0.75), (-2.0, -1.0, 3.0))
     found = fit_patterns(make_network(make_layer(PAPER.weight()), nn.ReLU()), x, ["two-component", "linear"])
@@ -188,6 +194,7 @@ def test_both_components_of_a_relu_neuron_are_the_linear_pattern() -> None:
         torch.testing.assert_close(pattern, PAPER.signal.T)
 
 
+@pytest.mark.full
 def test_distractors_mean_changes_only_the_published_components() -> None:
     mean, ys = 2.0, (-1.0, -0.5, 0.5, 1.0)
     x = factorial(PAPER, ys, (mean - 1, mean + 1))
@@ -201,6 +208,7 @@ def test_distractors_mean_changes_only_the_published_components() -> None:
         torch.testing.assert_close(found[name], PAPER.signal.T)
 
 
+@pytest.mark.full
 def test_every_method_equals_its_closed_form_for_a_linear_neuron() -> None:
     w, a, x = normal(0, 1, 7), normal(1, 1, 7), normal(2, 5, 7)
     y = x @ w.T

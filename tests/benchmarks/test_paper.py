@@ -65,6 +65,7 @@ def test_normalized_image_returns(files: list[Path]) -> None:
     torch.testing.assert_close(returned, image)
 
 
+@pytest.mark.full
 def test_quality_is_that_of_the_library(files: list[Path], network: Network, tmp_path: Path) -> None:
     sets, names = photographs.split_photographs(files), list(network.operators)
     fitted = quality.fit_moments(network, sets.fitted, SIZES, PREPROCESSING)
@@ -85,6 +86,7 @@ def test_quality_is_that_of_the_library(files: list[Path], network: Network, tmp
         assert judged[name].samples == 6 * 2 * 12
 
 
+@pytest.mark.full
 def test_layers_with_too_many_inputs_are_left_out(files: list[Path], network: Network) -> None:
     sizes = quality.Sizes(crops=1, inputs=27)
     assert list(quality.gather_patches(network, files[:1], 4, sizes, PREPROCESSING)) == ["0"]
@@ -96,6 +98,7 @@ def test_table_names_the_layers_of_vgg() -> None:
     assert row == ["conv5_3", 4608, "2.0", *[0.5] * 4, [0.5, 0.5]]
 
 
+@pytest.mark.full
 def test_maps_are_of_the_strongest_channel(files: list[Path], network: Network) -> None:
     fitted = quality.fit_moments(network, files, SIZES, PREPROCESSING)
     patterns = maps.fit_patterns(network, fitted)
@@ -105,6 +108,7 @@ def test_maps_are_of_the_strongest_channel(files: list[Path], network: Network) 
     assert list(row.maps) == list(maps.METHODS)
 
 
+@pytest.mark.full
 def test_ratios_of_known_singular_values() -> None:
     torch.manual_seed(0)
     network = trace(nn.Conv2d(2, 2, 1, bias=False), torch.zeros(1, 2, 4, 4))

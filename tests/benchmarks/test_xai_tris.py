@@ -208,6 +208,7 @@ def test_trained_models_are_scored(architecture: str, monkeypatch: pytest.Monkey
         assert ((scores >= 0) & (scores <= 1)).all()
 
 
+@pytest.mark.full
 def test_difference_of_scores_is_explained_as_a_target(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "EPOCHS", 2)
     split = data.split_samples(draw("linear", count=1000))

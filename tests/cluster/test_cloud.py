@@ -16,6 +16,8 @@ from jsonschema import ValidationError
 from tests.cluster.cloud_files import CLOUDS, PAGE, Config, check, config, node, seen_by_ray
 from tests.cluster.cloud_policies import OF_AWS, POLICIES, Policy
 
+pytestmark = pytest.mark.full
+
 
 @pytest.mark.parametrize("cloud", CLOUDS)
 def test_ray_and_the_cloud_accept_every_field(cloud: str) -> None:
@@ -59,6 +61,7 @@ WRONG_IN: dict[str, dict[str, Callable[[Config], Any]]] = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("cloud", "how"),
     [(cloud, how) for cloud in CLOUDS for how in [*WRONG, *WRONG_IN[cloud]]],

@@ -36,6 +36,8 @@ from tests.cluster.kubernetes_objects import (
 )
 from tests.cluster.kubernetes_policies import PREEMPTIBLE, Policy, lands_on
 
+pytestmark = pytest.mark.full
+
 pytestmark = pytest.mark.skipif(not BUILD, reason="needs kubectl or kustomize to render the definitions")
 
 
@@ -112,6 +114,7 @@ def test_invalid_definition_is_rejected(overlay: str, how: str) -> None:
     assert complaints(changed_copy)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("gpu", "spot", "storage"), product((False, True), (False, True), ("volume", "s3")))
 def test_any_combination_of_components_is_valid(gpu: bool, spot: bool, storage: str, tmp_path: Path) -> None:
     parts = [name for name, wanted in (("gpu", gpu), ("spot", spot), (storage, True), ("fit", True)) if wanted]

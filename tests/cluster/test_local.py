@@ -16,6 +16,8 @@ import pytest
 from cluster.local import ROOT, LocalCluster, Node
 from cluster.processes import processes, processes_of_session
 
+pytestmark = pytest.mark.full
+
 # Drivers that attach to the cluster and print one line of JSON. This one ends once a node is dead.
 NODES = """
 import json, ray, time
@@ -115,7 +117,6 @@ def test_killed_owner_leaves_no_process_and_no_file() -> None:
     assert within(30, lambda: not processes_of_session(int(session)) and not Path(folder).exists())
 
 
-@pytest.mark.full
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_command_prints_how_to_use_the_cluster_and_stops_it_on(number: signal.Signals) -> None:
     command = [sys.executable, "-m", "cluster.local", "--nodes", "1", "--cpus", "1"]

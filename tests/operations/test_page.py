@@ -60,6 +60,7 @@ def rate(model: str, flops: float, page: str, what: str) -> float:
     return share * gflops * 1e9 / flops / ratio
 
 
+@pytest.mark.full
 def test_rates_follow_from_the_benchmarks() -> None:
     models: dict[str, nn.Module] = {"VGG-16": vgg16_features(), "ResNet-50": resnet50()}
     with torch.inference_mode():

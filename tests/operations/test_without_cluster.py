@@ -37,8 +37,9 @@ from tests.operations.terminal import (
 from tests.ray_jobs.chaos import SlowStorage
 from tests.ray_jobs.runs import assert_same_patterns, wait_until
 
+pytestmark = pytest.mark.full
 
-@pytest.mark.full
+
 def test_commands_of_a_whole_run_work(terminal: Terminal, plain: list[str], undisturbed: Path) -> None:
     terminal.names["SOME"] = given(plain[:2])
     (_, *trial), run, _ = blocks("The run's life")
@@ -62,7 +63,6 @@ def test_stopped_job_is_resumed_by_the_same_command(terminal: Terminal, plain: l
     assert_complete(terminal, undisturbed)
 
 
-@pytest.mark.full
 def test_second_driver_is_rejected_and_a_killed_driver_is_replaced(
     terminal: Terminal, plain: list[str], undisturbed: Path
 ) -> None:
@@ -83,7 +83,6 @@ def test_second_driver_is_rejected_and_a_killed_driver_is_replaced(
     assert_complete(terminal, undisturbed)
 
 
-@pytest.mark.full
 def test_rejected_samples_are_listed_and_used_after_they_are_fixed(terminal: Terminal, model_spec: str) -> None:
     # In float64, because the second round has other batches, which round differently.
     terminal.names["MODEL"] = model = f"{model_spec} {PREPARED} --precision float64"

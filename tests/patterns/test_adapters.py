@@ -86,6 +86,7 @@ def expected(run: Path, model: nn.Module, method: str, x: Tensor, estimator: str
     return explanation.maps[method] * 2.0 ** explanation.exponents[method]
 
 
+@pytest.mark.full
 @pytest.mark.cases
 @pytest.mark.parametrize("method", CALLERS)
 @pytest.mark.parametrize("estimator", ["default", "linear"])
@@ -109,6 +110,7 @@ def run_zennit(composite: PatternComposite | EpsilonPlusFlat, model: nn.Module, 
     return output, relevance
 
 
+@pytest.mark.full
 @pytest.mark.cases
 @pytest.mark.parametrize("method", CALLERS)
 def test_composite_returns_the_explainers_map(run: Path, model: nn.Module, images: Tensor, method: str) -> None:
@@ -121,6 +123,7 @@ def test_composite_returns_the_explainers_map(run: Path, model: nn.Module, image
     assert beyond == Explainer.load(run, model, [method])(images).exponents[method]
 
 
+@pytest.mark.full
 def test_composite_restores_the_model(run: Path, model: nn.Module, images: Tensor) -> None:
     x = images.clone().requires_grad_()
     (before,) = torch.autograd.grad(model(x)[0, 4], x)
@@ -133,6 +136,7 @@ def test_composite_restores_the_model(run: Path, model: nn.Module, images: Tenso
     run_zennit(EpsilonPlusFlat(), model, images)
 
 
+@pytest.mark.full
 def test_composite_rejects_another_model(run: Path, model: nn.Module, images: Tensor) -> None:
     with pytest.raises(UserError) as caught:
         run_zennit(PatternNetComposite(model, run), nn.Sequential(model), images)
@@ -155,6 +159,7 @@ def test_quantus_function_returns_the_sum_over_channels(run: Path, model: nn.Mod
     assert relative(torch.from_numpy(carried), torch.from_numpy(found)) > 1e-2
 
 
+@pytest.mark.full
 def test_quantus_metric_accepts_the_maps(run: Path, images: Tensor) -> None:
     import quantus
 
@@ -169,6 +174,7 @@ def test_quantus_metric_accepts_the_maps(run: Path, images: Tensor) -> None:
     assert score(explain_func=explain) == pytest.approx(score(a_batch=explain(model, x, y)))
 
 
+@pytest.mark.full
 def test_patterns_are_converted_to_the_models_precision(run: Path, model: nn.Module, images: Tensor) -> None:
     import copy
 
@@ -180,6 +186,7 @@ def test_patterns_are_converted_to_the_models_precision(run: Path, model: nn.Mod
     assert relative(found.double(), expected(run, model, "patternattribution", images)) < 1e-3
 
 
+@pytest.mark.full
 def test_folder_without_a_manifest_needs_an_example(run: Path, model: nn.Module, tmp_path: Path) -> None:
     (tmp_path / "patterns.safetensors").write_bytes((run / "patterns.safetensors").read_bytes())
     with pytest.raises(UserError, match="how the model was traced") as caught:
@@ -197,6 +204,7 @@ def pictures(rendered: RenderedExplanation) -> list[Image.Image]:
     return [Image.open(io.BytesIO(base64.b64decode(data))) for data in found]
 
 
+@pytest.mark.full
 def test_notebook_shows_a_photograph_with_its_maps(run: Path, model: nn.Module) -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (80, 100, 3), np.uint8))
 
@@ -217,6 +225,7 @@ def test_notebook_shows_a_photograph_with_its_maps(run: Path, model: nn.Module) 
     assert "a photograph needs preprocessing" in caught.value.what
 
 
+@pytest.mark.full
 def test_reprs_describe_explainer_and_explanation(run: Path, model: nn.Module, images: Tensor) -> None:
     explainer = Explainer.load(run, model, ["gradient", "patternnet"])
     assert repr(explainer) == "Explainer of 5 operators for (3, 16, 16) by gradient, patternnet"
@@ -231,6 +240,7 @@ def test_html_is_escaped() -> None:
     assert "<b>" not in text
 
 
+@pytest.mark.full
 def test_notebook_shows_the_first_of_several_targets(run: Path, model: nn.Module, images: Tensor) -> None:
     explanation: Explanation = Explainer.load(run, model, ["gradient"])(images, torch.tensor([[1, 2], [3, 4]]))
     assert explanation.render(1, Image.new("RGB", (1, 1))).caption.startswith("3: ")

@@ -17,7 +17,7 @@ from patterns.operators import winograd
 from tests.patterns.networks import PASSES, relative
 from tests.patterns.small import image, varied_model
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+pytestmark = [pytest.mark.full, pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")]
 
 
 @pytest.fixture
@@ -26,7 +26,6 @@ def network(monkeypatch: pytest.MonkeyPatch) -> Network:
     return trace(varied_model(), image())
 
 
-@pytest.mark.full
 def test_compiled_sums_are_those_of_the_uncompiled_network(network: Network) -> None:
     plain, compiled = Observer(network), Observer(network)
     compiled.compile(4)
@@ -92,7 +91,6 @@ def test_compiled_maps_of_every_method_and_of_several_targets_are_those_of_uncom
                 assert relative(found.maps[method], expected.maps[method]) < 1e-12, method
 
 
-@pytest.mark.full
 def test_compiled_backward_pass_is_a_product_of_matrices_and_masks() -> None:
     torch.manual_seed(0)
     layers = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
@@ -110,7 +108,6 @@ def test_compiled_backward_pass_is_a_product_of_matrices_and_masks() -> None:
     assert relative(explainer(x, torch.tensor([2])).maps["patternnet"][0], backward) < 1e-12
 
 
-@pytest.mark.full
 def test_compiled_passes_beyond_the_range_of_float32_are_scaled() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(*(layer for _ in range(8) for layer in (nn.Linear(8, 8), nn.ReLU())), nn.Linear(8, 2))
@@ -155,7 +152,6 @@ def test_unknown_modes_and_missing_compilers_are_errors_of_one_line(network: Net
     assert not any(t.any() for t in observer.tensors().values())
 
 
-@pytest.mark.full
 def test_only_full_batches_run_compiled(network: Network) -> None:
     observer, explainer = Observer(network), Explainer(network, None, ["gradient"])
     observer.compile(4)

@@ -201,6 +201,7 @@ def assert_unit_outputs(case: Case, row: str, pattern: Tensor) -> None:
             torch.testing.assert_close(product, torch.eye(len(y)).double(), rtol=0, atol=1.01 * reach)
 
 
+@pytest.mark.full
 @pytest.mark.cases
 @every_case
 @given(st.randoms(use_true_random=False))

@@ -92,6 +92,7 @@ def test_losses_add_up_to_the_difference_between_map_and_target(name: str) -> No
     assert abs(causes.get("other", 0.0)) < 1e-10 * largest
 
 
+@pytest.mark.full
 @pytest.mark.cases
 @pytest.mark.parametrize("name", READINGS)
 def test_every_spelling_of_an_operation_loses_relevance_at_gates_only(name: str) -> None:
@@ -102,6 +103,7 @@ def test_every_spelling_of_an_operation_loses_relevance_at_gates_only(name: str)
     assert abs(1 - lost(losses).get("gate", 0.0) - shares(network, patterns, x, targets).mean()) < 1e-10 * largest
 
 
+@pytest.mark.full
 def test_loss_at_borders_is_the_relevance_of_explicit_padding() -> None:
     torch.manual_seed(7)
     x = torch.randn(8, 2, 7, 6, dtype=torch.float64)
@@ -123,6 +125,7 @@ def test_loss_at_borders_is_the_relevance_of_explicit_padding() -> None:
     assert abs(causes["neuron"]) < 1e-10
 
 
+@pytest.mark.full
 def test_transposed_convolutions_lose_the_share_on_zeros_between_inputs() -> None:
     torch.manual_seed(11)
     x = torch.randn(30, 2, 3, 3, dtype=torch.float64)
@@ -140,6 +143,7 @@ def test_transposed_convolutions_lose_the_share_on_zeros_between_inputs() -> Non
     torch.testing.assert_close(shares(network, patterns, x, targets), torch.full((30,), 1 - expected).double())
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("in_place", [False, True])
 def test_closed_gates_lose_their_relevance(in_place: bool) -> None:
     torch.manual_seed(8)
@@ -155,6 +159,7 @@ def test_closed_gates_lose_their_relevance(in_place: bool) -> None:
     assert abs(causes["border"]) < 1e-12
 
 
+@pytest.mark.full
 def test_neurons_without_a_pattern_lose_their_relevance() -> None:
     torch.manual_seed(9)
     x = torch.randn(30, 5, dtype=torch.float64)
@@ -168,6 +173,7 @@ def test_neurons_without_a_pattern_lose_their_relevance() -> None:
     assert abs(lost(losses)["border"]) < 1e-12
 
 
+@pytest.mark.full
 def test_explicit_padding_counts_as_a_border() -> None:
     torch.manual_seed(10)
     x = torch.randn(6, 1, 5, 5, dtype=torch.float64)
@@ -181,6 +187,7 @@ def test_explicit_padding_counts_as_a_border() -> None:
     assert abs(causes["other"]) < 1e-12
 
 
+@pytest.mark.full
 def test_gradient_x_input_sums_to_the_targets_value_of_a_rectifier_network_without_biases() -> None:
     """Euler's theorem: with any gates and borders, the score is homogeneous of degree 1 in the input."""
     torch.manual_seed(12)

@@ -11,6 +11,8 @@ from patterns import Explainer, Network, UserError, accumulate, solve, trace
 from patterns.evaluation import absorb_shift, cosine, find_shift_obstacle, shift_sensitivity
 from tests.patterns.chains import normal, relu_network
 
+pytestmark = pytest.mark.full
+
 
 def test_shifted_network_gives_the_same_output_for_shifted_inputs() -> None:
     network, x, shift = relu_network(), normal(20, 6), 3 * normal(6, seed=1)
@@ -123,7 +125,6 @@ def traced(make: Callable[[], nn.Module], dtype: torch.dtype) -> tuple[Network, 
     return trace(model.to(dtype), x.to(dtype)), x.to(dtype)
 
 
-@pytest.mark.cases
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", ABSORBING)
 def test_network_without_an_obstacle_absorbs_any_constant_per_channel(name: str, dtype: torch.dtype) -> None:
@@ -136,7 +137,6 @@ def test_network_without_an_obstacle_absorbs_any_constant_per_channel(name: str,
     assert not torch.allclose(network.module(x + shift), outputs, rtol=0.1, atol=0.1)
 
 
-@pytest.mark.cases
 @pytest.mark.parametrize("name", NOT_ABSORBING)
 def test_obstacle_is_reported(name: str) -> None:
     make, reason = NOT_ABSORBING[name]

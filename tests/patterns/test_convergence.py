@@ -142,6 +142,7 @@ def test_the_error_falls_as_one_over_the_root_of_the_samples() -> None:
 # --- the partial moments ---------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 @settings(max_examples=15, deadline=None)
 @given(st.lists(st.integers(3, 40), min_size=FEWEST_GROUPS, max_size=40), st.randoms(use_true_random=False))
 def test_the_order_of_partial_moments_does_not_matter(sizes: list[int], shuffling: random.Random) -> None:

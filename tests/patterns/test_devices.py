@@ -36,6 +36,7 @@ def test_moments_are_on_the_networks_device(meta_network: Network, positions: in
     assert {t.device.type for t in observer.tensors().values()} == {"meta"}
 
 
+@pytest.mark.full
 def test_patches_are_on_the_networks_device(meta_network: Network) -> None:
     observer = PatchObserver(meta_network, ["conv1", "layer2.0.conv1", "fc"], 4)
     observer.update(torch.zeros(4, 3, 64, 64, device="meta"))

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from patterns import digest, trace
 from tests.patterns.small import conv, image
 
+pytestmark = pytest.mark.full
+
 
 class Scaled(nn.Module):
     """A convolution times a number that is stored in one of several places."""
@@ -41,7 +43,6 @@ def digests(model: nn.Module) -> tuple[str, str]:
     return digest(model), trace(model, image()).constants
 
 
-@pytest.mark.cases
 @pytest.mark.parametrize("place", STATE + CONSTANTS)
 def test_every_number_changes_a_digest(place: str) -> None:
     one, same, other = (digests(Scaled(place, value)) for value in (0.5, 0.5, 0.75))

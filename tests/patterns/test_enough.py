@@ -79,6 +79,7 @@ def test_the_samples_needed_follow_from_the_root_law() -> None:
     assert samples_needed([], 500, 0.05) is None
 
 
+@pytest.mark.full
 def test_the_projection_agrees_with_further_samples() -> None:
     operator, n = layer(draws=100), 800
     x = draw_samples(16 * n, draws=100)

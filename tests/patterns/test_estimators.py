@@ -153,6 +153,7 @@ def test_fitted_patterns_of_dead_and_constant_neurons_are_zero(name: str) -> Non
     assert (solution.patterns[name] == 0).all()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_neuron_whose_outputs_differ_by_rounding_only_is_constant(dtype: torch.dtype) -> None:
     torch.manual_seed(4)
@@ -198,6 +199,7 @@ def assert_uniform(values: Tensor) -> None:
     assert distance < 2.23 * n**-0.5
 
 
+@pytest.mark.full
 def test_directions_of_random_patterns_are_uniform_and_independent() -> None:
     neurons = 10_000
     weight = double((1, 2, -2)).repeat(neurons, 1)
@@ -220,6 +222,7 @@ def network_of_three() -> Network:
     return trace(model, torch.zeros(2, 3))
 
 
+@pytest.mark.full
 def test_estimators_are_selected_by_globs_of_operator_names() -> None:
     network = network_of_three()
     operators = network.operators
@@ -236,6 +239,7 @@ def test_estimators_are_selected_by_globs_of_operator_names() -> None:
     assert required_sums(operators["4"], "identity,random") == RequiredSums(total=False, open=False)
 
 
+@pytest.mark.full
 def test_a_glob_that_matches_no_operator_is_rejected() -> None:
     operators = network_of_three().operators
     assert parse_estimators("[02]=linear,4=filter", operators) == [("[02]", "linear"), ("4", "filter")]
@@ -255,6 +259,7 @@ def test_a_message_names_only_some_of_many_operators() -> None:
     assert "layer4, and 95 more" in caught.value.remedy
 
 
+@pytest.mark.full
 def test_explanations_use_the_first_estimator_that_applies_to_an_operator() -> None:
     network = network_of_three()
     moments = accumulate(network, [torch.randn(20, 3, generator=torch.Generator().manual_seed(0))])

@@ -44,6 +44,7 @@ def test_weights_as_patterns_give_the_models_own_gradient(name: str) -> None:
         assert relative(found.maps["gradient"][k], expected[k]) < 1e-10
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_patternattribution_with_ones_as_patterns_is_gradient_times_score(name: str) -> None:
     it = traced(name)
@@ -54,6 +55,7 @@ def test_patternattribution_with_ones_as_patterns_is_gradient_times_score(name: 
     assert relative(found.maps["patternattribution"], expected) < 1e-10
 
 
+@pytest.mark.full
 def test_gradient_agrees_with_zennit_and_captum() -> None:
     it = traced("resnet18")
     model, inputs, targets = it.model.eval(), it.inputs[:2], torch.tensor([0, 9])
@@ -210,6 +212,7 @@ def small(name: str) -> Small:
     return Small(network, inputs, torch.tensor([2, 0, 1, 2]), weights, patterns, as_matrices)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["residual", "mixed"])
 def test_network_as_matrices_gives_the_same_scores(name: str) -> None:
     it = small(name)
@@ -220,6 +223,7 @@ def test_network_as_matrices_gives_the_same_scores(name: str) -> None:
         torch.testing.assert_close(row, value, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.full
 @pytest.mark.cases
 @pytest.mark.parametrize("name", ["residual", "mixed"])
 @pytest.mark.parametrize("method", LINEAR)
@@ -237,6 +241,7 @@ def test_backward_pass_equals_the_product_of_explicit_matrices(name: str, method
         assert relative(f, e) < 1e-10
 
 
+@pytest.mark.full
 @pytest.mark.cases
 @pytest.mark.parametrize("changed", ["head", "addition.0", "average_pool.0", "one", "stem"])
 def test_every_operators_pattern_changes_the_map(changed: str) -> None:
@@ -267,6 +272,7 @@ def test_output_gradient_is_the_targets_value_and_1_for_the_gradient() -> None:
         torch.testing.assert_close(maps["patternattribution"][k], layer.weight[target] * pattern[target] * score)
 
 
+@pytest.mark.full
 def test_default_target_is_the_predicted_class() -> None:
     it = small("residual")
     found = Explainer(it.network, it.patterns, ["patternnet"])(it.inputs)
@@ -277,6 +283,7 @@ def test_default_target_is_the_predicted_class() -> None:
     assert len(set(found.targets.tolist())) > 1
 
 
+@pytest.mark.full
 @pytest.mark.cases
 @pytest.mark.parametrize("method", EVERY_METHOD)
 def test_map_does_not_depend_on_other_samples_or_their_targets(method: str) -> None:
@@ -291,6 +298,7 @@ def test_map_does_not_depend_on_other_samples_or_their_targets(method: str) -> N
     assert relative(explainer(others, targets).maps[method][0], maps[0]) < 1e-12
 
 
+@pytest.mark.full
 def test_several_methods_in_one_pass_equal_each_alone() -> None:
     it = small("mixed")
     together = Explainer(it.network, it.patterns, EVERY_METHOD)
@@ -304,6 +312,7 @@ def test_several_methods_in_one_pass_equal_each_alone() -> None:
     assert relative(maps["patternnet"], maps["gradient"]) > 1e-3
 
 
+@pytest.mark.full
 def test_two_explainers_of_one_network_do_not_disturb_each_other() -> None:
     it = small("residual")
     one = Explainer(it.network, it.patterns, ["patternnet"])
@@ -325,6 +334,7 @@ def test_patternnet_of_the_toy_model_is_the_signal_without_the_distractor() -> N
     torch.testing.assert_close(maps, s[:, None] * signal, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.full
 def test_patterns_are_converted_to_the_networks_precision() -> None:
     it = small("residual")
     halves = {name: pattern.float() for name, pattern in it.patterns.items()}
@@ -334,6 +344,7 @@ def test_patterns_are_converted_to_the_networks_precision() -> None:
     assert torch.equal(found, expected)
 
 
+@pytest.mark.full
 def test_explaining_leaves_inputs_and_network_without_gradients() -> None:
     it = small("residual")
     Explainer(it.network, it.patterns, EVERY_METHOD)(it.inputs, it.targets)
@@ -344,6 +355,7 @@ def test_explaining_leaves_inputs_and_network_without_gradients() -> None:
 # --- errors ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("method", ["patternnet", "patternattribution"])
 def test_missing_pattern_is_rejected_by_operator_name(method: str) -> None:
     it = small("residual")
@@ -353,6 +365,7 @@ def test_missing_pattern_is_rejected_by_operator_name(method: str) -> None:
     assert caught.value.where == "two"
 
 
+@pytest.mark.full
 def test_gradient_needs_no_patterns() -> None:
     it = small("residual")
     without = Explainer(it.network, None, ["gradient"])(it.inputs, it.targets).maps["gradient"]
@@ -360,6 +373,7 @@ def test_gradient_needs_no_patterns() -> None:
     assert torch.equal(without, found)
 
 
+@pytest.mark.full
 def test_pattern_of_another_shape_is_rejected_by_operator_name() -> None:
     it = small("residual")
     wrong = it.patterns | {"one": it.patterns["one"][:, :1]}
@@ -370,6 +384,7 @@ def test_pattern_of_another_shape_is_rejected_by_operator_name() -> None:
     assert "(4, 2, 3, 3)" in caught.value.what
 
 
+@pytest.mark.full
 def test_unknown_method_is_rejected_by_name() -> None:
     it = small("residual")
     with pytest.raises(UserError, match="no method 'lrp'") as caught:

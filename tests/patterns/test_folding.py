@@ -15,6 +15,7 @@ from tests.patterns.small import FunctionModel, assert_same_outputs, conv, image
 RELU, RELU6 = Gate(0.0, float("inf")), Gate(0.0, 6.0)
 
 
+@pytest.mark.full
 def test_folding_multiplies_the_weights_of_a_convolution_by_its_batch_norm() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(conv(), nn.BatchNorm2d(4)).double()
@@ -28,6 +29,7 @@ def test_folding_multiplies_the_weights_of_a_convolution_by_its_batch_norm() -> 
         assert operator.bias[k].item() == pytest.approx(bias.item(), rel=1e-12)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("affine", [True, False])
 def test_batch_norm_behind_a_linear_layer_is_folded(affine: bool) -> None:
     torch.manual_seed(0)
@@ -67,6 +69,7 @@ FOLDED: dict[str, tuple[nn.Module, nn.Module, Callable[[FunctionModel, Tensor], 
 }  # fmt: skip
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", FOLDED)
 def test_batch_norm_is_folded_if_it_scales_the_operators_channels(name: str) -> None:
     layer, norm, forward, shape = FOLDED[name]
@@ -82,6 +85,7 @@ def test_batch_norm_is_folded_if_it_scales_the_operators_channels(name: str) -> 
     assert_same_outputs(model, network, x, x[:1])
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("layer", "features", "forward"),
     [
@@ -102,6 +106,7 @@ def test_batch_norm_of_other_dimensions_is_a_scale_of_its_own(
     assert_same_outputs(model, network, image(3), image(1))
 
 
+@pytest.mark.full
 def test_batch_norm_is_not_folded_into_an_operator_with_other_readers() -> None:
     torch.manual_seed(0)
     model = FunctionModel(lambda m, x: m.norm(y := m.conv(x)).relu() + y, conv=conv(), norm=nn.BatchNorm2d(4)).double()
@@ -111,6 +116,7 @@ def test_batch_norm_is_not_folded_into_an_operator_with_other_readers() -> None:
     assert_same_outputs(model, network, image(3), image(1))
 
 
+@pytest.mark.full
 def test_convolution_shared_by_two_batch_norms_keeps_its_weights() -> None:
     torch.manual_seed(0)
     model = FunctionModel(
@@ -125,6 +131,7 @@ def test_convolution_shared_by_two_batch_norms_keeps_its_weights() -> None:
     assert_same_outputs(model, network, image(3), image(1))
 
 
+@pytest.mark.full
 def test_residual_blocks_have_gates_at_their_first_convolution_and_their_addition() -> None:
     operators = traced("resnet18").network.operators
     gates = {name: op.gate for name, op in operators.items()}
@@ -149,6 +156,7 @@ def test_inverted_residuals_have_relu6_gates_except_at_their_bottlenecks() -> No
     assert gates["classifier.1"] is None
 
 
+@pytest.mark.full
 def test_gates_are_found_behind_max_pooling_and_shape_changes() -> None:
     assert trace_gates(FunctionModel(lambda m, x: F.max_pool2d(m.conv(x), 2).relu(), conv=conv())) == {"conv": RELU}
     assert trace_gates(FunctionModel(lambda m, x: m.conv(x).flatten(1).relu(), conv=conv())) == {"conv": RELU}
@@ -156,6 +164,7 @@ def test_gates_are_found_behind_max_pooling_and_shape_changes() -> None:
     assert trace_gates(joined) == {"one": RELU, "two": RELU}
 
 
+@pytest.mark.full
 @pytest.mark.cases
 @pytest.mark.parametrize(
     ("rectifier", "gate"),
@@ -186,6 +195,7 @@ def test_every_spelling_of_a_rectifier_is_a_gate(rectifier: nn.Module, gate: Gat
     assert_same_outputs(model, network, 9 * image(3))
 
 
+@pytest.mark.full
 @pytest.mark.cases
 @pytest.mark.parametrize(
     "forward",
@@ -205,6 +215,7 @@ def test_operator_whose_consumers_differ_in_their_rectifier_has_no_gate(
     assert trace_gates(FunctionModel(forward, conv=conv()))["conv"] is None
 
 
+@pytest.mark.full
 def test_operator_whose_consumers_share_a_rectifier_has_a_gate() -> None:
     model = FunctionModel(
         lambda m, x: torch.cat([F.relu(y := m.conv(x)), F.max_pool2d(y, 3, 1, 1).relu()], 1), conv=conv()

@@ -68,6 +68,7 @@ RANDOM: dict[str, Callable[[FunctionModel, Tensor], object]] = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", RANDOM)
 def test_random_forward_passes_are_rejected_without_advice_to_pass_them_through(name: str) -> None:
     error = trace_error(RANDOM[name])
@@ -94,6 +95,7 @@ def test_forward_passes_that_change_from_call_to_call_are_rejected() -> None:
     assert "changes from call to call" in caught.value.what
 
 
+@pytest.mark.full
 def test_random_layers_that_are_off_in_evaluation_are_accepted() -> None:
     model = nn.Sequential(conv(), nn.Dropout(0.5), nn.RReLU(), nn.Dropout2d(0.2)).double()
     assert list(trace(model, image()).operators) == ["0"]
@@ -113,6 +115,7 @@ def test_forward_passes_that_branch_on_the_batch_size_are_rejected() -> None:
     assert "batch size" in trace_error(lambda m, x: m.conv(x) if x.shape[0] < 5 else -m.conv(x)).what
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "squeeze",
     [lambda y: y.squeeze(), lambda y: y.squeeze(0).squeeze(-1).squeeze(-1), lambda y: torch.squeeze(y, (0, 2, 3))],
@@ -133,6 +136,7 @@ HEADS: dict[str, Callable[[FunctionModel, Tensor], object]] = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", HEADS)
 def test_models_that_return_one_number_per_sample_have_one_class(name: str) -> None:
     torch.manual_seed(0)
@@ -153,6 +157,7 @@ ENDS = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.cases
 @pytest.mark.parametrize("name", ENDS)
 def test_models_that_end_in_probabilities_are_rejected_unless_the_end_is_stripped(name: str) -> None:
@@ -170,12 +175,14 @@ def test_models_that_end_in_probabilities_are_rejected_unless_the_end_is_strippe
         torch.testing.assert_close(function(network.module(x)), model(x), rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.full
 def test_stripping_does_not_change_models_that_end_in_logits() -> None:
     model, x = nn.Sequential(conv(), nn.ReLU(), nn.Flatten(), nn.Linear(256, 3)).double(), image(4)
     stripped = trace(model, image(), strip_softmax=True)
     assert torch.equal(stripped.module(x), trace(model, image()).module(x))
 
 
+@pytest.mark.full
 def test_softmax_in_the_middle_is_not_stripped() -> None:
     model = nn.Sequential(conv(), nn.Softmax(1), nn.Flatten(), nn.Linear(256, 3)).double()
     with pytest.raises(UserError) as caught:

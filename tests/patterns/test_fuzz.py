@@ -9,6 +9,8 @@ from torch import Tensor
 from patterns import UserError, trace
 from tests.patterns.drawn_modules import HOSTILE, SUPPORTED, Drawn, Step
 
+pytestmark = pytest.mark.full
+
 SHAPES = [(3, 8, 8), (2, 5, 6), (6,), (4, 6)]
 UNHURRIED = {
     "deadline": None,
@@ -56,14 +58,12 @@ def check_hostile(steps: list[Step], shape: tuple[int, ...], seed: int) -> None:
 hostile = given(st.lists(st.sampled_from(SUPPORTED + HOSTILE), max_size=7), st.sampled_from(SHAPES), st.integers(0, 99))
 
 
-@pytest.mark.full
 @settings(max_examples=150, derandomize=True, **UNHURRIED)  # type: ignore[arg-type]
 @hostile
 def test_random_modules_are_traced_exactly_or_rejected(steps: list[Step], shape: tuple[int, ...], seed: int) -> None:
     check_hostile(steps, shape, seed)
 
 
-@pytest.mark.full
 @settings(max_examples=50, derandomize=True, **UNHURRIED)  # type: ignore[arg-type]
 @given(st.lists(st.sampled_from(SUPPORTED), max_size=7), st.sampled_from(SHAPES), st.integers(0, 99))
 def test_random_modules_of_supported_steps_are_never_rejected(
@@ -85,7 +85,6 @@ def test_ten_thousand_random_modules_are_traced_exactly_or_rejected(
 QUICK_SHAPES = [pytest.param(s, marks=() if len(s) != 2 and s[0] != 2 else pytest.mark.slow, id=str(s)) for s in SHAPES]
 
 
-@pytest.mark.cases
 @pytest.mark.parametrize("shape", QUICK_SHAPES)
 @pytest.mark.parametrize("step", HOSTILE, ids=lambda step: step.name)
 def test_each_hostile_step_alone_is_traced_exactly_or_rejected(step: Step, shape: tuple[int, ...]) -> None:

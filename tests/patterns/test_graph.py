@@ -16,6 +16,7 @@ RELU, RELU6 = Gate(0.0, float("inf")), Gate(0.0, 6.0)
 ARCHITECTURES = ["resnet18", "vgg11_bn", "mobilenet_v2", "tf_efficientnet_lite0"]
 
 
+@pytest.mark.full
 @pytest.mark.cases
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_tracing_and_folding_keep_the_outputs_at_any_batch_size(name: str) -> None:
@@ -23,6 +24,7 @@ def test_tracing_and_folding_keep_the_outputs_at_any_batch_size(name: str) -> No
     assert_same_outputs(it.model, it.network, it.inputs, it.inputs[:1])
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_no_batch_norm_remains_behind_a_convolution(name: str) -> None:
     it = traced(name)
@@ -45,6 +47,7 @@ def test_operators_are_named_by_their_parameters(name: str) -> None:
             assert order.isdigit()
 
 
+@pytest.mark.full
 def test_operators_are_in_the_order_of_their_calls() -> None:
     class Backwards(nn.Module):
         def __init__(self) -> None:
@@ -57,6 +60,7 @@ def test_operators_are_in_the_order_of_their_calls() -> None:
     assert list(trace_network(Backwards()).operators) == ["first", "last"]
 
 
+@pytest.mark.full
 def test_module_called_twice_is_one_operator_with_the_samples_of_both_calls() -> None:
     torch.manual_seed(0)
     model = FunctionModel(lambda m, x: m.conv(m.conv(x).relu()).relu(), conv=conv(3, 3)).double()
@@ -76,10 +80,12 @@ def test_module_called_twice_is_one_operator_with_the_samples_of_both_calls() ->
         assert found.total.yy[k].item() == pytest.approx((y * y).sum().item(), rel=1e-10)
 
 
+@pytest.mark.full
 def test_module_called_twice_is_gated_only_if_both_calls_are() -> None:
     assert trace_gates(FunctionModel(lambda m, x: m.conv(m.conv(x).relu()), conv=conv(3, 3))) == {"conv": None}
 
 
+@pytest.mark.full
 def test_weight_shared_by_two_modules_is_one_operator() -> None:
     one, two = conv(3, 3), conv(3, 3)
     two.weight, two.bias = one.weight, one.bias
@@ -87,6 +93,7 @@ def test_weight_shared_by_two_modules_is_one_operator() -> None:
     assert name in {"0", "2"}
 
 
+@pytest.mark.full
 def test_separate_batch_norm_is_a_scale_whose_pattern_is_one_over_its_weight() -> None:
     torch.manual_seed(0)
     model = FunctionModel(
@@ -139,6 +146,7 @@ def test_average_pooling_keeps_the_outputs_and_has_weights_of_one_over_k(pooling
     torch.testing.assert_close(sums, torch.ones_like(sums), rtol=1e-12, atol=0)
 
 
+@pytest.mark.full
 @pytest.mark.cases
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_average_pooling_keeps_its_gradient(pooling: str) -> None:
@@ -168,6 +176,7 @@ FORWARDS: dict[str, tuple[Callable[[FunctionModel, Tensor], object], set[str]]] 
 }
 
 
+@pytest.mark.full
 @pytest.mark.cases
 @pytest.mark.parametrize("name", FORWARDS)
 def test_ordinary_forward_passes_keep_their_outputs(name: str) -> None:
@@ -188,6 +197,7 @@ class Projected(nn.Module):
         return (self.conv(x) @ self.matrix).relu()
 
 
+@pytest.mark.full
 def test_product_with_a_constant_matrix_is_a_linear_operator_with_its_name() -> None:
     torch.manual_seed(0)
     model = FunctionModel(lambda m, x: m.head(x), head=Projected()).double()
@@ -230,6 +240,7 @@ def test_attention_that_is_passed_through_has_the_gradient_of_its_values_alone(p
     assert relative(found, expected) < 1e-12
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("padding", ["same", "valid"])
 @pytest.mark.parametrize("kernel", [3, (2, 4)])
 def test_convolutions_with_padding_by_name_keep_their_outputs(padding: str, kernel: int | tuple[int, int]) -> None:
@@ -273,6 +284,7 @@ def test_tracing_keeps_the_models_parameters() -> None:
     assert all(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.full
 def test_model_in_training_mode_is_traced_in_evaluation_mode() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(conv(), nn.BatchNorm2d(4), nn.Dropout(0.9), nn.ReLU()).double().train()

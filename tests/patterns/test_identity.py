@@ -10,6 +10,8 @@ from zennit.composites import LayerMapComposite
 from patterns import PRESETS, Explainer, Network, UserError, accumulate, choose, conservation, contrast, solve, trace
 from patterns.estimation import expand_presets
 
+pytestmark = pytest.mark.full
+
 EPSILON = 1e-6
 
 
@@ -86,7 +88,6 @@ def test_operators_of_two_estimators_keep_their_own_backward_passes() -> None:
     assert not torch.allclose(both[methods[0]], both[methods[1]])
 
 
-@pytest.mark.full
 def test_compiled_backward_pass_of_the_identity_is_the_same() -> None:
     network = trace(make_model(), draw_images())
     explainer = Explainer(network, fit_patterns(network, "class-specific"), ["patternattribution"])

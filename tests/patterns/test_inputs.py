@@ -80,6 +80,7 @@ ENTRIES: dict[str, Callable[[Network, Tensor], object]] = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("size", [8, 15, 20, 32])
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_images_of_another_size_are_rejected_with_both_shapes(network: Network, entry: str, size: int) -> None:
@@ -122,6 +123,7 @@ def test_captum_api_traces_the_model_again_for_another_size(tmp_path: Path) -> N
         assert torch.equal(attribution.attribute(x, target=1), expected)
 
 
+@pytest.mark.full
 def test_adapters_reject_sizes_that_the_patterns_do_not_fit(model: Pooled, run: Path) -> None:
     x = images(2, 24)
     with pytest.raises(UserError):  # the pattern of the mean over 16 × 16 positions
@@ -187,6 +189,7 @@ def test_missing_batches_and_batches_without_images_are_rejected(network: Networ
     assert caught.value.parameter == "batches"
 
 
+@pytest.mark.full
 def test_inference_mode_and_its_images_change_no_map(model: Pooled, run: Path) -> None:
     expected = Explainer.load(run, model, ["patternattribution"], example=images(1))(images(), 0).maps
     with torch.inference_mode():

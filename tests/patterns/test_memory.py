@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from benchmarks.machine import peak
 from patterns import Observer, PatchObserver, trace
 
+pytestmark = pytest.mark.full
+
 
 def test_the_measure_includes_results_and_temporary_memory() -> None:
     ones = torch.ones(2**20)
@@ -62,7 +64,6 @@ def test_accumulating_needs_at_most_a_third_more_than_forward_and_backward_in_ad
     assert observer.moments().keys() == moments.keys()
 
 
-@pytest.mark.full
 def test_sampling_patches_needs_at_most_a_third_more_than_a_forward_pass(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -60,6 +60,7 @@ def zennit(method: str, model: nn.Module, inputs: Tensor, targets: Tensor) -> Te
         return attributor(inputs, lambda z: one_hot * z if method == "gradient-x-input" else one_hot)[1].detach()
 
 
+@pytest.mark.full
 @pytest.mark.cases
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("method", OTHERS)
@@ -105,6 +106,7 @@ class Twice(nn.Module):
         return self.three(self.rectify(self.two(x)) + x)
 
 
+@pytest.mark.full
 @pytest.mark.cases
 @pytest.mark.parametrize("rectifier", RECTIFIERS)
 def test_rules_hold_after_every_rectifier(rectifier: str) -> None:
@@ -137,6 +139,7 @@ def small() -> tuple[nn.Module, Tensor]:
     return nn.Sequential(*layers).double(), torch.randn(3, 2, 6, 6, dtype=torch.float64)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("methods", "passes"),
     [(["gradient", "gradient-x-input"], 1), (["gradient-x-input"], 1), (OTHERS, 3), (["gradient", "deconvnet"], 2)],
@@ -153,6 +156,7 @@ def test_methods_with_the_same_backward_pass_share_it(
     assert len(calls) == passes
 
 
+@pytest.mark.full
 def test_method_with_plain_rectifiers_does_not_change_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = small()
     network = trace(model, x)

@@ -71,6 +71,7 @@ def assert_brute_force(case: Case) -> None:
                 assert (row[field] - expected[field]).double().norm() <= reach * scale, field
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("strategy", [*STRATEGIES, "wide convolution"])
 def test_moments_equal_brute_force_sums_over_samples(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if strategy == "wide convolution":
@@ -115,6 +116,7 @@ class Sample(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+@pytest.mark.full
 def test_each_operator_is_observed_with_the_inputs_of_the_model() -> None:
     torch.manual_seed(0)
     model = Sample().double().requires_grad_(False)
@@ -231,6 +233,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 LEARNED = ["linear", "two-component", "two-component-own-mean", "multivariate"]
 
 
+@pytest.mark.full
 @pytest.mark.cases
 @pytest.mark.parametrize("layer", [*LAYERS, "wide convolution"])
 def test_activations_thirty_deviations_from_zero_have_accurate_patterns_in_float32(
@@ -268,6 +271,7 @@ HALF: dict[str, tuple[OperatorType, Shape, Shape]] = {
 }  # with more positions than float16 has numbers
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", HALF)
 def test_half_precision_loses_no_sample_and_no_digit_of_the_models_outputs(name: str, dtype: torch.dtype) -> None:

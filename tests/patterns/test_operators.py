@@ -116,6 +116,7 @@ def decoder_model() -> tuple[FunctionModel, Tensor]:
     return model, normal(3, 4, 3, 3, seed=5)
 
 
+@pytest.mark.full
 def test_maps_with_weights_as_patterns_are_those_of_autograd() -> None:
     model, x = decoder_model()
     network = trace_network(model, x)
@@ -128,6 +129,7 @@ def test_maps_with_weights_as_patterns_are_those_of_autograd() -> None:
     assert relative(found.maps["patternnet"], expected * score.detach()[..., None, None]) < 1e-10
 
 
+@pytest.mark.full
 def test_maps_are_products_of_explicit_matrices_with_patterns() -> None:
     model, x = decoder_model()
     network = trace_network(model, x)
@@ -164,6 +166,7 @@ def test_maps_are_products_of_explicit_matrices_with_patterns() -> None:
 # --- reading of operations ------------------------------------------------------------------------
 
 
+@pytest.mark.full
 @pytest.mark.cases
 @pytest.mark.parametrize("name", READINGS)
 def test_operations_are_read_with_type_and_channels_and_keep_outputs_and_gradient(name: str) -> None:
@@ -186,6 +189,7 @@ def test_operations_are_read_with_type_and_channels_and_keep_outputs_and_gradien
         assert moments.total.yy.isfinite().all()
 
 
+@pytest.mark.full
 @pytest.mark.cases
 @pytest.mark.parametrize("dims", [1, 2, 3])
 @pytest.mark.parametrize("groups", [1, 2])
@@ -225,6 +229,7 @@ GATES: dict[str, tuple[Callable[[FunctionModel, Tensor], Tensor], Gate | None, b
 }
 
 
+@pytest.mark.full
 @pytest.mark.cases
 @pytest.mark.parametrize("name", GATES)
 def test_gates_depend_on_all_consumers_and_mixed_gates_are_recorded(name: str) -> None:
@@ -304,6 +309,7 @@ LINEARIZED: dict[str, tuple[Function, Function, tuple[int, ...], tuple[str, ...]
 }  # fmt: skip
 
 
+@pytest.mark.full
 @pytest.mark.cases
 @pytest.mark.parametrize("name", LINEARIZED)
 def test_passed_operations_are_linearized_and_keep_the_outputs(name: str) -> None:
@@ -317,6 +323,7 @@ def test_passed_operations_are_linearized_and_keep_the_outputs(name: str) -> Non
     assert relative(gradients[1], gradients[0]) < 1e-10
 
 
+@pytest.mark.full
 def test_error_about_unsupported_operations_lists_all_names_to_pass() -> None:
     model = FunctionModel(lambda m, x: F.gelu(m.a(x)).softmax(1) * x, a=conv()).double()
     with pytest.raises(UserError) as caught:

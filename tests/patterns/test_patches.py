@@ -187,6 +187,7 @@ class Twice(nn.Module):
         return self.layer(F.relu(self.layer(x))[:, :, ::2]).flatten(1)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("cuts", [[2, 2, 2], [1, 0, 5]])
 def test_a_layer_that_is_called_twice_samples_the_same_positions_in_any_batches(cuts: list[int]) -> None:
     torch.manual_seed(0)
@@ -231,6 +232,7 @@ class Sample(nn.Module):
         return self.head(F.relu(x + self.branch(x)).mean((2, 3)))
 
 
+@pytest.mark.full
 def test_selected_operators_are_observed_with_the_inputs_of_the_model() -> None:
     torch.manual_seed(0)
     model = Sample().double().requires_grad_(False)

@@ -8,6 +8,8 @@ from patterns import Network, Observer, trace
 from patterns.estimation.jackknife import check_convergence
 from patterns.estimation.position_pilot import CANDIDATES, positions_needed
 
+pytestmark = pytest.mark.full
+
 
 def network() -> Network:
     torch.manual_seed(0)

@@ -26,6 +26,7 @@ def planted_images(count: int) -> tuple[Tensor, Tensor]:
     return images, classes
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("method", ["gradient-x-input", "patternattribution", "patternnet", "gradient"])
 def test_map_of_a_detector_of_bright_squares_points_to_the_quarter_of_its_class(method: str) -> None:
     images, classes = planted_images(24)
@@ -45,6 +46,7 @@ def test_map_of_a_detector_of_bright_squares_points_to_the_quarter_of_its_class(
     np.testing.assert_allclose(shares, 1, atol=1e-6)
 
 
+@pytest.mark.full
 def test_linear_model_points_to_its_class_only_if_the_map_depends_on_the_input() -> None:
     images, classes = planted_images(24)
     images = images.where(images > 0.5, 0)  # no noise: the score of a class is its bright square
@@ -118,6 +120,7 @@ def test_grid_equals_quantus_mosaic() -> None:
 # --- the draw ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.integers(1, 9), min_size=4, max_size=12), st.integers(1, 40), st.integers(0, 1000))
 def test_groups_have_four_classes_and_use_the_samples_equally_often(sizes: list[int], count: int, seed: int) -> None:

@@ -203,6 +203,7 @@ def test_an_ill_conditioned_covariance_costs_few_digits() -> None:
     assert_rho(case, patterns_of(case, case.moments(a)), b, c)
 
 
+@pytest.mark.full
 def test_activations_far_from_zero_keep_their_quality_in_float32() -> None:
     torch.manual_seed(2)
     layer = nn.Conv2d(3, 5, 3, padding=1)

@@ -12,6 +12,8 @@ from patterns.evaluation import cascade, cosine, heat, randomize, spearman, trai
 from tests.patterns.chains import chain, normal, relu_network, seeded
 from tests.patterns.test_explain import small
 
+pytestmark = pytest.mark.full
+
 
 def test_only_named_operators_are_randomized_and_the_network_is_unchanged() -> None:
     it = small("residual")
@@ -136,7 +138,6 @@ class RedrawableLinear(Redrawable, nn.Linear):
     pass
 
 
-@pytest.mark.full
 @pytest.mark.parametrize("method", ["gradient", "guided-backprop", "patternnet", "patternattribution"])
 def test_cascade_and_rank_correlation_equal_quantus_parameter_randomization(method: str) -> None:
     """Quantus randomizes the layers in its own order with the same draws, and compares the maps by its own measure."""

@@ -23,6 +23,8 @@ from patterns.attribution import gradient_scaling
 from tests.patterns.networks import PASSES, build, randomize, relative
 from tests.patterns.test_scales import deep, patterns_of
 
+pytestmark = pytest.mark.full
+
 FOUND_FROM_DATA = "patternnet", "patternattribution"
 FROM_WEIGHTS = "gradient", "gradient-x-input", "deconvnet", "guided-backprop"
 TARGETS = torch.tensor([1, 4, 0])
@@ -67,7 +69,6 @@ def signed(shrunk: float = 1.0) -> tuple[Network, Tensor]:
     return network, inputs
 
 
-@pytest.mark.full
 def test_scaling_changes_no_bit_of_any_method(monkeypatch: pytest.MonkeyPatch) -> None:
     network, inputs = signed()
     patterns = patterns_of(network, 3.0)
@@ -82,7 +83,6 @@ def test_scaling_changes_no_bit_of_any_method(monkeypatch: pytest.MonkeyPatch) -
         assert torch.equal(maps * 2.0 ** scaled.exponents[method], unscaled.maps[method]), method
 
 
-@pytest.mark.full
 def test_gradients_below_the_range_of_float32_equal_those_in_float64() -> None:
     network, inputs = signed(shrunk=2.0**-12)
     found = Explainer(cast(network, torch.float32), None, FROM_WEIGHTS)(inputs.float(), TARGETS)
@@ -151,7 +151,6 @@ def test_maps_of_deep_architectures_are_those_of_a_backward_pass_in_float64(
 # --- half precision -------------------------------------------------------------------------------
 
 
-@pytest.mark.full
 @pytest.mark.parametrize("growth", [30.0, 1 / 30])
 def test_maps_of_a_deep_network_in_bfloat16_are_those_in_float64(growth: float) -> None:
     network, inputs = deep()

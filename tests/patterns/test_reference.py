@@ -17,6 +17,8 @@ from zennit.torchvision import ResNetCanonizer, VGGCanonizer
 from patterns import METHODS, Explainer, Network, UserError, trace
 from tests.patterns.networks import randomize, relative
 
+pytestmark = pytest.mark.full
+
 ONES = torch.eye(10, dtype=torch.float64)
 TARGETS = torch.tensor([3, 7, 0])
 
@@ -46,7 +48,6 @@ def explain_by(method: str, model: nn.Module, x: Tensor, settings: dict[str, flo
     return Explainer(network_of(model), None, [method], settings=settings)(x, TARGETS).maps[method]
 
 
-@pytest.mark.full
 @pytest.mark.parametrize(("name", "canonizer"), [("resnet18", ResNetCanonizer), ("vgg11_bn", VGGCanonizer)])
 def test_lrp_on_the_traced_network_equals_zennits_on_the_model(name: str, canonizer: Callable[[], Canonizer]) -> None:
     model, x = model_of(name), images(64)

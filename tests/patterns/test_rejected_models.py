@@ -28,6 +28,7 @@ class Block(nn.Module):
         return self.activation(self.conv(x))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("model", "problem"),
     [
@@ -62,6 +63,7 @@ def test_error_names_unsupported_operations_with_module_and_line(model: nn.Modul
     assert f"`pass_through={operation[1]}" in error.remedy
 
 
+@pytest.mark.full
 def test_operations_whose_gradient_is_accepted_pass() -> None:
     model = Block(nn.SiLU()).double()
     network = trace(model, image(), pass_through=["silu"])

@@ -122,6 +122,7 @@ def test_errors_fall_like_those_of_an_unbiased_estimate() -> None:
         assert 0.2 * some < many < 0.6 * some, (name, errors)
 
 
+@pytest.mark.full
 def test_sampling_all_positions_equals_using_all_positions() -> None:
     x = images(8)
     exact, found = patterns_of(None, x), patterns_of(256, x)
@@ -129,6 +130,7 @@ def test_sampling_all_positions_equals_using_all_positions() -> None:
         assert torch.equal(found[name], pattern)
 
 
+@pytest.mark.full
 def test_order_and_batches_change_only_the_last_digits() -> None:
     x = images(24)
     network = trace(Small().double(), x[:1])
@@ -142,6 +144,7 @@ def test_order_and_batches_change_only_the_last_digits() -> None:
             torch.testing.assert_close(cut.moments()[name].tensors()[field], value, rtol=1e-10, atol=1e-9)
 
 
+@pytest.mark.full
 def test_layers_with_few_positions_are_summed_exactly() -> None:
     x = images(8)
     network = trace(Small().double(), x[:1])
@@ -152,6 +155,7 @@ def test_layers_with_few_positions_are_summed_exactly() -> None:
         assert torch.equal(observer.moments()["head"].tensors()[field], value)
 
 
+@pytest.mark.full
 def test_a_reset_drops_gathered_samples() -> None:
     x = images(4)
     network = trace(Small().double(), x[:1])
@@ -173,6 +177,7 @@ class Mixed(nn.Module):
         return (z + z.float() * 1e5).mean((2, 3))
 
 
+@pytest.mark.full
 def test_terms_of_two_precisions_keep_the_wider_range() -> None:
     torch.manual_seed(0)
     x = torch.randn(4, 2, 6, 6, dtype=torch.float16)
@@ -193,6 +198,7 @@ def test_outputs_of_convolutions_on_a_cpu_are_in_channels_last(channels: int) ->
     assert not z.is_contiguous()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_sums_differ_from_float64_by_rounding_only(dtype: torch.dtype) -> None:
     x = images(16)
@@ -224,6 +230,7 @@ class Windows(nn.Module):
         return self.of_images(self.of_tokens(tokens).relu().transpose(0, 1)).mean(1)
 
 
+@pytest.mark.full
 @pytest.mark.cases
 @pytest.mark.parametrize("positions", [3, 20])
 @pytest.mark.parametrize("images", [1, 4, 64])
@@ -243,6 +250,7 @@ def test_all_positions_are_used_if_images_are_not_the_first_dimension(positions:
     assert (caught.value.where, caught.value.parameter) == ("of_tokens", "operators")
 
 
+@pytest.mark.full
 def test_attention_over_tokens_is_fitted_from_all_of_them() -> None:
     model = models.VisionTransformer(32, 8, 1, 2, 16, 32, num_classes=5).double()
     x = torch.randn(3, 3, 32, 32, dtype=torch.float64)

@@ -15,6 +15,8 @@ from patterns import Explainer, Network, UserError, trace
 from patterns.attribution import gradient_scaling
 from tests.patterns.networks import PASSES
 
+pytestmark = pytest.mark.full
+
 DEPTH = 24
 
 
@@ -64,7 +66,6 @@ def explain_in(network: Network, patterns: dict[str, Tensor], inputs: Tensor, dt
     return explanation.maps["patternnet"].double(), explanation.exponents["patternnet"]
 
 
-@pytest.mark.full
 @pytest.mark.parametrize("growth", [30.0, 1 / 30])
 def test_magnitudes_beyond_float32_equal_float64(growth: float) -> None:
     network, inputs = deep()
@@ -77,7 +78,6 @@ def test_magnitudes_beyond_float32_equal_float64(growth: float) -> None:
     assert (found * 2.0 ** (exponent - in_float64) - true).norm() <= 1e-4 * true.norm()
 
 
-@pytest.mark.full
 def test_scaling_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     network, inputs = deep()
     patterns = patterns_of(network, 30.0)
@@ -90,14 +90,12 @@ def test_scaling_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(found * 2.0**exponent, true)
 
 
-@pytest.mark.full
 def test_magnitudes_in_range_are_not_scaled() -> None:
     network, inputs = deep()
     explainer = Explainer(network, patterns_of(network, 1.0), PASSES)
     assert set(explainer(inputs).exponents.values()) == {0}
 
 
-@pytest.mark.full
 def test_scaling_one_method_does_not_change_the_others() -> None:
     network, inputs = deep()
     patterns = patterns_of(network, 1e6)
@@ -108,7 +106,6 @@ def test_scaling_one_method_does_not_change_the_others() -> None:
     assert torch.equal(explanation.maps["gradient"], alone.maps["gradient"])
 
 
-@pytest.mark.full
 def test_map_does_not_depend_on_the_rest_of_its_batch() -> None:
     network, inputs = deep()
     explainer = Explainer(network, patterns_of(network, 30.0), ["patternnet"])
@@ -135,7 +132,6 @@ def explain_in_float32(recorded: Mapping[str, Sequence[int]] | None) -> tuple[Ex
     return explainer, digest.hexdigest()
 
 
-@pytest.mark.full
 def test_recorded_scales_give_the_same_bits_and_exponents_in_another_process(tmp_path: Path) -> None:
     explainer, digest = explain_in_float32(None)
     # Scales as hardware with another rounding could calibrate them.

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 import patterns
 from patterns import Network
 
+pytestmark = pytest.mark.full
+
 
 class ClassToken(nn.Module):
     """Prepends a token to each sample, so that the graph creates a tensor of the batch's size on its device."""
@@ -41,7 +43,6 @@ def network(request: pytest.FixtureRequest) -> Network:
     return patterns.trace(make(), torch.zeros(2, *shape))
 
 
-@pytest.mark.full
 def test_unpickled_network_is_the_same(network: Network) -> None:
     sent = pickle.loads(pickle.dumps(network))
     x = torch.randn(3, *network.input_shape)
@@ -80,7 +81,6 @@ def test_process_that_receives_a_network_needs_no_compiler(tmp_path: Path) -> No
     assert printed == "(7, 2) False\n"
 
 
-@pytest.mark.full
 def test_moved_network_creates_its_tensors_on_the_device(network: Network) -> None:
     moved = network.to("meta")
     assert network.to("cpu") is network

@@ -46,6 +46,7 @@ def test_map_smaller_than_the_window_is_rejected() -> None:
         ssim(uniform(1, 8, 16), uniform(1, 8, 16))
 
 
+@pytest.mark.full
 @settings(deadline=None, max_examples=40)
 @given(st.integers(2, 30), st.integers(1, 6), st.integers(0, 10**6))
 def test_spearman_equals_scipys_with_and_without_ties(size: int, levels: int, seed: int) -> None:

@@ -64,6 +64,7 @@ def assigned(y: Tensor) -> Tensor:
     return y
 
 
+@pytest.mark.full
 @pytest.mark.cases
 @pytest.mark.parametrize("name", GATES)
 def test_spellings_have_the_gate_the_outputs_and_the_maps_of_their_common_form(name: str) -> None:
@@ -108,6 +109,7 @@ BEFORE: dict[str, Function] = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", BEFORE)
 def test_preprocessing_in_the_forward_pass_is_accepted(name: str) -> None:
     model = FunctionModel(lambda m, x: m.conv(BEFORE[name](x)).relu(), conv=conv()).double()

@@ -53,6 +53,7 @@ def run() -> Run:
     return Run(network, moments, solutions)
 
 
+@pytest.mark.full
 def test_patterns_come_back_as_they_were_saved(run: Run, tmp_path: Path) -> None:
     save(tmp_path, run.solutions, "sha256:one")
     found = load(tmp_path, "sha256:one")

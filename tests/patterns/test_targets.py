@@ -67,6 +67,7 @@ class Small(nn.Module):
         return self.head(self.inside(x)["hidden"])
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("operator", "neuron"), [("conv", 2), ("next", 0), ("hidden", 5)])
 def test_hidden_neuron_is_explained_after_its_gate_at_all_positions(operator: str, neuron: int) -> None:
     torch.manual_seed(1)
@@ -81,6 +82,7 @@ def test_hidden_neuron_is_explained_after_its_gate_at_all_positions(operator: st
     assert relative(found.maps["gradient"], expected) < 1e-12
 
 
+@pytest.mark.full
 def test_output_gradient_of_a_hidden_neuron_is_its_value() -> None:
     torch.manual_seed(1)
     model, x = Small().double(), torch.randn(4, 2, 6, 6, dtype=torch.float64)
@@ -93,6 +95,7 @@ def test_output_gradient_of_a_hidden_neuron_is_its_value() -> None:
     torch.testing.assert_close(found, F.conv_transpose2d(value, pattern[3:4], padding=1), rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.full
 def test_neurons_of_tokens_come_first_and_the_network_is_unchanged() -> None:
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Flatten(), nn.Linear(12, 2)).double()
@@ -113,6 +116,7 @@ def test_unknown_operator_is_rejected() -> None:
     assert "layer1.0.conv1" in caught.value.remedy
 
 
+@pytest.mark.full
 def test_dense_outputs_need_explicit_targets() -> None:
     model = nn.Conv2d(2, 3, 1).double()
     x = torch.randn(2, 2, 4, 4, dtype=torch.float64)

@@ -10,6 +10,8 @@ from patterns import Explainer, UserError, accumulate, digest, save, solve, trac
 from patterns.io import TraceOptions, write_json
 from patterns.io.pattern_files import load_trace_options
 
+pytestmark = pytest.mark.full
+
 
 class Gelu(nn.Module):
     """A model that is traced only with options."""

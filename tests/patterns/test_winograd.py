@@ -11,6 +11,8 @@ from patterns.operators.operator import Convolution
 from tests.oracles import window_patches
 from tests.patterns.networks import relative
 
+pytestmark = pytest.mark.full
+
 
 def gradient_of_patches(x: Tensor, grad: Tensor, kernel: tuple[int, int], padding: tuple[int, int]) -> Tensor:
     """Return the gradient from explicit patches, float64."""

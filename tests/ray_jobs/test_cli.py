@@ -201,6 +201,7 @@ def test_patterns_of_other_weights_are_rejected(
     assert not (tmp_path / "run" / "explanations").exists()
 
 
+@pytest.mark.full
 def test_errors_name_the_flags_of_the_command(
     complaint: Complaint, fit: list[object], tmp_path: Path, shards: list[str]
 ) -> None:
@@ -236,6 +237,7 @@ def test_parameters_are_replaced_by_the_flags_of_the_command_alone() -> None:
     assert name_flags("`run`", COMMANDS["status"].flags()) == "RUN"
 
 
+@pytest.mark.full
 def test_deprecated_flags_still_work_with_a_warning(
     fit: list[object], tmp_path: Path, shards: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -287,6 +289,7 @@ def test_solve_and_merge_continue_finished_fits(
     assert "--estimators" in line
 
 
+@pytest.mark.full
 def test_plan_names_operators_with_several_gates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "m.py").write_text(FORK)
     assert exit_status(["plan", "--model", f"{tmp_path}/m.py:Fork", *PREPARED]) == 0

@@ -36,6 +36,7 @@ def looks(network: Network, parts: int) -> dict[str, ConvergenceCheck]:
     }
 
 
+@pytest.mark.full
 def test_the_table_has_a_row_for_each_operator_and_check(tmp_path: Path) -> None:
     traced, path = network(), tmp_path / "convergence.parquet"
     first, second, third = looks(traced, 2), looks(traced, 8), looks(traced, 32)
@@ -58,6 +59,7 @@ def test_the_table_has_a_row_for_each_operator_and_check(tmp_path: Path) -> None
     assert rows[6]["change"] == third["0"].changes(second["0"].solution)["positive"] > 0
 
 
+@pytest.mark.full
 def test_a_repeated_check_replaces_the_earlier_rows(tmp_path: Path) -> None:
     traced, path = network(), tmp_path / "convergence.parquet"
     found = looks(traced, 8)["0"]
@@ -88,6 +90,7 @@ def curve(looks: int, operators: int, known: bool = True) -> pa.Table:
     return pa.Table.from_pylist(rows, SCHEMA)
 
 
+@pytest.mark.full
 @pytest.mark.cases
 @pytest.mark.parametrize("looks", [1, 5])
 @pytest.mark.parametrize("operators", [1, 20])

@@ -143,6 +143,7 @@ def test_first_frame_of_an_animation_is_used(form: str) -> None:
 LARGE = [(2051, 1547), (1030, 1999), (1024, 1024), (700, 513)]
 
 
+@pytest.mark.full
 @pytest.mark.cases
 @pytest.mark.parametrize("orientation", [1, 6])
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
@@ -252,6 +253,7 @@ BAD: dict[str, tuple[dict[str, bytes], str]] = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("sample", "reason"), BAD.values(), ids=BAD)
 def test_unusable_sample_is_rejected_with_a_reason_and_without_memory(sample: dict[str, bytes], reason: str) -> None:
     tracemalloc.start()
@@ -262,6 +264,7 @@ def test_unusable_sample_is_rejected_with_a_reason_and_without_memory(sample: di
     assert str(caught.value).strip()
 
 
+@pytest.mark.full
 def test_thin_line_is_not_enlarged_to_billions_of_pixels() -> None:
     line = saved(Image.new("L", (60_000, 1)), "png")
     with pytest.raises(SampleError, match="too long and thin"):
@@ -348,6 +351,7 @@ def fuzzed() -> dict[str, Callable[[], bytes]]:
     }
 
 
+@pytest.mark.full
 @pytest.mark.cases
 @pytest.mark.parametrize("kind", fuzzed())
 @pytest.mark.filterwarnings("ignore")  # Pillow warns about damaged files

@@ -81,6 +81,7 @@ def degrading(spec: str, shards: list[str], out: Path, **options: object) -> Deg
     return DegradeConfig(model=model, patterns=str(out), shards=tuple(shards), out=str(out), **defaults | options)  # type: ignore[arg-type]
 
 
+@pytest.mark.full
 def test_the_patch_that_a_model_uses_is_replaced_first_and_a_random_order_falls_as_expected(
     looking: str, bright: list[str], tmp_path: Path
 ) -> None:
@@ -128,6 +129,7 @@ def slow_curve(model: nn.Module, x: Tensor, values: Tensor, least_first: bool) -
     return [float(p[predicted]) for p in found]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("least_first", [False, True])
 def test_curves_equal_those_of_a_slow_loop(
     model_spec: str, shards: list[str], tmp_path: Path, least_first: bool
@@ -156,6 +158,7 @@ def test_curves_equal_those_of_a_slow_loop(
     assert len(rows) == (len(METHODS) + len(BASELINES)) * seen
 
 
+@pytest.mark.full
 def test_a_random_order_depends_on_the_key_and_the_seed_alone(
     model_spec: str, shards: list[str], tmp_path: Path
 ) -> None:
@@ -185,6 +188,7 @@ def test_workers_on_a_cluster_compute_what_one_process_computes(
     np.testing.assert_allclose(np.stack(one["curve"].to_numpy()), np.stack(other["curve"].to_numpy()), atol=2e-6)
 
 
+@pytest.mark.full
 def test_a_finished_shard_is_not_processed_again(model_spec: str, shards: list[str], tmp_path: Path) -> None:
     fit(make_fit_config(model_spec, shards[:3], tmp_path), HERE)
     config = degrading(model_spec, shards[:3], tmp_path)

@@ -173,6 +173,7 @@ def test_clock_difference_is_reported_in_seconds() -> None:
     assert "off by 90 s" in problem.what
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("count", [0, 1, 5, COMMON, 1000, 1001])
 @pytest.mark.parametrize("nodes", [1, 3, 40])
 def test_every_shard_is_read_by_a_node_and_some_by_all(count: int, nodes: int) -> None:

@@ -131,6 +131,7 @@ def test_pointing_is_1_for_maps_of_the_object_and_a_quarter_for_noise(
     assert len(shares) == 4 * 36  # a grid for each sample, with four targets
 
 
+@pytest.mark.full
 def test_class_cosine_is_that_of_the_maps_of_the_two_likeliest_classes(
     config: EvaluateConfig, values: dict[tuple[str, str], dict[str, list[float]]]
 ) -> None:
@@ -146,6 +147,7 @@ def test_class_cosine_is_that_of_the_maps_of_the_two_likeliest_classes(
                 assert found == pytest.approx(1.0 if (one == other).all() else expected, abs=1e-5)
 
 
+@pytest.mark.full
 def test_maps_that_ignore_the_model_keep_their_ranks_if_its_weights_are_random(
     values: dict[tuple[str, str], dict[str, list[float]]],
 ) -> None:
@@ -156,6 +158,7 @@ def test_maps_that_ignore_the_model_keep_their_ranks_if_its_weights_are_random(
     assert set(np.round([v for each in values["random-all", "gradient-x-input"].values() for v in each])) <= {0.0, 1.0}
 
 
+@pytest.mark.full
 def test_refitted_patterns_are_those_of_a_fit_of_the_model_with_random_weights(
     config: EvaluateConfig, values: dict[tuple[str, str], dict[str, list[float]]], tmp_path: Path
 ) -> None:
@@ -185,10 +188,12 @@ def test_refitted_patterns_are_those_of_a_fit_of_the_model_with_random_weights(
     assert values["random-all-refit", "gradient-x-input"] == values["random-all", "gradient-x-input"]
 
 
+@pytest.mark.full
 def test_degradation_removes_the_object_first(values: dict[tuple[str, str], dict[str, list[float]]]) -> None:
     assert mean(values["degradation", "patternattribution:class-specific"]) > mean(values["degradation", "random"])
 
 
+@pytest.mark.full
 def test_table_has_every_method_and_measure_with_standard_errors(
     config: EvaluateConfig, values: dict[tuple[str, str], dict[str, list[float]]], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -226,6 +231,7 @@ def test_a_killed_job_resumes_to_the_same_bytes(
         assert (tmp_path / name).read_bytes() == (Path(config.out) / name).read_bytes()
 
 
+@pytest.mark.full
 def test_contrast_changes_the_maps_and_a_measure_that_is_impossible_is_named(
     config: EvaluateConfig, tmp_path: Path, model_spec: str, values: dict[tuple[str, str], dict[str, list[float]]]
 ) -> None:

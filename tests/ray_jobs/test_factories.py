@@ -69,6 +69,7 @@ FORWARDS = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.cases
 @pytest.mark.parametrize("code", WRAPPED.values(), ids=WRAPPED)
 def test_wrapped_model_is_unwrapped(load: Load, code: str) -> None:
@@ -78,6 +79,7 @@ def test_wrapped_model_is_unwrapped(load: Load, code: str) -> None:
     assert list(loaded.network.operators) == list(plain.network.operators)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("forward", FORWARDS.values(), ids=FORWARDS)
 def test_forward_of_any_signature_gets_the_input(load: Load, forward: str) -> None:
     loaded = load(f"""
@@ -196,6 +198,7 @@ def test_model_of_a_module_is_the_same_at_every_load(tmp_path: Path, monkeypatch
     assert loading.load(config).digest == first.digest
 
 
+@pytest.mark.full
 def test_lazy_layers_are_the_same_in_every_process(load: Load) -> None:
     code = "def made(): return nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.Flatten(), nn.LazyLinear(3))"
     torch.manual_seed(0)
@@ -223,6 +226,7 @@ class made(nn.Module):
 """
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("precision", "complex_dtype"), [("float32", torch.complex64), ("float64", torch.complex128)])
 def test_complex_and_integer_tensors_keep_their_type_when_cast(
     load: Load, precision: str, complex_dtype: torch.dtype

@@ -15,6 +15,8 @@ from ray_jobs.jobs import job_session
 from tests.ray_jobs.runs import OPTIONS
 from tests.ray_jobs.store import FailingFileSystem
 
+pytestmark = pytest.mark.full
+
 ALONE = ("--workers", "0", "--retries", "0")
 FIRST_FAILURES = (1, 3, 8, 20)
 URL = "failing://store"
@@ -122,7 +124,6 @@ def store(
     FailingFileSystem.reset()
 
 
-@pytest.mark.cases
 @pytest.mark.parametrize(("name", "number"), [(name, n) for name, cases in CASES.items() for n in range(len(cases))])
 def test_failing_store_is_one_error_line(
     name: str,

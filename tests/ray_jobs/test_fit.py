@@ -61,6 +61,7 @@ def undisturbed(model_spec: str, shards: list[str], tmp_path_factory: pytest.Tem
     return Path(fit(make_fit_config(model_spec, shards, tmp_path_factory.mktemp("runs") / "one"), HERE).folder)
 
 
+@pytest.mark.full
 def test_the_job_computes_what_one_process_computes(undisturbed: Path, model_spec: str, shards: list[str]) -> None:
     torch.set_num_threads(1)
     loaded = loading.load(ModelConfig(spec=model_spec, **PREPROCESSING))  # type: ignore[arg-type]
@@ -72,6 +73,7 @@ def test_the_job_computes_what_one_process_computes(undisturbed: Path, model_spe
             assert (saved[f"{name}/{row}"] - pattern).norm() <= 1e-6 * pattern.norm(), (name, row)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("workers", [0, *SEVERAL])
 def test_the_number_of_workers_and_the_order_of_shards_change_no_digit(
     request: pytest.FixtureRequest,

@@ -40,6 +40,7 @@ def same(one: Image.Image, other: Image.Image) -> bool:
     return np.array_equal(np.asarray(one.convert("RGB")), np.asarray(other.convert("RGB")))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("outputs", [("npy",), ("parquet",)])
 def test_pictures_from_every_format_equal_those_of_the_job(
     run: Run, fitted: str, model: ModelConfig, shards: list[str], tmp_path: Path, outputs: tuple[str, ...]
@@ -53,6 +54,7 @@ def test_pictures_from_every_format_equal_those_of_the_job(
             assert same(one.maps[method], two.maps[method])
 
 
+@pytest.mark.full
 def test_photographs_are_the_models_inputs(run: Run, shards: list[str]) -> None:
     preprocessing = Preprocessing(image_size=16, resize=16, interpolation="bilinear", mean=(0.5,) * 3, std=(0.25,) * 3)
     found = Gallery(run, {})
@@ -90,6 +92,7 @@ def test_captions_use_known_class_names(run: Run, tmp_path: Path) -> None:
         assert found.caption(row) == f"{label} → {prediction} {row['probability']:.0%}"
 
 
+@pytest.mark.full
 def test_commands_draw_and_print_the_path(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first, *_, last = pq.read_table(run.folder / "explanations.parquet")["key"].to_pylist()
     folder = str(run.folder)
@@ -105,6 +108,7 @@ def test_commands_draw_and_print_the_path(run: Run, tmp_path: Path, capsys: pyte
     assert (tmp_path / "one.pdf").read_bytes().startswith(b"%PDF")
 
 
+@pytest.mark.full
 def test_missing_explanations_are_an_error(
     run: Run, fitted: str, model: ModelConfig, shards: list[str], tmp_path: Path, complaint: Any
 ) -> None:

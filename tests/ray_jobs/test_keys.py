@@ -120,6 +120,7 @@ def test_names_of_a_folder_are_restored_whether_read_or_packed(fitted: str, mode
         assert sorted(os.fsencode(key) for key in keys) == sorted(b"cat/" + name for name in names)
 
 
+@pytest.mark.full
 def test_samples_are_chosen_by_key_or_name(
     fitted: str, model: ModelConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], complaint: Any
 ) -> None:

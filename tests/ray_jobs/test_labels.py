@@ -126,6 +126,7 @@ def test_image_names_that_are_numbers_are_not_taken_for_labels() -> None:
     ]
 
 
+@pytest.mark.full
 @given(
     st.lists(st.text(st.characters(exclude_categories=("C", "Z")), min_size=1, max_size=8), min_size=1, unique=True),
     st.data(),

@@ -28,6 +28,8 @@ from ray_jobs.models import loading
 from tests.patterns.networks import relative
 from tests.ray_jobs.runs import OPTIONS, PREPROCESSING
 
+pytestmark = pytest.mark.full
+
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "run-0.2.0"
 PLACEHOLDER = "/run-0.2.0-fixture"
 METHODS = "gradient,patternnet,patternattribution"

@@ -74,6 +74,7 @@ def in_zarr(folder: Path, name: str) -> dict[str, dict[str, np.ndarray]]:
     return {key: {m: arrays[m][i] for m in METHODS} for i, key in enumerate(group.attrs["keys"])}
 
 
+@pytest.mark.full
 def test_every_format_holds_the_same_maps(fitted: Path, model: ModelConfig, shards: list[str], tmp_path: Path) -> None:
     explain(config(fitted, model, shards[:3], tmp_path, outputs=KINDS), HERE)
     for shard in shards[:3]:
@@ -102,6 +103,7 @@ def test_only_the_chosen_formats_are_written(
             assert set(sample.files) == {"json", *(f"{method}.{kinds[0]}" for method in METHODS)}
 
 
+@pytest.mark.full
 def test_maps_of_another_size_with_fewer_channels(
     fitted: Path, model: ModelConfig, shards: list[str], tmp_path: Path
 ) -> None:
@@ -129,6 +131,7 @@ def test_maps_of_another_size_with_fewer_channels(
     assert tables[0].equals(tables[1])
 
 
+@pytest.mark.full
 def test_several_maps_of_a_sample_are_one_array(
     fitted: Path, model: ModelConfig, shards: list[str], tmp_path: Path
 ) -> None:
@@ -154,6 +157,7 @@ def test_several_maps_of_a_sample_are_one_array(
     assert Image.open(io.BytesIO(sample.files["gradient.png"])).size == (32, 16)
 
 
+@pytest.mark.full
 def test_an_inner_neuron_is_explained_with_the_models_own_predictions(
     fitted: Path, model: ModelConfig, shards: list[str], tmp_path: Path
 ) -> None:
@@ -291,6 +295,7 @@ def test_patterns_of_the_named_estimator_are_used(
     assert torch.isfinite(load(fitted, None)["0"]["multivariate"]).all()
 
 
+@pytest.mark.full
 def test_half_precision_gives_similar_maps(fitted: Path, model: ModelConfig, shards: list[str], tmp_path: Path) -> None:
     methods = ("gradient", "patternattribution", "lrp-epsilon-plus-flat")
     asked = replace(config(fitted, model, shards[:1], tmp_path / "float32"), methods=methods, target="1")

@@ -143,6 +143,7 @@ class Faulty:
         self.held = []
 
 
+@pytest.mark.full
 @settings(max_examples=200)
 @given(
     faults=st.lists(st.lists(st.sampled_from(["bad", "lost"]), max_size=4), min_size=1, max_size=8),

@@ -19,6 +19,7 @@ HERE = Resources(workers=0)
 Capsys = pytest.CaptureFixture[str]
 
 
+@pytest.mark.full
 def test_the_job_samples_the_positions_that_the_library_samples(
     model_spec: str, shards: list[str], tmp_path: Path
 ) -> None:
@@ -57,6 +58,7 @@ def test_a_wrong_number_of_positions_is_rejected(complaint, positions: str) -> N
     assert f"'{positions}' is not a number of positions; write 16, all or auto" in line
 
 
+@pytest.mark.full
 def test_merged_fits_of_sampled_positions_equal_the_fit_of_all_their_shards(
     model_spec: str, shards: list[str], tmp_path: Path
 ) -> None:
@@ -70,6 +72,7 @@ def test_merged_fits_of_sampled_positions_equal_the_fit_of_all_their_shards(
     assert merged.manifest()["fit"]["options"]["positions"] == 3
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("tolerance", "expected"), [(100.0, 4), (1e-6, None)])
 def test_auto_chooses_the_positions_that_the_tolerance_needs_and_keeps_them(
     model_spec: str, shards: list[str], tmp_path: Path, tolerance: float, expected: int | None, capsys: Capsys
@@ -93,6 +96,7 @@ def test_auto_takes_all_positions_if_there_are_too_few_images(
     assert run.manifest()["fit"]["options"]["positions"] is None
 
 
+@pytest.mark.full
 def test_more_positions_than_an_image_has_are_all_positions(model_spec: str, shards: list[str], tmp_path: Path) -> None:
     every = fit(make_fit_config(model_spec, shards[:2], tmp_path / "every"), HERE)
     many = fit(make_fit_config(model_spec, shards[:2], tmp_path / "many", positions=10**6), HERE)

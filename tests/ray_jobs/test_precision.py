@@ -26,6 +26,7 @@ def test_products_use_float32_unless_tf32_is_chosen(model_spec: str, precision: 
         assert loaded.dtype == (torch.float64 if precision == "float64" else torch.float32)
 
 
+@pytest.mark.full
 def test_tf32_changes_nothing_on_a_device_without_it(model_spec: str, shards: list[str], tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine may have TF32")

@@ -51,6 +51,7 @@ def timm_configs() -> Iterator[tuple[str, dict[str, Any]]]:
         yield name, resolve_data_config(pretrained_cfg=found.to_dict())
 
 
+@pytest.mark.full
 def test_every_pretrained_configuration_of_timm_is_converted_or_rejected_by_name() -> None:
     kinds: dict[tuple[Any, ...], dict[str, Any]] = {}
     rejected = []
@@ -110,6 +111,7 @@ def test_unsupported_transform_is_named(changed: dict[str, Any], named: str) -> 
     assert named in caught.value.what
 
 
+@pytest.mark.full
 def test_every_preset_of_torchvisions_classifiers_is_reproduced() -> None:
     presets: dict[tuple[Any, ...], Any] = {}
     for name in torchvision.models.list_models(module=torchvision.models):

@@ -104,6 +104,7 @@ def regressed(a: list[np.ndarray], b: Neuron, c: Neuron) -> float:
     return 1 - np.corrcoef(distractor(c) @ v, c.y.numpy())[0, 1]
 
 
+@pytest.mark.full
 def test_the_job_computes_what_a_regression_over_the_images_computes(
     fitted: Path, model: ModelConfig, sets: tuple[list[str], ...], tmp_path: Path
 ) -> None:
@@ -161,6 +162,7 @@ def test_workers_losses_and_resuming_change_no_digit(
             assert one == (None if two is None else pytest.approx(two, abs=1e-7))
 
 
+@pytest.mark.full
 def test_estimators_solved_later_are_judged_without_data(
     model: ModelConfig, sets: tuple[list[str], ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,6 +187,7 @@ def test_estimators_solved_later_are_judged_without_data(
     assert all(0 <= r["rho"] <= 2 for r in rows if r["rho"] is not None)
 
 
+@pytest.mark.full
 def test_the_command_splits_the_shards_judges_and_draws(
     fitted: Path, sets: tuple[list[str], ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

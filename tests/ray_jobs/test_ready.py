@@ -30,6 +30,7 @@ def tensors(path: Path, *shape: int, first: dict[str, object] | None = None) -> 
     return str(write_tar(path, samples + [{"__key__": f"s{i}", "npy": npy(*shape), "cls": b"1"} for i in range(4)]))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("channels", [1, 2, 3, 5])
 def test_fit_of_ready_tensors_needs_no_options(tmp_path: Path, channels: int) -> None:
     (tmp_path / "m.py").write_text(NET.format(channels))
@@ -73,6 +74,7 @@ def test_tensors_that_are_not_square_are_an_error(tmp_path: Path) -> None:
     assert "(3, 8, 9)" in caught.value.what
 
 
+@pytest.mark.full
 def test_images_are_rejected_by_a_model_with_another_number_of_channels(tmp_path: Path) -> None:
     (tmp_path / "m.py").write_text(NET.format(2))
     samples = [{"__key__": "s0", "npy": npy(2, 28, 28)}, {"__key__": "s1", "jpg": jpeg(np.random.default_rng(0))}]

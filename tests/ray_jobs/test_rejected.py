@@ -45,6 +45,7 @@ def read_status(folder: Path, job: str) -> str:
     return json.loads((folder / "out" / "manifest.json").read_text())[job]["status"]
 
 
+@pytest.mark.full
 def test_job_that_used_no_sample_fails_whatever_is_allowed(
     job: str, command: Callable[[int, int], list[str]], tmp_path: Path, complaint: Complaint
 ) -> None:
@@ -57,6 +58,7 @@ def test_job_that_used_no_sample_fails_whatever_is_allowed(
     assert read_status(tmp_path, job) == "begun"
 
 
+@pytest.mark.full
 def test_rejected_fraction_of_few_samples_is_checked_at_the_end(
     job: str, command: Callable[[int, int], list[str]], tmp_path: Path, complaint: Complaint
 ) -> None:

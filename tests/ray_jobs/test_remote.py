@@ -24,6 +24,8 @@ from ray_jobs.runs.run_folder import Run
 from tests.conftest import write_tar
 from tests.ray_jobs.runs import PREPROCESSING, make_fit_config
 
+pytestmark = pytest.mark.full
+
 HERE = Resources(workers=0, max_loss=0.0, retries=0)
 # Set in the environment, as for the processes of a cluster.
 STORE = {"AWS_ACCESS_KEY_ID": "none", "AWS_SECRET_ACCESS_KEY": "none", "AWS_DEFAULT_REGION": "us-east-1"}
@@ -59,7 +61,6 @@ def load_patterns(run: Run) -> dict[str, object]:
     return load_tensors((run.folder / "patterns.safetensors").read_bytes())
 
 
-@pytest.mark.full
 def test_run_in_an_object_store_equals_the_run_on_disk(
     model_spec: str, bucket: str, uploaded: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,6 +20,8 @@ from ray_jobs.runs.run_folder import Run
 from ray_jobs.studies.datasets import read_digits, read_idx, write_digits
 from ray_jobs.studies.reproduce import compare_findings
 
+pytestmark = pytest.mark.full
+
 TRAIN, TEST = 2000, 1000
 
 

@@ -64,6 +64,7 @@ def quarantined(run: Path) -> list[tuple[str, str]]:
 # --- rounds -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_only_rejected_samples_are_tried_again_and_give_the_fit_of_fixed_data(model_spec: str, tmp_path: Path) -> None:
     good = tensors(6)
     cut = {**good[2], "npy": good[2]["npy"][:100]}  # type: ignore[index]
@@ -93,6 +94,7 @@ def test_only_rejected_samples_are_tried_again_and_give_the_fit_of_fixed_data(mo
     assert (tmp_path / "run" / "manifest.json").read_bytes() == before, "there was nothing to try again"
 
 
+@pytest.mark.full
 def test_estimators_that_were_solved_earlier_remain_when_a_fit_is_completed(model_spec: str, tmp_path: Path) -> None:
     shards = make_shards(tmp_path / "s", 3, 4)
     whole = Path(shards[2]).read_bytes()
@@ -119,6 +121,7 @@ def test_a_rejected_sample_that_is_no_longer_there_stays_in_the_quarantine(model
     assert quarantined(tmp_path / "run") == [(bad["__key__"], "read")]
 
 
+@pytest.mark.full
 def test_an_interrupted_round_is_resumed_with_and_without_the_option(
     model_spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -150,6 +153,7 @@ def test_an_interrupted_round_is_resumed_with_and_without_the_option(
 # --- samples without a finite output ------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_samples_without_a_finite_output_are_rejected_and_change_no_sum(tmp_path: Path) -> None:
     (tmp_path / "m.py").write_text(OVERFLOWING)
     good, more = tensors(5, seed=1), tensors(4, seed=2)
@@ -170,6 +174,7 @@ def test_samples_without_a_finite_output_are_rejected_and_change_no_sum(tmp_path
 # --- limits -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_a_run_of_mostly_broken_samples_ends_with_an_error(model_spec: str, tmp_path: Path) -> None:
     shards = []
     for number in range(12):
@@ -184,6 +189,7 @@ def test_a_run_of_mostly_broken_samples_ends_with_an_error(model_spec: str, tmp_
     assert fit(config, replace(HERE, max_bad_fraction=0.8)).manifest()["fit"]["samples"] == 72
 
 
+@pytest.mark.full
 def test_passes_over_the_data_give_the_patterns_of_one_pass(model_spec: str, tmp_path: Path) -> None:
     shards = make_shards(tmp_path, 4, 5)
     config = make_fit_config(model_spec, shards, tmp_path / "one")
@@ -212,6 +218,7 @@ def fits(network: object, config: FitConfig, memory: int) -> bool:
     return True
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("limit", [2, 5])
 def test_partial_moments_merged_during_a_fit_give_the_same_patterns(
     model_spec: str, tmp_path: Path, limit: int, monkeypatch: pytest.MonkeyPatch
@@ -229,6 +236,7 @@ def test_partial_moments_merged_during_a_fit_give_the_same_patterns(
     assert quarantined(tmp_path / "merging") == [("cut", "decode")]
 
 
+@pytest.mark.full
 def test_a_merged_fit_of_fixed_data_keeps_its_quarantine_and_its_rounds(model_spec: str, tmp_path: Path) -> None:
     folders = []
     for name in ("a", "b"):

@@ -73,6 +73,7 @@ def test_later_command_reports_a_model_with_unseeded_random_numbers(
     assert "random" in caught.value.remedy
 
 
+@pytest.mark.full
 def test_model_with_another_constant_than_when_fitted_is_an_error(
     spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,6 +104,7 @@ def test_probabilities_are_an_error_unless_the_softmax_is_stripped(
     assert stripped.equals(logits)
 
 
+@pytest.mark.full
 def test_model_with_one_output_is_explained_for_it(spec: str, tmp_path: Path) -> None:
     shards, run = make_shards(tmp_path / "shards", 1, 3), tmp_path / "run"
     model = ModelConfig(spec=f"{spec}:Binary", **PREPROCESSING)
@@ -127,6 +129,7 @@ def test_model_with_one_output_is_explained_for_it(spec: str, tmp_path: Path) ->
     assert "one number" in caught.value.what
 
 
+@pytest.mark.full
 def test_score_of_a_single_output_is_the_models_output(spec: str, tmp_path: Path) -> None:
     from ray_jobs.data.shard_reader import ReaderConfig, ShardReader
     from ray_jobs.models import loading

@@ -127,6 +127,7 @@ def steps(difference: torch.Tensor, preprocessing: Preprocessing) -> int:
     return round(float((difference.abs().amax((1, 2)) * torch.tensor(preprocessing.std)).max()) * 255)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("size", [(320, 256), (200, 500)])
 def test_images_are_preprocessed_as_by_torchvision(size: tuple[int, int]) -> None:
     data = photograph(*size)

@@ -75,6 +75,7 @@ def test_url_without_wildcards_does_not_change() -> None:
     assert list_shards(specs) == specs
 
 
+@pytest.mark.full
 def test_hundred_thousand_shards_are_listed() -> None:
     assert len(list_shards(["s3://bucket/{000000..099999}.tar"])) == 100_000
 

@@ -219,6 +219,7 @@ def test_s3_is_read_with_credentials_of_the_environment(s3: str, folder: Path, v
     ]
 
 
+@pytest.mark.full
 def test_missing_object_is_an_error(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("ACCESS_KEY_ID", "anyone"), ("SECRET_ACCESS_KEY", "anything"), ("ENDPOINT_URL", s3)):
         monkeypatch.setenv(f"AWS_{name}", value)

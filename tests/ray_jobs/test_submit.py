@@ -24,6 +24,8 @@ from ray_jobs.jobs.fit.fit import fit
 from tests.conftest import make_shards
 from tests.ray_jobs.runs import LATE, OPTIONS, assert_same_patterns, make_fit_config, wait_until
 
+pytestmark = pytest.mark.full
+
 PROGRAM = [sys.executable, "-m", "ray_jobs"]
 TOKEN = secrets.token_hex(32)
 

@@ -162,6 +162,7 @@ def test_file_truncated_anywhere_is_an_error(tmp_path: Path) -> None:
             list(read_shard(str(path)))
 
 
+@pytest.mark.full
 def test_damaged_file_is_read_or_is_an_error(tmp_path: Path) -> None:
     path = Path(written(tmp_path, {"image": hugging_face(list(IMAGES[:6])), "label": list(range(6))}))
     data = path.read_bytes()

@@ -255,6 +255,7 @@ def test_damaged_image_affects_no_other_sample(archive: tuple[bytes, list[tarfil
     assert 0 < rejections < 1500
 
 
+@pytest.mark.full
 def test_flipped_header_breaks_the_shard_or_affects_only_its_sample(
     archive: tuple[bytes, list[tarfile.TarInfo]],
 ) -> None:
@@ -269,6 +270,7 @@ def test_flipped_header_breaks_the_shard_or_affects_only_its_sample(
     assert broken > 3900
 
 
+@pytest.mark.full
 def test_forged_header_breaks_the_shard_or_affects_only_its_sample(
     archive: tuple[bytes, list[tarfile.TarInfo]],
 ) -> None:
@@ -290,6 +292,7 @@ def test_forged_header_breaks_the_shard_or_affects_only_its_sample(
     assert 500 < broken < 3500
 
 
+@pytest.mark.full
 def test_damaged_archives_are_an_error_or_lose_only_damaged_samples(
     archive: tuple[bytes, list[tarfile.TarInfo]],
 ) -> None:

@@ -31,6 +31,7 @@ def config(model_spec: str, tmp_path_factory: pytest.TempPathFactory) -> FitConf
     )
 
 
+@pytest.mark.full
 def test_fit_stops_when_its_patterns_have_converged_and_draws_the_curve(config: FitConfig) -> None:
     section = fit(config, HERE).manifest()["fit"]
     converged = section["converged"]
@@ -63,6 +64,7 @@ def test_fit_that_does_not_converge_reads_all_shards_and_reports_its_error(confi
     assert section["converged"]["samples"] == 48
 
 
+@pytest.mark.full
 def test_fit_that_was_killed_after_it_converged_reads_no_more(
     config: FitConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -97,6 +97,7 @@ def test_converted_kernels_convolve_as_the_originals() -> None:
         np.testing.assert_allclose(found.permute(0, 2, 3, 1), convolve(images, kernel, bias), rtol=0, atol=1e-12)
 
 
+@pytest.mark.full
 def test_names_are_those_of_the_convolutions_of_the_trunk() -> None:
     modules = dict(trunk().named_children())
     convolutions = [int(name) for name, module in modules.items() if isinstance(module, torch.nn.Conv2d)]

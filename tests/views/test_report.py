@@ -52,6 +52,7 @@ def test_numbers_equal_those_of_the_tables(run: Run, tmp_path: Path) -> None:
     assert len(page.curves.chart.bands) == 2 + len(BASELINES)
 
 
+@pytest.mark.full
 def test_evaluation_has_the_numbers_of_its_table(
     bare: Run, model: ModelConfig, shards: list[str], tmp_path: Path
 ) -> None:
@@ -90,6 +91,7 @@ def test_evaluation_has_the_numbers_of_its_table(
     assert first.compared["Evaluation"]["class: gradient"] == f"{expected['gradient', 'class'][0]:.3f}"
 
 
+@pytest.mark.full
 def test_shown_weights_are_equal_from_patterns_and_from_the_model(run: Run, bare: Run, tmp_path: Path) -> None:
     def weights(page: Contents) -> list[np.ndarray]:
         assert page.filters is not None
@@ -103,6 +105,7 @@ def test_shown_weights_are_equal_from_patterns_and_from_the_model(run: Run, bare
     assert len({a.tobytes() for a in one}) == 6
 
 
+@pytest.mark.full
 def test_patterns_are_shown_without_the_model(
     model_spec: str, model: ModelConfig, shards: list[str], tmp_path: Path
 ) -> None:
@@ -143,6 +146,7 @@ def test_missing_photographs_do_not_hide_other_results(run: Run, model: ModelCon
     assert "The explanations cannot be shown" in (tmp_path / "x.html").read_text()
 
 
+@pytest.mark.full
 def test_same_seed_draws_the_same_samples(run: Run, tmp_path: Path) -> None:
     def keys(seed: int) -> list[str]:
         (page,) = write_report(tmp_path / "x.html", [str(run.folder)], 5, None, seed)
