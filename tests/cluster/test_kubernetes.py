@@ -36,9 +36,10 @@ from tests.cluster.kubernetes_objects import (
 )
 from tests.cluster.kubernetes_policies import PREEMPTIBLE, Policy, lands_on
 
-pytestmark = pytest.mark.full
-
-pytestmark = pytest.mark.skipif(not BUILD, reason="needs kubectl or kustomize to render the definitions")
+pytestmark = [
+    pytest.mark.full,
+    pytest.mark.skipif(not BUILD, reason="needs kubectl or kustomize to render the definitions"),
+]
 
 
 def breaks(table: dict[str, Policy], overlays: list[str]) -> Iterator[Any]:
