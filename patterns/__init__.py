@@ -35,7 +35,8 @@ from patterns.evaluation.conservation import Loss, conservation
 from patterns.io.pattern_files import choose, load, save
 from patterns.moments.gram import PatchMoments
 from patterns.moments.moments import Moments, Sums
-from patterns.operators.operator import Gate, Operator
+from patterns.operators.gates import Gate, SmoothGate
+from patterns.operators.operator import Operator
 from patterns.tracing.digests import digest
 from patterns.tracing.inputs import contrast
 from patterns.tracing.network import Network, trace
@@ -61,6 +62,7 @@ __all__ = [
     "PatternAttribution",
     "PatternAttributionComposite",
     "PatternNet",
+    "SmoothGate",
     "Solution",
     "Sums",
     "UserError",

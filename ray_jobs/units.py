@@ -1,5 +1,6 @@
 """Parsing and formatting of durations, sizes, versions and names."""
 
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
@@ -63,6 +64,16 @@ def format_bytes(size: int) -> str:
         if abs(size) >= 2**power:
             return f"{size / 2**power:.2f} {unit}"
     return f"{size / 2**10:.2f} KiB"
+
+
+def format_counts(counts: Mapping[str, int]) -> str:
+    """Format numbers of things.
+
+    Example:
+        >>> format_counts({"norms": 25, "smooth gates": 12})
+        '25 norms, 12 smooth gates'
+    """
+    return ", ".join(f"{count} {what}" for what, count in counts.items())
 
 
 def find_version(package: str) -> str:

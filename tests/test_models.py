@@ -3,7 +3,7 @@
 import gc
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -16,8 +16,8 @@ from patterns import Explainer, Network, Observer, UserError, choose, solve
 from patterns.estimation.estimators import required_sums
 from patterns.moments.moments import RequiredSums, moments_bytes
 from patterns.tracing.aten_graph import export
-from patterns.tracing.linearize import DETACHED_NORMS
 from patterns.tracing.network import build_network
+from patterns.tracing.scales import SCALES
 from tests.patterns.networks import relative
 
 TABLE = Path(__file__).parents[1] / "docs" / "models.md"
@@ -135,13 +135,9 @@ def check(spec: str) -> Row:
     with torch.no_grad():
         for x in (*batches, batches[0, :1]):
             assert relative(network.module(x), model(x)) < exact, "outputs"
-    free, detached = release(network)
-    assert relative(explain_with_weights(free, batches[0]), gradient(model, batches[0])) < close, "the model's gradient"
-    if detached:
-        assert relative(explain_with_weights(network, batches[0]), gradient(network.module, batches[0])) < close, (
-            "gradient"
-        )
-    del model, free
+    found = Explainer(network, None, ["gradient"])(batches[0]).maps["gradient"]
+    assert relative(found, gradient(model, batches[0])) < close, "the model's gradient"
+    del model, found
     gc.collect()
     patterns = fit(network, batches)
     for name in ("patternnet", "patternattribution"):
@@ -150,6 +146,7 @@ def check(spec: str) -> Row:
         assert found.shape == batches[0].shape, name
         assert found.isfinite().all(), name
     gated = sum(operator.gate is not None for operator in operators.values())
+    detached = sum(node.target in SCALES and node.target is not gated for node in network.module.graph.nodes)
     return Row(spec, parameters / 1e6, len(operators), gated, needed, detached, "works" if wide else "works in float32")
 
 
@@ -166,30 +163,6 @@ def trace_model(model: nn.Module, example: Tensor, spec: str) -> tuple[Network, 
                 raise
             assert found[1] in found[2].split(",")
             needed += found[2].split(",")
-
-
-def release(network: Network) -> tuple[Network, int]:
-    """Return the network without detached values, and the number of detached values that it had."""
-    norms = {detached: norm for norm, detached in DETACHED_NORMS.items()}
-    module, count = network.rewrite(lambda operator: operator), 0
-    for node in module.graph.nodes:
-        if node.target in norms:
-            node.target = norms[node.target]
-        elif node.target is torch.ops.aten.detach.default:
-            node.replace_all_uses_with(node.args[0])
-        else:
-            continue
-        count += 1
-    module.recompile()
-    return replace(network, module=module), count
-
-
-def explain_with_weights(network: Network, x: Tensor) -> Tensor:
-    """Return the gradient of the best scores by the explanation pass with the weights as patterns."""
-    weights = {name: operator.weight for name, operator in network.operators.items()}
-    explained = Explainer(network, weights, ["patternnet"])(x)
-    scores = explained.scores.amax(1)[:, None, None, None]
-    return torch.ldexp(explained.maps["patternnet"], torch.tensor(explained.exponents["patternnet"])) / scores
 
 
 def gradient(module: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -233,16 +206,15 @@ HEADER = """# Models
 
 `tests/test_models.py` (`make soak`) writes this page. Each model has random weights and sees two batches of two small
 images in float64. It *works* if its graph gives the model's own outputs, if its moments, patterns and explanations are
-finite, and if its explanation pass with the weights as patterns gives its own gradient (to 1e-8). Norms, gates and
-attention that are passed through are detached; the table counts them. The pass is compared with autograd through the
-detached graph, and without detached values with the model's gradient. *In float32*: the model is too large for float64
-on this machine, and is compared to 1e-3.
+finite, and if its method `gradient` gives the model's own gradient (to 1e-8). *Constant factors* counts the norms,
+attention weights and factors of products, which all other methods take as constants (see [smooth.md](smooth.md)). *In
+float32*: the model is too large for float64 on this machine, and is compared to 1e-3.
 
 A family of timm's models is the letters at the beginning of an architecture's name and its version, such as `v2`,
-without `tf_` and `legacy_`. {families} families have a model that consists only of linear operators and
-rectifiers, and needs no `--pass-through`: {names}.
+without `tf_` and `legacy_`. {families} families have a model that needs no
+`--pass-through`: {names}.
 
-| model | million parameters | operators | gated | needs `--pass-through` of | detached | result |
+| model | million parameters | operators | gated | needs `--pass-through` of | constant factors | result |
 | --- | --- | --- | --- | --- | --- | --- |
 """
 

@@ -21,6 +21,7 @@ from patterns.attribution.gradient_scaling import BranchScale, ScaledModule, Val
 from patterns.attribution.methods import BackwardPass, parse_method, resolve_settings
 from patterns.attribution.rectifier_rules import Rule, gate, insert_rules
 from patterns.attribution.rendering import RenderedExplanation, render_input
+from patterns.attribution.scale_rules import insert_scale_rules
 from patterns.compilation import ForwardBackward
 from patterns.errors import UserError
 from patterns.io.pattern_files import choose, load, load_trace_options
@@ -28,6 +29,7 @@ from patterns.operators.operator import Operator
 from patterns.tracing.digests import digest
 from patterns.tracing.inputs import Targets, resolve_targets, validate_inputs
 from patterns.tracing.network import Network, trace
+from patterns.tracing.scales import CONSTANT_FACTORS, has_scales
 
 # From output gradients to the results of all backward passes, for one output gradient after the other.
 BackwardFunction = Callable[[Sequence[Tensor]], Iterator[list[Tensor]]]
@@ -82,6 +84,8 @@ class Explainer:
             raise UserError("", what, "Explain a model whose output has shape (N, classes).", "model")
         self.network, self._like = network, network.like
         self._methods = {name: parse_method(name) for name in methods}
+        if not has_scales(network.module):  # then the rules for scales make no difference, and methods share passes
+            self._methods = {name: method.without_scales() for name, method in self._methods.items()}
         self.settings = resolve_settings(self._methods, settings or {})
         by_estimator: dict[str, Patterns] = {"": patterns or {}, **(estimators or {})}
         self._procedures = {
@@ -100,6 +104,9 @@ class Explainer:
         self._module = network.rewrite(self._make_operator)
         if any(backward.rectifier is not gate for backward in passes):
             insert_rules(self._module, lambda: self._rule)
+        self._scale_rules = CONSTANT_FACTORS
+        if has_scales(network.module):
+            insert_scale_rules(self._module, lambda: self._scale_rules, lambda: self._identity)
         self._potentials = self._scale_weights(network, scales or {})
         self._compiled: dict[torch.Size, ForwardBackward] = {}
 
@@ -293,7 +300,7 @@ class Explainer:
     def _select(self, backward: BackwardPass) -> None:
         """Let the operators and rectifiers do a backward pass."""
         self._current, self._identity = self._weights[backward], self._identities[backward]
-        self._rule = backward.rectifier
+        self._rule, self._scale_rules = backward.rectifier, backward.scales
 
     def _maps(
         self, inputs: Tensor, output_gradient: Tensor, results: list[Tensor], seeds: list[int]

@@ -22,6 +22,7 @@ from patterns.attribution.baselines import MapFunction, Settings
 from patterns.attribution.rectifier_rules import Rule, gate, gate_and_rectify, rectify
 from patterns.errors import UserError
 from patterns.tracing.network import Network
+from patterns.tracing.scales import CONSTANT_FACTORS, ScaleRules
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class BackwardPass:
     Attributes:
         operator: Function from an operator's weight and pattern to its backward weight.
         rectifier: The rule for rectifiers.
+        scales: The rules for norms, smooth gates, attention weights and the factors of products.
         needs_patterns: Whether `operator` uses the pattern.
         starts_from_value: Whether the output gradient is the target's value; otherwise it is 1.
         estimator: The estimator whose patterns are used; "" for the explainer's default patterns.
@@ -38,6 +40,7 @@ class BackwardPass:
 
     operator: Callable[[Tensor, Tensor | None], Tensor | None]
     rectifier: Rule = gate
+    scales: ScaleRules = CONSTANT_FACTORS
     needs_patterns: bool = False
     starts_from_value: bool = False
     estimator: str = ""
@@ -64,6 +67,12 @@ class Method:
     procedure: Procedure | None = None
     settings: Mapping[str, float] = field(default_factory=dict)
 
+    def without_scales(self) -> "Method":
+        """Return the method for networks without scales, in which all rules for scales do the same."""
+        return (
+            self if self.backward is None else replace(self, backward=replace(self.backward, scales=CONSTANT_FACTORS))
+        )
+
     @property
     def needs_patterns(self) -> bool:
         """Whether the method uses patterns."""
@@ -85,16 +94,17 @@ def load_zennit_method(name: str) -> Procedure:
     return procedure
 
 
-GRADIENT = BackwardPass(use_weight)
-SIGNAL = BackwardPass(lambda w, a: a, needs_patterns=True, starts_from_value=True)
+GRADIENT = BackwardPass(use_weight, scales=ScaleRules(differentiates=True))
+LINEARIZED = replace(GRADIENT, scales=CONSTANT_FACTORS)
+SIGNAL = BackwardPass(lambda w, a: a, scales=ScaleRules(norms="divide"), needs_patterns=True, starts_from_value=True)
 # Σ map is the target's value, less the losses at gates and borders: patterns/evaluation/conservation.py.
-ATTRIBUTION = replace(SIGNAL, operator=lambda w, a: w * a)  # type: ignore[operator]
+ATTRIBUTION = replace(SIGNAL, operator=lambda w, a: w * a, scales=ScaleRules("pass", "pass"))  # type: ignore[operator]
 
 METHODS: dict[str, Method] = {
     "gradient": Method(GRADIENT),
-    "gradient-x-input": Method(GRADIENT, times_input=True, is_attribution=True),
-    "deconvnet": Method(BackwardPass(use_weight, rectify)),
-    "guided-backprop": Method(BackwardPass(use_weight, gate_and_rectify)),
+    "gradient-x-input": Method(LINEARIZED, times_input=True, is_attribution=True),
+    "deconvnet": Method(replace(GRADIENT, rectifier=rectify)),
+    "guided-backprop": Method(replace(GRADIENT, rectifier=gate_and_rectify)),
     "patternnet": Method(SIGNAL),
     "patternattribution": Method(ATTRIBUTION, is_attribution=True),
     # S_x of the paper: the estimate that takes the whole input as signal.

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.fx import GraphModule, Node
 
+from patterns.operators.gates import gated
 from patterns.tracing.rectifiers import IN_PLACE, RECTIFIERS
 
 FUNCTIONAL = {in_place: functional for functional, in_place in IN_PLACE.items()}
@@ -51,7 +52,7 @@ def insert_rules(module: GraphModule, rule: Callable[[], Rule]) -> None:
 def rectifier_function(node: Node) -> Any:
     """Return the functional form of a rectifier's node; None for any other node."""
     target = FUNCTIONAL.get(node.target, node.target)
-    return target if target in RECTIFIERS else None
+    return target if target in RECTIFIERS or target is gated else None
 
 
 class RuledRectifier(nn.Module):

@@ -20,6 +20,7 @@ from zennit.rules import Epsilon
 
 from patterns.attribution.baselines import MapFunction, OutputGradient, Settings, draw_noise, make_generators
 from patterns.attribution.rectifier_rules import insert_rules, pass_all
+from patterns.attribution.scale_rules import insert_scale_rules
 from patterns.operators.operator import (
     AveragePool,
     Convolution,
@@ -30,6 +31,7 @@ from patterns.operators.operator import (
     TransposedConvolution,
 )
 from patterns.tracing.network import Network, find_operator_calls
+from patterns.tracing.scales import ScaleRules
 
 
 class Layer(nn.Module):
@@ -84,6 +86,14 @@ def convert_to_layers(network: Network) -> GraphModule:
         module.add_submodule(node.target, Stack(operator) if several else Layer(operator, stacked=False))
     module.recompile()
     insert_rules(module, lambda: pass_all)
+    insert_scale_rules(module, lambda: ScaleRules("pass", "pass"))
+    return module
+
+
+def make_differentiable(network: Network) -> GraphModule:
+    """Return the network with the gradient of the model itself, also of norms, gates and attention weights."""
+    module = network.rewrite(lambda op: op)
+    insert_scale_rules(module, lambda: ScaleRules(differentiates=True))
     return module
 
 
@@ -120,7 +130,9 @@ def smoothgrad(network: Network, settings: Settings) -> MapFunction:
 
     The standard deviation of the noise is `noise` times the range of the sample's values.
     """
-    attributor = SmoothGrad(network.module, noise_level=settings["noise"], n_iter=int(settings["samples"]))
+    attributor = SmoothGrad(
+        make_differentiable(network), noise_level=settings["noise"], n_iter=int(settings["samples"])
+    )
 
     def average(inputs: Tensor, output_gradient: OutputGradient, seeds: list[int]) -> Tensor:
         with SeededNoise(seeds):
@@ -131,7 +143,7 @@ def smoothgrad(network: Network, settings: Settings) -> MapFunction:
 
 def integrated_gradients(network: Network, settings: Settings) -> MapFunction:
     """The mean gradient on the line from 0 to x, times x, at the ends of equal steps (Sundararajan et al. 2017)."""
-    attributor = IntegratedGradients(network.module, n_iter=int(settings["steps"]))
+    attributor = IntegratedGradients(make_differentiable(network), n_iter=int(settings["steps"]))
     return lambda inputs, output_gradient, _: run(attributor, inputs, output_gradient)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from patterns.errors import UserError
-from patterns.moments.moments import Moments, RequiredSums, Sums, require
+from patterns.moments.moments import ROUNDING, Moments, RequiredSums, Sums, require
 from patterns.operators.operator import Operator
 from patterns.operators.receptive_fields import mean_overlap
 
@@ -303,7 +303,8 @@ class Solution:
         patterns: Patterns by name from `ESTIMATORS`, in the weight's shape and at least float32.
         flags: ok, dead, constant or degenerate for each neuron.
         n: Number of samples, int64, shape (K,).
-        n_positive: Number of samples that open the gate (all samples without a gate), int64, shape (K,).
+        n_positive: Number of samples that open the gate (all samples without a gate), int64, shape (K,). For a smooth
+            gate the sum of their weights, float64.
         mean_y: Mean of the outputs without bias, float64, shape (K,).
         var_y: Variance of the outputs, float64, shape (K,).
 
@@ -351,7 +352,8 @@ def solve(operator: Operator, moments: Moments, estimators: Choices = "default",
     """
     total, opened = moments.total, moments.open
     n_positive, var_y = total.n if opened is None else opened.n, total.var_y()
-    informative = ((n_positive > 0) & (var_y > 0))[:, None]
+    alive = n_positive > ROUNDING * total.n
+    informative = (alive & (var_y > 0))[:, None]
     dtype = torch.promote_types(operator.weight.dtype, torch.float32)
     default, names = select_estimators(operator, "default")[0], select_estimators(operator, estimators)
     # The estimator whose patterns decide which neurons are degenerate.
@@ -368,7 +370,7 @@ def solve(operator: Operator, moments: Moments, estimators: Choices = "default",
             if name == decisive:
                 vanished[neurons] = (pattern == 0).all(1)
             patterns[name][neurons] = pattern.view_as(operator.weight[neurons])
-    return Solution(patterns, flag_neurons(n_positive, var_y, vanished), total.n, n_positive, total.mean_y(), var_y)
+    return Solution(patterns, flag_neurons(alive, var_y, vanished), total.n, n_positive, total.mean_y(), var_y)
 
 
 def split_neurons(operator: Operator) -> list[slice]:
@@ -377,11 +379,17 @@ def split_neurons(operator: Operator) -> list[slice]:
     return [slice(start, start + count) for start in range(0, operator.neurons, count)]
 
 
-def flag_neurons(n_positive: Tensor, var_y: Tensor, vanished: Tensor) -> list[str]:
-    """Return why each neuron has pattern 0, or ok; `vanished` marks the neurons whose decisive pattern is 0."""
-    flags = ["ok"] * len(n_positive)
+def flag_neurons(alive: Tensor, var_y: Tensor, vanished: Tensor) -> list[str]:
+    """Return why each neuron has pattern 0, or ok.
+
+    Args:
+        alive: Whether the gate ever opened.
+        var_y: The variance of the outputs.
+        vanished: Whether the neuron's decisive pattern is 0.
+    """
+    flags = ["ok"] * len(alive)
     for neuron in range(len(flags)):
-        if n_positive[neuron] == 0:
+        if not alive[neuron]:
             flags[neuron] = "dead"
         elif var_y[neuron] == 0:
             flags[neuron] = "constant"

@@ -322,8 +322,11 @@ def signal_covariances(moments: PatchMoments, components: int) -> Covariances:
     y = torch.stack([side.y for side in sides], -1).unflatten(0, (groups, -1)) / n
     yy = torch.stack([side.yy for side in sides], -1).unflatten(0, (groups, -1)) / n
     xy = torch.stack([require(side.xy) for side in sides], 1).unflatten(0, (groups, -1)) / n
-    # At most one of the components is different from 0 in each sample.
-    return Covariances(xy - x * y[..., None], torch.diag_embed(yy) - y[..., None] * y[..., None, :])
+    products = torch.diag_embed(yy)  # at most one of the components is different from 0 in each sample
+    if components == 2 and moments.squared is not None:  # Σm(1 - m)y² of a smooth gate
+        crossed = yy[..., 0] - moments.squared.unflatten(0, (groups, -1)) / n
+        products += crossed[..., None, None] * torch.tensor([[-1.0, 1.0], [1.0, -1.0]], dtype=crossed.dtype)
+    return Covariances(xy - x * y[..., None], products - y[..., None] * y[..., None, :])
 
 
 def cov_xx(moments: PatchMoments) -> Tensor:

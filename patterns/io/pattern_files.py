@@ -300,7 +300,7 @@ NEURON_SCHEMA = pa.schema(
         ("operator", pa.string()),
         ("neuron", pa.int32()),
         ("n", pa.int64()),
-        ("n_positive", pa.int64()),
+        ("n_positive", pa.float64()),  # the sum of weights for a smooth gate, else a number of samples
         ("mean_y", pa.float64()),
         ("var_y", pa.float64()),
         ("flag", pa.string()),
@@ -324,6 +324,7 @@ def pattern_table(operator: str, solution: Solution) -> pa.Table:
 def neuron_table(operator: str, s: Solution) -> pa.Table:
     """Return the rows of one operator in neurons.parquet."""
     k = len(s.flags)
-    columns = [[operator] * k, range(k), s.n.numpy(), s.n_positive.numpy(), s.mean_y.numpy(), s.var_y.numpy(), s.flags]
+    statistics = [t.numpy() for t in (s.n, s.n_positive.double(), s.mean_y, s.var_y)]
+    columns = [[operator] * k, range(k), *statistics, s.flags]
     arrays = [pa.array(column, field.type) for column, field in zip(columns, NEURON_SCHEMA)]
     return pa.Table.from_arrays(arrays, schema=NEURON_SCHEMA)

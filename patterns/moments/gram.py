@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from patterns.moments.moments import Moments, RequiredSums, Sums, moments_bytes, require, zero_moments
+from patterns.moments.moments import Moments, RequiredSums, Sums, moments_bytes, pair, require, zero_moments
 from patterns.moments.patch_gathering import PatchGatherer, flatten_positions, gather_positions
 from patterns.moments.position_sampling import PositionSampler
 from patterns.operators.operator import Inputs, Operator
@@ -26,6 +26,8 @@ class PatchMoments:
     Attributes:
         moments: The moments of the sampled patches, with all large sums.
         xx: Σxxᵀ for each group of neurons that share their inputs, float64, shape (G, D, D).
+        squared: Σ(m·y)² with the weights m of a smooth gate, float64, shape (K,). None for other operators; for a
+            rectifier it is Σy² over the open gate.
 
     Example:
         >>> import torch, patterns
@@ -37,18 +39,21 @@ class PatchMoments:
 
     moments: Moments
     xx: Tensor
+    squared: Tensor | None = None
 
     def __add__(self, other: "PatchMoments") -> "PatchMoments":
-        return PatchMoments(self.moments + other.moments, self.xx + other.xx)
+        squared = pair(self.squared, other.squared, "one side has a smooth gate, the other has not")
+        return PatchMoments(self.moments + other.moments, self.xx + other.xx, squared and squared[0] + squared[1])
 
     @property
     def nbytes(self) -> int:
         """Number of bytes of the sums."""
-        return self.moments.nbytes + self.xx.nbytes
+        return sum(t.nbytes for t in self.tensors().values())
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the sums by name: those of `Moments.tensors`, and `xx`."""
-        return {**self.moments.tensors(), "xx": self.xx}
+        """Return the sums by name: those of `Moments.tensors`, `xx` and `squared`."""
+        squared = {} if self.squared is None else {"squared": self.squared}
+        return {**self.moments.tensors(), "xx": self.xx, **squared}
 
     @staticmethod
     def from_tensors(named: Mapping[str, Tensor]) -> "PatchMoments":
@@ -61,14 +66,17 @@ class PatchMoments:
             KeyError: If a sum is missing.
             ValueError: If a name is unknown.
         """
-        return PatchMoments(Moments.from_tensors({k: t for k, t in named.items() if k != "xx"}), named["xx"])
+        own = {"xx", "squared"}
+        moments = Moments.from_tensors({k: t for k, t in named.items() if k not in own})
+        return PatchMoments(moments, named["xx"], named.get("squared"))
 
 
 def zero_patch_moments(operator: Operator) -> PatchMoments:
     """Return the moments of no patches, on the operator's device."""
     d = operator.inputs_per_neuron
     xx = torch.zeros((operator.groups, d, d), dtype=torch.float64, device=operator.weight.device)
-    return PatchMoments(zero_moments(operator, ALL_SUMS), xx)
+    moments, smooth = zero_moments(operator, ALL_SUMS), operator.gate is not None and operator.gate.is_smooth
+    return PatchMoments(moments, xx, torch.zeros_like(moments.total.y) if smooth else None)
 
 
 def patch_moments_bytes(operator: Operator) -> int:
@@ -83,7 +91,8 @@ def patch_moments_bytes(operator: Operator) -> int:
         >>> patch_moments_bytes(operator) - moments_bytes(operator, RequiredSums()) == 8 * 3 * 3
         True
     """
-    return moments_bytes(operator, ALL_SUMS) + 8 * operator.groups * operator.inputs_per_neuron**2
+    squared = operator.neurons if operator.gate is not None and operator.gate.is_smooth else 0
+    return moments_bytes(operator, ALL_SUMS) + 8 * (operator.groups * operator.inputs_per_neuron**2 + squared)
 
 
 class PatchAccumulator:
@@ -127,7 +136,7 @@ class PatchAccumulator:
         if not z.numel():
             return
         sampled = self._sampler.sample(op.name, z[0].numel() // op.neurons)
-        gate = None if op.gate is None else flatten_positions(op.gate.open(z), op.operator_type.axis)
+        gate = None if op.gate is None else flatten_positions(op.gate.weigh(z), op.operator_type.axis)
         images = max(1, PATCH_ELEMENTS // (sampled.shape[1] * op.groups * op.inputs_per_neuron))
         for start in range(0, len(z), images):
             chunk = slice(start, start + images)
@@ -139,7 +148,7 @@ class PatchAccumulator:
             self._add(x, mask)
 
     def _add(self, x: Tensor, mask: Tensor | None) -> None:
-        """Add patches (G, n, D), of which those with mask 1, (K, n), open the gate."""
+        """Add patches (G, n, D), given the weights of the gate, (K, n)."""
         weight = self._operator.weight.double().flatten(1).unflatten(0, (len(x), -1))
         y = (weight @ x.mT).flatten(0, 1)
         total, opened = self._sums.moments.total, self._sums.moments.open
@@ -147,11 +156,13 @@ class PatchAccumulator:
         add_samples(total, torch.full_like(total.n, x.shape[1]), y, y, x.sum(1), x)
         if opened is not None and mask is not None:
             x_open = (mask.unflatten(0, (len(x), -1)) @ x).flatten(0, 1)
-            add_samples(opened, mask.sum(1).long(), y, mask * y, x_open, x)
+            add_samples(opened, mask.sum(1).to(opened.n.dtype), y, mask * y, x_open, x)
+            if self._sums.squared is not None:
+                self._sums.squared.add_((mask * y).square().sum(1))
 
 
 def add_samples(sums: Sums, n: Tensor, y: Tensor, y_masked: Tensor, x_sum: Tensor, x: Tensor) -> None:
-    """Add n samples, given y (K, n), y times its mask, Σx over the samples with mask 1, and patches (G, n, D)."""
+    """Add n samples, given y (K, n), y times the gate's weights, Σx times these weights, and patches (G, n, D)."""
     sums.n.add_(n)
     sums.y.add_(y_masked.sum(1))
     sums.yy.add_((y * y_masked).sum(1))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from patterns.operators import winograd
 from patterns.operators.axes import reshape_along, sample_dimensions, sum_positions, sum_squares
+from patterns.operators.gates import AnyGate
 from patterns.operators.operator import Inputs, Operator, Summable
 
 T = TypeVar("T")
@@ -34,7 +35,7 @@ class Sums:
     """Sums over one set of samples (images × output positions), float64 except for the counts.
 
     Attributes:
-        n: Number of samples, int64, shape (K,).
+        n: Number of samples, int64, shape (K,). For the side of a smooth gate, the sum of their weights, float64.
         y: Sum of the outputs without bias, shape (K,).
         yy: Sum of y², shape (K,).
         x: Sum of the inputs, shape (G, D) or (K, D); None if it was not requested.
@@ -64,6 +65,8 @@ class Sums:
             both = pair(a, b, "one side has Σx and Σxy, the other has not")
             return both and torch.add(*both, alpha=sign)
 
+        if self.n.dtype != other.n.dtype and sign > 0:
+            raise ValueError("one side has the weights of a smooth gate, the other counts of samples")
         return Sums(*(combine(getattr(self, f), getattr(other, f)) for f in FIELDS))  # type: ignore[arg-type]
 
     def select_neurons(self, neurons: slice) -> "Sums":
@@ -75,22 +78,25 @@ class Sums:
 
     def mean_y(self) -> Tensor:
         """Return E[y], shape (K,); 0 without samples."""
-        return self.y / self.n.clamp(min=1)
+        return self.y / self._divisor()
 
     def var_y(self) -> Tensor:
         """Return var[y], shape (K,); exactly 0 without samples, and if the outputs differ by rounding only."""
-        mean_square = self.yy / self.n.clamp(min=1)
+        mean_square = self.yy / self._divisor()
         var = mean_square - self.mean_y() ** 2
         return torch.where(var > ROUNDING * mean_square, var, 0.0)
 
     def mean_x(self) -> Tensor:
         """Return E[x] for each neuron, shape (K, D); 0 without samples, ValueError if x was not summed."""
         x = require(self.x)
-        return x.repeat_interleave(len(self.n) // len(x), 0) / self.n.clamp(min=1)[:, None]
+        return x.repeat_interleave(len(self.n) // len(x), 0) / self._divisor()[:, None]
 
     def mean_xy(self) -> Tensor:
         """Return E[x·y], shape (K, D); 0 without samples, ValueError if x·y was not summed."""
-        return require(self.xy) / self.n.clamp(min=1)[:, None]
+        return require(self.xy) / self._divisor()[:, None]
+
+    def _divisor(self) -> Tensor:
+        return torch.where(self.n > 0, self.n, 1)
 
 
 @dataclass(frozen=True)
@@ -99,7 +105,8 @@ class Moments:
 
     Attributes:
         total: Sums over all samples.
-        open: Sums over the samples that open the gate, with x of shape (K, D); None if the operator has no gate.
+        open: Sums over the samples that open the gate, with x of shape (K, D), or for a smooth gate over all samples,
+            each times its weight (see `patterns.operators.gates`). None if the operator has no gate.
 
     Example:
         >>> import torch
@@ -118,7 +125,7 @@ class Moments:
         x = require(self.total.x)
         closed = replace(self.total, x=x.repeat_interleave(len(self.total.n) // len(x), 0)) - opened
         # Without samples, the difference of the sums is rounding, which would pass for a direction.
-        any_samples = closed.n > 0
+        any_samples = closed.n > ROUNDING * self.total.n
         large = {f: torch.where(any_samples[:, None], require(getattr(closed, f)), 0.0) for f in ("x", "xy")}
         small = {f: torch.where(any_samples, getattr(closed, f), 0.0) for f in ("y", "yy")}
         return replace(closed, **small, **large)
@@ -194,14 +201,16 @@ def zero_moments(operator: Operator, required: RequiredSums) -> Moments:
     k, d = operator.neurons, operator.inputs_per_neuron
     device = operator.weight.device
 
-    def sums(large: bool, x_rows: int) -> Sums:
+    def sums(large: bool, x_rows: int, counts: torch.dtype = torch.int64) -> Sums:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
-        n = torch.zeros(k, dtype=torch.int64, device=device)
+        n = torch.zeros(k, dtype=counts, device=device)
         return Sums(n, zeros(k), zeros(k), zeros(x_rows, d) if large else None, zeros(k, d) if large else None)
 
-    opened = None if operator.gate is None else sums(required.open, k)
+    opened = None
+    if operator.gate is not None:
+        opened = sums(required.open, k, torch.float64 if operator.gate.is_smooth else torch.int64)
     return Moments(sums(required.total, operator.groups), opened)
 
 
@@ -276,8 +285,8 @@ class Accumulator:
         if opened is not None and op.gate is not None:
             # Center the open outputs by their own mean, which may be far from the mean over all.
             offset = sum_positions(op.gate.mask(grad, z, out=grad), layout.axis)
-            n_open = count_open(op.gate.mask(z.new_ones(()), z, out=grad), count, layout.axis)
-            center = center + offset / n_open.clamp(min=1).to(z.dtype)
+            n_open = sum_weights(op.gate.mask(z.new_ones(()), z, out=grad), op.gate, count, layout.axis)
+            center = center + offset / torch.where(n_open > 0, n_open, 1).to(z.dtype)
             center_y = center.double() - bias
             if opened.x is not None and opened.xy is not None:
                 # Center the mask too, because Σx over the open gate is as large as the inputs' mean.
@@ -287,7 +296,10 @@ class Accumulator:
                 add_products(opened.x, x, share.double())
                 add_products(opened.xy, x, share.double() * center_y)
             torch.sub(z, reshape_along(layout.axis, center, z), out=grad)
-            add_outputs(opened, n_open, op.gate.mask(grad, z, out=grad), center_y, layout.axis)
+            squares = None
+            if op.gate.is_smooth:
+                squares = sum_positions(op.gate.mask(grad.square(), z, out=torch.empty_like(grad)), layout.axis)
+            add_outputs(opened, n_open, op.gate.mask(grad, z, out=grad), center_y, layout.axis, squares)
             if opened.xy is not None:
                 self._add_gradient(inputs, grad, opened.xy)
 
@@ -312,16 +324,29 @@ def widen(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
-def count_open(mask: Tensor, count: int, axis: int) -> Tensor:
-    """Count the samples whose mask is 1, given `count` samples in all; int64, shape (K,)."""
+def sum_weights(mask: Tensor, gate: AnyGate, count: int, axis: int) -> Tensor:
+    """Sum the weights of `count` samples: int64 for a rectifier, float64 for a smooth gate, shape (K,)."""
+    if gate.is_smooth:
+        return mask.sum(sample_dimensions(mask, axis), dtype=torch.float64)
     exact = count < 2**24  # float32 represents every integer below this
     return mask.sum(sample_dimensions(mask, axis), dtype=None if exact else torch.float64).long()
 
 
-def add_outputs(sums: Sums, n: Tensor, centered: Tensor, center: Tensor, axis: int) -> None:
-    """Add n samples to Σy and Σy². `centered` is y - center, and 0 for an output that is not to be counted."""
+def add_outputs(
+    sums: Sums, n: Tensor, centered: Tensor, center: Tensor, axis: int, squares: Tensor | None = None
+) -> None:
+    """Add n samples to Σy and Σy².
+
+    Args:
+        sums: The sums.
+        n: The number of samples, or the sum of their weights.
+        centered: y - center, times the weight of the sample: 0 for an output that is not to be counted.
+        center: The center.
+        axis: The axis of the neurons.
+        squares: Σ weight·(y - center)²; None if all weights are 0 or 1.
+    """
     y = sum_positions(centered, axis).double()
-    yy = sum_squares(centered, axis).double()
+    yy = sum_squares(centered, axis).double() if squares is None else squares.double()
     sums.n.add_(n)
     sums.y.add_(y + n * center)
     sums.yy.add_(yy + 2 * center * y + n * center.square())

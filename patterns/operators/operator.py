@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from patterns.operators import winograd
 from patterns.operators.axes import reshape_along, sum_positions
+from patterns.operators.gates import AnyGate
 
 Inputs = tuple[Tensor, ...]
 Shape = tuple[int, ...]
@@ -290,40 +291,6 @@ OPERATOR_TYPES: dict[str, type[OperatorType]] = {
 TYPE_NAMES: dict[type[OperatorType], str] = {cls: name for name, cls in OPERATOR_TYPES.items()}
 
 
-@dataclass(frozen=True)
-class Gate:
-    """A rectifier seen from the operator before it: open for low < z < high.
-
-    Attributes:
-        low: Lower limit, -inf if there is none.
-        high: Upper limit, inf if there is none.
-
-    Example:
-        >>> Gate(0.0, float("inf")).open(torch.tensor([-1.0, 0.0, 2.0]))
-        tensor([False, False,  True])
-    """
-
-    low: float
-    high: float
-
-    def open(self, z: Tensor) -> Tensor:
-        """Return for each output z whether the gate is open, as bool."""
-        mask = z > self.low
-        return mask if self.high == float("inf") else mask.logical_and_(z < self.high)
-
-    def mask(self, values: Tensor, z: Tensor, out: Tensor) -> Tensor:
-        """Return the values where the gate is open for z, and 0 elsewhere.
-
-        This runs the rectifier's own gradient, because products with boolean masks are slow on CPUs.
-
-        Args:
-            values: Values that broadcast to the shape of z.
-            z: Outputs of the operator.
-            out: The tensor that receives the result.
-        """
-        return aten.hardtanh_backward.grad_input(values.expand_as(z), z, self.low, self.high, grad_input=out)
-
-
 class Operator(nn.Module):
     """One linear operation of a model: a bank of K neurons, z = wᵀx + b.
 
@@ -332,10 +299,10 @@ class Operator(nn.Module):
         operator_type: The type of operation, with its options (stride, padding, …).
         weight: The weight, K first, times the scale of a batch norm that follows.
         bias: The bias, shape (K,), with the bias of a batch norm that follows; None if there is none.
-        gate: The rectifier that directly follows; None if there is none.
+        gate: The activation that directly follows; None if there is none.
         calls: How often one forward pass of the model calls the operator.
-        mixed_gates: Whether several consumers read the output and they are not all the same rectifier. The gate is then
-            None.
+        mixed_gates: Whether several consumers read the output and they are not all the same activation. The gate is
+            then None.
         per_image: Whether the first dimension of inputs and output counts images. It does not if it counts windows of
             images or tokens.
         input_shapes: Shapes of the inputs without the batch dimension.
@@ -361,7 +328,7 @@ class Operator(nn.Module):
         input_shapes: tuple[Shape, ...],
         output_shape: Shape,
         source: str,
-        gate: Gate | None = None,
+        gate: AnyGate | None = None,
     ) -> None:
         super().__init__()
         self.name, self.operator_type, self.gate, self.source = name, operator_type, gate, source

@@ -1,6 +1,16 @@
-"""Linearize the operations listed in `pass_through`: norms with detached statistics, products with a detached gate."""
+"""Linearize operations of transformers and gated networks, so that an explanation can propagate through them.
 
-from collections.abc import Collection, Sequence
+| operation | what carries relevance | what is detached |
+| --- | --- | --- |
+| layer, RMS, group and instance norm | the input | its standard deviation |
+| attention | the values | the attention weights, and with them queries and keys |
+| product or quotient of two activations | one factor | the other: the gate, see `find_gate`, or the divisor |
+
+How a norm's factor 1/σ acts depends on the method: see `patterns.tracing.scales`. Operations that the user lists in
+`pass_through` are linearized as in version 0.2, where a norm was one operation with all its statistics detached.
+"""
+
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -8,40 +18,101 @@ from torch import Tensor
 from torch.fx import Node
 
 from patterns.operators.axes import reshape_along
-from patterns.tracing.aten_graph import VALUE_PASSING, AtenGraph, arguments, is_activation, opname
+from patterns.tracing.aten_graph import VALUE_PASSING, AtenGraph, arguments, get_constant, is_activation, opname
+from patterns.tracing.scales import detached, factored, standardized
 
 aten = torch.ops.aten
 
 
 def linearize_operations(graph: AtenGraph, pass_through: Collection[str]) -> None:
-    """Linearize the operations in `pass_through` in place.
-
-    The statistics of norms are detached. In a product of two activations, one factor, the gate, is detached. In
-    attention, the weights are detached, so that only the values have a gradient.
-
-    The gate is the factor that comes from a sigmoid, a softmax or another function of GATES. If both factors do, or
-    neither, the gate is the factor that is not itself a product of activations (the queries of factorized attention).
-    If this does not decide either, the gate is the smaller factor, which is broadcast, or else the second factor.
-    """
+    """Linearize norms, attention, products and quotients of activations in place; see above."""
     for node in list(graph.fx.nodes):
         operation = opname(node)
-        if operation not in pass_through:
-            continue
         if node.target in DETACHED_NORMS:
             a = arguments(node)
-            if a.get("use_input_stats", True):  # otherwise the statistics are constants of the model
+            if not a.get("use_input_stats", True):  # otherwise the statistics are constants of the model
+                continue
+            if operation in pass_through:
                 graph.replace(node, graph.call(node, DETACHED_NORMS[node.target], *a.values()))
+            else:
+                graph.replace(node, NORMS[node.target](graph, node, a))
         elif operation == "scaled_dot_product_attention":
             node.args = detach_arguments(graph, node, node.args, 0, 1)
         elif operation in PRODUCTS_OF_TWO and all(map(is_activation, node.args[:2])):
-            node.args = detach_arguments(graph, node, node.args, find_gate(*node.args[:2]))
+            detach_factor(graph, node)
+        elif operation == "div" and all(map(is_activation, node.args[:2])):
+            node.args = detach_arguments(graph, node, node.args, 1)
         elif operation == "einsum" and len(factors := node.args[1]) == 2 and all(map(is_activation, factors)):
             node.args = node.args[0], detach_arguments(graph, node, factors, find_gate(*factors))
 
 
+def find_carriers(graph: AtenGraph) -> set[Node]:
+    """Return the nodes whose values have a gradient: those from which a path leads to the output that nothing cuts."""
+    (output,) = graph.fx.find_nodes(op="output")
+    found: set[Node] = set()
+    todo = list(output.all_input_nodes)
+    while todo:
+        node = todo.pop()
+        if node not in found:
+            found.add(node)
+            if node.target is factored:
+                todo += node.all_input_nodes[:1]
+            elif node.target not in (detached, aten.detach.default):
+                todo += node.all_input_nodes
+    return found
+
+
+def rewrite_layer_norm(graph: AtenGraph, node: Node, a: dict[str, Any]) -> Node:
+    """Rewrite a layer or RMS norm over the last dimensions as a scale by 1/σ, a product and a sum."""
+    x: Node = a["input"]
+    eps, center = a["eps"], opname(node) == "layer_norm"
+    eps = torch.finfo(x.meta["val"].dtype).eps if eps is None else eps
+    y = graph.call(node, standardized, x, len(a["normalized_shape"]), 0, eps, center)
+    return apply_affine(graph, node, y, a["weight"], a.get("bias"))
+
+
+def rewrite_group_norm(graph: AtenGraph, node: Node, a: dict[str, Any]) -> Node:
+    """Rewrite a group or instance norm as a scale by 1/σ, a product and a sum."""
+    x: Node = a["input"]
+    groups = a["num_groups"] if "num_groups" in a else x.meta["val"].shape[1]
+    y = graph.call(node, standardized, x, 0, groups, a["eps"], True)
+
+    def widen(parameter: Node | None) -> Node | None:
+        value = get_constant(graph, parameter)
+        if parameter is None or value is None:
+            return parameter
+        return graph.constant(node, value.reshape(-1, *[1] * (x.meta["val"].dim() - 2)))
+
+    return apply_affine(graph, node, y, widen(a["weight"]), widen(a["bias"]))
+
+
+def apply_affine(graph: AtenGraph, node: Node, y: Node, weight: Node | None, bias: Node | None) -> Node:
+    """Multiply a value by a weight and add a bias, if there are any."""
+    y = y if weight is None else graph.call(node, aten.mul.Tensor, y, weight)
+    return y if bias is None else graph.call(node, aten.add.Tensor, y, bias)
+
+
+NORMS: dict[Any, Callable[[AtenGraph, Node, dict[str, Any]], Node]] = {
+    aten.layer_norm.default: rewrite_layer_norm,
+    aten.rms_norm.default: rewrite_layer_norm,
+    aten.group_norm.default: rewrite_group_norm,
+    aten.instance_norm.default: rewrite_group_norm,
+}
+
+
+def detach_factor(graph: AtenGraph, node: Node) -> None:
+    """Detach one factor of a product of two activations."""
+    number = find_gate(*node.args[:2])  # type: ignore[arg-type]
+    x, factor = node.args[1 - number], node.args[number]
+    if node.target is aten.mul.Tensor and x.meta["val"].shape == node.meta["val"].shape:  # type: ignore[union-attr]
+        graph.replace(node, graph.call(node, factored, x, factor))
+    else:
+        node.args = detach_arguments(graph, node, node.args, number)
+
+
 def detach_arguments(graph: AtenGraph, node: Node, args: Sequence[Any], *numbers: int) -> tuple[Any, ...]:
     """Return the arguments of a call, with those at the given indices detached."""
-    return tuple(graph.call(node, aten.detach.default, a) if i in numbers else a for i, a in enumerate(args))
+    return tuple(graph.call(node, detached, a) if i in numbers else a for i, a in enumerate(args))
 
 
 def find_gate(first: Node, second: Node) -> int:

@@ -25,6 +25,7 @@ from patterns.operators.operator import (
 from patterns.tracing.aten_graph import AtenGraph, arguments, get_constant, is_activation, opname, per_dimension, source
 from patterns.tracing.average_pools import AVERAGE_POOLS
 from patterns.tracing.canonicalize import weighted_sum
+from patterns.tracing.linearize import find_carriers
 
 aten = torch.ops.aten
 
@@ -34,8 +35,9 @@ def lower_operations(graph: AtenGraph) -> None:
     names: dict[Any, str] = {}  # operator names by type, options and parameters
     operators: dict[str, Operator] = {}
     orders: Counter[str] = Counter()
+    carriers = find_carriers(graph)
     for node in list(graph.fx.nodes):
-        lift = LOWERINGS.get(node.target) if node.op == "call_function" else None
+        lift = LOWERINGS.get(node.target) if node in carriers and node.op == "call_function" else None
         operation = lift(graph, node) if lift else None
         if operation is None:
             continue

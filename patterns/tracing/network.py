@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from patterns.errors import UserError
-from patterns.operators.operator import Gate, Operator
+from patterns.operators.gates import AnyGate, SmoothGate, gated
+from patterns.operators.operator import Operator
 from patterns.tracing.aten_graph import (
     AtenGraph,
     arguments,
@@ -45,6 +46,8 @@ from patterns.tracing.linearize import linearize_operations
 from patterns.tracing.lower import lower_operations
 from patterns.tracing.outputs import PROBABILITIES, add_class_dimension, evaluate_graph, require_logits, strip_ending
 from patterns.tracing.rectifiers import IN_PLACE, RECTIFIERS, canonicalize_rectifiers
+from patterns.tracing.scales import count_constants
+from patterns.tracing.smooth_gates import canonicalize_smooth_gates
 from patterns.tracing.supported_operations import require_supported
 
 aten = torch.ops.aten
@@ -103,6 +106,15 @@ class Network:
         fields = self.input_shape, self.output_shape, self.constants
         return restore_network, (*record_graph(self.module), *fields)
 
+    @property
+    def constant_factors(self) -> dict[str, int]:
+        """The number of factors that depend on the sample and that explanations take as constants, by what they are.
+
+        These are norms, smooth gates, factors of products, and attention weights. The method `gradient` differentiates
+        them.
+        """
+        return count_constants(self.module)
+
     def rewrite(self, replace: Callable[[Operator], nn.Module]) -> GraphModule:
         """Return the graph with each operator replaced; everything else is shared.
 
@@ -134,7 +146,9 @@ class Network:
         (end,) = module.graph.find_nodes(op="output")
         with module.graph.inserting_before(end):
             out = last
-            if (gate := found.gate) is not None:
+            if isinstance(found.gate, SmoothGate):
+                out = module.graph.call_function(gated, (out, found.gate.name, *found.gate.parameters))
+            elif (gate := found.gate) is not None:
                 limits = (None if math.isinf(bound) else bound for bound in (gate.low, gate.high))
                 out = module.graph.call_function(aten.clamp.default, (out, *limits))
             if found.operator_type.axis != 1:
@@ -215,8 +229,9 @@ def build_network(graph: AtenGraph, example: Tensor, name: str, pass_through: Co
     add_class_dimension(graph)
     fold_constants(graph)
     mark_channels(graph)
-    linearize_operations(graph, pass_through)
     canonicalize_rectifiers(graph)
+    canonicalize_smooth_gates(graph, pass_through)
+    linearize_operations(graph, pass_through)
     canonicalize_selections(graph)
     canonicalize_sums(graph)
     canonicalize_average_pools(graph)
@@ -247,8 +262,8 @@ def require_same_output(network: Network, samples: Tensor, expected: Tensor, nam
 
 
 def assign_gates(module: GraphModule) -> None:
-    """Set the gate of each operator: the one rectifier that all consumers of all its calls apply."""
-    gates: dict[str, set[Gate | None]] = {}
+    """Set the gate of each operator: the one activation that all consumers of all its calls apply."""
+    gates: dict[str, set[AnyGate | None]] = {}
     calls = Counter(operator.name for _, operator in find_operator_calls(module))
     for node, operator in find_operator_calls(module):
         gates.setdefault(operator.name, set()).update(find_consumer_gates(node))
@@ -259,11 +274,14 @@ def assign_gates(module: GraphModule) -> None:
         operator.mixed_gates = len(found) > 1
 
 
-def find_consumer_gates(node: Node) -> Iterator[Gate | None]:
-    """Yield for each path from a node the gate of the rectifier that it leads to, or None for any other consumer."""
+def find_consumer_gates(node: Node) -> Iterator[AnyGate | None]:
+    """Yield for each path from a node the gate of the activation that it leads to, or None for any other consumer."""
     for user in node.users:
         if user.op == "call_function" and user.target in RECTIFIERS:
             yield RECTIFIERS[user.target](arguments(user))
+        elif user.target is gated:
+            _, name, *parameters = user.args
+            yield SmoothGate(str(name), tuple(map(float, parameters)))  # type: ignore[arg-type]
         elif passes_values(user):
             yield from find_consumer_gates(user)
         elif opname(user) not in SYMBOLIC:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from patterns.operators.operator import Gate
+from patterns.operators.gates import Gate
 from patterns.tracing.aten_graph import AtenGraph, arguments, get_constant, is_activation, opname
 
 aten = torch.ops.aten

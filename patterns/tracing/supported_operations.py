@@ -6,12 +6,13 @@ import torch
 from torch.fx import Node
 
 from patterns.errors import UserError
-from patterns.tracing.aten_graph import AtenGraph, opname, passes_values, source
+from patterns.tracing.aten_graph import AtenGraph, is_activation, opname, passes_values, source
 from patterns.tracing.average_pools import fixed_product
 from patterns.tracing.canonicalize import weighted_sum
 from patterns.tracing.folding import FILLED
-from patterns.tracing.linearize import DETACHED_NORMS
+from patterns.tracing.linearize import DETACHED_NORMS, find_carriers
 from patterns.tracing.rectifiers import RECTIFIERS
+from patterns.tracing.scales import SCALES, detached
 
 aten = torch.ops.aten
 
@@ -25,7 +26,9 @@ FIXED_LINEAR = {
 }  # fmt: skip
 
 
-REWRITTEN = {fixed_product, weighted_sum, *DETACHED_NORMS.values()}
+REWRITTEN = {fixed_product, weighted_sum, *SCALES, *DETACHED_NORMS.values()}
+# Linear in the factor that is not detached.
+PRODUCTS = {"mul", "div", "matmul", "bmm", "einsum", "scaled_dot_product_attention"}
 
 
 SUPPORTED = (
@@ -37,14 +40,16 @@ SUPPORTED = (
 def require_supported(graph: AtenGraph, name: str, pass_through: Collection[str]) -> None:
     """Raise UserError if the graph has operations without a rule for the backward pass of explanations."""
     unknown: dict[str, str] = {}
-    valueless = find_input_independent(graph)
+    valueless, carriers = find_input_independent(graph), find_carriers(graph)
     for node in graph.fx.nodes:
         if node.op != "call_function" or node.target in RECTIFIERS or node.target in REWRITTEN:
             continue
         operation = opname(node)
         if passes_values(node) or operation in FIXED_LINEAR or operation in pass_through:
             continue
-        if node in valueless or is_shift(node):
+        if node not in carriers or node in valueless or is_shift(node):
+            continue
+        if operation in PRODUCTS and count_factors(node) == 1:
             continue
         unknown.setdefault(operation, source(node))
     if unknown:
@@ -52,6 +57,12 @@ def require_supported(graph: AtenGraph, name: str, pass_through: Collection[str]
         more = f" (and {len(unknown) - 3} more operations)" if len(unknown) > 3 else ""
         remedy = f"Pass `pass_through={','.join(unknown)}` to use their gradient. Supported are {SUPPORTED}."
         raise UserError(name, f"no pattern is defined for {what}{more}", remedy, "pass_through")
+
+
+def count_factors(node: Node) -> int:
+    """Return how many arguments of a product are activations with a gradient."""
+    factors = node.args[1] if opname(node) == "einsum" else node.args[:3]
+    return sum(is_activation(n) and n.target is not detached for n in factors)  # type: ignore[union-attr]
 
 
 def find_input_independent(graph: AtenGraph) -> set[Node]:

@@ -9,7 +9,7 @@ from ray_jobs.cli.arguments import echo
 from ray_jobs.cli.options import command
 from ray_jobs.config import ModelConfig
 from ray_jobs.config.commands import PlanOptions
-from ray_jobs.units import format_bytes
+from ray_jobs.units import format_bytes, format_counts
 
 
 @command(
@@ -35,13 +35,15 @@ def plan(model: ModelConfig, options: PlanOptions) -> None:
         sizes[name] = moments_bytes(operator, required_sums(operator, estimators))
         gate = "none: several" if operator.mixed_gates else ""
         if operator.gate is not None:
-            gate = f"{operator.gate.low:g} < z < {operator.gate.high:g}"
+            gate = str(operator.gate)
         shape = "×".join(map(str, operator.weight.shape))
         moments = format_bytes(sizes[name]), format_bytes(patch_moments_bytes(operator))
         table.add_row(name, TYPE_NAMES[type(operator.operator_type)], shape, gate, *moments, explained_by[name])
     Console(width=None if sys.stdout.isatty() else 140).print(table)
     total = format_bytes(sum(sizes.values()))
     echo(f"{len(sizes)} operators; moments of {total} in each worker and in each file of partial moments")
+    if constants := loaded.network.constant_factors:
+        echo(f"taken as constants in explanations: {format_counts(constants)}")
     rest = format_bytes(model_bytes(loaded.network, options.batch_size))
     echo(f"each worker also holds the model and a batch of {options.batch_size}: about {rest}")
     if options.memory is not None:

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from patterns import Operator, UserError
 from patterns.io import TEMPORARY_PREFIX, Patterns, list_patterns, load, write_json, write_table
-from patterns.operators import TYPE_NAMES
+from patterns.operators import TYPE_NAMES, AnyGate, SmoothGate
 from ray_jobs.config import FitConfig, MethodsConfig, ModelConfig, Preprocessing, QualityConfig
 from ray_jobs.data.samples import RejectedSample
 from ray_jobs.io import object_store
@@ -133,6 +133,7 @@ class Run:
                 "input_shape": loaded.network.input_shape,
             },
             "operators": [describe_operator(op) for op in loaded.network.operators.values()],
+            "constant_factors": loaded.network.constant_factors,
             "versions": {"python": platform.python_version()} | {name: find_version(name) for name in LIBRARIES},
             job: {**section, "written": datetime.now(UTC).isoformat(timespec="seconds")},
         }
@@ -260,16 +261,22 @@ def describe_difference(before: dict[str, Any], now: dict[str, Any]) -> str:
     return "the same options"
 
 
+def describe_gate(gate: AnyGate | None) -> Any:
+    """Return a gate's entry in the manifest: the limits of a rectifier, or the name and parameters of a smooth gate."""
+    if isinstance(gate, SmoothGate):
+        return {"name": gate.name, "parameters": list(gate.parameters)}
+    return None if gate is None else [gate.low, None if gate.high == float("inf") else gate.high]
+
+
 def describe_operator(operator: Operator) -> dict[str, Any]:
     """Return an operator's entry in the manifest."""
-    gate = operator.gate
     return {
         "name": operator.name,
         "kind": TYPE_NAMES[type(operator.operator_type)],
         "weight": list(operator.weight.shape),
         "input": [list(s) for s in operator.input_shapes],
         "output": list(operator.output_shape),
-        "gate": None if gate is None else [gate.low, None if gate.high == float("inf") else gate.high],
+        "gate": describe_gate(operator.gate),
         "mixed_gates": operator.mixed_gates,
         "source": operator.source,
     }

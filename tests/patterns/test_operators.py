@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from patterns import Explainer, Gate, Network, UserError, accumulate, trace
+from patterns import Explainer, Gate, Network, SmoothGate, UserError, accumulate, trace
 from patterns.operators import operator
+from patterns.operators.gates import AnyGate
 from patterns.operators.operator import Addition, AveragePool, Convolution, Linear, Scale, TransposedConvolution
 from tests.oracles import matrix, window_patches
 from tests.patterns.cases import STRATEGIES, Case, any_case
@@ -212,11 +213,13 @@ def test_parameter_used_twice_is_one_scale_with_its_name() -> None:
     assert list(network.operators) == ["0.gamma"]
 
 
-GATES: dict[str, tuple[Callable[[FunctionModel, Tensor], Tensor], Gate | None, bool]] = {
-    "leaky": (lambda m, x: F.leaky_relu(m.a(x), 0.2), RELU, False),
-    "prelu": (lambda m, x: m.prelu(m.a(x)), RELU, False),
+GATES: dict[str, tuple[Callable[[FunctionModel, Tensor], Tensor], AnyGate | None, bool]] = {
+    "leaky": (lambda m, x: F.leaky_relu(m.a(x), 0.2), SmoothGate("leaky-relu", (0.2,)), False),
+    "prelu": (lambda m, x: m.prelu(m.a(x)), SmoothGate("leaky-relu", (0.25,)), False),
+    "prelu of several slopes": (lambda m, x: m.slopes(m.a(x)), RELU, False),
     "hardtanh": (lambda m, x: F.hardtanh(m.a(x), -0.5, 2.0), Gate(-0.5, 2.0), False),
-    "two alike": (lambda m, x: (y := m.a(x)).relu() + F.leaky_relu(y), RELU, False),
+    "two alike": (lambda m, x: (y := m.a(x)).relu() + y.clamp(min=0), RELU, False),
+    "leaky and not": (lambda m, x: (y := m.a(x)).relu() + F.leaky_relu(y), None, True),
     "two unlike": (lambda m, x: (y := m.a(x)).relu() + F.relu6(y), None, True),
     "one and none": (lambda m, x: (y := m.a(x)).relu() + y, None, True),
     "none": (lambda m, x: m.a(x), None, False),
@@ -234,7 +237,10 @@ GATES: dict[str, tuple[Callable[[FunctionModel, Tensor], Tensor], Gate | None, b
 @pytest.mark.parametrize("name", GATES)
 def test_gates_depend_on_all_consumers_and_mixed_gates_are_recorded(name: str) -> None:
     forward, gate, mixed = GATES[name]
-    operator = trace_network(FunctionModel(forward, a=conv(), prelu=nn.PReLU(4)), normal(*IMAGE)).operators["a"]
+    slopes = nn.PReLU(4)
+    slopes.weight.data = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    model = FunctionModel(forward, a=conv(), prelu=nn.PReLU(4), slopes=slopes)
+    operator = trace_network(model, normal(*IMAGE)).operators["a"]
     assert (operator.gate, operator.mixed_gates) == (gate, mixed)
 
 
@@ -325,9 +331,9 @@ def test_passed_operations_are_linearized_and_keep_the_outputs(name: str) -> Non
 
 @pytest.mark.full
 def test_error_about_unsupported_operations_lists_all_names_to_pass() -> None:
-    model = FunctionModel(lambda m, x: F.gelu(m.a(x)).softmax(1) * x, a=conv()).double()
+    model = FunctionModel(lambda m, x: m.a(x).tanh().softmax(1) + x, a=conv()).double()
     with pytest.raises(UserError) as caught:
         trace(model, normal(*IMAGE))
     assert caught.value.parameter == "pass_through"
-    assert "no pattern is defined for gelu in the model" in caught.value.what
-    assert "`pass_through=gelu,softmax,mul`" in caught.value.remedy
+    assert "no pattern is defined for tanh in the model" in caught.value.what
+    assert "`pass_through=tanh,softmax`" in caught.value.remedy

@@ -8,8 +8,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import functional as T
 
-from patterns import Explainer, Gate, UserError, trace
+from patterns import Explainer, Gate, SmoothGate, UserError, trace
 from tests.patterns.small import FunctionModel, assert_same_outputs, conv, image
+
+
+def leaky(slope: float) -> SmoothGate:
+    return SmoothGate("leaky-relu", (slope,))
+
 
 RELU, SIX, BELOW = Gate(0.0, float("inf")), Gate(0.0, 6.0), Gate(float("-inf"), 0.0)
 Function = Callable[[Tensor], Tensor]
@@ -25,13 +30,15 @@ GATES: dict[str, tuple[Function, Function, Gate | None]] = {
     "maximum of ones": (lambda y: torch.minimum(y, torch.ones_like(y)), lambda y: y.clamp(max=1), Gate(-torch.inf, 1)),
     "fmax": (lambda y: torch.fmax(y, torch.zeros((), dtype=y.dtype)), F.relu, RELU),
     "fmin": (lambda y: torch.fmin(y, torch.zeros(1, dtype=y.dtype)), lambda y: y.clamp(max=0), BELOW),
-    "rrelu in evaluation": (lambda y: F.rrelu(y, 0.1, 0.3), lambda y: F.leaky_relu(y, 0.2), RELU),
+    "rrelu in evaluation": (lambda y: F.rrelu(y, 0.1, 0.3), lambda y: F.leaky_relu(y, 0.2), leaky(0.2)),
     "where": (lambda y: torch.where(y > 0, y, 0.0), F.relu, RELU),
     "where with swapped branches": (lambda y: torch.where(y < 0, torch.zeros_like(y), y), F.relu, RELU),
     "where of a number before": (lambda y: torch.where(y > 0, y, 0.0), F.relu, RELU),
     "where with inverted mask": (lambda y: torch.where(~(y > 0), 0.0, y), F.relu, RELU),
-    "leaky where": (lambda y: torch.where(y > 0, y, 0.1 * y), lambda y: F.leaky_relu(y, 0.1), RELU),
-    "leaky where, branches swapped": (lambda y: torch.where(y <= 0, y / 4, y), lambda y: F.leaky_relu(y, 0.25), RELU),
+    "leaky where": (lambda y: torch.where(y > 0, y, 0.1 * y), lambda y: F.leaky_relu(y, 0.1), leaky(0.1)),
+    "leaky where, branches swapped": (
+        lambda y: torch.where(y <= 0, y / 4, y), lambda y: F.leaky_relu(y, 0.25), leaky(0.25)
+    ),
     "where above a number": (lambda y: torch.where(y > 1, y, 0.0), lambda y: F.threshold(y, 1, 0), Gate(1, torch.inf)),
     "where below a number": (lambda y: torch.where(y > 6, 6.0, y), lambda y: y.clamp(max=6), Gate(-torch.inf, 6.0)),
     "negative part": (lambda y: y * (y < 0), lambda y: y.clamp(max=0), BELOW),
@@ -86,7 +93,7 @@ def test_spellings_have_the_gate_the_outputs_and_the_maps_of_their_common_form(n
 
 
 REJECTED: dict[str, Function] = {
-    "mask of another value": lambda y: y * (y.flip(1) > 0),
+    "sum with a mask of another value": lambda y: y + (y.flip(1) > 0),
     "choice of another value": lambda y: torch.where(y > 0, y.flip(1), y),
     "absolute value": lambda y: torch.where(y > 0, y, -y),
     "jump at another number": lambda y: torch.where(y > 0, y, 1.0 + y),

@@ -89,12 +89,21 @@ def test_missing_model_is_named(complaint: Complaint, fit: list[object], tmp_pat
     assert not (tmp_path / "run").exists()
 
 
+def test_unsupported_operation_is_named_with_its_place(complaint: Complaint, tmp_path: Path) -> None:
+    file = tmp_path / "tanh.py"
+    layers = "nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(784, 2)"
+    file.write_text(f"from torch import nn\n\n\ndef net():\n    return nn.Sequential({layers})\n")
+    line = complaint("plan", "--model", f"{file}:net", "--image-size", "16")
+    assert "no pattern is defined for tanh in 1 (" in line
+    assert "--pass-through tanh" in line
+
+
 @pytest.mark.full
-def test_unsupported_operation_is_named_with_its_place(complaint: Complaint) -> None:
-    line = complaint("plan", "--model", "timm:efficientnet_b0", "--weights", "random")
-    assert "silu" in line
-    assert "bn1.act (norm_act.py:" in line
-    assert "--pass-through" in line
+def test_plan_says_what_explanations_take_as_constants(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_status(["plan", "--model", "timm:efficientnet_b0", "--weights", "random"]) == 0
+    printed = capsys.readouterr().out
+    assert "taken as constants in explanations: 49 smooth gates, 16 factors of products" in printed
+    assert "silu" in printed
 
 
 def test_wrong_weights_are_named(complaint: Complaint, fit: list[object], tmp_path: Path) -> None:

@@ -1,0 +1,144 @@
+"""Let the norms, smooth gates and detached factors of a graph follow the rules of the current backward pass."""
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from patterns.attribution.gradient_scaling import ScaledModule
+from patterns.attribution.rectifier_rules import RuledRectifier
+from patterns.operators.gates import FACTORS, gated
+from patterns.tracing.aten_graph import passes_values
+from patterns.tracing.scales import SCALES, ScaleRules, detached, factored, standardized
+
+
+def insert_scale_rules(
+    module: GraphModule,
+    rules: Callable[[], ScaleRules],
+    identities: Callable[[], Collection[str]] = frozenset,
+) -> None:
+    """Let the norms, smooth gates and detached factors of a graph follow rules that are read in each backward pass.
+
+    Args:
+        module: The graph, which is changed.
+        rules: Returns the current rules.
+        identities: Returns the names of the operators that have the identity estimator.
+    """
+
+    def detach(x: Tensor) -> Tensor:
+        return _SwitchedDetach.apply(x, rules)
+
+    options: dict[Any, dict[str, Any]] = {
+        detached: {"detach": detach},
+        factored: {"rules": rules},
+        standardized: {"rules": rules},
+    }
+    for node in list(module.graph.nodes):
+        if node.op != "call_function" or node.target not in SCALES:
+            continue
+        switched: nn.Module
+        if node.target is gated:
+            readers = find_readers(module, node)
+
+            def passes(readers: frozenset[str] | None = readers) -> bool:
+                return readers is not None and readers <= set(identities())
+
+            switched = SwitchedGate(rules, passes)
+        else:
+            switched = Switched(node.target, options[node.target])
+        name = f"switched.{node.name}"
+        module.add_submodule(name, switched)
+        node.op, node.target = "call_module", name
+    module.recompile()
+
+
+def is_product(node: Node, module: nn.Module | None) -> bool:
+    """Return whether a node multiplies a value by a factor."""
+    return node.target is factored or (isinstance(module, Switched) and module.function is factored)
+
+
+def find_readers(module: GraphModule, node: Node) -> frozenset[str] | None:
+    """Return the names of the operators that read a value; None if anything else reads it."""
+    found: set[str] = set()
+    for user in node.users:
+        reader = module.get_submodule(str(user.target)) if user.op == "call_module" else None
+        if isinstance(reader, ScaledModule):
+            found.add(reader.name)
+        elif isinstance(reader, RuledRectifier) or passes_values(user) or is_product(user, reader):
+            behind = find_readers(module, user)
+            if behind is None:
+                return None
+            found |= behind
+        else:
+            return None
+    return frozenset(found)
+
+
+class SwitchedGate(nn.Module):
+    """A smooth gate whose backward pass follows rules that can change between backward passes.
+
+    Args:
+        rules: Returns the rules.
+        passes: Returns whether the gate passes relevance on unchanged.
+    """
+
+    def __init__(self, rules: Callable[[], ScaleRules], passes: Callable[[], bool]) -> None:
+        super().__init__()
+        self.rules, self.passes = rules, passes
+
+    def forward(self, z: Tensor, name: str, *parameters: float) -> Tensor:
+        """Return z·g(z)."""
+        return _SwitchedGate.apply(z, name, parameters, self.rules, self.passes)
+
+
+class _SwitchedGate(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        z: Tensor,
+        name: str,
+        parameters: tuple[float, ...],
+        rules: Callable[[], ScaleRules],
+        passes: Callable[[], bool],
+    ) -> Tensor:
+        ctx.name, ctx.parameters, ctx.rules, ctx.passes = name, parameters, rules, passes
+        factor = FACTORS[name](z, *parameters)
+        ctx.save_for_backward(z, factor)
+        return z * factor
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        z, factor = ctx.saved_tensors
+        (grad,) = grads
+        if ctx.rules().differentiates:
+            with torch.enable_grad():
+                leaf = z.detach().requires_grad_()
+                (grad,) = torch.autograd.grad(leaf * FACTORS[ctx.name](leaf, *ctx.parameters), leaf, grad)
+        elif not ctx.passes():
+            grad = grad * factor
+        return grad, None, None, None, None
+
+
+class Switched(nn.Module):
+    """A function of a graph with options that are no part of the graph."""
+
+    def __init__(self, function: Callable[..., Tensor], options: dict[str, Any]) -> None:
+        super().__init__()
+        self.function, self.options = function, options
+
+    def forward(self, *args: Any) -> Tensor:
+        """Call the function."""
+        return self.function(*args, **self.options)
+
+
+class _SwitchedDetach(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rules: Callable[[], ScaleRules]) -> Tensor:
+        ctx.rules = rules
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return grads[0] if ctx.rules().differentiates else None, None

@@ -1,0 +1,197 @@
+"""Gates: the activation after an operator, written as f(z) = z·g(z), and the weight that g gives to each sample.
+
+A rectifier's g is 0 or 1: the gate is closed or open. The g of GELU, SiLU and the like changes gradually. Estimators
+for one side of a gate weight each sample by g, or by 1 - g for the other side, where g is divided by its largest value
+if that exceeds 1. Every g below is computed from its closed form and not as f(z) / z, which loses all digits at 0.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A rectifier seen from the operator before it: open for low < z < high.
+
+    Attributes:
+        low: Lower limit, -inf if there is none.
+        high: Upper limit, inf if there is none.
+
+    Example:
+        >>> Gate(0.0, float("inf")).open(torch.tensor([-1.0, 0.0, 2.0]))
+        tensor([False, False,  True])
+    """
+
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.low:g} < z < {self.high:g}"
+
+    @property
+    def is_smooth(self) -> bool:
+        """Whether weights can lie between 0 and 1; for a rectifier they cannot."""
+        return False
+
+    def open(self, z: Tensor) -> Tensor:
+        """Return for each output z whether the gate is open, as bool."""
+        mask = z > self.low
+        return mask if self.high == float("inf") else mask.logical_and_(z < self.high)
+
+    def weigh(self, z: Tensor) -> Tensor:
+        """Return the weight of each output z: whether the gate is open, as bool."""
+        return self.open(z)
+
+    def mask(self, values: Tensor, z: Tensor, out: Tensor) -> Tensor:
+        """Return the values where the gate is open for z, and 0 elsewhere.
+
+        This runs the rectifier's own gradient, because products with boolean masks are slow on CPUs.
+
+        Args:
+            values: Values that broadcast to the shape of z.
+            z: Outputs of the operator.
+            out: The tensor that receives the result.
+        """
+        return aten.hardtanh_backward.grad_input(values.expand_as(z), z, self.low, self.high, grad_input=out)
+
+    def activate(self, z: Tensor) -> Tensor:
+        """Return the rectifier's output, z limited to the interval from low to high."""
+        low, high = (None if math.isinf(bound) else bound for bound in (self.low, self.high))
+        return torch.clamp(z, low, high)
+
+
+@dataclass(frozen=True)
+class SmoothGate:
+    """An activation f(z) = z·g(z) whose g is not only 0 or 1.
+
+    Attributes:
+        name: A name from `FACTORS`.
+        parameters: The parameters of its g.
+
+    Example:
+        >>> SmoothGate("silu", (1.0,)).factor(torch.tensor([0.0, 100.0]))
+        tensor([0.5000, 1.0000])
+    """
+
+    name: str
+    parameters: tuple[float, ...] = ()
+
+    def __str__(self) -> str:
+        return " ".join([self.name, *(f"{value:g}" for value in self.parameters if value != 1)])
+
+    @property
+    def is_smooth(self) -> bool:
+        """Whether weights can lie between 0 and 1."""
+        return True
+
+    @property
+    def largest_factor(self) -> float:
+        """The supremum of g, at least 1."""
+        bound = LARGEST.get(self.name)
+        return 1.0 if bound is None else bound(*self.parameters)
+
+    def factor(self, z: Tensor) -> Tensor:
+        """Return g(z), in the dtype of z."""
+        return FACTORS[self.name](z, *self.parameters)
+
+    def weigh(self, z: Tensor) -> Tensor:
+        """Return the weight of each output z, g(z) divided by the largest g, in [0, 1]."""
+        factor = self.factor(z)
+        return factor if self.largest_factor == 1 else factor / self.largest_factor
+
+    def mask(self, values: Tensor, z: Tensor, out: Tensor) -> Tensor:
+        """Return the values times the weights of z.
+
+        Args:
+            values: Values that broadcast to the shape of z.
+            z: Outputs of the operator.
+            out: The tensor that receives the result.
+        """
+        return torch.mul(values, self.weigh(z), out=out)
+
+    def activate(self, z: Tensor) -> Tensor:
+        """Return f(z) = z·g(z)."""
+        return z * self.factor(z)
+
+
+AnyGate = Gate | SmoothGate
+
+
+def gated(z: Tensor, name: str, *parameters: float, detach: Callable[[Tensor], Tensor] = Tensor.detach) -> Tensor:
+    """Return z·g(z), with the usual gradient of z and without the gradient of g.
+
+    Args:
+        z: The activation's input.
+        name: A name from `FACTORS`.
+        *parameters: The parameters of g.
+        detach: Returns z for g, by default without its gradient.
+
+    Example:
+        >>> z = torch.zeros(1, requires_grad=True)
+        >>> gated(z, "silu", 1.0).backward()
+        >>> z.grad
+        tensor([0.5000])
+
+    Source: Achtibat et al. 2024 (AttnLRP, arXiv 2402.05602), eq. 9, the identity rule.
+    """
+    return z * FACTORS[name](detach(z), *parameters)
+
+
+def gelu_factor(z: Tensor) -> Tensor:
+    """Return Φ(z) (Hendrycks & Gimpel 2016)."""
+    return torch.erf(z * math.sqrt(0.5)).add_(1).mul_(0.5) if z.dtype == torch.float64 else torch.special.ndtr(z)
+
+
+def gelu_tanh_factor(z: Tensor) -> Tensor:
+    """Return (1 + tanh(√(2/π)(z + 0.044715 z³))) / 2, as a logistic function."""
+    return torch.sigmoid(2 * math.sqrt(2 / math.pi) * z * (1 + 0.044715 * z * z))
+
+
+def silu_factor(z: Tensor, beta: float) -> Tensor:
+    """Return σ(βz) (Ramachandran et al. 2017; β = 1.702 approximates GELU)."""
+    return torch.sigmoid(z if beta == 1 else beta * z)
+
+
+def hardswish_factor(z: Tensor) -> Tensor:
+    """Return clamp(z + 3, 0, 6) / 6 (Howard et al. 2019)."""
+    return aten.hardsigmoid(z)
+
+
+def mish_factor(z: Tensor) -> Tensor:
+    """Return tanh(softplus(z)) (Misra 2019)."""
+    return torch.tanh(torch.nn.functional.softplus(z))
+
+
+def elu_factor(z: Tensor, alpha: float, scale: float, input_scale: float) -> Tensor:
+    """Return scale for z > 0, and scale·alpha·(e^(input_scale·z) - 1) / z below (ELU, SELU and CELU)."""
+    below = input_scale * z.clamp(max=0)
+    # (e^u - 1) / u = e^(u/2) sinh(u/2) / (u/2), in which nothing cancels.
+    ratio = torch.where(below < 0, torch.expm1(below) / torch.where(below < 0, below, 1.0), 1.0)
+    return torch.where(z > 0, scale, (scale * alpha * input_scale) * ratio)
+
+
+def leaky_factor(z: Tensor, slope: float) -> Tensor:
+    """Return 1 for z > 0, and the slope below."""
+    return torch.where(z > 0, z.new_ones(()), z.new_full((), slope))
+
+
+FACTORS: dict[str, Callable[..., Tensor]] = {
+    "gelu": gelu_factor,
+    "gelu-tanh": gelu_tanh_factor,
+    "silu": silu_factor,
+    "hardswish": hardswish_factor,
+    "mish": mish_factor,
+    "elu": elu_factor,
+    "leaky-relu": leaky_factor,
+}
+# The supremum of g, where it can exceed 1.
+LARGEST: dict[str, Callable[..., float]] = {
+    "elu": lambda alpha, scale, input_scale: max(1.0, scale, scale * alpha * input_scale),
+    "leaky-relu": lambda slope: max(1.0, slope),
+}
