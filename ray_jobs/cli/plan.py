@@ -9,7 +9,7 @@ from ray_jobs.cli.arguments import echo
 from ray_jobs.cli.options import command
 from ray_jobs.config import ModelConfig
 from ray_jobs.config.commands import PlanOptions
-from ray_jobs.units import format_bytes, format_counts
+from ray_jobs.units import format_bytes
 
 
 @command(
@@ -42,8 +42,8 @@ def plan(model: ModelConfig, options: PlanOptions) -> None:
     Console(width=None if sys.stdout.isatty() else 140).print(table)
     total = format_bytes(sum(sizes.values()))
     echo(f"{len(sizes)} operators; moments of {total} in each worker and in each file of partial moments")
-    if constants := loaded.network.constant_factors:
-        echo(f"taken as constants in explanations: {format_counts(constants)}")
+    for line in loaded.traced.describe():
+        echo(line)
     rest = format_bytes(model_bytes(loaded.network, options.batch_size))
     echo(f"each worker also holds the model and a batch of {options.batch_size}: about {rest}")
     if options.memory is not None:

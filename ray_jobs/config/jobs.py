@@ -111,7 +111,9 @@ class ModelConfig(Validated):
 
     spec: str = field(
         metadata=required(
-            "Model: torchvision:NAME, timm:NAME, module:factory or file.py:factory.", flag="--model", parse="name"
+            "Model: torchvision:NAME, timm:NAME, transformers:FOLDER_OR_ID, module:factory or file.py:factory.",
+            flag="--model",
+            parse="name",
         )
     )
     weights: str = option(
@@ -138,6 +140,11 @@ class ModelConfig(Validated):
         (), "Operations without a pattern whose gradient is used instead: gelu,layer_norm."
     )
     strip_softmax: bool = option(False, "Remove the softmax, log-softmax or sigmoid at the end of the model.")
+    output: str | None = option(
+        None,
+        "Output to explain, by name or number (default: `logits`, the only tensor, or the first).",
+        flag="--model-output",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

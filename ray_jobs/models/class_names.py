@@ -1,4 +1,4 @@
-"""Names of a model's classes, from a file or from torchvision."""
+"""Names of a model's classes, from a file or from the model's library."""
 
 import json
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 from patterns import UserError
 from ray_jobs.io.object_store import read_option_file
 from ray_jobs.models.libraries import list_torchvision_classes
+from ray_jobs.models.transformers_models import list_transformers_classes
 
 ClassNames = tuple[tuple[str, int], ...]  # names with class numbers; two classes may have the same name
 
@@ -18,16 +19,17 @@ def load_class_names(spec: str, file: str | None) -> ClassNames:
     """Return the names of a model's classes with their numbers; empty if they are not known.
 
     Args:
-        spec: The spec of the model; torchvision knows the names of its models' classes.
+        spec: The spec of the model; torchvision and transformers know the names of their models' classes.
         file: A path or URL of a JSON list of names; a JSON object from number to name, from name to number, or from
-            number to a list of names; or a text with one name per line. None: the names that torchvision knows.
+            number to a list of names; or a text with one name per line. None: the names that the library knows.
 
     Raises:
         UserError: If the file cannot be read or has another format.
     """
     if file is None:
         library, _, name = spec.partition(":")
-        return enumerate_names(list_torchvision_classes(name) if library == "torchvision" else [])
+        known = {"torchvision": list_torchvision_classes, "transformers": list_transformers_classes}
+        return enumerate_names(known[library](name) if library in known else [])
     try:
         content = read_option_file("--classes", file).decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -13,13 +13,16 @@ from ray_jobs.config import ModelConfig, Preprocessing
 from ray_jobs.models.checkpoints import load_weights
 from ray_jobs.models.factories import load_custom_model
 from ray_jobs.models.libraries import has_torchvision_weights, load_timm_model, load_torchvision_model
+from ray_jobs.models.model_outputs import explain_output
 from ray_jobs.models.modules import cast, materialize, prepare, require_finite
+from ray_jobs.models.transformers_models import load_transformers_model
+from ray_jobs.units import format_counts
 
 PRECISIONS = {"float32": torch.float32, "tf32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 IMAGENET = Preprocessing(
     image_size=224, resize=256, interpolation="bilinear", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
 )
-LIBRARIES = ("torchvision", "timm")
+LIBRARIES = ("torchvision", "timm", "transformers")
 
 
 @dataclass(frozen=True)
@@ -31,17 +34,26 @@ class TracedModel:
         network: The network, on its device.
         preprocessing: From images to its inputs.
         digest: `patterns.digest` of the model's weights as they were loaded.
+        output: Which of the model's outputs is explained; None if it has only one.
     """
 
     config: ModelConfig
     network: Network
     preprocessing: Preprocessing
     digest: str
+    output: str | None = None
 
     @property
     def device(self) -> torch.device:
         """The device of the network."""
         return self.network.like.device
+
+    def describe(self) -> list[str]:
+        """Return what a user should know of the traced model, a line each."""
+        lines = [] if self.output is None else [f"the explained output of the model is {self.output}"]
+        if constants := self.network.constant_factors:
+            lines.append(f"taken as constants in explanations: {format_counts(constants)}")
+        return lines
 
     @property
     def dtype(self) -> torch.dtype:
@@ -98,9 +110,10 @@ class LoadedModel:
     def traced(self) -> TracedModel:
         """The traced model. It is traced on first use, because a finished job needs only the digest of the weights."""
         example = torch.zeros((2, *self.preprocessing.input_shape), device=self.device, dtype=self.dtype)
+        output = explain_output(self.model, example, self.config.output, f"--model {self.config.spec}")
         passing, strip = self.config.pass_through, self.config.strip_softmax
         network = trace(self.model, example, name=self.config.spec, pass_through=passing, strip_softmax=strip)
-        return TracedModel(self.config, network, self.preprocessing, self.digest)
+        return TracedModel(self.config, network, self.preprocessing, self.digest, output)
 
     @property
     def network(self) -> Network:
@@ -150,12 +163,14 @@ def build_model(config: ModelConfig) -> tuple[nn.Module, Preprocessing]:
         raise UserError(
             f"--model {config.spec}",
             "not a model spec",
-            "Use torchvision:NAME, timm:NAME, module:factory or file.py:factory.",
+            "Use torchvision:NAME, timm:NAME, transformers:FOLDER_OR_ID, module:factory or file.py:factory.",
         )
     if library == "torchvision":
         return load_torchvision_model(name, config.weights)
     if library == "timm":
         return load_timm_model(name, config.weights == "default")
+    if library == "transformers":
+        return load_transformers_model(name, config.weights == "default")
     return load_custom_model(config.spec), IMAGENET
 
 

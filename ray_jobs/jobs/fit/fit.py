@@ -23,7 +23,6 @@ from ray_jobs.models import loading
 from ray_jobs.runs.ledger import Ledger
 from ray_jobs.runs.moments_store import MomentsStore
 from ray_jobs.runs.run_folder import Run, describe_difference, upgrade_options
-from ray_jobs.units import format_counts
 
 # Options in which fits may differ and still be merged.
 MAY_DIFFER = {"shards", "max_samples", "batch_size", "until_converged", "compile"}
@@ -101,8 +100,8 @@ def fit(config: FitConfig, resources: Resources = Resources(), retry_quarantined
             job = make_job(session, config, resources, passes, number)
             if reason is not None and number == 0:
                 job.reporter.log(reason)
-            if number == 0 and (constants := loaded.network.constant_factors):
-                job.reporter.log(f"taken as constants in explanations: {format_counts(constants)}")
+            for line in loaded.traced.describe() if number == 0 else ():
+                job.reporter.log(line)
             try:
                 job.gather(partial(make_observer, config, each.operators), loaded.traced)
             finally:
