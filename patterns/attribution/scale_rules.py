@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 
 from patterns.attribution.gradient_scaling import ScaledModule
 from patterns.attribution.rectifier_rules import RuledRectifier
-from patterns.operators.gates import FACTORS, gated
+from patterns.operators.gates import FACTORS, activate, gated
 from patterns.tracing.aten_graph import passes_values
 from patterns.tracing.scales import SCALES, ScaleRules, detached, factored, standardized
 
@@ -104,20 +104,18 @@ class _SwitchedGate(torch.autograd.Function):
         passes: Callable[[], bool],
     ) -> Tensor:
         ctx.name, ctx.parameters, ctx.rules, ctx.passes = name, parameters, rules, passes
-        factor = FACTORS[name](z, *parameters)
-        ctx.save_for_backward(z, factor)
-        return z * factor
+        ctx.save_for_backward(z)
+        return activate(z, name, *parameters)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        z, factor = ctx.saved_tensors
-        (grad,) = grads
+        (z,), (grad,) = ctx.saved_tensors, grads
         if ctx.rules().differentiates:
             with torch.enable_grad():
                 leaf = z.detach().requires_grad_()
                 (grad,) = torch.autograd.grad(leaf * FACTORS[ctx.name](leaf, *ctx.parameters), leaf, grad)
         elif not ctx.passes():
-            grad = grad * factor
+            grad = grad * FACTORS[ctx.name](z, *ctx.parameters)
         return grad, None, None, None, None
 
 

