@@ -130,8 +130,8 @@ def test_tab_completes_commands_and_options(
         assert exit_status(["--install-completion"]) == 0
     assert (tmp_path / f".{shell}rc").read_text().count("source") == 1
     (tmp_path / "photographs").mkdir()
-    typed = type_keys(shell, tmp_path, "patternnet f\t--mod\tx --until\t0.1\n")
-    assert typed == "fit --model x --until-converged 0.1"
+    typed = type_keys(shell, tmp_path, "patternnet f\t--pos\t16 --until\t0.1\n")
+    assert typed == "fit --positions 16 --until-converged 0.1"
     assert type_keys(shell, tmp_path, "patternnet repo\tphotogr\t\n").rstrip("/") == "report photographs"
 
 
