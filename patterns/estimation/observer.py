@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from patterns.compilation import Function, capture_graph, compile_graph, translate_errors, warm_up_runs
 from patterns.errors import UserError
+from patterns.moments.accumulator import Accumulator
 from patterns.moments.gram import PatchAccumulator, PatchMoments
-from patterns.moments.moments import Accumulator, Moments, RequiredSums
+from patterns.moments.moments import Moments, RequiredSums
 from patterns.moments.position_sampling import PositionSampler
 from patterns.moments.sampled import SampledAccumulator
 from patterns.operators.operator import Inputs, Operator

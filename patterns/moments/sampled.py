@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from patterns.moments.moments import Accumulator, Moments, RequiredSums
+from patterns.moments.accumulator import Accumulator
+from patterns.moments.moments import Moments, RequiredSums
 from patterns.moments.patch_gathering import PatchGatherer, flatten_positions, gather_positions
 from patterns.moments.position_sampling import PositionSampler
 from patterns.operators.operator import Inputs, Operator, Shape

@@ -60,11 +60,6 @@ class Gate:
         """
         return aten.hardtanh_backward.grad_input(values.expand_as(z), z, self.low, self.high, grad_input=out)
 
-    def activate(self, z: Tensor) -> Tensor:
-        """Return the rectifier's output, z limited to the interval from low to high."""
-        low, high = (None if math.isinf(bound) else bound for bound in (self.low, self.high))
-        return torch.clamp(z, low, high)
-
 
 @dataclass(frozen=True)
 class SmoothGate:
@@ -104,16 +99,6 @@ class SmoothGate:
         """Return the weight of each output z, g(z) divided by the largest g, in [0, 1]."""
         factor = self.factor(z)
         return factor if self.largest_factor == 1 else factor / self.largest_factor
-
-    def mask(self, values: Tensor, z: Tensor, out: Tensor) -> Tensor:
-        """Return the values times the weights of z.
-
-        Args:
-            values: Values that broadcast to the shape of z.
-            z: Outputs of the operator.
-            out: The tensor that receives the result.
-        """
-        return torch.mul(values, self.weigh(z), out=out)
 
     def activate(self, z: Tensor) -> Tensor:
         """Return f(z) = z·g(z)."""
@@ -185,7 +170,7 @@ def mish_factor(z: Tensor) -> Tensor:
 def elu_factor(z: Tensor, alpha: float, scale: float, input_scale: float) -> Tensor:
     """Return scale for z > 0, and scale·alpha·(e^(input_scale·z) - 1) / z below (ELU, SELU and CELU)."""
     below = input_scale * z.clamp(max=0)
-    # (e^u - 1) / u = e^(u/2) sinh(u/2) / (u/2), in which nothing cancels.
+    # expm1 keeps all digits near 0, where the ratio is 1.
     ratio = torch.where(below < 0, torch.expm1(below) / torch.where(below < 0, below, 1.0), 1.0)
     return torch.where(z > 0, scale, (scale * alpha * input_scale) * ratio)
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from patterns import Gate, Moments, Operator
-from patterns.moments.moments import Accumulator, RequiredSums
+from patterns.moments.accumulator import Accumulator
+from patterns.moments.moments import RequiredSums
 from patterns.operators.operator import (
     Addition,
     AveragePool,

@@ -14,7 +14,8 @@ from patterns.estimation.jackknife import (
     StandardErrors,
     check_convergence,
 )
-from patterns.moments.moments import Accumulator, RequiredSums
+from patterns.moments.accumulator import Accumulator
+from patterns.moments.moments import RequiredSums
 from patterns.operators.operator import Convolution
 
 D, K = 6, 5

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from patterns import CHOICES, ESTIMATORS, Moments, solve
 from patterns.estimation.estimators import RIDGE, required_sums
-from patterns.moments.moments import Accumulator, RequiredSums, moments_bytes, zero_moments
+from patterns.moments.accumulator import Accumulator
+from patterns.moments.moments import RequiredSums, moments_bytes, zero_moments
 from patterns.operators.operator import OPERATOR_TYPES
 from tests import oracles
 from tests.oracles import Neuron

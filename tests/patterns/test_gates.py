@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from patterns import Explainer, Gate, Moments, Observer, SmoothGate, accumulate, choose, quality, solve, trace
 from patterns.estimation.observer import accumulate_patches
-from patterns.moments.moments import Accumulator, RequiredSums
+from patterns.moments.accumulator import Accumulator
+from patterns.moments.moments import RequiredSums
 from patterns.operators.gates import FACTORS, gated
 from tests.patterns.cases import FIXED, Case, fixed
 

@@ -44,7 +44,7 @@ def test_accumulating_needs_at_most_a_third_more_than_forward_and_backward_in_ad
     head: Callable[[], list[nn.Module]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Scaled down in proportion from VGG-16: 2²² of 103 million weights, and of 13 million activations.
-    monkeypatch.setattr("patterns.moments.moments.CHUNK_ELEMENTS", 2**18)
+    monkeypatch.setattr("patterns.moments.accumulator.CHUNK_ELEMENTS", 2**18)
     monkeypatch.setattr("patterns.operators.winograd.BLOCK", 2**18)
     torch.manual_seed(0)
     model = nn.Sequential(*convolutions(), *head()).eval().requires_grad_(False)

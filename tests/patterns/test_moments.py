@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from patterns import CHOICES, Gate, Moments, Operator, Sums, accumulate, solve, trace
-from patterns.moments.moments import Accumulator, RequiredSums, zero_moments
+from patterns.moments.accumulator import Accumulator
+from patterns.moments.moments import RequiredSums, zero_moments
 from patterns.operators.operator import Convolution, Linear, OperatorType, Scale
 from tests.oracles import Neuron, channel_patches, linear_patches, neurons, window_patches
 from tests.patterns.cases import STRATEGIES, Case, any_case, fixed
@@ -217,7 +218,7 @@ def test_a_batch_summed_in_chunks_gives_the_same_sums(limit: str, name: str, mon
     case = fixed(name, "relu")
     whole = case.moments()
     for size in (1, 10, 50):
-        monkeypatch.setattr(f"patterns.moments.moments.{limit}", size)
+        monkeypatch.setattr(f"patterns.moments.accumulator.{limit}", size)
         assert_same(case.moments(), whole, rtol=1e-11)
 
 
