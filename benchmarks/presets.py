@@ -79,15 +79,21 @@ class Subject:
     replacement: str
 
 
+def split_photographs() -> tuple[list[Path], list[Path]]:
+    """Return the photographs of Debian packages, for the fit, and those of foolbox, to explain."""
+    paths = find_photographs()
+    explained = [path for path in paths if "foolbox" in path.parts]
+    return [path for path in paths if path not in explained], explained
+
+
 def prepare_lite(number: int, out: Path) -> Subject:
     """Return EfficientNet-Lite0, -1 or -2, with photographs of Debian packages for the fit and foolbox's to explain."""
     weights = prepare_weights(out / f"lite{number}.safetensors", number)
     model = ModelConfig(spec=f"timm:tf_efficientnet_lite{number}", weights=str(weights))
     photographs = out / "debian" / "photographs"
     photographs.mkdir(parents=True, exist_ok=True)
-    for path in find_photographs():
-        if "foolbox" not in path.parts:
-            shutil.copyfile(path, photographs / path.name)
+    for path in split_photographs()[0]:
+        shutil.copyfile(path, photographs / path.name)
     crops = pack(out / "debian", out / "crops", per_shard=60, crops=CROPS, size=288)
     whole = pack(prepare_photographs(out / "foolbox"), out / "whole", per_shard=20)
     return Subject(model, list_shards(map(str, crops)), list_shards(map(str, whole)), 16, 16, "mean")
@@ -141,7 +147,7 @@ def degrade_vgg(out: Path) -> list[dict[str, object]]:
     """Degrade the mean activation of the strongest channel of VGG-16's last convolution: rows as of the evaluation."""
     loaded = loading.load(ModelConfig(spec=vgg16.SPEC, weights=str(vgg16.fetch_weights(out))))
     network, preprocessing = loaded.network.until(vgg16.LAST), loaded.preprocessing
-    fitted = [path for path in find_photographs() if "foolbox" not in path.parts]
+    fitted, explained = split_photographs()
     observer = Observer(network, positions=POSITIONS)
     for number, batch in enumerate(draw_crops(fitted, CROPS, preprocessing)):
         observer.update(batch, range(number * CROPS, (number + 1) * CROPS))
@@ -152,11 +158,10 @@ def degrade_vgg(out: Path) -> list[dict[str, object]]:
     methods = *METHODS, *BASELINES
     explainer = Explainer(network, None, methods, estimators=presets)
     rows: list[dict[str, object]] = []
-    for path in find_photographs():
-        if "foolbox" in path.parts:
-            image = load_whole(path, preprocessing)[None]
-            for method, area in degrade_channel(network, explainer, image, methods):
-                rows.append({"measure": "degradation", "method": method, "key": path.stem, "value": area})
+    for path in explained:
+        image = load_whole(path, preprocessing)[None]
+        for method, area in degrade_channel(network, explainer, image, methods):
+            rows.append({"measure": "degradation", "method": method, "key": path.stem, "value": area})
     return rows
 
 

@@ -202,6 +202,13 @@ def local_ray() -> Iterator[None]:
 
 
 @pytest.fixture
+def ray_of_workers(request: pytest.FixtureRequest) -> None:
+    """`local_ray`, if the test's parameter `workers` is not 0."""
+    if request.node.callspec.params["workers"]:
+        request.getfixturevalue("local_ray")
+
+
+@pytest.fixture
 def complaint(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """Return a function that runs the program on bad input, asserts status 2, and returns the one line of the error."""
     from ray_jobs.cli.app import exit_status

@@ -30,10 +30,8 @@ SMALL = ("default",)  # has fewer sums to compile than other estimators
 @pytest.mark.full
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=[pytest.mark.slow, pytest.mark.ray])])
 def test_compiled_jobs_compute_what_uncompiled_jobs_compute_and_keep_their_mode(
-    request: pytest.FixtureRequest, model_spec: str, shards: list[str], tmp_path: Path, workers: int
+    ray_of_workers: None, model_spec: str, shards: list[str], tmp_path: Path, workers: int
 ) -> None:
-    if workers:
-        request.getfixturevalue("local_ray")
     resources = Resources(workers=workers, gpus_per_worker=0)
     plain = make_fit_config(model_spec, shards[:4], tmp_path / "plain", estimators=SMALL)
     plain = replace(plain, model=replace(plain.model, precision="float64"))

@@ -76,15 +76,8 @@ def test_the_job_computes_what_one_process_computes(undisturbed: Path, model_spe
 @pytest.mark.full
 @pytest.mark.parametrize("workers", [0, *SEVERAL])
 def test_the_number_of_workers_and_the_order_of_shards_change_no_digit(
-    request: pytest.FixtureRequest,
-    undisturbed: Path,
-    model_spec: str,
-    shards: list[str],
-    tmp_path: Path,
-    workers: int,
+    ray_of_workers: None, undisturbed: Path, model_spec: str, shards: list[str], tmp_path: Path, workers: int
 ) -> None:
-    if workers:
-        request.getfixturevalue("local_ray")
     order = torch.randperm(len(shards), generator=torch.Generator().manual_seed(workers)).tolist()
     run = fit(make_fit_config(model_spec, [shards[i] for i in order], tmp_path / "run"), on_cpu(workers, max_loss=0.01))
     assert_same_patterns(undisturbed, run.folder)
@@ -124,10 +117,8 @@ def test_a_killed_worker_changes_no_digit(
 @pytest.mark.full
 @pytest.mark.parametrize("workers", [0, SEVERAL[0]])
 def test_a_fit_resumed_after_its_driver_was_stopped_and_killed_changes_no_digit(
-    model_spec: str, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest, workers: int
+    model_spec: str, tmp_path_factory: pytest.TempPathFactory, ray_of_workers: None, workers: int
 ) -> None:
-    if workers:
-        request.getfixturevalue("local_ray")
     folder = tmp_path_factory.mktemp("driver")
     many = make_shards(folder / "shards", 30, 3, seed=5)
     out = folder / "run"
