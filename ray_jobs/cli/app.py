@@ -24,7 +24,6 @@ from ray_jobs.cli.explain import explain
 from ray_jobs.cli.fit import fit
 from ray_jobs.cli.grid import grid
 from ray_jobs.cli.merge import merge
-from ray_jobs.cli.options import name_flags
 from ray_jobs.cli.pack import pack
 from ray_jobs.cli.plan import plan
 from ray_jobs.cli.quality import quality
@@ -34,6 +33,7 @@ from ray_jobs.cli.show import show
 from ray_jobs.cli.solve import solve
 from ray_jobs.cli.status import status
 from ray_jobs.cli.submit import submit
+from ray_jobs.cli.typer_options import name_flags
 from ray_jobs.engine.signals import INTERRUPTED, SIGNALS, StoppedShortError
 from ray_jobs.io.file_systems import to_user_error
 from ray_jobs.units import find_version

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from patterns.attribution import parse_method, resolve_settings
-from ray_jobs.cli.options import Given
+from ray_jobs.cli.typer_options import Given
 from ray_jobs.config import ModelConfig
 from ray_jobs.config.commands import FittedModel, ShardOptions
 from ray_jobs.io.object_store import locate, require_writable

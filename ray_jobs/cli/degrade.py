@@ -1,7 +1,7 @@
 """`patternnet degrade`: how fast predictions fall if the most relevant patches are removed."""
 
 from ray_jobs.cli.arguments import echo, methods_options
-from ray_jobs.cli.options import Given, command
+from ray_jobs.cli.typer_options import Given, command
 from ray_jobs.config import DegradeConfig, Resources
 from ray_jobs.config.commands import FittedModel, ShardOptions
 

@@ -1,7 +1,7 @@
 """`patternnet demo`: everything on packaged weights and photographs."""
 
 from ray_jobs.cli.arguments import echo
-from ray_jobs.cli.options import command
+from ray_jobs.cli.typer_options import command
 from ray_jobs.config import Resources
 from ray_jobs.config.commands import DemoOptions
 

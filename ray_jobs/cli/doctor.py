@@ -7,7 +7,7 @@ from rich.table import Table
 
 from patterns import UserError
 from ray_jobs.cli.arguments import absolute, echo, listed
-from ray_jobs.cli.options import command, name_flags
+from ray_jobs.cli.typer_options import command, name_flags
 from ray_jobs.config import Resources
 from ray_jobs.config.commands import DoctorOptions
 

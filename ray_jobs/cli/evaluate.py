@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ray_jobs.cli.arguments import echo, methods_options
-from ray_jobs.cli.options import Given, command
+from ray_jobs.cli.typer_options import Given, command
 from ray_jobs.config import EvaluateConfig, Resources
 from ray_jobs.config.commands import FittedModel, ShardOptions
 

@@ -1,7 +1,7 @@
 """`patternnet explain`: shards and patterns → explanations."""
 
 from ray_jobs.cli.arguments import echo, methods_options
-from ray_jobs.cli.options import Given, command
+from ray_jobs.cli.typer_options import Given, command
 from ray_jobs.config import ExplainConfig, Resources
 from ray_jobs.config.commands import ClassNames, FittedModel, ShardOptions
 

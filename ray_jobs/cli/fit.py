@@ -1,7 +1,7 @@
 """`patternnet fit`: shards → moments → patterns."""
 
 from ray_jobs.cli.arguments import echo, listed, output_folder
-from ray_jobs.cli.options import Given, command
+from ray_jobs.cli.typer_options import Given, command
 from ray_jobs.config import FitConfig, ModelConfig, Resources
 from ray_jobs.config.commands import FitOptions
 

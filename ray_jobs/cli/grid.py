@@ -2,7 +2,7 @@
 
 from patterns import UserError
 from ray_jobs.cli.arguments import echo, output_file
-from ray_jobs.cli.options import command
+from ray_jobs.cli.typer_options import command
 from ray_jobs.config.commands import GridOptions
 
 

@@ -1,7 +1,7 @@
 """`patternnet merge`: several fits → one fit of all their data."""
 
 from ray_jobs.cli.arguments import absolute, echo, output_folder
-from ray_jobs.cli.options import command
+from ray_jobs.cli.typer_options import command
 from ray_jobs.config import Resources
 from ray_jobs.config.commands import MergeOptions
 

@@ -3,7 +3,7 @@
 from collections import Counter
 
 from ray_jobs.cli.arguments import echo
-from ray_jobs.cli.options import command
+from ray_jobs.cli.typer_options import command
 from ray_jobs.config.commands import PackOptions
 
 

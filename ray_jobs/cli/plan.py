@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ray_jobs.cli.arguments import echo
-from ray_jobs.cli.options import command
+from ray_jobs.cli.typer_options import command
 from ray_jobs.config import ModelConfig
 from ray_jobs.config.commands import PlanOptions
 from ray_jobs.units import format_bytes

@@ -2,7 +2,7 @@
 
 from patterns import UserError
 from ray_jobs.cli.arguments import absolute, echo, fitted_model, listed, output_folder
-from ray_jobs.cli.options import Given, command
+from ray_jobs.cli.typer_options import Given, command
 from ray_jobs.config import QualityConfig, Resources
 from ray_jobs.config.commands import FittedModel, ShardOptions
 

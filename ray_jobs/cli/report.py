@@ -1,7 +1,7 @@
 """`patternnet report`: runs → one page of HTML."""
 
 from ray_jobs.cli.arguments import echo, output_file
-from ray_jobs.cli.options import command
+from ray_jobs.cli.typer_options import command
 from ray_jobs.config.commands import ReportOptions
 from ray_jobs.units import format_bytes
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from patterns import UserError
 from ray_jobs.cli.arguments import echo, listed
-from ray_jobs.cli.options import command
+from ray_jobs.cli.typer_options import command
 from ray_jobs.config import ModelConfig, Resources
 from ray_jobs.config.commands import ReproduceOptions
 

@@ -1,7 +1,7 @@
 """`patternnet show`: a large picture of one sample."""
 
 from ray_jobs.cli.arguments import echo, output_file
-from ray_jobs.cli.options import command
+from ray_jobs.cli.typer_options import command
 from ray_jobs.config.commands import ShowOptions
 
 MAX_NAME = 60  # characters of a key in a file's name

@@ -1,7 +1,7 @@
 """`patternnet solve`: further patterns from the moments of a fit."""
 
 from ray_jobs.cli.arguments import absolute, echo
-from ray_jobs.cli.options import command
+from ray_jobs.cli.typer_options import command
 from ray_jobs.config import Resources
 from ray_jobs.config.commands import SolveOptions
 

@@ -8,7 +8,7 @@ import typer
 
 from patterns import UserError
 from ray_jobs.cli.arguments import echo
-from ray_jobs.cli.options import command
+from ray_jobs.cli.typer_options import command
 from ray_jobs.config.commands import SubmitOptions
 
 

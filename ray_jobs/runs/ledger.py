@@ -1,6 +1,7 @@
 """The ledger of a folder of partial moments: only shards that it names count; all others are done again.
 
-A shard is named by its number in the job's list, so that the ledger of 100,000 shards stays small.
+A shard is named by its number in the job's list, so that the ledger of 100,000 shards stays small. `moments_store`
+reads and writes the file.
 """
 
 from collections.abc import Collection, Iterable

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from patterns import UserError
 from patterns.estimation import resolve_estimators
 from ray_jobs.cli.app import COMMANDS, app, exit_status
-from ray_jobs.cli.options import name_flags
+from ray_jobs.cli.typer_options import name_flags
 from ray_jobs.config import ModelConfig
 from ray_jobs.models import loading
 from ray_jobs.studies.demo import prepare_photographs, prepare_weights
