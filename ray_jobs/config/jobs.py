@@ -21,6 +21,10 @@ OURS = tuple(
     for method in ("patternnet", "patternattribution")
     for preset in ("paper", "linear", "own-mean", "class-specific")
 )
+SPECS = (
+    "torchvision:NAME, timm:NAME, transformers:FOLDER_OR_ID, module:factory, file.py:factory, "
+    "file.pt2 (torch.export) or file.onnx"
+)
 OUTPUTS = ("npy", "png", "parquet", "zarr")
 REDUCTIONS = ("none", "sum", "abs-sum", "abs-max")
 
@@ -111,7 +115,7 @@ class ModelConfig(Validated):
 
     spec: str = field(
         metadata=required(
-            "Model: torchvision:NAME, timm:NAME, transformers:FOLDER_OR_ID, module:factory or file.py:factory.",
+            f"Model: {SPECS}.",
             flag="--model",
             parse="name",
         )

@@ -100,7 +100,7 @@ def reject_other_formats(content: bytes, place: str) -> None:
             remedy = "Load it with torch.jit.load, and save its state_dict() with torch.save."
             raise UserError(place, "a TorchScript archive, not a state dict", remedy)
         if any(name.endswith("/archive_format") for name in names):
-            remedy = "Write a factory that returns torch.export.load(FILE).module(), and pass it as --model."
+            remedy = "Pass it as --model FILE.pt2, without --weights."
             raise UserError(place, "an exported program (torch.export), not a state dict", remedy)
         if not any(name.endswith("/data.pkl") for name in names):
             raise UserError(

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from patterns import Network, UserError, digest, trace
-from ray_jobs.config import ModelConfig, Preprocessing
+from ray_jobs.config import SPECS, ModelConfig, Preprocessing
 from ray_jobs.models.checkpoints import load_weights
 from ray_jobs.models.factories import load_custom_model
 from ray_jobs.models.libraries import has_torchvision_weights, load_timm_model, load_torchvision_model
+from ray_jobs.models.model_files import ONNX, PROGRAM, load_model_file
 from ray_jobs.models.model_outputs import explain_output
 from ray_jobs.models.modules import cast, materialize, prepare, require_finite
 from ray_jobs.models.transformers_models import load_transformers_model
@@ -158,13 +159,13 @@ def load(config: ModelConfig, device: str = "cpu") -> LoadedModel:
 
 def build_model(config: ModelConfig) -> tuple[nn.Module, Preprocessing]:
     """Return the model of a config, with weights of its library but not of a file, and its preprocessing."""
+    if config.spec.endswith((PROGRAM, ONNX)):
+        model, shape = load_model_file(config.spec)
+        return model, with_input_size(IMAGENET, shape)
     library, colon, name = config.spec.partition(":")
     if not colon:
-        raise UserError(
-            f"--model {config.spec}",
-            "not a model spec",
-            "Use torchvision:NAME, timm:NAME, transformers:FOLDER_OR_ID, module:factory or file.py:factory.",
-        )
+        what, remedy = "not a model spec", f"Use {SPECS}."
+        raise UserError(f"--model {config.spec}", what, remedy)
     if library == "torchvision":
         return load_torchvision_model(name, config.weights)
     if library == "timm":
@@ -172,6 +173,13 @@ def build_model(config: ModelConfig) -> tuple[nn.Module, Preprocessing]:
     if library == "transformers":
         return load_transformers_model(name, config.weights == "default")
     return load_custom_model(config.spec), IMAGENET
+
+
+def with_input_size(preprocessing: Preprocessing, shape: Sequence[int]) -> Preprocessing:
+    """Return preprocessing for inputs of a shape (C, H, W), if its height and width are fixed and equal."""
+    size = shape[1] if len(shape) == 3 and shape[1] == shape[2] else 0
+    resize = round(size * preprocessing.resize / preprocessing.image_size)
+    return replace(preprocessing, image_size=size, resize=resize) if size else preprocessing
 
 
 def override_preprocessing(own: Preprocessing, config: ModelConfig) -> Preprocessing:
