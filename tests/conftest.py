@@ -23,7 +23,7 @@ from ray_jobs.models.loading import LoadedModel, TracedModel
 # Otherwise Ray enables token authentication if an earlier run left a token in the home directory.
 os.environ["RAY_AUTH_MODE"] = "disabled"
 # By default Ray runs workers at niceness 15, so that they would wait for the other test processes of a busy machine.
-os.environ["RAY_worker_niceness"] = "0"
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - the name that Ray reads
 # By default Serve kills a proxy that has not started within 5 s, which two cores with four test processes may exceed.
 os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "60"
 
