@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from patterns import Explainer, Network, Observer, UserError, choose, solve
 from patterns.estimation.estimators import required_sums
 from patterns.moments.moments import RequiredSums, moments_bytes
-from patterns.tracing.aten_graph import export
+from patterns.tracing.exporting import export
 from patterns.tracing.network import build_network
 from patterns.tracing.scales import SCALES
 from tests.patterns.networks import relative

@@ -1,26 +1,19 @@
-"""The ATen graph that `torch.export` makes of a model, and functions that read its nodes."""
+"""The ATen graph of a model, and functions that read its nodes."""
 
 import re
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
-from io import StringIO
 from math import prod
 from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
-from torch.fx.experimental import proxy_tensor
-from torch.fx.graph import CodeGen
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
-from patterns.errors import UserError
+aten = torch.ops.aten
 
 # Operations that pass values on unchanged, some of them or in another shape. A gate may follow behind them.
 VALUE_PASSING = {
@@ -85,108 +78,6 @@ class AtenGraph:
 
     def _value(self, node: Node) -> Any:
         return node.meta["val"] if "val" in node.meta else self.attributes[str(node.target)]
-
-
-def export(model: nn.Module, example: Tensor, name: str) -> AtenGraph:
-    """Export one call of a model as a functional ATen graph with a free batch size.
-
-    Args:
-        model: The model, in evaluation mode.
-        example: Samples, shape (N, …).
-        name: What to call the model in messages.
-
-    Raises:
-        UserError: If the model cannot be exported, or only for some batch sizes.
-    """
-    example = example[:1].repeat(2, *[1] * (example.dim() - 1))  # torch.export would make a batch of 1 a constant
-    try:
-        batch = {0: torch.export.Dim.DYNAMIC}
-        # If it fails, torch.export prints the graph, which does not help the user.
-        with redirect_stdout(StringIO()), redirect_stderr(StringIO()), readable_constants():
-            program = torch.export.export(model, (example,), dynamic_shapes=(batch,), strict=False)
-            require_any_batch(program, name)
-            use_functional_activations(program.graph)
-            module: Any = program.run_decompositions({}).module()
-    except UserError:
-        raise
-    except Exception as error:  # torch.export raises errors of many types
-        if "specialized it to be a constant" in str(error):
-            raise UserError(
-                name,
-                f"the model takes batches of {len(example)} only, because its forward uses the batch size as a number",
-                "Use x.shape[0] instead of len(x) and int(x.shape[0]), and no loop over the samples.",
-            ) from error
-        raise UserError(
-            name,
-            f"the model cannot be exported as a graph{describe_model_line(error)} ({first_line(error).rstrip('.')})",
-            "Remove control flow that depends on the data or on the batch size from the model's forward.",
-        ) from error
-    graph = copy_graph(module.graph)
-    graph.set_codegen(CodeGen())  # a plain forward(x) -> tensor instead of torch.export's pytrees
-    (output_node,) = graph.find_nodes(op="output")
-    output_node.args = (output_node.args[0][0],)
-    attributes: dict[str, Any] = {}
-    for node in list(graph.nodes):
-        if node.op == "get_attr":
-            attributes[str(node.target)] = get_attribute(module, str(node.target))
-        elif node.target is torch.ops.aten.view.default:  # later passes may change the memory layout of its input
-            node.target = torch.ops.aten.reshape.default
-        elif node.op == "call_module" or opname(node) in CHECKS:  # torch.export's guards on shapes and dtypes
-            graph.erase_node(node)
-    return AtenGraph(graph, attributes)
-
-
-# Operations that return a tensor of their own, never a view of an input.
-FRESH = {"conv1d", "conv2d", "conv3d", "convolution", "linear", "batch_norm", "addmm", "mm", "add", "mul"}
-IN_PLACE_ACTIVATIONS = {"relu_", "relu6_", "hardtanh_", "silu_", "hardswish_", "hardsigmoid_", "leaky_relu_", "elu_"}
-
-
-def use_functional_activations(graph: Graph) -> None:
-    """Replace in-place activations of an exported graph whose input nothing else uses.
-
-    torch.export would do this for all in-place operations, but takes many times as long for each: it analyzes which
-    tensors share memory. The result is the same, because nobody sees the overwritten tensor.
-    """
-    for node in graph.nodes:
-        name = node.target._schema.name.partition("::")[2] if isinstance(node.target, torch._ops.OpOverload) else ""
-        if name not in IN_PLACE_ACTIVATIONS or not hasattr(torch.ops.aten, name[:-1]):
-            continue
-        source = node.args[0]
-        if isinstance(source, Node) and opname(source) in FRESH and len(source.users) == 1:
-            if source.target._schema.name.endswith("_"):  # type: ignore[union-attr]
-                continue  # an in-place operation returns its input
-            node.target = getattr(torch.ops.aten, name[:-1]).default
-
-
-# Calls with which torch.export checks shapes and dtypes while the graph runs.
-CHECKS = {"_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range", "sym_constrain_range_for_size"}
-READABLE_NUMBERS = 4096
-
-
-@contextmanager
-def readable_constants() -> Iterator[None]:
-    """Let torch.export read constant tensors of up to 4096 numbers instead of 1.
-
-    Forward passes may then branch on constants, for example torchvision's `normalize` on `(std == 0).any()`.
-    """
-    limited = [module for module in (proxy_tensor, fake_tensor) if hasattr(module, "CONSTANT_NUMEL_LIMIT")]
-    before = [module.CONSTANT_NUMEL_LIMIT for module in limited]
-    for module in limited:
-        setattr(module, "CONSTANT_NUMEL_LIMIT", READABLE_NUMBERS)  # noqa: B010 - the modules do not export it
-    try:
-        yield
-    finally:
-        for module, limit in zip(limited, before):
-            setattr(module, "CONSTANT_NUMEL_LIMIT", limit)  # noqa: B010
-
-
-def require_any_batch(program: torch.export.ExportedProgram, name: str) -> None:
-    """Raise UserError if an exported program holds only for some batch sizes above 1."""
-    for bounds in program.range_constraints.values():
-        if bounds.lower > 2 or (not bounds.upper.is_infinite and bounds.upper < 2**31):
-            sizes = f"{bounds.lower} to {bounds.upper}"
-            what = f"the forward pass depends on the batch size: the exported graph is for batches of {sizes}"
-            raise UserError(name, what, "Remove code that depends on the batch size from the model's forward.")
 
 
 def get_constant(graph: AtenGraph, node: Node | None) -> Tensor | None:
@@ -319,24 +210,17 @@ def source(node: Node) -> str:
     return f"{module} ({file.rpartition('/')[2]}:{line}: {code.strip()})"
 
 
-def describe_model_line(error: Exception) -> str:
-    """Return the line of the model's code that raised an error; empty if the error arose elsewhere."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if "/torch/" not in f.filename and f.filename != __file__]
-    return f" because of {own[-1].filename.rpartition('/')[2]}:{own[-1].lineno}: {own[-1].line}" if own else ""
-
-
-def get_attribute(module: nn.Module, target: str) -> Any:
-    """Return an attribute of a module by its dotted name."""
-    return attrgetter(target)(module)
-
-
 def copy_graph(graph: Graph) -> Graph:
     """Return a copy of a torch.fx graph."""
     copy = Graph()
     output = copy.graph_copy(graph, {}, return_output_node=False)
     copy.output(output)
     return copy
+
+
+def get_attribute(module: nn.Module, target: str) -> Any:
+    """Return an attribute of a module by its dotted name."""
+    return attrgetter(target)(module)
 
 
 def first_line(error: Exception) -> str:

@@ -24,7 +24,6 @@ from patterns.tracing.aten_graph import (
     AtenGraph,
     arguments,
     copy_graph,
-    export,
     get_attribute,
     mark_channels,
     opname,
@@ -38,6 +37,7 @@ from patterns.tracing.canonicalize import (
 )
 from patterns.tracing.constant_products import canonicalize_products
 from patterns.tracing.digests import constants_digest
+from patterns.tracing.exporting import export
 from patterns.tracing.folding import fold_constants, fold_scales
 from patterns.tracing.forward_checks import agree, compute_independent_outputs, draw_samples_like, require_deterministic
 from patterns.tracing.graph_records import NodeRecord, build_graph, move, record_graph
