@@ -153,9 +153,8 @@ def baseline_maps(images: Tensor) -> dict[str, Tensor]:
 
 def score_maps(name: str, maps: Tensor) -> dict[str, Tensor]:
     """Return the scores of maps against the mask, (N,) each; mass and pointing game as in the tables of the jobs."""
-    boxes = [[(x, y, x + 1, y + 1) for y, x in MASK.nonzero().tolist()]] * len(maps)
     method = "signal:identity" if name in BASELINES else name.partition(":")[0]
-    rows = summarize_maps(method, maps, boxes)
+    rows = summarize_maps(method, maps, [MASK.bool()] * len(maps))
     return {
         "earth mover's accuracy": earth_movers_accuracy(heat(maps), MASK),
         "mass inside": torch.tensor([float(str(row[f"{method}_inside"])) for row in rows]),

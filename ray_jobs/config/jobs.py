@@ -271,16 +271,19 @@ class MethodsConfig(Validated):
 class ExplainConfig(MethodsConfig):
     """An explanation of whole shards.
 
-    `target` is parsed by `ray_jobs.jobs.explain.targets`. `classes` are pairs of a class's name and number.
+    `target` is parsed by `ray_jobs.jobs.explain.targets`. `classes` are pairs of a class's name and number,
+    `vector` is what the embeddings are compared with by the target `similarity:FILE`.
     `reduction` and `size` apply to the channels and to the height and width of the maps.
     """
 
     target: str = option(
         "predicted",
         "What to explain: predicted, second, label, top-K, a class by number or name, A-vs-B, A-vs-others, contrast, "
-        "OPERATOR:NEURON or OPERATOR:strongest.",
+        "OPERATOR:NEURON or OPERATOR:strongest; of dense outputs CLASS@mask, CLASS@predicted or CLASS@box; of "
+        "embeddings unit:NUMBER or similarity:FILE.npy.",
     )
     classes: tuple[tuple[str, int], ...] = ()
+    vector: tuple[float, ...] = ()
     outputs: tuple[str, ...] = option(("npy", "png"), "Formats of the maps.", flag="--output", choices=OUTPUTS)
     reduction: str = option("none", "Reduction of the maps' channels.", flag="--reduce-channels", choices=REDUCTIONS)
     size: int | None = option(

@@ -372,7 +372,12 @@ def crop_center(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
     size = preprocessing.image_size
     padding = preprocessing.mean if preprocessing.crop_mode == "border" else (0.0,)
     color = torch.tensor([round(255 * value) for value in padding], dtype=torch.uint8)
-    canvas = color.view(-1, 1, 1).expand(len(pixels), size, size).clone()
+    return crop_onto(color.view(-1, 1, 1).expand(len(pixels), size, size).clone(), pixels)
+
+
+def crop_onto(canvas: Tensor, pixels: Tensor) -> Tensor:
+    """Return a canvas (C, size, size) with the center crop of an image (C, H, W) on it; changed in place."""
+    size = canvas.shape[-1]
     top, left = (compute_crop_offset(side, size) for side in pixels.shape[1:])
     inner = pixels[:, max(top, 0) :, max(left, 0) :][:, :size, :size]
     y, x = max(-top, 0), max(-left, 0)

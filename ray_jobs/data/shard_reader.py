@@ -11,7 +11,7 @@ from torch import Tensor
 from patterns import UserError
 from ray_jobs.config import Preprocessing
 from ray_jobs.data import image_folders, parquet_reader, tar_reader
-from ray_jobs.data.annotations import parse_boxes, parse_label
+from ray_jobs.data.annotations import parse_boxes, parse_label, parse_mask
 from ray_jobs.data.byte_streams import open_seekable, open_stream
 from ray_jobs.data.image_decoding import decode_input, normalize_batch
 from ray_jobs.data.samples import Box, RejectedSample, Sample, SampleError, reject_duplicates
@@ -29,15 +29,17 @@ class Batch:
         labels: The label of each sample; None if it has no label.
         boxes: The boxes of each sample in pixels of the model's input; None if it has no boxes, or the reader's config
             does not ask for them.
+        masks: The mask of each sample, see `parse_mask`; None likewise.
     """
 
     images: Tensor
     keys: list[str]
     labels: list[int | None]
     boxes: list[list[Box] | None]
+    masks: list[Tensor | None]
 
 
-Decoded = tuple[str, Tensor, int | None, list[Box] | None]
+Decoded = tuple[str, Tensor, int | None, list[Box] | None, Tensor | None]
 
 
 def read_shard(shard: str) -> Generator[Sample, None, None]:
@@ -80,7 +82,8 @@ class ReaderConfig:
         batch_size: The number of samples of a batch; the last batch of a shard may have fewer.
         dtype: The dtype of the model's input.
         validate_label: Raises SampleError if the job cannot use a sample with this label.
-        with_boxes: Whether the boxes of samples are read.
+        with_regions: Whether the boxes and masks of samples are read.
+        needed_region: "mask" or "box" if samples without one cannot be used; None if neither is needed.
         threads: The number of threads that decode images.
     """
 
@@ -88,7 +91,8 @@ class ReaderConfig:
     batch_size: int
     dtype: torch.dtype = torch.float32
     validate_label: Callable[[int | None], None] = lambda _: None
-    with_boxes: bool = False
+    with_regions: bool = False
+    needed_region: str | None = None
     threads: int = 1
 
 
@@ -167,17 +171,35 @@ class ShardReader:
         try:
             label = parse_label(sample.files)
             self.config.validate_label(label)
-            boxes = parse_boxes(sample.files, self.config.preprocessing) if self.config.with_boxes else None
-            return key, decode_input(sample.files, self.config.preprocessing), label, boxes
+            boxes, mask = self.parse_regions(sample)
+            return key, decode_input(sample.files, self.config.preprocessing), label, boxes, mask
         except SampleError as error:
             return RejectedSample(self.shard, key, "decode", str(error))
 
+    def parse_regions(self, sample: Sample) -> tuple[list[Box] | None, Tensor | None]:
+        """Return the boxes and the mask of a sample, if the job reads them. Raise SampleError if it cannot use them."""
+        if not self.config.with_regions:
+            return None, None
+        needed, preprocessing = self.config.needed_region, self.config.preprocessing
+        boxes = parse_boxes(sample.files, preprocessing)
+        try:
+            mask = parse_mask(sample.files, preprocessing)
+        except SampleError:
+            if needed == "mask":
+                raise
+            mask = None
+        if (needed, boxes) == ("box", None) or (needed == "mask" and mask is None):
+            files = "boxes in its json" if needed == "box" else "mask.png or seg.png"
+            raise SampleError(f"the target needs a {needed}, and the sample has no {files}")
+        return boxes, mask
+
     def make_batch(self, taken: list[Decoded]) -> Batch:
         """Return a batch of decoded samples."""
-        keys, images, labels, boxes = zip(*taken)
+        keys, images, labels, boxes, masks = zip(*taken)
         return Batch(
             normalize_batch(images, self.config.preprocessing).to(self.config.dtype),
             list(keys),
             list(labels),
             list(boxes),
+            list(masks),
         )

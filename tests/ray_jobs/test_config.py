@@ -26,7 +26,7 @@ from ray_jobs.runs.map_files import estimate_bytes_per_sample
 
 JOBS = FitConfig, QualityConfig, ExplainConfig, DegradeConfig
 # Fields that commands fill from other options.
-FILLED = {"model", "classes", "timing"}
+FILLED = {"model", "classes", "timing", "vector"}
 MODEL = ModelConfig(spec="m.py:net")
 FIT = FitConfig(model=MODEL, shards=("a.tar",), out="run")
 EXPLAIN = ExplainConfig(model=MODEL, patterns="run", shards=("a.tar",), out="run")

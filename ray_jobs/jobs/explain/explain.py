@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from patterns.attribution import Explanation
 from patterns.io import write_table
@@ -20,8 +21,8 @@ from ray_jobs.data.shard_reader import Batch
 from ray_jobs.engine.shard_worker import ShardReport, require_gpu_for_mode
 from ray_jobs.io.object_store import locate, publish, read_table
 from ray_jobs.io.prefetch import WriteBehind
-from ray_jobs.jobs.explain.map_statistics import COLUMNS, reduce_maps, summarize_maps
-from ray_jobs.jobs.explain.targets import Target, parse_target
+from ray_jobs.jobs.explain.map_statistics import COLUMNS, find_region, reduce_maps, summarize_maps
+from ray_jobs.jobs.explain.targets import Regions, Target, parse_target
 from ray_jobs.jobs.job_session import JobSession
 from ray_jobs.jobs.method_job import MethodWorker, end_at, make_explainer, validate_methods, validate_settings
 from ray_jobs.jobs.per_shard_job import FilesTask, validate_sample_count, write_shard_files
@@ -57,8 +58,11 @@ class ExplainWorker(MethodWorker[ExplainConfig]):
     def prepare(self) -> None:
         """Place the model on the device, and load its patterns."""
         self.place_model()
-        self.target = parse_target(self.config.target, self.model.network, self.config.classes)
-        self.reader_config = replace(self.reader_config, validate_label=self.validate_label, with_boxes=True)
+        self.target = parse_target(self.config.target, self.model.network, self.config.classes, self.config.vector)
+        needed = self.target.region if self.target.region in ("mask", "box") else None
+        self.reader_config = replace(
+            self.reader_config, validate_label=self.validate_label, with_regions=True, needed_region=needed
+        )
         network = end_at(self.model.network, self.target.operator)
         self.explainer = make_explainer(self.config, self.model, network, self.scales)
         if self.config.compile is not None:
@@ -100,10 +104,16 @@ class ExplainWorker(MethodWorker[ExplainConfig]):
         target = self.target
         images = batch.images.to(self.model.device, non_blocking=True)
         seeds = self.make_seeds(batch.keys)
-        explanation = self.explainer(images, lambda scores: target.make_targets(scores, batch.labels), seeds)
+        explanation = self.explainer(
+            images, lambda scores: target.make_targets(scores, batch.labels, self.find_regions(batch, scores)), seeds
+        )
         rows = self.describe_samples(batch, images, explanation)
         first = {m: maps[:, 0] if target.maps > 1 else maps for m, maps in explanation.maps.items()}
-        statistics = zip(*(summarize_maps(method, maps, batch.boxes) for method, maps in first.items()))
+        regions = [
+            find_region(mask, boxes, row["target"], *images.shape[2:])
+            for mask, boxes, row in zip(batch.masks, batch.boxes, rows)
+        ]
+        statistics = zip(*(summarize_maps(method, maps, regions) for method, maps in first.items()))
         arrays, exponents = {}, {}
         for method, maps in explanation.maps.items():
             several = maps.dim() > 4
@@ -115,6 +125,21 @@ class ExplainWorker(MethodWorker[ExplainConfig]):
         summaries = [row | dict(chain.from_iterable(d.items() for d in each)) for row, each in zip(rows, statistics)]
         return ExplainedBatch(batch.keys, rows, summaries, arrays, exponents)
 
+    def find_regions(self, batch: Batch, scores: Tensor) -> Regions:
+        """Return the function that gives the share of each position of the output in the samples' masks or boxes."""
+        size = batch.images.shape[2:]
+
+        def shares(classes: Tensor) -> Tensor:
+            masks = batch.masks if self.target.region == "mask" else [None] * len(batch.keys)
+            regions = [
+                find_region(mask, boxes, number, *size)
+                for mask, boxes, number in zip(masks, batch.boxes, classes.tolist())
+            ]
+            stacked = torch.stack([torch.zeros(size, dtype=torch.bool) if r is None else r for r in regions])
+            return F.adaptive_avg_pool2d(stacked.float(), (scores.shape[2], scores.shape[3])).to(scores)
+
+        return shares
+
     def describe_samples(self, batch: Batch, images: Tensor, explanation: Explanation) -> list[dict[str, Any]]:
         """Return label, prediction, probability, target and score of each sample of a batch."""
         target, values = self.target, explanation.scores.float()
@@ -124,10 +149,10 @@ class ExplainWorker(MethodWorker[ExplainConfig]):
                 scores = self.model.network.module(images).float()
         prediction: list[int | None] = [None] * len(scores)
         probability: list[float | None] = [None] * len(scores)
-        if scores.dim() == 2 and scores.shape[1] > 1:  # dense outputs, and one number for each sample, predict no class
+        if scores.dim() == 2 and scores.shape[1] > 1 and not target.embeds:  # other outputs predict no class
             probability, prediction = (values.tolist() for values in scores.softmax(1).max(1))
         classes = target.pick_classes(values, batch.labels)
-        score = target.score(values, classes)
+        score = target.score(values, classes, self.find_regions(batch, values))
         columns = {
             "label": batch.labels,
             "prediction": prediction,
@@ -201,7 +226,7 @@ def explain(config: ExplainConfig, resources: Resources = Resources()) -> Run:  
     if session.finished:
         return session.close()
     run, model = session.run, session.loaded.traced
-    target = parse_target(config.target, model.network, config.classes)
+    target = parse_target(config.target, model.network, config.classes, config.vector)
     recorded = validate_methods(config, model, target.operator, session.section)
     with session.work(resources, config.compile, **recorded):
         message = describe_cost(config, model, target)

@@ -15,24 +15,25 @@ from torch.nn import functional as F
 from patterns.evaluation import PATCH, compute_relevance
 from ray_jobs.data.samples import Box
 
+NO_CLASS = -2  # the value of no pixel of a mask
 # The columns of a method are named `{method}_{name}`.
 COLUMNS: dict[str, pa.DataType] = {
     "centre": pa.float32(),  # fraction of the mass in the middle half of height and width
     "entropy": pa.float32(),  # of the mass over pixels, relative to the largest possible: 0 one pixel, 1 uniform
     "top_y": pa.int32(),  # first row and column of the 9×9 patch with the largest relevance
     "top_x": pa.int32(),
-    "inside": pa.float32(),  # fraction of the mass inside the boxes; null without boxes
-    "hit": pa.bool_(),  # the pointing game: whether the most relevant pixel lies in a box (Zhang et al. 2018)
+    "inside": pa.float32(),  # fraction of the mass inside the mask, or the boxes; null without
+    "hit": pa.bool_(),  # the pointing game: whether the most relevant pixel lies there (Zhang et al. 2018)
 }
 
 
-def summarize_maps(method: str, maps: Tensor, boxes: Sequence[Sequence[Box] | None]) -> list[dict[str, object]]:
+def summarize_maps(method: str, maps: Tensor, regions: Sequence[Tensor | None]) -> list[dict[str, object]]:
     """Return the columns of each map.
 
     Args:
         method: The name of the method.
         maps: Its maps (N, C, H, W).
-        boxes: The boxes of each sample, in the map's pixels; None if a sample has no boxes.
+        regions: Where each sample has its object, bool (H, W); None if it is not known.
     """
     mass = maps.float().abs().sum(1)
     relevance = compute_relevance(method, maps)
@@ -54,17 +55,40 @@ def summarize_maps(method: str, maps: Tensor, boxes: Sequence[Sequence[Box] | No
             "inside": None,
             "hit": None,
         }
-        if (regions := boxes[k]) is not None:
-            mask = mask_boxes(regions, height, width, shares.device)
+        if (region := regions[k]) is not None:
+            mask = region.to(shares.device)
             row |= {"inside": float(shares[k][mask].sum()), "hit": bool(mask.flatten()[peak[k]])}
         rows.append({f"{method}_{name}": value for name, value in row.items()})
     return rows
 
 
-def mask_boxes(boxes: Sequence[Box], height: int, width: int, device: torch.device) -> Tensor:
+def find_region(
+    mask: Tensor | None, boxes: Sequence[Box] | None, number: object, height: int, width: int
+) -> Tensor | None:
+    """Return the pixels of a sample's object, bool (H, W): those of its mask, or else those in its boxes.
+
+    Args:
+        mask: The mask, see `parse_mask`.
+        boxes: The boxes.
+        number: The explained class, which a mask with the classes of pixels is compared with; a list: the first.
+        height: The height of the input.
+        width: The width of the input.
+
+    Returns:
+        None if the sample has neither, or its mask has no pixel of the class.
+    """
+    if mask is None:
+        return None if boxes is None else mask_boxes(boxes, height, width)
+    number = number[0] if isinstance(number, list) else number
+    wanted = number if isinstance(number, int) else NO_CLASS
+    found = mask if mask.dtype == torch.bool else torch.eq(mask, wanted)
+    return found if found.any() else None
+
+
+def mask_boxes(boxes: Sequence[Box], height: int, width: int) -> Tensor:
     """Return the pixels whose center lies in a box, bool (H, W)."""
-    y, x = (torch.arange(n, device=device) + 0.5 for n in (height, width))
-    inside = torch.zeros(height, width, dtype=torch.bool, device=device)
+    y, x = (torch.arange(n) + 0.5 for n in (height, width))
+    inside = torch.zeros(height, width, dtype=torch.bool)
     for x0, y0, x1, y1 in boxes:
         inside |= ((y >= y0) & (y < y1))[:, None] & ((x >= x0) & (x < x1))
     return inside

@@ -18,7 +18,7 @@ from ray_jobs.data.shard_reader import Batch
 from ray_jobs.engine.shard_worker import WorkerResources
 from ray_jobs.io.object_store import locate
 from ray_jobs.jobs.explain.explain import ExplainWorker, validate
-from ray_jobs.jobs.explain.targets import load_target_names
+from ray_jobs.jobs.explain.targets import load_target_names, load_target_vector
 from ray_jobs.models.class_names import load_class_names, map_numbers_to_names
 from ray_jobs.models.loading import load
 from ray_jobs.runs.map_files import ExplainedBatch
@@ -68,6 +68,7 @@ class OnlineExplainer:
             settings=tuple((settings or {}).items()),
             target=target,
             classes=load_target_names(target, model["spec"], classes),
+            vector=load_target_vector(target),
             reduction=reduction,
             size=size,
         )
@@ -78,8 +79,9 @@ class OnlineExplainer:
         traced.require(about["digest"], about.get("constants"), socket.gethostname(), f"the fit in {fitted.folder}")
         self.worker = ExplainWorker(config, traced, scales, find_resources())
         self.worker.prepare()
-        if self.worker.target.needs_label:
-            raise UserError("", "the images have no label", "Explain `predicted` or a class.", "target")
+        if self.worker.target.needs_label or self.worker.target.region in ("mask", "box"):
+            needed = self.worker.target.region or "label"
+            raise UserError("", f"the images have no {needed}", "Explain `predicted` or a class.", "target")
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -116,7 +118,7 @@ class OnlineExplainer:
         """
         names = [str(number) for number in range(len(images))] if keys is None else list(keys)
         none = [None] * len(images)
-        return self.worker.explain(Batch(images, names, list(none), list(none)))
+        return self.worker.explain(Batch(images, names, list(none), list(none), list(none)))
 
 
 def find_resources() -> WorkerResources:

@@ -10,6 +10,10 @@
 | `A-vs-B` | score of A less score of B, each one of the above except `top-5` | 1 |
 | `A-vs-others` | score of A less the mean score of all other classes, weighted by their softmax | 1 |
 | `contrast` | the same as `predicted-vs-others` | 1 |
+| `17@mask` | a class's score at the output's positions inside the sample's mask, for outputs (N, classes, H, W) | 1 |
+| `17@predicted`, `17@box` | likewise, at the positions predicted to be this class; inside the sample's boxes | 1 |
+| `unit:17` | a unit of an embedding (N, D) | 1 |
+| `similarity:FILE.npy` | the cosine of an embedding (N, D) and a vector | 1 |
 | `features.28:strongest` | the neuron of an operator with the largest sum over positions | 1 |
 | `features.28:17` | a neuron of an operator after its gate, all its positions together | 1 |
 
@@ -20,14 +24,19 @@ import difflib
 import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from patterns import Network, UserError, contrast
+from ray_jobs.io.object_store import read_option_file
 from ray_jobs.models.class_names import ClassNames, load_class_names
+from ray_jobs.units import format_first_line
 
 Labels = Sequence[int | None]
+Regions = Callable[[Tensor], Tensor]  # from classes (N,) to the share of each position in the region, (N, H, W)
 Pick = Callable[[Tensor, Labels], Tensor]  # from scores (N, classes) and labels to a class of each sample, int64 (N,)
 
 AGAINST = "-vs-"
@@ -37,6 +46,8 @@ OTHERS = "others"
 CONTRAST = "contrast"
 STRONGEST = "strongest"
 TOP = r"top-(\d+)"
+REGIONS = ("mask", "predicted", "box")
+UNIT, SIMILARITY = "unit:", "similarity:"
 
 
 @dataclass(frozen=True)
@@ -49,6 +60,9 @@ class Target:
         against: Whether a single map explains the difference of two classes. Otherwise each class has its own map.
         against_others: Whether the map explains a class less the softmax-weighted mean of the others.
         needs_label: Whether samples without a label cannot be explained.
+        region: Where the class's scores count, one of REGIONS; None: the output has no positions, or all count.
+        embeds: Whether the output is an embedding and not a score for each class.
+        vector: The vector, float64 (D,), whose cosine with the embedding is explained; None: a class or neuron is.
     """
 
     picks: tuple[Pick, ...]
@@ -56,6 +70,9 @@ class Target:
     against: bool = False
     against_others: bool = False
     needs_label: bool = False
+    region: str | None = None
+    embeds: bool = False
+    vector: Tensor | None = None
 
     @property
     def maps(self) -> int:
@@ -66,9 +83,19 @@ class Target:
         """Return the classes, int64 (N, picks)."""
         return torch.stack([pick(scores, labels) for pick in self.picks], 1)
 
-    def make_targets(self, scores: Tensor, labels: Labels) -> Tensor:
-        """Return the targets for `Explainer`: classes int64 (N,) or (N, T), or weights of the scores' shape."""
+    def make_targets(self, scores: Tensor, labels: Labels, regions: Regions | None = None) -> Tensor:
+        """Return the targets for `Explainer`: classes int64 (N,) or (N, T), or weights of the scores' shape.
+
+        Args:
+            scores: The network's output (N, K, …).
+            labels: The labels of the samples.
+            regions: The masks or boxes of the samples, if the target has a region of this kind.
+        """
+        if self.vector is not None:
+            return self.weigh_by_vector(scores)
         classes = self.pick_classes(scores, labels)
+        if self.region is not None:
+            return self.weigh_by_region(scores, classes[:, 0], regions)
         if self.against:
             one, other = (torch.zeros_like(scores).scatter_(1, c[:, None], 1.0) for c in classes.unbind(1))
             return one - other
@@ -76,16 +103,47 @@ class Target:
             return contrast(scores, classes[:, 0])
         return classes[:, 0] if self.maps == 1 else classes
 
-    def score(self, scores: Tensor, classes: Tensor) -> Tensor:
-        """Return what each map explains: a class's score, a difference, or a neuron's sum over positions.
+    def weigh_by_vector(self, embeddings: Tensor) -> Tensor:
+        """Return the weights of the units whose weighted sum is the cosine; the embedding's norm is a constant factor.
+
+        Args:
+            embeddings: Shape (N, D).
+        """
+        assert self.vector is not None
+        direction = (self.vector / self.vector.norm()).to(embeddings)
+        return direction / embeddings.norm(dim=1, keepdim=True).clamp_min(torch.finfo(embeddings.dtype).tiny)
+
+    def weigh_by_region(self, scores: Tensor, classes: Tensor, regions: Regions | None) -> Tensor:
+        """Return weights of the scores' shape (N, K, H, W): the region's shares of positions at the class, 0 elsewhere.
+
+        Args:
+            scores: The network's output (N, K, H, W).
+            classes: The classes (N,).
+            regions: See `make_targets`.
+        """
+        if self.region == "predicted":
+            shares = (scores.argmax(1) == classes[:, None, None]).to(scores.dtype)
+        else:
+            assert regions is not None
+            shares = regions(classes).to(scores)
+        index = classes[:, None, None, None].expand(-1, 1, *scores.shape[2:])
+        return torch.zeros_like(scores).scatter_(1, index, shares[:, None])
+
+    def score(self, scores: Tensor, classes: Tensor, regions: Regions | None = None) -> Tensor:
+        """Return what each map explains: a class's score, a difference, a sum over positions, or a cosine.
 
         Args:
             scores: The network's output (N, K, …).
             classes: See `pick_classes`.
+            regions: See `make_targets`.
 
         Returns:
             (N, maps).
         """
+        if self.vector is not None:
+            return (scores * self.weigh_by_vector(scores)).sum(1, keepdim=True)
+        if self.region is not None:
+            return (scores * self.weigh_by_region(scores, classes[:, 0], regions)).flatten(1).sum(1, keepdim=True)
         values = scores.flatten(2).sum(2) if scores.dim() > 2 else scores
         if self.against_others:
             return (values * contrast(values, classes[:, 0])).sum(1, keepdim=True)
@@ -98,13 +156,14 @@ def target_error(spec: str, what: str, remedy: str) -> UserError:
     return UserError(spec, what, remedy, "target")
 
 
-def parse_target(spec: str, network: Network, names: ClassNames) -> Target:
+def parse_target(spec: str, network: Network, names: ClassNames, vector: Sequence[float] = ()) -> Target:
     """Return the target that a text names.
 
     Args:
         spec: The text; see the table above.
         network: The network to explain.
         names: The names of its classes.
+        vector: The vector of `similarity:FILE.npy`.
 
     Raises:
         UserError: If the text means nothing for this network, or more than one thing.
@@ -117,9 +176,17 @@ def parse_target(spec: str, network: Network, names: ClassNames) -> Target:
         if not neuron.isdecimal() or int(neuron) >= count:
             raise target_error(spec, f"no neuron {neuron!r}", f"{operator} has 0 to {count - 1}, and {STRONGEST}.")
         return Target((pick_class(int(neuron)),), operator)
+    word, at, region = spec.rpartition("@")
+    if at and region in REGIONS:
+        return parse_region(word, region, spec, network, names)
     if len(network.output_shape) != 1:
         what = f"the model's outputs have the shape {network.output_shape}, and are not a score for each class"
-        raise target_error(spec, what, "Explain a neuron: OPERATOR:NEURON, see `patternnet plan`.")
+        remedy = "Explain a neuron: OPERATOR:NEURON, see `patternnet plan`."
+        if len(network.output_shape) == 3:
+            remedy = f"Explain a class in a region: CLASS@{'|'.join(REGIONS)}; or a neuron: OPERATOR:NEURON."
+        raise target_error(spec, what, remedy)
+    if spec.startswith((UNIT, SIMILARITY)):
+        return parse_embedding(spec, network.output_shape[0], vector)
     (classes,) = network.output_shape
     if match := re.fullmatch(TOP, spec):
         require_no_class(spec, spec, names)
@@ -142,6 +209,66 @@ def parse_target(spec: str, network: Network, names: ClassNames) -> Target:
     if len(words) == 2 and words[0] == words[1]:
         raise target_error(spec, "a class against itself is 0", "Name two classes.")
     return Target(picks, None, len(words) == 2, against_others, needs_label="label" in words)
+
+
+def parse_region(word: str, region: str, spec: str, network: Network, names: ClassNames) -> Target:
+    """Return the target `CLASS@REGION` of a network with outputs (N, classes, H, W).
+
+    Raises:
+        UserError: If the network has other outputs, or the word names no class.
+    """
+    if len(network.output_shape) != 3:
+        what = f"the model's outputs have the shape {network.output_shape}, not (classes, H, W)"
+        raise target_error(spec, what, "Explain a class without a region.")
+    if word in RANKS:
+        raise target_error(spec, f"{word!r} is no class of a whole image", "Name a class, its number, or `label`.")
+    pick = parse_word(word, spec, network.output_shape[0], names, network)
+    return Target((pick,), needs_label=word == "label", region=region)
+
+
+def parse_embedding(spec: str, units: int, vector: Sequence[float]) -> Target:
+    """Return the target `unit:NUMBER` or `similarity:FILE.npy` of a network with outputs (N, units).
+
+    Raises:
+        UserError: If there is no such unit, or the vector has another length.
+    """
+    if spec.startswith(SIMILARITY):
+        if len(vector) != units:
+            what = f"the vector has {len(vector)} numbers, and the model's outputs have {units}"
+            raise target_error(spec, what, "Pass a vector of the same embedding.")
+        return Target((pick_class(0),), embeds=True, vector=torch.tensor(vector, dtype=torch.float64))
+    number = spec.removeprefix(UNIT)
+    if not number.isdecimal() or int(number) >= units:
+        raise target_error(spec, f"no unit {number!r}", f"The model's units are 0 to {units - 1}.")
+    return Target((pick_class(int(number)),), embeds=True)
+
+
+def load_target_vector(target: str) -> tuple[float, ...]:
+    """Return the vector of a target `similarity:FILE.npy`; empty for other targets.
+
+    Raises:
+        UserError: If the file cannot be read, or holds no vector of finite numbers.
+    """
+    if not target.startswith(SIMILARITY):
+        return ()
+    content = read_option_file("--target", target.removeprefix(SIMILARITY))
+    try:
+        array = np.load(BytesIO(content), allow_pickle=False)
+    except Exception as error:  # a damaged file raises many types
+        what = f"not an npy file ({format_first_line(error)})"
+        raise target_error(target, what, "Write it with numpy.save.") from error
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "iuf" or array.size != max(array.shape, default=0):
+        what = f"not one vector of numbers, but {describe_array(array)}"
+        raise target_error(target, what, "Save one vector of the length of the model's output.")
+    values = array.reshape(-1).astype(np.float64)
+    if not np.isfinite(values).all() or not values.any():
+        raise target_error(target, "the vector is 0 or not finite", "Save a vector with a direction.")
+    return tuple(values.tolist())
+
+
+def describe_array(array: object) -> str:
+    """Describe the content of an npy or npz file for a message."""
+    return f"an array of shape {array.shape} and type {array.dtype}" if isinstance(array, np.ndarray) else "an archive"
 
 
 def split_pair(spec: str, names: Collection[str]) -> list[str]:
@@ -203,6 +330,10 @@ def require_no_class(word: str, spec: str, names: ClassNames) -> None:
 def needs_names(spec: str) -> bool:
     """Return whether the names of classes are needed to parse a target."""
     known = WORDS | {OTHERS, CONTRAST}
+    word, at, region = spec.rpartition("@")
+    spec = word if at and region in REGIONS else spec
+    if spec.startswith((UNIT, SIMILARITY)):
+        return False
     return not re.fullmatch(TOP, spec) and any(
         not word.isdecimal() and word not in known for word in spec.split(AGAINST)
     )
