@@ -1,6 +1,7 @@
 """The configs of the jobs. Manifests hold their JSON, so a field that is renamed or removed breaks older runs."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from ray_jobs.config.option import Validated, metadata_of, option, required, same
@@ -82,6 +83,14 @@ def parse_setting(text: str) -> tuple[str, float]:
         raise ValueError(f"{text!r} is not a setting; write METHOD.SETTING=NUMBER") from error
 
 
+def parse_function(text: str) -> str:
+    """Parse `module:function` or `file.py:function`, whose path becomes absolute. ValueError for anything else."""
+    place, colon, name = text.rpartition(":")
+    if not colon or not name.isidentifier() or not place:
+        raise ValueError(f"{text!r} names no function; write module:function or file.py:function")
+    return f"{Path(place).expanduser().absolute()}:{name}" if place.endswith(".py") else text
+
+
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
     """From an image to the model's input: resize, crop the center, (x - mean) / std per channel.
@@ -148,6 +157,13 @@ class ModelConfig(Validated):
         None,
         "Output to explain, by name or number (default: `logits`, the only tensor, or the first).",
         flag="--model-output",
+    )
+    decoder: str | None = option(
+        None,
+        "Function that makes the input of a sample from its files: module:function or file.py:function. Every worker "
+        "imports it.",
+        parse=parse_function,
+        metavar="FUNCTION",
     )
 
 

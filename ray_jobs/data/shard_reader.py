@@ -13,6 +13,7 @@ from ray_jobs.config import Preprocessing
 from ray_jobs.data import image_folders, parquet_reader, tar_reader
 from ray_jobs.data.annotations import parse_boxes, parse_label, parse_mask
 from ray_jobs.data.byte_streams import open_seekable, open_stream
+from ray_jobs.data.decoders import Decode
 from ray_jobs.data.image_decoding import decode_input, normalize_batch
 from ray_jobs.data.samples import Box, RejectedSample, Sample, SampleError, reject_duplicates
 from ray_jobs.io.file_systems import translate_errors
@@ -85,6 +86,7 @@ class ReaderConfig:
         with_regions: Whether the boxes and masks of samples are read.
         needed_region: "mask" or "box" if samples without one cannot be used; None if neither is needed.
         threads: The number of threads that decode images.
+        decode: From a sample to its input, float32 (C, H, W), or SampleError. None: images and ready tensors are read.
     """
 
     preprocessing: Preprocessing
@@ -94,6 +96,11 @@ class ReaderConfig:
     with_regions: bool = False
     needed_region: str | None = None
     threads: int = 1
+    decode: Decode | None = None
+
+    def decode_input(self, sample: Sample) -> Tensor:
+        """Return the input of a sample, uint8 for an image and float32 otherwise. SampleError if there is none."""
+        return decode_input(sample.files, self.preprocessing) if self.decode is None else self.decode(sample)
 
 
 @dataclass(frozen=True)
@@ -172,7 +179,7 @@ class ShardReader:
             label = parse_label(sample.files)
             self.config.validate_label(label)
             boxes, mask = self.parse_regions(sample)
-            return key, decode_input(sample.files, self.config.preprocessing), label, boxes, mask
+            return key, self.config.decode_input(sample), label, boxes, mask
         except SampleError as error:
             return RejectedSample(self.shard, key, "decode", str(error))
 

@@ -17,10 +17,11 @@ from patterns import UserError
 from patterns.compilation import CUDA_GRAPHS
 from ray_jobs.config import Resources
 from ray_jobs.config.timing import PRODUCTION, Timing
+from ray_jobs.data.decoders import make_decode
 from ray_jobs.data.shard_reader import Batch, ReaderConfig, ShardReader, ShardTask
 from ray_jobs.engine.ray_session import worker_gpus
 from ray_jobs.io.prefetch import Prefetcher
-from ray_jobs.models.loading import TracedModel
+from ray_jobs.models.loading import LoadedModel, TracedModel
 
 MAX_DECODERS = 4  # more threads wait for Python's lock: fifteen decoded no more images per second (docs/data.md)
 
@@ -111,6 +112,21 @@ class ShardReport:
     rejected: int
     batches: int = 0
     waited: float = 0.0
+
+
+def make_reader_config(model: TracedModel | LoadedModel, batch_size: int, threads: int = 1) -> ReaderConfig:
+    """Return how a worker reads the samples of a shard for a model.
+
+    Args:
+        model: The model.
+        batch_size: The number of samples of a batch.
+        threads: The number of threads that decode images.
+
+    Raises:
+        UserError: If the model has a decoder that cannot be imported here.
+    """
+    decode = make_decode(model.config.decoder, model.preprocessing)
+    return ReaderConfig(model.preprocessing, batch_size, model.dtype, threads=threads, decode=decode)
 
 
 class BatchStream:

@@ -1,16 +1,17 @@
-"""The input shape of a model that a user's function makes, inferred from the first ready tensor of the data."""
+"""The input shape of a model that a user's function makes, inferred from the data: the first tensor of a shard."""
 
 import io
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, replace
 from itertools import islice
 from typing import Any
 
 from patterns import UserError
 from ray_jobs.config import ModelConfig
+from ray_jobs.data.decoders import call_decoder, load_decoder
 from ray_jobs.data.image_decoding import parse_npy_header
-from ray_jobs.data.samples import find_image, find_tensor
+from ray_jobs.data.samples import SampleError, find_image, find_tensor
 from ray_jobs.data.shard_reader import read_shard
 from ray_jobs.models.loading import IMAGENET, LIBRARIES
 
@@ -35,7 +36,7 @@ def infer_input_size(model: ModelConfig, shards: Sequence[str], begun: Mapping[s
         return model
     for shard in shards[:MAX_SHARDS]:
         try:
-            shape = read_first_shape(shard)
+            shape = read_first_shape(shard, model.decoder)
         except UserError:  # the job itself reports the error
             continue
         if shape is None or shape == IMAGENET.input_shape:
@@ -52,14 +53,24 @@ def infer_input_size(model: ModelConfig, shards: Sequence[str], begun: Mapping[s
     return ModelConfig(**asdict(model) | {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()})
 
 
-def read_first_shape(shard: str) -> tuple[int, ...] | None:
+def read_first_shape(shard: str, decoder: str | None = None) -> tuple[int, ...] | None:
     """Return the shape (C, H, W) of a shard's first sample with data, or None if that is an image.
+
+    Args:
+        shard: The shard.
+        decoder: The user's decoder; None: images and ready tensors are the data.
 
     Raises:
         UserError: If the shard cannot be read, or no sample of it has a tensor or an image.
     """
+    decode = None if decoder is None else load_decoder(decoder)
     with closing(read_shard(shard)) as samples:
         for sample in islice(samples, MAX_SAMPLES):
+            if decode is not None:
+                with suppress(SampleError):  # the job rejects the sample with its reason
+                    if (shape := tuple(call_decoder(decode, sample).shape)) and len(shape) == 3 and min(shape) > 0:
+                        return shape
+                continue
             if find_image(sample.files):
                 return None
             if tensor := find_tensor(sample.files):

@@ -12,8 +12,7 @@ from patterns.estimation import resolve_estimators
 from patterns.io import write_table
 from ray_jobs.config import MethodsConfig
 from ray_jobs.data.samples import derive_seed
-from ray_jobs.data.shard_reader import ReaderConfig
-from ray_jobs.engine.shard_worker import BatchStream, ShardWorker, WorkerResources
+from ray_jobs.engine.shard_worker import BatchStream, ShardWorker, WorkerResources, make_reader_config
 from ray_jobs.io.object_store import publish
 from ray_jobs.jobs.per_shard_job import FilesTask
 from ray_jobs.models.loading import TracedModel
@@ -39,10 +38,8 @@ class MethodWorker(ShardWorker[FilesTask], Generic[C]):
 
     def place_model(self) -> None:
         """Place the model on the device."""
-        self.model = model = self.resources.place(self.model)
-        self.reader_config = ReaderConfig(
-            model.preprocessing, self.config.batch_size, model.dtype, threads=self.resources.decoders
-        )
+        self.model = self.resources.place(self.model)
+        self.reader_config = make_reader_config(self.model, self.config.batch_size, self.resources.decoders)
 
     def make_seeds(self, keys: Sequence[str]) -> list[int]:
         """Return the seed of each sample."""

@@ -13,10 +13,10 @@ from patterns import Network, UserError
 from patterns.estimation import OperatorObserver
 from ray_jobs.config import Resources, equal_share
 from ray_jobs.data.samples import RejectedSample, derive_seed
-from ray_jobs.data.shard_reader import ReaderConfig, ShardTask
+from ray_jobs.data.shard_reader import ShardTask
 from ray_jobs.engine.ray_tasks import PendingCall, Tasks
 from ray_jobs.engine.shard_job import ShardJob, require_enough_samples
-from ray_jobs.engine.shard_worker import BatchStream, ShardReport, ShardWorker, WorkerResources
+from ray_jobs.engine.shard_worker import BatchStream, ShardReport, ShardWorker, WorkerResources, make_reader_config
 from ray_jobs.models.loading import TracedModel
 from ray_jobs.runs.lease import Heartbeat
 from ray_jobs.runs.ledger import Ledger, PartialMoments
@@ -93,9 +93,7 @@ class MomentsWorker(ShardWorker[MomentsTask]):
     def prepare(self) -> None:
         """Place the model on the device, and make the observation."""
         self.model = model = self.resources.place(self.model)
-        self.reader_config = ReaderConfig(
-            model.preprocessing, self.batch_size, model.dtype, threads=self.resources.decoders
-        )
+        self.reader_config = make_reader_config(model, self.batch_size, self.resources.decoders)
         self.observation = self.observer(model.network)
         self.forget()
 

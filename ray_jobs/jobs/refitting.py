@@ -8,7 +8,8 @@ from patterns.estimation import required_sums
 from patterns.evaluation import randomize, trained_operators
 from ray_jobs.config import EvaluateConfig
 from ray_jobs.data.samples import derive_seed
-from ray_jobs.data.shard_reader import ReaderConfig, ShardReader
+from ray_jobs.data.shard_reader import ShardReader
+from ray_jobs.engine.shard_worker import make_reader_config
 from ray_jobs.io.object_store import Location, publish
 from ray_jobs.models.loading import TracedModel
 from ray_jobs.runs.run_folder import list_solved
@@ -54,8 +55,9 @@ def refit(config: EvaluateConfig, model: TracedModel, folder: Location) -> None:
     operators = {name: op for name, op in network.operators.items() if choices(op)}
     observer = Observer(network, lambda op: required_sums(op, choices(op)), operators, POSITIONS, config.seed)
     left = config.refit_samples
+    reader_config = make_reader_config(model, config.batch_size)
     for shard in config.shards:
-        reader = ShardReader(shard, ReaderConfig(model.preprocessing, config.batch_size, model.dtype), max_samples=left)
+        reader = ShardReader(shard, reader_config, max_samples=left)
         for batch in reader:
             seeds = [derive_seed(key) for key in batch.keys]
             observer.update(batch.images.to(network.like), seeds)

@@ -18,6 +18,7 @@ from torchvision.transforms.functional import to_pil_image
 from patterns import UserError
 from patterns.attribution import RenderedExplanation, render_input, render_map
 from ray_jobs.config import Preprocessing
+from ray_jobs.data.decoders import Decode, make_decode
 from ray_jobs.data.image_decoding import decode, decode_upright, list_formats, resize_and_crop
 from ray_jobs.data.image_folders import EXTENSIONS
 from ray_jobs.data.samples import Sample, extension_of, find_image
@@ -79,7 +80,7 @@ class Gallery:
         self.run, self.methods = run, tuple(options["methods"])
         self.preprocessing = Preprocessing(**options["preprocessing"])
         self.kinds, self.out = options["outputs"], list_shard_files(str(run.folder), tuple(options["shards"]))
-        self.names = names
+        self.names, self.decoder = names, section["model"].get("decoder")
         if not {"png", "npy", "parquet"} & set(self.kinds):
             raise UserError(str(run.folder), f"holds explanations as {', '.join(self.kinds)} only", SHOWABLE)
 
@@ -172,11 +173,12 @@ class Gallery:
     def photographs(self, shard: str, keys: set[str]) -> Iterator[tuple[str, Image.Image]]:
         """Yield samples of a shard as the model sees them; raise UserError if the shard no longer has them."""
         left = set(keys)
+        read = make_decode(self.decoder, self.preprocessing)
         with closing(read_shard(shard)) as samples:
             for sample in samples:
                 if sample.key in left:
                     left.remove(sample.key)
-                    yield sample.key, model_view(sample, self.preprocessing)
+                    yield sample.key, model_view(sample, self.preprocessing, read)
                 if not left:
                     return
         raise UserError(shard, f"no longer contains sample {min(left)!r}", "Choose samples that are still there.")
@@ -244,8 +246,10 @@ def value(table: pa.Table, column: str, row: int) -> np.ndarray:
     return table[column][row].values.to_numpy(zero_copy_only=False)
 
 
-def model_view(sample: Sample, preprocessing: Preprocessing) -> Image.Image:
-    """Return the part of a sample's image that the model sees, or its ready tensor as a picture."""
+def model_view(sample: Sample, preprocessing: Preprocessing, read: Decode | None = None) -> Image.Image:
+    """Return the part of a sample's image that the model sees, or its ready or decoded tensor as a picture."""
+    if read is not None:
+        return render_input(read(sample).numpy())
     if image := find_image(sample.files):
         return to_pil_image(
             resize_and_crop(decode_upright(sample.files[image], "RGB", formats=list_formats(image)), preprocessing)

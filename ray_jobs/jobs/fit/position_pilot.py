@@ -9,7 +9,8 @@ from torch import Tensor
 from patterns import UserError
 from patterns.estimation import FEWEST_GROUPS, positions_needed
 from ray_jobs.config import FitConfig
-from ray_jobs.data.shard_reader import ReaderConfig, ShardReader, read_shard
+from ray_jobs.data.shard_reader import ShardReader, read_shard
+from ray_jobs.engine.shard_worker import make_reader_config
 from ray_jobs.jobs.fit.convergence_job import select_criterion_estimators
 from ray_jobs.models.loading import LoadedModel
 from ray_jobs.runs.run_folder import Run
@@ -54,7 +55,7 @@ def read_pilot(config: FitConfig, loaded: LoadedModel) -> tuple[list[Tensor], in
     shards = config.shards
     chosen = [shards[i] for i in sorted({n * len(shards) // BATCHES for n in range(BATCHES)})]
     each = math.ceil(BATCHES / len(chosen))
-    reader_config = ReaderConfig(loaded.preprocessing, IMAGES, loaded.dtype)
+    reader_config = make_reader_config(loaded, IMAGES)
     batches: list[Tensor] = []
     for shard in chosen:
         with suppress(UserError):  # the fit itself will try the shard again, and report the error
