@@ -83,6 +83,15 @@ def parse_setting(text: str) -> tuple[str, float]:
         raise ValueError(f"{text!r} is not a setting; write METHOD.SETTING=NUMBER") from error
 
 
+def parse_input(text: str) -> tuple[str, str]:
+    """Parse NAME=VALUE. ValueError for anything else."""
+    name, equals, value = text.partition("=")
+    name, value = name.strip(), value.strip()
+    if not equals or not name.isidentifier() or not value:
+        raise ValueError(f"{text!r} is not an input; write NAME=VALUE")
+    return name, str(Path(value).expanduser().absolute()) if value.endswith(".npy") and ":" not in value else value
+
+
 def parse_function(text: str) -> str:
     """Parse `module:function` or `file.py:function`, whose path becomes absolute. ValueError for anything else."""
     place, colon, name = text.rpartition(":")
@@ -157,6 +166,15 @@ class ModelConfig(Validated):
         None,
         "Output to explain, by name or number (default: `logits`, the only tensor, or the first).",
         flag="--model-output",
+    )
+    inputs: tuple[tuple[str, str], ...] = option(
+        (),
+        "Further input of the model with the same value for every sample: a number, true, false, none or FILE.npy. "
+        "Repeatable.",
+        flag="--input",
+        parse=parse_input,
+        repeated=True,
+        metavar="NAME=VALUE",
     )
     decoder: str | None = option(
         None,

@@ -146,7 +146,7 @@ def load(config: ModelConfig, device: str = "cpu") -> LoadedModel:
         torch.manual_seed(config.seed)
         model, preprocessing = build_model(config)
         preprocessing = override_preprocessing(preprocessing, config)
-        model = prepare(model, where)
+        model = prepare(model, where, config.inputs)
         materialize(model, preprocessing.input_shape, where)
     if config.weights not in ("default", "random") and not has_torchvision_weights(config.spec, config.weights):
         load_weights(model, config.weights, config.spec)

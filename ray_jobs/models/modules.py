@@ -1,10 +1,12 @@
 """Preparation of modules: unwrap, validate, materialize and cast an nn.Module, so that it can be traced and hashed."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from io import BytesIO
 from types import MethodType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -12,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from patterns import UserError
+from ray_jobs.io.object_store import read_option_file
 from ray_jobs.units import format_first_line
 
 QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
@@ -30,11 +33,17 @@ def unwrap(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def prepare(model: nn.Module, where: str) -> nn.Module:
+def prepare(model: nn.Module, where: str, inputs: Sequence[tuple[str, str]] = ()) -> nn.Module:
     """Return the unwrapped module, with a forward pass of one positional argument.
 
+    Args:
+        model: The model.
+        where: The model in messages.
+        inputs: The names and values of its further inputs; see `parse_value`.
+
     Raises:
-        UserError: If the model cannot be traced because it is TorchScript, quantized or on the meta device.
+        UserError: If the model cannot be traced because it is TorchScript, quantized or on the meta device, or it has
+            no such inputs.
     """
     model = unwrap(model)
     for name, module in model.named_modules():
@@ -55,6 +64,7 @@ def prepare(model: nn.Module, where: str) -> nn.Module:
         if tensor.is_quantized or is_traceable_wrapper_subclass(tensor):
             what = f"its {name} is a {type(tensor.data).__name__ if not tensor.is_quantized else 'quantized tensor'}"
             raise UserError(where, what, "Load the model in floating point, with ordinary tensors.")
+    fill_inputs(model, where, inputs)
     accept_one_input(model, where)
     return model
 
@@ -71,6 +81,68 @@ def prepare_exported(module: torch.fx.GraphModule, where: str) -> None:
         raise UserError(where, f"it was exported for batches of {inputs[0].shape[0]} only", remedy)
     for name in ("eval", "train"):
         vars(module).pop(name, None)
+
+
+def parse_value(name: str, text: str) -> Any:
+    """Return the value of a further input: a number, True, False, None, or the tensor of an npy file.
+
+    Raises:
+        UserError: If the text is none of these, or the file cannot be read.
+    """
+    if text.endswith(".npy"):
+        content = read_option_file("--input", text)
+        try:
+            return torch.from_numpy(np.load(BytesIO(content), allow_pickle=False))
+        except Exception as error:  # a damaged file raises many types
+            what = f"not an npy file of numbers ({format_first_line(error)})"
+            raise UserError(f"--input {name}={text}", what, "Write it with numpy.save.") from error
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    remedy = "Pass a number, true, false, none or FILE.npy."
+    raise UserError(f"--input {name}={text}", f"{text!r} is not a value", remedy)
+
+
+def fill_inputs(model: nn.Module, where: str, inputs: Sequence[tuple[str, str]]) -> None:
+    """Give a model's forward constant values for its further inputs, in place.
+
+    A tensor is repeated for each sample of a batch: its shape is that of one sample. Floating-point values get the
+    precision of the images.
+
+    Raises:
+        UserError: If the model has no such input, or none is left for the images.
+    """
+    if not inputs:
+        return
+    parameters = inspect.signature(model.forward).parameters
+    names = [name for name, p in parameters.items() if p.kind not in VARIABLE]
+    any_name = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    values = {name: parse_value(name, text) for name, text in inputs}
+    unknown = [name for name in values if name not in names and not any_name]
+    left = [name for name in names if name not in values]
+    if unknown or not left:
+        what = f"the model has no input {unknown[0]!r}" if unknown else "every input has a value, none takes the images"
+        raise UserError(where, what, f"Its inputs are {', '.join(names)}.", "inputs")
+    needed = [name for name in left if parameters[name].default is inspect.Parameter.empty] or left[:1]
+    inner = model.forward
+
+    def forward(self: nn.Module, x: Tensor) -> Any:
+        return inner(**{needed[0]: x}, **{name: repeat(value, x) for name, value in values.items()})
+
+    vars(model)["forward"] = MethodType(forward, model)
+
+
+def repeat(value: Any, x: Tensor) -> Any:
+    """Return a tensor for each sample of a batch, in its dtype if it has floating-point values; others unchanged."""
+    if not isinstance(value, Tensor):
+        return value
+    value = value.to(x.device, x.dtype if value.is_floating_point() else value.dtype)
+    return value.expand(x.shape[0], *value.shape)
 
 
 def accept_one_input(model: nn.Module, where: str) -> None:
