@@ -164,7 +164,7 @@ class ModelConfig(Validated):
     strip_softmax: bool = option(False, "Remove the softmax, log-softmax or sigmoid at the end of the model.")
     output: str | None = option(
         None,
-        "Output to explain, by name or number (default: `logits`, the only tensor, or the first).",
+        "Output to explain, by name or number (default: logits, image_embeds, pooler_output, or the first tensor).",
         flag="--model-output",
     )
     inputs: tuple[tuple[str, str], ...] = option(

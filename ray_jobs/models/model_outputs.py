@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from patterns import UserError
 
-LOGITS = "logits"
+PREFERRED = ("logits", "image_embeds", "pooler_output")  # names of outputs that are explained by default
 
 
 def explain_output(model: nn.Module, example: Tensor, key: str | None, where: str) -> str | None:
@@ -21,7 +21,7 @@ def explain_output(model: nn.Module, example: Tensor, key: str | None, where: st
     Args:
         model: The model, which is put into evaluation mode.
         example: Samples of its input, shape (N, …).
-        key: The output's name, or its number. None: `logits`, the only tensor, or else the first one.
+        key: The output's name, or its number. None: the first name of PREFERRED, or else the first tensor.
         where: The model in messages.
 
     Returns:
@@ -44,7 +44,7 @@ def explain_output(model: nn.Module, example: Tensor, key: str | None, where: st
     named = name_outputs(output)
     if not named:
         raise UserError(where, f"the model returns {type(output).__name__} without a tensor", "Wrap it.", "output")
-    chosen = key if key is not None else LOGITS if LOGITS in named else next(iter(named))
+    chosen = key if key is not None else next((name for name in PREFERRED if name in named), next(iter(named)))
     if chosen not in named:
         raise UserError(where, f"the model has no output {chosen!r}", f"Choose from {', '.join(named)}.", "output")
     inner = model.forward

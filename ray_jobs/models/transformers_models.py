@@ -1,9 +1,9 @@
-"""Image classifiers of Hugging Face's transformers, with the preprocessing of their image processor.
+"""Image models of Hugging Face's transformers, with the preprocessing of their image processor.
 
 The model and its files are read by transformers itself, from a folder of `save_pretrained` or from the Hub.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import nn
@@ -15,8 +15,22 @@ from ray_jobs.models.libraries import unavailable_error, unsupported_error
 RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}  # numbers of Pillow
 
 
+# Endings of the names of model classes that are loaded as they were saved.
+IMAGE_MODELS = ("ForImageClassification", "ForImageClassificationWithTeacher", "ForSemanticSegmentation", "VisionModel",
+                "VisionModelWithProjection")  # fmt: skip
+# The image encoders of models with an image and a text encoder.
+ENCODERS = {
+    "CLIPModel": "CLIPVisionModelWithProjection",
+    "SiglipModel": "SiglipVisionModel",
+    "Siglip2Model": "Siglip2VisionModel",
+}
+
+
 def load_transformers_model(name: str, own_weights: bool) -> tuple[nn.Module, Preprocessing]:
-    """Return an image classifier and its preprocessing.
+    """Return an image model and its preprocessing.
+
+    A classifier, a segmentation model or an image encoder is loaded as it was saved; of CLIP and SigLIP, the image
+    encoder; all others as classifiers.
 
     Args:
         name: A folder that `save_pretrained` wrote, or `OWNER/NAME` on the Hugging Face Hub.
@@ -26,16 +40,31 @@ def load_transformers_model(name: str, own_weights: bool) -> tuple[nn.Module, Pr
         UserError: If transformers is not installed, or the model, its weights or its preprocessing cannot be used.
     """
     transformers = import_transformers(name)
+    missing: Collection[str] = ()
     try:
+        kind = choose_class(transformers, transformers.AutoConfig.from_pretrained(name))
         if own_weights:
-            model = transformers.AutoModelForImageClassification.from_pretrained(name)
+            model, info = kind.from_pretrained(name, output_loading_info=True)
+            missing = info["missing_keys"]
+        elif hasattr(kind, "from_config"):
+            model = kind.from_config(transformers.AutoConfig.from_pretrained(name))
         else:
-            config = transformers.AutoConfig.from_pretrained(name)
-            model = transformers.AutoModelForImageClassification.from_config(config)
+            model = kind(kind.config_class.from_pretrained(name))
         processor = transformers.AutoImageProcessor.from_pretrained(name)
     except Exception as error:  # a missing file, a download, a model without a classifier: it raises many types
         raise unavailable_error(f"transformers cannot load {name!r}", error) from error
+    if missing:
+        what = f"its files have no weights for {len(missing)} tensors, which would be random: {sorted(missing)[0]}"
+        raise UserError(f"--model transformers:{name}", what, f"They were not saved from {type(model).__name__}.")
     return model, convert_image_processor(processor.to_dict(), f"transformers:{name}")
+
+
+def choose_class(transformers: Any, config: Any) -> Any:
+    """Return the class of transformers that loads a model of a configuration."""
+    saved = str((config.architectures or [""])[0])
+    saved = ENCODERS.get(saved, saved)
+    found = getattr(transformers, saved, None) if saved.endswith(IMAGE_MODELS) else None
+    return found or transformers.AutoModelForImageClassification
 
 
 def list_transformers_classes(name: str) -> list[str]:

@@ -40,6 +40,67 @@ CONFIGS: dict[str, Any] = {
 }  # fmt: skip
 
 
+SEGFORMER = {"hidden_sizes": [8, 8, 16, 16], "depths": [1] * 4, "num_attention_heads": [1, 1, 2, 2], "num_labels": 5}
+VISION = {key: value for key, value in SMALL.items() if key != "num_labels"} | {"image_size": SIDE, "patch_size": 8}
+TEXT = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8, "vocab_size": 20,
+        "projection_dim": 6}  # fmt: skip
+# Models that are no classifiers: the saved model, the class of the loaded one, the explained output, and its shape.
+OTHERS: dict[str, tuple[Any, str, str, tuple[int, ...]]] = {
+    "segformer": (
+        lambda: transformers.SegformerForSemanticSegmentation(
+            transformers.SegformerConfig(decoder_hidden_size=16, **SEGFORMER)
+        ),
+        "SegformerForSemanticSegmentation", "logits", (5, 8, 8),
+    ),
+    "clip encoder": (
+        lambda: transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(projection_dim=6, **VISION)),
+        "CLIPVisionModelWithProjection", "image_embeds", (6,),
+    ),
+    "clip": (
+        lambda: transformers.CLIPModel(
+            transformers.CLIPConfig(vision_config=VISION | {"projection_dim": 6}, text_config=TEXT, projection_dim=6)
+        ),
+        "CLIPVisionModelWithProjection", "image_embeds", (6,),
+    ),
+    "siglip": (
+        lambda: transformers.SiglipModel(transformers.SiglipConfig(vision_config=VISION, text_config=TEXT)),
+        "SiglipVisionModel", "pooler_output", (16,),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", OTHERS)
+def test_encoders_and_segmentation_models_are_loaded_as_they_were_saved(name: str, tmp_path: Path) -> None:
+    make, kind, output, shape = OTHERS[name]
+    torch.manual_seed(0)
+    saved = make()
+    for parameter in saved.parameters():
+        torch.nn.init.normal_(parameter, 0.05, 0.2)
+    saved.save_pretrained(tmp_path)
+    transformers.ViTImageProcessor(size={"height": SIDE, "width": SIDE}).save_pretrained(tmp_path)
+    loaded = loading.load(ModelConfig(spec=f"transformers:{tmp_path}", precision="float64"))
+    assert type(loaded.model).__name__ == kind
+    assert loaded.network.output_shape == shape
+    x = torch.randn(2, 3, SIDE, SIDE, dtype=torch.float64, requires_grad=True)
+    model = getattr(transformers, kind).from_pretrained(tmp_path).double().eval()
+    expected = getattr(model(x), output)
+    torch.testing.assert_close(loaded.network.module(x.detach()), expected.detach(), rtol=1e-8, atol=1e-8)
+    weights = torch.randn_like(expected)
+    (gradient,) = torch.autograd.grad((expected * weights).sum(), x)
+    found = Explainer(loaded.network, None, ["gradient"])(x.detach(), weights).maps["gradient"]
+    assert float((found - gradient).norm()) <= 1e-8 * float(gradient.norm())
+
+
+@pytest.mark.full
+def test_classifier_without_saved_weights_is_an_error(tmp_path: Path) -> None:
+    model = transformers.ViTModel(CONFIGS["vit"]())
+    model.save_pretrained(tmp_path)
+    transformers.ViTImageProcessor(size={"height": SIDE, "width": SIDE}).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="which would be random: classifier"):
+        loading.load(ModelConfig(spec=f"transformers:{tmp_path}"))
+
+
 def save_model(folder: Path, name: str) -> Path:
     torch.manual_seed(0)
     config = CONFIGS[name]()
