@@ -113,7 +113,7 @@ class _SwitchedGate(torch.autograd.Function):
         if ctx.rules().differentiates:
             with torch.enable_grad():
                 leaf = z.detach().requires_grad_()
-                (grad,) = torch.autograd.grad(leaf * FACTORS[ctx.name](leaf, *ctx.parameters), leaf, grad)
+                (grad,) = torch.autograd.grad(activate(leaf, ctx.name, *ctx.parameters), leaf, grad)
         elif not ctx.passes():
             grad = grad * FACTORS[ctx.name](z, *ctx.parameters)
         return grad, None, None, None, None

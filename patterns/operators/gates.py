@@ -141,7 +141,7 @@ def gelu_factor(z: Tensor) -> Tensor:
 
     torch.erf takes 15 times as long as the gradient of GELU, Φ(z) + zφ(z), from which zφ(z) is subtracted.
     """
-    if z.dtype == torch.float64:
+    if z.dtype == torch.float64 or (z.requires_grad and torch.is_grad_enabled()):
         return torch.erf(z * math.sqrt(0.5)).add_(1).mul_(0.5)
     density = torch.exp(-0.5 * z * z).mul_(1 / math.sqrt(2 * math.pi))
     return aten.gelu_backward(torch.ones_like(z), z).sub_(density.mul_(z)).clamp_(0, 1)

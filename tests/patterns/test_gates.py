@@ -233,6 +233,31 @@ def test_gradient_is_that_of_the_model_and_gradient_x_input_takes_the_factor_as_
     assert torch.allclose(constant, expected) == (name == "leaky-relu")
 
 
+@every_gate
+def test_all_methods_run_in_float32(gate: SmoothGate) -> None:
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 5)
+    x = torch.randn(4, 3, 8, 8)
+
+    class Layers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(layers)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return layers[2](layers[1](ACTIVATIONS[gate](layers[0](x))))
+
+    network = trace(Layers(), x)
+    moments = accumulate(network, [x])
+    solved = {name: solve(op, moments[name], "linear,two-component").patterns for name, op in network.operators.items()}
+    methods = ["gradient", "guided-backprop", "integrated-gradients", "patternnet", "patternattribution", "lrp-z"]
+    found = Explainer(network, choose(network, solved, "paper"), methods)(x, 1).maps
+    assert all(bool(maps.isfinite().all()) for maps in found.values())
+    leaf = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(Layers()(leaf)[:, 1].sum(), leaf)
+    torch.testing.assert_close(found["gradient"], gradient, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "activation",
     [torch.sigmoid, torch.tanh, F.softplus, lambda x: torch.exp(-x * x), lambda x: F.silu(x) + 0.1 * x**2],
