@@ -14,7 +14,7 @@ from ray_jobs.config import Preprocessing
 from ray_jobs.data.annotations import parse_boxes
 from ray_jobs.data.image_decoding import decode
 from ray_jobs.data.samples import SampleError
-from ray_jobs.jobs.explain.map_statistics import REDUCTIONS, reduce_maps, summarize_maps
+from ray_jobs.jobs.explain.map_statistics import REDUCTIONS, find_region, reduce_maps, summarize_maps
 
 
 def point(y: int, x: int, value: float = 1.0, size: int = 20) -> torch.Tensor:
@@ -24,7 +24,7 @@ def point(y: int, x: int, value: float = 1.0, size: int = 20) -> torch.Tensor:
 
 
 def only(method: str, maps: torch.Tensor, boxes: list[tuple[float, float, float, float]] | None = None) -> dict:
-    (row,) = summarize_maps(method, maps, [boxes])
+    (row,) = summarize_maps(method, maps, [find_region(None, boxes, None, *maps.shape[2:])])
     return {name.removeprefix(f"{method}_"): value for name, value in row.items()}
 
 
