@@ -27,8 +27,9 @@ def train(
     seed: int,
     epochs: int = EPOCHS,
     log: Callable[[str], None] = print,
+    make: Callable[[], nn.Module] = small_cnn,
 ) -> nn.Module:
-    """Return a trained `small_cnn`, the same for the same seed.
+    """Return a trained network, the same for the same seed.
 
     The loss is the cross entropy. Adam's learning rate falls to 0 along a half cosine.
 
@@ -37,10 +38,11 @@ def train(
         seed: The seed of the initial weights.
         epochs: The number of epochs.
         log: Prints a line after each epoch.
+        make: Returns the untrained network, by default a `small_cnn`.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = small_cnn()
+        model = make()
     optimizer = torch.optim.Adam(model.parameters(), RATE)
     schedule = None
     for epoch in range(epochs):

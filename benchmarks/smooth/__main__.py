@@ -1,0 +1,265 @@
+"""The study of docs/smooth.md: `python -m benchmarks.smooth [--write docs]`.
+
+Three networks are trained on Fashion-MNIST with each of three seeds. PatternAttribution with each preset is compared
+with CP-LRP (`gradient-x-input`), Integrated Gradients and AttnLRP with the γ rule, whose two γ are searched on a grid,
+by the area over the degradation curve and the grid pointing game, on test images.
+"""
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.pages import Cell, Table, make_parser, save_results
+from benchmarks.smooth.attnlrp import rules
+from benchmarks.smooth.networks import NETWORKS
+from patterns import Explainer, Network, accumulate, choose, solve, trace
+from patterns.attribution.methods import METHODS
+from patterns.evaluation import (
+    area_over_curve,
+    compute_relevance,
+    degrade_images,
+    draw_quadruples,
+    index_patches,
+    make_grids,
+    pointing_shares,
+    rank_patches,
+    sum_patches,
+)
+from patterns.tracing.scales import ScaleRules
+from ray_jobs.engine.shard_worker import keep_freed_memory
+from ray_jobs.studies.datasets import read_digits
+from ray_jobs.studies.reproduce import make_epoch
+from ray_jobs.studies.small_cnn import train
+
+FASHION = Path("/usr/share/datasets/fashion-mnist")
+TRAINED, FITTED, TESTED, EPOCHS = 30_000, 2_000, 100, 6
+SEEDS = (0, 1, 2)
+PATCH, STEPS = 4, 49
+GAMMAS = list(product((0.1, 0.25, 100.0), (0.0, 0.01, 0.05, 0.1, 1.0)))  # convolutions, linear: as in LXT's ViT example
+ESTIMATORS = "linear,two-component,two-component-own-mean"
+PRESETS = ("paper", "linear", "own-mean", "class-specific")
+SOFT = "patternattribution-soft-products"  # the factor of a product is a soft gate
+OURS = tuple(f"patternattribution:{name}" for name in PRESETS)
+OTHERS = "gradient-x-input", "integrated-gradients"
+BEST = "AttnLRP, best γ"
+MEASURES = "degradation", "pointing"
+
+Maps = Mapping[str, Tensor]  # relevance (N, H, W) by method
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A trained network.
+
+    Attributes:
+        model: The module.
+        network: The traced network.
+        accuracy: The share of 10,000 test images that it classifies correctly.
+        explainer: Makes the maps of all methods of `patterns`.
+    """
+
+    model: nn.Module
+    network: Network
+    accuracy: float
+    explainer: Explainer
+
+
+def read_data(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Return the images and labels of the training and test data."""
+    return {"train": read_digits(folder, "train", TRAINED), "test": read_digits(folder, "t10k")}
+
+
+def to_inputs(images: np.ndarray) -> Tensor:
+    """Return images as the networks take them, float32 (N, 1, 28, 28) in [-1, 1]."""
+    return torch.from_numpy(images.copy())[:, None].float().div_(127.5).sub_(1)
+
+
+def prepare(name: str, seed: int, data: Mapping[str, tuple[np.ndarray, np.ndarray]], out: Path) -> Subject:
+    """Return a network, trained or with the weights of an earlier call, and its patterns."""
+    file = out / f"{name}-{seed}.safetensors"
+    if not file.exists():
+        batches = partial(make_epoch, *data["train"], torch.Generator().manual_seed(seed))
+        trained = train(batches, seed, EPOCHS, partial(print, f"{name} {seed}", flush=True), NETWORKS[name])
+        save_file(trained.state_dict(), file)
+    model = NETWORKS[name]()
+    model.load_state_dict(load_file(file))
+    model.eval().requires_grad_(False)
+    images, labels = data["test"]
+    with torch.inference_mode():
+        scores = torch.cat([model(part) for part in to_inputs(images).split(500)])
+    accuracy = float((scores.argmax(1) == torch.from_numpy(labels.astype(np.int64))).float().mean())
+    network = trace(model, torch.zeros(2, 1, 28, 28))
+    moments = accumulate(network, to_inputs(data["train"][0][:FITTED]).split(100))
+    solved = {
+        n: solve(op, moments[n], "linear,two-component,two-component-own-mean").patterns
+        for n, op in network.operators.items()
+    }
+    presets = {preset: choose(network, solved, preset) for preset in PRESETS}
+    soft = replace(METHODS["patternattribution"].backward, scales=ScaleRules("pass", "multiply"))  # type: ignore[type-var]
+    METHODS[SOFT] = replace(METHODS["patternattribution"], backward=soft)
+    has_products = bool(network.constant_factors.get("factors of products"))
+    methods = [*OTHERS, *OURS, *([SOFT] if has_products else [])]
+    explainer = Explainer(network, presets["class-specific"], methods, estimators=presets)
+    return Subject(model, network, accuracy, explainer)
+
+
+def explain(subject: Subject, images: Tensor, classes: Tensor) -> dict[str, Tensor]:
+    """Return the relevance of each pixel for a class of each image, (N, 28, 28), by method."""
+    maps = subject.explainer(images, classes).maps
+    found = {method: compute_relevance(method, each) for method, each in maps.items()}
+    for convolution, linear in GAMMAS:
+        with rules(constant_factors=True, attention=True, convolution=convolution, linear=linear):
+            x = images.clone().requires_grad_()
+            scores = subject.model(x)
+            (gradient,) = torch.autograd.grad(scores.gather(1, classes[:, None]).sum(), x)
+        found[f"AttnLRP {convolution:g} {linear:g}"] = (images * gradient).sum(1).nan_to_num()
+    return found
+
+
+def degrade(subject: Subject, images: Tensor, maps: Maps) -> dict[str, list[float]]:
+    """Return the area over the degradation curve of each image by method; patches become black."""
+    with torch.inference_mode():
+        probability, prediction = subject.model(images).softmax(1).max(1)
+        index, found = index_patches(28, 28, PATCH), {}
+        black = torch.full((1, 1, 1, 1), -1.0).expand(images.shape)
+        for method, relevance in maps.items():
+            ranks = rank_patches(sum_patches(relevance, PATCH))[:, index]
+            curve = [probability[:, None]]
+            for steps in torch.arange(1, STEPS + 1).split(10):
+                degraded = degrade_images(images, black, ranks, steps)
+                scores = subject.model(degraded.flatten(0, 1)).softmax(1).unflatten(0, degraded.shape[:2])
+                curve.append(scores.take_along_dim(prediction[:, None, None], 2)[..., 0])
+            found[method] = area_over_curve(torch.cat(curve, 1).double()).tolist()
+    return found
+
+
+def point(subject: Subject, images: Tensor, labels: Tensor) -> dict[str, list[float]]:
+    """Return the share of positive relevance in the right quarter, for each quarter of each grid, by method."""
+    small = F.interpolate(images, scale_factor=0.5, mode="bilinear", antialias=True)
+    found: dict[str, list[float]] = {}
+    for four in draw_quadruples(labels, len(images) // 2):
+        grid = make_grids(small[four][None])
+        maps = explain(subject, grid.expand(4, -1, -1, -1), labels[four])
+        for method, relevance in maps.items():
+            found.setdefault(method, []).extend(pointing_shares(relevance, torch.arange(4)).tolist())
+    return found
+
+
+def measure(subject: Subject, images: np.ndarray, labels: np.ndarray) -> dict[str, dict[str, list[float]]]:
+    """Return the values of each measure and method on images that the network classifies correctly."""
+    inputs, classes = to_inputs(images), torch.from_numpy(labels.astype(np.int64))
+    with torch.inference_mode():
+        right = (subject.model(inputs).argmax(1) == classes).nonzero()[:TESTED, 0]
+    inputs, classes = inputs[right], classes[right]
+    maps: dict[str, list[Tensor]] = {}
+    for part, chosen in zip(inputs.split(25), classes.split(25)):
+        for method, relevance in explain(subject, part, chosen).items():
+            maps.setdefault(method, []).append(relevance)
+    whole = {method: torch.cat(parts) for method, parts in maps.items()}
+    return {"degradation": degrade(subject, inputs, whole), "pointing": point(subject, inputs, classes)}
+
+
+def share_of_outliers(subject: Subject, images: Tensor, top: float = 0.001) -> Iterator[tuple[str, float]]:
+    """Yield for each addition the share of Σy² that the tokens with the largest norms hold."""
+    found: dict[str, Tensor] = {}
+
+    def record(name: str, module: nn.Module, inputs: object, value: Tensor) -> None:
+        norms = value.movedim(-1 if value.dim() == 3 else 1, -1).flatten(0, -2).square().sum(-1)
+        count = max(1, round(top * len(norms)))
+        found[name] = norms.topk(count).values.sum() / norms.sum()
+
+    hooks = []
+    for module in subject.network.module.modules():
+        operator = getattr(module, "operator", None)
+        if operator is not None and operator.kind == "addition":
+            hooks.append(module.register_forward_hook(partial(record, operator.name)))
+    with torch.inference_mode():
+        subject.network.module(images)
+    for hook in hooks:
+        hook.remove()
+    yield from ((name, float(value)) for name, value in found.items())
+
+
+def summarize(runs: Sequence[Mapping[str, Mapping[str, list[float]]]]) -> dict[str, dict[str, tuple[float, float]]]:
+    """Return the mean over the seeds with its standard error, by measure and method.
+
+    The best γ is chosen for each measure by the mean over the seeds, on the same images: an upper limit.
+    """
+    found: dict[str, dict[str, tuple[float, float]]] = {}
+    for name in MEASURES:
+        means = {method: [float(np.mean(run[name][method])) for run in runs] for method in runs[0][name]}
+        grid = {method: values for method, values in means.items() if method.startswith("AttnLRP")}
+        best = max(grid, key=lambda method: float(np.mean(grid[method])))
+        worst = min(grid, key=lambda method: float(np.mean(grid[method])))
+        kept = {method: values for method, values in means.items() if method not in grid}
+        kept |= {f"{BEST}": grid[best], "AttnLRP, worst γ": grid[worst]}
+        found[name] = {
+            method: (float(np.mean(v)), float(np.std(v, ddof=1) / len(v) ** 0.5) if len(v) > 1 else 0.0)
+            for method, v in kept.items()
+        }
+        print(f"  {name}: best γ {best}, worst {worst}", flush=True)
+    return found
+
+
+def tabulate(found: Mapping[str, Mapping[str, Mapping[str, tuple[float, float]]]]) -> Table:
+    """Return a row for each method, with the measures of each network."""
+    methods = list(dict.fromkeys(m for by_measure in found.values() for m in by_measure["degradation"]))
+    columns = {f"{network}: {name} ↑": "{:.3f} ± {:.3f}" for network in found for name in MEASURES}
+    rows: list[list[Cell]] = []
+    for method in methods:
+        cells: list[Cell] = [method]
+        for by_measure in found.values():
+            cells += [by_measure[name].get(method, "–") for name in MEASURES]
+        rows.append(cells)
+    return Table({"method": "", **columns}, rows)
+
+
+def main() -> None:
+    """Run the study, and print the tables or write them to the docs."""
+    parser = make_parser("benchmarks.smooth", __doc__)
+    parser.add_argument("--fashion", type=Path, default=FASHION, help="folder of Fashion-MNIST's idx files")
+    parser.add_argument("--out", type=Path, help="folder of weights, which are used if they are there")
+    parser.add_argument("--networks", nargs="+", default=[*NETWORKS], choices=[*NETWORKS])
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    args = parser.parse_args()
+    keep_freed_memory()
+    data = read_data(args.fashion)
+    accuracies: list[list[Cell]] = []
+    outliers: list[list[Cell]] = []
+    found = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        out = args.out or Path(temporary)
+        out.mkdir(parents=True, exist_ok=True)
+        for name in args.networks:
+            runs = []
+            for seed in args.seeds:
+                subject = prepare(name, seed, data, out)
+                print(f"{name}, seed {seed}: accuracy {subject.accuracy:.3f}", flush=True)
+                accuracies.append([name, str(seed), subject.accuracy])
+                if seed == args.seeds[0]:
+                    shares = list(share_of_outliers(subject, to_inputs(data["test"][0][:100])))
+                    outliers += [[name, operator, share] for operator, share in shares]
+                runs.append(measure(subject, data["test"][0][:500], data["test"][1][:500]))
+            found[name] = summarize(runs)
+    tables = {
+        "smooth": tabulate(found),
+        "smooth-accuracies": Table({"network": "", "seed": "", "accuracy": "{:.3f}"}, accuracies),
+        "smooth-outliers": Table({"network": "", "addition": "", "share of Σy²": "{:.3f}"}, outliers),
+    }
+    for name, table in tables.items():
+        print(table.render(), end="\n\n")
+        if args.write:
+            save_results(args.write, name, table)
+
+
+if __name__ == "__main__":
+    main()
