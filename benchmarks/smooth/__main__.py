@@ -5,12 +5,14 @@ with CP-LRP (`gradient-x-input`), Integrated Gradients and AttnLRP with the γ r
 by the area over the degradation curve and the grid pointing game, on test images.
 """
 
+import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,7 +43,7 @@ from ray_jobs.studies.reproduce import make_epoch
 from ray_jobs.studies.small_cnn import train
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
-TRAINED, FITTED, TESTED, EPOCHS = 30_000, 2_000, 100, 6
+TRAINED, FITTED, TESTED, EPOCHS = 60_000, 2_000, 100, 4
 SEEDS = (0, 1, 2)
 PATCH, STEPS = 4, 49
 GAMMAS = list(product((0.1, 0.25, 100.0), (0.0, 0.01, 0.05, 0.1, 1.0)))  # convolutions, linear: as in LXT's ViT example
@@ -168,6 +170,21 @@ def measure(subject: Subject, images: np.ndarray, labels: np.ndarray) -> dict[st
     return {"degradation": degrade(subject, inputs, whole), "pointing": point(subject, inputs, classes)}
 
 
+def study(name: str, seed: int, data: Mapping[str, tuple[np.ndarray, np.ndarray]], out: Path) -> dict[str, Any]:
+    """Return the accuracy, the values and the outliers of a network, from an earlier call's file if there is one."""
+    file = out / f"{name}-{seed}.json"
+    if not file.exists():
+        subject = prepare(name, seed, data, out)
+        images, labels = data["test"]
+        found = {
+            "accuracy": subject.accuracy,
+            "outliers": dict(share_of_outliers(subject, to_inputs(images[:100]))),
+            "measured": measure(subject, images[:500], labels[:500]),
+        }
+        file.write_text(json.dumps(found))
+    return dict(json.loads(file.read_text()))
+
+
 def share_of_outliers(subject: Subject, images: Tensor, top: float = 0.001) -> Iterator[tuple[str, float]]:
     """Yield for each addition the share of Σy² that the tokens with the largest norms hold."""
     found: dict[str, Tensor] = {}
@@ -227,7 +244,7 @@ def main() -> None:
     """Run the study, and print the tables or write them to the docs."""
     parser = make_parser("benchmarks.smooth", __doc__)
     parser.add_argument("--fashion", type=Path, default=FASHION, help="folder of Fashion-MNIST's idx files")
-    parser.add_argument("--out", type=Path, help="folder of weights, which are used if they are there")
+    parser.add_argument("--out", type=Path, help="folder of weights and values, which are used if they are there")
     parser.add_argument("--networks", nargs="+", default=[*NETWORKS], choices=[*NETWORKS])
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     args = parser.parse_args()
@@ -242,13 +259,12 @@ def main() -> None:
         for name in args.networks:
             runs = []
             for seed in args.seeds:
-                subject = prepare(name, seed, data, out)
-                print(f"{name}, seed {seed}: accuracy {subject.accuracy:.3f}", flush=True)
-                accuracies.append([name, str(seed), subject.accuracy])
+                one = study(name, seed, data, out)
+                print(f"{name}, seed {seed}: accuracy {one['accuracy']:.3f}", flush=True)
+                accuracies.append([name, str(seed), one["accuracy"]])
                 if seed == args.seeds[0]:
-                    shares = list(share_of_outliers(subject, to_inputs(data["test"][0][:100])))
-                    outliers += [[name, operator, share] for operator, share in shares]
-                runs.append(measure(subject, data["test"][0][:500], data["test"][1][:500]))
+                    outliers += [[name, operator, share] for operator, share in one["outliers"].items()]
+                runs.append(one["measured"])
             found[name] = summarize(runs)
     tables = {
         "smooth": tabulate(found),

@@ -41,6 +41,7 @@ from patterns.tracing.exporting import export
 from patterns.tracing.folding import fold_constants, fold_scales
 from patterns.tracing.forward_checks import agree, compute_independent_outputs, draw_samples_like, require_deterministic
 from patterns.tracing.graph_records import NodeRecord, build_graph, move, record_graph
+from patterns.tracing.images_first import put_images_first
 from patterns.tracing.inputs import add_shape_check
 from patterns.tracing.linearize import linearize_operations
 from patterns.tracing.lower import lower_operations
@@ -228,6 +229,7 @@ def build_network(graph: AtenGraph, example: Tensor, name: str, pass_through: Co
     canonicalize_squeezes(graph)
     add_class_dimension(graph)
     fold_constants(graph)
+    put_images_first(graph)
     mark_channels(graph)
     canonicalize_rectifiers(graph)
     canonicalize_smooth_gates(graph, pass_through)

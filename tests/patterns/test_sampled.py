@@ -218,7 +218,7 @@ def test_half_precision_sums_differ_from_float64_by_rounding_only(dtype: torch.d
 
 
 class Windows(nn.Module):
-    """Linear layers over windows of 4 × 4 positions, and over tokens before images."""
+    """Linear layers over rectified windows of 4 × 4 positions, and over tokens before images."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -226,7 +226,7 @@ class Windows(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         windows = x.unflatten(2, (2, 4)).unflatten(4, (2, 4)).permute(0, 2, 4, 3, 5, 1).flatten(0, 2).flatten(1, 2)
-        tokens = self.of_windows(windows).relu().reshape(x.shape[0], 64, 5).transpose(0, 1)
+        tokens = self.of_windows(windows.relu()).relu().reshape(x.shape[0], 64, 5).transpose(0, 1)
         return self.of_images(self.of_tokens(tokens).relu().transpose(0, 1)).mean(1)
 
 
@@ -241,26 +241,79 @@ def test_all_positions_are_used_if_images_are_not_the_first_dimension(positions:
     x = torch.randn(images, 3, 8, 8, dtype=torch.float64)
     observer.update(x)
     exact, found = accumulate(network, [x]), observer.moments()
-    assert found["of_images"].total.n[0] == positions * images
-    for name in ("of_windows", "of_tokens"):
-        for field, sums in exact[name].tensors().items():
-            torch.testing.assert_close(found[name].tensors()[field], sums, msg=f"{name} {field}")
+    for name in ("of_images", "of_tokens"):
+        assert found[name].total.n[0] == positions * images
+    for field, sums in exact["of_windows"].tensors().items():
+        torch.testing.assert_close(found["of_windows"].tensors()[field], sums, msg=field)
     with pytest.raises(UserError, match="windows or tokens") as caught:
-        PatchObserver(network, ["of_images", "of_tokens"], positions)
-    assert (caught.value.where, caught.value.parameter) == ("of_tokens", "operators")
+        PatchObserver(network, ["of_images", "of_windows"], positions)
+    assert (caught.value.where, caught.value.parameter) == ("of_windows", "operators")
+
+
+class TokensFirst(nn.Module):
+    """The same linear layer on tokens before images, on both in one dimension, and on images before tokens."""
+
+    def __init__(self, order: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.order, self.inner, self.out = order, nn.Linear(6, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(2).transpose(1, 2)
+        if self.order == "tokens first":
+            found = self.inner(tokens.transpose(0, 1)).relu().transpose(0, 1)
+        elif self.order == "one dimension, tokens first":
+            found = self.inner(tokens.transpose(0, 1).reshape(-1, 6)).relu().view(16, -1, 5).transpose(0, 1)
+        elif self.order == "one dimension, images first":
+            found = self.inner(tokens.reshape(-1, 6)).relu().view(-1, 16, 5)
+        elif self.order == "heads":
+            heads = tokens.unflatten(2, (2, 3)).permute(2, 1, 0, 3).relu().permute(1, 2, 0, 3).contiguous()
+            found = self.inner(heads.view(-1, 6)).relu().view(16, -1, 5).transpose(0, 1)
+        else:
+            found = self.inner(tokens).relu()
+        return self.out(found.mean(1))
+
+
+@pytest.mark.parametrize(
+    "order", ["tokens first", "one dimension, tokens first", "one dimension, images first", "heads"]
+)
+def test_positions_of_tokens_before_images_are_those_of_tokens_after_them(order: str) -> None:
+    x = torch.rand(5, 6, 4, 4, dtype=torch.float64)
+    sums, outputs = [], []
+    for each in (order, "images first"):
+        network = trace(TokensFirst(each).double(), x)
+        observer = Observer(network, positions=3, seed=2)
+        observer.update(x, range(5))
+        sums.append(observer.moments()["inner"])
+        outputs.append(network.module(x))
+    assert sums[0].total.n[0] == 15
+    for field, value in sums[1].tensors().items():
+        torch.testing.assert_close(sums[0].tensors()[field], value)
+    torch.testing.assert_close(*outputs)
 
 
 @pytest.mark.full
-def test_attention_over_tokens_is_fitted_from_all_of_them() -> None:
+def test_attention_of_torch_has_the_moments_of_all_tokens() -> None:
     model = models.VisionTransformer(32, 8, 1, 2, 16, 32, num_classes=5).double()
     x = torch.randn(3, 3, 32, 32, dtype=torch.float64)
-    passed = ("layer_norm", "scaled_dot_product_attention", "gelu")
-    network = trace(model, x, pass_through=passed)
-    observer = Observer(network, positions=4)
+    network = trace(model, x)
+    assert all(operator.per_image for operator in network.operators.values())
+    observer = Observer(network, positions=16)  # of 17
     observer.update(x)
     exact, found = accumulate(network, [x]), observer.moments()
-    all_of_them = [name for name, moments in exact.items() if torch.equal(moments.total.n, found[name].total.n)]
-    assert any("self_attention" in name for name in all_of_them)
-    assert len(all_of_them) < len(exact)
-    for name in all_of_them:
-        torch.testing.assert_close(found[name].tensors(), exact[name].tensors())
+    attention = [name for name in exact if "self_attention" in name]
+    assert len(attention) == 2
+    for name in attention:
+        assert (int(exact[name].total.n[0]), int(found[name].total.n[0])) == (51, 48)
+    (projection,) = (name for name in attention if "in_proj" in name)
+    tokens = normalized_tokens(model, x)
+    torch.testing.assert_close(exact[projection].total.x, tokens.sum(0)[None], rtol=1e-9, atol=1e-9)
+
+
+def normalized_tokens(model: nn.Module, x: Tensor) -> Tensor:
+    """Return what the first attention of a VisionTransformer gets, (tokens of all images, channels)."""
+    found: list[Tensor] = []
+    hook = model.encoder.layers[0].ln_1.register_forward_hook(lambda module, inputs, output: found.append(output))
+    model(x)
+    hook.remove()
+    return found[0].detach().flatten(0, 1)
