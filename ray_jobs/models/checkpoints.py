@@ -5,6 +5,7 @@ unpickled.
 """
 
 import argparse
+import json
 import re
 import zipfile
 from collections import OrderedDict
@@ -43,16 +44,20 @@ LEGACY_MAGIC = b"l\xfc\x9cF\xf9 j\xa8P\x19"  # of files that torch.save wrote be
 # Segments of tensor names that wrappers of a module add.
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 AVERAGED = ("ema", "averaged", "swa")  # words in the key of a state dict with averaged weights
+INDEX = ".index.json"  # ending of the name of an index of several safetensors files
 MAX_DEPTH = 3  # of nested dictionaries that are searched for a state dict
 
 
-def load_weights(model: nn.Module, where: str, spec: str) -> None:
+def load_weights(model: nn.Module, where: str, spec: str) -> str | None:
     """Load the weights of a file or URL into a model.
 
     Args:
         model: The model; changed in place.
-        where: The path or URL of a file of torch.save or safetensors.
+        where: The path or URL of a file of torch.save or safetensors, or of the index of several safetensors files.
         spec: The model's name in messages.
+
+    Returns:
+        How the weights were found, if they are not the whole file under the model's own names; else None.
 
     Raises:
         UserError: If the file cannot be read, or its state dict does not fit the model.
@@ -64,7 +69,43 @@ def load_weights(model: nn.Module, where: str, spec: str) -> None:
             place, what, "Pass default, random, a file or a URL, or for torchvision a name such as DEFAULT."
         )
     content = read_option_file("--weights", where)
-    load_state_dict(model, select_state_dict(parse_checkpoint(content, place), place), place, spec)
+    if where.endswith(INDEX):
+        key, state = "", load_shards(content, where, place)
+    else:
+        key, state = select_state_dict(parse_checkpoint(content, place), place)
+    prefix = load_state_dict(model, state, place, spec)
+    found = [f"the key {key!r} of the file"] if key else []
+    found += [f"names such as {prefix} for {next(iter(model.state_dict()))}"] if prefix else []
+    return f"weights from {', with '.join(found)}" if found else None
+
+
+def load_shards(content: bytes, where: str, place: str) -> StateDict:
+    """Return the state dict of an index file, whose tensors are in several safetensors files beside it.
+
+    Args:
+        content: The index: JSON with the file of each tensor in `weight_map`.
+        where: Its path or URL.
+        place: The file in messages.
+
+    Raises:
+        UserError: If the index or one of its files cannot be read, or a file does not hold its tensors.
+    """
+    try:
+        files = json.loads(content)["weight_map"]
+        names = {str(name): str(file) for name, file in files.items()}
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        what = f"not an index of safetensors files ({format_first_line(error)})"
+        raise UserError(place, what, COPY_REMEDY) from error
+    folder, state = where.removesuffix(where.rpartition("/")[2]), OrderedDict[str, Any]()
+    for file in dict.fromkeys(names.values()):
+        if Path(file).name != file:
+            raise UserError(place, f"its index names a file in another folder: {file}", COPY_REMEDY)
+        shard = f"--weights {folder}{file}"
+        state.update(parse_checkpoint(read_option_file("--weights", folder + file), shard))
+    if missing := sorted(names.keys() - state.keys()):
+        what = f"{len(missing)} tensors of the index are not in its files, the first is {missing[0]}"
+        raise UserError(place, what, COPY_REMEDY)
+    return state
 
 
 def parse_checkpoint(content: bytes, place: str) -> Any:
@@ -123,9 +164,15 @@ def unreadable_error(content: bytes, error: Exception, place: str) -> UserError:
     if not found:
         return UserError(place, "a truncated or damaged torch file", COPY_REMEDY)
     whole = any(name.startswith("torch.nn.modules.") for name in found)
+    remedy = SAVE_REMEDY
+    if whole:
+        remedy = (
+            "If you trust it, convert it in Python: model = torch.load(FILE, weights_only=False); "
+            "torch.save(model.state_dict(), NEW_FILE)."
+        )
     pickled = f"a whole model, {found[0]}" if whole else f"objects of {', '.join(dict.fromkeys(found[:4]))}"
     what = f"not a state dict, but a pickle of {pickled}, which is not loaded because it can run code"
-    return UserError(place, what, SAVE_REMEDY)
+    return UserError(place, what, remedy)
 
 
 def is_state_dict(value: Any) -> bool:
@@ -153,8 +200,8 @@ def find_state_dicts(value: Any, depth: int = MAX_DEPTH) -> dict[str, StateDict]
     return found
 
 
-def select_state_dict(content: Any, place: str) -> StateDict:
-    """Return the state dict of a checkpoint: the checkpoint itself, or the only state dict in it.
+def select_state_dict(content: Any, place: str) -> tuple[str, StateDict]:
+    """Return the state dict of a checkpoint with its key: the checkpoint itself (""), or the only state dict in it.
 
     Averaged weights, under a key such as `state_dict_ema`, are used only if there are no other state dicts.
 
@@ -162,11 +209,11 @@ def select_state_dict(content: Any, place: str) -> StateDict:
         UserError: If there is no state dict, or more than one.
     """
     if is_state_dict(content):
-        return content
+        return "", content
     found = find_state_dicts(content)
     found = {key: state for key, state in found.items() if not any(word in key for word in AVERAGED)} or found
     if len(found) == 1:
-        return next(iter(found.values()))
+        return next(iter(found.items()))
     if found:
         what = f"it contains several state dicts: {', '.join(found)}"
         raise UserError(place, what, "Save the state dict of this model alone, with torch.save.")
@@ -205,8 +252,11 @@ def strip_prefix(state: StateDict, prefix: str) -> OrderedDict[str, Any]:
     return rename_tensors(state, lambda name: "" if name == prefix else name.removeprefix(f"{prefix}."))
 
 
-def load_state_dict(model: nn.Module, state: StateDict, place: str, spec: str) -> None:
+def load_state_dict(model: nn.Module, state: StateDict, place: str, spec: str) -> str | None:
     """Load a state dict by the model's strict load_state_dict, with the first spelling of its names that fits.
+
+    Returns:
+        The first name in the state dict if other names were loaded; else None.
 
     Raises:
         UserError: If no spelling fits; it describes the closest.
@@ -215,7 +265,7 @@ def load_state_dict(model: nn.Module, state: StateDict, place: str, spec: str) -
     for names in generate_spellings(state):
         try:
             model.load_state_dict(fill_tied(model, names))
-            return
+            return None if names.keys() <= state.keys() else next(iter(state))
         except Exception as error:  # the model's own code may run
             errors.append((names, error))
     own = model.state_dict()

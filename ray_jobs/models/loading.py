@@ -36,6 +36,7 @@ class TracedModel:
         preprocessing: From images to its inputs.
         digest: `patterns.digest` of the model's weights as they were loaded.
         output: Which of the model's outputs is explained; None if it has only one.
+        note: See `LoadedModel`.
     """
 
     config: ModelConfig
@@ -43,6 +44,7 @@ class TracedModel:
     preprocessing: Preprocessing
     digest: str
     output: str | None = None
+    note: str | None = None
 
     @property
     def device(self) -> torch.device:
@@ -51,7 +53,9 @@ class TracedModel:
 
     def describe(self) -> list[str]:
         """Return what a user should know of the traced model, a line each."""
-        lines = [] if self.output is None else [f"the explained output of the model is {self.output}"]
+        lines = [] if self.note is None else [self.note]
+        if self.output is not None:
+            lines.append(f"the explained output of the model is {self.output}")
         if constants := self.network.constant_factors:
             lines.append(f"taken as constants in explanations: {format_counts(constants)}")
         return lines
@@ -98,6 +102,7 @@ class LoadedModel:
         digest: `patterns.digest` of its weights as they were loaded.
         device: Its device.
         dtype: The type of its inputs.
+        note: How its weights were found in their file, if a user should know; else None.
     """
 
     config: ModelConfig
@@ -106,6 +111,7 @@ class LoadedModel:
     digest: str
     device: torch.device
     dtype: torch.dtype
+    note: str | None = None
 
     @cached_property
     def traced(self) -> TracedModel:
@@ -114,7 +120,7 @@ class LoadedModel:
         output = explain_output(self.model, example, self.config.output, f"--model {self.config.spec}")
         passing, strip = self.config.pass_through, self.config.strip_softmax
         network = trace(self.model, example, name=self.config.spec, pass_through=passing, strip_softmax=strip)
-        return TracedModel(self.config, network, self.preprocessing, self.digest, output)
+        return TracedModel(self.config, network, self.preprocessing, self.digest, output, self.note)
 
     @property
     def network(self) -> Network:
@@ -148,13 +154,14 @@ def load(config: ModelConfig, device: str = "cpu") -> LoadedModel:
         preprocessing = override_preprocessing(preprocessing, config)
         model = prepare(model, where, config.inputs)
         materialize(model, preprocessing.input_shape, where)
+    note = None
     if config.weights not in ("default", "random") and not has_torchvision_weights(config.spec, config.weights):
-        load_weights(model, config.weights, config.spec)
+        note = load_weights(model, config.weights, config.spec)
         where = f"--weights {config.weights}"
     require_finite(model, where)
     dtype, weights_digest = PRECISIONS[config.precision], digest(model)
     model = cast(model, torch.device(device), dtype)
-    return LoadedModel(config, model, preprocessing, weights_digest, torch.device(device), dtype)
+    return LoadedModel(config, model, preprocessing, weights_digest, torch.device(device), dtype, note)
 
 
 def build_model(config: ModelConfig) -> tuple[nn.Module, Preprocessing]:

@@ -3,6 +3,7 @@
 import argparse
 import gzip
 import io
+import json
 import pickle
 from collections import OrderedDict
 from collections.abc import Callable
@@ -210,8 +211,10 @@ def test_invalid_file_is_an_error_that_says_what_it_is(
         load(content(), tmp_path)
     assert phrase in caught.value.what
     assert caught.value.where == f"--weights {tmp_path / 'weights'}"
-    for unwanted in ("\x1b", "\n", "weights_only"):
+    for unwanted in ("\x1b", "\n"):
         assert unwanted not in str(caught.value)
+    # torch's own advice, to load anything, is given for whole models only, which cannot be converted otherwise.
+    assert ("weights_only" in str(caught.value)) == ("a whole model" in caught.value.what)
 
 
 def test_missing_prefix_is_named(tmp_path: Path) -> None:
@@ -242,3 +245,64 @@ def test_word_that_is_no_file_is_answered_by_the_names_of_weights(name: str) -> 
     with pytest.raises(UserError, match="default, random") as caught:
         load_weights(Net(), name, "m.py:net")
     assert caught.value.where == f"--weights {name}"
+
+
+def write_index(folder: Path, state: State, files: dict[str, list[str]], listed: dict[str, str] | None = None) -> Path:
+    """Write safetensors files of some tensors each, and their index."""
+    folder.mkdir(exist_ok=True)
+    for file, names in files.items():
+        (folder / file).write_bytes(safetensors({name: state[name] for name in names}))
+    names = listed or {name: file for file, names in files.items() for name in names}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    return folder / "model.safetensors.index.json"
+
+
+def test_weights_in_several_files_are_found_by_their_index(tmp_path: Path) -> None:
+    state, model = values(), Net()
+    names = list(state)
+    load_weights(
+        model, str(write_index(tmp_path, state, {"a.safetensors": names[:4], "b.safetensors": names[4:]})), "net"
+    )
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("files", "listed", "what"),
+    [
+        ({"a.safetensors": ["fc.bias"]}, {"fc.bias": "a.safetensors", "x": "b.safetensors"}, "b.safetensors"),
+        ({"a.safetensors": ["fc.bias"]}, {"fc.bias": "a.safetensors", "x": "a.safetensors"}, "the first is x"),
+        ({"a.safetensors": ["fc.bias"]}, {"fc.bias": "../a.safetensors"}, "another folder"),
+    ],
+)
+def test_index_without_its_files_is_an_error(
+    tmp_path: Path, files: dict[str, list[str]], listed: dict[str, str], what: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        load_weights(Net(), str(write_index(tmp_path / "m", values(), files, listed)), "net")
+    assert what in f"{caught.value.where} {caught.value.what}"
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"weight_map": [1]}', b"[" * 100_000])
+def test_file_that_is_no_index_is_an_error(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "m.index.json").write_bytes(content)
+    with pytest.raises(UserError, match="not an index"):
+        load_weights(Net(), str(tmp_path / "m.index.json"), "net")
+
+
+@pytest.mark.parametrize(
+    ("wrap", "note"),
+    [
+        (lambda state: state, None),
+        (lambda state: {"state_dict": state, "epoch": 3}, "weights from the key 'state_dict' of the file"),
+        (lambda state: prefixed("module.", state), "weights from names such as module.conv.weight for conv.weight"),
+        (
+            lambda state: {"model_ema": prefixed("module.", state)},
+            "weights from the key 'model_ema' of the file, with names such as module.conv.weight for conv.weight",
+        ),
+    ],
+)
+def test_note_says_where_the_weights_were_found(
+    tmp_path: Path, wrap: Callable[[State], State], note: str | None
+) -> None:
+    torch.save(wrap(values()), tmp_path / "w.pt")
+    assert load_weights(Net(), str(tmp_path / "w.pt"), "net") == note
