@@ -4,20 +4,21 @@ import tempfile
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from benchmarks.linear import figures, model, studies
 from benchmarks.linear.model import angle_between
 from benchmarks.pages import Cell, Table, include, make_parser, save_results, source_code
 
 PLANES = (30, 45, 90, 135)
-PLANE_SAMPLES, TURNING_SAMPLES, RECTIFIED_SAMPLES = 10_000, 100_000, 1_000_000
+PLANE_SAMPLES, TURNING_SAMPLES, GATED_SAMPLES = 10_000, 100_000, 1_000_000
 SIZES, REPEATS = [2**power for power in range(5, 17)], 400
 EVALUATED = 512
 ANGLE = "{:.1f}°"
 # The functions whose source the page shows.
 SOURCES = (
     model.LinearModel, model.train_layer, model.make_network, model.fit_patterns, studies.measure_plane,
-    studies.turn_distractor, studies.make_images, studies.explain_images, studies.measure_rectified,
+    studies.turn_distractor, studies.make_images, studies.explain_images, studies.measure_gated,
     studies.measure_convergence,
 )  # fmt: skip
 
@@ -79,13 +80,17 @@ def compare_methods(folder: Path) -> tuple[Table, dict[str, float]]:
     return Table({"method": "", "with $s$": "{:.3f}", "with $w \\odot s$": "{:.3f}"}, rows), values
 
 
-def measure_rectified() -> Table:
-    """Measure the angles of the patterns of a ReLU neuron to the signal."""
-    found = {mean: studies.measure_rectified(mean, RECTIFIED_SAMPLES) for mean in (0.0, 1.0)}
-    names = {"linear": "`linear`", "positive": "two-component, a₊", "negative": "two-component, a₋"}
+def measure_gated() -> Table:
+    """Measure the angles of the patterns of neurons with a ReLU, GELU or SiLU to the signal."""
+    found = {
+        f"{type(activation).__name__}, μ = {mean:.0f}": studies.measure_gated(activation, mean, GATED_SAMPLES)
+        for activation in (nn.ReLU(), nn.GELU(), nn.SiLU())
+        for mean in (0.0, 1.0)
+    }
+    names = {"weight": "weight", "linear": "`linear`", "positive": "two-component, a₊", "negative": "two-component, a₋"}
     names |= {f"{sign}-own-mean": f"its own-mean form, {a}" for sign, a in (("positive", "a₊"), ("negative", "a₋"))}
     rows: list[list[Cell]] = [[names[name], *(row[name] for row in found.values())] for name in names]
-    return Table({"angle to the signal": ""} | {f"μ = {mean:.0f}": "{:.2f}°" for mean in found}, rows)
+    return Table({"angle to the signal": ""} | dict.fromkeys(found, "{:.2f}°"), rows)
 
 
 def measure_samples(folder: Path) -> dict[str, float]:
@@ -106,7 +111,7 @@ def main() -> None:
             "linear-planes": (measure_planes(folder), {}),
             "linear-turning": (None, measure_turning(folder)),
             "linear-methods": (methods, values),
-            "linear-rectified": (measure_rectified(), {}),
+            "linear-gated": (measure_gated(), {}),
             "linear-samples": (None, measure_samples(folder)),
         }
     for name, (table, numbers) in results.items():

@@ -105,13 +105,13 @@ def fit_slope(sizes: list[int], errors: Tensor) -> float:
     return float(((n - n.mean()) * (e - e.mean())).sum() / (n - n.mean()).square().sum())
 
 
-def measure_rectified(mean: float, samples: int) -> dict[str, float]:
-    """Return the angles in degrees between a_s and the patterns of a ReLU neuron, by estimator; ε has this mean."""
+def measure_gated(activation: nn.Module, mean: float, samples: int) -> dict[str, float]:
+    """Return the angles in degrees of weight and patterns to a_s, for a neuron with an activation; ε has this mean."""
     model = LinearModel(PAPER.signal, PAPER.distractor, mean=mean)
     x, y = model.sample(samples, torch.Generator().manual_seed(0))
-    traced = make_network(train_layer(x, y), nn.ReLU())
-    found = fit_patterns(traced, x, ["linear", "two-component", "two-component-own-mean"])
-    return {name: angle_between(pattern, model.signal) for name, pattern in found.items()}
+    layer = train_layer(x, y)
+    found = fit_patterns(make_network(layer, activation), x, ["linear", "two-component", "two-component-own-mean"])
+    return {name: angle_between(v, model.signal) for name, v in {"weight": layer.weight.detach(), **found}.items()}
 
 
 def make_images() -> LinearModel:

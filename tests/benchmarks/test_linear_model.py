@@ -20,6 +20,7 @@ from benchmarks.linear.model import (
     make_network,
     train_layer,
 )
+from benchmarks.linear.studies import measure_gated
 from benchmarks.pages import DOCS, included, source_code
 from patterns import METHODS, Explainer, Moments, Sums, solve
 
@@ -237,3 +238,16 @@ def test_page_shows_the_source_that_runs(function: type) -> None:
     assert page[f"source:{function.__name__}"] == source_code(function), (
         "run `python -m benchmarks.linear --write docs`"
     )
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.GELU(), nn.SiLU()], ids=["relu", "gelu", "silu"])
+@pytest.mark.parametrize("mean", [0.0, 1.0])
+def test_patterns_behind_every_gate_have_the_direction_of_the_signal(activation: nn.Module, mean: float) -> None:
+    angles = measure_gated(activation, mean, 100_000)
+    assert angles["weight"] == pytest.approx(45, abs=0.1)
+    for estimator in ("linear", "positive-own-mean", "negative-own-mean"):
+        assert math.cos(math.radians(angles[estimator])) >= 0.999
+    published = 0.0 if mean == 0 else 15.0  # E[y] over both sides adds a part of the mean
+    for estimator in ("positive", "negative"):
+        assert angles[estimator] >= published
+        assert mean > 0 or math.cos(math.radians(angles[estimator])) >= 0.999
