@@ -3,8 +3,7 @@
 The steps are: `trace` a model into a network of linear operators, `accumulate` the moments of data, `solve` for the
 patterns of each operator, measure their `quality`, and explain inputs with an `Explainer`.
 
-`PatternAttributionComposite` (for zennit) and `quantus_explain` (for Quantus) are imported on first use, because
-importing zennit is slow.
+Names are imported on first use, because importing torch takes seconds and zennit is slow.
 
 Example:
     >>> import torch
@@ -19,30 +18,30 @@ Example:
     torch.Size([5, 4])
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from patterns.attribution.captum_api import PatternAttribution, PatternNet
-from patterns.attribution.explainer import Explainer
-from patterns.attribution.explanation import Explanation
-from patterns.attribution.methods import METHODS
-from patterns.errors import UserError
-from patterns.estimation.estimators import CHOICES, ESTIMATORS, Solution, solve
-from patterns.estimation.observer import Observer, PatchObserver, accumulate, accumulate_patches
-from patterns.estimation.presets import PRESETS
-from patterns.estimation.signal_quality import quality
-from patterns.evaluation.conservation import Loss, conservation
-from patterns.io.pattern_files import choose, load, save
-from patterns.moments.gram import PatchMoments
-from patterns.moments.moments import Moments, Sums
-from patterns.operators.gates import Gate, SmoothGate
-from patterns.operators.operator import Operator
-from patterns.tracing.digests import digest
-from patterns.tracing.inputs import contrast
-from patterns.tracing.network import Network, trace
+from patterns.lazy import import_on_use
 
 if TYPE_CHECKING:
     from patterns.attribution.adapters import PatternAttributionComposite, quantus_explain
+    from patterns.attribution.captum_api import PatternAttribution, PatternNet
+    from patterns.attribution.explainer import Explainer
+    from patterns.attribution.explanation import Explanation
+    from patterns.attribution.methods import METHODS
+    from patterns.errors import UserError
+    from patterns.estimation.estimators import CHOICES, ESTIMATORS, Solution, solve
+    from patterns.estimation.observer import Observer, PatchObserver, accumulate, accumulate_patches
+    from patterns.estimation.presets import PRESETS
+    from patterns.estimation.signal_quality import quality
+    from patterns.evaluation.conservation import Loss, conservation
+    from patterns.io.pattern_files import choose, load, save
+    from patterns.moments.gram import PatchMoments
+    from patterns.moments.moments import Moments, Sums
+    from patterns.operators.gates import Gate, SmoothGate
+    from patterns.operators.operator import Operator
+    from patterns.tracing.digests import digest
+    from patterns.tracing.inputs import contrast
+    from patterns.tracing.network import Network, trace
 
 __all__ = [
     "CHOICES",
@@ -80,8 +79,27 @@ __all__ = [
     "trace",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name in ("PatternAttributionComposite", "quantus_explain"):
-        return getattr(import_module("patterns.attribution.adapters"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __dir__ = import_on_use(
+    __name__,
+    {
+        "patterns.attribution.adapters": ("PatternAttributionComposite", "quantus_explain"),
+        "patterns.attribution.captum_api": ("PatternAttribution", "PatternNet"),
+        "patterns.attribution.explainer": ("Explainer",),
+        "patterns.attribution.explanation": ("Explanation",),
+        "patterns.attribution.methods": ("METHODS",),
+        "patterns.errors": ("UserError",),
+        "patterns.estimation.estimators": ("CHOICES", "ESTIMATORS", "Solution", "solve"),
+        "patterns.estimation.observer": ("Observer", "PatchObserver", "accumulate", "accumulate_patches"),
+        "patterns.estimation.presets": ("PRESETS",),
+        "patterns.estimation.signal_quality": ("quality",),
+        "patterns.evaluation.conservation": ("Loss", "conservation"),
+        "patterns.io.pattern_files": ("choose", "load", "save"),
+        "patterns.moments.gram": ("PatchMoments",),
+        "patterns.moments.moments": ("Moments", "Sums"),
+        "patterns.operators.gates": ("Gate", "SmoothGate"),
+        "patterns.operators.operator": ("Operator",),
+        "patterns.tracing.digests": ("digest",),
+        "patterns.tracing.inputs": ("contrast",),
+        "patterns.tracing.network": ("Network", "trace"),
+    },
+)

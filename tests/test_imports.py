@@ -1,5 +1,6 @@
 """What an import of a package loads, and what names it gives. The contracts between packages are in pyproject.toml."""
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,25 @@ def test_import_loads_no_slow_library(name: str, loads: list[str]) -> None:
     code = f"import sys, {name}; print(sorted(set(sys.modules) & {heavy}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(loads)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("code", ["import patterns", "import patterns.io", "from ray_jobs.cli import app",
+                                  "from ray_jobs.cli.app import exit_status; exit_status(['--help'])"])  # fmt: skip
+def test_torch_is_not_imported_before_it_is_needed(code: str) -> None:
+    code = f"import sys; {code}; print('torch' in sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "False"
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["patterns", "patterns.io"])
+def test_every_public_name_can_be_imported(name: str) -> None:
+    module = importlib.import_module(name)
+    assert set(module.__all__) <= set(dir(module))
+    assert all(getattr(module, each) is not None for each in module.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'absent'"):
+        module.absent  # noqa: B018
 
 
 @pytest.mark.full

@@ -1,9 +1,14 @@
 """Files of patterns and moments."""
 
-from patterns.io.atomic import TEMPORARY_PREFIX, temporary_path, write_atomically, write_json, write_table
-from patterns.io.moment_files import load_moments, merge_moments, save_moments
-from patterns.io.pattern_files import Patterns, TraceOptions, list_patterns, load, pattern_specs, save_solutions
-from patterns.io.safetensors_stream import TensorFile, write_tensors
+from typing import TYPE_CHECKING
+
+from patterns.lazy import import_on_use
+
+if TYPE_CHECKING:
+    from patterns.io.atomic import TEMPORARY_PREFIX, temporary_path, write_atomically, write_json, write_table
+    from patterns.io.moment_files import load_moments, merge_moments, save_moments
+    from patterns.io.pattern_files import Patterns, TraceOptions, list_patterns, load, pattern_specs, save_solutions
+    from patterns.io.safetensors_stream import TensorFile, write_tensors
 
 __all__ = [
     "TEMPORARY_PREFIX",
@@ -23,3 +28,20 @@ __all__ = [
     "write_table",
     "write_tensors",
 ]
+
+__getattr__, __dir__ = import_on_use(
+    __name__,
+    {
+        "patterns.io.atomic": ["TEMPORARY_PREFIX", "temporary_path", "write_atomically", "write_json", "write_table"],
+        "patterns.io.moment_files": ["load_moments", "merge_moments", "save_moments"],
+        "patterns.io.pattern_files": [
+            "Patterns",
+            "TraceOptions",
+            "list_patterns",
+            "load",
+            "pattern_specs",
+            "save_solutions",
+        ],
+        "patterns.io.safetensors_stream": ["TensorFile", "write_tensors"],
+    },
+)

@@ -8,7 +8,7 @@ import platform
 import signal
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated
 
 import typer
@@ -33,12 +33,13 @@ from ray_jobs.cli.show import show
 from ray_jobs.cli.solve import solve
 from ray_jobs.cli.status import status
 from ray_jobs.cli.submit import submit
-from ray_jobs.cli.typer_options import name_flags
+from ray_jobs.cli.typer_options import Command, name_flags
 from ray_jobs.engine.signals import INTERRUPTED, SIGNALS, StoppedShortError
 from ray_jobs.io.file_systems import to_user_error
 from ray_jobs.units import find_version
 
 CTRL_C = 130  # the status that the command-line library returns after Ctrl-C
+WITHOUT_OPTIONS: list[list[str]] = [[], ["--help"], ["--version"]]  # command lines that need no options of commands
 # In the order of the help.
 COMMANDS = {
     each.name: each
@@ -48,15 +49,7 @@ COMMANDS = {
     )
 }
 
-app = typer.Typer(
-    help="PatternNet and PatternAttribution for large models and datasets, on Ray.",
-    pretty_exceptions_enable=False,
-    add_completion=False,
-    no_args_is_help=True,
-)
 
-
-@app.callback(invoke_without_command=True)
 def program(
     context: typer.Context,
     version: Annotated[
@@ -83,8 +76,25 @@ def program(
     raise typer.Exit
 
 
-for each in COMMANDS.values():
-    app.command(each.name, epilog=each.epilog, context_settings=each.context_settings)(each.function())
+def make_app(commands: Iterable[Command] = COMMANDS.values(), with_options: bool = True) -> typer.Typer:
+    """Return the program.
+
+    Args:
+        commands: The commands that it has.
+        with_options: Whether they have their options. The help of some options imports torch, which takes seconds, and
+            the list of commands does not need them.
+    """
+    app = typer.Typer(
+        help="PatternNet and PatternAttribution for large models and datasets, on Ray.",
+        pretty_exceptions_enable=False,
+        add_completion=False,
+        no_args_is_help=True,
+    )
+    app.callback(invoke_without_command=True)(program)
+    for each in commands:
+        run = each.function() if with_options else each.function_without_options()
+        app.command(each.name, epilog=each.epilog, context_settings=each.context_settings)(run)
+    return app
 
 
 def main() -> None:
@@ -110,6 +120,7 @@ def exit_status(arguments: list[str]) -> int:
     name = arguments[0] if arguments and arguments[0] in COMMANDS else None
     flags: Mapping[str, str] = COMMANDS[name].flags() if name else {}
     try:
+        app = make_app([COMMANDS[name]]) if name else make_app(with_options=arguments not in WITHOUT_OPTIONS)
         status = app(arguments, prog_name="patternnet", standalone_mode=False) or 0
         if status == CTRL_C:
             raise KeyboardInterrupt

@@ -4,7 +4,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from patterns.attribution import parse_method, resolve_settings
 from ray_jobs.cli.typer_options import Given
 from ray_jobs.config import ModelConfig
 from ray_jobs.config.commands import FittedModel, ShardOptions
@@ -24,6 +23,8 @@ def methods_options(given: Given[Any], model: FittedModel, reading: ShardOptions
     Raises:
         UserError: If a method or a setting is unknown, or the folder holds no finished fit.
     """
+    from patterns.attribution import parse_method, resolve_settings
+
     methods = {name: parse_method(name) for name in given.methods or ("",)}
     return {
         "model": fitted_model(given.patterns, model),

@@ -128,6 +128,15 @@ class Command:
         run.__doc__ = self.run.__doc__
         return run
 
+    def function_without_options(self) -> Callable[..., None]:
+        """Return a function like `function`, without the options and without effect, for the list of commands."""
+
+        def run() -> None:
+            return None
+
+        run.__doc__ = self.run.__doc__
+        return run
+
 
 def command(*examples: str, interspersed: bool = True) -> Callable[[Callable[..., None]], Command]:
     """Return a decorator that makes a command of a function; its docstring is the command's summary."""

@@ -163,11 +163,11 @@ def opened(shell: str, line: str, given: dict[str, str]) -> list[str]:
 
 def parsed(words: list[str]) -> dict[str, Any]:
     """Parse a command as the program does; raise if the command or an option is unknown."""
-    from ray_jobs.cli.app import app
+    from ray_jobs.cli.app import make_app
 
     program, name, *options = words
     assert program == "patternnet"
-    command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
+    command = typer.main.get_command(make_app()).commands[name]  # type: ignore[attr-defined]
     return command.make_context(name, options).params
 
 

@@ -154,9 +154,9 @@ def test_page_names_every_file_and_its_machines() -> None:
 def test_commands_of_the_page_are_valid() -> None:
     import typer
 
-    from ray_jobs.cli.app import app
+    from ray_jobs.cli.app import make_app
 
-    group = typer.main.get_command(app)
+    group = typer.main.get_command(make_app())
     lines = re.findall(r"^.*-- patternnet ((?:.*\\\n)*.*)", PAGE, re.M)
     assert {line.split()[0] for line in lines} == {"fit", "explain"}
     for line in lines:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from patterns import UserError
 from patterns.estimation import resolve_estimators
-from ray_jobs.cli.app import COMMANDS, app, exit_status
+from ray_jobs.cli.app import COMMANDS, exit_status, make_app
 from ray_jobs.cli.typer_options import name_flags
 from ray_jobs.config import ModelConfig
 from ray_jobs.models import loading
@@ -53,7 +53,7 @@ def fit(model_spec: str, shards: list[str], tmp_path: Path) -> list[object]:
 def user_error(*arguments: object) -> UserError:
     """Return the error with which a command fails."""
     with pytest.raises(UserError) as caught:
-        app([str(argument) for argument in arguments], prog_name="patternnet", standalone_mode=False)
+        make_app()([str(argument) for argument in arguments], prog_name="patternnet", standalone_mode=False)
     return caught.value
 
 

@@ -9,7 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 from patterns import UserError, load
-from ray_jobs.cli.app import app
+from ray_jobs.cli.app import make_app
 from ray_jobs.config import FitConfig, ModelConfig, Resources
 from ray_jobs.config.jobs import parse_function
 from ray_jobs.jobs.fit.fit import fit
@@ -104,7 +104,7 @@ def test_later_jobs_and_pictures_use_the_decoder_of_the_fit(folder: Path, tmp_pa
         ["explain", "--patterns", out, "--methods", "gradient"],
     ):
         common = ["--shards", shards, "--workers", "0", "--max-bad-fraction", "0.9"]
-        assert CliRunner().invoke(app, [*command, *common]).exit_code == 0
+        assert CliRunner().invoke(make_app(), [*command, *common]).exit_code == 0
     assert pq.read_table(tmp_path / "run/explanations.parquet").num_rows == SAMPLES - 3
     gallery = open_gallery(str(tmp_path / "run"), None)
     pictures = dict(gallery.photographs(shards, {"s0", "s1"}))

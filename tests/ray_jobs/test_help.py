@@ -18,11 +18,11 @@ import typer
 
 from patterns.attribution import parse_method
 from ray_jobs.cli.app import COMMANDS as REGISTERED
-from ray_jobs.cli.app import app, exit_status
+from ray_jobs.cli.app import exit_status, make_app
 from ray_jobs.cli.completion import script
 from ray_jobs.units import find_version
 
-PROGRAM: Any = typer.main.get_command(app)
+PROGRAM: Any = typer.main.get_command(make_app())
 COMMANDS = sorted(PROGRAM.commands)
 EXAMPLES = {name: each.examples for name, each in REGISTERED.items()}
 LINES = [(name, example) for name, examples in EXAMPLES.items() for example in examples]
