@@ -7,7 +7,7 @@ from itertools import chain
 
 import torch
 
-from benchmarks import compiling, decoding, explaining, fitting
+from benchmarks import compiling, decoding, explaining, fitting, modern
 from benchmarks.machine import Machine
 from benchmarks.pages import Table, make_parser, save_results
 from benchmarks.timing import COLUMNS, MODELS, THREADS, Bench, Row
@@ -17,11 +17,13 @@ from ray_jobs.engine.shard_worker import keep_freed_memory
 PARTS: dict[str, Callable[[Bench], Iterable[Row]]] = {
     "fit": fitting.measure_passes,
     "explain": explaining.measure_passes,
+    "modern": modern.measure_modern,
     "compile": compiling.measure_compiled,
     "quality": lambda bench: [fitting.measure_quality(bench)],
     "decode": decoding.measure_pipelines,
     "jobs": lambda bench: chain(fitting.measure_job(bench), explaining.measure_job(bench)),
 }
+OTHERS = ("modern",)  # parts that run only if they are asked for, with a table of their own
 ON_GPU = ("fit", "explain", "compile")  # the other parts measure the CPU
 
 
@@ -53,7 +55,10 @@ def main() -> None:
         "precision": options.precision,
     }
     rows = []
-    for row in chain.from_iterable(PARTS[part](bench) for part in options.only or (ON_GPU if on_gpu else PARTS)):
+    for row in chain.from_iterable(
+        PARTS[part](bench)
+        for part in options.only or (ON_GPU if on_gpu else [part for part in PARTS if part not in OTHERS])
+    ):
         print(row, flush=True)
         rows.append(list(astuple(row)))
     table = Table(COLUMNS, rows)

@@ -49,6 +49,8 @@ TARGETS = {
     ("VGG-16", "all estimators"): "≤ 4.5",
     ("VGG-16", "all estimators, 16 positions"): "≤ 1.15",
     ("ResNet-50", "all estimators, 16 positions"): "≤ 1.3",
+    ("ViT-B/16", "all estimators, 16 positions"): "≤ 1.3",
+    ("ConvNeXt-T", "all estimators, 16 positions"): "≤ 1.3",
 }
 
 

@@ -13,7 +13,7 @@ import timm
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torchvision.models import mobilenet_v2, resnet50, vgg16
+from torchvision.models import convnext_tiny, mobilenet_v2, resnet50, vgg16, vit_b_16
 from webdataset import TarWriter
 
 from benchmarks.machine import Cost, Machine, measure_cost, peak, synchronize
@@ -37,6 +37,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "MobileNetV2": mobilenet_v2,
     "EfficientNet-Lite0": lambda: timm.create_model("tf_efficientnet_lite0"),
 }
+
+MODERN: dict[str, Callable[[], nn.Module]] = {"ViT-B/16": vit_b_16, "ConvNeXt-T": convnext_tiny}
 
 Variant = Callable[[], object]
 
@@ -115,7 +117,7 @@ class Bench:
         for name in self.names:
             torch.manual_seed(0)
             images = torch.randn(self.batch, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
-            yield name, MODELS[name]().eval().requires_grad_(False).to(self.device), images.to(self.device)
+            yield name, (MODELS | MODERN)[name]().eval().requires_grad_(False).to(self.device), images.to(self.device)
 
     def timed(self, variants: dict[str, Variant], rounds: int | None = None, measured: bool = True) -> dict[str, Timed]:
         """Time each variant once per round, after a warm-up round.

@@ -191,8 +191,12 @@ class Linear:
         return inputs[0].flatten(0, -2).sum(0, keepdim=True)
 
     def input_gradient(self, grad: Tensor, weight: Tensor, input_shapes: tuple[Shape, ...]) -> Inputs:
-        """Return the gradient of the inputs."""
-        return (grad @ weight,)
+        """Return the gradient of the inputs.
+
+        As one product of matrices: if the gradient's positions are not contiguous, torch would use a slower product for
+        each image.
+        """
+        return ((grad.flatten(0, -2) @ weight).view(*grad.shape[:-1], -1),)
 
 
 @dataclass(frozen=True)
@@ -204,7 +208,7 @@ class Scale:
     def forward(self, inputs: Inputs, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return z = wᵀx + b."""
         z = inputs[0] * reshape_along(self.axis, weight[:, 0], inputs[0])
-        return z if bias is None else z + reshape_along(self.axis, bias, z)
+        return z if bias is None else z.add_(reshape_along(self.axis, bias, z))
 
     def weight_gradient(self, inputs: Inputs, grad: Tensor, weight_shape: Shape) -> Tensor:
         """Return Σ g·x, in the shape of the weight."""
