@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from benchmarks.pages import Cell, Table, make_parser, save_results
 from benchmarks.smooth.attnlrp import rules
 from benchmarks.smooth.networks import NETWORKS
-from patterns import Explainer, Network, accumulate, choose, solve, trace
+from patterns import Explainer, Network, Operator, accumulate, choose, solve, trace
 from patterns.attribution.methods import METHODS
 from patterns.evaluation import (
     area_over_curve,
@@ -36,6 +36,7 @@ from patterns.evaluation import (
     rank_patches,
     sum_patches,
 )
+from patterns.operators.operator import Addition
 from patterns.tracing.scales import ScaleRules
 from ray_jobs.engine.shard_worker import keep_freed_memory
 from ray_jobs.studies.datasets import read_digits
@@ -178,14 +179,14 @@ def study(name: str, seed: int, data: Mapping[str, tuple[np.ndarray, np.ndarray]
         images, labels = data["test"]
         found = {
             "accuracy": subject.accuracy,
-            "outliers": dict(share_of_outliers(subject, to_inputs(images[:100]))),
+            "outliers": dict(share_of_outliers(subject.network, to_inputs(images[:100]))),
             "measured": measure(subject, images[:500], labels[:500]),
         }
         file.write_text(json.dumps(found))
     return dict(json.loads(file.read_text()))
 
 
-def share_of_outliers(subject: Subject, images: Tensor, top: float = 0.001) -> Iterator[tuple[str, float]]:
+def share_of_outliers(network: Network, images: Tensor, top: float = 0.001) -> Iterator[tuple[str, float]]:
     """Yield for each addition the share of Σy² that the tokens with the largest norms hold."""
     found: dict[str, Tensor] = {}
 
@@ -195,12 +196,11 @@ def share_of_outliers(subject: Subject, images: Tensor, top: float = 0.001) -> I
         found[name] = norms.topk(count).values.sum() / norms.sum()
 
     hooks = []
-    for module in subject.network.module.modules():
-        operator = getattr(module, "operator", None)
-        if operator is not None and operator.kind == "addition":
-            hooks.append(module.register_forward_hook(partial(record, operator.name)))
+    for module in network.module.modules():
+        if isinstance(module, Operator) and isinstance(module.operator_type, Addition):
+            hooks.append(module.register_forward_hook(partial(record, module.name)))
     with torch.inference_mode():
-        subject.network.module(images)
+        network.module(images)
     for hook in hooks:
         hook.remove()
     yield from ((name, float(value)) for name, value in found.items())
