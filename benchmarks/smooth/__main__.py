@@ -54,6 +54,7 @@ SOFT = "patternattribution-soft-products"  # the factor of a product is a soft g
 OURS = tuple(f"patternattribution:{name}" for name in PRESETS)
 OTHERS = "gradient-x-input", "integrated-gradients"
 BEST = "AttnLRP, best γ"
+ACCURACIES = {"network": "", "seed": "", "accuracy": "{:.3f}", "negative scores in grids": "{:.2f}"}
 MEASURES = "degradation", "pointing"
 
 Maps = Mapping[str, Tensor]  # relevance (N, H, W) by method
@@ -157,12 +158,27 @@ def point(subject: Subject, images: Tensor, labels: Tensor) -> dict[str, list[fl
     return found
 
 
-def measure(subject: Subject, images: np.ndarray, labels: np.ndarray) -> dict[str, dict[str, list[float]]]:
-    """Return the values of each measure and method on images that the network classifies correctly."""
+def share_of_negative_scores(model: nn.Module, images: np.ndarray, labels: np.ndarray) -> float:
+    """Return how often a class's score in a grid is negative, so that PatternAttribution divides a negative number."""
+    inputs, classes = select_right(model, images, labels)
+    small = F.interpolate(inputs, scale_factor=0.5, mode="bilinear", antialias=True)
+    quadruples = draw_quadruples(classes, len(inputs) // 2)
+    with torch.inference_mode():
+        scores = model(make_grids(small[quadruples])).gather(1, classes[quadruples])
+    return float((scores < 0).float().mean())
+
+
+def select_right(model: nn.Module, images: np.ndarray, labels: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Return the first TESTED images that a network classifies correctly, as its inputs, and their classes."""
     inputs, classes = to_inputs(images), torch.from_numpy(labels.astype(np.int64))
     with torch.inference_mode():
-        right = (subject.model(inputs).argmax(1) == classes).nonzero()[:TESTED, 0]
-    inputs, classes = inputs[right], classes[right]
+        right = (model(inputs).argmax(1) == classes).nonzero()[:TESTED, 0]
+    return inputs[right], classes[right]
+
+
+def measure(subject: Subject, images: np.ndarray, labels: np.ndarray) -> dict[str, dict[str, list[float]]]:
+    """Return the values of each measure and method on images that the network classifies correctly."""
+    inputs, classes = select_right(subject.model, images, labels)
     maps: dict[str, list[Tensor]] = {}
     for part, chosen in zip(inputs.split(25), classes.split(25)):
         for method, relevance in explain(subject, part, chosen).items():
@@ -179,6 +195,7 @@ def study(name: str, seed: int, data: Mapping[str, tuple[np.ndarray, np.ndarray]
         images, labels = data["test"]
         found = {
             "accuracy": subject.accuracy,
+            "negative": share_of_negative_scores(subject.model, images[:500], labels[:500]),
             "outliers": dict(share_of_outliers(subject.network, to_inputs(images[:100]))),
             "measured": measure(subject, images[:500], labels[:500]),
         }
@@ -261,14 +278,14 @@ def main() -> None:
             for seed in args.seeds:
                 one = study(name, seed, data, out)
                 print(f"{name}, seed {seed}: accuracy {one['accuracy']:.3f}", flush=True)
-                accuracies.append([name, str(seed), one["accuracy"]])
+                accuracies.append([name, str(seed), one["accuracy"], one["negative"]])
                 if seed == args.seeds[0]:
                     outliers += [[name, operator, share] for operator, share in one["outliers"].items()]
                 runs.append(one["measured"])
             found[name] = summarize(runs)
     tables = {
         "smooth": tabulate(found),
-        "smooth-accuracies": Table({"network": "", "seed": "", "accuracy": "{:.3f}"}, accuracies),
+        "smooth-accuracies": Table(ACCURACIES, accuracies),
         "smooth-outliers": Table({"network": "", "addition": "", "share of Σy²": "{:.3f}"}, outliers),
     }
     for name, table in tables.items():
