@@ -196,7 +196,7 @@ class Linear:
         As one product of matrices: if the gradient's positions are not contiguous, torch would use a slower product for
         each image.
         """
-        return ((grad.flatten(0, -2) @ weight).view(*grad.shape[:-1], -1),)
+        return ((grad.flatten(0, -2) @ weight).view(*grad.shape[:-1], weight.shape[1]),)
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,10 @@ def exit_status(arguments: list[str]) -> int:
     name = arguments[0] if arguments and arguments[0] in COMMANDS else None
     flags: Mapping[str, str] = COMMANDS[name].flags() if name else {}
     try:
-        app = make_app([COMMANDS[name]]) if name else make_app(with_options=arguments not in WITHOUT_OPTIONS)
+        if name is None or name == submit.name:  # which parses the command that follows it
+            app = make_app(with_options=arguments not in WITHOUT_OPTIONS)
+        else:
+            app = make_app([COMMANDS[name]])
         status = app(arguments, prog_name="patternnet", standalone_mode=False) or 0
         if status == CTRL_C:
             raise KeyboardInterrupt

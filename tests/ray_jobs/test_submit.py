@@ -294,6 +294,6 @@ def test_variables_and_working_folder_reach_the_job(cluster: LocalCluster, tmp_p
     (tmp_path / "mine.py").write_text("import os\n\ndef model():\n    raise RuntimeError(os.environ['GREETING'])\n")
     sending = ["--working-dir", tmp_path, "--env", "GREETING=hello"]
     status, out, err = finish(submission(cluster, *sending, "plan", "--model", "mine.py:model"))
-    assert status == 1, out + err
+    assert status == 2, out + err
     assert "RuntimeError: hello" in out
     assert not err
