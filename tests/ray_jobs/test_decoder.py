@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from patterns import UserError, load
 from ray_jobs.cli.app import make_app
 from ray_jobs.config import FitConfig, ModelConfig, Resources
-from ray_jobs.config.jobs import parse_function
+from ray_jobs.config.parsing import parse_function
 from ray_jobs.jobs.fit.fit import fit
 from ray_jobs.views.gallery import open_gallery
 from tests.conftest import write_tar

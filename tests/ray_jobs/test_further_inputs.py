@@ -8,7 +8,7 @@ import torch
 
 from patterns import UserError
 from ray_jobs.config import ModelConfig
-from ray_jobs.config.jobs import parse_input
+from ray_jobs.config.parsing import parse_input
 from ray_jobs.models import loading
 
 CODE = """
