@@ -17,6 +17,7 @@ from ray_jobs.data.image_decoding import (
     crop_onto,
     list_formats,
     read_orientation,
+    require_resizable,
     validate_size,
 )
 from ray_jobs.data.labels import MAX_CLASS, UNLABELED
@@ -131,7 +132,7 @@ def parse_mask(files: Mapping[str, bytes], preprocessing: Preprocessing) -> Tens
         what = f"{name} has {values.width}×{values.height} pixels, but the image has {expected[1]}×{expected[0]}"
         raise SampleError(what)
     if find_image(files):
-        height, width = compute_resized_shape(*expected, preprocessing)
+        height, width = require_resizable(*expected, preprocessing)
         values = values.resize((width, height), Image.Resampling.NEAREST)
     outside = torch.full((1, size, size), -1, dtype=torch.int32)
     mask = crop_onto(outside, torch.from_numpy(np.array(values))[None])[0]

@@ -322,15 +322,21 @@ def resize_and_crop(picture: Picture, preprocessing: Preprocessing) -> Tensor:
     Raises:
         SampleError: If the image is too long and thin to be resized.
     """
-    size = compute_resized_shape(*picture.size, preprocessing)
-    if min(size) == 0 or math.prod(size) > MAX_PIXELS:
-        raise SampleError(f"{picture.size[1]}×{picture.size[0]} pixels: too long and thin to be resized")
+    size = require_resizable(*picture.size, preprocessing)
     pixels, interpolation = picture.pixels, preprocessing.interpolation
     if interpolation in ("bilinear", "bicubic"):
         pixels = F.interpolate(pixels[None], size, mode=interpolation, antialias=True)[0]
     else:  # torch has no Lanczos or box filter, and its `nearest` differs from Pillow's
         pixels = to_tensor(to_pillow(pixels).resize(size[::-1], FILTERS[interpolation]))
     return crop_center(pixels, preprocessing)
+
+
+def require_resizable(height: int, width: int, preprocessing: Preprocessing) -> tuple[int, int]:
+    """Return `compute_resized_shape`. Raise SampleError if an image of this shape is too long and thin."""
+    size = compute_resized_shape(height, width, preprocessing)
+    if min(size) == 0 or math.prod(size) > MAX_PIXELS:
+        raise SampleError(f"{width}×{height} pixels: too long and thin to be resized")
+    return size
 
 
 def compute_resized_shape(height: int, width: int, preprocessing: Preprocessing) -> tuple[int, int]:

@@ -260,3 +260,11 @@ def test_pixels_beside_an_image_belong_to_no_class() -> None:
 def test_files_that_are_no_masks_are_named(mask: bytes, reason: str) -> None:
     with pytest.raises(SampleError, match=reason):
         parse_mask(files_of(mask), PLAIN)
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 60_000), (60_000, 1)])
+def test_mask_that_is_too_long_and_thin_is_rejected_before_it_is_resized(height: int, width: int) -> None:
+    large = Preprocessing(**{**vars(PLAIN), "image_size": 224, "resize": 256})
+    mask = png(np.zeros((height, width), np.uint8))
+    with pytest.raises(SampleError, match="too long and thin"):
+        parse_mask(files_of(mask, height=height, width=width), large)
