@@ -4,7 +4,7 @@ For formats that the project does not read, such as images with 16 bits or many 
 """
 
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -61,9 +61,8 @@ def call_decoder(decoder: Decoder, sample: Sample) -> Tensor:
     Raises:
         SampleError: If the decoder raises any exception, or returns no array of real numbers.
     """
-    files: Mapping[str, Any] = sample.files
     try:
-        found = decoder({"__key__": sample.key, **files})
+        found = decoder({"__key__": sample.key, **sample.files})
         tensor = found.detach().cpu() if isinstance(found, Tensor) else torch.from_numpy(np.array(found))
     except Exception as error:  # the user's code
         raise SampleError(f"the decoder failed ({describe_error(error)})") from error

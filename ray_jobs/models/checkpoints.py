@@ -80,7 +80,7 @@ def load_weights(model: nn.Module, where: str, spec: str) -> str | None:
 
 
 def load_shards(content: bytes, where: str, place: str) -> StateDict:
-    """Return the state dict of an index file, whose tensors are in several safetensors files beside it.
+    """Return the state dict of an index file, whose tensors are in several safetensors files of the same folder.
 
     Args:
         content: The index: JSON with the file of each tensor in `weight_map`.

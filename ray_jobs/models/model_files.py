@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export.graph_signature import InputKind
 
 from patterns import UserError
 from ray_jobs.io.object_store import read_option_file
@@ -58,14 +59,9 @@ def load_program(content: bytes, place: str) -> tuple[nn.Module, tuple[int, ...]
     except Exception as error:  # a damaged file raises many types
         what = f"torch.export cannot load it ({format_first_line(error)})"
         raise UserError(place, what, "Export the model again, with this version of torch.") from error
-    inputs = [node.meta.get("val") for node in program.graph.find_nodes(op="placeholder")]
-    inputs = [inputs[number] for number, name in enumerate(program.graph_signature.input_specs) if is_input(name)]
+    placeholders = zip(program.graph.find_nodes(op="placeholder"), program.graph_signature.input_specs)
+    inputs = [node.meta.get("val") for node, spec in placeholders if spec.kind is InputKind.USER_INPUT]
     return module, fixed_sizes(inputs[0].shape[1:]) if inputs and isinstance(inputs[0], Tensor) else ()
-
-
-def is_input(specification: Any) -> bool:
-    """Return whether a placeholder of an exported program is an input and not a parameter or a buffer."""
-    return bool(specification.kind is torch.export.graph_signature.InputKind.USER_INPUT)
 
 
 def fixed_sizes(sizes: Sequence[Any]) -> tuple[int, ...]:

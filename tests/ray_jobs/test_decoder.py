@@ -41,7 +41,7 @@ SAMPLES = 12
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A decoder that imports a file beside it, with a model, and shards of 16-bit values and of the ready tensors."""
+    """A decoder that imports a file of its folder, a model, a shard of 16-bit values, and one of the ready tensors."""
     folder = tmp_path_factory.mktemp("decoder")
     (folder / "mine.py").write_text(CODE)
     (folder / "scaling.py").write_text("WHITE = 65535")
