@@ -59,9 +59,11 @@ class ExplainWorker(MethodWorker[ExplainConfig]):
         """Place the model on the device, and load its patterns."""
         self.place_model()
         self.target = parse_target(self.config.target, self.model.network, self.config.classes, self.config.vector)
-        needed = self.target.region if self.target.region in ("mask", "box") else None
         self.reader_config = replace(
-            self.reader_config, validate_label=self.validate_label, with_regions=True, needed_region=needed
+            self.reader_config,
+            validate_label=self.validate_label,
+            with_regions=True,
+            needed_region=self.target.needed_region,
         )
         network = end_at(self.model.network, self.target.operator)
         self.explainer = make_explainer(self.config, self.model, network, self.scales)

@@ -79,8 +79,8 @@ class OnlineExplainer:
         traced.require(about["digest"], about.get("constants"), socket.gethostname(), f"the fit in {fitted.folder}")
         self.worker = ExplainWorker(config, traced, scales, find_resources())
         self.worker.prepare()
-        if self.worker.target.needs_label or self.worker.target.region in ("mask", "box"):
-            needed = self.worker.target.region or "label"
+        needed = self.worker.target.needed_region or ("label" if self.worker.target.needs_label else None)
+        if needed is not None:
             raise UserError("", f"the images have no {needed}", "Explain `predicted` or a class.", "target")
 
     @property

@@ -46,7 +46,8 @@ OTHERS = "others"
 CONTRAST = "contrast"
 STRONGEST = "strongest"
 TOP = r"top-(\d+)"
-REGIONS = ("mask", "predicted", "box")
+PREDICTED = "predicted"
+REGIONS = ("mask", PREDICTED, "box")
 UNIT, SIMILARITY = "unit:", "similarity:"
 
 
@@ -78,6 +79,11 @@ class Target:
     def maps(self) -> int:
         """The number of maps of a sample for each method."""
         return 1 if self.against else len(self.picks)
+
+    @property
+    def needed_region(self) -> str | None:
+        """What a sample must have to be explained, "mask" or "box"; None if the region comes from the scores."""
+        return None if self.region == PREDICTED else self.region
 
     def pick_classes(self, scores: Tensor, labels: Labels) -> Tensor:
         """Return the classes, int64 (N, picks)."""
@@ -121,7 +127,7 @@ class Target:
             classes: The classes (N,).
             regions: See `make_targets`.
         """
-        if self.region == "predicted":
+        if self.region == PREDICTED:
             shares = (scores.argmax(1) == classes[:, None, None]).to(scores.dtype)
         else:
             assert regions is not None
