@@ -25,10 +25,7 @@ from patterns.evaluation import (
     REPLACEMENTS,
     area_over_curve,
     compute_relevance,
-    degrade_images,
-    index_patches,
-    rank_patches,
-    sum_patches,
+    degrade_stepwise,
 )
 from ray_jobs.config import EvaluateConfig, FitConfig, ModelConfig, Resources
 from ray_jobs.data.packing import pack
@@ -175,13 +172,12 @@ def degrade_channel(
     channel = int(find_strongest_channel(outputs))
     original = outputs[0, channel].relu().mean()
     replacement = REPLACEMENTS["mean"](image, PATCH, torch.zeros(3))
-    steps, patches = torch.arange(STEPS + 1), index_patches(image.shape[2], image.shape[3], PATCH)
     for method in methods:
-        ranks = rank_patches(sum_patches(compute_relevance(method, maps[method]), PATCH))
-        degraded = degrade_images(image, replacement, ranks[:, patches], steps)[0]
-        with torch.inference_mode():
-            values = torch.cat([network.module(part)[:, channel].relu().mean((1, 2)) for part in degraded.split(10)])
-        yield method, float(area_over_curve((values / original)[None])[0])
+        relevance, curve = compute_relevance(method, maps[method]), [original[None]]
+        for degraded in degrade_stepwise(image, replacement, relevance, PATCH, STEPS):
+            with torch.inference_mode():
+                curve.append(network.module(degraded[0])[:, channel].relu().mean((1, 2)))
+        yield method, float(area_over_curve(torch.cat(curve) / original))
 
 
 def tabulate(found: Mapping[str, Mapping[str, Sequence[Mapping[str, object]]]]) -> Table:

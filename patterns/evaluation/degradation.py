@@ -4,7 +4,7 @@ Samek et al. 2016 (arXiv 1509.06321), as in Kindermans et al. 2018, §5 and Figu
 these are sorted by the sum of the map in each, and one patch after another is replaced by its own mean per channel.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -97,17 +97,37 @@ REPLACEMENTS: dict[str, Callable[[Tensor, int, Tensor], Tensor]] = {
 }
 
 
-def degrade_images(images: Tensor, replacement: Tensor, ranks: Tensor, steps: Tensor) -> Tensor:
-    """Return images after some numbers of patches were replaced, shape (N, S, C, H, W).
+def degrade_stepwise(
+    images: Tensor,
+    replacement: Tensor,
+    relevance: Tensor,
+    size: int,
+    steps: int,
+    group: int = 10,
+    least_first: bool = False,
+) -> Iterator[Tensor]:
+    """Yield images after 1, 2, …, `steps` patches were replaced, in groups of shape (N, S, C, H, W), S ≤ `group`.
 
     Args:
         images: Shape (N, C, H, W).
         replacement: The replacement of each pixel, shape (N, C, H, W).
-        ranks: The step in which each pixel's patch is replaced, int64 (N, H, W); see `rank_patches`.
-        steps: The numbers of replaced patches, int64 (S,).
+        relevance: The relevance of each pixel, shape (N, H, W); see `compute_relevance`.
+        size: The height and width of a patch in pixels.
+        steps: The number of patches to replace.
+        group: The number of steps in a group, at least 1.
+        least_first: Replace the patches with the least relevance first instead of those with the most.
+
+    Example:
+        >>> images = torch.rand(2, 3, 8, 8)
+        >>> groups = degrade_stepwise(images, torch.zeros_like(images), images.sum(1), size=4, steps=4, group=3)
+        >>> [tuple(group.shape) for group in groups]
+        [(2, 3, 3, 8, 8), (2, 1, 3, 8, 8)]
     """
-    replaced = ranks[:, None, None] < steps.view(1, -1, 1, 1, 1)
-    return torch.where(replaced, replacement[:, None], images[:, None])
+    patches = index_patches(images.shape[2], images.shape[3], size).to(images.device)
+    ranks = rank_patches(sum_patches(relevance, size), least_first)[:, patches]
+    for numbers in torch.arange(1, steps + 1, device=images.device).split(group):
+        replaced = ranks[:, None, None] < numbers.view(1, -1, 1, 1, 1)
+        yield torch.where(replaced, replacement[:, None], images[:, None])
 
 
 def area_over_curve(curve: Tensor) -> Tensor:

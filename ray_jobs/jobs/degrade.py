@@ -16,10 +16,7 @@ from patterns.evaluation import (
     REPLACEMENTS,
     area_over_curve,
     compute_relevance,
-    degrade_images,
-    index_patches,
-    rank_patches,
-    sum_patches,
+    degrade_stepwise,
 )
 from patterns.io import write_table
 from ray_jobs.config import DegradeConfig, Preprocessing, Resources
@@ -119,13 +116,13 @@ def compute_curves(
     """
     probability, prediction = explanation.scores.float().softmax(1).max(1)
     replacement = REPLACEMENTS[config.replacement](images, config.patch, make_black(model.preprocessing))
-    index = index_patches(images.shape[2], images.shape[3], config.patch).to(images.device)
+    group = max(1, config.batch_size // len(images))
     for method, maps in explanation.maps.items():
-        relevance = sum_patches(compute_relevance(method, maps), config.patch)
-        ranks = rank_patches(relevance, config.least_first)[:, index]
+        relevance = compute_relevance(method, maps)
         curve = [probability[:, None]]
-        for steps in torch.arange(1, config.steps + 1).split(max(1, config.batch_size // len(images))):
-            degraded = degrade_images(images, replacement, ranks, steps.to(images.device))
+        for degraded in degrade_stepwise(
+            images, replacement, relevance, config.patch, config.steps, group, config.least_first
+        ):
             scores = model.network.module(degraded.flatten(0, 1)).float().softmax(1).unflatten(0, degraded.shape[:2])
             curve.append(scores.take_along_dim(prediction[:, None, None], 2)[..., 0])
             yield None

@@ -12,7 +12,7 @@ from patterns.evaluation.degradation import (
     REPLACEMENTS,
     area_over_curve,
     compute_relevance,
-    degrade_images,
+    degrade_stepwise,
     index_patches,
     rank_patches,
     sum_patches,
@@ -78,18 +78,16 @@ def replacement_of(name: str, x: np.ndarray, size: int) -> np.ndarray:
 def test_degraded_images_equal_a_loop_over_patches(name: str) -> None:
     x, size = images(), 4
     values = images(3)[:, 1]
-    ranks = rank_patches(sum_patches(values, size))
-    steps = [0, 1, 5, 12]
     replacement = REPLACEMENTS[name](x, size, BLACK)
-    found = degrade_images(x, replacement, ranks[:, index_patches(11, 14, size)], torch.tensor(steps)).numpy()
+    found = torch.cat([*degrade_stepwise(x, replacement, values, size, steps=12, group=5)], 1).numpy()
     other = replacement_of(name, x.numpy(), size)
     for n in range(len(x)):
         order = sorted(boxes(11, 14, size), key=lambda box: -float(values[n][box].sum()))
-        for at, step in enumerate(steps):
+        for step in range(1, 13):
             expected = x[n].numpy().copy()
             for rows, columns in order[:step]:
                 expected[:, rows, columns] = other[n, :, rows, columns]
-            np.testing.assert_allclose(found[n, at], expected, rtol=1e-12, atol=1e-12)
+            np.testing.assert_allclose(found[n, step - 1], expected, rtol=1e-12, atol=1e-12)
 
 
 def test_area_over_a_curve_is_the_mean_fall_from_its_start() -> None:
@@ -110,9 +108,8 @@ def test_degradation_of_single_pixels_equals_quantus_pixel_flipping(pixels: int)
     arrays = {"x_batch": x.numpy(), "y_batch": targets.numpy(), "a_batch": values[:, None].numpy()}
     truth = metric(model=model, **arrays, channel_first=True, softmax=True, device="cpu")
 
-    ranks = rank_patches(sum_patches(values, 1))[:, index_patches(5, 6, 1)]
-    steps = torch.arange(pixels, 31, pixels)
-    degraded = degrade_images(x, REPLACEMENTS["dataset-mean"](x, 1, BLACK), ranks, steps)
+    replacement = REPLACEMENTS["dataset-mean"](x, 1, BLACK)
+    degraded = torch.cat([*degrade_stepwise(x, replacement, values, size=1, steps=30)], 1)[:, pixels - 1 :: pixels]
     probabilities = model(degraded.flatten(0, 1)).softmax(1).unflatten(0, (4, -1))
-    found = probabilities.gather(2, targets.view(-1, 1, 1).expand(-1, len(steps), 1))[..., 0]
+    found = probabilities.gather(2, targets.view(-1, 1, 1).expand(-1, degraded.shape[1], 1))[..., 0]
     np.testing.assert_allclose(found.detach(), truth, rtol=1e-5, atol=1e-6)
