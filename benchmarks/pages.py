@@ -7,7 +7,9 @@ A page includes the table of docs/results/NAME.json between two comments, `<!-- 
 import argparse
 import inspect
 import json
+import math
 import re
+import statistics
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -47,6 +49,12 @@ def format_cell(cell: Cell, form: str) -> str:
     if isinstance(cell, str):
         return cell
     return form.format(*cell) if isinstance(cell, Sequence) else form.format(cell)
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Return the mean of some values and its standard error, which is NaN for a single value."""
+    variance = statistics.variance(values) if len(values) > 1 else math.nan
+    return statistics.fmean(values), math.sqrt(variance / len(values))
 
 
 def save_results(docs: Path, name: str, table: Table | None = None, **values: object) -> None:

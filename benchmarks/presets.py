@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
-from benchmarks.pages import Cell, Table, make_parser, save_results
+from benchmarks.pages import Cell, Table, make_parser, mean_and_error, save_results
 from benchmarks.paper.maps import find_strongest_channel
 from benchmarks.paper.photographs import OPENCV, draw_crops, find_photographs, load_whole
 from patterns import Explainer, Network, Observer, choose, solve
@@ -133,11 +133,6 @@ def average_samples(rows: Sequence[Mapping[str, object]]) -> dict[tuple[str, str
         of_samples = found.setdefault((str(row["measure"]), str(row["method"])), {})
         of_samples.setdefault(str(row["key"]), []).append(float(row["value"]))  # type: ignore[arg-type]
     return {key: {k: float(np.mean(v)) for k, v in of.items()} for key, of in found.items()}
-
-
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Return the mean of some values and its standard error."""
-    return float(np.mean(values)), float(np.std(values, ddof=1) / len(values) ** 0.5)
 
 
 def degrade_vgg(out: Path) -> list[dict[str, object]]:

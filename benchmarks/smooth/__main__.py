@@ -7,7 +7,7 @@ by the area over the degradation curve and the grid pointing game, on test image
 
 import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -20,31 +20,28 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.pages import Cell, Table, make_parser, save_results
+from benchmarks.pages import Cell, Table, make_parser, mean_and_error, save_results
 from benchmarks.smooth.attnlrp import rules
-from benchmarks.smooth.networks import NETWORKS
-from patterns import Explainer, Network, Operator, accumulate, choose, solve, trace
+from benchmarks.smooth.networks import EPOCHS, NETWORKS, TOKENS, separate_tokens
+from patterns import Explainer, Network, Operator, accumulate, choose, contrast, solve, trace
 from patterns.attribution.methods import METHODS
 from patterns.evaluation import (
     area_over_curve,
     compute_relevance,
-    degrade_images,
+    degrade_stepwise,
     draw_quadruples,
-    index_patches,
     make_grids,
     pointing_shares,
-    rank_patches,
-    sum_patches,
 )
 from patterns.operators.operator import Addition
 from patterns.tracing.scales import ScaleRules
 from ray_jobs.engine.shard_worker import keep_freed_memory
-from ray_jobs.studies.datasets import read_digits
+from ray_jobs.studies.datasets import read_digits, to_inputs
 from ray_jobs.studies.reproduce import make_epoch
 from ray_jobs.studies.small_cnn import train
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
-TRAINED, FITTED, TESTED, EPOCHS = 60_000, 2_000, 100, 4
+TRAINED, FITTED, TESTED = 60_000, 2_000, 100
 SEEDS = (0, 1, 2)
 PATCH, STEPS = 4, 49
 GAMMAS = list(product((0.1, 0.25, 100.0), (0.0, 0.01, 0.05, 0.1, 1.0)))  # convolutions, linear: as in LXT's ViT example
@@ -52,10 +49,11 @@ ESTIMATORS = "linear,two-component,two-component-own-mean"
 PRESETS = ("paper", "linear", "own-mean", "class-specific")
 SOFT = "patternattribution-soft-products"  # the factor of a product is a soft gate
 OURS = tuple(f"patternattribution:{name}" for name in PRESETS)
+APART = "patternattribution:own-mean, tokens apart"  # class and patch tokens have patterns of their own
 OTHERS = "gradient-x-input", "integrated-gradients"
 BEST = "AttnLRP, best γ"
 ACCURACIES = {"network": "", "seed": "", "accuracy": "{:.3f}", "negative scores in grids": "{:.2f}"}
-MEASURES = "degradation", "pointing"
+MEASURES = "degradation", "pointing", "pointing, contrast"
 
 Maps = Mapping[str, Tensor]  # relevance (N, H, W) by method
 
@@ -69,12 +67,14 @@ class Subject:
         network: The traced network.
         accuracy: The share of 10,000 test images that it classifies correctly.
         explainer: Makes the maps of all methods of `patterns`.
+        apart: Makes those of networks with tokens with patterns of the class token and of patch tokens apart.
     """
 
     model: nn.Module
     network: Network
     accuracy: float
     explainer: Explainer
+    apart: Explainer | None
 
 
 def read_data(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -82,17 +82,12 @@ def read_data(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return {"train": read_digits(folder, "train", TRAINED), "test": read_digits(folder, "t10k")}
 
 
-def to_inputs(images: np.ndarray) -> Tensor:
-    """Return images as the networks take them, float32 (N, 1, 28, 28) in [-1, 1]."""
-    return torch.from_numpy(images.copy())[:, None].float().div_(127.5).sub_(1)
-
-
 def prepare(name: str, seed: int, data: Mapping[str, tuple[np.ndarray, np.ndarray]], out: Path) -> Subject:
     """Return a network, trained or with the weights of an earlier call, and its patterns."""
     file = out / f"{name}-{seed}.safetensors"
     if not file.exists():
         batches = partial(make_epoch, *data["train"], torch.Generator().manual_seed(seed))
-        trained = train(batches, seed, EPOCHS, partial(print, f"{name} {seed}", flush=True), NETWORKS[name])
+        trained = train(batches, seed, EPOCHS[name], partial(print, f"{name} {seed}", flush=True), NETWORKS[name])
         save_file(trained.state_dict(), file)
     model = NETWORKS[name]()
     model.load_state_dict(load_file(file))
@@ -101,58 +96,83 @@ def prepare(name: str, seed: int, data: Mapping[str, tuple[np.ndarray, np.ndarra
     with torch.inference_mode():
         scores = torch.cat([model(part) for part in to_inputs(images).split(500)])
     accuracy = float((scores.argmax(1) == torch.from_numpy(labels.astype(np.int64))).float().mean())
-    network = trace(model, torch.zeros(2, 1, 28, 28))
-    moments = accumulate(network, to_inputs(data["train"][0][:FITTED]).split(100))
-    solved = {
-        n: solve(op, moments[n], "linear,two-component,two-component-own-mean").patterns
-        for n, op in network.operators.items()
-    }
-    presets = {preset: choose(network, solved, preset) for preset in PRESETS}
     soft = replace(METHODS["patternattribution"].backward, scales=ScaleRules("pass", "multiply"))  # type: ignore[type-var]
     METHODS[SOFT] = replace(METHODS["patternattribution"], backward=soft)
+    fitted = to_inputs(data["train"][0][:FITTED])
+    network = trace(model, fitted[:2])
     has_products = bool(network.constant_factors.get("factors of products"))
-    methods = [*OTHERS, *OURS, *([SOFT] if has_products else [])]
-    explainer = Explainer(network, presets["class-specific"], methods, estimators=presets)
-    return Subject(model, network, accuracy, explainer)
+    methods = [*OTHERS, *OURS, *([f"{SOFT}:{name}" for name in PRESETS] if has_products else [])]
+    apart = None
+    if name in TOKENS:
+        apart = fit(trace(separate_tokens(model), fitted[:2]), fitted, ["patternattribution:own-mean"])
+    return Subject(model, network, accuracy, fit(network, fitted, methods), apart)
 
 
-def explain(subject: Subject, images: Tensor, classes: Tensor) -> dict[str, Tensor]:
-    """Return the relevance of each pixel for a class of each image, (N, 28, 28), by method."""
-    maps = subject.explainer(images, classes).maps
+def fit(network: Network, images: Tensor, methods: Sequence[str]) -> Explainer:
+    """Return an explainer with patterns of each preset, fitted to images."""
+    moments = accumulate(network, images.split(100))
+    solved = {name: solve(op, moments[name], ESTIMATORS).patterns for name, op in network.operators.items()}
+    presets = {preset: choose(network, solved, preset) for preset in PRESETS}
+    return Explainer(network, None, methods, estimators=presets)
+
+
+def explain(subject: Subject, images: Tensor, target: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """Return the relevance of each pixel for a weighted sum of the scores, (N, 28, 28), by method.
+
+    Args:
+        subject: The network.
+        images: The images.
+        target: Returns the weights of the scores.
+    """
+    maps = subject.explainer(images, target).maps
     found = {method: compute_relevance(method, each) for method, each in maps.items()}
+    if subject.apart is not None:
+        (method, each), *_ = subject.apart(images, target).maps.items()
+        found[APART] = compute_relevance(method, each)
     for convolution, linear in GAMMAS:
         with rules(constant_factors=True, attention=True, convolution=convolution, linear=linear):
             x = images.clone().requires_grad_()
             scores = subject.model(x)
-            (gradient,) = torch.autograd.grad(scores.gather(1, classes[:, None]).sum(), x)
+            (gradient,) = torch.autograd.grad((scores * target(scores.detach())).sum(), x)
         found[f"AttnLRP {convolution:g} {linear:g}"] = (images * gradient).sum(1).nan_to_num()
     return found
+
+
+def select(scores: Tensor, classes: Tensor) -> Tensor:
+    """Return the weights of the scores that select a class of each image."""
+    return F.one_hot(classes, scores.shape[1]).to(scores)
 
 
 def degrade(subject: Subject, images: Tensor, maps: Maps) -> dict[str, list[float]]:
     """Return the area over the degradation curve of each image by method; patches become black."""
     with torch.inference_mode():
         probability, prediction = subject.model(images).softmax(1).max(1)
-        index, found = index_patches(28, 28, PATCH), {}
-        black = torch.full((1, 1, 1, 1), -1.0).expand(images.shape)
+        found, black = {}, torch.full_like(images, -1.0)
         for method, relevance in maps.items():
-            ranks = rank_patches(sum_patches(relevance, PATCH))[:, index]
             curve = [probability[:, None]]
-            for steps in torch.arange(1, STEPS + 1).split(10):
-                degraded = degrade_images(images, black, ranks, steps)
+            for degraded in degrade_stepwise(images, black, relevance, PATCH, STEPS):
                 scores = subject.model(degraded.flatten(0, 1)).softmax(1).unflatten(0, degraded.shape[:2])
                 curve.append(scores.take_along_dim(prediction[:, None, None], 2)[..., 0])
             found[method] = area_over_curve(torch.cat(curve, 1).double()).tolist()
     return found
 
 
-def point(subject: Subject, images: Tensor, labels: Tensor) -> dict[str, list[float]]:
-    """Return the share of positive relevance in the right quarter, for each quarter of each grid, by method."""
+def point(
+    subject: Subject, images: Tensor, labels: Tensor, start: Callable[[Tensor, Tensor], Tensor]
+) -> dict[str, list[float]]:
+    """Return the share of positive relevance in the right quarter, for each quarter of each grid, by method.
+
+    Args:
+        subject: The network.
+        images: Images of which grids are made.
+        labels: Their classes.
+        start: Returns the weights of the scores for some scores and classes.
+    """
     small = F.interpolate(images, scale_factor=0.5, mode="bilinear", antialias=True)
     found: dict[str, list[float]] = {}
     for four in draw_quadruples(labels, len(images) // 2):
-        grid = make_grids(small[four][None])
-        maps = explain(subject, grid.expand(4, -1, -1, -1), labels[four])
+        grid = make_grids(small[four][None]).expand(4, -1, -1, -1)
+        maps = explain(subject, grid, lambda scores, classes=labels[four]: start(scores, classes))  # type: ignore[misc]
         for method, relevance in maps.items():
             found.setdefault(method, []).extend(pointing_shares(relevance, torch.arange(4)).tolist())
     return found
@@ -181,10 +201,14 @@ def measure(subject: Subject, images: np.ndarray, labels: np.ndarray) -> dict[st
     inputs, classes = select_right(subject.model, images, labels)
     maps: dict[str, list[Tensor]] = {}
     for part, chosen in zip(inputs.split(25), classes.split(25)):
-        for method, relevance in explain(subject, part, chosen).items():
+        for method, relevance in explain(subject, part, partial(select, classes=chosen)).items():
             maps.setdefault(method, []).append(relevance)
     whole = {method: torch.cat(parts) for method, parts in maps.items()}
-    return {"degradation": degrade(subject, inputs, whole), "pointing": point(subject, inputs, classes)}
+    return {
+        "degradation": degrade(subject, inputs, whole),
+        "pointing": point(subject, inputs, classes, select),
+        "pointing, contrast": point(subject, inputs, classes, contrast),
+    }
 
 
 def study(name: str, seed: int, data: Mapping[str, tuple[np.ndarray, np.ndarray]], out: Path) -> dict[str, Any]:
@@ -229,17 +253,14 @@ def summarize(runs: Sequence[Mapping[str, Mapping[str, list[float]]]]) -> dict[s
     The best γ is chosen for each measure by the mean over the seeds, on the same images: an upper limit.
     """
     found: dict[str, dict[str, tuple[float, float]]] = {}
-    for name in MEASURES:
+    for name in runs[0]:
         means = {method: [float(np.mean(run[name][method])) for run in runs] for method in runs[0][name]}
         grid = {method: values for method, values in means.items() if method.startswith("AttnLRP")}
         best = max(grid, key=lambda method: float(np.mean(grid[method])))
         worst = min(grid, key=lambda method: float(np.mean(grid[method])))
         kept = {method: values for method, values in means.items() if method not in grid}
         kept |= {f"{BEST}": grid[best], "AttnLRP, worst γ": grid[worst]}
-        found[name] = {
-            method: (float(np.mean(v)), float(np.std(v, ddof=1) / len(v) ** 0.5) if len(v) > 1 else 0.0)
-            for method, v in kept.items()
-        }
+        found[name] = {method: mean_and_error(values) for method, values in kept.items()}
         print(f"  {name}: best γ {best}, worst {worst}", flush=True)
     return found
 

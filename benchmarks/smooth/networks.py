@@ -4,6 +4,7 @@ Their layers are those of `attnlrp`, so that LRP's rules for modern networks run
 ordinary modules.
 """
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -32,16 +33,24 @@ class Attention(nn.Module):
         return self.out(mixed.transpose(1, 2).flatten(2))
 
 
+class Sum(nn.Module):
+    """x + y."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the sum."""
+        return x + y
+
+
 class Residual(nn.Module):
     """x + f(x)."""
 
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__()
-        self.layers = nn.Sequential(*layers)
+        self.layers, self.sum = nn.Sequential(*layers), Sum()
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the sum."""
-        return x + self.layers(x)
+        return self.sum(x, self.layers(x))
 
 
 class VisionTransformer(nn.Module):
@@ -66,6 +75,28 @@ class VisionTransformer(nn.Module):
         tokens = self.patches(x).flatten(2).transpose(1, 2)
         tokens = torch.cat([self.token.expand(x.shape[0], -1, -1), tokens], 1) + self.position
         return self.head(self.norm(self.blocks(tokens))[:, 0])
+
+
+class TokensApart(nn.Module):
+    """A layer for the class token and a copy of it for the patch tokens, so that each has its own patterns."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.of_class, self.of_patches = layer, copy.deepcopy(layer)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Return the outputs of all tokens."""
+        return torch.cat([self.of_class(*(x[:, :1] for x in inputs)), self.of_patches(*(x[:, 1:] for x in inputs))], 1)
+
+
+def separate_tokens(model: nn.Module) -> nn.Module:
+    """Return a ViT that computes the same, with layers of their own for the class token and for the patch tokens."""
+    found = copy.deepcopy(model)
+    for parent in [*found.get_submodule("blocks").modules()]:
+        for name, child in [*parent.named_children()]:
+            if isinstance(child, Linear | LayerNorm | Sum):
+                parent.set_submodule(name, TokensApart(child))
+    return found
 
 
 class ChannelsLast(nn.Module):
@@ -152,3 +183,5 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "ConvNeXt": convnext,
     "EfficientNet": efficientnet,
 }
+EPOCHS = {"ViT": 6, "ConvNeXt": 4, "EfficientNet": 4}
+TOKENS = ("ViT",)  # networks with class and patch tokens

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 from webdataset import TarWriter
 
 from patterns import UserError
@@ -66,6 +68,11 @@ def read_digits(folder: Path, part: str, limit: int | None = None) -> tuple[np.n
         what = f"{part} has images of shape {images.shape} and labels of shape {labels.shape}"
         raise UserError(str(folder), what, "Use the files of one data set.")
     return images, labels
+
+
+def to_inputs(images: np.ndarray) -> Tensor:
+    """Return gray images uint8 (N, H, W) as inputs of the small networks, float32 (N, 1, H, W) in [-1, 1]."""
+    return torch.from_numpy(images.copy())[:, None].float().div_(127.5).sub_(1)
 
 
 def write_digits(images: np.ndarray, labels: Sequence[int] | np.ndarray, out: Path, name: str) -> list[Path]:

@@ -30,7 +30,7 @@ from ray_jobs.jobs.input_size import infer_input_size
 from ray_jobs.jobs.quality import measure
 from ray_jobs.models.loading import build_model
 from ray_jobs.runs.run_folder import Run
-from ray_jobs.studies.datasets import NAMES, read_digits, write_digits
+from ray_jobs.studies.datasets import NAMES, read_digits, to_inputs, write_digits
 from ray_jobs.studies.small_cnn import BATCH, SPEC, train
 from ray_jobs.views.gallery import Gallery, Row
 
@@ -122,9 +122,9 @@ def prepare_digits(dataset: str, data: Path, out: Path, limit: int | None, seed:
 def make_epoch(images: np.ndarray, labels: np.ndarray, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the shuffled batches of one epoch: images float32 (N, 1, H, W) in [-1, 1], and labels (N,)."""
     order = torch.randperm(len(images), generator=generator)
-    x, y = torch.from_numpy(images.copy()), torch.from_numpy(labels.astype(np.int64))
+    y = torch.from_numpy(labels.astype(np.int64))
     for chosen in order.split(BATCH):
-        yield x[chosen][:, None].float().div_(127.5).sub_(1), y[chosen]
+        yield to_inputs(images[chosen.numpy()]), y[chosen]
 
 
 def reproduce(experiment: Experiment, out: Path, resources: Resources = Resources()) -> Path:  # noqa: B008 - frozen
