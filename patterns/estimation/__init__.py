@@ -16,7 +16,7 @@ from patterns.estimation.jackknife import (
     samples_needed,
 )
 from patterns.estimation.observer import OperatorObserver
-from patterns.estimation.position_pilot import positions_needed
+from patterns.estimation.position_pilot import PositionChoice, choose_positions
 from patterns.estimation.presets import PRESETS, Preset, expand_presets, find_top, resolve_estimators
 from patterns.estimation.signal_quality import CUTOFF, group_by_estimator, quality
 
@@ -27,15 +27,16 @@ __all__ = [
     "PRESETS",
     "ConvergenceCheck",
     "OperatorObserver",
+    "PositionChoice",
     "Preset",
     "Solution",
     "check_convergence",
+    "choose_positions",
     "expand_presets",
     "find_top",
     "group_by_estimator",
     "has_converged",
     "parse_estimators",
-    "positions_needed",
     "quality",
     "required_sums",
     "resolve_estimators",

@@ -1,34 +1,52 @@
 """Find how many positions of each image a fit needs, on a few images before it starts."""
 
+import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import partial
 from math import prod
 
 from torch import Tensor
 
-from patterns.estimation.estimators import Choices, required_sums
-from patterns.estimation.jackknife import FEWEST_GROUPS, check_convergence, samples_needed
+from patterns.estimation.estimators import ESTIMATORS, Choices, required_sums, select_estimators
+from patterns.estimation.jackknife import FEWEST_GROUPS, check_convergence
 from patterns.estimation.observer import Observer
 from patterns.moments.moments import Moments
+from patterns.operators.operator import Operator
 from patterns.tracing.network import Network
 
-CANDIDATES = (4, 16, 64)
+CANDIDATES = (16, 64)
+OPERATORS, NEURONS = 8, 32  # the number of operators that are tried, and of neurons of each
 
 
-def positions_needed(
+@dataclass(frozen=True)
+class PositionChoice:
+    """A number of positions, and the error to expect from it.
+
+    Attributes:
+        positions: The number of positions of each image; None: all.
+        error: The expected 90th percentile over neurons of the relative standard error, of the operator where it is
+            largest. With all positions, that of the largest number that was tried, which is an upper limit. 0 if the
+            number makes no difference to any operator.
+    """
+
+    positions: int | None
+    error: float
+
+
+def choose_positions(
     network: Network,
     batches: Iterable[Tensor],
     images: int,
     tolerance: float,
     estimators: Choices = "default",
     seed: int = 0,
-) -> int | None:
-    """Return the smallest number of positions from CANDIDATES with which a fit is expected to converge.
+) -> PositionChoice:
+    """Return the smallest number of positions from CANDIDATES whose expected error is within a tolerance.
 
-    A fit is expected to converge if the 90th percentile of the relative standard errors of every operator, which fall
-    as 1/√images from those of the pilot, is within the tolerance. Operators that have no more positions than the
-    smallest candidate are not considered, because the number makes no difference to them. The moments of all other
-    operators over all pilot batches are in memory at once.
+    The error is that of up to NEURONS neurons of up to OPERATORS operators from all depths of the network. It is
+    measured on the pilot batches, and falls as 1/√images. Operators that have no more positions than the smallest
+    candidate are not considered, because the number makes no difference to them.
 
     Args:
         network: The network.
@@ -39,9 +57,6 @@ def positions_needed(
         estimators: Choices of estimators as for `solve`.
         seed: Seed of the positions, and seed as for `solve`.
 
-    Returns:
-        The number of positions; None (all positions) if no candidate suffices.
-
     Raises:
         UserError: If an estimator is unknown.
         ValueError: If there are fewer than FEWEST_GROUPS batches.
@@ -49,29 +64,62 @@ def positions_needed(
     Example:
         >>> import torch, patterns
         >>> network = patterns.trace(torch.nn.Conv2d(1, 2, 3), torch.zeros(2, 1, 8, 8))
-        >>> positions_needed(network, [torch.rand(8, 1, 8, 8) for _ in range(4)], images=10**9, tolerance=0.1)
-        4
+        >>> batches = [torch.rand(8, 1, 8, 8) for _ in range(4)]
+        >>> choose_positions(network, batches, images=10**9, tolerance=0.1).positions
+        16
     """
     operators = [op for op in network.operators.values() if prod(op.output_shape) // op.neurons > CANDIDATES[0]]
-    names = [op.name for op in operators]
+    step = max(1, math.ceil(len(operators) / OPERATORS))
+    parts = {op.name: select_neurons(op, estimators) for op in operators[::-step]}
     pilot = list(batches)
     if len(pilot) < FEWEST_GROUPS:
         raise ValueError(f"{len(pilot)} batches are too few to estimate errors; at least {FEWEST_GROUPS} are needed")
+    shrink = math.sqrt(sum(map(len, pilot)) / images)
+    error = 0.0
     for positions in CANDIDATES:
-        observer = Observer(network, lambda op: required_sums(op, estimators), names, positions, seed)
-        partial_moments: list[dict[str, Moments]] = []
-        for batch in pilot:
-            observer.update(batch)
-            partial_moments.append(observer.moments())
-            observer.reset()
-        checks = (
-            check_convergence(
-                op, [partial(moments.__getitem__, op.name) for moments in partial_moments], estimators, seed
-            )
-            for op in operators
+        found = measure_errors(network, parts, pilot, positions, estimators, seed)
+        error = shrink * max(found, default=0.0)
+        if error <= tolerance:
+            return PositionChoice(positions, error)
+    return PositionChoice(None, error)
+
+
+def measure_errors(
+    network: Network,
+    parts: dict[str, Operator],
+    batches: Iterable[Tensor],
+    positions: int,
+    estimators: Choices,
+    seed: int,
+) -> list[float]:
+    """Return the 90th percentile of the standard errors of each operator and estimator; infinite if it is unknown."""
+    observer = Observer(network, lambda op: required_sums(op, estimators), parts, positions, seed)
+    partial_moments: list[dict[str, Moments]] = []
+    for batch in batches:
+        observer.update(batch)
+        moments = observer.moments()
+        partial_moments.append(
+            {name: copy_moments(moments[name].select_neurons(slice(op.neurons))) for name, op in parts.items()}
         )
-        errors = [None if error is None else error.p90 for check in checks for error in check.errors.values()]
-        needed = samples_needed(errors, sum(map(len, pilot)), tolerance)
-        if not errors or (needed is not None and needed <= images):
-            return positions
-    return None
+        observer.reset()
+    errors = []
+    for name, operator in parts.items():
+        loads = [partial(moments.__getitem__, name) for moments in partial_moments]
+        check = check_convergence(operator, loads, estimators, seed)
+        errors += [math.inf if error is None else error.p90 for error in check.errors.values()]
+    return errors
+
+
+def select_neurons(operator: Operator, estimators: Choices) -> Operator:
+    """Return an operator with the first NEURONS neurons; the operator itself if they cannot be solved for alone."""
+    joint = any(ESTIMATORS[name].joint for name in select_estimators(operator, estimators))
+    if joint or operator.groups not in (1, operator.neurons):
+        return operator
+    bias = None if operator.bias is None else operator.bias[:NEURONS]
+    weight, shapes = operator.weight[:NEURONS], (operator.input_shapes, operator.output_shape)
+    return Operator(operator.name, operator.operator_type, weight, bias, *shapes, operator.source, operator.gate)
+
+
+def copy_moments(moments: Moments) -> Moments:
+    """Return moments that do not keep the tensors in memory of which they are views."""
+    return Moments.from_tensors({name: sums.clone() for name, sums in moments.tensors().items()})

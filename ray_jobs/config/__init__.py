@@ -1,6 +1,7 @@
 """The configs of all commands: the only place where an option's name, type, default, help and checks are declared."""
 
 from ray_jobs.config.jobs import (
+    AUTO,
     CROP_MODES,
     FITTED,
     INTERPOLATIONS,
@@ -21,6 +22,7 @@ from ray_jobs.config.jobs import (
 )
 
 __all__ = [
+    "AUTO",
     "CROP_MODES",
     "FITTED",
     "INTERPOLATIONS",

@@ -6,16 +6,17 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from threading import Event
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import ray
 import torch
 
 from patterns import UserError
 from patterns.compilation import CUDA_GRAPHS
-from ray_jobs.config import Resources
+from ray_jobs.config import AUTO, Resources
 from ray_jobs.config.timing import PRODUCTION, Timing
 from ray_jobs.data.decoders import make_decode
 from ray_jobs.data.shard_reader import Batch, ReaderConfig, ShardReader, ShardTask
@@ -246,6 +247,33 @@ class ShardWorker(Generic[Task]):
         if self.following is not None:
             self.following[1].prefetcher.close(self.resources.timing.reader_exit if wait is None else wait)
             self.following = None
+
+
+class Compilable(Protocol):
+    """What compiles its work on batches of one size, such as an observer or an explainer."""
+
+    def compile(self, batch_size: int, mode: str) -> None:
+        """Compile the work on batches of this size, or raise UserError."""
+
+
+def compile_batches(work: Compilable, mode: str | None, batch_size: int, device: torch.device) -> None:
+    """Compile the work on full batches.
+
+    Args:
+        work: The observer or explainer.
+        mode: The mode of compilation; `auto`: CUDA graphs on a GPU if they can be recorded there; None: none.
+        batch_size: The number of samples of a full batch.
+        device: The device of the model.
+
+    Raises:
+        UserError: If the mode was chosen by the user, and the work cannot be compiled.
+    """
+    if mode == AUTO:
+        if device.type == "cuda":
+            with suppress(UserError, torch.OutOfMemoryError):
+                work.compile(batch_size, CUDA_GRAPHS)
+    elif mode is not None:
+        work.compile(batch_size, mode)
 
 
 def require_gpu_for_mode(mode: str | None, resources: Resources) -> None:

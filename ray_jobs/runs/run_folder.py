@@ -13,7 +13,7 @@ import pyarrow as pa
 from patterns import Operator, UserError
 from patterns.io import TEMPORARY_PREFIX, Patterns, list_patterns, load, write_json, write_table
 from patterns.operators import TYPE_NAMES, AnyGate, SmoothGate
-from ray_jobs.config import FitConfig, MethodsConfig, ModelConfig, Preprocessing, QualityConfig
+from ray_jobs.config import AUTO, FitConfig, MethodsConfig, ModelConfig, Preprocessing, QualityConfig
 from ray_jobs.data.samples import RejectedSample
 from ray_jobs.io import object_store
 from ray_jobs.io.file_systems import translate_errors
@@ -236,7 +236,11 @@ def options_of(config: Config) -> dict[str, Any]:
 
 def upgrade_options(options: dict[str, Any], config: Config) -> dict[str, Any]:
     """Return a manifest's options in the form of this version, with defaults for options that an older one lacked."""
-    options = defaults_of(ModelConfig, type(config)) | options
+    defaults = defaults_of(ModelConfig, type(config))
+    # Before there was `auto`, jobs took all positions, and compiled nothing unless asked.
+    options = {name: None if value == AUTO else value for name, value in defaults.items()} | options
+    if options.get("compile") == AUTO:  # the same results as without, on any device
+        options["compile"] = None
     options["preprocessing"] = defaults_of(Preprocessing) | options["preprocessing"]
     if "classes" in options:  # version 0.2.0 stored them in another order
         options["classes"] = sorted(options["classes"])

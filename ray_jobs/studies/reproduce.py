@@ -159,6 +159,7 @@ def reproduce(experiment: Experiment, out: Path, resources: Resources = Resource
         estimators=ESTIMATORS,
         max_samples=samples_of_half,
         seed=one.seed,
+        positions=None,
     )
     judging = QualityConfig(
         model=one.model,

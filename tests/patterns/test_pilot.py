@@ -5,8 +5,9 @@ import torch
 from torch import Tensor, nn
 
 from patterns import Network, Observer, trace
+from patterns.estimation import position_pilot
 from patterns.estimation.jackknife import check_convergence
-from patterns.estimation.position_pilot import CANDIDATES, positions_needed
+from patterns.estimation.position_pilot import CANDIDATES, choose_positions
 
 pytestmark = pytest.mark.full
 
@@ -38,22 +39,38 @@ def worst(network: Network, positions: int | None, seed: int) -> float:
 
 def test_it_returns_the_smallest_number_that_reaches_the_tolerance() -> None:
     net = network()
+    few, many = CANDIDATES
     errors = {positions: worst(net, positions, seed=2) for positions in CANDIDATES}
-    assert errors[4] > 1.5 * errors[16] > 2 * errors[64], "more positions do not help on these images"
-    few, middle, many = CANDIDATES
-    for positions, tolerance in ((few, 1.5 * errors[few]), (middle, (errors[few] * errors[middle]) ** 0.5)):
-        assert positions_needed(net, batches(8, seed=1), 128, tolerance) == positions
-    assert positions_needed(net, batches(8, seed=1), 128, errors[many] / 4) is None
+    assert errors[few] > 1.5 * errors[many], "more positions do not help on these images"
+    for positions, tolerance in ((few, 1.5 * errors[few]), (many, (errors[few] * errors[many]) ** 0.5)):
+        found = choose_positions(net, batches(8, seed=1), 128, tolerance)
+        assert found.positions == positions
+        assert found.error == pytest.approx(errors[positions], rel=0.3)
+    assert choose_positions(net, batches(8, seed=1), 128, errors[many] / 4).positions is None
     # With many more images, fewer positions suffice.
-    assert positions_needed(net, batches(8, seed=1), 128 * 32, errors[many]) == few
+    assert choose_positions(net, batches(8, seed=1), 128 * 32, errors[many]).positions == few
 
 
 def test_operators_with_few_positions_are_not_considered() -> None:
     torch.manual_seed(0)
     net = trace(nn.Sequential(nn.Flatten(), nn.Linear(12, 4)).eval(), torch.zeros(2, 3, 2, 2))
-    assert positions_needed(net, [torch.randn(4, 3, 2, 2) for _ in range(4)], 10, 1e-9) == CANDIDATES[0]
+    found = choose_positions(net, [torch.randn(4, 3, 2, 2) for _ in range(4)], 10, 1e-9)
+    assert (found.positions, found.error) == (CANDIDATES[0], 0)
+
+
+@pytest.mark.parametrize("estimators", ["default", "multivariate"])
+def test_a_part_of_the_neurons_and_operators_is_tried(monkeypatch: pytest.MonkeyPatch, estimators: str) -> None:
+    monkeypatch.setattr(position_pilot, "NEURONS", 2)
+    whole = choose_positions(network(), batches(8, seed=1), 128, 0, estimators)
+    monkeypatch.setattr(position_pilot, "NEURONS", 8)
+    assert whole.error == pytest.approx(
+        choose_positions(network(), batches(8, seed=1), 128, 0, estimators).error, rel=1
+    )
+    monkeypatch.setattr(position_pilot, "OPERATORS", 1)
+    last = choose_positions(network(), batches(8, seed=1), 128, 0, estimators).error
+    assert 0 < last <= 2 * whole.error
 
 
 def test_too_few_batches_are_rejected() -> None:
     with pytest.raises(ValueError, match="3 batches"):
-        positions_needed(network(), batches(3, seed=0), 100, 0.1)
+        choose_positions(network(), batches(3, seed=0), 100, 0.1)

@@ -119,3 +119,33 @@ def test_a_worker_without_a_compiler_ends_the_job_with_one_line(
     words += ["--estimators", ",".join(SMALL)]
     with torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler"), "force_disable_caches": True}):
         assert "g++" in complaint(*words, "--compile", "default")
+
+
+@pytest.mark.parametrize(
+    ("mode", "device", "expected"),
+    [
+        ("auto", "cuda", ["cudagraphs"]),
+        ("auto", "cpu", []),
+        (None, "cuda", []),
+        ("default", "cpu", ["default"]),
+        ("cudagraphs", "cuda", ["cudagraphs"]),
+    ],
+)
+@pytest.mark.parametrize("failure", [None, UserError("", "cannot be recorded", ""), torch.OutOfMemoryError()])
+def test_auto_compiles_on_gpus_only_and_accepts_models_that_cannot_be_recorded(
+    mode: str | None, device: str, expected: list[str], failure: Exception | None
+) -> None:
+    modes = []
+
+    class Work:
+        def compile(self, batch_size: int, mode: str) -> None:
+            modes.append(mode)
+            if failure is not None:
+                raise failure
+
+    if failure is not None and mode != "auto" and expected:
+        with pytest.raises(type(failure)):
+            shard_worker.compile_batches(Work(), mode, 8, torch.device(device))
+    else:
+        shard_worker.compile_batches(Work(), mode, 8, torch.device(device))
+    assert modes == expected

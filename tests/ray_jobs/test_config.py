@@ -75,12 +75,17 @@ def test_wrong_value_is_an_error_of_its_parameter(config: Any, parameter: str, v
     assert caught.value.remedy
 
 
-@pytest.mark.parametrize("positions", [3, "auto"])
-def test_sampled_positions_cannot_be_compiled(positions: Any) -> None:
+def test_sampled_positions_cannot_be_compiled() -> None:
     with pytest.raises(UserError) as caught:
-        replace(FIT, compile="default", positions=positions)
+        replace(FIT, compile="default", positions=3)
     assert caught.value.parameter == "compile"
     assert "`positions`" in caught.value.remedy
+
+
+@pytest.mark.parametrize("positions", [None, "auto"])
+@pytest.mark.parametrize("mode", ["default", "auto", None])
+def test_all_positions_can_be_compiled(positions: Any, mode: str | None) -> None:
+    assert replace(FIT, compile=mode, positions=positions).compile == mode
 
 
 def test_choices_are_the_names_that_the_jobs_know() -> None:

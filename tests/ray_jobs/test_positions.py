@@ -10,6 +10,7 @@ from patterns import Observer, solve
 from ray_jobs.config import Resources
 from ray_jobs.data.samples import derive_seed
 from ray_jobs.data.shard_reader import ReaderConfig, ShardReader
+from ray_jobs.jobs.fit import position_pilot
 from ray_jobs.jobs.fit.fit import fit, merge
 from ray_jobs.models import loading
 from tests.patterns.networks import relative
@@ -73,27 +74,33 @@ def test_merged_fits_of_sampled_positions_equal_the_fit_of_all_their_shards(
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("tolerance", "expected"), [(100.0, 4), (1e-6, None)])
+@pytest.mark.parametrize(("tolerance", "expected"), [(100.0, 16), (1e-6, None)])
 def test_auto_chooses_the_positions_that_the_tolerance_needs_and_keeps_them(
-    model_spec: str, shards: list[str], tmp_path: Path, tolerance: float, expected: int | None, capsys: Capsys
+    model_spec: str,
+    shards: list[str],
+    tmp_path: Path,
+    tolerance: float,
+    expected: int | None,
+    capsys: Capsys,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(position_pilot, "MANY", 70)
     config = make_fit_config(model_spec, shards, tmp_path / "run", positions="auto", until_converged=tolerance)
-    run = fit(config, HERE)
-    assert run.manifest()["fit"]["options"]["positions"] == expected
+    section = fit(config, HERE).manifest()["fit"]
+    assert section["options"]["positions"] == expected
+    chosen = section["positions"]
+    assert (chosen["positions"], chosen["tolerance"], chosen["images"]) == (expected, tolerance, 72)
+    assert (0 < chosen["expected_error"] <= tolerance) == (expected is not None)
     number = "all" if expected is None else str(expected)
-    assert (
-        f"{number} positions of each image: for a relative standard error of {tolerance:g} after ~72 images"
-        in capsys.readouterr().err
-    )
-    fit(replace(config, shards=config.shards), HERE)
+    assert f"{number} positions of each image: " in capsys.readouterr().err
+    assert fit(config, HERE).manifest()["fit"]["positions"] == chosen
     assert "positions of each image" not in capsys.readouterr().err
 
 
-def test_auto_takes_all_positions_if_there_are_too_few_images(
-    model_spec: str, shards: list[str], tmp_path: Path
-) -> None:
-    run = fit(make_fit_config(model_spec, shards[:1], tmp_path / "run", positions="auto"), HERE)
-    assert run.manifest()["fit"]["options"]["positions"] is None
+def test_auto_takes_all_positions_if_there_are_few_images(model_spec: str, shards: list[str], tmp_path: Path) -> None:
+    section = fit(make_fit_config(model_spec, shards[:1], tmp_path / "run"), HERE).manifest()["fit"]
+    assert section["options"]["positions"] is None
+    assert section["positions"] == {"positions": None, "images": 6}
 
 
 @pytest.mark.full

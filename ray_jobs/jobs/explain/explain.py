@@ -18,7 +18,7 @@ from patterns.io import write_table
 from ray_jobs.config import ExplainConfig, Resources
 from ray_jobs.data.samples import SampleError
 from ray_jobs.data.shard_reader import Batch
-from ray_jobs.engine.shard_worker import ShardReport, require_gpu_for_mode
+from ray_jobs.engine.shard_worker import ShardReport, compile_batches, require_gpu_for_mode
 from ray_jobs.io.object_store import locate, publish, read_table
 from ray_jobs.io.prefetch import WriteBehind
 from ray_jobs.jobs.explain.map_statistics import COLUMNS, find_region, reduce_maps, summarize_maps
@@ -67,8 +67,7 @@ class ExplainWorker(MethodWorker[ExplainConfig]):
         )
         network = end_at(self.model.network, self.target.operator)
         self.explainer = make_explainer(self.config, self.model, network, self.scales)
-        if self.config.compile is not None:
-            self.explainer.compile(self.config.batch_size, self.config.compile)
+        compile_batches(self.explainer, self.config.compile, self.config.batch_size, self.model.device)
 
     def validate_label(self, label: int | None) -> None:
         """Raise SampleError if the target is the sample's label, and the label is missing or no class."""

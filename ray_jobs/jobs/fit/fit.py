@@ -3,19 +3,20 @@
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 from patterns import Network, Observer, Operator, UserError
 from patterns.estimation import parse_estimators, required_sums
 from patterns.io import TraceOptions, pattern_specs, save_solutions
 from patterns.moments import RequiredSums
-from ray_jobs.config import FitConfig, ModelConfig, Resources
+from ray_jobs.config import AUTO, FitConfig, ModelConfig, Resources
 from ray_jobs.engine.ray_tasks import Tasks
-from ray_jobs.engine.shard_worker import require_gpu_for_mode
+from ray_jobs.engine.shard_worker import compile_batches, require_gpu_for_mode
 from ray_jobs.io import object_store
 from ray_jobs.jobs import reduction
 from ray_jobs.jobs.fit.convergence_job import ConvergenceCriterion, ConvergingJob, select_criterion_estimators
 from ray_jobs.jobs.fit.memory_plan import plan_passes
-from ray_jobs.jobs.fit.position_pilot import resolve_positions
+from ray_jobs.jobs.fit.position_pilot import describe_choice, resolve_positions
 from ray_jobs.jobs.input_size import infer_input_size
 from ray_jobs.jobs.job_session import JobSession, hold_run
 from ray_jobs.jobs.moments_job import MomentsJob, MomentsSpec, require_disjoint
@@ -50,12 +51,12 @@ def list_passes(run: Run, network: Network, config: FitConfig) -> list[Pass]:
 
 def make_observer(config: FitConfig, operators: Collection[str], network: Network) -> Observer:
     """Return the observer that takes the moments of some operators, compiled if the config says so."""
-    assert config.positions != "auto", "resolve_positions comes first"
+    assert config.positions != AUTO, "resolve_positions comes first"
     observer = Observer(
         network, lambda op: required_sums(op, config.estimators), operators, config.positions, config.seed
     )
-    if config.compile is not None:
-        observer.compile(config.batch_size, config.compile)
+    if config.positions is None:
+        compile_batches(observer, config.compile, config.batch_size, network.like.device)
     return observer
 
 
@@ -84,7 +85,7 @@ def fit(config: FitConfig, resources: Resources = Resources(), retry_quarantined
     run = Run(config.out)
     config = replace(config, model=infer_input_size(config.model, config.shards, run.manifest().get("fit")))
     loaded = loading.load(config.model)
-    config, reason = resolve_positions(run, config, loaded)
+    config, choice = resolve_positions(run, config, loaded)
     session = JobSession("fit", config, loaded)
     begun, done = (session.section.get(name, 0) for name in ("rounds", "rounds_done"))
     if session.finished and begun == done:
@@ -93,15 +94,15 @@ def fit(config: FitConfig, resources: Resources = Resources(), retry_quarantined
         begun += 1
     parse_estimators(config.estimators, loaded.network.operators)
     passes = list_passes(run, loaded.network, config)
-    with session.work(resources, config.compile, rounds=begun, rounds_done=done):
+    recorded: dict[str, Any] = {"positions": choice} if choice else {}
+    with session.work(resources, config.compile, rounds=begun, rounds_done=done, **recorded):
         missing: dict[str, str] = {}
         seconds = session.section.get("seconds", 0.0)
         for number, each in enumerate(passes):
             job = make_job(session, config, resources, passes, number)
-            if reason is not None and number == 0:
-                job.reporter.log(reason)
-            for line in loaded.traced.describe() if number == 0 else ():
-                job.reporter.log(line)
+            for line in (describe_choice(choice), *loaded.traced.describe()) if number == 0 else ():
+                if line:
+                    job.reporter.log(line)
             try:
                 job.gather(partial(make_observer, config, each.operators), loaded.traced)
             finally:

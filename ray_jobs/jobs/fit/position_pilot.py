@@ -1,26 +1,28 @@
-"""`positions="auto"`: before a fit starts, a few images of shards far apart show how many positions it needs."""
+"""`positions="auto"`: before a fit of many images starts, a few of them show how many positions it needs."""
 
 import math
 from contextlib import closing, suppress
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
 from patterns import UserError
-from patterns.estimation import FEWEST_GROUPS, positions_needed
-from ray_jobs.config import FitConfig
+from patterns.estimation import FEWEST_GROUPS, choose_positions
+from ray_jobs.config import AUTO, FitConfig
 from ray_jobs.data.shard_reader import ShardReader, read_shard
 from ray_jobs.engine.shard_worker import make_reader_config
 from ray_jobs.jobs.fit.convergence_job import select_criterion_estimators
 from ray_jobs.models.loading import LoadedModel
 from ray_jobs.runs.run_folder import Run
 
-AUTO = "auto"
-TOLERANCE = 0.05  # the relative standard error to reach, if the config sets none by `until_converged`
-BATCHES, IMAGES = 8, 16  # the number of batches that are tried, and the images of each
+TOLERANCE = 0.01  # the relative standard error to reach, if the config sets none by `until_converged`
+# Fits of fewer images take all positions: fewer positions would not reach the tolerance, and the time saved is short.
+MANY = 5000
+BATCHES, IMAGES = 8, 8  # the number of batches that are tried, and the images of each
 
 
-def resolve_positions(run: Run, config: FitConfig, loaded: LoadedModel) -> tuple[FitConfig, str | None]:
+def resolve_positions(run: Run, config: FitConfig, loaded: LoadedModel) -> tuple[FitConfig, dict[str, Any]]:
     """Replace `positions="auto"` by a number, which a resumed fit takes from its manifest.
 
     Args:
@@ -29,29 +31,51 @@ def resolve_positions(run: Run, config: FitConfig, loaded: LoadedModel) -> tuple
         loaded: The model.
 
     Returns:
-        The fit with a number of positions, and the reason for it if it was chosen now.
+        The fit with a number of positions, and what the number was chosen by, for the manifest; empty if the config
+        or an earlier driver has chosen it.
     """
     if config.positions != AUTO:
-        return config, None
+        return config, {}
     begun = run.manifest().get("fit")
     if begun is not None:
-        return replace(config, positions=begun["options"].get("positions")), None
-    tolerance = TOLERANCE if config.until_converged is None else config.until_converged
-    pilot, images = read_pilot(config, loaded)
-    estimators = select_criterion_estimators(config.estimators)
-    positions = None
-    if len(pilot) >= FEWEST_GROUPS:
-        positions = positions_needed(loaded.network, pilot, images, tolerance, estimators, config.seed)
-    number = "all" if positions is None else positions
-    reason = f"{number} positions of each image: for a relative standard error of {tolerance:g} after ~{images} images"
-    return replace(config, positions=positions), reason
+        return replace(config, positions=begun["options"].get("positions")), {}
+    images = 0 if config.compile not in (None, AUTO) else count_images(config)
+    chosen: dict[str, Any] = {"positions": None, "images": images}
+    if images >= MANY and len(pilot := read_pilot(config, loaded)) >= FEWEST_GROUPS:
+        tolerance = TOLERANCE if config.until_converged is None else config.until_converged
+        estimators = select_criterion_estimators(config.estimators)
+        found = choose_positions(loaded.network, pilot, images, tolerance, estimators, config.seed)
+        chosen |= {"positions": found.positions, "tolerance": tolerance, "expected_error": float(f"{found.error:.3g}")}
+    return replace(config, positions=chosen["positions"]), chosen
 
 
-def read_pilot(config: FitConfig, loaded: LoadedModel) -> tuple[list[Tensor], int]:
-    """Return batches from shards far apart, and an estimate of the images that the fit will see.
+def describe_choice(chosen: dict[str, Any]) -> str:
+    """Return the line that says how many positions were chosen, and why; empty if none were chosen now."""
+    if "tolerance" not in chosen:
+        return ""
+    error, images, tolerance = chosen["expected_error"], chosen["images"], chosen["tolerance"]
+    if chosen["positions"] is None:
+        reason = f"with fewer, the expected standard error after about {images} images is {error:.2g}"
+        return f"all positions of each image: {reason}, and the tolerance is {tolerance:g}"
+    expected = f"the expected standard error after about {images} images is {error:.2g}"
+    return (
+        f"{chosen['positions']} positions of each image: {expected}, at most {tolerance:g}; --positions all takes all"
+    )
 
-    The estimate assumes that all shards have as many samples as the first shard.
-    """
+
+def count_images(config: FitConfig) -> int:
+    """Return about how many images a fit will see, if all shards have as many as the first; 0 if it is unreadable."""
+    most = math.inf if config.max_samples is None else config.max_samples
+    if most < MANY:
+        return int(most)
+    first = 0
+    with suppress(UserError), closing(read_shard(config.shards[0])) as samples:
+        first = sum(1 for _ in samples)
+    return int(min(first * len(config.shards), most))
+
+
+def read_pilot(config: FitConfig, loaded: LoadedModel) -> list[Tensor]:
+    """Return batches from shards far apart, on the model's device."""
     shards = config.shards
     chosen = [shards[i] for i in sorted({n * len(shards) // BATCHES for n in range(BATCHES)})]
     each = math.ceil(BATCHES / len(chosen))
@@ -61,8 +85,4 @@ def read_pilot(config: FitConfig, loaded: LoadedModel) -> tuple[list[Tensor], in
         with suppress(UserError):  # the fit itself will try the shard again, and report the error
             reader = ShardReader(shard, reader_config, each * IMAGES)
             batches += [batch.images.to(loaded.device) for batch in reader]
-    first = 0
-    with suppress(UserError), closing(read_shard(chosen[0])) as samples:
-        first = sum(1 for _ in samples)
-    images = first * len(shards)
-    return batches, images if config.max_samples is None else min(images, config.max_samples)
+    return batches
