@@ -3,10 +3,13 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import starmap
+from itertools import cycle, starmap
 from typing import Any, Protocol
 
 import ray
+from ray.exceptions import RayActorError
+
+from ray_jobs.engine.worker_hosts import end_kept_hosts, kept_actors
 
 MAX_PENDING = 4  # calls that are submitted before the first result is taken
 
@@ -32,18 +35,31 @@ class Tasks(Protocol):
 
 
 class RayTasks:
-    """Functions as Ray tasks. Ray repeats a call whose process or node is lost, as pure functions have no state."""
+    """Functions as Ray tasks. Ray repeats a call whose process or node is lost, as pure functions have no state.
+
+    While hosts of workers are kept, they run the calls, because they hold the CPUs that tasks would wait for.
+    """
 
     def map(self, function: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
         """Yield results in order; see `Tasks`."""
         task = ray.remote(function)
-        pending: deque[Any] = deque()
+        pending: deque[tuple[Any, tuple[Any, ...]]] = deque()
+        hosts = cycle(kept_actors())
+
+        def result(reference: Any, call: tuple[Any, ...]) -> Any:
+            try:
+                return ray.get(reference)
+            except RayActorError:
+                end_kept_hosts()  # now there is room for a task
+                return ray.get(task.remote(*call))
+
         for call in calls:
-            pending.append(task.remote(*call))
+            host = next(hosts, None) if kept_actors() else None
+            pending.append((task.remote(*call) if host is None else host.call.remote(function, *call), call))
             if len(pending) > MAX_PENDING:
-                yield ray.get(pending.popleft())
+                yield result(*pending.popleft())
         while pending:
-            yield ray.get(pending.popleft())
+            yield result(*pending.popleft())
 
     def submit(self, function: Callable[..., Any], *arguments: object) -> "RayCall":
         """Submit a task that needs no CPU of its own: it would wait for one until the workers end; see `Tasks`."""

@@ -16,6 +16,7 @@ from ray_jobs.engine.ray_session import count_worker_slots, list_draining_nodes,
 from ray_jobs.engine.shard_worker import ShardReport, WorkerInfo, WorkerResources
 from ray_jobs.engine.signals import StoppedShortError, stop_signals
 from ray_jobs.engine.worker_backends import Backend, LocalBackend, RayBackend
+from ray_jobs.engine.worker_hosts import release_host, start_host
 from ray_jobs.runs.lease import Heartbeat
 
 MIN_JUDGED = 100  # samples after which a running job may end because too many are rejected; its end judges any number
@@ -127,9 +128,15 @@ class ShardJob:
             return LocalBackend(lambda: worker(*arguments, WorkerResources(timing=self.timing)))
         self.options = make_worker_options(self.resources)
         resources = WorkerResources(self.options["num_cpus"], self.options["num_gpus"], self.timing)
-        actor: Any = ray.remote(worker)
-        shared = [ray.put(argument) for argument in arguments]  # once for all workers: one of them is the model
-        return RayBackend(lambda: actor.options(**self.options).remote(*shared, resources))
+        # Once for all workers: one of the arguments is the model.
+        shared = [ray.put(argument) for argument in (worker, *arguments, resources)]
+
+        def spawn() -> Any:
+            host = start_host(self.options)
+            host.start.remote(shared)
+            return host
+
+        return RayBackend(spawn, lambda host: release_host(host, self.options))
 
     def judge(self, outcome: worker_pool.Outcome) -> None:
         """Note the shards that failed as missing, and raise an error if the job cannot continue without them."""

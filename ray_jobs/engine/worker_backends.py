@@ -67,16 +67,20 @@ class Backend(Protocol):
     def kill(self, worker: Any) -> None:
         """End a worker at once. Its calls have no answer any more."""
 
+    def release(self, worker: Any) -> None:
+        """End a worker that has no pending call, at the end of a job."""
+
 
 class RayBackend:
     """Workers as Ray actors.
 
     Args:
         spawn: Starts an actor and returns its handle.
+        release: Ends an idle actor, or keeps it for the next job.
     """
 
-    def __init__(self, spawn: Callable[[], Any]) -> None:
-        self.spawn = spawn
+    def __init__(self, spawn: Callable[[], Any], release: Callable[[Any], None] = ray.kill) -> None:
+        self.spawn, self.release = spawn, release
 
     def call(self, worker: Any, method: str, *arguments: Any) -> Any:
         """Submit a call; see `Backend`."""
@@ -124,6 +128,8 @@ class LocalBackend:
     def kill(self, worker: Any) -> None:
         """Close the worker."""
         worker.close()
+
+    release = kill
 
 
 def iterate(function: Callable[[], Iterable[Any]]) -> Generator[Any, None, None]:

@@ -198,8 +198,10 @@ class _Pool:
                 self.check_timeouts()
                 self.tick()
         finally:
+            calling = set(map(id, self.calls.values()))
             for worker in self.workers:
-                self.backend.kill(worker.handle)
+                end = self.backend.kill if id(worker) in calling else self.backend.release
+                end(worker.handle)
         if self.error is not None:
             raise self.error
         return Outcome([*self.queue, *(item for _, item in self.retries)], self.failed)

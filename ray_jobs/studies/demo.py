@@ -17,6 +17,7 @@ from ray_jobs.config import ExplainConfig, FitConfig, ModelConfig, Resources
 from ray_jobs.data.packing import pack
 from ray_jobs.data.shard_specs import list_shards
 from ray_jobs.engine.ray_session import connect
+from ray_jobs.engine.worker_hosts import keep_workers
 from ray_jobs.figures.drawing import draw_grid
 from ray_jobs.jobs.explain.explain import explain
 from ray_jobs.jobs.fit.fit import fit
@@ -56,7 +57,7 @@ class Network:
 def demo(out: Path, resources: Resources) -> list[Path]:
     """Fit and explain VGG-16's convolutions and EfficientNet-Lite0 on foolbox's photographs of ImageNet.
 
-    Ray is started once for all steps.
+    Ray and its workers are started once for all steps.
 
     Args:
         out: The folder to write to.
@@ -79,7 +80,7 @@ def demo(out: Path, resources: Resources) -> list[Path]:
         Network("classes", ModelConfig(spec=SPEC, weights=str(weights)), count * CROPS, "predicted", CLASSES),
     )
     pictures = []
-    with connect(resources):
+    with connect(resources), keep_workers():
         for each in networks:
             run = explain_network(each, out / each.name, list(map(str, crops)), list(map(str, whole)), resources)
             pictures.append(draw(run, out / f"{each.name}.png"))

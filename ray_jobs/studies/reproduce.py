@@ -22,6 +22,8 @@ from patterns.evaluation import PATCH, STEPS
 from patterns.io import write_atomically
 from ray_jobs.config import FITTED, DegradeConfig, ExplainConfig, FitConfig, ModelConfig, QualityConfig, Resources
 from ray_jobs.data.shard_specs import list_shards
+from ray_jobs.engine.ray_session import connect
+from ray_jobs.engine.worker_hosts import keep_workers
 from ray_jobs.figures.drawing import draw_estimators, draw_grid
 from ray_jobs.jobs.degrade import degrade
 from ray_jobs.jobs.explain.explain import explain
@@ -195,10 +197,11 @@ def reproduce(experiment: Experiment, out: Path, resources: Resources = Resource
         max_samples=EXPLAINED,
         seed=one.seed,
     )
-    run = fit(fitting, resources)
-    measure(judging, resources)
-    degrade(degrading, resources)
-    explain(explaining, resources)
+    with connect(resources), keep_workers():
+        run = fit(fitting, resources)
+        measure(judging, resources)
+        degrade(degrading, resources)
+        explain(explaining, resources)
     draw_figures(run, out, one.names)
     write_atomically(out / "results.md", partial(Path.write_text, data=format_results(run)))
     return out / "results.md"

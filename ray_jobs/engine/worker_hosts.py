@@ -1,0 +1,134 @@
+"""The processes of workers on Ray. Between the jobs of one command they can be kept, with all that they imported."""
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import torch
+from ray.exceptions import GetTimeoutError, RayError
+
+CLEAR_TIMEOUT = 10.0  # seconds in which a host must have ended its worker to be used again
+
+
+class WorkerHost:
+    """The process of a worker, a Ray actor: the methods of `PoolWorker`, for one worker after another."""
+
+    def __init__(self) -> None:
+        self.worker: Any = None
+        self.error: Exception | None = None
+
+    def start(self, references: Sequence[Any]) -> None:
+        """Make a worker.
+
+        Args:
+            references: Ray's references of the worker's class and of its arguments.
+        """
+        try:
+            worker, *arguments = ray.get(list(references))
+            self.worker, self.error = worker(*arguments), None
+        except Exception as error:  # the code of a worker may be anything
+            self.error = error
+
+    def describe(self) -> Any:
+        """Return who the worker is, or raise the error with which it could not be made."""
+        if self.error is not None:
+            raise self.error
+        return self.worker.describe()
+
+    def prepare(self) -> None:
+        """Load whatever the work needs."""
+        self.worker.prepare()
+
+    def work(self, task: Any, following: Any = None) -> Iterator[Any]:
+        """Work on a task, and yield reports."""
+        yield from self.worker.work(task, following)
+
+    def commit(self) -> Any:
+        """Make all work since the last commit permanent."""
+        return self.worker.commit()
+
+    def clear(self) -> None:
+        """End the worker, and free its memory."""
+        self.worker.close()
+        self.worker = None
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a pure function."""
+        return function(*arguments)
+
+
+@dataclass(frozen=True)
+class KeptHost:
+    """A host without a worker.
+
+    Attributes:
+        actor: The handle of its actor.
+        options: The actor's options.
+        cleared: Ray's reference of its last `clear`.
+    """
+
+    actor: Any
+    options: dict[str, Any]
+    cleared: Any
+
+
+_kept: list[KeptHost] | None = None  # None: hosts end with their job
+
+
+@contextmanager
+def keep_workers() -> Iterator[None]:
+    """Keep the processes of workers that finish a job in this block for its next job, and end them with the block."""
+    global _kept
+    if _kept is not None:
+        yield
+        return
+    _kept = []
+    try:
+        yield
+    finally:
+        end_kept_hosts()
+        _kept = None
+
+
+def start_host(options: dict[str, Any]) -> Any:
+    """Return the actor of a host: a kept one with the same options, or a new one. Kept ones with others are ended."""
+    for host in list(_kept or ()):
+        (_kept or []).remove(host)
+        if host.options == options and is_cleared(host):
+            return host.actor
+        ray.kill(host.actor)
+    return ray.remote(WorkerHost).options(**options).remote()
+
+
+def is_cleared(host: KeptHost) -> bool:
+    """Return whether a host is alive and has ended its worker."""
+    try:
+        ray.get(host.cleared, timeout=CLEAR_TIMEOUT)
+    except (RayError, GetTimeoutError):
+        return False
+    return True
+
+
+def release_host(actor: Any, options: dict[str, Any]) -> None:
+    """Keep the host of an idle worker, or end it."""
+    if _kept is None:
+        ray.kill(actor)
+    else:
+        _kept.append(KeptHost(actor, options, actor.clear.remote()))
+
+
+def kept_actors() -> list[Any]:
+    """Return the actors of the kept hosts, which hold CPUs that other tasks would wait for."""
+    return [host.actor for host in _kept or ()]
+
+
+def end_kept_hosts() -> None:
+    """End all kept hosts."""
+    while _kept:
+        ray.kill(_kept.pop().actor)

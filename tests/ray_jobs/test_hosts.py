@@ -1,0 +1,119 @@
+"""Processes of workers that are kept between jobs: one set of processes, the same results, also if one is killed."""
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import ray
+
+from patterns import UserError
+from ray_jobs.config import ExplainConfig, FitConfig, Resources
+from ray_jobs.data.shard_reader import read_shard
+from ray_jobs.engine.ray_session import connect
+from ray_jobs.engine.shard_job import ShardJob
+from ray_jobs.engine.shard_worker import WorkerInfo
+from ray_jobs.engine.worker_hosts import keep_workers, kept_actors
+from ray_jobs.jobs.explain.explain import explain
+from ray_jobs.jobs.fit.fit import fit
+from ray_jobs.runs.run_folder import Run
+from tests.ray_jobs.runs import assert_same_patterns, make_fit_config, wait_until
+
+pytestmark = pytest.mark.full
+TWO = Resources(workers=2, gpus_per_worker=0)
+
+
+@pytest.fixture
+def one_ray() -> Iterator[None]:
+    """A Ray with as many CPUs as workers, so that tasks have no CPU while workers are kept."""
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def pids(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The process of each worker, as it becomes ready."""
+    found: list[int] = []
+    ready = ShardJob.on_ready
+
+    def record(self: ShardJob, worker: WorkerInfo) -> None:
+        found.append(worker.pid)
+        ready(self, worker)
+
+    monkeypatch.setattr(ShardJob, "on_ready", record)
+    return found
+
+
+def explain_run(config: FitConfig, resources: Resources) -> Run:
+    return explain(
+        ExplainConfig(model=config.model, patterns=config.out, shards=config.shards, out=config.out, outputs=("npy",)),
+        resources,
+    )
+
+
+def read_maps(run: Run) -> dict[str, np.ndarray]:
+    shards = sorted((run.folder.local / "explanations").glob("*.tar"))  # type: ignore[operator]
+    return {f"{s.key}.{name}": data for path in shards for s in read_shard(str(path)) for name, data in s.files.items()}
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_jobs_share_processes_and_give_the_results_of_jobs_that_do_not(
+    one_ray: None, model_spec: str, shards: list[str], tmp_path: Path, pids: list[int], killed: bool
+) -> None:
+    alone, kept = (make_fit_config(model_spec, shards, tmp_path / name) for name in ("alone", "kept"))
+    here = Resources(workers=0)
+    expected = fit(alone, here), explain_run(alone, here)
+    pids.clear()
+    with connect(TWO), keep_workers():
+        fitted = fit(kept, TWO)
+        first = set(pids)
+        if killed:
+            os.kill(pids[0], signal.SIGKILL)
+            wait_until(lambda: not psutil.pid_exists(pids[0]))
+        explained = explain_run(kept, TWO)
+    assert len(first) == 2
+    second = set(pids[2:])
+    assert pids[1] in second
+    assert len(second - first) == killed
+    assert_same_patterns(expected[0].folder, fitted.folder)  # type: ignore[arg-type]
+    assert read_maps(explained) == read_maps(expected[1])
+    wait_until(lambda: not any(map(psutil.pid_exists, pids)))
+
+
+def test_workers_with_other_resources_are_not_used_again(
+    one_ray: None, model_spec: str, shards: list[str], tmp_path: Path, pids: list[int]
+) -> None:
+    one, two = (make_fit_config(model_spec, shards[:2], tmp_path / name) for name in ("one", "two"))
+    with keep_workers():
+        fit(one, Resources(workers=1, cpus_per_worker=1, gpus_per_worker=0))
+        fit(two, Resources(workers=1, cpus_per_worker=2, gpus_per_worker=0))
+    assert len(set(pids)) == len(pids) == 2
+
+
+def test_without_the_block_workers_end_with_their_job(
+    one_ray: None, model_spec: str, shards: list[str], tmp_path: Path, pids: list[int]
+) -> None:
+    fit(make_fit_config(model_spec, shards[:2], tmp_path / "run"), TWO)
+    assert not kept_actors()
+    wait_until(lambda: not any(map(psutil.pid_exists, pids)))
+
+
+def test_a_worker_that_cannot_be_made_ends_the_job_with_its_error(
+    one_ray: None, model_spec: str, shards: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: object, *arguments: object) -> None:
+        raise UserError("here", "cannot be made", "Try again.")
+
+    config = make_fit_config(model_spec, shards[:2], tmp_path / "run")
+    from ray_jobs.jobs.moments_job import MomentsWorker
+
+    class Broken(MomentsWorker):
+        __init__ = fail
+
+    monkeypatch.setattr("ray_jobs.jobs.moments_job.MomentsWorker", Broken)
+    with pytest.raises(UserError, match="cannot be made"):
+        fit(config, TWO)
