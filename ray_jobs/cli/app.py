@@ -4,6 +4,7 @@ Exit status: 0 done; 2 wrong usage or input; 3 stopped early, nothing is lost; 1
 """
 
 import logging
+import os
 import platform
 import signal
 import sys
@@ -14,7 +15,6 @@ from typing import Annotated
 import typer
 
 from patterns import UserError
-from ray_jobs.cli import completion
 from ray_jobs.cli.arguments import echo
 from ray_jobs.cli.degrade import degrade
 from ray_jobs.cli.demo import demo
@@ -38,6 +38,7 @@ from ray_jobs.engine.signals import INTERRUPTED, SIGNALS, StoppedShortError
 from ray_jobs.io.file_systems import to_user_error
 from ray_jobs.units import find_version
 
+COMPLETION = "_PATTERNNET_COMPLETE"  # set by the shell when it asks for the words that may follow
 CTRL_C = 130  # the status that the command-line library returns after Ctrl-C
 WITHOUT_OPTIONS: list[list[str]] = [[], ["--help"], ["--version"]]  # command lines that need no options of commands
 # In the order of the help.
@@ -55,20 +56,11 @@ def program(
     version: Annotated[
         bool, typer.Option("--version", help="Print the versions of this program, Python, torch and Ray.")
     ] = False,
-    show_completion: Annotated[
-        bool, typer.Option("--show-completion", help="Print the completion script for bash and zsh.")
-    ] = False,
-    install_completion: Annotated[
-        bool, typer.Option("--install-completion", help="Install the completion script for your bash or zsh.")
-    ] = False,
 ) -> None:
-    """Print the versions or the completion script, unless a command follows."""
+    """Print the versions, unless a command follows."""
     if version:
         echo(f"patternnet {find_version('patternnet-ray')}")
         echo(f"Python {platform.python_version()}, torch {find_version('torch')}, Ray {find_version('ray')}")
-    elif show_completion or install_completion:
-        text = completion.script(context.command)
-        echo(f"completion: {completion.install(text)} loads it in new shells" if install_completion else text)
     elif context.invoked_subcommand is None:
         raise UserError("patternnet --", "no command follows", "See patternnet --help.")
     else:
@@ -76,23 +68,25 @@ def program(
     raise typer.Exit
 
 
-def make_app(commands: Iterable[Command] = COMMANDS.values(), with_options: bool = True) -> typer.Typer:
+def make_app(
+    commands: Iterable[Command] = COMMANDS.values(), with_options: bool = True, with_help: bool = True
+) -> typer.Typer:
     """Return the program.
 
     Args:
         commands: The commands that it has.
-        with_options: Whether they have their options. The help of some options imports torch, which takes seconds, and
-            the list of commands does not need them.
+        with_options: Whether they have their options, which the list of commands does not need.
+        with_help: Whether options have their help. That of some options imports torch, which takes seconds, and the
+            shell does not need it to complete a word.
     """
     app = typer.Typer(
         help="PatternNet and PatternAttribution for large models and datasets, on Ray.",
         pretty_exceptions_enable=False,
-        add_completion=False,
         no_args_is_help=True,
     )
     app.callback(invoke_without_command=True)(program)
     for each in commands:
-        run = each.function() if with_options else each.function_without_options()
+        run = each.function(with_help) if with_options else each.function_without_options()
         app.command(each.name, epilog=each.epilog, context_settings=each.context_settings)(run)
     return app
 
@@ -120,7 +114,9 @@ def exit_status(arguments: list[str]) -> int:
     name = arguments[0] if arguments and arguments[0] in COMMANDS else None
     flags: Mapping[str, str] = COMMANDS[name].flags() if name else {}
     try:
-        if name is None or name == submit.name:  # which parses the command that follows it
+        if COMPLETION in os.environ:
+            app = make_app(with_help=False)
+        elif name is None or name == submit.name:  # which parses the command that follows it
             app = make_app(with_options=arguments not in WITHOUT_OPTIONS)
         else:
             app = make_app([COMMANDS[name]])

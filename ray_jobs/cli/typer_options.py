@@ -105,10 +105,14 @@ class Command:
         shown = {key: display_name(field) for key, (field, _) in self.fields().items()}
         return shown | {field.name: shown[key] for key, (field, _) in self.fields().items()}
 
-    def function(self) -> Callable[..., None]:
-        """Return the function that typer makes the command of: its parameters are the options."""
+    def function(self, with_help: bool = True) -> Callable[..., None]:
+        """Return the function that typer makes the command of: its parameters are the options.
+
+        Args:
+            with_help: Whether options have their help.
+        """
         own, takes_context = self.fields(), "context" in get_type_hints(self.run)
-        parameters = [typer_parameter(key, field, kind) for key, (field, kind) in own.items()]
+        parameters = [typer_parameter(key, field, kind, with_help) for key, (field, kind) in own.items()]
         former = [former_parameter(key, field, kind) for key, (field, kind) in own.items() if option_of(field).former]
 
         def run(context: typer.Context, **values: Any) -> None:
@@ -172,20 +176,23 @@ def display_name(field: Field[Any]) -> str:
     return (option_of(field).flag or f"--{field.name.replace('_', '-')}").split("/")[0]
 
 
-def typer_parameter(key: str, field: Field[Any], kind: Any) -> inspect.Parameter:
+def typer_parameter(key: str, field: Field[Any], kind: Any, with_help: bool) -> inspect.Parameter:
     """Return the parameter from which typer makes an option or an argument."""
     option = option_of(field)
     needed = field.default is MISSING if option.required is None else option.required
     default = inspect.Parameter.empty if needed else default_text(field)
     annotation, settings = typer_settings(field, kind)
+    settings["help"] = help_text(option) if with_help else None
+    if option.choices:
+        settings["autocompletion"] = complete_choice(option)
     if option.environment:
         settings["envvar"] = option.environment
     if option.argument:
         settings["metavar"] = f"{key.upper()}..." if option.repeated else key.upper()
-        info: Any = typer.Argument(help=help_text(option), **settings)
+        info: Any = typer.Argument(**settings)
     else:
         flag = option.flag or f"--{key.replace('_', '-')}"
-        info = typer.Option(flag, *option.aliases, help=help_text(option), **settings)
+        info = typer.Option(flag, *option.aliases, **settings)
     parameter_kind = inspect.Parameter.KEYWORD_ONLY
     return inspect.Parameter(key, parameter_kind, default=default, annotation=Annotated[annotation, info])
 
@@ -228,6 +235,16 @@ def typer_settings(field: Field[Any], kind: Any) -> tuple[Any, dict[str, Any]]:
         settings = {"min": option.min, "max": option.max, "metavar": option.metavar or METAVARS[kind]}
         return (list[str] if option.repeated else kind), settings
     return (list[str] if option.repeated else str), {"parser": parse, "metavar": option.metavar or metavar}
+
+
+def complete_choice(option: Option) -> Callable[[str], list[str]]:
+    """Return a function from the beginning of a value to the values that the shell offers."""
+
+    def words(incomplete: str) -> list[str]:
+        before, comma, last = incomplete.rpartition(",")  # of a list
+        return [f"{before}{comma}{choice}" for choice in choices_of(option) if choice.startswith(last)]
+
+    return words
 
 
 def usage_error(parse: Callable[[str], Any]) -> Callable[[str], Any]:

@@ -7,6 +7,7 @@ import select
 import shlex
 import shutil
 import subprocess
+import sys
 import time
 from importlib import metadata
 from pathlib import Path
@@ -19,9 +20,9 @@ import typer
 from patterns.attribution import parse_method
 from ray_jobs.cli.app import COMMANDS as REGISTERED
 from ray_jobs.cli.app import exit_status, make_app
-from ray_jobs.cli.completion import script
 from ray_jobs.units import find_version
 
+PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 PROGRAM: Any = typer.main.get_command(make_app())
 COMMANDS = sorted(PROGRAM.commands)
 EXAMPLES = {name: each.examples for name, each in REGISTERED.items()}
@@ -98,7 +99,7 @@ def test_version_is_that_of_the_installed_package(capsys: pytest.CaptureFixture[
 def type_keys(shell: str, home: Path, keys: str) -> str:
     """Return the arguments of the program after these keys were pressed in an interactive shell. TABs are keys."""
     ours, theirs = pty.openpty()
-    env = {"HOME": str(home), "PATH": os.environ["PATH"], "TERM": "dumb"}
+    env = {"HOME": str(home), "PATH": PATH, "TERM": "dumb", "PYTHONPATH": str(Path(__file__).parents[2])}
     process = subprocess.Popen([shell, "-i"], stdin=theirs, stdout=theirs, stderr=theirs, env=env, cwd=home)
     try:
         os.write(ours, b'patternnet() { echo "<ran:$*>"; }; echo $((40 + 2))ready\n')
@@ -119,32 +120,51 @@ def type_keys(shell: str, home: Path, keys: str) -> str:
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh"])
-def test_tab_completes_commands_and_options(
-    shell: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_tab_completes_commands_options_and_values(shell: str, tmp_path: Path) -> None:
     if shutil.which(shell) is None:
         pytest.skip(f"needs {shell}")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("SHELL", f"/bin/{shell}")
-    for _ in range(2):
-        assert exit_status(["--install-completion"]) == 0
-    assert (tmp_path / f".{shell}rc").read_text().count("source") == 1
+    env = {**os.environ, "HOME": str(tmp_path), "SHELL": f"/bin/{shell}", "PATH": PATH}
+    subprocess.run(["patternnet", "--install-completion", shell], env=env, check=True, capture_output=True)
     (tmp_path / "photographs").mkdir()
     typed = type_keys(shell, tmp_path, "patternnet f\t--pos\t16 --until\t0.1\n")
     assert typed == "fit --positions 16 --until-converged 0.1"
+    assert type_keys(shell, tmp_path, "patternnet explain --output npy,zar\t\n").split() == [
+        "explain",
+        "--output",
+        "npy,zarr",
+    ]
     assert type_keys(shell, tmp_path, "patternnet repo\tphotogr\t\n").rstrip("/") == "report photographs"
 
 
-def test_completion_leaves_out_deprecated_flags() -> None:
-    (line,) = [line for line in script(PROGRAM).splitlines() if "*' explain -'*" in line]
-    words = line.partition("words=")[2].replace("'", " ").split()
+def complete(words: str, **env: str) -> list[str]:
+    """Return the words that bash is offered."""
+    asked = {"_PATTERNNET_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+    found = subprocess.run(
+        ["patternnet"], env={**os.environ, "PATH": PATH, **asked, **env}, check=True, capture_output=True, text=True
+    )
+    return found.stdout.split()
+
+
+def test_completion_leaves_out_deprecated_flags_and_imports_no_torch() -> None:
+    words = complete("patternnet explain --")
     assert "--map-size" in words
     assert "--resize" not in words
-
-
-def test_completion_of_another_shell_is_rejected(complaint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SHELL", "/usr/bin/fish")
-    assert "'fish'" in complaint("--install-completion")
+    profile = subprocess.run(
+        ["patternnet"],
+        env={
+            **os.environ,
+            "PATH": PATH,
+            "PYTHONPROFILEIMPORTTIME": "1",
+            "_PATTERNNET_COMPLETE": "complete_bash",
+            "COMP_WORDS": "patternnet explain --",
+            "COMP_CWORD": "2",
+        },
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert "typer" in profile.stderr
+    assert " torch\n" not in profile.stderr
 
 
 def test_checkout_that_is_not_installed_has_no_version() -> None:
