@@ -1,7 +1,6 @@
 """Files of moments: partial moments of some shards, which are merged into one file or one operator's moments."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from functools import reduce
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -12,6 +11,7 @@ from patterns.io.atomic import write_atomically
 from patterns.io.safetensors_stream import REMEDY, Specs, TensorFile, tensor_specs, write_tensors
 from patterns.moments.gram import PatchMoments
 from patterns.moments.moments import Moments
+from patterns.operators.operator import Operator
 
 FORMAT = "1"
 M = TypeVar("M", Moments, PatchMoments)
@@ -44,6 +44,7 @@ def load_moments(
     files: Sequence[TensorFile],
     operator: str,
     moments_type: type[M] = Moments,  # type: ignore[assignment]
+    select: Callable[[Tensor], Tensor] = lambda sums: sums,
 ) -> M:
     """Load the moments of one operator, summed over several files. Other tensors are not read.
 
@@ -51,9 +52,10 @@ def load_moments(
         files: The files.
         operator: The operator's name.
         moments_type: The type of the moments: `Moments` or `PatchMoments`.
+        select: Selects the operator's neurons in the sums of one file; see `Operator.select_rows`.
 
     Raises:
-        UserError: If a file lacks the moments of this operator.
+        UserError: If a file lacks the moments of this operator, or has other sums of it than another file.
         KeyError, ValueError: If they are of the other type.
 
     Example:
@@ -63,7 +65,7 @@ def load_moments(
     for file in files:
         if not names or not file.specs.keys() >= set(names):
             raise UserError(file.where, f"no moments of {operator}", REMEDY)
-    return moments_type.from_tensors({name.removeprefix(f"{operator}/"): add_up(files, name) for name in names})
+    return moments_type.from_tensors({name.removeprefix(f"{operator}/"): add_up(files, name, select) for name in names})
 
 
 def list_sums(file: TensorFile) -> Specs:
@@ -71,9 +73,41 @@ def list_sums(file: TensorFile) -> Specs:
     return {name: spec for name, spec in file.specs.items() if not name.endswith("/outer")}
 
 
-def add_up(files: Iterable[TensorFile], name: str) -> Tensor:
+def add_up(files: Sequence[TensorFile], name: str, select: Callable[[Tensor], Tensor] = lambda sums: sums) -> Tensor:
     """Return the sum of a tensor over files. Moments are merged in this way, tensor by tensor."""
-    return reduce(Tensor.add_, (file.get(name) for file in files))
+    first, *others = files
+    total = select(first.get(name))
+    for file in others:
+        sums = select(file.get(name))
+        if (sums.dtype, sums.shape) != (total.dtype, total.shape):
+            what = f"another version than that of {first.where} took the sums {name}, and they cannot be added"
+            raise UserError(file.where, what, "Fit all data with one version.")
+        total.add_(sums)
+    return total
+
+
+def require_moments_of(file: TensorFile, operators: Mapping[str, Operator]) -> None:
+    """Raise UserError if a file has moments of other neurons or another gate than an operator has.
+
+    Args:
+        file: The file.
+        operators: The operators by name; moments of others are not checked.
+
+    Example:
+        See `save_moments`.
+    """
+    for name, (dtype, shape) in file.specs.items():
+        operator, _, field = name.rpartition("/")
+        if field not in ("total.n", "open.n") or operator not in operators:
+            continue
+        neurons, gate = operators[operator].neurons, operators[operator].gate
+        if shape != (neurons,):
+            what = f"the moments of {operator} are those of {shape[0]} neurons, and the model now has {neurons}"
+        elif field == "open.n" and (gate is None or gate.is_smooth != dtype.is_floating_point):
+            what = f"the moments of {operator} are those of another gate than the model now has"
+        else:
+            continue
+        raise UserError(file.where, f"{what}: an earlier version took them", "Go on with that version, or fit again.")
 
 
 def merge_moments(path: Path, files: Sequence[TensorFile], metadata: Mapping[str, str]) -> None:

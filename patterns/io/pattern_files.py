@@ -213,7 +213,7 @@ def choose(network: Network, patterns: Patterns, estimator: Choices = "default")
         if row not in patterns.get(name, {}):
             remedy = "Solve with an estimator that includes it, or pass another `estimator`."
             raise UserError(name, f"the run has no pattern {row!r} for this operator", remedy, "estimator")
-        selected[name] = patterns[name][row]
+        selected[name] = network.operators[name].select_rows(patterns[name][row])
     return selected
 
 

@@ -40,6 +40,7 @@ from patterns.tracing.digests import constants_digest
 from patterns.tracing.exporting import export
 from patterns.tracing.folding import fold_constants, fold_scales
 from patterns.tracing.forward_checks import agree, compute_independent_outputs, draw_samples_like, require_deterministic
+from patterns.tracing.fused_layers import split_fused_layers
 from patterns.tracing.graph_records import NodeRecord, build_graph, move, record_graph
 from patterns.tracing.images_first import put_images_first
 from patterns.tracing.inputs import add_shape_check
@@ -241,6 +242,7 @@ def build_network(graph: AtenGraph, example: Tensor, name: str, pass_through: Co
     mark_channels(graph)
     lower_operations(graph)
     fold_scales(graph)
+    split_fused_layers(graph)
     if not PROBABILITIES & set(pass_through):
         require_logits(graph, name)
     require_supported(graph, name, pass_through)

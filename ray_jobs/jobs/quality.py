@@ -147,12 +147,12 @@ def judge_group(
         regressed: The files of partial moments to regress v on.
         evaluated: The files of partial moments to evaluate ρ on.
     """
-    names = [operator.name for operator in operators]
-    patterns = load_patterns(run, weights, names)
-    moments = (merge_operators(files, names, PatchMoments) for files in (regressed, evaluated))
+    patterns = load_patterns(run, weights, [operator.name for operator in operators])
+    moments = (merge_operators(files, operators, PatchMoments) for files in (regressed, evaluated))
     tables = []
     for operator, b, c in zip(operators, *moments):
-        rho = quality(patterns.get(operator.name, {}), operator.weight, b, c)
+        own = {row: operator.select_rows(pattern) for row, pattern in patterns.get(operator.name, {}).items()}
+        rho = quality(own, operator.weight, b, c)
         if "identity" in select_choices(operator.name, estimators):
             rho["identity"] = torch.full((operator.neurons,), torch.nan)
         tables.append(to_table(operator.name, rho))
