@@ -24,6 +24,7 @@ from patterns.tracing.aten_graph import (
     AtenGraph,
     arguments,
     copy_graph,
+    follow_axis,
     get_attribute,
     mark_channels,
     opname,
@@ -148,13 +149,17 @@ class Network:
         (end,) = module.graph.find_nodes(op="output")
         with module.graph.inserting_before(end):
             out = last
+            if found.operator_type.axis != 1:
+                out = module.graph.call_function(torch.movedim, (out, found.operator_type.axis, 1))
             if isinstance(found.gate, SmoothGate):
-                out = module.graph.call_function(gated, (out, found.gate.name, *found.gate.parameters))
+                parameters: tuple[Any, ...] = found.gate.parameters
+                if found.gate.has_slopes:
+                    module.register_buffer("_slopes", torch.tensor(parameters).to(found.weight))
+                    parameters = (module.graph.get_attr("_slopes"),)
+                out = module.graph.call_function(gated, (out, found.gate.name, *parameters))
             elif (gate := found.gate) is not None:
                 limits = (None if math.isinf(bound) else bound for bound in (gate.low, gate.high))
                 out = module.graph.call_function(aten.clamp.default, (out, *limits))
-            if found.operator_type.axis != 1:
-                out = module.graph.call_function(torch.movedim, (out, found.operator_type.axis, 1))
         end.args = (out,)
         wanted = {end, *find_ancestors(end)}
         for node in reversed(module.graph.nodes):
@@ -270,7 +275,8 @@ def assign_gates(module: GraphModule) -> None:
     gates: dict[str, set[AnyGate | None]] = {}
     calls = Counter(operator.name for _, operator in find_operator_calls(module))
     for node, operator in find_operator_calls(module):
-        gates.setdefault(operator.name, set()).update(find_consumer_gates(node))
+        axis = operator.operator_type.axis % node.meta["val"].dim()
+        gates.setdefault(operator.name, set()).update(find_consumer_gates(module, node, axis))
     for _, operator in find_operator_calls(module):
         operator.calls = calls[operator.name]
         found = gates[operator.name]
@@ -278,18 +284,33 @@ def assign_gates(module: GraphModule) -> None:
         operator.mixed_gates = len(found) > 1
 
 
-def find_consumer_gates(node: Node) -> Iterator[AnyGate | None]:
-    """Yield for each path from a node the gate of the activation that it leads to, or None for any other consumer."""
+def find_consumer_gates(module: GraphModule, node: Node, axis: int | None) -> Iterator[AnyGate | None]:
+    """Yield for each path from a node the gate of the activation that it leads to, or None for any other consumer.
+
+    Args:
+        module: The graph.
+        node: The node.
+        axis: The dimension of its value that counts the operator's neurons; None: unknown.
+    """
     for user in node.users:
         if user.op == "call_function" and user.target in RECTIFIERS:
             yield RECTIFIERS[user.target](arguments(user))
         elif user.target is gated:
-            _, name, *parameters = user.args
-            yield SmoothGate(str(name), tuple(map(float, parameters)))  # type: ignore[arg-type]
+            yield read_gate(module, user, axis)
         elif passes_values(user):
-            yield from find_consumer_gates(user)
+            unchanged = axis is None or "max_pool" in opname(user)
+            yield from find_consumer_gates(module, user, axis if unchanged else follow_axis(user, axis or 0))
         elif opname(user) not in SYMBOLIC:
             yield None
+
+
+def read_gate(module: GraphModule, node: Node, axis: int | None) -> SmoothGate | None:
+    """Return the gate of a call of `gated`; None if it has a slope for each channel, and these are not the neurons."""
+    _, name, *parameters = node.args
+    if not isinstance(parameters[0] if parameters else None, Node):
+        return SmoothGate(str(name), tuple(map(float, parameters)))  # type: ignore[arg-type]
+    slopes = get_attribute(module, str(parameters[0].target))  # type: ignore[union-attr]
+    return SmoothGate(str(name), tuple(slopes.tolist())) if axis == 1 else None
 
 
 def rectify_in_place(module: GraphModule) -> None:
