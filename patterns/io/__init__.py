@@ -7,7 +7,15 @@ from patterns.lazy import import_on_use
 if TYPE_CHECKING:
     from patterns.io.atomic import TEMPORARY_PREFIX, temporary_path, write_atomically, write_json, write_table
     from patterns.io.moment_files import load_moments, merge_moments, require_moments_of, save_moments
-    from patterns.io.pattern_files import Patterns, TraceOptions, list_patterns, load, pattern_specs, save_solutions
+    from patterns.io.pattern_files import (
+        Patterns,
+        TraceOptions,
+        list_patterns,
+        load,
+        pattern_specs,
+        save_solutions,
+        select_pattern,
+    )
     from patterns.io.safetensors_stream import TensorFile, write_tensors
 
 __all__ = [
@@ -23,6 +31,7 @@ __all__ = [
     "require_moments_of",
     "save_moments",
     "save_solutions",
+    "select_pattern",
     "temporary_path",
     "write_atomically",
     "write_json",
@@ -42,6 +51,7 @@ __getattr__, __dir__ = import_on_use(
             "load",
             "pattern_specs",
             "save_solutions",
+            "select_pattern",
         ],
         "patterns.io.safetensors_stream": ["TensorFile", "write_tensors"],
     },

@@ -35,7 +35,7 @@ def merge_operators(files: Iterable[str], operators: Iterable[Operator], moments
     with ExitStack() as stack:
         opened = [stack.enter_context(TensorFile(locate(file))) for file in files]
         for operator in operators:
-            yield load_moments(opened, operator.name, moments_type, operator.select_rows)
+            yield load_moments(opened, operator.name, moments_type, operator)
 
 
 def solve_all(

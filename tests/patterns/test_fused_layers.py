@@ -242,9 +242,10 @@ def test_patterns_of_a_whole_layer_are_reduced_to_the_rows_of_its_operator() -> 
     rows = torch.randn(3 * WIDTH, WIDTH)
     chosen = choose(network, {**whole, "qkv": {"linear": rows}}, "linear")
     assert torch.equal(chosen["qkv"], rows[2 * WIDTH :])
-    other = choose(network, {**whole, "out": {"linear": rows}}, "linear")
-    with pytest.raises(UserError, match=r"the pattern has shape \(36, 12\), the weight \(5, 12\)"):
-        Explainer(network, other, ["patternattribution"])
+    for call in (choose, lambda *args: Explainer(network, {**chosen, "out": rows}, ["patternattribution"])):
+        with pytest.raises(UserError, match=r"the pattern has shape \(36, 12\), the weight \(5, 12\)") as caught:
+            call(network, {**whole, "out": {"linear": rows}}, "linear")
+        assert caught.value.where == "out"
 
 
 def test_random_weights_keep_the_rows() -> None:

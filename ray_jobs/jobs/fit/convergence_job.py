@@ -169,7 +169,7 @@ def check_files(
 def load_file(path: str, operator: Operator) -> Moments:
     """Return the moments of one operator in a file."""
     with TensorFile(locate(path)) as file:
-        return load_moments([file], operator.name, Moments, operator.select_rows)
+        return load_moments([file], operator.name, Moments, operator)
 
 
 def select_criterion_estimators(estimators: Sequence[str]) -> tuple[str, ...]:
