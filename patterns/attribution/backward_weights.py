@@ -15,6 +15,7 @@ from torch import Tensor
 from patterns.attribution.gradient_scaling import ScaledModule
 from patterns.attribution.methods import BackwardPass
 from patterns.errors import UserError
+from patterns.io.pattern_files import select_pattern
 from patterns.operators.operator import Operator
 from patterns.tracing.network import Network
 
@@ -40,10 +41,7 @@ def compute_backward_weights(network: Network, patterns: Patterns, backward: Bac
             weights[name] = operator.weight
             continue
         if pattern is not None:
-            if pattern.shape != operator.weight.shape:
-                what = f"the pattern has shape {tuple(pattern.shape)}, the weight {tuple(operator.weight.shape)}"
-                raise UserError(name, what, "Fit patterns for this model.")
-            pattern = pattern.to(operator.weight)
+            pattern = select_pattern(operator, pattern).to(operator.weight)
         weights[name] = backward.operator(operator.weight, pattern)
     return weights
 

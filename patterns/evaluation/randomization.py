@@ -130,6 +130,7 @@ def with_weights(operator: Operator, weight: Tensor, bias: Tensor | None) -> Ope
     shapes = operator.input_shapes, operator.output_shape
     other = Operator(operator.name, operator.operator_type, weight, bias, *shapes, operator.source, operator.gate)
     other.calls, other.mixed_gates, other.per_image = operator.calls, operator.mixed_gates, operator.per_image
+    other.rows = operator.rows
     return other
 
 

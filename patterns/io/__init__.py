@@ -6,8 +6,16 @@ from patterns.lazy import import_on_use
 
 if TYPE_CHECKING:
     from patterns.io.atomic import TEMPORARY_PREFIX, temporary_path, write_atomically, write_json, write_table
-    from patterns.io.moment_files import load_moments, merge_moments, save_moments
-    from patterns.io.pattern_files import Patterns, TraceOptions, list_patterns, load, pattern_specs, save_solutions
+    from patterns.io.moment_files import load_moments, merge_moments, require_moments_of, save_moments
+    from patterns.io.pattern_files import (
+        Patterns,
+        TraceOptions,
+        list_patterns,
+        load,
+        pattern_specs,
+        save_solutions,
+        select_pattern,
+    )
     from patterns.io.safetensors_stream import TensorFile, write_tensors
 
 __all__ = [
@@ -20,8 +28,10 @@ __all__ = [
     "load_moments",
     "merge_moments",
     "pattern_specs",
+    "require_moments_of",
     "save_moments",
     "save_solutions",
+    "select_pattern",
     "temporary_path",
     "write_atomically",
     "write_json",
@@ -33,7 +43,7 @@ __getattr__, __dir__ = import_on_use(
     __name__,
     {
         "patterns.io.atomic": ["TEMPORARY_PREFIX", "temporary_path", "write_atomically", "write_json", "write_table"],
-        "patterns.io.moment_files": ["load_moments", "merge_moments", "save_moments"],
+        "patterns.io.moment_files": ["load_moments", "merge_moments", "require_moments_of", "save_moments"],
         "patterns.io.pattern_files": [
             "Patterns",
             "TraceOptions",
@@ -41,6 +51,7 @@ __getattr__, __dir__ = import_on_use(
             "load",
             "pattern_specs",
             "save_solutions",
+            "select_pattern",
         ],
         "patterns.io.safetensors_stream": ["TensorFile", "write_tensors"],
     },

@@ -1,7 +1,6 @@
 """Files of moments: partial moments of some shards, which are merged into one file or one operator's moments."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from functools import reduce
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -12,8 +11,10 @@ from patterns.io.atomic import write_atomically
 from patterns.io.safetensors_stream import REMEDY, Specs, TensorFile, tensor_specs, write_tensors
 from patterns.moments.gram import PatchMoments
 from patterns.moments.moments import Moments
+from patterns.operators.operator import Operator
 
 FORMAT = "1"
+EARLIER, REMEDY_EARLIER = "an earlier version took them", "Go on with that version, or fit again."
 M = TypeVar("M", Moments, PatchMoments)
 
 
@@ -44,6 +45,7 @@ def load_moments(
     files: Sequence[TensorFile],
     operator: str,
     moments_type: type[M] = Moments,  # type: ignore[assignment]
+    like: Operator | None = None,
 ) -> M:
     """Load the moments of one operator, summed over several files. Other tensors are not read.
 
@@ -51,9 +53,11 @@ def load_moments(
         files: The files.
         operator: The operator's name.
         moments_type: The type of the moments: `Moments` or `PatchMoments`.
+        like: The operator, if its neurons are to be checked. Of moments of its whole layer, its rows are selected.
 
     Raises:
-        UserError: If a file lacks the moments of this operator.
+        UserError: If a file lacks the moments of this operator, has those of other neurons, or has other sums of it
+            than another file.
         KeyError, ValueError: If they are of the other type.
 
     Example:
@@ -63,7 +67,10 @@ def load_moments(
     for file in files:
         if not names or not file.specs.keys() >= set(names):
             raise UserError(file.where, f"no moments of {operator}", REMEDY)
-    return moments_type.from_tensors({name.removeprefix(f"{operator}/"): add_up(files, name) for name in names})
+        if like is not None:
+            require_neurons(file, like, whole_layer=True)
+    sums = (add_up(files, name) if like is None else add_up(files, name, like.select_rows) for name in names)
+    return moments_type.from_tensors(dict(zip((name.removeprefix(f"{operator}/") for name in names), sums)))
 
 
 def list_sums(file: TensorFile) -> Specs:
@@ -71,9 +78,52 @@ def list_sums(file: TensorFile) -> Specs:
     return {name: spec for name, spec in file.specs.items() if not name.endswith("/outer")}
 
 
-def add_up(files: Iterable[TensorFile], name: str) -> Tensor:
+def add_up(files: Sequence[TensorFile], name: str, select: Callable[[Tensor], Tensor] = lambda sums: sums) -> Tensor:
     """Return the sum of a tensor over files. Moments are merged in this way, tensor by tensor."""
-    return reduce(Tensor.add_, (file.get(name) for file in files))
+    first, *others = files
+    total = select(first.get(name))
+    for file in others:
+        sums = select(file.get(name))
+        if (sums.dtype, sums.shape) != (total.dtype, total.shape):
+            what = f"another version than that of {first.where} took the sums {name}, and they cannot be added"
+            raise UserError(file.where, what, "Fit all data with one version.")
+        total.add_(sums)
+    return total
+
+
+def require_moments_of(file: TensorFile, operators: Mapping[str, Operator]) -> None:
+    """Raise UserError if a file has moments of other neurons or another gate than an operator has.
+
+    Args:
+        file: The file.
+        operators: The operators by name; moments of others are not checked.
+
+    Example:
+        See `save_moments`.
+    """
+    for name, operator in operators.items():
+        if f"{name}/total.n" in file.specs:
+            require_neurons(file, operator, whole_layer=False)
+            dtype, _ = file.specs.get(f"{name}/open.n", (None, ()))
+            smooth = None if operator.gate is None else operator.gate.is_smooth
+            if (None if dtype is None else dtype.is_floating_point) is not smooth:
+                what = f"the moments of {name} are those of another gate than the model now has"
+                raise UserError(file.where, f"{what}: {EARLIER}", REMEDY_EARLIER)
+
+
+def require_neurons(file: TensorFile, operator: Operator, whole_layer: bool) -> None:
+    """Raise UserError if a file has moments of other neurons than an operator has; see `Operator.select_rows`.
+
+    Args:
+        file: The file.
+        operator: The operator.
+        whole_layer: Whether moments of all rows of its layer are accepted.
+    """
+    _, (count,) = file.specs[f"{operator.name}/total.n"]
+    is_whole = operator.rows is not None and count > operator.rows[-1]
+    if count != operator.neurons and not (whole_layer and is_whole):
+        what = f"the moments of {operator.name} are those of {count} neurons, and the model now has {operator.neurons}"
+        raise UserError(file.where, f"{what}: {EARLIER}", REMEDY_EARLIER)
 
 
 def merge_moments(path: Path, files: Sequence[TensorFile], metadata: Mapping[str, str]) -> None:

@@ -213,7 +213,30 @@ def choose(network: Network, patterns: Patterns, estimator: Choices = "default")
         if row not in patterns.get(name, {}):
             remedy = "Solve with an estimator that includes it, or pass another `estimator`."
             raise UserError(name, f"the run has no pattern {row!r} for this operator", remedy, "estimator")
-        selected[name] = patterns[name][row]
+        selected[name] = select_pattern(network.operators[name], patterns[name][row])
+    return selected
+
+
+def select_pattern(operator: Operator, pattern: Tensor) -> Tensor:
+    """Return an operator's pattern; of a pattern for all rows of its layer, the rows of its neurons.
+
+    Args:
+        operator: The operator.
+        pattern: The pattern, as a run has it.
+
+    Raises:
+        UserError: If the result does not have the shape of the operator's weight.
+
+    Example:
+        >>> import patterns
+        >>> operator = patterns.trace(torch.nn.Linear(3, 2), torch.zeros(2, 3)).operators["linear.0"]
+        >>> select_pattern(operator, torch.ones(2, 3)).shape
+        torch.Size([2, 3])
+    """
+    selected = operator.select_rows(pattern)
+    if selected.shape != operator.weight.shape:
+        what = f"the pattern has shape {tuple(pattern.shape)}, the weight {tuple(operator.weight.shape)}"
+        raise UserError(operator.name, what, "Fit patterns for this model with this version.")
     return selected
 
 

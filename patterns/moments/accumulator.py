@@ -37,6 +37,8 @@ class Accumulator:
             layout: How the inputs and outputs given to `update` are laid out; by default, as the operator's.
         """
         self._operator, self._layout = operator, layout or operator.operator_type
+        gate = operator.gate
+        self._weigh = None if gate is None else gate.weight_function(self._layout.axis, operator.weight.device)
         self._sums = zero_moments(operator, required)
 
     @torch.inference_mode()  # sums made in inference mode cannot be changed outside of it
@@ -87,8 +89,8 @@ class Accumulator:
             add_in_chunks(total.x, x)
             add_products(total.xy, x, center_y)
             self._add_gradient(inputs, grad, total.xy)
-        if opened is not None and op.gate is not None:
-            mask = make_mask(op.gate, z)
+        if opened is not None and op.gate is not None and self._weigh is not None:
+            mask = make_mask(op.gate, z, self._weigh)
             # Center the open outputs by their own mean, which may be far from the mean over all.
             offset = sum_positions(mask(grad, grad), layout.axis)
             n_open = sum_weights(mask(z.new_ones(()), grad), op.gate, count, layout.axis)
@@ -125,11 +127,11 @@ class Accumulator:
                 add_products(xy[neurons], gradient, y[neurons])
 
 
-def make_mask(gate: AnyGate, z: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+def make_mask(gate: AnyGate, z: Tensor, weigh: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
     """Return the function that writes values times the gate's weights for z into its second argument."""
     if isinstance(gate, Gate):
         return lambda values, out: gate.mask(values, z, out=out)
-    weights = gate.weigh(z)
+    weights = weigh(z)
     return lambda values, out: torch.mul(values, weights, out=out)
 
 

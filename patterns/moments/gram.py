@@ -136,7 +136,10 @@ class PatchAccumulator:
         if not z.numel():
             return
         sampled = self._sampler.sample(op.name, z[0].numel() // op.neurons)
-        gate = None if op.gate is None else flatten_positions(op.gate.weigh(z), op.operator_type.axis)
+        gate = None
+        if op.gate is not None:
+            axis = op.operator_type.axis
+            gate = flatten_positions(op.gate.weight_function(axis, z.device)(z), axis)
         images = max(1, PATCH_ELEMENTS // (sampled.shape[1] * op.groups * op.inputs_per_neuron))
         for start in range(0, len(z), images):
             chunk = slice(start, start + images)

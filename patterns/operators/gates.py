@@ -2,7 +2,7 @@
 
 A rectifier's g is 0 or 1: the gate is closed or open. The g of GELU, SiLU and the like changes gradually. Estimators
 for one side of a gate weight each sample by g, or by 1 - g for the other side, where g is divided by its largest value
-if that exceeds 1.
+if that exceeds 1, and counts as 0 if it is negative.
 """
 
 import math
@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from patterns.operators.axes import reshape_along
 
 aten = torch.ops.aten
 
@@ -44,9 +46,14 @@ class Gate:
         mask = z > self.low
         return mask if self.high == float("inf") else mask.logical_and_(z < self.high)
 
-    def weigh(self, z: Tensor) -> Tensor:
-        """Return the weight of each output z: whether the gate is open, as bool."""
-        return self.open(z)
+    def weight_function(self, axis: int, device: torch.device) -> Callable[[Tensor], Tensor]:
+        """Return the function from outputs to their weights: whether the gate is open, as bool.
+
+        Args:
+            axis: The dimension of the outputs that counts the neurons; not used, because all have the same limits.
+            device: Their device; not used.
+        """
+        return self.open
 
     def mask(self, values: Tensor, z: Tensor, out: Tensor) -> Tensor:
         """Return the values where the gate is open for z, and 0 elsewhere.
@@ -67,7 +74,7 @@ class SmoothGate:
 
     Attributes:
         name: A name from `FACTORS`.
-        parameters: The parameters of its g.
+        parameters: The parameters of its g; for `prelu` the slope of each neuron.
 
     Example:
         >>> SmoothGate("silu", (1.0,)).factor(torch.tensor([0.0, 100.0]))
@@ -78,6 +85,8 @@ class SmoothGate:
     parameters: tuple[float, ...] = ()
 
     def __str__(self) -> str:
+        if self.has_slopes:
+            return f"{self.name} {min(self.parameters):g} to {max(self.parameters):g}"
         return " ".join([self.name, *(f"{value:g}" for value in self.parameters if value != 1)])
 
     @property
@@ -86,35 +95,66 @@ class SmoothGate:
         return True
 
     @property
+    def has_slopes(self) -> bool:
+        """Whether the parameters are one slope for each neuron."""
+        return self.name == "prelu"
+
+    @property
     def largest_factor(self) -> float:
         """The supremum of g, at least 1."""
         bound = LARGEST.get(self.name)
         return 1.0 if bound is None else bound(*self.parameters)
 
     def factor(self, z: Tensor) -> Tensor:
-        """Return g(z), in the dtype of z."""
-        return FACTORS[self.name](z, *self.parameters)
+        """Return g(z), in the dtype of z; slopes belong to dimension 1 of z."""
+        return FACTORS[self.name](z, *self._arguments(z))
 
-    def weigh(self, z: Tensor) -> Tensor:
-        """Return the weight of each output z, g(z) divided by the largest g, in [0, 1]."""
-        factor = self.factor(z)
-        return factor if self.largest_factor == 1 else factor / self.largest_factor
+    def weight_function(self, axis: int, device: torch.device) -> Callable[[Tensor], Tensor]:
+        """Return the function from outputs to their weights, g divided by the largest g of the neuron, in [0, 1].
+
+        Args:
+            axis: The dimension of the outputs that counts the neurons.
+            device: Their device. The function creates no tensors from numbers, as CUDA graphs require.
+        """
+        if self.has_slopes:
+            slopes = torch.tensor(self.parameters, dtype=torch.float64, device=device)
+            opened = 1 / slopes.clamp(min=1)
+            closed = slopes.clamp(min=0) * opened
+
+            def choose(z: Tensor) -> Tensor:
+                high, low = (reshape_along(axis, weights.to(z.dtype), z) for weights in (opened, closed))
+                return torch.where(z > 0, high, low)
+
+            return choose
+
+        def weigh(z: Tensor) -> Tensor:
+            factor = self.factor(z)
+            factor = factor if self.largest_factor == 1 else factor / self.largest_factor
+            return factor.clamp(min=0) if self.name == "leaky-relu" and self.parameters[0] < 0 else factor
+
+        return weigh
 
     def activate(self, z: Tensor) -> Tensor:
-        """Return f(z) = z·g(z)."""
-        return activate(z, self.name, *self.parameters)
+        """Return f(z) = z·g(z); slopes belong to dimension 1 of z."""
+        return activate(z, self.name, *self._arguments(z))
+
+    def _arguments(self, z: Tensor) -> tuple[float | Tensor, ...]:
+        """Return the arguments of `activate` after the name."""
+        return (torch.tensor(self.parameters).to(z),) if self.has_slopes else self.parameters
 
 
 AnyGate = Gate | SmoothGate
 
 
-def gated(z: Tensor, name: str, *parameters: float, detach: Callable[[Tensor], Tensor] = Tensor.detach) -> Tensor:
+def gated(
+    z: Tensor, name: str, *parameters: float | Tensor, detach: Callable[[Tensor], Tensor] = Tensor.detach
+) -> Tensor:
     """Return z·g(z), with the usual gradient of z and without the gradient of g.
 
     Args:
         z: The activation's input.
         name: A name from `FACTORS`.
-        *parameters: The parameters of g.
+        *parameters: The parameters of g; for `prelu` the slopes of the channels, shape (C,), dimension 1 of z.
         detach: Returns z for g, by default without its gradient.
 
     Example:
@@ -130,7 +170,7 @@ def gated(z: Tensor, name: str, *parameters: float, detach: Callable[[Tensor], T
     return z * FACTORS[name](detach(z), *parameters)
 
 
-def activate(z: Tensor, name: str, *parameters: float) -> Tensor:
+def activate(z: Tensor, name: str, *parameters: float | Tensor) -> Tensor:
     """Return z·g(z) by torch's own function if it has one, which is faster than the product."""
     own = ACTIVATIONS.get(name)
     return z * FACTORS[name](z, *parameters) if own is None else own(z, *parameters)
@@ -187,6 +227,11 @@ def leaky_factor(z: Tensor, slope: float) -> Tensor:
     return torch.where(z > 0, z.new_ones(()), z.new_full((), slope))
 
 
+def prelu_factor(z: Tensor, slopes: Tensor) -> Tensor:
+    """Return 1 for z > 0, and the channel's slope below, for z (N, C, …) and slopes (C,) (He et al. 2015)."""
+    return torch.where(z > 0, z.new_ones(()), reshape_along(1, slopes, z))
+
+
 FACTORS: dict[str, Callable[..., Tensor]] = {
     "gelu": gelu_factor,
     "gelu-tanh": gelu_tanh_factor,
@@ -195,14 +240,17 @@ FACTORS: dict[str, Callable[..., Tensor]] = {
     "mish": mish_factor,
     "elu": elu_factor,
     "leaky-relu": leaky_factor,
+    "prelu": prelu_factor,
 }
 ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
     "gelu": torch.nn.functional.gelu,
     "silu": lambda z, beta: torch.nn.functional.silu(z) if beta == 1 else z * silu_factor(z, beta),
     "hardswish": torch.nn.functional.hardswish,
+    "prelu": torch.nn.functional.prelu,
 }
 # The supremum of g, where it can exceed 1.
 LARGEST: dict[str, Callable[..., float]] = {
     "elu": lambda alpha, scale, input_scale: max(1.0, scale, scale * alpha * input_scale),
     "leaky-relu": lambda slope: max(1.0, slope),
+    "prelu": lambda *slopes: max(1.0, *slopes),
 }

@@ -309,6 +309,8 @@ class Operator(nn.Module):
             then None.
         per_image: Whether the first dimension of inputs and output counts images. It does not if it counts windows of
             images or tokens.
+        rows: The rows of the layer's weight that are the neurons, if the others feed only values that explanations take
+            as constants, such as queries and keys of a fused projection. None: all rows.
         input_shapes: Shapes of the inputs without the batch dimension.
         output_shape: Shape of the output without the batch dimension.
         source: The module and the line of the model's code that call the operator.
@@ -337,6 +339,7 @@ class Operator(nn.Module):
         super().__init__()
         self.name, self.operator_type, self.gate, self.source = name, operator_type, gate, source
         self.calls, self.mixed_gates, self.per_image = 1, False, True
+        self.rows: tuple[int, ...] | None = None
         self.input_shapes, self.output_shape = input_shapes, output_shape
         self.register_buffer("weight", weight.detach())
         self.register_buffer("bias", None if bias is None else bias.detach())
@@ -359,6 +362,17 @@ class Operator(nn.Module):
     def groups(self) -> int:
         """The number of groups of neurons that share their inputs, G; equal to K for types without groups."""
         return getattr(self.operator_type, "groups", self.neurons)
+
+    def select_rows(self, values: Tensor) -> Tensor:
+        """Return the values of these neurons from values that an earlier version stored for all rows of the layer.
+
+        Args:
+            values: A number or more for each neuron or for each row of the layer, or one row for all of them.
+
+        Returns:
+            A row for each neuron; the values themselves if they have no more rows than that.
+        """
+        return values if self.rows is None or len(values) <= self.neurons else values[list(self.rows)]
 
     def extra_repr(self) -> str:
         """Return the description that `repr` prints."""

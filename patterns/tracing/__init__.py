@@ -2,7 +2,7 @@
 
 The passes run in the order of `network.build_network`: export (`aten_graph`), constant folding (`folding`),
 linearization of accepted operations (`linearize`), canonical forms (`canonicalize`, `rectifiers`, `average_pools`,
-`constant_products`), and lowering to operators (`lower`).
+`constant_products`), lowering to operators (`lower`), and splitting of fused layers (`fused_layers`).
 """
 
 from patterns.tracing.digests import digest

@@ -122,21 +122,26 @@ def mark_channels(graph: AtenGraph) -> None:
 
     This is dimension 1 for the input and after convolutions and pooling, and the last dimension after linear layers.
     Permutations move it. A change of shape keeps it if a dimension of the same size and stride remains; otherwise the
-    channels are in the last dimension if they were there before, and in dimension 1 if not.
+    channels are in the last dimension if they were there before, and in dimension 1 if not. Values that do not depend
+    on the input, such as a class token for each image, follow the others.
     """
     for node in graph.fx.nodes:
+        node.meta["constant"] = node.op != "placeholder" and all(n.meta["constant"] for n in tensor_inputs(node))
         value = first_tensor(node)
         if value is not None:
             axis = find_channel_axis(node, value)
             node.meta["axis"] = axis if 1 <= axis < value.dim() else min(1, value.dim() - 1)
 
 
+def tensor_inputs(node: Node) -> list[Node]:
+    """Return the inputs of a node that are tensors, except for tensors of the model."""
+    return [n for n in node.all_input_nodes if n.op != "get_attr" and first_tensor(n) is not None]
+
+
 def find_channel_axis(node: Node, value: Tensor) -> int:
     """Return the channel dimension of a node's result, given those of its arguments."""
     operation, rank = opname(node), value.dim()
-    inputs = [
-        n for n in node.all_input_nodes if n.op != "get_attr" and "axis" in n.meta and first_tensor(n) is not None
-    ]
+    inputs = [n for n in tensor_inputs(node) if not n.meta["constant"]]
     if not inputs or operation.startswith(("conv", "max_pool", "avg_pool", "adaptive_", "upsample_", "_upsample_")):
         return 1
     if operation in {"linear", "matmul", "bmm", "scaled_dot_product_attention"}:

@@ -72,7 +72,7 @@ def export(model: nn.Module, example: Tensor, name: str) -> AtenGraph:
     for node in list(graph.nodes):
         if node.op == "get_attr":
             attributes[str(node.target)] = get_attribute(module, str(node.target))
-        elif node.target is aten.view.default:  # later passes may change the memory layout of its input
+        elif node.target in (aten.view.default, aten._unsafe_view.default):  # later passes may change the layout
             node.target = aten.reshape.default
         elif node.target is aten.batch_norm.default:
             use_one_batch_norm(graph, node)

@@ -24,6 +24,7 @@ from patterns.tracing.aten_graph import (
     AtenGraph,
     arguments,
     copy_graph,
+    follow_axis,
     get_attribute,
     mark_channels,
     opname,
@@ -40,6 +41,7 @@ from patterns.tracing.digests import constants_digest
 from patterns.tracing.exporting import export
 from patterns.tracing.folding import fold_constants, fold_scales
 from patterns.tracing.forward_checks import agree, compute_independent_outputs, draw_samples_like, require_deterministic
+from patterns.tracing.fused_layers import split_fused_layers
 from patterns.tracing.graph_records import NodeRecord, build_graph, move, record_graph
 from patterns.tracing.images_first import put_images_first
 from patterns.tracing.inputs import add_shape_check
@@ -147,13 +149,17 @@ class Network:
         (end,) = module.graph.find_nodes(op="output")
         with module.graph.inserting_before(end):
             out = last
+            if found.operator_type.axis != 1:
+                out = module.graph.call_function(torch.movedim, (out, found.operator_type.axis, 1))
             if isinstance(found.gate, SmoothGate):
-                out = module.graph.call_function(gated, (out, found.gate.name, *found.gate.parameters))
+                parameters: tuple[Any, ...] = found.gate.parameters
+                if found.gate.has_slopes:
+                    module.register_buffer("_slopes", torch.tensor(parameters).to(found.weight))
+                    parameters = (module.graph.get_attr("_slopes"),)
+                out = module.graph.call_function(gated, (out, found.gate.name, *parameters))
             elif (gate := found.gate) is not None:
                 limits = (None if math.isinf(bound) else bound for bound in (gate.low, gate.high))
                 out = module.graph.call_function(aten.clamp.default, (out, *limits))
-            if found.operator_type.axis != 1:
-                out = module.graph.call_function(torch.movedim, (out, found.operator_type.axis, 1))
         end.args = (out,)
         wanted = {end, *find_ancestors(end)}
         for node in reversed(module.graph.nodes):
@@ -241,6 +247,7 @@ def build_network(graph: AtenGraph, example: Tensor, name: str, pass_through: Co
     mark_channels(graph)
     lower_operations(graph)
     fold_scales(graph)
+    split_fused_layers(graph)
     if not PROBABILITIES & set(pass_through):
         require_logits(graph, name)
     require_supported(graph, name, pass_through)
@@ -268,7 +275,8 @@ def assign_gates(module: GraphModule) -> None:
     gates: dict[str, set[AnyGate | None]] = {}
     calls = Counter(operator.name for _, operator in find_operator_calls(module))
     for node, operator in find_operator_calls(module):
-        gates.setdefault(operator.name, set()).update(find_consumer_gates(node))
+        axis = operator.operator_type.axis % node.meta["val"].dim()
+        gates.setdefault(operator.name, set()).update(find_consumer_gates(module, node, axis))
     for _, operator in find_operator_calls(module):
         operator.calls = calls[operator.name]
         found = gates[operator.name]
@@ -276,18 +284,33 @@ def assign_gates(module: GraphModule) -> None:
         operator.mixed_gates = len(found) > 1
 
 
-def find_consumer_gates(node: Node) -> Iterator[AnyGate | None]:
-    """Yield for each path from a node the gate of the activation that it leads to, or None for any other consumer."""
+def find_consumer_gates(module: GraphModule, node: Node, axis: int | None) -> Iterator[AnyGate | None]:
+    """Yield for each path from a node the gate of the activation that it leads to, or None for any other consumer.
+
+    Args:
+        module: The graph.
+        node: The node.
+        axis: The dimension of its value that counts the operator's neurons; None: unknown.
+    """
     for user in node.users:
         if user.op == "call_function" and user.target in RECTIFIERS:
             yield RECTIFIERS[user.target](arguments(user))
         elif user.target is gated:
-            _, name, *parameters = user.args
-            yield SmoothGate(str(name), tuple(map(float, parameters)))  # type: ignore[arg-type]
+            yield read_gate(module, user, axis)
         elif passes_values(user):
-            yield from find_consumer_gates(user)
+            unchanged = axis is None or "max_pool" in opname(user)
+            yield from find_consumer_gates(module, user, axis if unchanged else follow_axis(user, axis or 0))
         elif opname(user) not in SYMBOLIC:
             yield None
+
+
+def read_gate(module: GraphModule, node: Node, axis: int | None) -> SmoothGate | None:
+    """Return the gate of a call of `gated`; None if it has a slope for each channel, and these are not the neurons."""
+    _, name, *parameters = node.args
+    if not isinstance(parameters[0] if parameters else None, Node):
+        return SmoothGate(str(name), tuple(map(float, parameters)))  # type: ignore[arg-type]
+    slopes = get_attribute(module, str(parameters[0].target))  # type: ignore[union-attr]
+    return SmoothGate(str(name), tuple(slopes.tolist())) if axis == 1 else None
 
 
 def rectify_in_place(module: GraphModule) -> None:

@@ -22,7 +22,7 @@ aten = torch.ops.aten
 ACTIVATIONS = {
     "gelu", "silu", "hardswish", "mish", "elu", "celu", "selu", "leaky_relu", "hardsigmoid", "sigmoid", "tanh", "erf",
     "erfc", "softplus", "log_sigmoid", "special_ndtr", "special_expit", "relu", "relu6", "hardtanh", "threshold",
-    "prelu", "clamp", "clamp_min", "clamp_max",
+    "prelu", "_prelu_kernel", "clamp", "clamp_min", "clamp_max",
 }  # fmt: skip
 ARITHMETIC = {
     "add", "sub", "rsub", "mul", "div", "neg", "reciprocal", "pow", "square", "sqrt", "abs", "exp", "expm1", "log",
@@ -43,7 +43,12 @@ def canonicalize_smooth_gates(graph: AtenGraph, pass_through: Collection[str]) -
         found = match_slopes(graph, node) or match_gate(graph, node)
         if found is not None:
             source, gate = found
-            graph.replace(node, graph.call(node, gated, source, gate.name, *gate.parameters))
+            parameters: tuple[Any, ...] = gate.parameters
+            if gate.has_slopes:
+                value = source.meta["val"]
+                slopes = torch.tensor(gate.parameters, dtype=value.dtype, device=value.device)
+                parameters = (graph.constant(node, slopes),)
+            graph.replace(node, graph.call(node, gated, source, gate.name, *parameters))
     graph.fx.eliminate_dead_code()
 
 
@@ -189,11 +194,12 @@ def is_gate(gate: SmoothGate) -> bool:
 
 
 def match_slopes(graph: AtenGraph, node: Node) -> tuple[Node, SmoothGate] | None:
-    """Match a PReLU with one slope for all channels; None for all other nodes."""
+    """Match a PReLU with constant slopes; None for all other nodes."""
     if opname(node) not in {"prelu", "_prelu_kernel"}:
         return None
-    x, slopes = node.args
-    values = get_constant(graph, slopes)  # type: ignore[arg-type]
-    if values is None or values.unique().numel() != 1:
+    x: Any = node.args[0]
+    values = get_constant(graph, node.args[1])  # type: ignore[arg-type]
+    if values is None:
         return None
-    return x, SmoothGate("leaky-relu", (float(values.flatten()[0]),))  # type: ignore[return-value]
+    slopes = tuple(values.flatten().tolist())
+    return x, SmoothGate("leaky-relu", slopes[:1]) if len(set(slopes)) == 1 else SmoothGate("prelu", slopes)

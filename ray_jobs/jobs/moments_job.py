@@ -11,6 +11,7 @@ from torch import Tensor
 
 from patterns import Network, UserError
 from patterns.estimation import OperatorObserver
+from patterns.io import TensorFile, require_moments_of
 from ray_jobs.config import Resources, equal_share
 from ray_jobs.data.samples import RejectedSample, derive_seed
 from ray_jobs.data.shard_reader import ShardTask
@@ -197,9 +198,12 @@ class MomentsJob(ShardJob):
             The ledger.
 
         Raises:
-            UserError: If too few samples could be used.
+            UserError: If too few samples could be used, or the moments of an earlier version cannot be continued.
         """
         spec = self.spec
+        for partial in self.ledger.entries[:1] if self.remaining else ():
+            with TensorFile(self.store.folder / partial.file) as file:
+                require_moments_of(file, model.network.operators)
         try:
             self.run(MomentsWorker, model, spec.store, spec.batch_size, observe)
             self.flush()

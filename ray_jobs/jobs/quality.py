@@ -17,7 +17,7 @@ from torch import Tensor
 
 from patterns import Network, Operator, PatchMoments, PatchObserver, UserError
 from patterns.estimation import CUTOFF, group_by_estimator, quality, select_choices, select_estimators
-from patterns.io import write_table
+from patterns.io import select_pattern, write_table
 from patterns.moments import patch_moments_bytes
 from ray_jobs.config import QualityConfig, Resources
 from ray_jobs.data.samples import RejectedSample
@@ -147,12 +147,12 @@ def judge_group(
         regressed: The files of partial moments to regress v on.
         evaluated: The files of partial moments to evaluate ρ on.
     """
-    names = [operator.name for operator in operators]
-    patterns = load_patterns(run, weights, names)
-    moments = (merge_operators(files, names, PatchMoments) for files in (regressed, evaluated))
+    patterns = load_patterns(run, weights, [operator.name for operator in operators])
+    moments = (merge_operators(files, operators, PatchMoments) for files in (regressed, evaluated))
     tables = []
     for operator, b, c in zip(operators, *moments):
-        rho = quality(patterns.get(operator.name, {}), operator.weight, b, c)
+        own = {row: select_pattern(operator, pattern) for row, pattern in patterns.get(operator.name, {}).items()}
+        rho = quality(own, operator.weight, b, c)
         if "identity" in select_choices(operator.name, estimators):
             rho["identity"] = torch.full((operator.neurons,), torch.nan)
         tables.append(to_table(operator.name, rho))

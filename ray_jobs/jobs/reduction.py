@@ -20,23 +20,22 @@ def solve_group(
     files: Sequence[str], operators: Sequence[Operator], estimators: Sequence[str], seed: int
 ) -> list[Solution]:
     """Merge the partial moments of some operators and compute their patterns; runs in a task."""
-    names = [operator.name for operator in operators]
-    merged = merge_operators(files, names, Moments)
+    merged = merge_operators(files, operators, Moments)
     return [solve(operator, moments, estimators, seed) for operator, moments in zip(operators, merged)]
 
 
-def merge_operators(files: Iterable[str], operators: Iterable[str], moments_type: type[M]) -> Iterator[M]:
+def merge_operators(files: Iterable[str], operators: Iterable[Operator], moments_type: type[M]) -> Iterator[M]:
     """Yield the moments of each operator, summed over files of partial moments.
 
     Args:
         files: The paths or URLs of the files.
-        operators: The names of the operators.
+        operators: The operators.
         moments_type: The type of the moments in the files.
     """
     with ExitStack() as stack:
         opened = [stack.enter_context(TensorFile(locate(file))) for file in files]
         for operator in operators:
-            yield load_moments(opened, operator, moments_type)
+            yield load_moments(opened, operator.name, moments_type, operator)
 
 
 def solve_all(

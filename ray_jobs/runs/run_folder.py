@@ -2,7 +2,7 @@
 
 import json
 import platform
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import MISSING, asdict, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -272,12 +272,24 @@ def describe_gate(gate: AnyGate | None) -> Any:
     return None if gate is None else [gate.low, None if gate.high == float("inf") else gate.high]
 
 
+def find_ranges(numbers: Sequence[int]) -> list[list[int]]:
+    """Return the ranges of successive numbers in ascending numbers: the first and the last number of each."""
+    ranges: list[list[int]] = []
+    for number in numbers:
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1][1] = number
+        else:
+            ranges.append([number, number])
+    return ranges
+
+
 def describe_operator(operator: Operator) -> dict[str, Any]:
     """Return an operator's entry in the manifest."""
     return {
         "name": operator.name,
         "kind": TYPE_NAMES[type(operator.operator_type)],
         "weight": list(operator.weight.shape),
+        "rows": None if operator.rows is None else find_ranges(operator.rows),
         "input": [list(s) for s in operator.input_shapes],
         "output": list(operator.output_shape),
         "gate": describe_gate(operator.gate),

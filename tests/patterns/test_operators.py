@@ -213,10 +213,16 @@ def test_parameter_used_twice_is_one_scale_with_its_name() -> None:
     assert list(network.operators) == ["0.gamma"]
 
 
+SLOPES = SmoothGate("prelu", tuple(torch.tensor([0.1, 0.2, 0.3, 0.4]).double().tolist()))
 GATES: dict[str, tuple[Callable[[FunctionModel, Tensor], Tensor], AnyGate | None, bool]] = {
     "leaky": (lambda m, x: F.leaky_relu(m.a(x), 0.2), SmoothGate("leaky-relu", (0.2,)), False),
     "prelu": (lambda m, x: m.prelu(m.a(x)), SmoothGate("leaky-relu", (0.25,)), False),
-    "prelu of several slopes": (lambda m, x: m.slopes(m.a(x)), RELU, False),
+    "prelu of several slopes": (lambda m, x: m.slopes(m.a(x)), SLOPES, False),
+    "prelu behind a pool": (lambda m, x: m.slopes(F.max_pool2d(m.a(x), 2)), SLOPES, False),
+    "prelu in another shape": (lambda m, x: m.slopes(m.a(x).flatten(2).mT.contiguous().mT), SLOPES, False),
+    "prelu of positions": (lambda m, x: m.slopes(m.a(x)[:, :, :4].transpose(1, 2)), None, False),
+    "prelu of shuffled channels": (lambda m, x: m.slopes(m.a(x).flip(1)), None, False),
+    "prelu in place": (lambda m, x: m.slopes(m.a(x)).mul_(2), SLOPES, False),
     "hardtanh": (lambda m, x: F.hardtanh(m.a(x), -0.5, 2.0), Gate(-0.5, 2.0), False),
     "two alike": (lambda m, x: (y := m.a(x)).relu() + y.clamp(min=0), RELU, False),
     "leaky and not": (lambda m, x: (y := m.a(x)).relu() + F.leaky_relu(y), None, True),

@@ -27,7 +27,7 @@ from patterns import (
 )
 from patterns.estimation.observer import Observer
 from patterns.io.atomic import write_atomically, write_json
-from patterns.io.moment_files import load_moments, merge_moments, save_moments
+from patterns.io.moment_files import load_moments, merge_moments, require_moments_of, save_moments
 from patterns.io.pattern_files import load_trace_options
 from patterns.io.safetensors_stream import TensorFile, tensor_specs, write_tensors
 from patterns.moments.moments import RequiredSums
@@ -284,6 +284,25 @@ def test_moments_that_a_file_lacks_are_rejected_by_name(run: Run, tmp_path: Path
     with pytest.raises(UserError, match="no such file") as caught:
         TensorFile(tmp_path / "missing")
     assert caught.value.where == str(tmp_path / "missing")
+
+
+def test_moments_of_other_neurons_or_another_gate_are_rejected(run: Run, tmp_path: Path) -> None:
+    operator, moments = run.network.operators["0"], run.moments["0"]
+    first = slice(operator.neurons - 1)
+    save_moments(tmp_path / "fewer", flat({"0": moments.select_neurons(first)}), {})
+    save_moments(tmp_path / "open", {f"0/{k}": t for k, t in moments.tensors().items() if "open" not in k}, {})
+    with TensorFile(saved(tmp_path / "part", run.moments)) as part:
+        require_moments_of(part, run.network.operators)
+        load_moments([part], "0", Moments, operator)
+        for name, phrase in (("fewer", "the model now has"), ("open", "another gate")):
+            with TensorFile(tmp_path / name) as file, pytest.raises(UserError, match=phrase) as caught:
+                require_moments_of(file, run.network.operators)
+            assert caught.value.where == str(tmp_path / name)
+        with TensorFile(tmp_path / "fewer") as file:
+            with pytest.raises(UserError, match="the model now has"):
+                load_moments([part, file], "0", Moments, operator)
+            with pytest.raises(UserError, match="cannot be added"):
+                load_moments([part, file], "0")
 
 
 @pytest.mark.parametrize("kept", [0, 4, 8, 60, -8, -1])

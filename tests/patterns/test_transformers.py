@@ -154,6 +154,29 @@ def test_query_and_key_projections_and_gates_have_no_operators() -> None:
     assert not names & {"blocks.0.q", "blocks.0.k", "blocks.0.gate"}
 
 
+@pytest.mark.parametrize("place", ["before", "behind", "none"])
+def test_neurons_of_residual_additions_are_the_channels_of_tokens(place: str) -> None:
+    """A class token does not depend on the input, so it says nothing about where the channels are."""
+
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patches, self.token = nn.Conv2d(3, WIDTH, 4, stride=4), nn.Parameter(torch.randn(1, 1, WIDTH))
+            self.position, self.mix = nn.Parameter(torch.randn(1, 1, WIDTH)), nn.Linear(WIDTH, WIDTH)
+            self.double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.patches(x).flatten(2).transpose(1, 2)
+            token = self.token.expand(x.shape[0], -1, -1)
+            x = {"before": torch.cat([token, x], 1), "behind": torch.cat([x, token], 1), "none": x}[place]
+            x = x + self.position
+            return (x + self.mix(x)).mean(1)
+
+    operator = trace(Tokens(), torch.zeros(2, 3, 8, 8, dtype=torch.float64)).operators["addition.0"]
+    assert operator.weight.shape == (WIDTH, 2)
+    assert operator.output_shape == (4 if place == "none" else 5, WIDTH)
+
+
 class OneNorm(nn.Module):
     """A linear layer behind a norm."""
 

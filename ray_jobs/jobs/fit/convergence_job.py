@@ -150,7 +150,7 @@ def check_files(
 
     def check(previous: TensorFile | None) -> Iterator[Tensor]:
         for operator in operators:
-            loads = [partial(load_file, str(store.folder / file), operator.name) for file in files]
+            loads = [partial(load_file, str(store.folder / file), operator) for file in files]
             found = check_convergence(operator, loads, estimators, criterion.seed)
             named = {row: f"{operator.name}/{row}" for row in found.solution.patterns if ESTIMATORS[row].uses_data}
             old = None
@@ -166,10 +166,10 @@ def check_files(
     return tables
 
 
-def load_file(path: str, operator: str) -> Moments:
+def load_file(path: str, operator: Operator) -> Moments:
     """Return the moments of one operator in a file."""
     with TensorFile(locate(path)) as file:
-        return load_moments([file], operator)
+        return load_moments([file], operator.name, Moments, operator)
 
 
 def select_criterion_estimators(estimators: Sequence[str]) -> tuple[str, ...]:
