@@ -1,7 +1,8 @@
 """The MLP and the CNN of XAI-TRIS for 8×8 pixels, and their training (Clark et al. 2024)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -16,10 +17,10 @@ EPOCHS, PATIENCE = 150, 50  # training ends after this many epochs without a low
 NEEDED_ACCURACY = 0.8  # of a model on the test set; the maps of other models are not scored
 
 
-def make_mlp() -> nn.Sequential:
+def make_mlp(activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
     """Return the MLP: layers of 32, 16 and 8 neurons and 2 scores."""
     widths = SIDE * SIDE, 32, 16, 8
-    hidden = [each for n, k in pairwise(widths) for each in (nn.Linear(n, k), nn.ReLU())]
+    hidden = [each for n, k in pairwise(widths) for each in (nn.Linear(n, k), activation())]
     return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(8, 2))
 
 
@@ -34,7 +35,11 @@ def make_cnn() -> nn.Sequential:
     return nn.Sequential(*blocks, nn.Flatten(), nn.Linear(4, 2))
 
 
-MODELS = {"MLP": make_mlp, "CNN": make_cnn}
+MODELS: dict[str, Callable[[], nn.Sequential]] = {
+    "MLP": make_mlp,
+    "CNN": make_cnn,
+    "MLP-GELU": partial(make_mlp, nn.GELU),
+}
 
 
 @dataclass(frozen=True)

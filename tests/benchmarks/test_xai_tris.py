@@ -183,6 +183,7 @@ def test_models_have_the_layers_of_the_paper() -> None:
     }
     assert weights["MLP"] == [(32, 64), (16, 32), (8, 16), (2, 8)]
     assert weights["CNN"] == [(4, 1, 2, 2), (4, 4, 2, 2), (4, 4, 2, 2), (4, 4, 2, 2), (2, 4)]
+    assert weights["MLP-GELU"] == weights["MLP"]
     assert all(make()(torch.zeros(3, 1, 8, 8)).shape == (3, 2) for make in models.MODELS.values())
 
 
