@@ -22,6 +22,8 @@ UNREAD_IMAGES = (
     *("pfm", "pcx", "dib", "exr", "hdr", "dng", "cr2", "cr3", "nef", "arw", "raf", "orf", "rw2"),
 )
 TENSOR = "npy"
+KEY, REJECTION = "__key__", "__rejection__"  # of a sample in a `webdataset.DataPipeline`
+REPLACE = "Replace it, or leave it out of the shards."  # the remedy for a shard that cannot be read
 INPUT_NAMES = ("image", "img", "input", "photo", "rgb")  # may stand before the extension: 17.image.jpg
 MAX_SAMPLE_BYTES = 1 << 27  # of all files of a sample; a ready tensor of 3×1024×1024 has 12 MB
 
@@ -61,6 +63,12 @@ class Sample:
     key: str
     files: dict[str, bytes] = field(default_factory=dict)
     rejection: str | None = None
+
+    @classmethod
+    def of(cls, sample: Mapping[str, Any]) -> "Sample":
+        """Return a sample of a `webdataset.DataPipeline`."""
+        files = {name: data for name, data in sample.items() if not name.startswith("__")}
+        return cls(sample[KEY], files, sample.get(REJECTION))
 
 
 def reject(key: str, reason: str) -> Sample:

@@ -1,21 +1,23 @@
 """Read a shard as a stream of decoded batches, and list the samples that cannot be used."""
 
-from collections.abc import Callable, Generator, Iterator
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
+from functools import partial
 
 import torch
+import webdataset
 from torch import Tensor
+from webdataset import DataPipeline, SimpleShardList, batched
 
 from patterns import UserError
 from ray_jobs.config import Preprocessing
-from ray_jobs.data import image_folders, parquet_reader, tar_reader
+from ray_jobs.data import image_folders, parquet_reader
 from ray_jobs.data.annotations import parse_boxes, parse_label, parse_mask
-from ray_jobs.data.byte_streams import open_seekable, open_stream
+from ray_jobs.data.byte_streams import open_seekable
 from ray_jobs.data.decoders import Decode
 from ray_jobs.data.image_decoding import decode_input, normalize_batch
-from ray_jobs.data.samples import Box, RejectedSample, Sample, SampleError, reject_duplicates
+from ray_jobs.data.samples import REPLACE, Box, RejectedSample, Sample, SampleError, reject, reject_duplicates
+from ray_jobs.data.tar_reader import verified_tar
 from ray_jobs.io.file_systems import translate_errors
 from ray_jobs.io.prefetch import map_in_order
 
@@ -52,26 +54,27 @@ def read_shard(shard: str) -> Generator[Sample, None, None]:
     Raises:
         UserError: If the shard is incomplete, damaged or empty; another attempt may succeed.
     """
-    empty = True
-    with translate_errors(shard, remedy="Replace it, or leave it out of --shards."):
-        for sample in reject_duplicates(read_raw_samples(shard)):
+    with translate_errors(shard, remedy=REPLACE):
+        empty = True
+        for sample in DataPipeline(SimpleShardList([shard]), read_raw_samples, reject_duplicates):
             empty = False
             yield sample
     if empty:
         kind = "Parquet file" if parquet_reader.is_parquet(shard) else "tar archive"
-        raise UserError(shard, f"a {kind} without a sample", "Replace it, or leave it out of --shards.")
+        raise UserError(shard, f"a {kind} without a sample", REPLACE)
 
 
-def read_raw_samples(shard: str) -> Iterator[Sample]:
-    """Yield the samples of a shard; several may have the same key."""
-    if match := image_folders.SHARD.fullmatch(shard):
-        yield from image_folders.read_samples(match)
-    elif parquet_reader.is_parquet(shard):
-        with open_seekable(shard) as file:
-            yield from parquet_reader.read_samples(file)
-    else:
-        with open_stream(shard) as stream:
-            yield from tar_reader.read_samples(stream)
+def read_raw_samples(sources: Iterable[Mapping[str, str]]) -> Iterator[Sample]:
+    """Yield the samples of the shards that each `url` names; several may have the same key."""
+    for source in sources:
+        shard = source["url"]
+        if match := image_folders.SHARD.fullmatch(shard):
+            yield from image_folders.read_samples(match)
+        elif parquet_reader.is_parquet(shard):
+            with open_seekable(shard) as file:
+                yield from parquet_reader.read_samples(file)
+        else:
+            yield from map(Sample.of, verified_tar([source]))
 
 
 @dataclass(frozen=True)
@@ -141,34 +144,33 @@ class ShardReader:
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the batches."""
-        taken: list[Decoded] = []
-        self.missing = set(self.only or ())
-        with (
-            closing(read_shard(self.shard)) as samples,
-            closing(map_in_order(self.decode, self.select(samples), self.config.threads)) as found,
-        ):
-            for decoded in found:
-                if isinstance(decoded, RejectedSample):
-                    self.rejected.append(decoded)
-                else:
-                    taken.append(decoded)
-                if len(taken) == self.config.batch_size:
-                    yield self.make_batch(taken)
-                    taken = []
-        if taken:
-            yield self.make_batch(taken)
-        self.rejected += [
-            RejectedSample(self.shard, key, "read", "the shard does not contain it any more")
-            for key in sorted(self.missing)
-        ]
+        stages = (
+            partial(read_shard, self.shard),
+            webdataset.slice(self.max_samples),
+            self.select,
+            partial(map_in_order, self.decode, threads=self.config.threads),
+            self.leave_out_rejected,
+            batched(self.config.batch_size, self.make_batch),
+        )
+        return iter(DataPipeline(*stages))
 
-    def select(self, samples: Iterator[Sample]) -> Iterator[Sample]:
+    def select(self, samples: Iterable[Sample]) -> Iterator[Sample]:
         """Yield the samples that the reader is to use."""
-        for sample in islice(samples, self.max_samples):
-            key = sample.key
-            self.missing.discard(key)
-            if key not in self.skip and (self.only is None or key in self.only):
+        missing = set(self.only or ())
+        for sample in samples:
+            missing.discard(sample.key)
+            if sample.key not in self.skip and (self.only is None or sample.key in self.only):
                 yield sample
+        for key in sorted(missing):
+            yield reject(key, "the shard does not contain it any more")
+
+    def leave_out_rejected(self, found: Iterable[Decoded | RejectedSample]) -> Iterator[Decoded]:
+        """Yield the decoded samples, and append the others to `rejected`."""
+        for each in found:
+            if isinstance(each, RejectedSample):
+                self.rejected.append(each)
+            else:
+                yield each
 
     def decode(self, sample: Sample) -> Decoded | RejectedSample:
         """Return the key, input, label and boxes of a sample, or why it is rejected."""

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from ray_jobs.cli.app import exit_status
 from ray_jobs.config import OUTPUTS, ExplainConfig, ModelConfig, Resources
-from ray_jobs.data.samples import Sample, make_key
+from ray_jobs.data.samples import make_key
 from ray_jobs.data.tar_reader import read_samples
 from ray_jobs.jobs.explain.explain import explain
 from ray_jobs.runs.run_folder import Run
@@ -67,7 +67,7 @@ def test_key_can_be_decoded_and_survives_a_tar(name: str) -> None:
     tar.write({"__key__": key, "cls": b"1", "x.npy": b"2"})
     tar.close()
     (ours,) = read_samples(io.BytesIO(buffer.getvalue()))
-    assert ours == Sample(key, {"cls": b"1", "x.npy": b"2"})
+    assert ours == {"__key__": key, "cls": b"1", "x.npy": b"2"}
     with tarfile.open(fileobj=io.BytesIO(buffer.getvalue())) as archive:
         members = archive.getnames()
     assert [webdataset.tariterators.base_plus_ext(m) for m in members] == [(key, "cls"), (key, "x.npy")]

@@ -1,17 +1,22 @@
 """Tar archives: good archives give the samples of WebDataset, and damage is reported and loses no other sample."""
 
+import gzip
 import io
 import random
+import re
 import tarfile
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import webdataset
+from hypothesis import given
+from hypothesis import strategies as st
 
 from patterns import UserError
 from ray_jobs.config import Preprocessing
-from ray_jobs.data import samples, tar_reader
+from ray_jobs.data import samples, tar_reader, verified_tar
 from ray_jobs.data.samples import Sample
 from ray_jobs.data.shard_reader import ReaderConfig, ShardReader, read_shard
 from tests.conftest import jpeg, make_shards
@@ -40,7 +45,7 @@ def special(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
 
 def read(data: bytes) -> list[Sample]:
     """Return the samples in the bytes of an archive."""
-    return list(samples.reject_duplicates(tar_reader.read_samples(io.BytesIO(data))))
+    return list(samples.reject_duplicates(map(Sample.of, tar_reader.read_samples(io.BytesIO(data)))))
 
 
 def stored(folder: Path, data: bytes) -> str:
@@ -68,6 +73,69 @@ def test_good_archives_give_the_samples_of_webdataset(tmp_path: Path, names: lis
     expected = [Sample(s["__key__"], {k: v for k, v in s.items() if not k.startswith("__")}) for s in theirs]
     assert list(read_shard(path)) == expected
     assert expected
+
+
+WORDS = st.text(st.characters(codec="utf-8", exclude_characters="/\0", exclude_categories=["Cc", "Cs"]), min_size=1)
+STEMS = WORDS.filter(lambda word: "." not in word and not word.startswith("__"))
+EXTENSIONS = WORDS.filter(lambda word: not word.startswith("__") and "." not in (word[0], word[-1]))
+FOLDERS = st.lists(WORDS.filter(lambda word: word.strip(".") and not word.startswith("__")), max_size=2)
+# Runs of members with one key and different extensions, each followed by names that are no samples.
+RUNS = st.tuples(
+    st.builds(lambda folders, stem: "/".join([*folders, stem]), FOLDERS, STEMS),
+    st.lists(EXTENSIONS, min_size=1, max_size=3, unique_by=str.lower),
+    st.lists(st.sampled_from(["README", "__meta__/x.json", "__info__", "a/b"]), max_size=1),
+)
+
+
+@pytest.mark.full
+@given(
+    st.lists(RUNS, max_size=4, unique_by=lambda run: run[0]), st.sampled_from([GNU, PAX]), st.booleans(), st.randoms()
+)
+def test_samples_of_random_sound_archives_are_those_of_webdataset(
+    runs: list[tuple[str, list[str], list[str]]], form: int, zipped: bool, rng: random.Random
+) -> None:
+    names = [n for key, extensions, skipped in runs for n in (*(f"{key}.{e}" for e in extensions), *skipped)]
+    data = packed([(name, rng.randbytes(rng.randrange(2000))) for name in names], form)
+    with tempfile.NamedTemporaryFile(suffix=".tar") as file:
+        file.write(gzip.compress(data) if zipped else data)
+        file.flush()
+        shards = webdataset.SimpleShardList([file.name, file.name])
+        ours, theirs = (
+            list(webdataset.DataPipeline(shards, stage)) for stage in (verified_tar, webdataset.tarfile_to_samples())
+        )
+    assert ours == theirs
+    assert [sample["__key__"] for sample in ours] == 2 * [key for key, _, _ in runs]
+
+
+def test_rejected_sample_has_its_reason_in_place_of_its_files(tmp_path: Path) -> None:
+    shard = stored(tmp_path, packed([("a.jpg", b"1"), ("b.cls", b"2"), (special("b.jpg", tarfile.SYMTYPE), b"")]))
+    good, bad = verified_tar([{"url": shard}])
+    assert good == {"__key__": "a", "__url__": shard, "jpg": b"1"}
+    assert bad == {"__key__": "b", "__url__": shard, "__rejection__": "jpg: a link or a device, not a file"}
+
+
+def test_pipeline_of_a_user_gets_the_samples_before_the_damage_and_then_an_error(tmp_path: Path) -> None:
+    shard = stored(tmp_path, packed([("a.jpg", b"1"), ("b.jpg", b"2"), ("c.jpg", b"3")])[:2048])
+    pipeline = webdataset.DataPipeline(webdataset.SimpleShardList([shard]), verified_tar, webdataset.to_tuple("jpg"))
+    found = iter(pipeline)
+    assert next(found) == (b"1",)
+    with pytest.raises(UserError, match="truncated") as caught:
+        next(found)
+    assert caught.value.where == shard
+    loose = webdataset.DataPipeline(webdataset.SimpleShardList([shard]), webdataset.tarfile_to_samples())
+    assert [sample["jpg"] for sample in loose] == [b"1", b"2"], "webdataset takes the damage for the end"
+
+
+@pytest.mark.full
+def test_example_of_a_pipeline_in_the_docs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    (code,) = re.findall(r"```python\n([^`]*verified_tar[^`]*)```", text)
+    make_shards(tmp_path / "shards", 4, 6)
+    monkeypatch.chdir(tmp_path)
+    seen: list[tuple[tuple[int, ...], list[int]]] = []
+    exec(code, {"print": lambda shape, labels: seen.append((tuple(shape), list(labels)))})
+    assert [shape for shape, _ in seen] == [(4, 3, 16, 16)] * 6
+    assert all(0 <= label < 5 for _, labels in seen for label in labels)
 
 
 def test_hidden_files_directories_and_global_headers_are_skipped() -> None:
@@ -117,7 +185,7 @@ def test_huge_member_is_rejected_without_being_read(monkeypatch: pytest.MonkeyPa
     first, huge, last = read(packed(entries))
     assert (first.files["jpg"], last.files["jpg"]) == (b"1", b"3")
     assert "more than 2000 bytes" in (huge.rejection or "")
-    assert huge.files["jpg"] == b""
+    assert huge.files == {}
 
 
 def test_sparse_members_of_every_format_are_rejected() -> None:

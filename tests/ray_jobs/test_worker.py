@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -61,10 +61,11 @@ def opened(seen: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> list[tuple[st
     """The shards that were opened, each after a delay as of an object store, and the number of batches before."""
     names, read = list[tuple[str, int]](), shard_reader.read_raw_samples
 
-    def slowly(shard: str) -> Iterator[Sample]:
-        names.append((shard, len(seen)))
-        time.sleep(LATENCY)
-        yield from read(shard)
+    def slowly(sources: Iterable[Mapping[str, str]]) -> Iterator[Sample]:
+        for source in sources:
+            names.append((source["url"], len(seen)))
+            time.sleep(LATENCY)
+            yield from read([source])
 
     monkeypatch.setattr(shard_reader, "read_raw_samples", slowly)
     return names
@@ -139,11 +140,12 @@ def test_worker_continues_while_the_promised_shard_that_does_not_follow_hangs(
     first, second, hung = (MomentsTask(shard, number=n) for n, shard in enumerate(make_shards(tmp_path, 3, 2)))
     read, begun, released = shard_reader.read_raw_samples, threading.Event(), threading.Event()
 
-    def read_raw_samples(shard: str) -> Iterator[Sample]:
-        if shard == hung.shard:
-            begun.set()
-            released.wait()
-        yield from read(shard)
+    def read_raw_samples(sources: Iterable[Mapping[str, str]]) -> Iterator[Sample]:
+        for source in sources:
+            if source["url"] == hung.shard:
+                begun.set()
+                released.wait()
+            yield from read([source])
 
     monkeypatch.setattr(shard_reader, "read_raw_samples", read_raw_samples)
     list(worker.work(first, hung))
