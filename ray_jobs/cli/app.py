@@ -16,6 +16,7 @@ import typer
 from patterns import UserError
 from ray_jobs.cli import completion
 from ray_jobs.cli.arguments import echo
+from ray_jobs.cli.atlas import atlas
 from ray_jobs.cli.degrade import degrade
 from ray_jobs.cli.demo import demo
 from ray_jobs.cli.doctor import doctor
@@ -44,7 +45,7 @@ WITHOUT_OPTIONS: list[list[str]] = [[], ["--help"], ["--version"]]  # command li
 COMMANDS = {
     each.name: each
     for each in (
-        *(demo, fit, quality, explain, degrade, evaluate, reproduce),
+        *(demo, fit, quality, explain, degrade, evaluate, atlas, reproduce),
         *(pack, plan, merge, status, solve, grid, report, show, doctor, submit),
     )
 }

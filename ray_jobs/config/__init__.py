@@ -8,6 +8,7 @@ from ray_jobs.config.jobs import (
     PRECISIONS,
     REDUCTIONS,
     SPECS,
+    AtlasConfig,
     DegradeConfig,
     EvaluateConfig,
     ExplainConfig,
@@ -17,6 +18,7 @@ from ray_jobs.config.jobs import (
     Preprocessing,
     QualityConfig,
     Resources,
+    TargetConfig,
     equal_share,
 )
 
@@ -28,6 +30,7 @@ __all__ = [
     "PRECISIONS",
     "REDUCTIONS",
     "SPECS",
+    "AtlasConfig",
     "DegradeConfig",
     "EvaluateConfig",
     "ExplainConfig",
@@ -37,5 +40,6 @@ __all__ = [
     "Preprocessing",
     "QualityConfig",
     "Resources",
+    "TargetConfig",
     "equal_share",
 ]

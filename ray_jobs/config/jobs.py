@@ -27,6 +27,7 @@ SPECS = (
     "file.pt2 (torch.export) or file.onnx"
 )
 OUTPUTS = ("npy", "png", "parquet", "zarr")
+CLUSTERED = ("maps", "channels")
 REDUCTIONS = ("none", "sum", "abs-sum", "abs-max")
 
 
@@ -276,12 +277,11 @@ class MethodsConfig(Validated):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExplainConfig(MethodsConfig):
-    """An explanation of whole shards.
+class TargetConfig(MethodsConfig):
+    """Methods with a target that is parsed by `ray_jobs.jobs.explain.targets`.
 
-    `target` is parsed by `ray_jobs.jobs.explain.targets`. `classes` are pairs of a class's name and number,
-    `vector` is what the embeddings are compared with by the target `similarity:FILE`.
-    `reduction` and `size` apply to the channels and to the height and width of the maps.
+    `classes` are pairs of a class's name and number, `vector` is what the embeddings are compared with by the target
+    `similarity:FILE`.
     """
 
     target: str = option(
@@ -292,11 +292,53 @@ class ExplainConfig(MethodsConfig):
     )
     classes: tuple[tuple[str, int], ...] = ()
     vector: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExplainConfig(TargetConfig):
+    """An explanation of whole shards. `reduction` and `size` apply to the channels, and to the height and width."""
+
     outputs: tuple[str, ...] = option(("npy", "png"), "Formats of the maps.", flag="--output", choices=OUTPUTS)
     reduction: str = option("none", "Reduction of the maps' channels.", flag="--reduce-channels", choices=REDUCTIONS)
     size: int | None = option(
         None, "Height and width of the maps (default: the input's).", flag="--map-size", former="--resize", min=1
     )
+    compile: str | None = same(FitConfig, "compile")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AtlasConfig(TargetConfig):
+    """An atlas of the samples of whole shards; see `ray_jobs.jobs.atlas`.
+
+    `explanations` is the run of a finished `explain`, whose stored maps then replace the pass.
+    """
+
+    methods: tuple[str, ...] = same(
+        MethodsConfig,
+        "methods",
+        default=("patternattribution",),
+        help="Method: patternattribution, also with :ESTIMATOR, or gradient-x-input.",
+        aliases=("--method",),
+    )
+    target: str = same(
+        TargetConfig,
+        "target",
+        help="What to explain: predicted, second, label, a class by number or name, A-vs-B, A-vs-others, contrast.",
+    )
+    operators: tuple[str, ...] = option(
+        (), "Operators whose channels are recorded (default: the last operator of each resolution)."
+    )
+    explanations: str | None = option(
+        None, "Folder or URL of a finished explain whose stored maps are used instead of a new pass.", parse="path"
+    )
+    pooled: int = option(14, "Height and width to which maps are pooled.", min=2, max=64)
+    top: int = option(10, "Samples in each list: prototypes, typical samples, top samples of a channel.", min=1)
+    cluster_by: str = option("maps", "What the samples of a class are clustered by.", choices=CLUSTERED)
+    cluster_operator: str | None = option(
+        None, "Operator whose channels samples are clustered by (default: the last one that is recorded)."
+    )
+    neighbors: int = option(10, "Nearest neighbors of each sample in the graph that is clustered.", min=2)
+    max_clusters: int = option(12, "Maximum number of clusters of a class.", min=1)
     compile: str | None = same(FitConfig, "compile")
 
 
