@@ -24,6 +24,13 @@ class FitOptions(ShardOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class AtlasOptions(ShardOptions):
+    """Options of one call of `atlas`."""
+
+    page: Path | None = option(None, "HTML file (default: atlas.html in the run's folder).", parse="local path")
+
+
+@dataclass(frozen=True, kw_only=True)
 class FittedModel(Validated):
     """The model of a finished fit, if it is to be loaded with other weights or in another precision."""
 
