@@ -30,6 +30,7 @@ from ray_jobs.cli.plan import plan
 from ray_jobs.cli.quality import quality
 from ray_jobs.cli.report import report
 from ray_jobs.cli.reproduce import reproduce
+from ray_jobs.cli.select import select
 from ray_jobs.cli.show import show
 from ray_jobs.cli.solve import solve
 from ray_jobs.cli.status import status
@@ -46,7 +47,7 @@ COMMANDS = {
     each.name: each
     for each in (
         *(demo, fit, quality, explain, degrade, evaluate, atlas, reproduce),
-        *(pack, plan, merge, status, solve, grid, report, show, doctor, submit),
+        *(pack, plan, merge, status, solve, grid, report, select, show, doctor, submit),
     )
 }
 

@@ -195,6 +195,10 @@ class FitConfig(Validated):
         metavar="N|all|auto",
         min=1,
     )
+    keys: str | None = option(
+        None, "List of the samples to use, as `select` writes it (default: all samples).", parse="path"
+    )
+    without_keys: str | None = option(None, "List of samples to leave out, as `select` writes it.", parse="path")
     compile: str | None = option(
         None,
         "Compile full batches: `cudagraphs` on a GPU takes seconds, a mode of torch.compile takes minutes.",
@@ -268,6 +272,8 @@ class MethodsConfig(Validated):
         metavar="METHOD.SETTING=NUMBER",
     )
     max_samples: int | None = same(FitConfig, "max_samples")
+    keys: str | None = same(FitConfig, "keys")
+    without_keys: str | None = same(FitConfig, "without_keys")
     seed: int = same(ModelConfig, "seed")
 
     @property
