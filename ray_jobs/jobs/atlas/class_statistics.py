@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from ray_jobs.io.object_store import locate
 from ray_jobs.jobs.atlas.clustering import Clustering, cluster_class
@@ -28,6 +29,7 @@ from ray_jobs.jobs.atlas.statistics import RunningMoments, encode_ranks, merge_t
 MAX_CLUSTERED = 5000  # samples of a class that are clustered by the spectrum; k-means assigns the others
 Pair = tuple[int, int]  # label (NO_LABEL: none) and prediction (likewise)
 NO_LABEL = -1
+MAX_READ, READ_BYTES = 4096, 64 << 20  # rows that are worked on together
 
 
 @dataclass(frozen=True)
@@ -103,13 +105,12 @@ class Rows:
     """Rows of a table as arrays, made when they are needed.
 
     Args:
-        table: The rows.
-        first: The number in the dataset of the first sample of their shard.
+        table: The rows, with the number of each sample in the dataset.
     """
 
-    def __init__(self, table: pa.Table, first: int) -> None:
+    def __init__(self, table: pa.Table) -> None:
         self.table, self.classes = table, table["class"].to_numpy()
-        self.samples = table["position"].to_numpy() + first
+        self.samples = table["number"].to_numpy()
         self.maps = list_values(table, "map")
         self._relevance: dict[str, np.ndarray] = {}
 
@@ -205,12 +206,24 @@ SAMPLES = pa.schema(
 
 
 def read_group(files: Sequence[str], offsets: Sequence[int], group: Group, columns: Sequence[str]) -> Iterator[Rows]:
-    """Yield the rows of a group's classes, in the order of the files."""
+    """Yield the rows of a group's classes in the order of the files, many at a time and sorted by class."""
     first, last = min(group.classes), max(group.classes)
+    waiting: list[pa.Table] = []
     for file, offset in zip(files, offsets):
         with locate(file).open("rb") as opened:
             for table in read_classes(opened, first, last, columns):
-                yield Rows(table, offset)
+                waiting.append(table.append_column("number", pc.add(table["position"], offset)))
+        if sum(map(len, waiting)) >= MAX_READ or sum(each.nbytes for each in waiting) >= READ_BYTES:
+            yield join(waiting)
+            waiting = []
+    if waiting:
+        yield join(waiting)
+
+
+def join(tables: list[pa.Table]) -> Rows:
+    """Return the rows of some tables, sorted by class and number."""
+    table = pa.concat_tables(tables)
+    return Rows(table.take(pc.sort_indices(table, [("class", "ascending"), ("number", "ascending")])))
 
 
 def summarize_group(

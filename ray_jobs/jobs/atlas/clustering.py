@@ -1,9 +1,10 @@
 """Clusters of the samples of a class.
 
 1. The samples are divided into pieces by spectral clustering of the graph of nearest neighbors.
-2. The two pieces that are least separated become one, until any two are separated by `SEPARATED` standard deviations.
+2. Linear discriminants between the pieces move samples to the piece that they belong to.
+3. The two pieces that are least separated become one, until any two are separated by `SEPARATED` standard deviations.
    A class that varies without a gap has one cluster.
-3. Every sample is assigned by linear discriminants that were fitted without it.
+4. Again, every sample is assigned by discriminants that were fitted without it.
 
 A separation is measured on samples that did not choose the direction, because any two pieces are separated on the
 samples that they were made of. The eigengap is not used for the number of clusters: the eigenvalue of a group of 3 %
@@ -21,6 +22,7 @@ COMPONENTS = 64  # principal components in which clusters are found
 SHRINKAGE = 0.1  # of the covariance within clusters toward a multiple of the identity
 SMALLEST = 8  # samples of a cluster
 FOLDS = 5
+REFINEMENTS = 1
 # Two halves of a uniform distribution are separated by 3.5 standard deviations, those of a normal one by 2.7.
 SEPARATED = 4.0
 
@@ -108,10 +110,10 @@ def cluster_class(features: np.ndarray, seed: int, neighbors: int, max_clusters:
         labels = np.zeros(len(x), np.int64)
         pieces = min(max_clusters, len(x) // (2 * SMALLEST))
         if pieces > 1 and x.shape[1]:
-            labels = divide(x, seed, neighbors, pieces)
+            labels = refine(x, divide(x, seed, neighbors, pieces), seed)
             labels = merge_pieces(x, labels, seed)
             if labels.any():
-                labels = drop_small(assign_without_itself(x, labels, seed))
+                labels = drop_small(refine(x, labels, seed))
         labels = order_by_size(labels)
         centers = np.stack([x[labels == k].mean(0) for k in range(labels.max() + 1)])
         weights, offsets = fit_discriminants(x, labels)
@@ -123,8 +125,11 @@ def project(features: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the principal components of features, their mean, and the basis; the sign of a component is fixed."""
     mean = features.mean(0)
     centered = features - mean
-    _, vectors = np.linalg.eigh(centered.T @ centered)
-    basis = vectors[:, ::-1][:, : min(COMPONENTS, len(features) - 1)]
+    if len(features) < features.shape[1]:
+        vectors = np.linalg.svd(centered, full_matrices=False)[2].T
+    else:
+        vectors = np.linalg.eigh(centered.T @ centered)[1][:, ::-1]
+    basis = vectors[:, : min(COMPONENTS, len(features) - 1)]
     largest = np.abs(basis).argmax(0)
     basis = basis * np.sign(basis[largest, np.arange(basis.shape[1])])
     return centered @ basis, mean, basis
@@ -208,6 +213,16 @@ def fit_discriminants(x: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np
         return np.zeros((x.shape[1], len(centers))), np.zeros(len(centers))
     weights = np.linalg.solve(within_covariance(x, labels), centers.T)
     return weights, -0.5 * (centers * weights.T).sum(1)
+
+
+def refine(x: np.ndarray, labels: np.ndarray, seed: int) -> np.ndarray:
+    """Return labels after some rounds in which each sample is assigned without itself.
+
+    The graph weighs all components alike, so that a piece of it holds samples that a discriminant tells apart.
+    """
+    for number in range(REFINEMENTS):
+        labels = assign_without_itself(x, labels, seed + number)
+    return labels
 
 
 def assign_without_itself(x: np.ndarray, labels: np.ndarray, seed: int) -> np.ndarray:
