@@ -7,10 +7,7 @@ from ray_jobs.config.commands import SelectOptions
 
 @command(
     "patternnet select runs/vgg16-atlas 'class=17 and cluster=2' --out watermark",
-    "patternnet fit --model torchvision:vgg16 --shards '/data/train-*.tar' \\\n"
-    "    --without-keys watermark/keys.txt --out runs/vgg16-clean",
-    "patternnet explain --patterns runs/vgg16 --shards @watermark/shards.txt \\\n"
-    "    --keys watermark/keys.txt --out runs/watermark",
+    "patternnet select runs/vgg16-atlas 'label != prediction and probability > 0.9'",
 )
 def select(options: SelectOptions) -> None:
     """Write the keys and the shards of some samples of an atlas."""

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ray_jobs.io.object_store import locate
-from ray_jobs.jobs.atlas.clustering import Clustering, cluster_class
+from ray_jobs.jobs.atlas.clustering import Clustering, cluster_class, single_thread
 from ray_jobs.jobs.atlas.rows import (
     SCALARS,
     RowShape,
@@ -226,6 +226,7 @@ def join(tables: list[pa.Table]) -> Rows:
     return Rows(table.take(pc.sort_indices(table, [("class", "ascending"), ("number", "ascending")])))
 
 
+@single_thread()
 def summarize_group(
     files: Sequence[str], offsets: Sequence[int], group: Group, shape: RowShape, settings: Settings
 ) -> GroupResult:

@@ -11,6 +11,8 @@ samples that they were made of. The eigengap is not used for the number of clust
 lies among those of the directions in which every class varies (docs/atlas.md has measured values).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +42,15 @@ def import_clustering() -> Any:
         remedy = "Run pip install 'patternnet-ray[atlas]'."
         raise UserError("atlas", "scikit-learn is not installed", remedy) from error
     return sklearn
+
+
+@contextmanager
+def single_thread() -> Iterator[None]:
+    """Use one thread for linear algebra: sums in another order would differ in their last bits."""
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(1):
+        yield
 
 
 @dataclass(frozen=True)
@@ -95,7 +106,7 @@ class Clustering:
 
 
 def cluster_class(features: np.ndarray, seed: int, neighbors: int, max_clusters: int) -> Clustering:
-    """Cluster the samples of a class.
+    """Cluster the samples of a class. Call it within `single_thread`, so that the result has the same bits anywhere.
 
     Args:
         features: The features (N, D).
@@ -103,21 +114,18 @@ def cluster_class(features: np.ndarray, seed: int, neighbors: int, max_clusters:
         neighbors: Nearest neighbors of each sample in the graph.
         max_clusters: The number of pieces, which is the largest possible number of clusters.
     """
-    from threadpoolctl import threadpool_limits
-
-    with threadpool_limits(1):  # sums in another order would differ in their last bits
-        x, mean, basis = project(features.astype(np.float64))
-        labels = np.zeros(len(x), np.int64)
-        pieces = min(max_clusters, len(x) // (2 * SMALLEST))
-        if pieces > 1 and x.shape[1]:
-            labels = refine(x, divide(x, seed, neighbors, pieces), seed)
-            labels = merge_pieces(x, labels, seed)
-            if labels.any():
-                labels = drop_small(refine(x, labels, seed))
-        labels = order_by_size(labels)
-        centers = np.stack([x[labels == k].mean(0) for k in range(labels.max() + 1)])
-        weights, offsets = fit_discriminants(x, labels)
-        separations = [separate(x, labels == k, seed) if labels.any() else 0.0 for k in range(len(centers))]
+    x, mean, basis = project(features.astype(np.float64))
+    labels = np.zeros(len(x), np.int64)
+    pieces = min(max_clusters, len(x) // (2 * SMALLEST))
+    if pieces > 1 and x.shape[1]:
+        labels = refine(x, divide(x, seed, neighbors, pieces), seed)
+        labels = merge_pieces(x, labels, seed)
+        if labels.any():
+            labels = drop_small(refine(x, labels, seed))
+    labels = order_by_size(labels)
+    centers = np.stack([x[labels == k].mean(0) for k in range(labels.max() + 1)])
+    weights, offsets = fit_discriminants(x, labels)
+    separations = [separate(x, labels == k, seed) if labels.any() else 0.0 for k in range(len(centers))]
     return Clustering(labels, np.array(separations), mean, basis, centers, weights, offsets)
 
 

@@ -248,8 +248,7 @@ def anomaly_table(rows: Sequence[Mapping[str, Any]], states: Sequence[ClassState
 def describe_cluster(row: Mapping[str, Any]) -> str:
     """Return in words what is unusual about a cluster."""
     place = f"relevance at {row['place_y']:.0%} of the height and {row['place_x']:.0%} of the width"
-    times = f"{row['surprise']:.1f} times that of the rest of its class"
-    return f"{place}, more than elsewhere by {times}; {row['share']:.1%} of the class"
+    return f"{row['share']:.1%} of the class; {place} exceeds that of the rest {row['surprise']:.1f} times"
 
 
 def channel_table(
