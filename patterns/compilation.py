@@ -213,7 +213,8 @@ def split_graph(graph: GraphModule) -> tuple[GraphModule, GraphModule]:
     ((first, rest),) = nodes[-1].args
     late = find_dependents(nodes, [last])
     early = find_dependents(nodes, inputs) - late
-    kept = [node for node in nodes if node in early and not late.isdisjoint(node.users)]
+    ready = early & set(rest)  # results that do not depend on the last input
+    kept = [node for node in nodes if node in early and (node in ready or not late.isdisjoint(node.users))]
     forward = copy_nodes(graph, [n for n in nodes[:-1] if n not in late], [], (first, *kept))
     backward = copy_nodes(graph, [n for n in nodes[:-1] if n not in early], kept, rest)
     return forward, backward

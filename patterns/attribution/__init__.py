@@ -1,5 +1,6 @@
 """From a network and its patterns to maps. The adapters for zennit and Quantus are in `adapters`."""
 
+from patterns.attribution.channels import Channels, list_last_of_resolutions
 from patterns.attribution.explanation import Explanation
 from patterns.attribution.methods import BASELINES, WITH_PATTERNS, parse_method, resolve_settings
 from patterns.attribution.rendering import (
@@ -14,10 +15,12 @@ from patterns.attribution.rendering import (
 __all__ = [
     "BASELINES",
     "WITH_PATTERNS",
+    "Channels",
     "Explanation",
     "RenderedExplanation",
     "center_values",
     "encode_png",
+    "list_last_of_resolutions",
     "parse_method",
     "render_input",
     "render_map",

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from patterns.attribution.channels import ChannelRecorder
 from patterns.attribution.gradient_scaling import ScaledModule
 from patterns.attribution.methods import BackwardPass
 from patterns.errors import UserError
@@ -58,17 +59,24 @@ class OperatorWithBackwardWeight(ScaledModule):
         operator: The operator.
         backward_weight: Returns the weight.
         is_identity: Returns whether the weight is that of the identity estimator. None: it never is.
+        recorder: Records the channels of the operator. None: they are not recorded.
     """
 
     def __init__(
-        self, operator: Operator, backward_weight: Callable[[], Tensor], is_identity: Callable[[], bool] | None = None
+        self,
+        operator: Operator,
+        backward_weight: Callable[[], Tensor],
+        is_identity: Callable[[], bool] | None = None,
+        recorder: ChannelRecorder | None = None,
     ) -> None:
         super().__init__(operator.name)
-        self.operator, self.backward_weight, self.is_identity = operator, backward_weight, is_identity
+        self.operator, self.backward_weight = operator, backward_weight
+        self.is_identity, self.recorder = is_identity, recorder
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Apply the operator."""
-        return _OperatorWithBackwardWeight.apply(self.operator, self.backward_weight, self.is_identity, *inputs)
+        options = self.backward_weight, self.is_identity, self.recorder
+        return _OperatorWithBackwardWeight.apply(self.operator, *options, *inputs)
 
 
 class _OperatorWithBackwardWeight(torch.autograd.Function):
@@ -78,6 +86,7 @@ class _OperatorWithBackwardWeight(torch.autograd.Function):
         operator: Operator,
         backward_weight: Callable[[], Tensor],
         is_identity: Callable[[], bool] | None,
+        recorder: ChannelRecorder | None,
         *inputs: Tensor,
     ) -> Tensor:
         ctx.operator_type, ctx.backward_weight = operator.operator_type, backward_weight
@@ -86,11 +95,18 @@ class _OperatorWithBackwardWeight(torch.autograd.Function):
         if is_identity is not None:  # a rectifier may overwrite the output
             overwritten = operator.gate is not None or operator.mixed_gates
             ctx.save_for_backward(output.clone() if overwritten else output, *inputs)
+        ctx.recorder, ctx.output = recorder, None
+        if recorder is not None:
+            recorder.record_forward(inputs, output)
+            # A rectifier may overwrite it. Where it does, its gradient is 0, and so is the product with the gradient.
+            ctx.output = output.detach() if recorder.keeps_output else None
         return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (gradient,) = grads
+        if ctx.recorder is not None:
+            ctx.recorder.record_backward(gradient, ctx.output)
         identity = ctx.is_identity is not None and ctx.is_identity()
         if identity:
             output, *inputs = ctx.saved_tensors
@@ -98,7 +114,7 @@ class _OperatorWithBackwardWeight(torch.autograd.Function):
         found = ctx.operator_type.input_gradient(gradient, ctx.backward_weight(), ctx.input_shapes)
         if identity:
             found = tuple(x * g for x, g in zip(inputs, found))
-        return None, None, None, *found
+        return None, None, None, None, *found
 
 
 def stabilize(output: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from patterns.attribution.backward_weights import (
     compute_backward_weights,
     find_identities,
 )
+from patterns.attribution.channels import Capture
 from patterns.attribution.explanation import Explanation
 from patterns.attribution.gradient_scaling import BranchScale, ScaledModule, ValueClasses
 from patterns.attribution.methods import BackwardPass, parse_method, resolve_settings
@@ -27,7 +28,7 @@ from patterns.errors import UserError
 from patterns.io.pattern_files import choose, load, load_trace_options
 from patterns.operators.operator import Operator
 from patterns.tracing.digests import digest
-from patterns.tracing.inputs import Targets, resolve_targets, validate_inputs
+from patterns.tracing.inputs import Targets, make_output_gradient, resolve_targets, validate_inputs
 from patterns.tracing.network import Network, trace
 from patterns.tracing.scales import CONSTANT_FACTORS, has_scales
 
@@ -51,10 +52,12 @@ class Explainer:
             calibrated, which takes a few backward passes.
         estimators: Patterns by estimator and operator name, for methods that name an estimator.
         settings: Settings of the methods by `{method}.{setting}`, for example `{"smoothgrad.samples": 50}`.
+        channels: Names of operators whose channels' relevance and activation are recorded in the same passes, as
+            `Explanation.channels`. All methods must be `patternattribution` or `gradient-x-input`.
 
     Raises:
-        UserError: If a method or setting is unknown, a pattern is missing or has the wrong shape, or the scales are
-            those of another network.
+        UserError: If a method, setting or operator is unknown, a pattern is missing or has the wrong shape, the scales
+            are those of another network, or a method has no relevance at hidden units.
 
     Example:
         >>> import torch
@@ -78,6 +81,7 @@ class Explainer:
         scales: Mapping[str, Sequence[int]] | None = None,
         estimators: Mapping[str, Patterns] | None = None,
         settings: Mapping[str, float] | None = None,
+        channels: Collection[str] = (),
     ) -> None:
         if not network.output_shape:
             what = "the model returns one number per sample instead of a score per class"
@@ -87,6 +91,7 @@ class Explainer:
         if not has_scales(network.module):  # then the rules for scales make no difference, and methods share passes
             self._methods = {name: method.without_scales() for name, method in self._methods.items()}
         self.settings = resolve_settings(self._methods, settings or {})
+        self._capture = Capture(network, channels, self._methods)
         by_estimator: dict[str, Patterns] = {"": patterns or {}, **(estimators or {})}
         self._procedures = {
             name: method.procedure(network, {key: self.settings[f"{name}.{key}"] for key in method.settings})
@@ -97,6 +102,7 @@ class Explainer:
         self._weights = {b: compute_backward_weights(network, by_estimator.get(b.estimator, {}), b) for b in passes}
         self._identities = {b: find_identities(by_estimator.get(b.estimator, {}), b) for b in passes}
         self._exponents = dict.fromkeys(passes, 0)
+        self._output_exponents: dict[BackwardPass, dict[str, int]] = {backward: {} for backward in passes}
         self._restored = dict.fromkeys(passes, 0)  # exponent multiplied back into a scaled pass's result if it fits
         self._current: Weights = {}
         self._identity: Collection[str] = ()
@@ -242,10 +248,13 @@ class Explainer:
         several = not chosen.is_floating_point() and chosen.dim() == 2
         gradients = [make_output_gradient(t, scores) for t in (chosen.unbind(1) if several else [chosen])]
         seeds = [0] * len(inputs) if seeds is None else list(seeds)
-        found = [self._maps(inputs, gradient, r, seeds) for gradient, r in zip(gradients, backward(gradients))]
+        results = list(backward(gradients))
+        found = [self._maps(inputs, gradient, r, seeds) for gradient, r in zip(gradients, results)]
         maps = {name: torch.stack([m[name] for m in found], 1) if several else found[0][name] for name in found[0]}
         exponents = {name: self._exponents[m.backward] if m.backward else 0 for name, m in self._methods.items()}
-        return Explanation(maps, exponents, scores, chosen)
+        recorded = [result[len(self._weights) :] for result in results]
+        channels = self._capture.collect(self._methods, recorded, several, self._output_exponents)
+        return Explanation(maps, exponents, scores, chosen, channels)
 
     def compile(self, batch_size: int, mode: str = "default") -> None:
         """Compile the forward and backward passes for batches of one size. Other batch sizes run uncompiled.
@@ -273,20 +282,25 @@ class Explainer:
     def _forward(self, inputs: Tensor) -> tuple[Tensor, BackwardFunction]:
         """Return the scores, and the function for the backward passes, which can be called once: it frees the graph."""
         leaf = inputs.detach().requires_grad_()
+        self._capture.begin_forward()
         with torch.set_grad_enabled(bool(self._weights)):
             scores = self._module(leaf)
-        passes = list(self._weights)
+        passes, recorded = list(self._weights), self._capture.read_forward()
 
-        def run_pass(output_gradient: Tensor, backward: BackwardPass, last: bool) -> Tensor:
+        def run_pass(output_gradient: Tensor, backward: BackwardPass, last: bool) -> list[Tensor]:
             values = output_gradient * scores.detach() if backward.starts_from_value else output_gradient
             self._select(backward)
+            self._capture.begin_backward(backward)
             (gradient,) = torch.autograd.grad(scores, leaf, values, retain_graph=not last)
             restored = self._restored[backward]
-            return gradient_scaling.times_power_of_two(gradient, restored) if restored else gradient
+            gradient = gradient_scaling.times_power_of_two(gradient, restored) if restored else gradient
+            return [gradient, *self._capture.read_backward()]
 
         def run_passes(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
             for gradient in gradients:
-                yield [run_pass(gradient, b, gradient is gradients[-1] and b is passes[-1]) for b in passes]
+                found = [run_pass(gradient, b, gradient is gradients[-1] and b is passes[-1]) for b in passes]
+                channels = [each for _, *of_pass in found for each in of_pass]
+                yield [*(result for result, *_ in found), *channels, *recorded]
 
         return scores.detach(), run_passes
 
@@ -295,7 +309,8 @@ class Explainer:
         name = operator.name
         used = any(name in names for names in self._identities.values())
         is_identity = (lambda: name in self._identity) if used else None
-        return OperatorWithBackwardWeight(operator, lambda: self._current[name], is_identity)
+        recorder = self._capture.recorders.get(name)
+        return OperatorWithBackwardWeight(operator, lambda: self._current[name], is_identity, recorder)
 
     def _select(self, backward: BackwardPass) -> None:
         """Let the operators and rectifiers do a backward pass."""
@@ -348,6 +363,7 @@ class Explainer:
                 raise UserError("", what, "Pass the scales of an explainer of the same model.", "scales")
             phi = dict(zip(classes.order, potential))
             self._weights[backward] = gradient_scaling.scale_weights(self._weights[backward], classes, phi)
+            self._output_exponents[backward] = {name: phi[number] for name, number in classes.outputs.items()}
             exponent = phi[classes.source]
             (self._restored if abs(exponent) <= 2 * digits else self._exponents)[backward] = exponent
         return potentials
@@ -379,11 +395,3 @@ class Explainer:
         (gradient,) = torch.autograd.grad(scores, noise, output_gradient)
         record(classes.source, gradient)
         return largest
-
-
-def make_output_gradient(targets: Tensor, scores: Tensor) -> Tensor:
-    """Return the gradient at the scores: 1 at each sample's class and 0 elsewhere, or the given weights."""
-    if targets.is_floating_point():
-        return targets
-    index = targets.view(-1, *[1] * (scores.dim() - 1)).expand(-1, 1, *scores.shape[2:])
-    return torch.zeros_like(scores).scatter_(1, index, 1.0)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from PIL import Image
 from torch import Tensor
 
+from patterns.attribution.channels import Channels
 from patterns.attribution.rendering import RenderedExplanation, render_map
 
 
@@ -17,6 +18,7 @@ class Explanation:
         exponents: The exponents by method; 0 unless the magnitude of the map exceeds the range of its dtype.
         scores: The network's output, shape (N, K, …).
         targets: The explained targets: classes, int64 (N,) or (N, T), or weights in the shape of the scores.
+        channels: Relevance and activation of the channels of the explainer's `channels`; None if it has none.
 
     Example:
         >>> import torch
@@ -33,6 +35,7 @@ class Explanation:
     exponents: dict[str, int]
     scores: Tensor
     targets: Tensor
+    channels: Channels | None = None
 
     def __repr__(self) -> str:
         methods = ", ".join(self.maps)

@@ -102,6 +102,14 @@ def resolve_targets(targets: Targets, scores: Tensor) -> Tensor:
     return chosen
 
 
+def make_output_gradient(targets: Tensor, scores: Tensor) -> Tensor:
+    """Return the gradient at the scores: 1 at each sample's class and 0 elsewhere, or the given weights."""
+    if targets.is_floating_point():
+        return targets
+    index = targets.view(-1, *[1] * (scores.dim() - 1)).expand(-1, 1, *scores.shape[2:])
+    return torch.zeros_like(scores).scatter_(1, index, 1.0)
+
+
 def contrast(scores: Tensor, classes: Tensor | None = None) -> Tensor:
     """Return the weights of a contrastive target: a class less the softmax-weighted mean of all other classes.
 

@@ -16,6 +16,7 @@ import typer
 
 from patterns import UserError
 from ray_jobs.cli.arguments import echo
+from ray_jobs.cli.atlas import atlas
 from ray_jobs.cli.degrade import degrade
 from ray_jobs.cli.demo import demo
 from ray_jobs.cli.doctor import doctor
@@ -29,6 +30,7 @@ from ray_jobs.cli.plan import plan
 from ray_jobs.cli.quality import quality
 from ray_jobs.cli.report import report
 from ray_jobs.cli.reproduce import reproduce
+from ray_jobs.cli.select import select
 from ray_jobs.cli.show import show
 from ray_jobs.cli.solve import solve
 from ray_jobs.cli.status import status
@@ -45,8 +47,8 @@ WITHOUT_OPTIONS: list[list[str]] = [[], ["--help"], ["--version"]]  # command li
 COMMANDS = {
     each.name: each
     for each in (
-        *(demo, fit, quality, explain, degrade, evaluate, reproduce),
-        *(pack, plan, merge, status, solve, grid, report, show, doctor, submit),
+        *(demo, fit, quality, explain, degrade, evaluate, atlas, reproduce),
+        *(pack, plan, merge, status, solve, grid, report, select, show, doctor, submit),
     )
 }
 

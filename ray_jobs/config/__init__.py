@@ -9,6 +9,7 @@ from ray_jobs.config.jobs import (
     PRECISIONS,
     REDUCTIONS,
     SPECS,
+    AtlasConfig,
     DegradeConfig,
     EvaluateConfig,
     ExplainConfig,
@@ -18,6 +19,7 @@ from ray_jobs.config.jobs import (
     Preprocessing,
     QualityConfig,
     Resources,
+    TargetConfig,
     equal_share,
 )
 
@@ -30,6 +32,7 @@ __all__ = [
     "PRECISIONS",
     "REDUCTIONS",
     "SPECS",
+    "AtlasConfig",
     "DegradeConfig",
     "EvaluateConfig",
     "ExplainConfig",
@@ -39,5 +42,6 @@ __all__ = [
     "Preprocessing",
     "QualityConfig",
     "Resources",
+    "TargetConfig",
     "equal_share",
 ]

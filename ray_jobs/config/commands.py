@@ -24,6 +24,13 @@ class FitOptions(ShardOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class AtlasOptions(ShardOptions):
+    """Options of one call of `atlas`."""
+
+    page: Path | None = option(None, "HTML file (default: atlas.html in the run's folder).", parse="local path")
+
+
+@dataclass(frozen=True, kw_only=True)
 class FittedModel(Validated):
     """The model of a finished fit, if it is to be loaded with other weights or in another precision."""
 
@@ -74,6 +81,10 @@ class PackOptions(Validated):
     crops: int = option(0, "Random crops and flips that replace each image.", min=0)
     size: int = option(256, "Height and width of a crop.", min=1)
     seed: int = same(ModelConfig, "seed")
+    keys: str | None = same(
+        FitConfig, "keys", help="List of the images to pack, as `select` writes it; shards are ignored."
+    )
+    without_keys: str | None = same(FitConfig, "without_keys", help="List of the images to leave out, likewise.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +149,16 @@ class ReportOptions(Validated, ClassNames):
     out: Path | None = option(None, "HTML file (default: report.html in the first run's folder).", parse="local path")
     samples: int = option(200, "Randomly chosen explained samples of each run.", min=0)
     seed: int = same(ModelConfig, "seed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectOptions(RunFolder):
+    """Options of `select`."""
+
+    expression: str = field(
+        metadata=required("Comparisons of columns of samples.parquet with and, or, not and parentheses.", argument=True)
+    )
+    out: Path = option(Path("selection"), "Folder for keys.txt and shards.txt.", parse="local path")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,6 +28,7 @@ SPECS = (
 )
 AUTO: Literal["auto"] = "auto"
 OUTPUTS = ("npy", "png", "parquet", "zarr")
+CLUSTERED = ("maps", "channels")
 REDUCTIONS = ("none", "sum", "abs-sum", "abs-max")
 
 
@@ -201,6 +202,10 @@ class FitConfig(Validated):
         metavar="N|all|auto",
         min=1,
     )
+    keys: str | None = option(
+        None, "List of the samples to use, as `select` writes it (default: all samples).", parse="path"
+    )
+    without_keys: str | None = option(None, "List of samples to leave out, as `select` writes it.", parse="path")
     compile: str | None = option(
         AUTO,
         "Compile full batches: `cudagraphs` on a GPU takes seconds, a mode of torch.compile minutes, `none` not at "
@@ -276,6 +281,8 @@ class MethodsConfig(Validated):
         metavar="METHOD.SETTING=NUMBER",
     )
     max_samples: int | None = same(FitConfig, "max_samples")
+    keys: str | None = same(FitConfig, "keys")
+    without_keys: str | None = same(FitConfig, "without_keys")
     seed: int = same(ModelConfig, "seed")
 
     @property
@@ -285,12 +292,11 @@ class MethodsConfig(Validated):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExplainConfig(MethodsConfig):
-    """An explanation of whole shards.
+class TargetConfig(MethodsConfig):
+    """Methods with a target that is parsed by `ray_jobs.jobs.explain.targets`.
 
-    `target` is parsed by `ray_jobs.jobs.explain.targets`. `classes` are pairs of a class's name and number,
-    `vector` is what the embeddings are compared with by the target `similarity:FILE`.
-    `reduction` and `size` apply to the channels and to the height and width of the maps.
+    `classes` are pairs of a class's name and number, `vector` is what the embeddings are compared with by the target
+    `similarity:FILE`.
     """
 
     target: str = option(
@@ -301,6 +307,12 @@ class ExplainConfig(MethodsConfig):
     )
     classes: tuple[tuple[str, int], ...] = ()
     vector: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExplainConfig(TargetConfig):
+    """An explanation of whole shards. `reduction` and `size` apply to the channels, and to the height and width."""
+
     outputs: tuple[str, ...] = option(("npy", "png"), "Formats of the maps.", flag="--output", choices=OUTPUTS)
     reduction: str = option("none", "Reduction of the maps' channels.", flag="--reduce-channels", choices=REDUCTIONS)
     size: int | None = option(
@@ -313,6 +325,42 @@ class ExplainConfig(MethodsConfig):
         help="Compile full batches: `cudagraphs` on a GPU takes seconds, a mode of torch.compile minutes (default: "
         "none).",
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AtlasConfig(TargetConfig):
+    """An atlas of the samples of whole shards; see `ray_jobs.jobs.atlas`.
+
+    `explanations` is the run of a finished `explain`, whose stored maps then replace the pass.
+    """
+
+    methods: tuple[str, ...] = same(
+        MethodsConfig,
+        "methods",
+        default=("patternattribution",),
+        help="Method: patternattribution, also with :ESTIMATOR, or gradient-x-input.",
+        aliases=("--method",),
+    )
+    target: str = same(
+        TargetConfig,
+        "target",
+        help="What to explain: predicted, second, label, a class by number or name, A-vs-B, A-vs-others, contrast.",
+    )
+    operators: tuple[str, ...] = option(
+        (), "Operators whose channels are recorded (default: the last operator of each resolution)."
+    )
+    explanations: str | None = option(
+        None, "Folder or URL of a finished explain whose stored maps are used instead of a new pass.", parse="path"
+    )
+    pooled: int = option(14, "Height and width to which maps are pooled.", min=2, max=64)
+    top: int = option(10, "Samples in each list: prototypes, typical samples, top samples of a channel.", min=1)
+    cluster_by: str = option("maps", "What the samples of a class are clustered by.", choices=CLUSTERED)
+    cluster_operator: str | None = option(
+        None, "Operator whose channels samples are clustered by (default: the last one that is recorded)."
+    )
+    neighbors: int = option(10, "Nearest neighbors of each sample in the graph that is clustered.", min=2)
+    max_clusters: int = option(12, "Maximum number of clusters of a class.", min=1)
+    compile: str | None = same(FitConfig, "compile")
 
 
 @dataclass(frozen=True, kw_only=True)

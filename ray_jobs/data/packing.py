@@ -18,12 +18,22 @@ from ray_jobs.data.image_decoding import decode_upright, list_formats
 from ray_jobs.data.image_folders import find_file_problem, list_local_images, make_keys
 from ray_jobs.data.labels import number_classes
 from ray_jobs.data.samples import IMAGES, TENSOR, UNREAD_IMAGES, explain_unread_format, extension_of
+from ray_jobs.data.selection import read_keys
 from ray_jobs.io.object_store import locate, publish
 
 JPEG_QUALITY = 95
 
 
-def pack(images: Path, out: Path, per_shard: int = 1000, crops: int = 0, size: int = 256, seed: int = 0) -> list[Path]:
+def pack(
+    images: Path,
+    out: Path,
+    per_shard: int = 1000,
+    crops: int = 0,
+    size: int = 256,
+    seed: int = 0,
+    keys: str | None = None,
+    without_keys: str | None = None,
+) -> list[Path]:
     """Write a folder of class folders (torchvision's ImageFolder layout) as shards, in a seeded random order.
 
     A class folder whose name is a number is that class of the model. Other folders are numbered in the order of their
@@ -36,6 +46,8 @@ def pack(images: Path, out: Path, per_shard: int = 1000, crops: int = 0, size: i
         crops: Number of random crops and flips to write of each image; 0 writes the images themselves.
         size: Height and width of a crop in pixels.
         seed: Seed of the order and the crops.
+        keys: A list of the images to pack, as `select` writes it; its shards are ignored. None: all.
+        without_keys: A list of images to leave out, likewise.
 
     Returns:
         The paths of the shards.
@@ -43,7 +55,7 @@ def pack(images: Path, out: Path, per_shard: int = 1000, crops: int = 0, size: i
     Raises:
         UserError: If there are no images, an image cannot be read, or the shards cannot be written.
     """
-    found = list_images(images)
+    found = choose_images(list_images(images), keys, without_keys)
     if (target := out.resolve()).is_relative_to(source := images.resolve()):
         what = f"is inside the folder of images {source}, so that a later run would take it for a class"
         raise UserError(str(target), what, "Choose another folder.", "out")
@@ -51,7 +63,7 @@ def pack(images: Path, out: Path, per_shard: int = 1000, crops: int = 0, size: i
     validate_images(images, found, bool(crops))
     order = {name: number for number, name in enumerate(classes)}
     found.sort(key=lambda image: (order[image.partition("/")[0]], image.split("/")))
-    keys = dict(zip(found, make_keys(found)))
+    names = dict(zip(found, make_keys(found)))
     rng = random.Random(seed)
     rng.shuffle(found)
     samples = [(image, crop) for image in found for crop in range(crops or 1)]
@@ -63,7 +75,7 @@ def pack(images: Path, out: Path, per_shard: int = 1000, crops: int = 0, size: i
             def write(temporary: Path, chosen: list[tuple[str, int]] = samples[first : first + per_shard]) -> None:
                 with open(temporary, "wb") as file, TarWriter(file, encoder=False, mtime=0) as tar:
                     for image, crop in chosen:
-                        key, cls = keys[image], str(classes[image.partition("/")[0]]).encode()
+                        key, cls = names[image], str(classes[image.partition("/")[0]]).encode()
                         if crops:
                             data = crop_randomly(images / image, size, seed + crop)
                             tar.write({"__key__": f"{key}-{crop}", "jpg": data, "cls": cls})
@@ -89,6 +101,22 @@ def list_images(folder: Path) -> list[str]:
         remedy = f"Put images ({', '.join(IMAGES)}) into one folder per class."
         raise UserError(str(folder), "no images in class folders", remedy)
     return found
+
+
+def choose_images(images: list[str], keys: str | None, without_keys: str | None) -> list[str]:
+    """Return the images whose keys are in one list and not in another.
+
+    Raises:
+        UserError: If a list cannot be read, or no image is left.
+    """
+    names = dict(zip(images, make_keys(images)))
+    for option, file in (("keys", keys), ("without_keys", without_keys)):
+        if file is not None:
+            listed = frozenset().union(*read_keys(file, option).values())
+            images = [image for image in images if (names[image] in listed) == (option == "keys")]
+    if not images:
+        raise UserError(str(keys or without_keys), "leaves no image to pack", "Choose another list.", "keys")
+    return images
 
 
 def list_class_folders(folder: Path) -> list[str]:

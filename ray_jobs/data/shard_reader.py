@@ -115,11 +115,13 @@ class ShardTask:
         max_samples: The number of samples at most that are read from the start of the shard, usable or not.
             None: all.
         only: Only samples with these keys are used. None: all.
+        skip: Samples with these keys are not used.
     """
 
     shard: str
     max_samples: int | None = None
     only: frozenset[str] | None = None
+    skip: frozenset[str] = frozenset()
 
 
 @dataclass

@@ -216,7 +216,7 @@ class ShardWorker(Generic[Task]):
 
     def reader(self, task: Task) -> ShardReader:
         """Return the reader of a task's shard."""
-        return ShardReader(task.shard, self.reader_config, task.max_samples, task.only)
+        return ShardReader(task.shard, self.reader_config, task.max_samples, task.only, task.skip)
 
     def start_stream(self, reader: ShardReader, after: Event | None = None) -> BatchStream:
         """Return the stream of a reader, which begins now or after an event."""

@@ -4,7 +4,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Self
 
+from patterns import UserError
 from ray_jobs.config import Resources
+from ray_jobs.data.selection import load_selection
 from ray_jobs.engine.ray_session import connect
 from ray_jobs.engine.ray_tasks import Tasks
 from ray_jobs.engine.shard_worker import require_gpu_for_mode
@@ -23,12 +25,13 @@ class JobSession:
 
     Attributes:
         run: The run's folder.
+        selection: The samples that are used.
         section: The job's section of the manifest. Additions during the work are recorded when it ends.
         heartbeat: The heartbeat of this driver, while it works.
         tasks: Runs functions on the cluster, while it works.
 
     Raises:
-        UserError: If the model cannot be loaded, or the folder holds this job with other options.
+        UserError: If the model or the lists of keys cannot be loaded, or the folder holds this job with other options.
 
     Example of a job::
 
@@ -49,6 +52,11 @@ class JobSession:
         self.loaded = loaded or loading.load(config.model)
         self.run = Run(config.out)
         self.section: dict[str, Any] = self.run.section(name, config, self.loaded)
+        keys, without_keys = (getattr(config, option, None) for option in ("keys", "without_keys"))
+        self.selection = load_selection(keys, without_keys, config.shards)
+        if self.section.setdefault("selection", self.selection.digest) != self.selection.digest:
+            what = f"this {name} was begun with other lists of keys: their files have changed"
+            raise UserError(str(self.run.folder), what, "Restore the files, or choose another --out.")
 
     @property
     def finished(self) -> bool:

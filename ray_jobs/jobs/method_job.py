@@ -1,6 +1,6 @@
-"""The common part of `explain` and `degrade`: a model, its patterns and methods, and files for each shard."""
+"""The common part of the jobs with methods: a model, its patterns and methods, and files for each shard."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
@@ -56,7 +56,12 @@ class MethodWorker(ShardWorker[FilesTask], Generic[C]):
 
 
 def make_explainer(
-    config: MethodsConfig, model: TracedModel, network: Network, scales: Scales, folder: str | None = None
+    config: MethodsConfig,
+    model: TracedModel,
+    network: Network,
+    scales: Scales,
+    folder: str | None = None,
+    channels: Collection[str] = (),
 ) -> Explainer:
     """Return the explainer of a config's methods, with the patterns of its run.
 
@@ -66,12 +71,13 @@ def make_explainer(
         network: The model's network, or one with the same operators or fewer.
         scales: The scales that an earlier explainer has calibrated, by method.
         folder: The folder of the patterns. None: the run's.
+        channels: The operators whose channels are recorded.
 
     Raises:
         UserError: If the patterns are missing, or those of another model.
     """
     chosen, estimators = choose_patterns(config, model, network, folder)
-    return Explainer(network, chosen, config.methods, scales, estimators, dict(config.settings))
+    return Explainer(network, chosen, config.methods, scales, estimators, dict(config.settings), channels)
 
 
 def end_at(network: Network, operator: str | None) -> Network:

@@ -14,6 +14,7 @@ from patterns.estimation import OperatorObserver
 from patterns.io import TensorFile, require_moments_of
 from ray_jobs.config import Resources, equal_share
 from ray_jobs.data.samples import RejectedSample, derive_seed
+from ray_jobs.data.selection import Selection
 from ray_jobs.data.shard_reader import ShardTask
 from ray_jobs.engine.ray_tasks import PendingCall, Tasks
 from ray_jobs.engine.shard_job import ShardJob, require_enough_samples
@@ -41,6 +42,7 @@ class MomentsSpec:
         batch_size: The number of samples of a batch.
         max_samples: The number of samples at most, an equal share from each shard; None: all.
         round: 0, or the number of this attempt to use the samples that were rejected before.
+        selection: The samples that are used.
     """
 
     shards: tuple[str, ...]
@@ -48,6 +50,7 @@ class MomentsSpec:
     batch_size: int
     max_samples: int | None = None
     round: int = 0
+    selection: Selection = Selection()  # noqa: RUF009 - frozen
 
 
 class NotFiniteError(UserError):
@@ -125,7 +128,7 @@ class MomentsWorker(ShardWorker[MomentsTask]):
                         raise
                     self.observation.reset()
                     skipped |= error.keys
-                    stream = self.start_stream(replace(self.reader(task), skip=skipped))
+                    stream = self.start_stream(replace(self.reader(task), skip=task.skip | skipped))
         except BaseException:
             self.forget()
             raise
@@ -240,7 +243,8 @@ class MomentsJob(ShardJob):
         """Return the task of a shard."""
         spec, number = self.spec, self.numbers[item]
         limit = equal_share(spec.max_samples, number, len(spec.shards))
-        return MomentsTask(item, limit, self.retried.get(item), number=number, round=spec.round)
+        only = self.retried.get(item, spec.selection.only_of(item))
+        return MomentsTask(item, limit, only, spec.selection.skip_of(item), number=number, round=spec.round)
 
     def on_committed(self, items: list[str], result: PartialMoments) -> None:
         """Note committed moments for the ledger."""

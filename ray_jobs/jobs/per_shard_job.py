@@ -31,7 +31,11 @@ class PerShardJob(ShardJob):
         existing = {folder: set(list_names(folder)) for folder in {each.folder for each in files.values()}}
         remaining = [shard for shard, each in files.items() if each.rows not in existing[each.folder]]
         limits = (equal_share(config.max_samples, number, len(files)) for number in range(len(files)))
-        self.tasks = {shard: FilesTask(shard, limit, files=each) for (shard, each), limit in zip(files.items(), limits)}
+        chosen = session.selection
+        self.tasks = {
+            shard: FilesTask(shard, limit, chosen.only_of(shard), chosen.skip_of(shard), files=each)
+            for (shard, each), limit in zip(files.items(), limits)
+        }
         super().__init__(session.name, session.heartbeat, config.shards, remaining, resources, max_loss=None)
 
     def make_task(self, item: str) -> FilesTask:

@@ -3,7 +3,6 @@
 import shutil
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -11,20 +10,18 @@ import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from patterns.attribution import Explanation
 from patterns.io import write_table
 from ray_jobs.config import ExplainConfig, Resources
-from ray_jobs.data.samples import SampleError
 from ray_jobs.data.shard_reader import Batch
 from ray_jobs.engine.shard_worker import ShardReport, compile_batches, require_gpu_for_mode
 from ray_jobs.io.object_store import locate, publish, read_table
 from ray_jobs.io.prefetch import WriteBehind
 from ray_jobs.jobs.explain.map_statistics import COLUMNS, find_region, reduce_maps, summarize_maps
-from ray_jobs.jobs.explain.targets import Regions, Target, parse_target
+from ray_jobs.jobs.explain.target_worker import TargetWorker
+from ray_jobs.jobs.explain.targets import Target, parse_target
 from ray_jobs.jobs.job_session import JobSession
-from ray_jobs.jobs.method_job import MethodWorker, end_at, make_explainer, validate_methods, validate_settings
+from ray_jobs.jobs.method_job import end_at, make_explainer, validate_methods, validate_settings
 from ray_jobs.jobs.per_shard_job import FilesTask, validate_sample_count, write_shard_files
 from ray_jobs.models.loading import TracedModel
 from ray_jobs.runs.map_files import ExplainedBatch, estimate_bytes_per_sample, import_zarr, open_writers
@@ -52,28 +49,15 @@ def make_schema(config: ExplainConfig, target: Target) -> pa.Schema:
     )
 
 
-class ExplainWorker(MethodWorker[ExplainConfig]):
+class ExplainWorker(TargetWorker[ExplainConfig]):
     """A worker that explains shards."""
 
     def prepare(self) -> None:
         """Place the model on the device, and load its patterns."""
-        self.place_model()
-        self.target = parse_target(self.config.target, self.model.network, self.config.classes, self.config.vector)
-        self.reader_config = replace(
-            self.reader_config,
-            validate_label=self.validate_label,
-            with_regions=True,
-            needed_region=self.target.needed_region,
-        )
+        self.prepare_target()
         network = end_at(self.model.network, self.target.operator)
         self.explainer = make_explainer(self.config, self.model, network, self.scales)
         compile_batches(self.explainer, self.config.compile, self.config.batch_size, self.model.device)
-
-    def validate_label(self, label: int | None) -> None:
-        """Raise SampleError if the target is the sample's label, and the label is missing or no class."""
-        (classes, *_) = self.model.network.output_shape
-        if self.target.needs_label and (label is None or not 0 <= label < classes):
-            raise SampleError(f"the label {label} is none of the model's {classes} classes")
 
     def work(self, task: FilesTask, following: FilesTask | None = None) -> Iterator[ShardReport]:
         """Explain a shard, and yield reports of the progress.
@@ -125,43 +109,6 @@ class ExplainWorker(MethodWorker[ExplainConfig]):
             exponents[method] = exponent.reshape(shape)
         summaries = [row | dict(chain.from_iterable(d.items() for d in each)) for row, each in zip(rows, statistics)]
         return ExplainedBatch(batch.keys, rows, summaries, arrays, exponents)
-
-    def find_regions(self, batch: Batch, scores: Tensor) -> Regions:
-        """Return the function that gives the share of each position of the output in the samples' masks or boxes."""
-        size = batch.images.shape[2:]
-
-        def shares(classes: Tensor) -> Tensor:
-            masks = batch.masks if self.target.region == "mask" else [None] * len(batch.keys)
-            regions = [
-                find_region(mask, boxes, number, *size)
-                for mask, boxes, number in zip(masks, batch.boxes, classes.tolist())
-            ]
-            stacked = torch.stack([torch.zeros(size, dtype=torch.bool) if r is None else r for r in regions])
-            return F.adaptive_avg_pool2d(stacked.float(), (scores.shape[2], scores.shape[3])).to(scores)
-
-        return shares
-
-    def describe_samples(self, batch: Batch, images: Tensor, explanation: Explanation) -> list[dict[str, Any]]:
-        """Return label, prediction, probability, target and score of each sample of a batch."""
-        target, values = self.target, explanation.scores.float()
-        scores = values
-        if target.operator is not None:
-            with torch.inference_mode():
-                scores = self.model.network.module(images).float()
-        prediction: list[int | None] = [None] * len(scores)
-        probability: list[float | None] = [None] * len(scores)
-        if scores.dim() == 2 and scores.shape[1] > 1 and not target.embeds:  # other outputs predict no class
-            probability, prediction = (values.tolist() for values in scores.softmax(1).max(1))
-        classes = target.pick_classes(values, batch.labels)
-        score = target.score(values, classes, self.find_regions(batch, values))
-        columns = {
-            "label": batch.labels,
-            "prediction": prediction,
-            "probability": probability,
-            "target": classes.tolist() if len(target.picks) > 1 else classes[:, 0].tolist(),
-            "score": score.tolist() if target.maps > 1 else score[:, 0].tolist(),
-        }
-        return [dict(zip(columns, row)) for row in zip(*columns.values())]
 
 
 def to_float16(maps: Tensor, exponent: int) -> tuple[np.ndarray, np.ndarray]:

@@ -124,7 +124,7 @@ def make_job(
     one = passes[number]
     name = "fit" if len(passes) == 1 else f"fit, pass {number + 1} of {len(passes)}"
     rounds = session.section["rounds"]
-    spec = MomentsSpec(config.shards, one.store, config.batch_size, config.max_samples, rounds)
+    spec = MomentsSpec(config.shards, one.store, config.batch_size, config.max_samples, rounds, session.selection)
     if config.until_converged is None:
         return MomentsJob(name, session.heartbeat, spec, session.tasks, resources)
     operators = [session.loaded.network.operators[name] for name in one.operators]

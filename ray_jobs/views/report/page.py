@@ -12,6 +12,7 @@ from patterns.io import write_atomically
 from ray_jobs.views.report.contents import FLAGS, Contents, read_contents
 
 HERE = Path(__file__).parent
+SCRIPTS = ("theme.js", "report.js")
 
 
 def write_report(
@@ -40,15 +41,8 @@ def write_report(
 
 def render(runs: Sequence[Contents]) -> str:
     """Return the page. Templates escape everything that comes from a run."""
-    templates = Environment(
-        loader=FileSystemLoader(HERE),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    templates.filters.update(thousands="{:,}".format)
-    style, script = ((HERE / f"report.{kind}").read_text() for kind in ("css", "js"))
+    templates = make_templates(HERE)
+    style, script = (HERE / "report.css").read_text(), "".join((HERE / name).read_text() for name in SCRIPTS)
     return templates.get_template("report.html.jinja").render(
         runs=runs,
         compared=[(name, rows) for name, rows in compare(runs) if rows],
@@ -56,8 +50,26 @@ def render(runs: Sequence[Contents]) -> str:
         style=style,
         script=script,
         policy=policy(style, script),
-        written=datetime.now(UTC).isoformat(" ", timespec="minutes").removesuffix("+00:00"),
+        written=format_now(),
     )
+
+
+def make_templates(*folders: Path) -> Environment:
+    """Return the templates of some folders, which escape what they are given."""
+    templates = Environment(
+        loader=FileSystemLoader(folders),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    templates.filters.update(thousands="{:,}".format)
+    return templates
+
+
+def format_now() -> str:
+    """Return the date and time (UTC)."""
+    return datetime.now(UTC).isoformat(" ", timespec="minutes").removesuffix("+00:00")
 
 
 def policy(style: str, script: str) -> str:

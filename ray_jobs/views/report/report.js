@@ -1,20 +1,3 @@
-"use strict";
-
-const root = document.documentElement;
-const byId = (id) => document.getElementById(id);
-
-// The theme: the system's, until the button is pressed.
-const theme = byId("theme");
-const system = matchMedia("(prefers-color-scheme: dark)");
-const showTheme = () => theme.setAttribute("aria-pressed", String((root.dataset.theme ?? (system.matches ? "dark" : "light")) === "dark"));
-theme.addEventListener("click", () => {
-  root.dataset.theme = theme.getAttribute("aria-pressed") === "true" ? "light" : "dark";
-  showTheme();
-});
-system.addEventListener("change", showTheme);
-theme.hidden = false;
-showTheme();
-
 // Samples: sorted, filtered, and their methods shown or not.
 const text = (a, b) => (a < b ? -1 : a > b ? 1 : 0);
 const surest = (a, b) => b.dataset.probability - a.dataset.probability || text(a.dataset.key, b.dataset.key);

@@ -1,0 +1,68 @@
+"""The atlas job: rows of every sample of some shards → summaries of classes, clusters and channels."""
+
+from collections.abc import Sequence
+
+from patterns import UserError
+from ray_jobs.config import AtlasConfig, Resources
+from ray_jobs.engine.shard_worker import require_gpu_for_mode
+from ray_jobs.jobs.atlas.clustering import import_clustering
+from ray_jobs.jobs.atlas.reduction import reduce_rows
+from ray_jobs.jobs.atlas.rows import describe_cost
+from ray_jobs.jobs.atlas.stored_maps import StoredMapsWorker, measure_stored_rows
+from ray_jobs.jobs.atlas.worker import AtlasWorker, measure_rows, validate_target
+from ray_jobs.jobs.job_session import JobSession
+from ray_jobs.jobs.method_job import validate_methods, validate_settings
+from ray_jobs.jobs.per_shard_job import validate_sample_count, write_shard_files
+from ray_jobs.runs.run_folder import Run
+
+ROWS = "atlas"  # folder of the rows in the run
+
+
+def validate(config: AtlasConfig, resources: Resources = Resources()) -> None:  # noqa: B008 - frozen
+    """Raise UserError if there is not exactly one method, a package is missing, or compiling needs a GPU."""
+    if len(config.methods) != 1:
+        raise UserError("", f"an atlas has one method, not {len(config.methods)}", "Pass one method.", "methods")
+    if config.explanations is not None and config.cluster_by == "channels":
+        what = "stored maps have no relevance of channels"
+        raise UserError("", what, "Leave out `explanations`, or cluster by maps.", "cluster_by")
+    import_clustering()
+    validate_settings(config)
+    require_gpu_for_mode(config.compile, resources)
+
+
+def atlas(config: AtlasConfig, resources: Resources = Resources()) -> Run:  # noqa: B008 - frozen
+    """Describe a dataset by the explanations of its samples, or resume a job that ended early.
+
+    Args:
+        config: The job.
+        resources: The workers, and the limits on failures.
+
+    Returns:
+        The run.
+
+    Raises:
+        UserError: If the configuration or the data are wrong.
+        StoppedShortError: If a signal stopped the job.
+    """
+    validate(config, resources)
+    session = JobSession("atlas", config)
+    if session.finished:
+        return session.close()
+    run, model = session.run, session.loaded.traced
+    validate_target(config, model)
+    stored = config.explanations is not None
+    shape = measure_stored_rows(config, model) if stored else measure_rows(config, model)
+    if config.cluster_operator is not None and config.cluster_operator not in shape.channels:
+        recorded = ", ".join(shape.channels)
+        what = f"the channels of {config.cluster_operator!r} are not recorded"
+        raise UserError("", what, f"Choose from {recorded}, or add it to `operators`.", "cluster_operator")
+    recorded_scales = {} if stored else validate_methods(config, model, None, session.section)
+    with session.work(resources, config.compile, **recorded_scales):
+        worker, scales = (StoredMapsWorker, {}) if stored else (AtlasWorker, recorded_scales["scales"])
+        message = describe_cost(shape, config.max_samples)
+        done = write_shard_files(session, config, resources, ROWS, message, worker, model, scales)
+        files: Sequence[str] = [str(each.folder / each.rows) for each in done]
+        found = reduce_rows(files, shape, config, run.folder, session.tasks)
+        validate_sample_count(session, found["samples"], resources)
+        session.section |= found
+    return run

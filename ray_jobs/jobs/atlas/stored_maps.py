@@ -1,0 +1,138 @@
+"""Rows from the stored maps of `explain`, without a pass: columns that need one are absent or null."""
+
+import io
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from patterns import UserError
+from patterns.io import temporary_path
+from ray_jobs.config import AtlasConfig
+from ray_jobs.data.shard_reader import read_shard
+from ray_jobs.engine.shard_worker import ShardReport
+from ray_jobs.io.object_store import fetch, publish, read_table
+from ray_jobs.jobs.atlas.rows import RowShape, RowWriter, make_table, pool_maps, to_shares
+from ray_jobs.jobs.method_job import MethodWorker
+from ray_jobs.jobs.per_shard_job import FilesTask
+from ray_jobs.models.loading import TracedModel
+from ray_jobs.runs.map_files import ShardFiles, list_shard_files
+from ray_jobs.runs.run_folder import Run, read_rejected, write_rejected
+from ray_jobs.units import make_printable
+
+BATCH = 256  # samples whose maps are pooled together
+COPIED = ("key", "label", "prediction", "probability", "score")
+
+
+def require_explanations(config: AtlasConfig) -> dict[str, Any]:
+    """Return the section of the finished explain whose maps are used.
+
+    Raises:
+        UserError: If it has not finished, or its maps cannot be used for this atlas.
+    """
+    assert config.explanations is not None
+    section = Run(config.explanations).require_job("explain", "Run `patternnet explain` to the end first.")
+    options = section["options"]
+    (method,) = config.methods
+    if method not in options["methods"]:
+        what = f"holds maps of {', '.join(options['methods'])}, not of {method}"
+        raise UserError(config.explanations, what, "Choose one of these methods.", "methods")
+    if not {"npy", "parquet"} & set(options["outputs"]):
+        what = f"holds maps as {', '.join(options['outputs'])} only"
+        raise UserError(config.explanations, what, "Run `patternnet explain` with --output npy or parquet.")
+    if options["target"] != config.target:
+        what = f"its maps explain {options['target']!r}, not {config.target!r}"
+        raise UserError(config.explanations, what, f"Pass --target {options['target']}.", "target")
+    if missing := [shard for shard in config.shards if shard not in options["shards"]]:
+        raise UserError(missing[0], f"was not explained by {config.explanations}", "Leave it out of --shards.")
+    return section
+
+
+def measure_stored_rows(config: AtlasConfig, model: TracedModel) -> RowShape:
+    """Return the sizes of rows from stored maps.
+
+    Raises:
+        UserError: See `require_explanations`.
+    """
+    options = require_explanations(config)["options"]
+    if len(model.network.input_shape) != 3:
+        what = f"the model takes inputs of the shape {model.network.input_shape}, not images"
+        raise UserError("", what, "An atlas needs a model of images.", "model")
+    sides = [options["size"]] if options["size"] else model.network.input_shape[1:]
+    return RowShape(min(config.pooled, *sides), {})
+
+
+class StoredMapsWorker(MethodWorker[AtlasConfig]):
+    """A worker that makes rows of the stored maps of shards."""
+
+    def prepare(self) -> None:
+        """Find the files of the explanations."""
+        section = require_explanations(self.config)
+        options = section["options"]
+        self.shape = measure_stored_rows(self.config, self.model)
+        self.explained = list_shard_files(str(self.config.explanations), tuple(options["shards"]))
+        self.as_parquet, (self.method,) = "parquet" in options["outputs"], self.config.methods
+
+    def work(self, task: FilesTask, following: FilesTask | None = None) -> Iterator[ShardReport]:
+        """Write the rows of a shard."""
+        files, source = task.files, self.explained[task.shard]
+        rows = {row["key"]: row for row in read_table(source.folder / source.rows).to_pylist()}
+        keys = list(rows)[: task.max_samples]
+        rejected = read_rejected(source.folder / source.rejected)
+        with publish(files.folder) as folder, temporary_path(folder / files.rows) as path:
+            with closing(RowWriter(path, self.shape)) as writer:
+                pending: list[tuple[str, np.ndarray, int]] = []
+                count = 0
+                for key, array, exponent in self.read_maps(source, set(keys)):
+                    pending.append((key, array, exponent))
+                    if len(pending) == BATCH:
+                        writer.write(self.make_rows(task, rows, pending, count))
+                        count, pending = count + len(pending), []
+                if pending:
+                    writer.write(self.make_rows(task, rows, pending, count))
+            with publish(files.folder) as other:
+                write_rejected(other / files.rejected, rejected)
+        yield ShardReport(len(keys), len(rejected))
+
+    def make_rows(
+        self, task: FilesTask, rows: Mapping[str, Any], maps: list[tuple[str, np.ndarray, int]], first: int
+    ) -> pa.Table:
+        """Return the rows of some samples."""
+        stacked = torch.stack([torch.from_numpy(array.astype(np.float32)) for _, array, _ in maps])
+        shares, mass = to_shares(pool_maps(stacked, self.shape.side))
+        exponents = np.array([exponent for _, _, exponent in maps])
+        scalars = [
+            {name: rows[key][name] for name in COPIED}
+            | {"shard": make_printable(task.shard), "position": first + n, "class": rows[key]["target"]}
+            for n, (key, _, _) in enumerate(maps)
+        ]
+        return make_table(self.shape, scalars, {"map": shares, "map_mass": np.ldexp(mass, exponents)})
+
+    def read_maps(self, files: ShardFiles, keys: set[str]) -> Iterator[tuple[str, np.ndarray, int]]:
+        """Yield key, map (C, H, W) and exponent of the samples of a shard's explanations, in their order."""
+        if self.as_parquet:
+            with fetch(files.folder / files.maps) as path:
+                yield from self.read_table_of_maps(pq.ParquetFile(path), keys)
+            return
+        with closing(read_shard(str(files.folder / files.tar))) as samples:
+            for sample in samples:
+                if sample.key in keys:
+                    array = np.load(io.BytesIO(sample.files[f"{self.method}.npy"]), allow_pickle=False)
+                    yield sample.key, array, int(json.loads(sample.files["json"])["exponents"][self.method])
+
+    def read_table_of_maps(self, file: pq.ParquetFile, keys: set[str]) -> Iterator[tuple[str, np.ndarray, int]]:
+        """Yield the same from a Parquet file of maps."""
+        if self.method not in file.schema_arrow.names:  # all samples of the shard were rejected
+            return
+        shape = json.loads(file.schema_arrow.metadata[f"{self.method}_shape".encode()])
+        for batch in file.iter_batches(BATCH, columns=["key", self.method, f"{self.method}_exponent"]):
+            arrays = batch[self.method].flatten().to_numpy(zero_copy_only=False).reshape(-1, *shape)
+            exponents = batch[f"{self.method}_exponent"].to_pylist()
+            for key, array, exponent in zip(batch["key"].to_pylist(), arrays, exponents):
+                if key in keys:
+                    yield key, array, exponent
