@@ -2,25 +2,27 @@
 
 from ray_jobs.config.jobs import (
     AUTO,
-    CROP_MODES,
     FITTED,
-    INTERPOLATIONS,
     OUTPUTS,
-    PRECISIONS,
     REDUCTIONS,
-    SPECS,
     AtlasConfig,
     DegradeConfig,
     EvaluateConfig,
     ExplainConfig,
     FitConfig,
     MethodsConfig,
-    ModelConfig,
-    Preprocessing,
     QualityConfig,
     Resources,
     TargetConfig,
     equal_share,
+)
+from ray_jobs.config.model import (
+    CROP_MODES,
+    INTERPOLATIONS,
+    PRECISIONS,
+    SPECS,
+    ModelConfig,
+    Preprocessing,
 )
 
 __all__ = [

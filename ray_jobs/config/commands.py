@@ -4,7 +4,8 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ray_jobs.config.jobs import DegradeConfig, FitConfig, MethodsConfig, ModelConfig, QualityConfig, Resources
+from ray_jobs.config.jobs import DegradeConfig, FitConfig, MethodsConfig, QualityConfig, Resources
+from ray_jobs.config.model import ModelConfig
 from ray_jobs.config.option import Validated, metadata_of, option, required, same
 from ray_jobs.units import parse_duration
 

@@ -13,7 +13,7 @@ from patterns.io import temporary_path
 from ray_jobs.config import AtlasConfig
 from ray_jobs.data.samples import RejectedSample
 from ray_jobs.data.shard_reader import Batch
-from ray_jobs.engine.shard_worker import BatchStream, ShardReport
+from ray_jobs.engine.shard_worker import BatchStream, ShardReport, compile_batches
 from ray_jobs.io.object_store import publish
 from ray_jobs.jobs.atlas.rows import (
     RowShape,
@@ -84,8 +84,7 @@ class AtlasWorker(TargetWorker[AtlasConfig]):
         self.shape, (self.method,) = measure_rows(self.config, self.model), self.config.methods
         network, operators = self.model.network, tuple(self.shape.channels)
         self.explainer = make_explainer(self.config, self.model, network, self.scales, channels=operators)
-        if self.config.compile is not None:
-            self.explainer.compile(self.config.batch_size, self.config.compile)
+        compile_batches(self.explainer, self.config.compile, self.config.batch_size, self.model.device)
 
     def work(self, task: FilesTask, following: FilesTask | None = None) -> Iterator[ShardReport]:
         """Write the rows of a shard, and yield reports of the progress. The file of rows gets its name last."""

@@ -34,7 +34,7 @@ Id = tuple[str, str]  # shard and key
 
 @dataclass(frozen=True)
 class Shown:
-    """A sample as the page shows it: photograph beside map; None if it cannot be read any more."""
+    """A sample as the page shows it: photograph and map; None if it cannot be read any more."""
 
     key: str
     photograph: str | None

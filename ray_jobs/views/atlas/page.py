@@ -18,7 +18,7 @@ FOLDER = "atlas-classes"  # of the pages of classes
 
 
 def write_atlas(out: Path, folder: str, classes: str | None = None, max_sections: int = MAX_SECTIONS) -> int:
-    """Write the page of an atlas, and if it has many classes, a page for each in the folder beside it.
+    """Write the page of an atlas, and if it has many classes, a page for each in a folder next to it.
 
     Args:
         out: The HTML file to write.
