@@ -7,7 +7,7 @@ from ray_jobs.config.commands import SelectOptions
 
 @command(
     "patternnet select runs/vgg16-atlas 'class=17 and cluster=2' --out watermark",
-    "patternnet select runs/vgg16-atlas 'label != prediction and probability > 0.9'",
+    "patternnet select runs/vgg16-atlas 'label != prediction and loss > 2'",
 )
 def select(options: SelectOptions) -> None:
     """Write the keys and the shards of some samples of an atlas."""
