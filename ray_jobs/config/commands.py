@@ -9,6 +9,8 @@ from ray_jobs.config.model import ModelConfig
 from ray_jobs.config.option import Validated, metadata_of, option, required, same
 from ray_jobs.units import parse_duration
 
+EXPORT_FORMATS = ("fiftyone", "virelay", "huggingface", "coco")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ShardOptions:
@@ -160,6 +162,21 @@ class SelectOptions(RunFolder):
         metadata=required("Comparisons of columns of samples.parquet with and, or, not and parentheses.", argument=True)
     )
     out: Path = option(Path("selection"), "Folder for keys.txt and shards.txt.", parse="local path")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions(Validated, ClassNames, RunFolder):
+    """Options of `export`."""
+
+    to: str = field(metadata=required("Format of the dataset.", choices=EXPORT_FORMATS))
+    out: Path = field(metadata=required("Folder of the dataset. It must not exist, or be empty.", parse="local path"))
+    atlas: str | None = option(
+        None, "Folder of an atlas of the same samples, for the clusters (default: the run's, if any).", parse="path"
+    )
+    method: str | None = option(None, "Method of the maps (default: patternattribution, or else the run's first).")
+    threshold: float = option(
+        0.5, "coco: share of the largest relevance from which cells belong to the box of an image.", min=0, max=1
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,31 +1,27 @@
 """Rows from the stored maps of `explain`, without a pass: columns that need one are absent or null."""
 
-import io
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from patterns import UserError
 from patterns.io import temporary_path
 from ray_jobs.config import AtlasConfig
-from ray_jobs.data.shard_reader import read_shard
 from ray_jobs.engine.shard_worker import ShardReport
-from ray_jobs.io.object_store import fetch, publish, read_table
+from ray_jobs.io.object_store import publish, read_table
 from ray_jobs.jobs.atlas.rows import RowShape, RowWriter, make_table, pool_maps, to_shares
 from ray_jobs.jobs.method_job import MethodWorker
 from ray_jobs.jobs.per_shard_job import FilesTask
 from ray_jobs.models.loading import TracedModel
-from ray_jobs.runs.map_files import ShardFiles, list_shard_files
+from ray_jobs.runs.map_files import list_shard_files
 from ray_jobs.runs.run_folder import Run, read_rejected, write_rejected
+from ray_jobs.runs.stored_maps import BATCH, read_maps, require_arrays
 from ray_jobs.units import make_printable
 
-BATCH = 256  # samples whose maps are pooled together
 COPIED = ("key", "label", "prediction", "probability", "score")
 
 
@@ -42,9 +38,7 @@ def require_explanations(config: AtlasConfig) -> dict[str, Any]:
     if method not in options["methods"]:
         what = f"holds maps of {', '.join(options['methods'])}, not of {method}"
         raise UserError(config.explanations, what, "Choose one of these methods.", "methods")
-    if not {"npy", "parquet"} & set(options["outputs"]):
-        what = f"holds maps as {', '.join(options['outputs'])} only"
-        raise UserError(config.explanations, what, "Run `patternnet explain` with --output npy or parquet.")
+    require_arrays(config.explanations, options["outputs"])
     if options["target"] != config.target:
         what = f"its maps explain {options['target']!r}, not {config.target!r}"
         raise UserError(config.explanations, what, f"Pass --target {options['target']}.", "target")
@@ -76,7 +70,7 @@ class StoredMapsWorker(MethodWorker[AtlasConfig]):
         options = section["options"]
         self.shape = measure_stored_rows(self.config, self.model)
         self.explained = list_shard_files(str(self.config.explanations), tuple(options["shards"]))
-        self.as_parquet, (self.method,) = "parquet" in options["outputs"], self.config.methods
+        self.outputs, (self.method,) = options["outputs"], self.config.methods
 
     def work(self, task: FilesTask, following: FilesTask | None = None) -> Iterator[ShardReport]:
         """Write the rows of a shard."""
@@ -88,7 +82,7 @@ class StoredMapsWorker(MethodWorker[AtlasConfig]):
             with closing(RowWriter(path, self.shape)) as writer:
                 pending: list[tuple[str, np.ndarray, int]] = []
                 count = 0
-                for key, array, exponent in self.read_maps(source, set(keys)):
+                for key, array, exponent in read_maps(source, self.method, self.outputs, set(keys)):
                     pending.append((key, array, exponent))
                     if len(pending) == BATCH:
                         writer.write(self.make_rows(task, rows, pending, count))
@@ -112,27 +106,3 @@ class StoredMapsWorker(MethodWorker[AtlasConfig]):
             for n, (key, _, _) in enumerate(maps)
         ]
         return make_table(self.shape, scalars, {"map": shares, "map_mass": np.ldexp(mass, exponents)})
-
-    def read_maps(self, files: ShardFiles, keys: set[str]) -> Iterator[tuple[str, np.ndarray, int]]:
-        """Yield key, map (C, H, W) and exponent of the samples of a shard's explanations, in their order."""
-        if self.as_parquet:
-            with fetch(files.folder / files.maps) as path:
-                yield from self.read_table_of_maps(pq.ParquetFile(path), keys)
-            return
-        with closing(read_shard(str(files.folder / files.tar))) as samples:
-            for sample in samples:
-                if sample.key in keys:
-                    array = np.load(io.BytesIO(sample.files[f"{self.method}.npy"]), allow_pickle=False)
-                    yield sample.key, array, int(json.loads(sample.files["json"])["exponents"][self.method])
-
-    def read_table_of_maps(self, file: pq.ParquetFile, keys: set[str]) -> Iterator[tuple[str, np.ndarray, int]]:
-        """Yield the same from a Parquet file of maps."""
-        if self.method not in file.schema_arrow.names:  # all samples of the shard were rejected
-            return
-        shape = json.loads(file.schema_arrow.metadata[f"{self.method}_shape".encode()])
-        for batch in file.iter_batches(BATCH, columns=["key", self.method, f"{self.method}_exponent"]):
-            arrays = batch[self.method].flatten().to_numpy(zero_copy_only=False).reshape(-1, *shape)
-            exponents = batch[f"{self.method}_exponent"].to_pylist()
-            for key, array, exponent in zip(batch["key"].to_pylist(), arrays, exponents):
-                if key in keys:
-                    yield key, array, exponent
