@@ -183,5 +183,5 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "ConvNeXt": convnext,
     "EfficientNet": efficientnet,
 }
-EPOCHS = {"ViT": 6, "ConvNeXt": 4, "EfficientNet": 4}
+EPOCHS = {"ViT": 4, "ConvNeXt": 4, "EfficientNet": 4}
 TOKENS = ("ViT",)  # networks with class and patch tokens

@@ -105,8 +105,8 @@ class Run:
         before = self.manifest().get(job)
         if before is not None:
             begun = upgrade_options(before["options"], config)
-            if begun != upgrade_options(options, config):
-                what = f"this {job} was begun with {describe_difference(begun, options)}"
+            if begun != (now := upgrade_options(options, config)):
+                what = f"this {job} was begun with {describe_difference(begun, now)}"
                 raise UserError(str(self.path), what, "Use the options it was begun with, or another --out.")
         return before or {"options": options, "model": asdict(config.model), "status": "begun", "missing": {}}
 

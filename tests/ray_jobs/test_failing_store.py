@@ -59,6 +59,9 @@ CASES: dict[str, list[list[str]]] = {
             *ALONE,
         ]
     ],
+    "atlas": [["--patterns", f"{URL}/run", "--shards", "SHARD0", "--out", f"{URL}/ten", *ALONE]],
+    "select": [[f"{URL}/run", "class >= 0", "--out", "chosen"], ["RUN", "class >= 0", "--out", BELOW]],
+    "export": [[f"{URL}/run", "--to", "coco", "--out", "eleven"], ["RUN", "--to", "coco", "--out", BELOW]],
     "reproduce": [
         ["--model", "MODEL", "--shards", f"{URL}/train-*.tar", "--evaluate", "SHARD0", "--out", BELOW, *ALONE],
         ["--dataset", "mnist", "--data", BELOW, "--out", "eight", *ALONE],
@@ -90,6 +93,8 @@ def folder(model_spec: str, shards: list[str], tmp_path_factory: pytest.TempPath
     assert exit_status(["fit", *common, "--shards", shards[1], "--out", str(folder / "run2")]) == 0
     explain = ["explain", "--patterns", str(folder / "run"), "--shards", shards[0], "--workers", "0"]
     assert exit_status([*explain, "--methods", "gradient", "--output", "npy,parquet"]) == 0
+    atlas = ["atlas", "--patterns", str(folder / "run"), "--shards", shards[0], "--workers", "0"]
+    assert exit_status([*atlas, "--out", str(folder / "run")]) == 0
     (folder / "afile").write_text("no folder")
     (folder / "images" / "ant").mkdir(parents=True)
     (folder / "images" / "ant" / "a.jpg").write_bytes(b"\xff\xd8\xff")

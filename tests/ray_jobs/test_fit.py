@@ -39,7 +39,7 @@ from tests.ray_jobs.runs import PREPROCESSING, assert_same_patterns, make_fit_co
 def worker_of(config: FitConfig) -> tuple[loading.TracedModel, MomentsStore, int, Observe]:
     """Return the arguments of a worker of a fit."""
     loaded = loading.load(config.model)
-    observe = partial(make_observer, config, tuple(loaded.network.operators))
+    observe = partial(make_observer, replace(config, positions=None), tuple(loaded.network.operators))
     return loaded.traced, MomentsStore(f"{config.out}/moments"), config.batch_size, observe
 
 

@@ -22,7 +22,7 @@ from ray_jobs.jobs.fit.fit import fit
 from ray_jobs.runs.run_folder import Run
 from tests.ray_jobs.runs import assert_same_patterns, make_fit_config, wait_until
 
-pytestmark = pytest.mark.full
+pytestmark = [pytest.mark.full, pytest.mark.ray]
 TWO = Resources(workers=2, gpus_per_worker=0)
 
 
