@@ -40,7 +40,7 @@ def find_box(relevance: np.ndarray, threshold: float, width: int, height: int) -
         ((20.0, 20.0, 30.0, 60.0), 0.75)
     """
     positive = torch.from_numpy(relevance).clamp(min=0).nan_to_num(0, 0, 0)[None, None]
-    sides = [min(CELLS, side) for side in relevance.shape]
+    sides = min(CELLS, relevance.shape[0]), min(CELLS, relevance.shape[1])
     grid = F.adaptive_avg_pool2d(positive, sides)[0, 0].double().numpy()
     if grid.max() <= 0:
         return None

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -128,7 +128,7 @@ def read_samples(source: Source, places: AtlasPlaces | None) -> Iterator[tuple[D
                 yield done, sample
 
 
-def join(shard: str, rows: Iterator[Row], first: int) -> Iterator[Joined]:
+def join(shard: str, rows: Iterator[Row], first: int) -> Generator[Joined, None, None]:
     """Yield the explained samples of a shard with their photographs, numbered from `first`.
 
     Both are read in the order of the shard, so that neither is held.

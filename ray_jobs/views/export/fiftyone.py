@@ -46,7 +46,7 @@ PLACES = {
     **dict.fromkeys(("suspicion", "p", "distance", "loss", "x", "y"), ("FloatField", None)),
 }
 # Fields of the documents by the last word of their class.
-DOCUMENTS = {
+DOCUMENTS: dict[str, dict[str, tuple[str, str | None]]] = {
     "ImageMetadata": {
         "size_bytes": ("IntField", None),
         "mime_type": ("StringField", None),

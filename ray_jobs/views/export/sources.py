@@ -120,7 +120,7 @@ class Explanations:
             row = {name: first_of(value) for name, value in rows[key].items()}
             first, power = (array[0], exponent[0]) if isinstance(exponent, list) else (array, exponent)
             values = np.ldexp(first.astype(np.float32), power)
-            yield Row(key, values, *(row[name] for name in SCALARS), explained=row["target"])
+            yield Row(key, values, explained=row["target"], **{name: row[name] for name in SCALARS})
 
 
 class PooledMaps:
@@ -155,7 +155,7 @@ class PooledMaps:
             maps = batch["map"].flatten().to_numpy(zero_copy_only=False).astype(np.float32)
             maps = maps.reshape(-1, 1, self.side, self.side) * batch["map_mass"].to_numpy().reshape(-1, 1, 1, 1)
             for array, row in zip(maps, batch.drop_columns(["map", "map_mass", "position"]).to_pylist()):
-                yield Row(row["key"], array, *(row[name] for name in SCALARS), explained=row["class"])
+                yield Row(row["key"], array, explained=row["class"], **{name: row[name] for name in SCALARS})
 
 
 Source = Explanations | PooledMaps
