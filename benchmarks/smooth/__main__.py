@@ -7,7 +7,7 @@ by the area over the degradation curve and the grid pointing game, on test image
 
 import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from benchmarks.pages import Cell, Table, make_parser, save_results
 from benchmarks.smooth.attnlrp import rules
 from benchmarks.smooth.networks import NETWORKS
-from patterns import Explainer, Network, Operator, accumulate, choose, solve, trace
+from patterns import Explainer, Network, accumulate, choose, solve, trace
 from patterns.attribution.methods import METHODS
 from patterns.evaluation import (
     area_over_curve,
@@ -36,7 +36,6 @@ from patterns.evaluation import (
     rank_patches,
     sum_patches,
 )
-from patterns.operators.operator import Addition
 from patterns.tracing.scales import ScaleRules
 from ray_jobs.engine.shard_worker import keep_freed_memory
 from ray_jobs.studies.datasets import read_digits
@@ -69,12 +68,14 @@ class Subject:
         network: The traced network.
         accuracy: The share of 10,000 test images that it classifies correctly.
         explainer: Makes the maps of all methods of `patterns`.
+        top_shares: By addition, the share of Σ‖y‖² that the tokens with the largest norms hold.
     """
 
     model: nn.Module
     network: Network
     accuracy: float
     explainer: Explainer
+    top_shares: dict[str, float]
 
 
 def read_data(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -103,17 +104,16 @@ def prepare(name: str, seed: int, data: Mapping[str, tuple[np.ndarray, np.ndarra
     accuracy = float((scores.argmax(1) == torch.from_numpy(labels.astype(np.int64))).float().mean())
     network = trace(model, torch.zeros(2, 1, 28, 28))
     moments = accumulate(network, to_inputs(data["train"][0][:FITTED]).split(100))
-    solved = {
-        n: solve(op, moments[n], "linear,two-component,two-component-own-mean").patterns
-        for n, op in network.operators.items()
-    }
+    solutions = {n: solve(op, moments[n], ESTIMATORS) for n, op in network.operators.items()}
+    solved = {n: solution.patterns for n, solution in solutions.items()}
+    top_shares = {n: solution.top_share for n, solution in solutions.items() if solution.top_share is not None}
     presets = {preset: choose(network, solved, preset) for preset in PRESETS}
     soft = replace(METHODS["patternattribution"].backward, scales=ScaleRules("pass", "multiply"))  # type: ignore[type-var]
     METHODS[SOFT] = replace(METHODS["patternattribution"], backward=soft)
     has_products = bool(network.constant_factors.get("factors of products"))
     methods = [*OTHERS, *OURS, *([SOFT] if has_products else [])]
     explainer = Explainer(network, presets["class-specific"], methods, estimators=presets)
-    return Subject(model, network, accuracy, explainer)
+    return Subject(model, network, accuracy, explainer, top_shares)
 
 
 def explain(subject: Subject, images: Tensor, classes: Tensor) -> dict[str, Tensor]:
@@ -196,31 +196,11 @@ def study(name: str, seed: int, data: Mapping[str, tuple[np.ndarray, np.ndarray]
         found = {
             "accuracy": subject.accuracy,
             "negative": share_of_negative_scores(subject.model, images[:500], labels[:500]),
-            "outliers": dict(share_of_outliers(subject.network, to_inputs(images[:100]))),
+            "outliers": subject.top_shares,
             "measured": measure(subject, images[:500], labels[:500]),
         }
         file.write_text(json.dumps(found))
     return dict(json.loads(file.read_text()))
-
-
-def share_of_outliers(network: Network, images: Tensor, top: float = 0.001) -> Iterator[tuple[str, float]]:
-    """Yield for each addition the share of Σy² that the tokens with the largest norms hold."""
-    found: dict[str, Tensor] = {}
-
-    def record(name: str, module: nn.Module, inputs: object, value: Tensor) -> None:
-        norms = value.movedim(-1 if value.dim() == 3 else 1, -1).flatten(0, -2).square().sum(-1)
-        count = max(1, round(top * len(norms)))
-        found[name] = norms.topk(count).values.sum() / norms.sum()
-
-    hooks = []
-    for module in network.module.modules():
-        if isinstance(module, Operator) and isinstance(module.operator_type, Addition):
-            hooks.append(module.register_forward_hook(partial(record, module.name)))
-    with torch.inference_mode():
-        network.module(images)
-    for hook in hooks:
-        hook.remove()
-    yield from ((name, float(value)) for name, value in found.items())
 
 
 def summarize(runs: Sequence[Mapping[str, Mapping[str, list[float]]]]) -> dict[str, dict[str, tuple[float, float]]]:
