@@ -29,10 +29,11 @@ if TYPE_CHECKING:
     from patterns.attribution.explanation import Explanation
     from patterns.attribution.methods import METHODS
     from patterns.errors import UserError
-    from patterns.estimation.estimators import CHOICES, ESTIMATORS, Solution, solve
+    from patterns.estimation.estimators import CHOICES, ESTIMATORS
     from patterns.estimation.observer import Observer, PatchObserver, accumulate, accumulate_patches
     from patterns.estimation.presets import PRESETS
     from patterns.estimation.signal_quality import quality
+    from patterns.estimation.solution import Solution, solve
     from patterns.evaluation.conservation import Loss, conservation
     from patterns.io.pattern_files import choose, load, save
     from patterns.moments.gram import PatchMoments
@@ -88,10 +89,11 @@ __getattr__, __dir__ = import_on_use(
         "patterns.attribution.explanation": ("Explanation",),
         "patterns.attribution.methods": ("METHODS",),
         "patterns.errors": ("UserError",),
-        "patterns.estimation.estimators": ("CHOICES", "ESTIMATORS", "Solution", "solve"),
+        "patterns.estimation.estimators": ("CHOICES", "ESTIMATORS"),
         "patterns.estimation.observer": ("Observer", "PatchObserver", "accumulate", "accumulate_patches"),
         "patterns.estimation.presets": ("PRESETS",),
         "patterns.estimation.signal_quality": ("quality",),
+        "patterns.estimation.solution": ("Solution", "solve"),
         "patterns.evaluation.conservation": ("Loss", "conservation"),
         "patterns.io.pattern_files": ("choose", "load", "save"),
         "patterns.moments.gram": ("PatchMoments",),

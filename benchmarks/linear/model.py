@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from patterns.estimation.estimators import solve
+from patterns import solve
 from patterns.estimation.observer import accumulate
 from patterns.tracing.network import Network, trace
 

@@ -7,7 +7,7 @@ by the area over the degradation curve and the grid pointing game, on test image
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from benchmarks.pages import Cell, Table, make_parser, mean_and_error, save_results
 from benchmarks.smooth.attnlrp import rules
 from benchmarks.smooth.networks import EPOCHS, NETWORKS, TOKENS, separate_tokens
-from patterns import Explainer, Network, Operator, accumulate, choose, contrast, solve, trace
+from patterns import Explainer, Network, accumulate, choose, contrast, solve, trace
 from patterns.attribution.methods import METHODS
 from patterns.evaluation import (
     area_over_curve,
@@ -33,7 +33,6 @@ from patterns.evaluation import (
     make_grids,
     pointing_shares,
 )
-from patterns.operators.operator import Addition
 from patterns.tracing.scales import ScaleRules
 from ray_jobs.engine.shard_worker import keep_freed_memory
 from ray_jobs.studies.datasets import read_digits, to_inputs
@@ -68,6 +67,7 @@ class Subject:
         accuracy: The share of 10,000 test images that it classifies correctly.
         explainer: Makes the maps of all methods of `patterns`.
         apart: Makes those of networks with tokens with patterns of the class token and of patch tokens apart.
+        top_shares: By addition, the share of Σ‖y‖² that the tokens with the largest norms hold.
     """
 
     model: nn.Module
@@ -75,6 +75,7 @@ class Subject:
     accuracy: float
     explainer: Explainer
     apart: Explainer | None
+    top_shares: dict[str, float]
 
 
 def read_data(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -102,18 +103,21 @@ def prepare(name: str, seed: int, data: Mapping[str, tuple[np.ndarray, np.ndarra
     network = trace(model, fitted[:2])
     has_products = bool(network.constant_factors.get("factors of products"))
     methods = [*OTHERS, *OURS, *([f"{SOFT}:{name}" for name in PRESETS] if has_products else [])]
+    explainer, top_shares = fit(network, fitted, methods)
     apart = None
     if name in TOKENS:
-        apart = fit(trace(separate_tokens(model), fitted[:2]), fitted, ["patternattribution:own-mean"])
-    return Subject(model, network, accuracy, fit(network, fitted, methods), apart)
+        apart, _ = fit(trace(separate_tokens(model), fitted[:2]), fitted, ["patternattribution:own-mean"])
+    return Subject(model, network, accuracy, explainer, apart, top_shares)
 
 
-def fit(network: Network, images: Tensor, methods: Sequence[str]) -> Explainer:
-    """Return an explainer with patterns of each preset, fitted to images."""
+def fit(network: Network, images: Tensor, methods: Sequence[str]) -> tuple[Explainer, dict[str, float]]:
+    """Return an explainer with fitted patterns of each preset, and the share of the top tokens of each addition."""
     moments = accumulate(network, images.split(100))
-    solved = {name: solve(op, moments[name], ESTIMATORS).patterns for name, op in network.operators.items()}
+    solutions = {name: solve(op, moments[name], ESTIMATORS) for name, op in network.operators.items()}
+    solved = {name: solution.patterns for name, solution in solutions.items()}
     presets = {preset: choose(network, solved, preset) for preset in PRESETS}
-    return Explainer(network, None, methods, estimators=presets)
+    top_shares = {n: solution.top_share for n, solution in solutions.items() if solution.top_share is not None}
+    return Explainer(network, None, methods, estimators=presets), top_shares
 
 
 def explain(subject: Subject, images: Tensor, target: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
@@ -220,31 +224,11 @@ def study(name: str, seed: int, data: Mapping[str, tuple[np.ndarray, np.ndarray]
         found = {
             "accuracy": subject.accuracy,
             "negative": share_of_negative_scores(subject.model, images[:500], labels[:500]),
-            "outliers": dict(share_of_outliers(subject.network, to_inputs(images[:100]))),
+            "outliers": subject.top_shares,
             "measured": measure(subject, images[:500], labels[:500]),
         }
         file.write_text(json.dumps(found))
     return dict(json.loads(file.read_text()))
-
-
-def share_of_outliers(network: Network, images: Tensor, top: float = 0.001) -> Iterator[tuple[str, float]]:
-    """Yield for each addition the share of Σy² that the tokens with the largest norms hold."""
-    found: dict[str, Tensor] = {}
-
-    def record(name: str, module: nn.Module, inputs: object, value: Tensor) -> None:
-        norms = value.movedim(-1 if value.dim() == 3 else 1, -1).flatten(0, -2).square().sum(-1)
-        count = max(1, round(top * len(norms)))
-        found[name] = norms.topk(count).values.sum() / norms.sum()
-
-    hooks = []
-    for module in network.module.modules():
-        if isinstance(module, Operator) and isinstance(module.operator_type, Addition):
-            hooks.append(module.register_forward_hook(partial(record, module.name)))
-    with torch.inference_mode():
-        network.module(images)
-    for hook in hooks:
-        hook.remove()
-    yield from ((name, float(value)) for name, value in found.items())
 
 
 def summarize(runs: Sequence[Mapping[str, Mapping[str, list[float]]]]) -> dict[str, dict[str, tuple[float, float]]]:

@@ -2,7 +2,6 @@
 
 from patterns.estimation.estimators import (
     ESTIMATORS,
-    Solution,
     parse_estimators,
     required_sums,
     select_choices,
@@ -19,12 +18,15 @@ from patterns.estimation.observer import OperatorObserver
 from patterns.estimation.position_pilot import PositionChoice, choose_positions
 from patterns.estimation.presets import PRESETS, Preset, expand_presets, find_top, resolve_estimators
 from patterns.estimation.signal_quality import CUTOFF, group_by_estimator, quality
+from patterns.estimation.solution import LARGEST_SHARE, TOP_TOKENS, Solution
 
 __all__ = [
     "CUTOFF",
     "ESTIMATORS",
     "FEWEST_GROUPS",
+    "LARGEST_SHARE",
     "PRESETS",
+    "TOP_TOKENS",
     "ConvergenceCheck",
     "OperatorObserver",
     "PositionChoice",

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from patterns.estimation.estimators import ESTIMATORS, Choices, Solution, solve
+from patterns.estimation.estimators import ESTIMATORS, Choices
+from patterns.estimation.solution import Solution, solve
 from patterns.moments.moments import Moments
 from patterns.operators.operator import Operator
 
@@ -137,12 +138,18 @@ class PartialSize:
 
 
 def add_moments(total: dict[str, Tensor], moments: Moments, sign: int) -> PartialSize:
-    """Add moments to named sums in place, or subtract them; return their size."""
-    for name, sums in moments.tensors().items():
-        if name in total:
-            total[name].add_(sums, alpha=sign)
+    """Add moments to named sums in place, or subtract them; return their size.
+
+    Sums that some of the moments lack are dropped, unless `total` is empty.
+    """
+    found = moments.tensors()
+    if not total:
+        total |= {name: torch.zeros_like(sums) for name, sums in found.items()}
+    for name in list(total):
+        if name in found:
+            total[name].add_(found[name], alpha=sign)
         else:
-            total[name] = sums.clone()
+            del total[name]
     return PartialSize(int(moments.total.n.max()), hashlib.sha256(moments.total.y.numpy().tobytes()).hexdigest())
 
 

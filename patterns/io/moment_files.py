@@ -10,7 +10,7 @@ from patterns.errors import UserError
 from patterns.io.atomic import write_atomically
 from patterns.io.safetensors_stream import REMEDY, Specs, TensorFile, tensor_specs, write_tensors
 from patterns.moments.gram import PatchMoments
-from patterns.moments.moments import Moments
+from patterns.moments.moments import TOKENS, Moments
 from patterns.operators.operator import Operator
 
 FORMAT = "1"
@@ -63,7 +63,7 @@ def load_moments(
     Example:
         See `save_moments`.
     """
-    names = [name for name in list_sums(files[0]) if name.rpartition("/")[0] == operator]
+    names = [name for name in common_sums(files) if name.rpartition("/")[0] == operator]
     for file in files:
         if not names or not file.specs.keys() >= set(names):
             raise UserError(file.where, f"no moments of {operator}", REMEDY)
@@ -76,6 +76,15 @@ def load_moments(
 def list_sums(file: TensorFile) -> Specs:
     """Return the sums in a file of moments. Version 0.2 also stored Σyyᵀ, which follows from the others."""
     return {name: spec for name, spec in file.specs.items() if not name.endswith("/outer")}
+
+
+def common_sums(files: Sequence[TensorFile]) -> Specs:
+    """Return the sums in the first file, without the norms of tokens if another file lacks them."""
+
+    def is_common(name: str) -> bool:
+        return name.rpartition("/")[2] not in TOKENS or all(name in file.specs for file in files)
+
+    return {name: spec for name, spec in list_sums(files[0]).items() if is_common(name)}
 
 
 def add_up(files: Sequence[TensorFile], name: str, select: Callable[[Tensor], Tensor] = lambda sums: sums) -> Tensor:
@@ -148,8 +157,8 @@ def merge_moments(path: Path, files: Sequence[TensorFile], metadata: Mapping[str
         ...         merged.get("conv/total.n").tolist()
         [10]
     """
-    specs = list_sums(files[0])
-    if any(list_sums(file) != specs for file in files):
+    specs = common_sums(files)
+    if any(common_sums([file, *files]) != specs for file in files):
         raise ValueError("files of moments of different operators or sums")
     sums, header = (add_up(files, name) for name in specs), {"format": FORMAT, **metadata}
     write_atomically(path, lambda temporary: write_tensors(temporary, specs, sums, header))

@@ -17,8 +17,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from patterns.errors import UserError
-from patterns.estimation.estimators import CHOICES, Choices, Solution, select_estimators
+from patterns.estimation.estimators import CHOICES, Choices, select_estimators
 from patterns.estimation.presets import resolve_estimators
+from patterns.estimation.solution import Solution
 from patterns.io.atomic import temporary_path
 from patterns.io.safetensors_stream import Specs, tensor_specs, write_tensors
 from patterns.operators.operator import Operator

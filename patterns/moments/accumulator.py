@@ -77,6 +77,8 @@ class Accumulator:
         op, layout = self._operator, self._layout
         total, opened = self._sums.total, self._sums.open
         count = z.numel() // op.neurons
+        if self._sums.tokens is not None:
+            self._sums.tokens.add(torch.linalg.vecdot(z, z, dim=layout.axis))
         bias = 0.0 if op.bias is None else op.bias.double()
         center = z.mean(sample_dimensions(z, layout.axis))
         # All output gradients below use this memory in turn.

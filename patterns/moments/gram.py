@@ -5,12 +5,12 @@ at the sampled positions only. All sums that enter the quality of an operator ar
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from patterns.moments.moments import Moments, RequiredSums, Sums, moments_bytes, pair, require, zero_moments
+from patterns.moments.moments import Moments, RequiredSums, Sums, pair, require, sums_bytes, zero_moments
 from patterns.moments.patch_gathering import PatchGatherer, flatten_positions, gather_positions
 from patterns.moments.position_sampling import PositionSampler
 from patterns.operators.operator import Inputs, Operator
@@ -75,7 +75,8 @@ def zero_patch_moments(operator: Operator) -> PatchMoments:
     """Return the moments of no patches, on the operator's device."""
     d = operator.inputs_per_neuron
     xx = torch.zeros((operator.groups, d, d), dtype=torch.float64, device=operator.weight.device)
-    moments, smooth = zero_moments(operator, ALL_SUMS), operator.gate is not None and operator.gate.is_smooth
+    moments = replace(zero_moments(operator, ALL_SUMS), tokens=None)
+    smooth = operator.gate is not None and operator.gate.is_smooth
     return PatchMoments(moments, xx, torch.zeros_like(moments.total.y) if smooth else None)
 
 
@@ -87,12 +88,13 @@ def patch_moments_bytes(operator: Operator) -> int:
 
     Example:
         >>> import torch, patterns
+        >>> from patterns.moments import moments_bytes
         >>> operator = patterns.trace(torch.nn.Linear(3, 2), torch.zeros(2, 3)).operators["linear.0"]
         >>> patch_moments_bytes(operator) - moments_bytes(operator, RequiredSums()) == 8 * 3 * 3
         True
     """
     squared = operator.neurons if operator.gate is not None and operator.gate.is_smooth else 0
-    return moments_bytes(operator, ALL_SUMS) + 8 * (operator.groups * operator.inputs_per_neuron**2 + squared)
+    return sums_bytes(operator, ALL_SUMS) + 8 * (operator.groups * operator.inputs_per_neuron**2 + squared)
 
 
 class PatchAccumulator:

@@ -12,11 +12,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from patterns.moments.token_norms import TokenNorms, token_norms_bytes, zero_token_norms
 from patterns.operators.operator import Operator
 
 T = TypeVar("T")
 
 FIELDS = ("n", "y", "yy", "x", "xy")
+TOKENS = ("tokens.n", "tokens.yy")  # sums that moments of earlier versions lack
 # Float32 outputs of a neuron that never varies differ by about 1e-7; the square of that is below this share.
 ROUNDING = 1e-12
 
@@ -98,6 +100,8 @@ class Moments:
         total: Sums over all samples.
         open: Sums over the samples that open the gate, with x of shape (K, D), or for a smooth gate over all samples,
             each times its weight (see `patterns.operators.gates`). None if the operator has no gate.
+        tokens: The squared norms of the tokens of an addition. None for other operators and if they are unknown, as in
+            moments of earlier versions.
 
     Example:
         >>> import torch
@@ -108,6 +112,7 @@ class Moments:
 
     total: Sums
     open: Sums | None = None
+    tokens: TokenNorms | None = None
 
     @property
     def closed(self) -> Sums:
@@ -123,11 +128,13 @@ class Moments:
 
     def __add__(self, other: "Moments") -> "Moments":
         opened = pair(self.open, other.open, "one side has a gate, the other has not")
-        return Moments(self.total + other.total, opened and opened[0] + opened[1])
+        tokens = None if self.tokens is None or other.tokens is None else self.tokens + other.tokens
+        return Moments(self.total + other.total, opened and opened[0] + opened[1], tokens)
 
     def select_neurons(self, neurons: slice) -> "Moments":
         """Return views of the moments of some neurons."""
-        return Moments(self.total.select_neurons(neurons), self.open and self.open.select_neurons(neurons))
+        opened = self.open and self.open.select_neurons(neurons)
+        return Moments(self.total.select_neurons(neurons), opened, self.tokens)
 
     @property
     def nbytes(self) -> int:
@@ -136,12 +143,13 @@ class Moments:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the sums by name, such as `total.n` and `open.xy`."""
-        return {
+        found = {
             f"{side}.{field}": getattr(sums, field)
             for side, sums in (("total", self.total), ("open", self.open))
             for field in FIELDS
             if sums is not None and getattr(sums, field) is not None
         }
+        return found if self.tokens is None else found | dict(zip(TOKENS, (self.tokens.n, self.tokens.yy)))
 
     @staticmethod
     def from_tensors(named: Mapping[str, Tensor]) -> "Moments":
@@ -160,7 +168,8 @@ class Moments:
             return Sums(*(named[f"{side}.{f}"] for f in ("n", "y", "yy")), **large)
 
         gated = any(name.startswith("open.") for name in named)
-        moments = Moments(sums("total"), sums("open") if gated else None)
+        tokens = TokenNorms(*(named[name] for name in TOKENS)) if set(TOKENS) & named.keys() else None
+        moments = Moments(sums("total"), sums("open") if gated else None, tokens)
         if unknown := sorted(named.keys() - moments.tensors().keys()):
             raise ValueError(f"no sums of these names: {', '.join(unknown)}")
         return moments
@@ -202,7 +211,7 @@ def zero_moments(operator: Operator, required: RequiredSums) -> Moments:
     opened = None
     if operator.gate is not None:
         opened = sums(required.open, k, torch.float64 if operator.gate.is_smooth else torch.int64)
-    return Moments(sums(required.total, operator.groups), opened)
+    return Moments(sums(required.total, operator.groups), opened, zero_token_norms(operator))
 
 
 def moments_bytes(operator: Operator, required: RequiredSums) -> int:
@@ -218,6 +227,11 @@ def moments_bytes(operator: Operator, required: RequiredSums) -> int:
         >>> moments_bytes(operator, RequiredSums()) == 8 * (3 * 2 + 3 + 2 * 3)
         True
     """
+    return sums_bytes(operator, required) + token_norms_bytes(operator)
+
+
+def sums_bytes(operator: Operator, required: RequiredSums) -> int:
+    """Return the bytes of an operator's sums, without the norms of tokens."""
     k, d = operator.neurons, operator.inputs_per_neuron
     small, total, opened = 3 * k, (operator.groups + k) * d * required.total, 2 * k * d * required.open
     return 8 * (small + total + (0 if operator.gate is None else small + opened))

@@ -12,7 +12,11 @@ from ray_jobs.config.commands import SolveOptions
 )
 def solve(options: SolveOptions) -> None:
     """Compute the patterns of further estimators from the moments of a finished fit, without data."""
+    from ray_jobs.jobs.fit.fit import describe_outliers
     from ray_jobs.jobs.fit.fit import solve as run_solve
 
     solved = run_solve(absolute(options.run), options.estimators, Resources(address=options.address))
-    echo(f"solve: {', '.join(solved.manifest()['fit']['solved'])}. Patterns: {solved.folder / 'patterns.safetensors'}")
+    done = solved.manifest()["fit"]
+    for line in describe_outliers(done):
+        echo(line)
+    echo(f"solve: {', '.join(done['solved'])}. Patterns: {solved.folder / 'patterns.safetensors'}")

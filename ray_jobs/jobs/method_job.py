@@ -6,7 +6,7 @@ from typing import Any, Generic, TypeVar
 
 import pyarrow as pa
 
-from patterns import Explainer, Network, UserError, choose
+from patterns import CHOICES, ESTIMATORS, Explainer, Network, UserError, choose
 from patterns.attribution import BASELINES, parse_method, resolve_settings
 from patterns.estimation import resolve_estimators
 from patterns.io import write_table
@@ -105,16 +105,25 @@ def list_estimators(config: MethodsConfig) -> list[str]:
 
 
 def describe_estimators(config: MethodsConfig, network: Network) -> dict[str, dict[str, str]]:
-    """Return the estimator of each operator for each method with patterns, for the manifest."""
+    """Return the estimator of each operator for each method with patterns, for the manifest.
+
+    Additions with outlier tokens have the pattern of `filter` in place of one from data.
+    """
     if not list_estimators(config):
         return {}
-    solved = list_solved(config.patterns)
-    found = {}
+    solved, found = list_solved(config.patterns), {}
+    outliers = Run(config.patterns).manifest().get("fit", {}).get("outliers", ())
     for name in config.methods:
         backward = parse_method(name).backward
         if backward is not None and backward.needs_patterns:
-            found[name] = resolve_estimators(network, backward.estimator or config.estimators, solved)
+            chosen = resolve_estimators(network, backward.estimator or config.estimators, solved)
+            found[name] = {op: "filter" if op in outliers and uses_data(e) else e for op, e in chosen.items()}
     return found
+
+
+def uses_data(estimator: str) -> bool:
+    """Return whether an estimator's patterns depend on data; the name is one of `CHOICES`."""
+    return any(ESTIMATORS[row].uses_data for rows in CHOICES[estimator] for row in rows)
 
 
 def add_baselines(config: C) -> C:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from zennit.composites import LayerMapComposite
 from zennit.rules import Gamma
 
-from benchmarks.smooth.__main__ import share_of_outliers, summarize
+from benchmarks.smooth.__main__ import summarize
 from benchmarks.smooth.attnlrp import Conv2d, LayerNorm, Linear, constant, half, rules
 from benchmarks.smooth.networks import NETWORKS, VisionTransformer
 from patterns import Explainer, trace
@@ -95,19 +95,6 @@ def test_relevance_of_attention_sums_to_the_score_without_biases() -> None:
 
 def test_patches_cover_the_image() -> None:
     assert VisionTransformer().position.shape == (1, 50, 64)
-
-
-def test_share_of_outliers_is_that_of_the_largest_tokens() -> None:
-    class Sum(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            tokens = x.flatten(2).transpose(1, 2)
-            return (tokens + tokens).flatten(1)
-
-    x = torch.ones(5, 2, 20, 10)
-    x[3, :, 4, 5] = 100
-    ((name, share),) = share_of_outliers(trace(Sum(), x), x, top=0.001)  # 1 of 1000 tokens
-    assert name == "addition.0"
-    assert share == pytest.approx(1e4 / (1e4 + 999))
 
 
 def test_the_best_gamma_is_chosen_for_each_measure() -> None:

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from patterns import UserError, accumulate, solve, trace
-from patterns.estimation.estimators import Solution
+from patterns import Solution, UserError, accumulate, solve, trace
 from ray_jobs.config import ModelConfig
 from ray_jobs.models import loading
 from ray_jobs.models.model_files import load_model_file

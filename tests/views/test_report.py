@@ -22,7 +22,7 @@ from ray_jobs.jobs.quality import compute_medians
 from ray_jobs.runs.run_folder import Run
 from ray_jobs.views.report import write_report
 from ray_jobs.views.report.charts import Scale
-from ray_jobs.views.report.contents import Contents
+from ray_jobs.views.report.contents import FLAGS, Contents
 from tests.conftest import make_shards
 from tests.ray_jobs.runs import PREPROCESSING
 from tests.views.reported import HERE, METHODS
@@ -45,7 +45,7 @@ def test_numbers_equal_those_of_the_tables(run: Run, tmp_path: Path) -> None:
             assert value is None if own.empty else value == pytest.approx(own.median(), rel=1e-12)
     flags = pq.read_table(run.folder / "neurons.parquet").to_pandas().groupby("operator").flag.value_counts()
     for operator, counts in page.health.rows:
-        assert counts == [flags[operator].get(flag, 0) for flag in ("ok", "dead", "constant", "degenerate")]
+        assert counts == [flags[operator].get(flag, 0) for flag in FLAGS]
     assert page.convergence
     assert page.curves is not None
     assert {method for method, *_ in page.curves.areas} == {*METHODS[1:], *BASELINES}

@@ -1,12 +1,12 @@
 """The fit job: shards → partial moments → patterns, each shard counted exactly once; and `solve` and `merge`."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from patterns import Network, Observer, Operator, UserError
-from patterns.estimation import parse_estimators, required_sums
+from patterns import Network, Observer, Operator, Solution, UserError
+from patterns.estimation import LARGEST_SHARE, TOP_TOKENS, parse_estimators, required_sums
 from patterns.io import TraceOptions, pattern_specs, save_solutions
 from patterns.moments import RequiredSums
 from ray_jobs.config import AUTO, FitConfig, ModelConfig, Resources
@@ -114,6 +114,8 @@ def fit(config: FitConfig, resources: Resources = Resources(), retry_quarantined
         job.reporter.log(f"solving for the patterns of {len(loaded.network.operators)} operators")
         session.section |= {"missing": missing, "rounds_done": begun, "refused": rejected, "seconds": round(seconds, 3)}
         finish(session, config, passes)
+        for line in describe_outliers(session.section):
+            job.reporter.log(line)
     return run
 
 
@@ -144,7 +146,7 @@ def write_quarantine(run: Run, passes: Sequence[Pass], shards: Sequence[str]) ->
 def finish(session: JobSession, config: FitConfig, passes: Sequence[Pass]) -> None:
     """Write the patterns, and add the numbers of shards and samples to the section."""
     solved = tuple(session.section.get("solved", config.estimators))
-    write_patterns(session.run, config, passes, session.loaded, solved, session.tasks)
+    session.section |= write_patterns(session.run, config, passes, session.loaded, solved, session.tasks)
     ledgers = [each.store.read_ledger() for each in passes]
     session.section |= {
         "shards": min(len(ledger.counted_shards()) for ledger in ledgers),
@@ -159,10 +161,13 @@ def write_patterns(
     loaded: loading.LoadedModel,
     estimators: Sequence[str],
     tasks: Tasks,
-) -> None:
+) -> dict[str, Any]:
     """Merge the partial moments that count, and write the patterns of some estimators.
 
     The patterns that presets need are written too, unless the fit has no sums for them.
+
+    Returns:
+        The section's entries `top_token_shares` and `outliers`; see `record_outliers`.
     """
     operators = list(loaded.network.operators.values())
 
@@ -177,8 +182,44 @@ def write_patterns(
     solutions = reduction.solve_all(files, operators, find_sums, estimators, config.seed, tasks)
     model = loaded.config
     options = TraceOptions(loaded.network.input_shape, tuple(model.pass_through), model.strip_softmax)
+    found: dict[str, Any] = {"top_token_shares": {}, "outliers": []}
     with object_store.publish(run.folder) as folder:
-        save_solutions(folder, pattern_specs(operators, estimators), solutions, loaded.digest, options)
+        noted = record_outliers(solutions, found)
+        save_solutions(folder, pattern_specs(operators, estimators), noted, loaded.digest, options)
+    return found
+
+
+def record_outliers(solutions: Iterable[tuple[str, Solution]], found: dict[str, Any]) -> Iterator[tuple[str, Solution]]:
+    """Yield solutions, and record the additions of tokens among them.
+
+    Args:
+        solutions: Operator names and solutions.
+        found: `top_token_shares` receives the share of Σ‖y‖² that the tokens with the largest norms hold, by addition;
+            `outliers` the additions where it is so large that they got the pattern of `filter`.
+    """
+    for name, solution in solutions:
+        if solution.top_share is not None:
+            found["top_token_shares"][name] = solution.top_share
+        if solution.has_outliers:
+            found["outliers"].append(name)
+        yield name, solution
+
+
+def describe_outliers(section: Mapping[str, Any]) -> list[str]:
+    """Return a line on the additions of a fit that have outlier tokens; no line if there are none.
+
+    Args:
+        section: The fit's section of the manifest.
+    """
+    names, shares = section.get("outliers", []), section.get("top_token_shares", {})
+    if not names:
+        return []
+    listed = ", ".join(f"{name} ({shares[name]:.1%})" for name in names[:5])
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return [
+        f"{TOP_TOKENS:.1%} of the tokens hold more than {LARGEST_SHARE:.0%} of Σ‖y‖² in {listed}{more}; "
+        "the terms of these additions get equal parts (the pattern of filter)"
+    ]
 
 
 def load_fit(run: Run) -> FitConfig:
@@ -238,8 +279,8 @@ def solve(folder: str, estimators: Sequence[str], resources: Resources = Resourc
     if not all(each.store.read_ledger().entries for each in passes):
         raise UserError(folder, "its moments are gone", f"Fit again, with --estimators {','.join(solved)}.")
     with hold_run(run, "solve", resources) as (_, tasks):
-        write_patterns(run, config, passes, loaded, solved, tasks)
-        run.record("fit", section | {"solved": solved}, loaded)
+        found = write_patterns(run, config, passes, loaded, solved, tasks)
+        run.record("fit", section | {"solved": solved, **found}, loaded)
     return run
 
 

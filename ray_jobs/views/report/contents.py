@@ -20,7 +20,7 @@ from ray_jobs.views.report.evaluation import Evaluation, read_evaluation
 from ray_jobs.views.report.filters import Filters, read_filters
 from ray_jobs.views.report.samples import Samples, read_samples
 
-FLAGS = ("ok", "dead", "constant", "degenerate")
+FLAGS = ("ok", "dead", "constant", "degenerate", "outliers")
 REASONS = 12  # maximum number of different rejection reasons in the table
 SHARDS = "shards", "evaluate"  # options that hold long lists
 
