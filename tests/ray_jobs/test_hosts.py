@@ -2,13 +2,11 @@
 
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
-import ray
 
 from patterns import UserError
 from ray_jobs.config import ExplainConfig, FitConfig, Resources
@@ -22,16 +20,8 @@ from ray_jobs.jobs.fit.fit import fit
 from ray_jobs.runs.run_folder import Run
 from tests.ray_jobs.runs import assert_same_patterns, make_fit_config, wait_until
 
-pytestmark = [pytest.mark.full, pytest.mark.ray]
-TWO = Resources(workers=2, gpus_per_worker=0)
-
-
-@pytest.fixture
-def one_ray() -> Iterator[None]:
-    """A Ray with as many CPUs as workers, so that tasks have no CPU while workers are kept."""
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+pytestmark = pytest.mark.full
+TWO = Resources(workers=2, gpus_per_worker=0)  # of two CPUs, so that tasks have none while workers are kept
 
 
 @pytest.fixture
@@ -62,7 +52,7 @@ def read_maps(run: Run) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("killed", [False, True])
 def test_jobs_share_processes_and_give_the_results_of_jobs_that_do_not(
-    one_ray: None, model_spec: str, shards: list[str], tmp_path: Path, pids: list[int], killed: bool
+    local_ray: None, model_spec: str, shards: list[str], tmp_path: Path, pids: list[int], killed: bool
 ) -> None:
     alone, kept = (make_fit_config(model_spec, shards, tmp_path / name) for name in ("alone", "kept"))
     here = Resources(workers=0)
@@ -85,7 +75,7 @@ def test_jobs_share_processes_and_give_the_results_of_jobs_that_do_not(
 
 
 def test_workers_with_other_resources_are_not_used_again(
-    one_ray: None, model_spec: str, shards: list[str], tmp_path: Path, pids: list[int]
+    local_ray: None, model_spec: str, shards: list[str], tmp_path: Path, pids: list[int]
 ) -> None:
     one, two = (make_fit_config(model_spec, shards[:2], tmp_path / name) for name in ("one", "two"))
     with keep_workers():
@@ -95,7 +85,7 @@ def test_workers_with_other_resources_are_not_used_again(
 
 
 def test_without_the_block_workers_end_with_their_job(
-    one_ray: None, model_spec: str, shards: list[str], tmp_path: Path, pids: list[int]
+    local_ray: None, model_spec: str, shards: list[str], tmp_path: Path, pids: list[int]
 ) -> None:
     fit(make_fit_config(model_spec, shards[:2], tmp_path / "run"), TWO)
     assert not kept_actors()
@@ -103,7 +93,7 @@ def test_without_the_block_workers_end_with_their_job(
 
 
 def test_a_worker_that_cannot_be_made_ends_the_job_with_its_error(
-    one_ray: None, model_spec: str, shards: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    local_ray: None, model_spec: str, shards: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(self: object, *arguments: object) -> None:
         raise UserError("here", "cannot be made", "Try again.")
