@@ -128,7 +128,7 @@ def test_tab_completes_commands_options_and_values(shell: str, tmp_path: Path) -
     (tmp_path / "photographs").mkdir()
     typed = type_keys(shell, tmp_path, "patternnet f\t--pos\t16 --until\t0.1\n")
     assert typed == "fit --positions 16 --until-converged 0.1"
-    assert type_keys(shell, tmp_path, "patternnet explain --output npy,zar\t\n").split() == [
+    assert type_keys(shell, tmp_path, "patternnet explain --output npy,za\t\n").split() == [
         "explain",
         "--output",
         "npy,zarr",
