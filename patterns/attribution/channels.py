@@ -195,7 +195,6 @@ def list_last_of_resolutions(network: Network) -> tuple[str, ...]:
     for name in names[:-1]:
         operator = network.operators[name]
         shape = list(operator.output_shape)
-        axis = operator.operator_type.axis
-        del shape[axis - 1 if axis > 0 else axis]
+        del shape[operator.sample_axis]
         found[tuple(shape)] = name
     return tuple(sorted(found.values(), key=names.index))

@@ -12,6 +12,7 @@ from patterns.estimation.estimators import ESTIMATORS, Choices, required_sums, s
 from patterns.estimation.jackknife import FEWEST_GROUPS, check_convergence
 from patterns.estimation.observer import Observer
 from patterns.moments.moments import Moments
+from patterns.operators.copies import select_neurons
 from patterns.operators.operator import Operator
 from patterns.tracing.network import Network
 
@@ -70,7 +71,7 @@ def choose_positions(
     """
     operators = [op for op in network.operators.values() if prod(op.output_shape) // op.neurons > CANDIDATES[0]]
     step = max(1, math.ceil(len(operators) / OPERATORS))
-    parts = {op.name: select_neurons(op, estimators) for op in operators[::-step]}
+    parts = {op.name: select_part(op, estimators) for op in operators[::-step]}
     pilot = list(batches)
     if len(pilot) < FEWEST_GROUPS:
         raise ValueError(f"{len(pilot)} batches are too few to estimate errors; at least {FEWEST_GROUPS} are needed")
@@ -110,14 +111,12 @@ def measure_errors(
     return errors
 
 
-def select_neurons(operator: Operator, estimators: Choices) -> Operator:
+def select_part(operator: Operator, estimators: Choices) -> Operator:
     """Return an operator with the first NEURONS neurons; the operator itself if they cannot be solved for alone."""
     joint = any(ESTIMATORS[name].joint for name in select_estimators(operator, estimators))
     if joint or operator.groups not in (1, operator.neurons):
         return operator
-    bias = None if operator.bias is None else operator.bias[:NEURONS]
-    weight, shapes = operator.weight[:NEURONS], (operator.input_shapes, operator.output_shape)
-    return Operator(operator.name, operator.operator_type, weight, bias, *shapes, operator.source, operator.gate)
+    return select_neurons(operator, range(min(NEURONS, operator.neurons)))
 
 
 def copy_moments(moments: Moments) -> Moments:

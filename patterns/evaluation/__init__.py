@@ -16,9 +16,9 @@ from patterns.evaluation.randomization import (
     redraw,
     replace_operators,
     trained_operators,
-    with_weights,
 )
 from patterns.evaluation.similarity import cosine, heat, ranks, spearman, ssim
+from patterns.operators.copies import with_weights
 
 __all__ = [
     "PATCH",

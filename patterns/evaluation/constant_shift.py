@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from patterns.errors import UserError
-from patterns.evaluation.randomization import replace_operators, with_weights
+from patterns.evaluation.randomization import replace_operators
+from patterns.operators.copies import with_weights
 from patterns.operators.operator import Addition, AveragePool, Operator
 from patterns.tracing.aten_graph import VALUE_PASSING, opname
 from patterns.tracing.inputs import require_batch

@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from patterns.operators.copies import with_weights
 from patterns.operators.operator import Addition, AveragePool, Operator
 from patterns.tracing.network import Network
 
@@ -108,30 +109,6 @@ def redraw(values: Tensor, generator: torch.Generator) -> Tensor:
     """
     noise = torch.randn(values.shape, generator=generator, dtype=torch.float64).to(values)
     return values.mean() + values.std(correction=0) * noise
-
-
-def with_weights(operator: Operator, weight: Tensor, bias: Tensor | None) -> Operator:
-    """Return a copy of the operator with another weight and bias.
-
-    Args:
-        operator: The operator, which is not changed.
-        weight: Shape of the operator's weight.
-        bias: Shape (K,), or None for no bias.
-
-    Returns:
-        The copy.
-
-    Example:
-        >>> from patterns import trace
-        >>> operator = trace(torch.nn.Linear(4, 3), torch.zeros(2, 4)).operators["linear.0"]
-        >>> with_weights(operator, torch.ones(3, 4), None)(torch.ones(1, 4))
-        tensor([[4., 4., 4.]])
-    """
-    shapes = operator.input_shapes, operator.output_shape
-    other = Operator(operator.name, operator.operator_type, weight, bias, *shapes, operator.source, operator.gate)
-    other.calls, other.mixed_gates, other.per_image = operator.calls, operator.mixed_gates, operator.per_image
-    other.rows = operator.rows
-    return other
 
 
 def replace_operators(network: Network, operators: Mapping[str, Operator]) -> Network:

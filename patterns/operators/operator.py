@@ -374,6 +374,12 @@ class Operator(nn.Module):
         """
         return values if self.rows is None or len(values) <= self.neurons else values[list(self.rows)]
 
+    @property
+    def sample_axis(self) -> int:
+        """Dimension that counts the neurons in the output of one sample, which has no batch dimension."""
+        axis = self.operator_type.axis
+        return axis - 1 if axis > 0 else axis
+
     def extra_repr(self) -> str:
         """Return the description that `repr` prints."""
         return f"{self.name}: {self.operator_type}, weight {tuple(self.weight.shape)}, gate {self.gate}"

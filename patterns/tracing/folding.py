@@ -9,7 +9,8 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from patterns.operators.axes import reshape_along
-from patterns.operators.operator import Convolution, Linear, Operator, Scale, TransposedConvolution
+from patterns.operators.copies import with_weights
+from patterns.operators.operator import Convolution, Linear, Scale, TransposedConvolution
 from patterns.tracing.aten_graph import AtenGraph, follow_axis, opname
 
 FILLED = {"new_zeros", "new_ones", "new_full"}
@@ -60,9 +61,7 @@ def fold_scales(graph: AtenGraph) -> None:
         if scale.bias is not None:
             bias = bias + scale.bias.double()
         dtype = linear.weight.dtype
-        graph.attributes[str(before.target)] = Operator(
-            linear.name, linear.operator_type, weight.to(dtype), bias.to(dtype), (), (), linear.source
-        )
+        graph.attributes[str(before.target)] = with_weights(linear, weight.to(dtype), bias.to(dtype))
         graph.replace(node, node.args[0])
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
+from patterns.operators.copies import select_neurons
 from patterns.operators.operator import Convolution, Linear, Operator
 from patterns.tracing.aten_graph import RESHAPES, AtenGraph, opname
 from patterns.tracing.linearize import find_carriers
@@ -193,15 +194,6 @@ def to_number(size: Any) -> int:
         expression = size.node.expr
         return int(expression.xreplace(dict.fromkeys(expression.free_symbols, IMAGES)))
     return int(size)
-
-
-def select_neurons(operator: Operator, rows: Sequence[int]) -> Operator:
-    """Return the operator of some neurons of another one."""
-    chosen = list(rows)
-    weight, bias = operator.weight[chosen], None if operator.bias is None else operator.bias[chosen]
-    smaller = Operator(operator.name, operator.operator_type, weight, bias, (), (), operator.source)
-    smaller.rows = tuple(rows)
-    return smaller
 
 
 def replace_call(graph: AtenGraph, call: Node, operator: Operator, smaller: Operator, parts: Sequence[Part]) -> None:

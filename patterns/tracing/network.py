@@ -166,8 +166,8 @@ class Network:
             if node not in wanted and node.op != "placeholder":
                 module.graph.erase_node(node)
         module.recompile()
-        axis, shape = found.operator_type.axis, list(found.output_shape)
-        shape.insert(0, shape.pop(axis - 1 if axis > 0 else axis))
+        shape = list(found.output_shape)
+        shape.insert(0, shape.pop(found.sample_axis))
         return Network(module, self.input_shape, tuple(shape), self.constants)
 
 

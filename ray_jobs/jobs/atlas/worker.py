@@ -62,9 +62,7 @@ def measure_rows(config: AtlasConfig, model: TracedModel) -> RowShape:
     operators = choose_operators(config, model)
     last = list(network.operators.values())[-1]
     channels = {name: network.operators[name].neurons for name in operators}
-    axis = last.operator_type.axis
-    (size,) = (shape[axis - 1 if axis > 0 else axis] for shape in last.input_shapes[:1])
-    return RowShape(side, channels, size)
+    return RowShape(side, channels, last.input_shapes[0][last.sample_axis])
 
 
 def validate_target(config: AtlasConfig, model: TracedModel) -> None:
