@@ -1,7 +1,4 @@
-"""Planted artifacts are the most suspicious clusters of an atlas, and nothing is suspicious without them.
-
-The measured precision is 0.97 and more, the recall 0.93 and more (docs/atlas.md).
-"""
+"""Planted artifacts are the most suspicious clusters of an atlas, and nothing is suspicious without them."""
 
 from pathlib import Path
 
@@ -31,20 +28,28 @@ def describe(folder: Path, planted: Planted) -> Path:
     return Path(str(atlas(config, HERE).folder))
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("kind", ["mark", "border", "kinds"])
+MISSED = {
+    ("mark", 0): "the cluster holds 0.93 of the marked images, not 0.95",
+    ("kinds", 0): "a cluster of another class ranks first, the planted kind second",
+}
+TRIALS = [
+    pytest.param(kind, seed, marks=[pytest.mark.xfail(reason=MISSED[kind, seed])] if (kind, seed) in MISSED else [])
+    for kind in ("mark", "border", "kinds")
+    for seed in range(3)
+]
+
+
+@pytest.mark.parametrize(("kind", "seed"), TRIALS)
 def test_planted_artifact_is_the_most_suspicious_cluster(kind: str, seed: int, tmp_path: Path) -> None:
     planted = prepare(tmp_path, kind, seed)
     run = describe(tmp_path, planted)
-    # A kind of a class is no artifact: a natural kind of another class may be more suspicious.
-    ranked = pq.read_table(run / "clusters.parquet").to_pylist()[: 2 if kind == "kinds" else 1]
-    first = next((row for row in ranked if row["class"] == planted.target), ranked[0])
+    first = pq.read_table(run / "clusters.parquet").to_pylist()[0]
     samples = pq.read_table(run / "samples.parquet").to_pylist()
     found = {s["key"] for s in samples if (s["class"], s["cluster"]) == (first["class"], first["cluster"])}
     explained = {s["key"] for s in samples if s["class"] == planted.target} & planted.keys
     assert first["class"] == planted.target
     assert len(found & planted.keys) >= 0.95 * len(found)
-    assert len(found & planted.keys) >= 0.9 * len(explained)
+    assert len(found & planted.keys) >= 0.95 * len(explained)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
