@@ -51,8 +51,9 @@ def load_selection(keys: str | None, without_keys: str | None, shards: Sequence[
     found: dict[str, Keys] = {}
     for option, file in (("keys", keys), ("without_keys", without_keys)):
         if file is not None:
-            digest.update(option.encode() + read_option_file(f"`{option}`", file))
-            found[option] = read_keys(file, option)
+            content = read_option_file(f"`{option}`", file)
+            digest.update(option.encode() + content)
+            found[option] = parse_keys(content, file, option)
             if not set(found[option]) & set(map(make_printable, shards)):
                 example = next(iter(found[option]), "no shard")
                 what = f"names no sample of these shards, but of {example}"
@@ -62,17 +63,17 @@ def load_selection(keys: str | None, without_keys: str | None, shards: Sequence[
 
 def read_keys(file: str, option: str) -> Keys:
     """Return the keys of the list that an option names. UserError if it cannot be read, or has another format."""
-    return parse_keys(read_option_file(f"`{option}`", file).decode("utf-8", errors="replace"), file, option)
+    return parse_keys(read_option_file(f"`{option}`", file), file, option)
 
 
-def parse_keys(text: str, file: str, option: str) -> Keys:
+def parse_keys(content: bytes, file: str, option: str) -> Keys:
     """Return the keys of a list of lines SHARD, tab, KEY.
 
     Raises:
         UserError: If a line has another form.
     """
     found: dict[str, set[str]] = {}
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(content.decode("utf-8", errors="replace").splitlines(), 1):
         if line.strip():
             shard, tab, key = line.partition("\t")
             if not tab or not key:

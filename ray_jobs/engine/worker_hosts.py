@@ -98,8 +98,8 @@ def keep_workers() -> Iterator[None]:
 
 def start_host(options: dict[str, Any]) -> Any:
     """Return the actor of a host: a kept one with the same options, or a new one. Kept ones with others are ended."""
-    for host in list(_kept or ()):
-        (_kept or []).remove(host)
+    while _kept:
+        host = _kept.pop(0)
         if host.options == options and is_cleared(host):
             return host.actor
         ray.kill(host.actor)

@@ -328,13 +328,13 @@ def read_option_file(option: str, where: str) -> bytes:
         raise UserError(f"{option} {where}", error.what, error.remedy) from error
 
 
-def read_table(path: Location) -> pa.Table:
-    """Read a Parquet file. Raise MissingError if it does not exist."""
+def read_table(path: Location, columns: list[str] | None = None) -> pa.Table:
+    """Read a Parquet file, or some columns of it. Raise MissingError if it does not exist."""
     with (
         fetch(path) as file,
         translate_errors(str(path), remedy="Delete it, then run the same command to write it again."),
     ):
-        return pq.read_table(file)
+        return pq.read_table(file, columns=columns)
 
 
 def copy_file(source: Location, folder: Location) -> None:

@@ -87,7 +87,7 @@ class Gallery:
     def rows(self) -> list[Row]:
         """Return shard, key, label, prediction and probability of every sample, in the order of the shards."""
         columns = ["shard", "key", "label", "prediction", "probability"]
-        rows = read_table(self.run.folder / "explanations.parquet").select(columns).to_pylist()
+        rows = read_table(self.run.folder / "explanations.parquet", columns).to_pylist()
         shards = {make_printable(shard): shard for shard in self.out}
         return [{**row, "shard": shards[row["shard"]]} for row in rows]
 

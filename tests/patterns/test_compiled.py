@@ -26,6 +26,11 @@ def network(monkeypatch: pytest.MonkeyPatch) -> Network:
     return trace(varied_model(), image())
 
 
+@pytest.fixture
+def small_network() -> Network:
+    return trace(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)).double(), image())
+
+
 def test_compiled_sums_are_those_of_the_uncompiled_network(network: Network) -> None:
     plain, compiled = Observer(network), Observer(network)
     compiled.compile(4)
@@ -134,16 +139,16 @@ def compile_error(target: Observer | Explainer, mode: str = "default") -> UserEr
     return caught.value
 
 
-def test_unknown_modes_and_missing_compilers_are_errors_of_one_line(network: Network) -> None:
-    error = compile_error(Observer(network), "fast")
+def test_unknown_modes_and_missing_compilers_are_errors_of_one_line(small_network: Network) -> None:
+    error = compile_error(Observer(small_network), "fast")
     assert "'fast'" in error.what
     assert "default, " in error.remedy
     assert ", cudagraphs" in error.remedy
-    assert "sampled positions" in compile_error(Observer(network, positions=2)).what
-    for target in (Observer(network), Explainer(network, None, ["gradient"])):
+    assert "sampled positions" in compile_error(Observer(small_network, positions=2)).what
+    for target in (Observer(small_network), Explainer(small_network, None, ["gradient"])):
         assert "cudagraphs needs a GPU" in compile_error(target, "cudagraphs").what
-    observer = Observer(network)
-    for target in (observer, Explainer(network, None, ["gradient"])):
+    observer = Observer(small_network)
+    for target in (observer, Explainer(small_network, None, ["gradient"])):
         with torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler"), "force_disable_caches": True}):
             error = compile_error(target)
         assert "compiler" in error.what
@@ -152,8 +157,8 @@ def test_unknown_modes_and_missing_compilers_are_errors_of_one_line(network: Net
     assert not any(t.any() for t in observer.tensors().values())
 
 
-def test_only_full_batches_run_compiled(network: Network) -> None:
-    observer, explainer = Observer(network), Explainer(network, None, ["gradient"])
+def test_only_full_batches_run_compiled(small_network: Network) -> None:
+    observer, explainer = Observer(small_network), Explainer(small_network, None, ["gradient"])
     observer.compile(4)
     explainer.compile(4)
     runs: list[tuple[Callable[[Tensor], object], int]] = [(observer.update, 1), (explainer, 2)]

@@ -100,9 +100,8 @@ def fit(config: FitConfig, resources: Resources = Resources(), retry_quarantined
         seconds = session.section.get("seconds", 0.0)
         for number, each in enumerate(passes):
             job = make_job(session, config, resources, passes, number)
-            for line in (describe_choice(choice), *loaded.traced.describe()) if number == 0 else ():
-                if line:
-                    job.reporter.log(line)
+            for line in (*describe_choice(choice), *loaded.traced.describe()) if number == 0 else ():
+                job.reporter.log(line)
             try:
                 job.gather(partial(make_observer, config, each.operators), loaded.traced)
             finally:

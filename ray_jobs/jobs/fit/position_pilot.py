@@ -49,18 +49,16 @@ def resolve_positions(run: Run, config: FitConfig, loaded: LoadedModel) -> tuple
     return replace(config, positions=chosen["positions"]), chosen
 
 
-def describe_choice(chosen: dict[str, Any]) -> str:
-    """Return the line that says how many positions were chosen, and why; empty if none were chosen now."""
+def describe_choice(chosen: dict[str, Any]) -> list[str]:
+    """Return the line that says how many positions were chosen, and why; none if none were chosen now."""
     if "tolerance" not in chosen:
-        return ""
+        return []
     error, images, tolerance = chosen["expected_error"], chosen["images"], chosen["tolerance"]
     if chosen["positions"] is None:
         reason = f"with fewer, the expected standard error after about {images} images is {error:.2g}"
-        return f"all positions of each image: {reason}, and the tolerance is {tolerance:g}"
-    expected = f"the expected standard error after about {images} images is {error:.2g}"
-    return (
-        f"{chosen['positions']} positions of each image: {expected}, at most {tolerance:g}; --positions all takes all"
-    )
+        return [f"all positions of each image: {reason}, and the tolerance is {tolerance:g}"]
+    expected = f"the expected standard error after about {images} images is {error:.2g}, at most {tolerance:g}"
+    return [f"{chosen['positions']} positions of each image: {expected}; --positions all takes all"]
 
 
 def count_images(config: FitConfig) -> int:

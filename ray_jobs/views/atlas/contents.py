@@ -118,8 +118,7 @@ class Atlas:
 
     def table(self, name: str, columns: list[str] | None = None) -> pa.Table:
         """Return some columns of a table."""
-        table = read_table(self.run.folder / name)
-        return table if columns is None else table.select(columns)
+        return read_table(self.run.folder / name, columns)
 
     def name(self, number: int | None) -> str:
         """Return the name of a class, or its number as text."""
@@ -174,9 +173,8 @@ class Atlas:
     def read_maps(self, shard: str, keys: set[str]) -> Iterator[tuple[str, str]]:
         """Yield the pooled maps of some samples of a shard as pictures."""
         files = self.files[shard]
-        table = read_table(files.folder / files.rows)
-        table = table.filter(pc.is_in(table["key"], pa.array(sorted(keys))))
-        for row in table.select(["key", "map"]).to_pylist():
+        table = read_table(files.folder / files.rows, ["key", "map"])
+        for row in table.filter(pc.is_in(table["key"], pa.array(sorted(keys)))).to_pylist():
             yield row["key"], self.draw_map(row["map"])
 
     def read_photographs(self, shard: str, keys: set[str]) -> Iterator[tuple[str, str]]:

@@ -10,8 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from patterns import UserError
-from ray_jobs.io.file_systems import translate_errors
-from ray_jobs.io.object_store import Location, fetch, read_table
+from ray_jobs.io.object_store import fetch, read_table
 from ray_jobs.runs.atlas_files import CLUSTERS, SAMPLES_FILE
 from ray_jobs.runs.map_files import list_shard_files
 from ray_jobs.runs.run_folder import Run
@@ -22,12 +21,6 @@ from ray_jobs.views.export.samples import Place, Row
 DEFAULT_METHOD = "patternattribution"
 MAPS = "Run `patternnet explain` or `patternnet atlas` to the end first."
 SCALARS = ["label", "prediction", "probability", "score"]
-
-
-def read_columns(path: Location, columns: list[str]) -> pa.Table:
-    """Return some columns of a Parquet file. UserError if it cannot be read."""
-    with fetch(path) as file, translate_errors(str(path)):
-        return pq.read_table(file, columns=columns)
 
 
 class AtlasPlaces:
@@ -44,7 +37,7 @@ class AtlasPlaces:
         self.run, self.section = run, run.require_job("atlas", "Run `patternnet atlas` to the end first.")
         self.files = list_shard_files(str(run.folder), tuple(self.section["options"]["shards"]), "atlas")
         columns = ["class", "cluster", "suspicion", "p"]
-        clusters = read_columns(run.folder / CLUSTERS, columns).to_pylist()
+        clusters = read_table(run.folder / CLUSTERS, columns).to_pylist()
         self.clusters = {(row["class"], row["cluster"]): (row["suspicion"], row["p"]) for row in clusters}
         self.read_samples()
 
@@ -70,7 +63,7 @@ class AtlasPlaces:
         if shard not in self.files:
             return {}
         files = self.files[shard]
-        rows = read_columns(files.folder / files.rows, ["key", "position", "class", "loss"]).to_pylist()
+        rows = read_table(files.folder / files.rows, ["key", "position", "class", "loss"]).to_pylist()
         return {row["key"]: self.place(shard, row) for row in rows}
 
     def place(self, shard: str, row: Mapping[str, Any]) -> Place:
@@ -114,7 +107,7 @@ class Explanations:
     def read(self, shard: str) -> Iterator[Row]:
         """Yield the samples of a shard in the order of the shard."""
         files = self.files[shard]
-        table = read_table(files.folder / files.rows).select(["key", "target", *SCALARS])
+        table = read_table(files.folder / files.rows, ["key", "target", *SCALARS])
         rows = {row["key"]: row for row in table.to_pylist()}
         for key, array, exponent in read_maps(files, self.method, self.outputs, rows):
             row = {name: first_of(value) for name, value in rows[key].items()}
@@ -149,7 +142,7 @@ class PooledMaps:
     def read(self, shard: str) -> Iterator[Row]:
         """Yield the samples of a shard in the order of the shard."""
         files = self.files[shard]
-        table = read_columns(files.folder / files.rows, ["key", "position", "class", "map", "map_mass", *SCALARS])
+        table = read_table(files.folder / files.rows, ["key", "position", "class", "map", "map_mass", *SCALARS])
         table = table.take(pc.sort_indices(table, [("position", "ascending")]))
         for batch in table.to_batches(max_chunksize=256):
             maps = batch["map"].flatten().to_numpy(zero_copy_only=False).astype(np.float32)
