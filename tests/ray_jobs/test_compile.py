@@ -25,6 +25,15 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no
 HERE, ONE = Resources(workers=0), Resources(workers=1)
 METHODS = ("guided-backprop", "patternattribution", "random")
 SMALL = ("default",)  # has fewer sums to compile than other estimators
+TINY = """
+import torch
+from torch import nn
+
+
+def tiny():
+    torch.manual_seed(7)
+    return nn.Sequential(nn.Conv2d(3, 4, 3, stride=4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5))
+"""
 
 
 @pytest.mark.full
@@ -33,7 +42,9 @@ def test_compiled_jobs_compute_what_uncompiled_jobs_compute_and_keep_their_mode(
     ray_of_workers: None, model_spec: str, shards: list[str], tmp_path: Path, workers: int
 ) -> None:
     resources = Resources(workers=workers, gpus_per_worker=0)
-    plain = make_fit_config(model_spec, shards[:4], tmp_path / "plain", estimators=SMALL)
+    (tmp_path / "tiny.py").write_text(TINY)
+    spec = model_spec if workers else f"{tmp_path}/tiny.py:tiny"
+    plain = make_fit_config(spec, shards[:4], tmp_path / "plain", estimators=SMALL)
     plain = replace(plain, model=replace(plain.model, precision="float64"))
     compiled = replace(plain, out=str(tmp_path / "compiled"), compile="default")
     before, after = (load_file(fit(c, resources).folder / "patterns.safetensors") for c in (plain, compiled))
