@@ -22,8 +22,9 @@ from ray_jobs.views.export.samples import Description, ExportedSample, Writer
 VERSION = "1.0.0"
 HEATMAPS = {"relevance": ("#d62728", 1), "relevance_against": ("#1f77b4", -1)}  # color in FiftyOne, and sign
 CORE, LABELS = "fiftyone.core.fields", "fiftyone.core.labels"
-# Fields of the dataset by name: the type of the field, and of a list its items or of a document its class.
-BASE = {
+# By name: the type of a field, and the items of a list or the class of a document.
+Fields = dict[str, tuple[str, str | None]]
+BASE: Fields = {
     "id": ("ObjectIdField", None),
     "filepath": ("StringField", None),
     "tags": ("ListField", "StringField"),
@@ -41,12 +42,12 @@ BASE = {
     "score": ("FloatField", None),
     **dict.fromkeys(HEATMAPS, ("EmbeddedDocumentField", f"{LABELS}.Heatmap")),
 }
-PLACES = {
+PLACES: Fields = {
     "cluster": ("IntField", None),
     **dict.fromkeys(("suspicion", "p", "distance", "loss", "x", "y"), ("FloatField", None)),
 }
 # Fields of the documents by the last word of their class.
-DOCUMENTS: dict[str, dict[str, tuple[str, str | None]]] = {
+DOCUMENTS: dict[str, Fields] = {
     "ImageMetadata": {
         "size_bytes": ("IntField", None),
         "mime_type": ("StringField", None),
@@ -72,7 +73,7 @@ DOCUMENTS: dict[str, dict[str, tuple[str, str | None]]] = {
 READ_ONLY = ("created_at", "last_modified_at")
 
 
-def make_fields(fields: dict[str, tuple[str, str | None]]) -> list[dict[str, Any]]:
+def make_fields(fields: Fields) -> list[dict[str, Any]]:
     """Return the descriptions of fields as FiftyOne writes them."""
     found = []
     for name, (kind, of) in fields.items():
