@@ -3,6 +3,7 @@
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
@@ -15,11 +16,12 @@ from zennit.composites import EpsilonPlusFlat
 
 from benchmarks.timing import JOB_BATCH, Bench, Row, Timed, Variant, write_shards
 from patterns import Explainer, Network, trace
-from ray_jobs.config import ExplainConfig, FitConfig, ModelConfig, Resources
+from ray_jobs.config import AtlasConfig, ExplainConfig, FitConfig, ModelConfig, Resources
 from ray_jobs.data.shard_reader import ReaderConfig, ShardReader
 from ray_jobs.data.shard_specs import list_shards
 from ray_jobs.engine.shard_worker import WorkerResources
 from ray_jobs.io.prefetch import WriteBehind
+from ray_jobs.jobs.atlas.worker import AtlasWorker
 from ray_jobs.jobs.explain import explain as job
 from ray_jobs.jobs.fit.fit import fit
 from ray_jobs.jobs.per_shard_job import FilesTask
@@ -128,19 +130,39 @@ def measure_job(bench: Bench) -> Iterator[Row]:
             for _ in range(batches):
                 worker.explainer(images)
 
-        def whole() -> None:
-            for _ in worker.work(task):
-                pass
-
         def in_line() -> None:
             with patch.object(job, "WriteBehind", Immediate):
-                whole()
+                run_task(worker, task)
 
-        t = bench.timed({"inner": inner, "whole": whole, "in line": in_line}, min(3, bench.rounds), measured=False)
+        t = bench.timed(
+            {"inner": inner, "whole": partial(run_task, worker, task), "in line": in_line},
+            min(3, bench.rounds),
+            measured=False,
+        )
         base = "its inner loop in memory"
         what = "explain job, one thread of two cores, PatternAttribution, npy and png"
         yield bench.row(f"{what}: images/s", t["inner"], base, t["whole"], "≥ 0.95")
         yield bench.row("the same, writing between batches", t["inner"], base, t["in line"])
+        described = AtlasConfig(
+            model=model, patterns=config.patterns, shards=shards, out=config.out, batch_size=JOB_BATCH
+        )
+        bare = job.ExplainWorker(replace(config), loaded.traced, {}, WorkerResources(cpus=1))
+        object.__setattr__(bare.config, "outputs", ())  # which the command line does not offer
+        atlas = AtlasWorker(described, loaded.traced, {}, WorkerResources(cpus=1))
+        runs: dict[str, Variant] = {}
+        for name, each in (("explain", bare), ("atlas", atlas)):
+            each.prepare()
+            files = list_shard_files(f"{folder}/{name}", shards)[shards[0]]
+            runs[name] = partial(run_task, each, FilesTask(shards[0], files=files))
+        t = bench.timed(runs, measured=False)
+        what = "atlas job, one thread of two cores, PatternAttribution: images/s"
+        yield bench.row(what, t["explain"], "the explain job without maps", t["atlas"], "≥ 0.9")
+
+
+def run_task(worker: job.ExplainWorker | AtlasWorker, task: FilesTask) -> None:
+    """Work on a shard to its end."""
+    for _ in worker.work(task):
+        pass
 
 
 class Immediate(WriteBehind):
