@@ -65,6 +65,16 @@ class TracedModel:
         """The type of the inputs."""
         return PRECISIONS[self.config.precision]
 
+    def require_images(self, what: str) -> None:
+        """Raise UserError if the model does not take images.
+
+        Args:
+            what: What needs a model of images, at the beginning of a sentence.
+        """
+        if len(shape := self.network.input_shape) != 3:
+            found = f"the model takes inputs of the shape {shape}, not images"
+            raise UserError("", found, f"{what} needs a model of images.", "model")
+
     def to(self, device: str) -> "TracedModel":
         """Return the model on a device, and set this process's precision of float32 products; see `load`."""
         set_precision(self.config)

@@ -13,21 +13,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
-from torchvision.transforms.functional import to_pil_image
 
 from patterns import UserError
-from patterns.attribution import RenderedExplanation, render_input, render_map
+from patterns.attribution import RenderedExplanation, render_map
 from ray_jobs.config import Preprocessing
-from ray_jobs.data.decoders import Decode, make_decode
-from ray_jobs.data.image_decoding import decode, decode_upright, list_formats, resize_and_crop
 from ray_jobs.data.image_folders import EXTENSIONS
-from ray_jobs.data.samples import Sample, extension_of, find_image
+from ray_jobs.data.samples import Sample, extension_of
 from ray_jobs.data.shard_reader import read_shard
 from ray_jobs.io.object_store import fetch, read_table
 from ray_jobs.models.class_names import load_class_names, map_numbers_to_names
 from ray_jobs.runs.map_files import ShardFiles, list_shard_files, tile_targets
 from ray_jobs.runs.run_folder import Run
 from ray_jobs.units import make_printable
+from ray_jobs.views.photographs import read_photographs
 
 SHOWABLE = "Run `patternnet explain` with --output png, npy or parquet."
 Row = dict[str, Any]  # a row of explanations.parquet
@@ -165,23 +163,14 @@ class Gallery:
         photographs: dict[tuple[str, str], Image.Image] = {}
         maps: dict[tuple[str, str], dict[str, Image.Image]] = {}
         for shard, keys in wanted.items():
-            photographs |= {(shard, key): image for key, image in self.photographs(shard, keys)}
+            found = dict(read_photographs(shard, keys, self.preprocessing, self.decoder))
+            if missing := keys - found.keys():
+                what = f"no longer contains sample {min(missing)!r}"
+                raise UserError(shard, what, "Choose samples that are still there.")
+            photographs |= {(shard, key): image for key, image in found.items()}
             maps |= {(shard, key): images for key, images in self.maps(self.out[shard], keys)}
         ids = [(row["shard"], row["key"]) for row in rows]
         return [RenderedExplanation(photographs[id_], self.caption(row), maps[id_]) for id_, row in zip(ids, rows)]
-
-    def photographs(self, shard: str, keys: set[str]) -> Iterator[tuple[str, Image.Image]]:
-        """Yield samples of a shard as the model sees them; raise UserError if the shard no longer has them."""
-        left = set(keys)
-        read = make_decode(self.decoder, self.preprocessing)
-        with closing(read_shard(shard)) as samples:
-            for sample in samples:
-                if sample.key in left:
-                    left.remove(sample.key)
-                    yield sample.key, model_view(sample, self.preprocessing, read)
-                if not left:
-                    return
-        raise UserError(shard, f"no longer contains sample {min(left)!r}", "Choose samples that are still there.")
 
     def maps(self, out: ShardFiles, keys: set[str]) -> Iterator[tuple[str, dict[str, Image.Image]]]:
         """Yield the maps of some samples as pictures, from the smallest file that has them."""
@@ -244,14 +233,3 @@ def pictures_of(path: Any, methods: Sequence[str], keys: set[str]) -> Iterator[t
 def value(table: pa.Table, column: str, row: int) -> np.ndarray:
     """Return one list of a table's column as a flat array, without a copy through Python."""
     return table[column][row].values.to_numpy(zero_copy_only=False)
-
-
-def model_view(sample: Sample, preprocessing: Preprocessing, read: Decode | None = None) -> Image.Image:
-    """Return the part of a sample's image that the model sees, or its ready or decoded tensor as a picture."""
-    if read is not None:
-        return render_input(read(sample).numpy())
-    if image := find_image(sample.files):
-        return to_pil_image(
-            resize_and_crop(decode_upright(sample.files[image], "RGB", formats=list_formats(image)), preprocessing)
-        )
-    return render_input(decode(sample.files, preprocessing).numpy())

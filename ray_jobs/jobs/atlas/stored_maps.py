@@ -54,9 +54,7 @@ def measure_stored_rows(config: AtlasConfig, model: TracedModel) -> RowShape:
         UserError: See `require_explanations`.
     """
     options = require_explanations(config)["options"]
-    if len(model.network.input_shape) != 3:
-        what = f"the model takes inputs of the shape {model.network.input_shape}, not images"
-        raise UserError("", what, "An atlas needs a model of images.", "model")
+    model.require_images("An atlas")
     sides = [options["size"]] if options["size"] else model.network.input_shape[1:]
     return RowShape(min(config.pooled, *sides), {})
 

@@ -55,9 +55,7 @@ def measure_rows(config: AtlasConfig, model: TracedModel) -> RowShape:
         UserError: If the model does not take images, or an operator does not exist.
     """
     network = model.network
-    if len(network.input_shape) != 3:
-        what = f"the model takes inputs of the shape {network.input_shape}, not images"
-        raise UserError("", what, "An atlas needs a model of images.", "model")
+    model.require_images("An atlas")
     side = min(config.pooled, *network.input_shape[1:])
     operators = choose_operators(config, model)
     last = list(network.operators.values())[-1]

@@ -2,7 +2,6 @@
 
 import io
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,14 +13,12 @@ from PIL import Image
 from patterns import UserError
 from patterns.attribution import render_map
 from ray_jobs.config import Preprocessing
-from ray_jobs.data.decoders import make_decode
-from ray_jobs.data.shard_reader import read_shard
 from ray_jobs.io.object_store import read_table
 from ray_jobs.runs.atlas_files import ANOMALIES, CHANNELS, CLASSES, CLUSTERS, CONFUSIONS, SAMPLES_FILE
 from ray_jobs.runs.map_files import list_shard_files
 from ray_jobs.runs.run_folder import Run
 from ray_jobs.units import make_printable
-from ray_jobs.views.gallery import model_view
+from ray_jobs.views.photographs import read_photographs
 from ray_jobs.views.report.samples import embed
 
 PROTOTYPES, OUTLIERS = 6, 4  # samples that are shown of each cluster, and of each class
@@ -159,13 +156,14 @@ class Atlas:
     def read_pictures(self, wanted: set[Id]) -> Pictures:
         """Return the pictures of some samples. Shards that cannot be read any more leave theirs out."""
         pictures, by_shard = Pictures(), dict[str, set[str]]()
+        decoder = self.section["model"].get("decoder")
         for shard, key in wanted:
             by_shard.setdefault(shard, set()).add(key)
         for printable, keys in sorted(by_shard.items()):
             pictures.maps |= {(printable, key): uri for key, uri in self.read_maps(self.shards[printable], keys)}
             try:
-                for key, image in self.read_photographs(self.shards[printable], keys):
-                    pictures.photographs[printable, key] = image
+                for key, image in read_photographs(self.shards[printable], keys, self.preprocessing, decoder):
+                    pictures.photographs[printable, key] = encode(image, PHOTOGRAPH)
             except (UserError, OSError):  # the maps can still be shown
                 continue
         return pictures
@@ -176,18 +174,6 @@ class Atlas:
         table = read_table(files.folder / files.rows, ["key", "map"])
         for row in table.filter(pc.is_in(table["key"], pa.array(sorted(keys)))).to_pylist():
             yield row["key"], self.draw_map(row["map"])
-
-    def read_photographs(self, shard: str, keys: set[str]) -> Iterator[tuple[str, str]]:
-        """Yield some samples of a shard as the model sees them, as pictures."""
-        left = set(keys)
-        read = make_decode(self.section["model"].get("decoder"), self.preprocessing)
-        with closing(read_shard(shard)) as samples:
-            for sample in samples:
-                if sample.key in left and sample.rejection is None:
-                    left.remove(sample.key)
-                    yield sample.key, encode(model_view(sample, self.preprocessing, read), PHOTOGRAPH)
-                if not left:
-                    return
 
     def draw_map(self, values: Sequence[float]) -> str:
         """Return a pooled map as a picture."""

@@ -24,7 +24,7 @@ from ray_jobs.units import make_printable
 from ray_jobs.views.export.formats import FORMATS
 from ray_jobs.views.export.samples import Description, ExportedSample, Row, distinguish_names, encode_picture
 from ray_jobs.views.export.sources import AtlasPlaces, Source, open_source, with_places
-from ray_jobs.views.gallery import model_view
+from ray_jobs.views.photographs import model_view
 
 THREADS = min(8, os.cpu_count() or 1)
 Joined = tuple[int, str, Row, Sample]  # number, shard, map and photograph of a sample
