@@ -24,7 +24,7 @@ class Preset:
 
 
 def find_top(network: Network) -> list[str]:
-    """Return the operators without a gate that come after the last convolution with a gate, in their order.
+    """Return the operators that come after the last convolution with a gate, in their order.
 
     After means that the convolution's output reaches them. A network without a gated convolution has only its
     operators without a gate that no gated operator reads.
@@ -49,7 +49,7 @@ def find_top(network: Network) -> list[str]:
     if last is None:
         below = set().union(*map(find_ancestors, gated))
         return list(dict.fromkeys(op.name for node, op in calls if op.gate is None and node not in below))
-    return list(dict.fromkeys(op.name for node, op in calls if op.gate is None and last in find_ancestors(node)))
+    return list(dict.fromkeys(op.name for node, op in calls if last in find_ancestors(node)))
 
 
 def class_specific(network: Network) -> list[str]:

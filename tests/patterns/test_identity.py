@@ -70,7 +70,7 @@ def test_relevance_is_conserved_through_the_top() -> None:
     network = trace(make_model(bias=False), draw_images())
     patterns = fit_patterns(network, "class-specific")
     top = [name for name, pattern in patterns.items() if pattern is None]
-    assert top == ["average_pool.1", "11"]
+    assert top == ["average_pool.1", "9", "11"]
     losses = {loss.name: loss.lost for loss in conservation(network, patterns, draw_images(), torch.tensor([1] * 4))}
     assert all(abs(losses[name]) < 1e-5 for name in top)
     maps, scores = explain(network, patterns, "patternattribution", 1), network.module(draw_images())[:, 1]
@@ -99,7 +99,7 @@ def test_compiled_backward_pass_of_the_identity_is_the_same() -> None:
 def test_presets_name_an_estimator_for_each_operator() -> None:
     network = trace(make_model(), draw_images())
     assert expand_presets("class-specific", network) == [
-        "average_pool.1=identity", "11=identity", "two-component-own-mean",
+        "average_pool.1=identity", "9=identity", "11=identity", "two-component-own-mean",
     ]  # fmt: skip
     for name, preset in PRESETS.items():
         assert preset.description.endswith(".")

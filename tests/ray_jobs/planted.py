@@ -30,8 +30,6 @@ def tiny():
         nn.Linear(64, 10),
     )
 """
-# The hidden dense layer takes the image's own activations, too: a pattern of all images shows no rare cause.
-ESTIMATOR = ("8=identity", "class-specific")
 
 
 @dataclass(frozen=True)

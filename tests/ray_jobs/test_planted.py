@@ -8,7 +8,7 @@ import pytest
 from ray_jobs.config import AtlasConfig, FitConfig, Resources
 from ray_jobs.jobs.atlas.atlas import atlas
 from ray_jobs.jobs.fit.fit import fit
-from tests.ray_jobs.planted import DATA, ESTIMATOR, Planted, prepare
+from tests.ray_jobs.planted import DATA, Planted, prepare
 
 pytestmark = [
     pytest.mark.slow,
@@ -22,9 +22,8 @@ def describe(folder: Path, planted: Planted) -> Path:
     out = str(folder / "run")
     fit(FitConfig(model=planted.model, shards=planted.shards, out=out, batch_size=100, max_samples=2000), HERE)
     config = AtlasConfig(
-        model=planted.model, patterns=out, shards=planted.shards, out=str(folder / "atlas"), batch_size=200,
-        estimator=ESTIMATOR,
-    )  # fmt: skip
+        model=planted.model, patterns=out, shards=planted.shards, out=str(folder / "atlas"), batch_size=200
+    )
     return Path(str(atlas(config, HERE).folder))
 
 
