@@ -103,6 +103,7 @@ def explain(network: Network) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return {name: pattern["linear"] for name, pattern in solved.items()}, maps
 
 
+@pytest.mark.cases
 @pytest.mark.parametrize("name", SPLITS)
 def test_patterns_and_maps_are_those_of_separate_layers(name: str) -> None:
     rows = BY_HEAD if name == "heads first" else BY_PURPOSE

@@ -197,6 +197,7 @@ SPELLINGS: dict[str, tuple[SmoothGate, list[Callable[[Tensor], Tensor]]]] = {
 }
 
 
+@pytest.mark.cases
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_spellings_of_an_activation_have_the_same_moments_and_maps(name: str) -> None:
     gate, spellings = SPELLINGS[name]

@@ -102,6 +102,7 @@ def identity_everywhere(network: Network) -> dict[str, Tensor | None]:
     return dict.fromkeys(network.operators)
 
 
+@pytest.mark.cases
 @every_attention
 @every_norm
 def test_gradient_is_the_models_and_gradient_x_input_that_of_constant_factors(attention: str, norm: str) -> None:
@@ -115,6 +116,7 @@ def test_gradient_is_the_models_and_gradient_x_input_that_of_constant_factors(at
     torch.testing.assert_close(found["gradient-x-input"], expected, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.cases
 @every_attention
 @every_norm
 def test_relevance_sums_to_the_score_without_biases(attention: str, norm: str) -> None:
