@@ -191,7 +191,10 @@ class ParquetMaps:
         shapes = {f"{method}_shape": json.dumps(a.shape[1:]) for method, a in batch.arrays.items()}
         table = pa.table(columns).replace_schema_metadata(shapes)
         if self.writer is None:
-            self.writer = self.stack.enter_context(pq.ParquetWriter(self.path, table.schema))
+            # Maps have no repeated values, and nobody searches for one: dictionaries and statistics of them took three
+            # quarters of the time, 0.18 instead of 0.05 ms for a map of 56×56.
+            options = {"use_dictionary": ["key"], "write_statistics": ["key"]}
+            self.writer = self.stack.enter_context(pq.ParquetWriter(self.path, table.schema, **options))
         rows = max(1, MAX_ROW_GROUP // max(1, table.nbytes // max(1, len(table))))
         self.writer.write_table(table, row_group_size=rows)
 
