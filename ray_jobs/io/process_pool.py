@@ -1,8 +1,8 @@
 """Processes that compute for a thread of this one; several threads would wait for each other to get Python's lock.
 
 `python -m ray_jobs.io.process_pool SOCKET MODULE` is the server of a pool. It imports a module once, which may take
-seconds, and forks a process for every socket that it receives. A fork of the pool's own process could deadlock, because
-it has threads. Requests and results go through sockets, so that no shared memory can be full or left behind.
+seconds, and forks a process for every pair of pipes that it receives. A fork of the pool's own process could deadlock,
+because it has threads. Requests and results go through pipes, so that no shared memory can be full or left behind.
 """
 
 import ctypes
@@ -39,6 +39,7 @@ ENVIRONMENT = {
     # glibc keeps freed memory. Otherwise it returns every image to the kernel and gets it back page by page.
     **{"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)},
     **{"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+    "CUDA_VISIBLE_DEVICES": "",  # code of the user must not take the GPU's memory once for each process
 }
 
 
@@ -150,7 +151,7 @@ class ProcessPool:
 
 
 class _Process:
-    """A process of a pool, or the place of one that is not running.
+    """A process of a pool, which may not be running.
 
     Attributes:
         pid: Its process id.
@@ -189,7 +190,7 @@ class _Process:
                 pipe.timeout = self.timeout
                 return
         self.requests = None
-        raise RuntimeError("no process can be started; the log of this process has the reason")
+        raise RuntimeError(f"no process can import {self.server.module}; the log of this process has the reason")
 
     def kill(self) -> None:
         """End the process, if it is running."""
@@ -237,14 +238,15 @@ class _Server:
         These ends of the pipes are closed here.
         """
         with self.lock:
-            if self.process is None or self.process.poll() is not None:
-                self.process = self.start()
             try:
+                if self.process is None or self.process.poll() is not None:
+                    self.process = self.start()
                 socket.send_fds(self.control, [b"+"], pipes)
-            except OSError:  # it was killed, and has closed its end, but may not be a zombie yet
-                self.process.wait()  # the next attempt starts another one
-        for pipe in pipes:
-            os.close(pipe)
+            except ConnectionError:  # it was killed, and has closed its end, but may not be a zombie yet
+                cast(Any, self.process).wait()  # the next attempt starts another one
+            finally:
+                for pipe in pipes:
+                    os.close(pipe)
 
     def start(self) -> "subprocess.Popen[bytes]":
         """Start the server."""

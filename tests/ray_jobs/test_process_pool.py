@@ -25,7 +25,7 @@ from tests.ray_jobs.runs import wait_until
 ROOT = Path(__file__).parents[2]
 PLAIN = Preprocessing(image_size=16, resize=16, interpolation="bilinear", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 TROUBLE = """
-import os, signal, time
+import os, signal, sys, time
 import numpy as np
 
 def square(number):
@@ -34,6 +34,9 @@ def square(number):
 
 def own_process(_):
     return os.getpid()
+
+def is_imported(module):
+    return module in sys.modules
 
 def die_at_three(number):
     if number == 3:
@@ -71,7 +74,7 @@ def trouble(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     sys.path.remove(str(folder))
 
 
-def keep_reason(item: int, reason: str) -> str:
+def keep_reason(item: object, reason: str) -> str:
     return f"{item}: {reason}"
 
 
@@ -157,8 +160,19 @@ def test_killed_processes_and_servers_lose_no_item(trouble: Path) -> None:
 
 
 def test_module_that_cannot_be_imported_is_an_error() -> None:
-    with ProcessPool(1, "no_such_module") as pool, pytest.raises(RuntimeError, match="no process can be started"):
+    with ProcessPool(1, "no_such_module") as pool, pytest.raises(RuntimeError, match="no process can import no_such_module"):
         list(pool.map(abs, keep_reason, [[1]]))
+
+
+def test_processes_end_with_a_pool_that_nobody_uses_any_more(trouble: Path) -> None:
+    import trouble as functions
+
+    pool = ProcessPool(2, "trouble")
+    assert list(pool.map(functions.square, keep_reason, [[1], [2]])) == [[1], [4]]
+    processes = pool.running
+    assert len(processes) == 2
+    del pool  # a process of Ray that is kept for the next job drops its worker
+    wait_until(lambda: not any(is_running(process) for process in processes))
 
 
 OWNER = """
@@ -215,6 +229,8 @@ def require_equal(found: list[Batch], expected: list[Batch]) -> None:
 def test_several_processes_give_the_batches_of_one_thread(
     shard: str, trouble: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    import trouble as functions
+
     monkeypatch.setattr("ray_jobs.data.shard_reader.PART_SAMPLES", 3)
     config = ReaderConfig(PLAIN, batch_size=7, with_regions=True, classes=35)
     batches, rejected = read(ShardReader(shard, config, max_samples=38))
@@ -222,6 +238,8 @@ def test_several_processes_give_the_batches_of_one_thread(
         found = read(ShardReader(shard, replace(config, pool=pool), max_samples=38))
         require_equal(found[0], batches)
         assert found[1] == rejected
+        heavy = ["torch._dynamo", "patterns.tracing", "ray_jobs.models", "ray", "timm", "torchvision"]
+        assert list(pool.map(functions.is_imported, keep_reason, [heavy])) == [[False] * len(heavy)]
         assert [r.key for r in rejected] == [*(str(i) for i in range(0, 35, 5)), "35", "36", "37"]
         killed = ShardReader(shard, replace(config, pool=pool), max_samples=38)
         seen = []
