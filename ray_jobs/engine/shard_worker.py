@@ -26,6 +26,7 @@ from ray_jobs.io.process_pool import ProcessPool
 from ray_jobs.models.loading import LoadedModel, TracedModel
 
 MAX_DECODERS = 8  # processes; the thread that reads shards and makes batches cannot feed more
+MAX_ENCODERS = 8  # threads, which hold Python's lock for a tenth of their time
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,11 @@ class WorkerResources:
     def decoders(self) -> int:
         """The number of processes that decode images; 0 on a CPU, because the model needs the cores."""
         return min(MAX_DECODERS, int(self.cpus)) if self.device == "cuda" and self.cpus >= 2 else 0
+
+    @property
+    def encoders(self) -> int:
+        """The number of threads that encode pictures."""
+        return max(1, min(MAX_ENCODERS, int(self.cpus)))
 
     def place(self, model: TracedModel) -> TracedModel:
         """Return a model on this worker's device, and prepare this process for its work."""

@@ -160,7 +160,10 @@ def test_killed_processes_and_servers_lose_no_item(trouble: Path) -> None:
 
 
 def test_module_that_cannot_be_imported_is_an_error() -> None:
-    with ProcessPool(1, "no_such_module") as pool, pytest.raises(RuntimeError, match="no process can import no_such_module"):
+    with (
+        ProcessPool(1, "no_such_module") as pool,
+        pytest.raises(RuntimeError, match="no process can import no_such_module"),
+    ):
         list(pool.map(abs, keep_reason, [[1]]))
 
 

@@ -70,7 +70,7 @@ class ExplainWorker(TargetWorker[ExplainConfig]):
         with (
             closing(self.open_stream(task, following)) as stream,
             publish(files.folder) as folder,
-            open_writers(folder, files, self.config.outputs) as writers,
+            open_writers(folder, files, self.config.outputs, self.resources.encoders) as writers,
             WriteBehind() as behind,
         ):
             for batch in stream:
