@@ -4,7 +4,7 @@ import io
 import json
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -172,11 +172,9 @@ def tile_targets(array: np.ndarray) -> np.ndarray:
 @contextmanager
 def open_tar(path: Path, outputs: list[str], threads: int) -> Iterator[Writer]:
     """Open a writer of a tar."""
-    with open(path, "wb") as file:
-        # Without the time of writing, the same explanations are the same bytes.
-        tar = TarWriter(file, encoder=False, mtime=0)
+    # Without the time of writing, the same explanations are the same bytes.
+    with open(path, "wb") as file, closing(TarWriter(file, encoder=False, mtime=0)) as tar:
         yield TarMaps(tar, outputs, threads)
-        tar.close()
 
 
 @dataclass
