@@ -7,7 +7,7 @@ from itertools import chain
 
 import torch
 
-from benchmarks import compiling, decoding, explaining, fitting, modern
+from benchmarks import compiling, decoding, explaining, feeding, fitting, modern
 from benchmarks.machine import Machine
 from benchmarks.pages import Table, make_parser, save_results
 from benchmarks.timing import COLUMNS, MODELS, THREADS, Bench, Row
@@ -21,9 +21,10 @@ PARTS: dict[str, Callable[[Bench], Iterable[Row]]] = {
     "compile": compiling.measure_compiled,
     "quality": lambda bench: [fitting.measure_quality(bench)],
     "decode": decoding.measure_pipelines,
+    "feed": feeding.measure_feeding,
     "jobs": lambda bench: chain(fitting.measure_job(bench), explaining.measure_job(bench)),
 }
-OTHERS = ("modern",)  # parts that run only if they are asked for, with a table of their own
+OTHERS = ("modern", "feed")  # parts that run only if they are asked for, with a table of their own
 ON_GPU = ("fit", "explain", "compile")  # the other parts measure the CPU
 
 

@@ -11,6 +11,9 @@ from ray_jobs.cli.typer_options import command, name_flags
 from ray_jobs.config import Resources
 from ray_jobs.config.commands import DoctorOptions
 
+# Measured; see "Feeding a GPU" in docs/data.md.
+GPU_NEED = "an H200 takes 6500 in a forward pass of ResNet-50 (TF32), and about 1600 in its fit"
+
 
 @command(
     "patternnet doctor",
@@ -25,11 +28,12 @@ def doctor(options: DoctorOptions) -> None:
     resources = Resources(**{name: getattr(options, name) for name in names})
     shards = listed(options.shards, options) if options.shards else ()
     found = examine(resources, shards, absolute(options.out) if options.out else None, options.patience)
-    table = Table("node", "host", "CPUs", "GPUs", "memory free", "disk free", "source", "code", box=None)
+    table = Table("node", "host", "CPUs", "GPUs", "memory free", "disk free", "source", "images/s", "code", box=None)
     for node in found.nodes:
         table.add_row(*node.cells())
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     echo(f"{len(found.nodes)} nodes, with room for {found.workers} workers; {len(shards)} shards checked")
+    echo(f"images/s: JPEGs of 500×375 that the CPUs of a node decode; {GPU_NEED}")
     for problem in found.problems:
         echo(name_flags(f"  {problem}", doctor.flags()))
     if found.problems:

@@ -46,10 +46,9 @@ class CountingReader(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """Read into a buffer and return the number of bytes."""
-        data = self.source.read(len(buffer))
-        buffer[: len(data)] = data
-        self.count += len(data)
-        return len(data)
+        count: int = self.source.readinto(buffer)
+        self.count += count
+        return count
 
 
 @contextmanager

@@ -25,6 +25,9 @@ TENSOR = "npy"
 KEY, REJECTION = "__key__", "__rejection__"  # of a sample in a `webdataset.DataPipeline`
 REPLACE = "Replace it, or leave it out of the shards."  # the remedy for a shard that cannot be read
 INPUT_NAMES = ("image", "img", "input", "photo", "rgb")  # may stand before the extension: 17.image.jpg
+# Names of a sample's file, the preferred ones first: plain extensions in their order, then those with a name before.
+IMAGE_NAMES = (*IMAGES, *(f"{name}.{extension}" for name in INPUT_NAMES for extension in IMAGES))
+TENSOR_NAMES = (TENSOR, *(f"{name}.{TENSOR}" for name in INPUT_NAMES))
 MAX_SAMPLE_BYTES = 1 << 27  # of all files of a sample; a ready tensor of 3×1024×1024 has 12 MB
 
 # Characters that a key cannot have: the dot, which ends a WebDataset key; the comma of `--keys KEY,KEY`; the percent
@@ -76,28 +79,14 @@ def reject(key: str, reason: str) -> Sample:
     return Sample(make_printable(key), rejection=reason)
 
 
-def find_file(files: Container[str], extensions: Iterable[str]) -> str | None:
-    """Return the first of a sample's files with one of these extensions, in the order of the extensions.
-
-    A name of an input may stand before the extension, as in `image.jpg`. Plain extensions are preferred.
-
-    Args:
-        files: The names of the sample's files.
-        extensions: The extensions, the preferred ones first.
-    """
-    names = list(extensions)
-    wanted = (*names, *(f"{prefix}.{name}" for prefix in INPUT_NAMES for name in names))
-    return next((name for name in wanted if name in files), None)
-
-
 def find_image(files: Container[str]) -> str | None:
     """Return the name of the file that holds the image of a sample; None if there is no image."""
-    return find_file(files, IMAGES)
+    return next((name for name in IMAGE_NAMES if name in files), None)
 
 
 def find_tensor(files: Container[str]) -> str | None:
     """Return the name of the file that holds the ready tensor of a sample; None if an image is used instead."""
-    return None if find_image(files) else find_file(files, [TENSOR])
+    return None if find_image(files) else next((name for name in TENSOR_NAMES if name in files), None)
 
 
 def derive_seed(name: str) -> int:

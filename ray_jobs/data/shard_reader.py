@@ -1,9 +1,12 @@
 """Read a shard as a stream of decoded batches, and list the samples that cannot be used."""
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from itertools import chain
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import webdataset
 from torch import Tensor
@@ -14,12 +17,14 @@ from ray_jobs.config import Preprocessing
 from ray_jobs.data import image_folders, parquet_reader
 from ray_jobs.data.annotations import parse_boxes, parse_label, parse_mask
 from ray_jobs.data.byte_streams import open_seekable
-from ray_jobs.data.decoders import Decode
+from ray_jobs.data.decoders import Decode, make_decode
 from ray_jobs.data.image_decoding import decode_input, normalize_batch
 from ray_jobs.data.samples import REPLACE, Box, RejectedSample, Sample, SampleError, reject, reject_duplicates
 from ray_jobs.data.tar_reader import verified_tar
 from ray_jobs.io.file_systems import translate_errors
-from ray_jobs.io.prefetch import map_in_order
+from ray_jobs.io.process_pool import ProcessPool
+
+PART_SAMPLES, PART_BYTES = 8, 1 << 22  # that a process decodes at once: a few hundredths of a second
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,30 @@ class Batch:
     masks: list[Tensor | None]
 
 
-Decoded = tuple[str, Tensor, int | None, list[Box] | None, Tensor | None]
+class Decoded(NamedTuple):
+    """A decoded sample.
+
+    Attributes:
+        key: The key.
+        image: The input (C, H, W), uint8 for an image and float32 otherwise.
+        label: See `Batch`.
+        boxes: See `Batch`.
+        mask: See `Batch`.
+    """
+
+    key: str
+    image: np.ndarray
+    label: int | None
+    boxes: list[Box] | None
+    mask: np.ndarray | None
+
+
+class Rejection(NamedTuple):
+    """A sample that cannot be used; see `RejectedSample`."""
+
+    key: str
+    stage: str
+    reason: str
 
 
 def read_shard(shard: str) -> Generator[Sample, None, None]:
@@ -85,25 +113,82 @@ class ReaderConfig:
         preprocessing: From an image to the model's input.
         batch_size: The number of samples of a batch; the last batch of a shard may have fewer.
         dtype: The dtype of the model's input.
-        validate_label: Raises SampleError if the job cannot use a sample with this label.
+        classes: The number of classes, of which the label of each sample must be one. None: samples need no label.
         with_regions: Whether the boxes and masks of samples are read.
         needed_region: "mask" or "box" if samples without one cannot be used; None if neither is needed.
-        threads: The number of threads that decode images.
-        decode: From a sample to its input, float32 (C, H, W), or SampleError. None: images and ready tensors are read.
+        decoder: The user's decoder, which makes the input; see `load_decoder`. None: images and ready tensors are read.
+        pool: The processes that decode. None: the reading thread decodes.
     """
 
     preprocessing: Preprocessing
     batch_size: int
     dtype: torch.dtype = torch.float32
-    validate_label: Callable[[int | None], None] = lambda _: None
+    classes: int | None = None
     with_regions: bool = False
     needed_region: str | None = None
-    threads: int = 1
-    decode: Decode | None = None
+    decoder: str | None = None
+    pool: ProcessPool | None = None
 
-    def decode_input(self, sample: Sample) -> Tensor:
-        """Return the input of a sample, uint8 for an image and float32 otherwise. SampleError if there is none."""
-        return decode_input(sample.files, self.preprocessing) if self.decode is None else self.decode(sample)
+    @cached_property
+    def apply_decoder(self) -> Decode | None:
+        """The user's decoder as a function; None if there is none."""
+        return make_decode(self.decoder, self.preprocessing)
+
+    def decode_all(self, samples: Iterable[Sample]) -> Iterator[Decoded | Rejection]:
+        """Yield the results of `decode`, in order."""
+        if self.pool is None:
+            return map(self.decode, samples)
+        plain = replace(self, pool=None)  # which can be sent to a process
+        return chain.from_iterable(self.pool.map(plain.decode, reject_lost, split_samples(samples)))
+
+    def decode(self, sample: Sample) -> Decoded | Rejection:
+        """Return the input, label and regions of a sample, or why it is rejected."""
+        if reason := sample.rejection:
+            return Rejection(sample.key, "read", reason)
+        try:
+            label = parse_label(sample.files)
+            if self.classes is not None and (label is None or label >= self.classes):
+                raise SampleError(f"the label {label} is none of the model's {self.classes} classes")
+            boxes, mask = self.parse_regions(sample)
+            own = self.apply_decoder
+            image = decode_input(sample.files, self.preprocessing) if own is None else own(sample)
+            return Decoded(sample.key, image.numpy(), label, boxes, None if mask is None else mask.numpy())
+        except SampleError as error:
+            return Rejection(sample.key, "decode", str(error))
+
+    def parse_regions(self, sample: Sample) -> tuple[list[Box] | None, Tensor | None]:
+        """Return the boxes and the mask of a sample, if the job reads them. Raise SampleError if it cannot use them."""
+        if not self.with_regions:
+            return None, None
+        boxes = parse_boxes(sample.files, self.preprocessing)
+        try:
+            mask = parse_mask(sample.files, self.preprocessing)
+        except SampleError:
+            if self.needed_region == "mask":
+                raise
+            mask = None
+        if (self.needed_region, boxes) == ("box", None) or (self.needed_region == "mask" and mask is None):
+            files = "boxes in its json" if self.needed_region == "box" else "mask.png or seg.png"
+            raise SampleError(f"the target needs a {self.needed_region}, and the sample has no {files}")
+        return boxes, mask
+
+
+def split_samples(samples: Iterable[Sample]) -> Iterator[list[Sample]]:
+    """Yield the samples in the parts that are sent to a process: several, or one with large files."""
+    part, room = list[Sample](), PART_BYTES
+    for sample in samples:
+        part.append(sample)
+        room -= sum(map(len, sample.files.values()))
+        if len(part) == PART_SAMPLES or room <= 0:
+            yield part
+            part, room = [], PART_BYTES
+    if part:
+        yield part
+
+
+def reject_lost(sample: Sample, reason: str) -> Rejection:
+    """Return the rejection of a sample that kills or stops the process that decodes it."""
+    return Rejection(sample.key, "decode", f"it cannot be decoded: {reason}")
 
 
 @dataclass(frozen=True)
@@ -150,7 +235,7 @@ class ShardReader:
             partial(read_shard, self.shard),
             webdataset.slice(self.max_samples),
             self.select,
-            partial(map_in_order, self.decode, threads=self.config.threads),
+            self.config.decode_all,
             self.leave_out_rejected,
             batched(self.config.batch_size, self.make_batch),
         )
@@ -166,51 +251,17 @@ class ShardReader:
         for key in sorted(missing):
             yield reject(key, "the shard does not contain it any more")
 
-    def leave_out_rejected(self, found: Iterable[Decoded | RejectedSample]) -> Iterator[Decoded]:
+    def leave_out_rejected(self, found: Iterable[Decoded | Rejection]) -> Iterator[Decoded]:
         """Yield the decoded samples, and append the others to `rejected`."""
         for each in found:
-            if isinstance(each, RejectedSample):
-                self.rejected.append(each)
+            if isinstance(each, Rejection):
+                self.rejected.append(RejectedSample(self.shard, *each))
             else:
                 yield each
 
-    def decode(self, sample: Sample) -> Decoded | RejectedSample:
-        """Return the key, input, label and boxes of a sample, or why it is rejected."""
-        key = sample.key
-        if reason := sample.rejection:
-            return RejectedSample(self.shard, key, "read", reason)
-        try:
-            label = parse_label(sample.files)
-            self.config.validate_label(label)
-            boxes, mask = self.parse_regions(sample)
-            return key, self.config.decode_input(sample), label, boxes, mask
-        except SampleError as error:
-            return RejectedSample(self.shard, key, "decode", str(error))
-
-    def parse_regions(self, sample: Sample) -> tuple[list[Box] | None, Tensor | None]:
-        """Return the boxes and the mask of a sample, if the job reads them. Raise SampleError if it cannot use them."""
-        if not self.config.with_regions:
-            return None, None
-        needed, preprocessing = self.config.needed_region, self.config.preprocessing
-        boxes = parse_boxes(sample.files, preprocessing)
-        try:
-            mask = parse_mask(sample.files, preprocessing)
-        except SampleError:
-            if needed == "mask":
-                raise
-            mask = None
-        if (needed, boxes) == ("box", None) or (needed == "mask" and mask is None):
-            files = "boxes in its json" if needed == "box" else "mask.png or seg.png"
-            raise SampleError(f"the target needs a {needed}, and the sample has no {files}")
-        return boxes, mask
-
     def make_batch(self, taken: list[Decoded]) -> Batch:
         """Return a batch of decoded samples."""
-        keys, images, labels, boxes, masks = zip(*taken)
-        return Batch(
-            normalize_batch(images, self.config.preprocessing).to(self.config.dtype),
-            list(keys),
-            list(labels),
-            list(boxes),
-            list(masks),
-        )
+        keys, images, labels, boxes, masks = (list(column) for column in zip(*taken))
+        batch = normalize_batch([torch.from_numpy(image) for image in images], self.config.preprocessing)
+        regions = [None if mask is None else torch.from_numpy(mask) for mask in masks]
+        return Batch(batch.to(self.config.dtype), keys, labels, boxes, regions)

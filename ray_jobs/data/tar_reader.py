@@ -9,7 +9,7 @@ import re
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from ray_jobs.data.byte_streams import open_stream
 from ray_jobs.data.samples import KEY, MAX_SAMPLE_BYTES, REJECTION, REPLACE, ShardError
@@ -20,9 +20,10 @@ BLOCK = tarfile.BLOCKSIZE
 MAX_HEADER_BYTES = 1 << 20  # of one extended header; paths have a few hundred bytes
 FILES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 PAX_HEADERS = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
-WITHOUT_DATA = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE)
+WITHOUT_DATA = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE)
 RECORD = re.compile(rb"(\d{1,20}) ([^=]+)=")
 NAME = re.compile(r"((?:.*/)?[^./]+)\.((?!__)[^/]*)", re.DOTALL)  # key, extension; `__` begins WebDataset's metadata
+CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 META = re.compile(r"__[^/]*__($|/)")
 
 
@@ -42,7 +43,7 @@ class Member:
 
 
 class Archive:
-    """Iterator over the members of a tar archive.
+    """Iterator over the members of a tar archive, without its directories.
 
     Iteration raises a ShardError if anything up to the end-of-archive mark is damaged, or anything but zeros follows.
     """
@@ -88,40 +89,37 @@ class Archive:
                 extended["path"] = name.decode("utf-8", "surrogateescape")
             elif header.type in (tarfile.GNUTYPE_LONGLINK, tarfile.XGLTYPE):
                 self.read_extension(header)
+            elif header.type == tarfile.DIRTYPE:
+                extended = {}
             else:
                 return self.make_member(header, extended)
         if extended:
             raise ShardError("no member follows an extended header")
         return None
 
-    def read_header(self) -> tarfile.TarInfo | None:
+    def read_header(self) -> "Header | None":
         """Return the next header; None for a block of zeros, which marks the end of the archive."""
         block = self.stream.read(BLOCK)
         if not block:
             raise ShardError("it is truncated: it ends without an end-of-archive mark")
-        if not block.strip(b"\0") and len(block) == BLOCK:
+        if len(block) < BLOCK:
+            raise ShardError("not a tar archive, or damaged: truncated header")
+        if not block.strip(b"\0"):
             return None
-        try:
-            header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-        except tarfile.HeaderError as error:
-            raise ShardError(f"not a tar archive, or damaged: {error}") from error
-        if header.size < 0:
-            raise ShardError("a member has a negative size")
+        header = parse_header(block)
         if header.type == tarfile.GNUTYPE_SPARSE:
-            more = block[
-                482
-            ]  # nonzero if another block of the sparse map follows; byte 504 of that block says the same
+            more = block[482]  # whether another block of the sparse map follows, as byte 504 of that block says
             while more:
                 more = self.read_exactly(BLOCK)[504]
         return header
 
-    def read_extension(self, header: tarfile.TarInfo) -> bytes:
+    def read_extension(self, header: "Header") -> bytes:
         """Return the contents of an extended header."""
         if header.size > MAX_HEADER_BYTES:
             raise ShardError(f"an extended header of {header.size} bytes; at most {MAX_HEADER_BYTES} are read")
         return self.read_exactly(pad_size(header.size))[: header.size]
 
-    def make_member(self, header: tarfile.TarInfo, extended: dict[str, str]) -> Member:
+    def make_member(self, header: "Header", extended: dict[str, str]) -> Member:
         """Return the member of a header and the extended headers before it."""
         name, size, problem = extended.get("path", header.name), header.size, None
         if "size" in extended:
@@ -136,6 +134,50 @@ class Archive:
             problem = f"a member of unknown type {header.type!r}"
         self.unread = pad_size(size)
         return Member(name, size, problem)
+
+
+class Header(NamedTuple):
+    """A header block: the name, size and type of the member or extended header that follows."""
+
+    name: str
+    size: int
+    type: bytes
+
+
+def parse_header(block: bytes) -> Header:
+    """Return the fields of a header block that are needed.
+
+    `tarfile.TarInfo.frombuf` parses 13 fields, which takes half of the time that a shard of JPEGs is read for.
+
+    Raises:
+        ShardError: If the block is not a header, or its checksum is wrong.
+    """
+    size, checksum = parse_number(block[124:136]), parse_number(block[148:156])
+    total = sum(block) - sum(block[148:156]) + 8 * ord(" ")
+    if checksum != total and checksum != total - 256 * sum(byte > 127 for byte in block):  # of signed bytes
+        raise ShardError("not a tar archive, or damaged: bad checksum")
+    if size < 0:
+        raise ShardError("a member has a negative size")
+    kind, name, prefix = block[156:157], parse_text(block[:100]), parse_text(block[345:500])
+    if prefix and kind not in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.GNUTYPE_SPARSE):
+        name = f"{prefix}/{name}"
+    is_folder = kind == tarfile.AREGTYPE and name.endswith("/")
+    return Header(name, size, tarfile.DIRTYPE if is_folder else kind)
+
+
+def parse_text(field: bytes) -> str:
+    """Return a text field of a header; bytes that are not UTF-8 become surrogate escapes."""
+    return field.partition(b"\0")[0].decode("utf-8", "surrogateescape")
+
+
+def parse_number(field: bytes) -> int:
+    """Return a number field of a header: octal digits, or GNU's binary form. Raise ShardError if it is neither."""
+    if field[0] in (0x80, 0xFF):
+        return int.from_bytes(field[1:]) - (field[0] == 0xFF) * 256 ** (len(field) - 1)
+    try:
+        return int(field.partition(b"\0")[0].strip() or b"0", 8)
+    except ValueError as error:
+        raise ShardError("not a tar archive, or damaged: invalid header") from error
 
 
 def pad_size(size: int) -> int:
@@ -162,7 +204,7 @@ def find_name_problem(name: str) -> str | None:
     """Return why a file name cannot be a key, which names outputs; None if it can."""
     if name.startswith("/") or ".." in name.split("/"):
         return "its path leaves the folder"
-    if any(ord(c) < 32 or ord(c) == 127 for c in name):
+    if CONTROL.search(name):
         return "its name has control characters"
     return None
 

@@ -22,9 +22,11 @@ from ray_jobs.data.decoders import make_decode
 from ray_jobs.data.shard_reader import Batch, ReaderConfig, ShardReader, ShardTask
 from ray_jobs.engine.ray_session import worker_gpus
 from ray_jobs.io.prefetch import Prefetcher
+from ray_jobs.io.process_pool import ProcessPool
 from ray_jobs.models.loading import LoadedModel, TracedModel
 
-MAX_DECODERS = 4  # more threads wait for Python's lock: fifteen decoded no more images per second (docs/data.md)
+MAX_DECODERS = 8  # processes; the thread that reads shards and makes batches cannot feed more
+MAX_ENCODERS = 8  # threads, which hold Python's lock for a tenth of their time
 
 
 @dataclass(frozen=True)
@@ -86,12 +88,17 @@ class WorkerResources:
 
     @property
     def decoders(self) -> int:
-        """The number of threads that decode images; 1 on a CPU, because the model needs the cores."""
-        return max(1, min(MAX_DECODERS, int(self.cpus))) if self.device == "cuda" else 1
+        """The number of processes that decode images; 0 on a CPU, because the model needs the cores."""
+        return min(MAX_DECODERS, int(self.cpus)) if self.device == "cuda" and self.cpus >= 2 else 0
+
+    @property
+    def encoders(self) -> int:
+        """The number of threads that encode pictures."""
+        return max(1, min(MAX_ENCODERS, int(self.cpus)))
 
     def place(self, model: TracedModel) -> TracedModel:
         """Return a model on this worker's device, and prepare this process for its work."""
-        torch.set_num_threads(1 if self.decoders > 1 else max(1, int(self.cpus)))
+        torch.set_num_threads(1 if self.decoders else max(1, int(self.cpus)))
         # Read when the compiler is imported, for which a worker may have no reason. The default is all cores.
         os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = str(max(1, int(self.cpus)))
         keep_freed_memory()
@@ -115,19 +122,21 @@ class ShardReport:
     waited: float = 0.0
 
 
-def make_reader_config(model: TracedModel | LoadedModel, batch_size: int, threads: int = 1) -> ReaderConfig:
+def make_reader_config(model: TracedModel | LoadedModel, batch_size: int, decoders: int = 0) -> ReaderConfig:
     """Return how a worker reads the samples of a shard for a model.
 
     Args:
         model: The model.
         batch_size: The number of samples of a batch.
-        threads: The number of threads that decode images.
+        decoders: The number of processes that decode, which start with the first batch. 0: the reading thread decodes.
 
     Raises:
         UserError: If the model has a decoder that cannot be imported here.
     """
-    decode = make_decode(model.config.decoder, model.preprocessing)
-    return ReaderConfig(model.preprocessing, batch_size, model.dtype, threads=threads, decode=decode)
+    decoder = model.config.decoder
+    make_decode(decoder, model.preprocessing)
+    pool = ProcessPool(decoders, ReaderConfig.__module__) if decoders else None
+    return ReaderConfig(model.preprocessing, batch_size, model.dtype, decoder=decoder, pool=pool)
 
 
 class BatchStream:

@@ -116,11 +116,12 @@ def is_cleared(host: KeptHost) -> bool:
 
 
 def release_host(actor: Any, options: dict[str, Any]) -> None:
-    """Keep the host of an idle worker, or end it."""
+    """Keep the host of an idle worker, or end it, after its worker has deleted its temporary files."""
+    cleared = actor.clear.remote()
     if _kept is None:
-        ray.kill(actor)
+        actor.__ray_terminate__.remote()
     else:
-        _kept.append(KeptHost(actor, options, actor.clear.remote()))
+        _kept.append(KeptHost(actor, options, cleared))
 
 
 def kept_actors() -> list[Any]:

@@ -58,6 +58,11 @@ class Prefetcher(Generic[T]):
         if entry[1] is not None:
             raise entry[1]
 
+    @property
+    def ready(self) -> bool:
+        """Whether the next item, or the end of the items, need not be waited for."""
+        return not self._ready.empty()
+
     def close(self, wait: float | None = None) -> None:
         """Produce no more items, and wait until the thread has closed their generator.
 

@@ -4,6 +4,7 @@ It is sent by value, because a node may lack this program. So it imports this pr
 results are plain Python values.
 """
 
+import io
 import os
 import platform
 import shutil
@@ -23,6 +24,7 @@ PROGRAM = "patterns", "ray_jobs"
 RAYS_LIMIT = 0.95  # Ray's default limit of disk and memory usage
 READERS = 8  # number of shards that are opened at once
 READ_FOR, CHUNK = 5.0, 1 << 20  # seconds of the measurement of the read rate; bytes per read
+DECODE_FOR = 0.5  # seconds of CPU time for the measurement of the decoding rate
 WRITTEN = 1 << 20  # bytes of the file that tests writing
 
 Facts = dict[str, Any]
@@ -51,6 +53,7 @@ def probe(shards: Sequence[str], out: str | None, mark: str) -> Facts:
         "gpus": gpus,
         "unreadable": lambda: unreadable(shards),
         "speed": lambda: speed(shards[0]) if shards else None,
+        "decoding": decoding,
         "written": lambda: write(out, mark) if out else None,
         "time": time.time,  # last, because the caller compares it with the time of the answer
     }
@@ -178,6 +181,30 @@ def speed(shard: str) -> float:
         while time.monotonic() - begun < READ_FOR and (data := stream.read(CHUNK)):
             size += len(data)
     return size / (time.monotonic() - begun)
+
+
+def decoding() -> float:
+    """Return how many JPEGs of 500×375 one core decodes per second, from the CPU time that it takes."""
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    from ray_jobs.config import Preprocessing
+    from ray_jobs.data.image_decoding import decode_input
+
+    buffer, half = io.BytesIO(), (0.5,) * 3
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (75, 100, 3), np.uint8))
+    noise.resize((500, 375), Image.Resampling.BICUBIC).save(buffer, "jpeg", quality=92)  # takes as long as photographs
+    preprocessing = Preprocessing(image_size=224, resize=256, interpolation="bilinear", mean=half, std=half)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    decode_input({"jpg": buffer.getvalue()}, preprocessing)  # without the imports of the first time
+    images, begun = 0, time.process_time()
+    while time.process_time() - begun < DECODE_FOR:
+        decode_input({"jpg": buffer.getvalue()}, preprocessing)
+        images += 1
+    torch.set_num_threads(threads)
+    return images / (time.process_time() - begun)
 
 
 def write(out: str, mark: str) -> int:

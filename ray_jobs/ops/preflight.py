@@ -45,23 +45,26 @@ class Node:
     skew: float = 0.0
 
     def cells(self) -> list[str]:
-        """Return the node's row: address, host, CPUs, GPUs, free memory, free disk, read rate and version."""
+        """Return the node's row: address, host, CPUs, GPUs, free memory and disk, read and decoding rate, version."""
         if self.facts is None:
-            return [self.address, "?", *["-"] * 6]
+            return [self.address, "?", *["-"] * 7]
         facts = self.facts
         total, used = facts["memory"] or (0, 0)
         free = min((free for _, free in (facts["disks"] or {}).values()), default=0)
         gpus = ", ".join(name for name, _, _ in facts["gpus"] or ()) or "-"
         speed = f"{format_bytes(int(facts['speed']))}/s" if facts["speed"] else "-"
+        cpus = self.offered.get("CPU", 0)
+        decoding = f"{cpus * facts['decoding']:.0f}" if facts["decoding"] else "-"
         version = f"{(facts['packages'] or {}).get('patternnet-ray', '-')} {facts['code'] or ''}"
         memory_and_disk = format_bytes(total - used), format_bytes(free)
         return [
             self.address,
             facts["host"] or "?",
-            f"{self.offered.get('CPU', 0):g}",
+            f"{cpus:g}",
             gpus,
             *memory_and_disk,
             speed,
+            decoding,
             version,
         ]
 

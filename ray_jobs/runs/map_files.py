@@ -4,8 +4,9 @@ import io
 import json
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
@@ -21,6 +22,7 @@ from patterns.io import temporary_path
 from ray_jobs.config import OUTPUTS
 from ray_jobs.data.shard_specs import name_outputs
 from ray_jobs.io.object_store import Location, locate
+from ray_jobs.io.prefetch import map_in_order
 
 MAX_ROW_GROUP = 64 << 20  # bytes of maps
 
@@ -103,16 +105,17 @@ class Writer(Protocol):
 
 
 @contextmanager
-def open_writers(folder: Path, files: ShardFiles, outputs: Sequence[str]) -> Iterator[list[Writer]]:
+def open_writers(folder: Path, files: ShardFiles, outputs: Sequence[str], threads: int = 1) -> Iterator[list[Writer]]:
     """Open the writers of a shard's files, which get their names once they are complete.
 
     Args:
         folder: The folder to write to.
         files: The names of the files.
         outputs: Some of OUTPUTS.
+        threads: The number of threads that encode arrays and pictures.
     """
     table: dict[str, tuple[str, Callable[[Path], AbstractContextManager[Writer]]]] = {
-        "tar": (files.tar, lambda path: open_tar(path, [k for k in ("npy", "png") if k in outputs])),
+        "tar": (files.tar, lambda path: open_tar(path, [k for k in ("npy", "png") if k in outputs], threads)),
         "parquet": (files.maps, open_parquet),
         "zarr": (files.zarr, open_zarr),
     }
@@ -128,20 +131,26 @@ class TarMaps:
 
     tar: TarWriter
     outputs: list[str]
+    threads: int
 
     def write(self, batch: ExplainedBatch) -> None:
         """Write a batch."""
-        for number, (key, row) in enumerate(zip(batch.keys, batch.rows)):
-            exponents = {method: e[number].tolist() for method, e in batch.exponents.items()}
-            files: dict[str, Any] = {"__key__": key, "json": json.dumps(row | {"exponents": exponents}).encode()}
-            for method, arrays in batch.arrays.items():
-                if "npy" in self.outputs:
-                    buffer = io.BytesIO()
-                    np.save(buffer, arrays[number], allow_pickle=False)
-                    files[f"{method}.npy"] = buffer.getvalue()
-                if "png" in self.outputs:
-                    files[f"{method}.png"] = encode_png(render_map(method, tile_targets(arrays[number])))
+        for files in map_in_order(partial(self.encode_sample, batch), range(len(batch.keys)), self.threads):
             self.tar.write(files)
+
+    def encode_sample(self, batch: ExplainedBatch, number: int) -> dict[str, Any]:
+        """Return the files of a sample of a batch."""
+        exponents = {method: e[number].tolist() for method, e in batch.exponents.items()}
+        row = json.dumps(batch.rows[number] | {"exponents": exponents})
+        files: dict[str, Any] = {"__key__": batch.keys[number], "json": row.encode()}
+        for method, arrays in batch.arrays.items():
+            if "npy" in self.outputs:
+                buffer = io.BytesIO()
+                np.save(buffer, arrays[number], allow_pickle=False)
+                files[f"{method}.npy"] = buffer.getvalue()
+            if "png" in self.outputs:
+                files[f"{method}.png"] = encode_png(render_map(method, tile_targets(arrays[number])))
+        return files
 
 
 def tile_targets(array: np.ndarray) -> np.ndarray:
@@ -161,13 +170,11 @@ def tile_targets(array: np.ndarray) -> np.ndarray:
 
 
 @contextmanager
-def open_tar(path: Path, outputs: list[str]) -> Iterator[Writer]:
+def open_tar(path: Path, outputs: list[str], threads: int) -> Iterator[Writer]:
     """Open a writer of a tar."""
-    with open(path, "wb") as file:
-        # Without the time of writing, the same explanations are the same bytes.
-        tar = TarWriter(file, encoder=False, mtime=0)
-        yield TarMaps(tar, outputs)
-        tar.close()
+    # Without the time of writing, the same explanations are the same bytes.
+    with open(path, "wb") as file, closing(TarWriter(file, encoder=False, mtime=0)) as tar:
+        yield TarMaps(tar, outputs, threads)
 
 
 @dataclass
@@ -191,7 +198,10 @@ class ParquetMaps:
         shapes = {f"{method}_shape": json.dumps(a.shape[1:]) for method, a in batch.arrays.items()}
         table = pa.table(columns).replace_schema_metadata(shapes)
         if self.writer is None:
-            self.writer = self.stack.enter_context(pq.ParquetWriter(self.path, table.schema))
+            # Maps have no repeated values, and nobody searches for one: dictionaries and statistics of them took three
+            # quarters of the time, 0.18 instead of 0.05 ms for a map of 56×56.
+            options = {"use_dictionary": ["key"], "write_statistics": ["key"]}
+            self.writer = self.stack.enter_context(pq.ParquetWriter(self.path, table.schema, **options))
         rows = max(1, MAX_ROW_GROUP // max(1, table.nbytes // max(1, len(table))))
         self.writer.write_table(table, row_group_size=rows)
 

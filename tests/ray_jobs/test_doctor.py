@@ -90,6 +90,9 @@ def test_healthy_cluster_has_no_problems_and_no_file_is_left_behind(
     assert found.returncode == 0, found.stdout + found.stderr
     assert "1 nodes, with room for 1 workers; 4 shards checked" in found.stdout
     assert "doctor: no problems found" in found.stdout
+    heading, row, *_ = (line.split() for line in found.stdout.splitlines())
+    assert heading[-2:] == ["images/s", "code"]
+    assert 10 < int(row[-3]) < 10_000, "one CPU decodes hundreds; the code has two words"
     assert not found.stderr
     assert not (tmp_path / "run").exists()
 

@@ -23,10 +23,11 @@ from ray_jobs.cli.app import main
 from ray_jobs.config import ExplainConfig, FitConfig, ModelConfig, Resources
 from ray_jobs.data.samples import zip_explanations
 from ray_jobs.data.shard_reader import ReaderConfig, ShardReader, read_shard
+from ray_jobs.io.object_store import locate
 from ray_jobs.jobs.explain.explain import explain
 from ray_jobs.jobs.fit.fit import fit
 from ray_jobs.models import loading
-from ray_jobs.runs.map_files import estimate_bytes_per_sample
+from ray_jobs.runs.map_files import ExplainedBatch, ShardFiles, estimate_bytes_per_sample, open_writers
 from tests.conftest import jpeg, write_tar
 from tests.ray_jobs.runs import PREPROCESSING
 
@@ -211,6 +212,20 @@ def test_a_training_job_reads_each_sample_with_its_maps(
     assert met == [s["__key__"] for s in samples if s["jpg"] != b"broken"]
     rejected = pq.read_table(run.folder / "quarantine.parquet")["key"].to_pylist()
     assert rejected == [s["__key__"] for s in samples if s["jpg"] == b"broken"]
+
+
+def test_threads_that_encode_write_the_bytes_of_one_thread(tmp_path: Path) -> None:
+    maps = np.random.default_rng(0).normal(size=(7, 3, 16, 16)).astype(np.float16)
+    rows = [{"label": number} for number in range(7)]
+    batch = ExplainedBatch(list("abcdefg"), rows, rows, {"gradient": maps}, {"gradient": np.arange(7)})
+    files = ShardFiles(locate(tmp_path), "x")
+    found = []
+    for threads in (1, 3):
+        with open_writers(tmp_path, files, ["npy", "png"], threads) as (writer,):
+            writer.write(batch)
+        found.append((tmp_path / files.tar).read_bytes())
+    assert found[0] == found[1]
+    assert [sample.key for sample in read_shard(str(tmp_path / files.tar))] == list("abcdefg")
 
 
 def test_zipping_skips_samples_without_maps() -> None:

@@ -198,17 +198,3 @@ def test_only_requested_samples_are_used_or_rejected(tmp_path: Path) -> None:
         shard, ReaderConfig(PLAIN, 1), only=frozenset({"s0", "s2"}), skip=frozenset({"s0"}), max_samples=3
     )
     assert keys(both) == (["s2"], [])
-
-
-def test_several_threads_give_the_batches_of_one_thread(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    samples = [
-        {"__key__": f"{i}", "jpg": jpeg(rng) if i % 5 else b"no image", "cls": str(i).encode()} for i in range(40)
-    ]
-    path = str(write_tar(tmp_path / "x.tar", samples))
-    one, four = (ShardReader(path, ReaderConfig(PLAIN, batch_size=7, threads=n), max_samples=33) for n in (1, 4))
-    for a, b in zip(one, four, strict=True):
-        assert (a.keys, a.labels) == (b.keys, b.labels)
-        assert torch.equal(a.images, b.images)
-    assert one.rejected == four.rejected
-    assert [r.key for r in one.rejected] == [str(i) for i in range(0, 33, 5)]

@@ -107,6 +107,28 @@ def test_samples_of_random_sound_archives_are_those_of_webdataset(
     assert [sample["__key__"] for sample in ours] == 2 * [key for key, _, _ in runs]
 
 
+@given(
+    st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=120),
+    st.integers(0, 1 << 40),
+    st.sampled_from([tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.GNUTYPE_LONGNAME]),
+    st.sampled_from([GNU, PAX]),
+)
+def test_headers_are_parsed_as_by_tarfile(name: str, size: int, kind: bytes, form: int) -> None:
+    info = tarfile.TarInfo(name)
+    info.size, info.type = size, kind
+    data = info.tobuf(form)
+    for block in (data[first : first + 512] for first in range(0, len(data), 512)):
+        try:
+            expected = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        except tarfile.HeaderError:
+            with pytest.raises(samples.ShardError):
+                tar_reader.parse_header(block)
+        else:
+            found = tar_reader.parse_header(block)
+            name = found.name.rstrip("/") if found.type == tarfile.DIRTYPE else found.name
+            assert (name, found.size, found.type) == (expected.name, expected.size, expected.type)
+
+
 def test_rejected_sample_has_its_reason_in_place_of_its_files(tmp_path: Path) -> None:
     shard = stored(tmp_path, packed([("a.jpg", b"1"), ("b.cls", b"2"), (special("b.jpg", tarfile.SYMTYPE), b"")]))
     good, bad = verified_tar([{"url": shard}])
@@ -140,7 +162,8 @@ def test_example_of_a_pipeline_in_the_docs_runs(tmp_path: Path, monkeypatch: pyt
 
 def test_hidden_files_directories_and_global_headers_are_skipped() -> None:
     comment = tarfile.TarInfo.create_pax_global_header({"comment": "0" * 40})
-    data = packed([(special("a", tarfile.DIRTYPE), b""), ("a/._b.jpg", b"x"), (".DS_Store", b"x"), ("a/b.jpg", b"1")])
+    folders: list[Entry] = [(special(name, tarfile.DIRTYPE), b"") for name in ("a", "a.v1", f"{'long' * 40}.v2")]
+    data = packed([*folders, ("a/._b.jpg", b"x"), (".DS_Store", b"x"), ("a/b.jpg", b"1")])
     assert read(comment + data) == [Sample("a/b", {"jpg": b"1"})]
 
 

@@ -1,7 +1,8 @@
 """The explain job: one shard of explanations for each input shard, complete or absent."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from itertools import chain
 from typing import Any
@@ -14,9 +15,9 @@ from torch import Tensor
 from patterns.io import write_table
 from ray_jobs.config import ExplainConfig, Resources
 from ray_jobs.data.shard_reader import Batch
-from ray_jobs.engine.shard_worker import ShardReport, compile_batches, require_gpu_for_mode
+from ray_jobs.engine.shard_worker import BatchStream, ShardReport, compile_batches, require_gpu_for_mode
 from ray_jobs.io.object_store import locate, publish, read_table
-from ray_jobs.io.prefetch import WriteBehind
+from ray_jobs.io.prefetch import POLL, WriteBehind
 from ray_jobs.jobs.explain.map_statistics import COLUMNS, find_region, reduce_maps, summarize_maps
 from ray_jobs.jobs.explain.target_worker import TargetWorker
 from ray_jobs.jobs.explain.targets import Target, parse_target
@@ -27,6 +28,8 @@ from ray_jobs.models.loading import TracedModel
 from ray_jobs.runs.map_files import ExplainedBatch, estimate_bytes_per_sample, import_zarr, open_writers
 from ray_jobs.runs.run_folder import Run
 from ray_jobs.units import format_bytes
+
+Steps = Generator[ShardReport | None, bool | None, None]  # of the work on a shard; see `ExplainWorker.write_shard`
 
 
 def make_schema(config: ExplainConfig, target: Target) -> pa.Schema:
@@ -50,7 +53,13 @@ def make_schema(config: ExplainConfig, target: Target) -> pa.Schema:
 
 
 class ExplainWorker(TargetWorker[ExplainConfig]):
-    """A worker that explains shards."""
+    """A worker that explains shards.
+
+    Attributes:
+        begun: The steps of the following shard, if batches of it are explained already.
+    """
+
+    begun: Steps | None = None
 
     def prepare(self) -> None:
         """Place the model on the device, and load its patterns."""
@@ -62,15 +71,52 @@ class ExplainWorker(TargetWorker[ExplainConfig]):
     def work(self, task: FilesTask, following: FilesTask | None = None) -> Iterator[ShardReport]:
         """Explain a shard, and yield reports of the progress.
 
+        While a thread completes and uploads its files, batches of the following shard are explained. The last report
+        comes after the upload, so that the shard is not done before.
+        """
+        with closing(self.open_stream(task, following)) as stream, ThreadPoolExecutor(1) as uploader:
+            steps, self.begun = self.begun or self.write_shard(task, stream), None
+            latest = stream.report(0)
+            while (report := next(steps)) is not None:
+                latest = report
+                if stream.report_due():
+                    yield latest
+            upload = uploader.submit(complete, steps)
+            if self.following is not None and task.files.folder.local is None:
+                for _ in self.explain_ahead(*self.following, upload):
+                    if stream.report_due():
+                        yield latest
+            yield upload.result()
+
+    def explain_ahead(self, task: FilesTask, stream: BatchStream, upload: Future[Any]) -> Iterator[None]:
+        """Explain batches of the following shard as they are read, until the upload of the one before is done."""
+        self.begun = self.write_shard(task, stream)
+        try:
+            while not upload.done():
+                if not stream.prefetcher.ready:
+                    wait([upload], POLL)
+                elif next(self.begun) is None:
+                    return
+                else:
+                    yield
+        except Exception:  # the shard is read again when it is its turn, and then the error is raised
+            self.close(wait=0)
+
+    def write_shard(self, task: FilesTask, stream: BatchStream) -> Steps:
+        """Explain a shard, and write its files.
+
         Threads decode the next batches and write the previous ones. The table of rows is written last, after the other
         files are complete.
+
+        Yields:
+            A report after each batch; then None until True is sent. This completes and uploads the files, and returns
+            the last report.
         """
         rows: list[dict[str, Any]] = []
         files = task.files
         with (
-            closing(self.open_stream(task, following)) as stream,
             publish(files.folder) as folder,
-            open_writers(folder, files, self.config.outputs) as writers,
+            open_writers(folder, files, self.config.outputs, self.resources.encoders) as writers,
             WriteBehind() as behind,
         ):
             for batch in stream:
@@ -78,11 +124,19 @@ class ExplainWorker(TargetWorker[ExplainConfig]):
                 for writer in writers:
                     behind.submit(writer.write, explained)
                 rows += [{"key": key, **row} for key, row in zip(explained.keys, explained.summaries)]
-                if stream.report_due():
-                    yield stream.report(len(rows))
+                yield stream.report(len(rows))
+            while not (yield None):
+                pass
             behind.flush()
         self.write_tables(task, stream, make_schema(self.config, self.target), rows)
         yield stream.report(len(rows))
+
+    def close(self, wait: float | None = None) -> None:
+        """Stop reading ahead, and drop what was explained of the following shard."""
+        super().close(wait)
+        if self.begun is not None:
+            self.begun.close()
+            self.begun = None
 
     def explain(self, batch: Batch) -> ExplainedBatch:
         """Return the maps of a batch as they are written, and the rows of its samples."""
@@ -109,6 +163,13 @@ class ExplainWorker(TargetWorker[ExplainConfig]):
             exponents[method] = exponent.reshape(shape)
         summaries = [row | dict(chain.from_iterable(d.items() for d in each)) for row, each in zip(rows, statistics)]
         return ExplainedBatch(batch.keys, rows, summaries, arrays, exponents)
+
+
+def complete(steps: Steps) -> ShardReport:
+    """Complete and upload the files of a shard whose batches are explained, and return the last report."""
+    report = steps.send(True)
+    assert report is not None
+    return report
 
 
 def to_float16(maps: Tensor, exponent: int) -> tuple[np.ndarray, np.ndarray]:

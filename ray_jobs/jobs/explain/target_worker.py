@@ -9,7 +9,6 @@ from torch.nn import functional as F
 
 from patterns.attribution import Explanation
 from ray_jobs.config import TargetConfig
-from ray_jobs.data.samples import SampleError
 from ray_jobs.data.shard_reader import Batch
 from ray_jobs.jobs.explain.map_statistics import find_region
 from ray_jobs.jobs.explain.targets import Regions, parse_target
@@ -27,16 +26,10 @@ class TargetWorker(MethodWorker[C]):
         self.target = parse_target(self.config.target, self.model.network, self.config.classes, self.config.vector)
         self.reader_config = replace(
             self.reader_config,
-            validate_label=self.validate_label,
+            classes=self.model.network.output_shape[0] if self.target.needs_label else None,
             with_regions=True,
             needed_region=self.target.needed_region,
         )
-
-    def validate_label(self, label: int | None) -> None:
-        """Raise SampleError if the target is the sample's label, and the label is missing or no class."""
-        (classes, *_) = self.model.network.output_shape
-        if self.target.needs_label and (label is None or not 0 <= label < classes):
-            raise SampleError(f"the label {label} is none of the model's {classes} classes")
 
     def find_regions(self, batch: Batch, scores: Tensor) -> Regions:
         """Return the function that gives the share of each position of the output in the samples' masks or boxes."""
