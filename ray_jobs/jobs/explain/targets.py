@@ -369,7 +369,7 @@ def pick_rank(rank: int) -> Pick:
 
 def pick_class(number: int) -> Pick:
     """Return a pick of one class for all samples."""
-    return lambda scores, _: torch.full((len(scores),), number, device=scores.device)
+    return lambda scores, _: torch.full(scores.shape[:1], number, device=scores.device)
 
 
 def pick_strongest(scores: Tensor, _: Labels) -> Tensor:
