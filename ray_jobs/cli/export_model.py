@@ -14,7 +14,7 @@ from ray_jobs.units import format_bytes
 )
 def export_model(model: FittedModel, options: ExportModelOptions) -> None:
     """Write an explainer as one model: from images to scores and maps, without this package."""
-    from ray_jobs.jobs.explain.targets import load_target_names, load_target_vector
+    from ray_jobs.jobs.explain.target_files import load_target
     from ray_jobs.jobs.export_model import export_model as run_export
 
     config = fitted_model(options.run, model)
@@ -27,9 +27,7 @@ def export_model(model: FittedModel, options: ExportModelOptions) -> None:
         methods=options.methods,
         estimator=options.estimator,
         preset=options.preset,
-        target=options.target,
-        classes=load_target_names(options.target, config.spec, options.classes),
-        vector=load_target_vector(options.target),
+        **load_target(options.target, run, config.spec, options.classes),
     )
     written = run_export(explained, options.to, options.classes)
     size = format_bytes(options.to.stat().st_size)

@@ -15,7 +15,7 @@ from patterns.io import write_atomically
 from ray_jobs.config import TargetConfig
 from ray_jobs.io.object_store import fetch, locate
 from ray_jobs.jobs.explain.targets import parse_target
-from ray_jobs.jobs.method_job import describe_estimators, end_at, make_explainer, validate_settings
+from ray_jobs.jobs.method_job import describe_estimators, make_explainer, validate_settings
 from ray_jobs.jobs.onnx_export import require_onnx, write_onnx
 from ray_jobs.models.class_names import load_class_names, map_numbers_to_names
 from ray_jobs.models.loading import TracedModel, load
@@ -51,7 +51,7 @@ def export_model(config: TargetConfig, to: Path, classes: str | None = None) -> 
     target = parse_target(config.target, model.network, config.classes, config.vector)
     if needed := target.needed_region or ("label" if target.needs_label else None):
         raise UserError("", f"the images have no {needed}", "Explain `predicted` or a class.", "target")
-    network = end_at(model.network, target.operator)
+    network = target.end(model.network)
     explainer = make_explainer(config, model, network, {})
     program = export_program(explainer, config.methods, lambda scores: target.make_targets(scores, ()))
     description = describe(config, model, explainer, classes)

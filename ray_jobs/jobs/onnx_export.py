@@ -1,7 +1,7 @@
 """Write a program of `torch.export` as an ONNX graph.
 
-ONNX has no operations for gradients. Those of convolutions and max pooling are rewritten here into operations that it
-has; torch's exporter does the same with the simpler ones.
+ONNX has no operations for gradients. Those of convolutions and max pooling, and a stable sort, are rewritten here into
+operations that it has; torch's exporter does the same with simpler ones.
 """
 
 import re
@@ -109,7 +109,13 @@ def max_pool2d_backward(
     return zeros.scatter_add(2, indices.flatten(2), grad.flatten(2)).view(x.shape)
 
 
+def sort(x: Tensor, stable: bool | None = None, dim: int = -1, descending: bool = False) -> tuple[Tensor, Tensor]:
+    """Return sorted values and their indices; of equal values, ONNX's TopK puts the lower index first."""
+    return aten.topk(x, x.shape[dim], dim, descending, True)
+
+
 REWRITES = {
     aten.convolution_backward.default: convolution_backward,
     aten.max_pool2d_with_indices_backward.default: max_pool2d_backward,
+    aten.sort.stable: sort,
 }
