@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from patterns.attribution.explainer import Explainer
     from patterns.attribution.explanation import Explanation
     from patterns.attribution.methods import METHODS
+    from patterns.attribution.programs import export_program
     from patterns.errors import UserError
     from patterns.estimation.estimators import CHOICES, ESTIMATORS
     from patterns.estimation.observer import Observer, PatchObserver, accumulate, accumulate_patches
@@ -72,6 +73,7 @@ __all__ = [
     "conservation",
     "contrast",
     "digest",
+    "export_program",
     "load",
     "quality",
     "quantus_explain",
@@ -88,6 +90,7 @@ __getattr__, __dir__ = import_on_use(
         "patterns.attribution.explainer": ("Explainer",),
         "patterns.attribution.explanation": ("Explanation",),
         "patterns.attribution.methods": ("METHODS",),
+        "patterns.attribution.programs": ("export_program",),
         "patterns.errors": ("UserError",),
         "patterns.estimation.estimators": ("CHOICES", "ESTIMATORS"),
         "patterns.estimation.observer": ("Observer", "PatchObserver", "accumulate", "accumulate_patches"),

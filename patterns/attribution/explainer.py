@@ -18,7 +18,7 @@ from patterns.attribution.backward_weights import (
 )
 from patterns.attribution.channels import Capture
 from patterns.attribution.explanation import Explanation
-from patterns.attribution.gradient_scaling import BranchScale, ScaledModule, ValueClasses
+from patterns.attribution.gradient_scaling import BranchScale, ValueClasses
 from patterns.attribution.methods import BackwardPass, parse_method, resolve_settings
 from patterns.attribution.rectifier_rules import Rule, gate, insert_rules
 from patterns.attribution.rendering import RenderedExplanation, render_input
@@ -28,7 +28,13 @@ from patterns.errors import UserError
 from patterns.io.pattern_files import choose, load, load_trace_options
 from patterns.operators.operator import Operator
 from patterns.tracing.digests import digest
-from patterns.tracing.inputs import Targets, make_output_gradient, resolve_targets, validate_inputs
+from patterns.tracing.inputs import (
+    Targets,
+    choose_targets,
+    has_several_targets,
+    make_output_gradient,
+    validate_inputs,
+)
 from patterns.tracing.network import Network, trace
 from patterns.tracing.scales import CONSTANT_FACTORS, has_scales
 
@@ -215,6 +221,11 @@ class Explainer:
         """
         return {name: self._potentials[m.backward] for name, m in self._methods.items() if m.backward is not None}
 
+    @property
+    def exponents(self) -> dict[str, int]:
+        """The exponent of two that the maps of each method are to be multiplied by, see `Explanation`."""
+        return {name: self._exponents[m.backward] if m.backward else 0 for name, m in self._methods.items()}
+
     @torch.inference_mode(False)
     def __call__(
         self,
@@ -240,21 +251,32 @@ class Explainer:
             what = f"the model gives outputs of shape {self.network.output_shape}, not a score for each class"
             raise UserError("", what, "Pass `targets=...`.", "targets")
         inputs = validate_inputs(inputs, self._like)
-        scores, backward = self._compiled.get(inputs.shape, self._forward)(inputs)
-        if targets is None:
-            chosen = scores.argmax(1)
-        else:
-            chosen = targets(scores) if callable(targets) else resolve_targets(targets, scores)
-        several = not chosen.is_floating_point() and chosen.dim() == 2
+        forward = self._compiled.get(inputs.shape, self._forward)
+        scores, chosen, results, maps = self.run(inputs, partial(choose_targets, targets), seeds, forward)
+        recorded = [result[len(self._weights) :] for result in results]
+        several = has_several_targets(chosen)
+        channels = self._capture.collect(self._methods, recorded, several, self._output_exponents)
+        return Explanation(maps, self.exponents, scores, chosen, channels)
+
+    def run(
+        self,
+        inputs: Tensor,
+        choose: Callable[[Tensor], Tensor],
+        seeds: Sequence[int] | None = None,
+        forward: Callable[[Tensor], tuple[Tensor, BackwardFunction]] | None = None,
+    ) -> tuple[Tensor, Tensor, list[list[Tensor]], dict[str, Tensor]]:
+        """Return scores, targets, results of the backward passes, and maps; `choose` maps scores to targets.
+
+        If all methods are backward passes, these are operations on tensors only, which can be captured as a graph.
+        """
+        scores, backward = (forward or self._forward)(inputs)
+        chosen = choose(scores)
+        several = has_several_targets(chosen)
         gradients = [make_output_gradient(t, scores) for t in (chosen.unbind(1) if several else [chosen])]
-        seeds = [0] * len(inputs) if seeds is None else list(seeds)
         results = list(backward(gradients))
         found = [self._maps(inputs, gradient, r, seeds) for gradient, r in zip(gradients, results)]
         maps = {name: torch.stack([m[name] for m in found], 1) if several else found[0][name] for name in found[0]}
-        exponents = {name: self._exponents[m.backward] if m.backward else 0 for name, m in self._methods.items()}
-        recorded = [result[len(self._weights) :] for result in results]
-        channels = self._capture.collect(self._methods, recorded, several, self._output_exponents)
-        return Explanation(maps, exponents, scores, chosen, channels)
+        return scores, chosen, results, maps
 
     def compile(self, batch_size: int, mode: str = "default") -> None:
         """Compile the forward and backward passes for batches of one size. Other batch sizes run uncompiled.
@@ -318,14 +340,14 @@ class Explainer:
         self._rule, self._scale_rules = backward.rectifier, backward.scales
 
     def _maps(
-        self, inputs: Tensor, output_gradient: Tensor, results: list[Tensor], seeds: list[int]
+        self, inputs: Tensor, output_gradient: Tensor, results: list[Tensor], seeds: Sequence[int] | None
     ) -> dict[str, Tensor]:
         """Return the map of each method for one output gradient, given the results of the backward passes."""
         by_pass = dict(zip(self._weights, results))
         maps = {}
         for name, method in self._methods.items():
             if method.backward is None:
-                maps[name] = self._procedures[name](inputs, lambda _: output_gradient, seeds)
+                maps[name] = self._procedures[name](inputs, lambda _: output_gradient, list(seeds or [0] * len(inputs)))
             else:
                 result = by_pass[method.backward]
                 maps[name] = result * inputs if method.times_input else result
@@ -374,24 +396,4 @@ class Explainer:
         """Return the largest scaled |gradient| of each class of values in a backward pass with a potential."""
         self._select(backward)
         self._current = gradient_scaling.scale_weights(self._weights[backward], classes, phi)
-        largest = dict.fromkeys(classes.order, 0.0)
-
-        def record(number: int, gradient: Tensor) -> None:
-            value = float(gradient.abs().max())
-            largest[number] = value if not value <= largest[number] else largest[number]
-
-        def watch(module: ScaledModule, _: object, output: Tensor) -> None:
-            number = classes.outputs[module.name]
-            if output.requires_grad:  # a value that no input reaches, such as a class token, has no gradient
-                output.register_hook(lambda gradient: record(number, gradient))
-
-        modules = [module for module in self._module.modules() if isinstance(module, ScaledModule)]
-        hooks = [module.register_forward_hook(watch) for module in modules]
-        noise = noise.requires_grad_()
-        scores = self._module(noise)
-        for hook in hooks:
-            hook.remove()
-        output_gradient = torch.zeros_like(scores).scatter_(1, scores.argmax(1, keepdim=True), 1.0)
-        (gradient,) = torch.autograd.grad(scores, noise, output_gradient)
-        record(classes.source, gradient)
-        return largest
+        return gradient_scaling.measure_gradients(self._module, classes, noise)

@@ -173,6 +173,37 @@ def is_in_range(largest: Mapping[int, float], digits: int) -> bool:
     return all(m == 0 or (m < math.inf and abs(math.frexp(m)[1]) <= digits) for m in largest.values())
 
 
+def measure_gradients(module: GraphModule, classes: ValueClasses, inputs: Tensor) -> dict[int, float]:
+    """Return the largest |gradient| of each class of values in the backward pass from the predicted classes.
+
+    Args:
+        module: The graph, with the weights of the backward pass.
+        classes: Its classes of values.
+        inputs: A batch of inputs.
+    """
+    largest = dict.fromkeys(classes.order, 0.0)
+
+    def record(number: int, gradient: Tensor) -> None:
+        value = float(gradient.abs().max())
+        largest[number] = value if not value <= largest[number] else largest[number]
+
+    def watch(scaled: ScaledModule, _: object, output: Tensor) -> None:
+        number = classes.outputs[scaled.name]
+        if output.requires_grad:  # a value that no input reaches, such as a class token, has no gradient
+            output.register_hook(lambda gradient: record(number, gradient))
+
+    scaled_modules = [each for each in module.modules() if isinstance(each, ScaledModule)]
+    hooks = [each.register_forward_hook(watch) for each in scaled_modules]
+    inputs = inputs.requires_grad_()
+    scores = module(inputs)
+    for hook in hooks:
+        hook.remove()
+    output_gradient = torch.zeros_like(scores).scatter_(1, scores.argmax(1, keepdim=True), 1.0)
+    (gradient,) = torch.autograd.grad(scores, inputs, output_gradient)
+    record(classes.source, gradient)
+    return largest
+
+
 def calibrate(classes: ValueClasses, measure: Callable[[Mapping[int, int]], Mapping[int, float]]) -> dict[int, int]:
     """Find a potential that makes the largest scaled gradient of every class about 1.
 

@@ -1,5 +1,6 @@
 """From moments to patterns, their quality and their standard error."""
 
+from patterns.estimation.concepts import ConceptDirections, solve_concepts
 from patterns.estimation.estimators import (
     ESTIMATORS,
     parse_estimators,
@@ -27,6 +28,7 @@ __all__ = [
     "LARGEST_SHARE",
     "PRESETS",
     "TOP_TOKENS",
+    "ConceptDirections",
     "ConvergenceCheck",
     "OperatorObserver",
     "PositionChoice",
@@ -45,4 +47,5 @@ __all__ = [
     "samples_needed",
     "select_choices",
     "select_estimators",
+    "solve_concepts",
 ]

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from patterns.compilation import Function, capture_graph, compile_graph, translate_errors, warm_up_runs
 from patterns.errors import UserError
 from patterns.moments.accumulator import Accumulator
+from patterns.moments.concept_accumulator import ConceptAccumulator, LabeledImages
+from patterns.moments.concepts import ConceptSums, has_concepts
 from patterns.moments.gram import PatchAccumulator, PatchMoments
 from patterns.moments.moments import Moments, RequiredSums
 from patterns.moments.position_sampling import PositionSampler
@@ -73,6 +75,7 @@ class OperatorObserver(Generic[M_co]):
         network: Network,
         accumulators: Mapping[str, OperatorAccumulator[M_co]],
         sampler: PositionSampler | None = None,
+        images: LabeledImages | None = None,
     ) -> None:
         """Observe a network.
 
@@ -80,8 +83,10 @@ class OperatorObserver(Generic[M_co]):
             network: The network.
             accumulators: The accumulators by operator name.
             sampler: The position sampler that the accumulators share, if any samples positions.
+            images: The labels of images that the accumulators share, if any takes sums of concepts.
         """
         self._network, self._accumulators, self._sampler, self._seen = network, accumulators, sampler, 0
+        self._images = images
         self._like = network.like
 
         def observe(op: Operator) -> nn.Module:
@@ -102,8 +107,12 @@ class OperatorObserver(Generic[M_co]):
                 which records the update on a GPU in seconds.
 
         Raises:
-            UserError: If positions are sampled, if the mode is unknown, or if the compiler fails.
+            UserError: If positions are sampled or sums of concepts are taken, if the mode is unknown, or if the
+                compiler fails.
         """
+        if self._images is not None:
+            what = "sums of concepts cannot be compiled, because not every image has labels"
+            raise UserError("", what, "Observe without concepts, or do not compile.", "compile")
         if self._sampler is not None:
             what = "sums over sampled positions cannot be compiled, because samples of several batches are gathered"
             raise UserError("", what, "Pass `positions=None`, or do not compile.", "compile")
@@ -117,13 +126,15 @@ class OperatorObserver(Generic[M_co]):
         finally:
             self.reset()
 
-    def update(self, batch: Tensor, seeds: Sequence[int] | None = None) -> Tensor:
+    def update(self, batch: Tensor, seeds: Sequence[int] | None = None, concepts: Tensor | None = None) -> Tensor:
         """Add a batch.
 
         Args:
             batch: Samples (N, *input_shape), on the network's device and in its dtype.
             seeds: A seed for each sample, from which its sampled positions follow. With seeds, the sums depend neither
                 on the order of the samples nor on their batches. By default, samples are numbered as they come.
+            concepts: The values of concepts, shape (N, C), a row of NaN for a sample without labels. By default, no
+                sample has labels.
 
         Returns:
             The network's output.
@@ -132,10 +143,15 @@ class OperatorObserver(Generic[M_co]):
             UserError: If the batch does not fit the network.
         """
         batch = validate_inputs(require_batch(batch, self._network.input_shape), self._like)
-        if self._sampler is not None:
-            numbers = range(self._seen, self._seen + len(batch)) if seeds is None else seeds
-            self._sampler.start_pass(torch.tensor(numbers, dtype=torch.int64).to(batch.device))
-            batch = to_channels_last(batch)
+        if self._sampler is not None or self._images is not None:
+            given = range(self._seen, self._seen + len(batch)) if seeds is None else seeds
+            numbers = torch.tensor(given, dtype=torch.int64).to(batch.device)
+            if self._images is not None:
+                none = torch.full((len(batch), 1), torch.nan)
+                self._images.set((none if concepts is None else concepts).to(batch.device), numbers)
+            if self._sampler is not None:
+                self._sampler.start_pass(numbers)
+                batch = to_channels_last(batch)
         self._seen += len(batch)
         run = self._compiled.get(batch.shape)
         if run is not None:
@@ -189,6 +205,7 @@ class Observer(OperatorObserver[Moments]):
         operators: Collection[str] | None = None,
         positions: int | None = None,
         seed: int = 0,
+        concepts: int = 0,
     ) -> None:
         """Observe a network.
 
@@ -199,6 +216,7 @@ class Observer(OperatorObserver[Moments]):
             positions: How many positions of each image to sample for each operator; None: all. An operator that has
                 no more positions uses all of them.
             seed: Seed of the sampled positions, in addition to the seeds of the images.
+            concepts: The number of concepts whose sums are taken, of operators with `patterns.moments.has_concepts`.
 
         Raises:
             UserError: If `positions` is below 1.
@@ -214,12 +232,20 @@ class Observer(OperatorObserver[Moments]):
         if positions is not None and any(map(is_sampled, observed.values())):
             sampler = PositionSampler(positions, seed)
 
-        def accumulator(op: Operator) -> OperatorAccumulator[Moments]:
-            if sampler is None or not is_sampled(op):
-                return Accumulator(op, required(op))
-            return SampledAccumulator(op, required(op), sampler)
+        images = LabeledImages() if concepts else None
 
-        super().__init__(network, {name: accumulator(op) for name, op in observed.items()}, sampler)
+        def accumulator(op: Operator) -> OperatorAccumulator[Moments]:
+            found: Accumulator | SampledAccumulator = Accumulator(op, required(op))
+            if sampler is not None and is_sampled(op):
+                found = SampledAccumulator(op, required(op), sampler)
+            return found if images is None or not has_concepts(op) else ConceptAccumulator(op, found, images, concepts)
+
+        super().__init__(network, {name: accumulator(op) for name, op in observed.items()}, sampler, images)
+
+    def concepts(self) -> dict[str, ConceptSums]:
+        """Return the current sums of concepts by operator: copies on the CPU."""
+        found = self._accumulators.items()
+        return {name: each.concepts() for name, each in found if isinstance(each, ConceptAccumulator)}
 
 
 class PatchObserver(OperatorObserver[PatchMoments]):

@@ -9,13 +9,14 @@ from torch import Tensor
 from patterns.errors import UserError
 from patterns.io.atomic import write_atomically
 from patterns.io.safetensors_stream import REMEDY, Specs, TensorFile, tensor_specs, write_tensors
+from patterns.moments.concepts import ConceptSums
 from patterns.moments.gram import PatchMoments
 from patterns.moments.moments import TOKENS, Moments
 from patterns.operators.operator import Operator
 
 FORMAT = "1"
 EARLIER, REMEDY_EARLIER = "an earlier version took them", "Go on with that version, or fit again."
-M = TypeVar("M", Moments, PatchMoments)
+M = TypeVar("M", Moments, PatchMoments, ConceptSums)
 
 
 def save_moments(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -51,8 +52,8 @@ def load_moments(
 
     Args:
         files: The files.
-        operator: The operator's name.
-        moments_type: The type of the moments: `Moments` or `PatchMoments`.
+        operator: The operator's name; for `ConceptSums`, followed by `/concepts`.
+        moments_type: The type of the moments: `Moments`, `PatchMoments` or `ConceptSums`.
         like: The operator, if its neurons are to be checked. Of moments of its whole layer, its rows are selected.
 
     Raises:

@@ -1,6 +1,6 @@
 """Validate what callers pass to a network and an explainer: batches of one shape, and targets in several forms."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -100,6 +100,18 @@ def resolve_targets(targets: Targets, scores: Tensor) -> Tensor:
     if outside.numel():
         raise UserError("", f"no class {int(outside[0])}", f"The model's classes are 0 to {classes - 1}.", "targets")
     return chosen
+
+
+def choose_targets(targets: Targets | Callable[[Tensor], Tensor] | None, scores: Tensor) -> Tensor:
+    """Return the targets for some scores: those of a function, the given ones, or by default the predicted classes."""
+    if targets is None:
+        return scores.argmax(1)
+    return targets(scores) if callable(targets) else resolve_targets(targets, scores)
+
+
+def has_several_targets(targets: Tensor) -> bool:
+    """Return whether each sample has several targets, (N, T)."""
+    return not targets.is_floating_point() and targets.dim() == 2
 
 
 def make_output_gradient(targets: Tensor, scores: Tensor) -> Tensor:

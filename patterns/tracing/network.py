@@ -132,11 +132,12 @@ class Network:
             attributes[name] = replace(module)
         return GraphModule(attributes, copy_graph(self.module.graph), type(self.module).__name__)
 
-    def until(self, operator: str) -> "Network":
-        """Return the network that ends at an operator and returns its output after its gate, (N, K, *positions).
+    def until(self, operator: str, after_gate: bool = True) -> "Network":
+        """Return the network that ends at an operator and returns its output, (N, K, *positions).
 
         Args:
             operator: Name of the operator. If it is called several times, the network ends at the last call.
+            after_gate: Whether the output is that after the gate.
 
         Raises:
             UserError: If the model has no operator of this name.
@@ -151,13 +152,14 @@ class Network:
             out = last
             if found.operator_type.axis != 1:
                 out = module.graph.call_function(torch.movedim, (out, found.operator_type.axis, 1))
-            if isinstance(found.gate, SmoothGate):
-                parameters: tuple[Any, ...] = found.gate.parameters
-                if found.gate.has_slopes:
+            gate = found.gate if after_gate else None
+            if isinstance(gate, SmoothGate):
+                parameters: tuple[Any, ...] = gate.parameters
+                if gate.has_slopes:
                     module.register_buffer("_slopes", torch.tensor(parameters).to(found.weight))
                     parameters = (module.graph.get_attr("_slopes"),)
-                out = module.graph.call_function(gated, (out, found.gate.name, *parameters))
-            elif (gate := found.gate) is not None:
+                out = module.graph.call_function(gated, (out, gate.name, *parameters))
+            elif gate is not None:
                 limits = (None if math.isinf(bound) else bound for bound in (gate.low, gate.high))
                 out = module.graph.call_function(aten.clamp.default, (out, *limits))
         end.args = (out,)

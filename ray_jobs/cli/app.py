@@ -23,6 +23,7 @@ from ray_jobs.cli.doctor import doctor
 from ray_jobs.cli.evaluate import evaluate
 from ray_jobs.cli.explain import explain
 from ray_jobs.cli.export import export
+from ray_jobs.cli.export_model import export_model
 from ray_jobs.cli.fit import fit
 from ray_jobs.cli.grid import grid
 from ray_jobs.cli.merge import merge
@@ -49,7 +50,7 @@ COMMANDS = {
     each.name: each
     for each in (
         *(demo, fit, quality, explain, degrade, evaluate, atlas, reproduce),
-        *(pack, plan, merge, status, solve, grid, report, select, export, show, doctor, submit),
+        *(pack, plan, merge, status, solve, grid, report, select, export, export_model, show, doctor, submit),
     )
 }
 

@@ -19,11 +19,10 @@ def explain(
 ) -> None:
     """Explain shards by the patterns of a fit: one shard of explanations for each input shard."""
     from ray_jobs.jobs.explain.explain import explain as run_explain
-    from ray_jobs.jobs.explain.targets import load_target_names, load_target_vector
+    from ray_jobs.jobs.explain.target_files import load_target
 
     common = methods_options(given, model, options)
-    classes = load_target_names(given.target, common["model"].spec, names.classes)
-    vector = load_target_vector(given.target)
-    run = run_explain(given.build(**common, classes=classes, vector=vector), resources)
+    target = load_target(given.target, given.patterns, common["model"].spec, names.classes)
+    run = run_explain(given.build(**common, **target), resources)
     done = run.manifest()["explain"]
     echo(f"explain: {done['samples']} samples, {done['refused']} rejected. Explanations: {run.folder / 'explanations'}")

@@ -72,7 +72,7 @@ class Command:
     @property
     def name(self) -> str:
         """The name on the command line."""
-        return self.run.__name__
+        return self.run.__name__.replace("_", "-")
 
     @property
     def context_settings(self) -> dict[str, Any]:

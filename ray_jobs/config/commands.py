@@ -4,7 +4,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ray_jobs.config.jobs import DegradeConfig, FitConfig, MethodsConfig, QualityConfig, Resources
+from ray_jobs.config.jobs import DegradeConfig, FitConfig, MethodsConfig, QualityConfig, Resources, TargetConfig
 from ray_jobs.config.model import ModelConfig
 from ray_jobs.config.option import Validated, metadata_of, option, required, same
 from ray_jobs.units import parse_duration
@@ -176,6 +176,24 @@ class ExportOptions(Validated, ClassNames, RunFolder):
     method: str | None = option(None, "Method of the maps (default: patternattribution, or else the run's first).")
     threshold: float = option(
         0.5, "coco: share of the largest relevance from which cells belong to the box of an image.", min=0, max=1
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportModelOptions(Validated, ClassNames, RunFolder):
+    """Options of `export-model`."""
+
+    to: Path = field(
+        metadata=required("File to write: NAME.pt2 (torch.export) or NAME.onnx (extra onnx).", parse="local path")
+    )
+    methods: tuple[str, ...] = same(MethodsConfig, "methods", default=("patternattribution",))
+    estimator: tuple[str, ...] = same(MethodsConfig, "estimator")
+    preset: str | None = same(MethodsConfig, "preset")
+    target: str = same(
+        TargetConfig,
+        "target",
+        help="What to explain: predicted, second, top-K, a class by number or name, A-vs-B, A-vs-others, contrast, "
+        "OPERATOR:NEURON or OPERATOR:strongest; of embeddings unit:NUMBER or similarity:FILE.npy.",
     )
 
 

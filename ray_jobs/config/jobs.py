@@ -115,6 +115,12 @@ class FitConfig(Validated):
         None, "List of the samples to use, as `select` writes it (default: all samples).", parse="path"
     )
     without_keys: str | None = option(None, "List of samples to leave out, as `select` writes it.", parse="path")
+    concepts: str | None = option(
+        None,
+        "Parquet file of concepts, whose directions are fitted too: a column `key`, and for each concept a column of "
+        "numbers or booleans.",
+        parse="path",
+    )
     compile: str | None = option(
         AUTO,
         "Compile full batches: `cudagraphs` on a GPU takes seconds, a mode of torch.compile minutes, `none` not at "
@@ -132,6 +138,10 @@ class FitConfig(Validated):
 
             remedy = "Leave out `compile` or `positions`."
             raise UserError("", "sums over sampled positions cannot be compiled", remedy, "compile")
+        if self.compile not in (None, AUTO) and self.concepts is not None:
+            from patterns import UserError
+
+            raise UserError("", "sums of concepts cannot be compiled", "Leave out `compile` or `concepts`.", "compile")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,8 +221,8 @@ class TargetConfig(MethodsConfig):
     target: str = option(
         "predicted",
         "What to explain: predicted, second, label, top-K, a class by number or name, A-vs-B, A-vs-others, contrast, "
-        "OPERATOR:NEURON or OPERATOR:strongest; of dense outputs CLASS@mask, CLASS@predicted or CLASS@box; of "
-        "embeddings unit:NUMBER or similarity:FILE.npy.",
+        "OPERATOR:NEURON, OPERATOR:strongest, concept:NAME or OPERATOR:concept:NAME; of dense outputs CLASS@mask, "
+        "CLASS@predicted or CLASS@box; of embeddings unit:NUMBER or similarity:FILE.npy.",
     )
     classes: tuple[tuple[str, int], ...] = ()
     vector: tuple[float, ...] = ()

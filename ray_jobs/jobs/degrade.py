@@ -170,7 +170,7 @@ def degrade(config: DegradeConfig, resources: Resources = Resources()) -> Run:  
         return session.close()
     run, model = session.run, session.loaded.traced
     validate_model(config, model)
-    recorded = validate_methods(config, model, None, session.section)
+    recorded = validate_methods(config, model, model.network, session.section)
     with session.work(resources, **recorded):
         count = len(config.methods)
         message = (

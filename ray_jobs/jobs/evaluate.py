@@ -141,7 +141,7 @@ def evaluate(config: EvaluateConfig, resources: Resources = Resources()) -> Run:
         return session.close()
     run, model = session.run, session.loaded.traced
     measured = validate(config, model)
-    recorded = validate_methods(config, model, None, session.section)
+    recorded = validate_methods(config, model, model.network, session.section)
     obstacles = {name: found for name in config.measures if (found := find_obstacle(name, model.network))}
     described = {name: describe_measure(name) for name in config.measures}
     with session.work(resources, **recorded, measures=described, not_measured=obstacles):

@@ -80,11 +80,6 @@ def make_explainer(
     return Explainer(network, chosen, config.methods, scales, estimators, dict(config.settings), channels)
 
 
-def end_at(network: Network, operator: str | None) -> Network:
-    """Return the network that ends at an operator, or the network itself if the operator is None."""
-    return network if operator is None else network.until(operator)
-
-
 def choose_patterns(
     config: MethodsConfig, model: TracedModel, network: Network, folder: str | None = None
 ) -> tuple[Any, dict[str, Any]]:
@@ -141,14 +136,14 @@ def validate_settings(config: MethodsConfig) -> dict[str, float]:
 
 
 def validate_methods(
-    config: MethodsConfig, model: TracedModel, operator: str | None, section: Mapping[str, Any]
+    config: MethodsConfig, model: TracedModel, network: Network, section: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Check on the driver that the workers can make the explainer, and calibrate its scales once for all workers.
 
     Args:
         config: The methods.
         model: The model.
-        operator: The operator at which the explained network ends; None: at the classes.
+        network: The model's network, or the one that ends at the explained operator.
         section: The job's section of the manifest, which an earlier driver may have written.
 
     Returns:
@@ -158,7 +153,6 @@ def validate_methods(
         UserError: If the patterns are missing or those of another model, or the job was begun with other estimators.
     """
     settings, scales = validate_settings(config), section.get("scales", {})
-    network = end_at(model.network, operator)
     if scales:
         choose_patterns(config, model, network)
     else:

@@ -13,6 +13,7 @@ from patterns import Network, UserError
 from patterns.estimation import OperatorObserver
 from patterns.io import TensorFile, require_moments_of
 from ray_jobs.config import Resources, equal_share
+from ray_jobs.data.concepts import ConceptLabels
 from ray_jobs.data.samples import RejectedSample, derive_seed
 from ray_jobs.data.selection import Selection
 from ray_jobs.data.shard_reader import ShardTask
@@ -43,6 +44,7 @@ class MomentsSpec:
         max_samples: The number of samples at most, an equal share from each shard; None: all.
         round: 0, or the number of this attempt to use the samples that were rejected before.
         selection: The samples that are used.
+        concepts: The labels of concepts whose sums are taken; None: no concepts.
     """
 
     shards: tuple[str, ...]
@@ -51,6 +53,7 @@ class MomentsSpec:
     max_samples: int | None = None
     round: int = 0
     selection: Selection = Selection()  # noqa: RUF009 - frozen
+    concepts: ConceptLabels | None = None
 
 
 class NotFiniteError(UserError):
@@ -89,10 +92,11 @@ class MomentsWorker(ShardWorker[MomentsTask]):
         store: MomentsStore,
         batch_size: int,
         observe: Observe,
+        concepts: ConceptLabels | None = None,
         resources: WorkerResources = WorkerResources(),  # noqa: B008 - frozen
     ) -> None:
         super().__init__(model, resources)
-        self.store, self.batch_size, self.observer = store, batch_size, observe
+        self.store, self.batch_size, self.observer, self.concepts = store, batch_size, observe, concepts
 
     def prepare(self) -> None:
         """Place the model on the device, and make the observation."""
@@ -150,7 +154,8 @@ class MomentsWorker(ShardWorker[MomentsTask]):
         with closing(stream):
             for batch in stream:
                 images = batch.images.to(self.model.device, non_blocking=True)
-                outputs = self.observation.update(images, [derive_seed(key) for key in batch.keys])
+                labels = None if self.concepts is None else self.concepts.of(batch.keys)
+                outputs = self.observation.update(images, [derive_seed(key) for key in batch.keys], labels)
                 now = batch.keys, outputs.flatten(1).isfinite().all(1)
                 require_finite(shard, *before)
                 before = now
@@ -208,7 +213,7 @@ class MomentsJob(ShardJob):
             with TensorFile(self.store.folder / partial.file) as file:
                 require_moments_of(file, model.network.operators)
         try:
-            self.run(MomentsWorker, model, spec.store, spec.batch_size, observe)
+            self.run(MomentsWorker, model, spec.store, spec.batch_size, observe, spec.concepts)
             self.flush()
             self.tick()  # there may still be many files
             while not self.idle():

@@ -62,6 +62,7 @@ CASES: dict[str, list[list[str]]] = {
     "atlas": [["--patterns", f"{URL}/run", "--shards", "SHARD0", "--out", f"{URL}/ten", *ALONE]],
     "select": [[f"{URL}/run", "class >= 0", "--out", "chosen"], ["RUN", "class >= 0", "--out", BELOW]],
     "export": [[f"{URL}/run", "--to", "coco", "--out", "eleven"], ["RUN", "--to", "coco", "--out", BELOW]],
+    "export-model": [[f"{URL}/run", "--to", "e.pt2"], ["RUN", "--to", f"{BELOW}.pt2"]],
     "reproduce": [
         ["--model", "MODEL", "--shards", f"{URL}/train-*.tar", "--evaluate", "SHARD0", "--out", BELOW, *ALONE],
         ["--dataset", "mnist", "--data", BELOW, "--out", "eight", *ALONE],

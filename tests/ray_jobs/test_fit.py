@@ -36,11 +36,11 @@ from tests.conftest import make_shards, write_tar
 from tests.ray_jobs.runs import PREPROCESSING, assert_same_patterns, make_fit_config
 
 
-def worker_of(config: FitConfig) -> tuple[loading.TracedModel, MomentsStore, int, Observe]:
+def worker_of(config: FitConfig) -> tuple[loading.TracedModel, MomentsStore, int, Observe, None]:
     """Return the arguments of a worker of a fit."""
     loaded = loading.load(config.model)
     observe = partial(make_observer, replace(config, positions=None), tuple(loaded.network.operators))
-    return loaded.traced, MomentsStore(f"{config.out}/moments"), config.batch_size, observe
+    return loaded.traced, MomentsStore(f"{config.out}/moments"), config.batch_size, observe, None
 
 
 def ledger_of(folder: Path) -> Ledger:

@@ -16,7 +16,7 @@ from ray_jobs.data.annotations import parse_mask
 from ray_jobs.data.image_decoding import decode_input
 from ray_jobs.data.samples import SampleError
 from ray_jobs.jobs.explain.explain import explain
-from ray_jobs.jobs.explain.targets import load_target_vector
+from ray_jobs.jobs.explain.target_files import load_target_vector
 from ray_jobs.jobs.fit.fit import fit
 from ray_jobs.models import loading
 from tests.conftest import write_tar

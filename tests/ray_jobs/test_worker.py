@@ -76,7 +76,7 @@ def worker(model_spec: str, tmp_path: Path, seen: list[Tensor], pauses: list[Cal
     model = ModelConfig(spec=model_spec, **PREPROCESSING)
     make_observer: Any = partial(RecordingObserver, seen, pauses)
     resources = WorkerResources(timing=Timing(reader_exit=3600.0))
-    worker = MomentsWorker(loading.load(model).traced, MomentsStore(tmp_path), 2, make_observer, resources)
+    worker = MomentsWorker(loading.load(model).traced, MomentsStore(tmp_path), 2, make_observer, None, resources)
     worker.prepare()
     return worker
 

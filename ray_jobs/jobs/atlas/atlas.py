@@ -56,7 +56,7 @@ def atlas(config: AtlasConfig, resources: Resources = Resources()) -> Run:  # no
         recorded = ", ".join(shape.channels)
         what = f"the channels of {config.cluster_operator!r} are not recorded"
         raise UserError("", what, f"Choose from {recorded}, or add it to `operators`.", "cluster_operator")
-    recorded_scales = {} if stored else validate_methods(config, model, None, session.section)
+    recorded_scales = {} if stored else validate_methods(config, model, model.network, session.section)
     with session.work(resources, config.compile, **recorded_scales):
         worker, scales = (StoredMapsWorker, {}) if stored else (AtlasWorker, recorded_scales["scales"])
         message = describe_cost(shape, config.max_samples)

@@ -22,7 +22,7 @@ from ray_jobs.jobs.explain.map_statistics import COLUMNS, find_region, reduce_ma
 from ray_jobs.jobs.explain.target_worker import TargetWorker
 from ray_jobs.jobs.explain.targets import Target, parse_target
 from ray_jobs.jobs.job_session import JobSession
-from ray_jobs.jobs.method_job import end_at, make_explainer, validate_methods, validate_settings
+from ray_jobs.jobs.method_job import make_explainer, validate_methods, validate_settings
 from ray_jobs.jobs.per_shard_job import FilesTask, validate_sample_count, write_shard_files
 from ray_jobs.models.loading import TracedModel
 from ray_jobs.runs.map_files import ExplainedBatch, estimate_bytes_per_sample, import_zarr, open_writers
@@ -64,7 +64,7 @@ class ExplainWorker(TargetWorker[ExplainConfig]):
     def prepare(self) -> None:
         """Place the model on the device, and load its patterns."""
         self.prepare_target()
-        network = end_at(self.model.network, self.target.operator)
+        network = self.target.end(self.model.network)
         self.explainer = make_explainer(self.config, self.model, network, self.scales)
         compile_batches(self.explainer, self.config.compile, self.config.batch_size, self.model.device)
 
@@ -236,7 +236,7 @@ def explain(config: ExplainConfig, resources: Resources = Resources()) -> Run:  
         return session.close()
     run, model = session.run, session.loaded.traced
     target = parse_target(config.target, model.network, config.classes, config.vector)
-    recorded = validate_methods(config, model, target.operator, session.section)
+    recorded = validate_methods(config, model, target.end(model.network), session.section)
     with session.work(resources, config.compile, **recorded):
         message = describe_cost(config, model, target)
         arguments = ExplainWorker, model, recorded["scales"]

@@ -18,7 +18,7 @@ from ray_jobs.data.shard_reader import Batch
 from ray_jobs.engine.shard_worker import WorkerResources
 from ray_jobs.io.object_store import locate
 from ray_jobs.jobs.explain.explain import ExplainWorker, validate
-from ray_jobs.jobs.explain.targets import load_target_names, load_target_vector
+from ray_jobs.jobs.explain.target_files import load_target
 from ray_jobs.models.class_names import load_class_names, map_numbers_to_names
 from ray_jobs.models.loading import load
 from ray_jobs.runs.map_files import ExplainedBatch
@@ -66,9 +66,7 @@ class OnlineExplainer:
             methods=tuple(methods),
             estimator=tuple(estimator),
             settings=tuple((settings or {}).items()),
-            target=target,
-            classes=load_target_names(target, model["spec"], classes),
-            vector=load_target_vector(target),
+            **load_target(target, run, model["spec"], classes),
             reduction=reduction,
             size=size,
         )

@@ -14,6 +14,8 @@
 | `17@predicted`, `17@box` | likewise, at the positions predicted to be this class; inside the sample's boxes | 1 |
 | `unit:17` | a unit of an embedding (N, D) | 1 |
 | `similarity:FILE.npy` | the cosine of an embedding (N, D) and a vector | 1 |
+| `concept:striped` | the projection of the outputs of the operator before the last on a concept's direction | 1 |
+| `features.28:concept:striped` | the same at another operator, before its gate | 1 |
 | `features.28:strongest` | the neuron of an operator with the largest sum over positions | 1 |
 | `features.28:17` | a neuron of an operator after its gate, all its positions together | 1 |
 
@@ -24,16 +26,13 @@ import difflib
 import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from io import BytesIO
+from math import prod
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from patterns import Network, UserError, contrast
-from ray_jobs.io.object_store import read_option_file
 from ray_jobs.models.class_names import ClassNames, load_class_names
-from ray_jobs.units import format_first_line
 
 Labels = Sequence[int | None]
 Regions = Callable[[Tensor], Tensor]  # from classes (N,) to the share of each position in the region, (N, H, W)
@@ -48,7 +47,7 @@ STRONGEST = "strongest"
 TOP = r"top-(\d+)"
 PREDICTED = "predicted"
 REGIONS = ("mask", PREDICTED, "box")
-UNIT, SIMILARITY = "unit:", "similarity:"
+UNIT, SIMILARITY, CONCEPT = "unit:", "similarity:", "concept:"
 
 
 @dataclass(frozen=True)
@@ -64,6 +63,8 @@ class Target:
         region: Where the class's scores count, one of REGIONS; None: the output has no positions, or all count.
         embeds: Whether the output is an embedding and not a score for each class.
         vector: The vector, float64 (D,), whose cosine with the embedding is explained; None: a class or neuron is.
+        direction: The direction of length 1, float64 (K,), on which the mean over positions of the operator's output
+            before its gate is projected; None: another target.
     """
 
     picks: tuple[Pick, ...]
@@ -74,6 +75,11 @@ class Target:
     region: str | None = None
     embeds: bool = False
     vector: Tensor | None = None
+    direction: Tensor | None = None
+
+    def end(self, network: Network) -> Network:
+        """Return the network whose output is explained: it ends at the target's operator, if there is one."""
+        return network if self.operator is None else network.until(self.operator, after_gate=self.direction is None)
 
     @property
     def maps(self) -> int:
@@ -97,6 +103,8 @@ class Target:
             labels: The labels of the samples.
             regions: The masks or boxes of the samples, if the target has a region of this kind.
         """
+        if self.direction is not None:
+            return self.weigh_by_direction(scores)
         if self.vector is not None:
             return self.weigh_by_vector(scores)
         classes = self.pick_classes(scores, labels)
@@ -118,6 +126,16 @@ class Target:
         assert self.vector is not None
         direction = (self.vector / self.vector.norm()).to(embeddings)
         return direction / embeddings.norm(dim=1, keepdim=True).clamp_min(torch.finfo(embeddings.dtype).tiny)
+
+    def weigh_by_direction(self, outputs: Tensor) -> Tensor:
+        """Return the weights of an operator's outputs whose weighted sum is their mean's projection on the direction.
+
+        Args:
+            outputs: Shape (N, K, …).
+        """
+        assert self.direction is not None
+        weights = self.direction.to(outputs) / prod(outputs.shape[2:])
+        return weights.view(1, -1, *[1] * (outputs.dim() - 2)).expand_as(outputs)
 
     def weigh_by_region(self, scores: Tensor, classes: Tensor, regions: Regions | None) -> Tensor:
         """Return weights of the scores' shape (N, K, H, W): the region's shares of positions at the class, 0 elsewhere.
@@ -146,6 +164,8 @@ class Target:
         Returns:
             (N, maps).
         """
+        if self.direction is not None:
+            return (scores * self.weigh_by_direction(scores)).flatten(1).sum(1, keepdim=True)
         if self.vector is not None:
             return (scores * self.weigh_by_vector(scores)).sum(1, keepdim=True)
         if self.region is not None:
@@ -169,11 +189,15 @@ def parse_target(spec: str, network: Network, names: ClassNames, vector: Sequenc
         spec: The text; see the table above.
         network: The network to explain.
         names: The names of its classes.
-        vector: The vector of `similarity:FILE.npy`.
+        vector: The vector of `similarity:FILE.npy`, or the direction of `OPERATOR:concept:NAME`.
 
     Raises:
         UserError: If the text means nothing for this network, or more than one thing.
     """
+    operator, is_concept, _ = spec.partition(f":{CONCEPT}")
+    if is_concept and operator in network.operators and len(vector) == network.operators[operator].neurons:
+        direction = torch.tensor(vector, dtype=torch.float64)
+        return Target((pick_class(0),), operator, direction=direction / direction.norm())
     operator, colon, neuron = spec.rpartition(":")
     if colon and operator in network.operators:
         if neuron == STRONGEST:
@@ -249,34 +273,6 @@ def parse_embedding(spec: str, units: int, vector: Sequence[float]) -> Target:
     return Target((pick_class(int(number)),), embeds=True)
 
 
-def load_target_vector(target: str) -> tuple[float, ...]:
-    """Return the vector of a target `similarity:FILE.npy`; empty for other targets.
-
-    Raises:
-        UserError: If the file cannot be read, or holds no vector of finite numbers.
-    """
-    if not target.startswith(SIMILARITY):
-        return ()
-    content = read_option_file("--target", target.removeprefix(SIMILARITY))
-    try:
-        array = np.load(BytesIO(content), allow_pickle=False)
-    except Exception as error:  # a damaged file raises many types
-        what = f"not an npy file ({format_first_line(error)})"
-        raise target_error(target, what, "Write it with numpy.save.") from error
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in "iuf" or array.size != max(array.shape, default=0):
-        what = f"not one vector of numbers, but {describe_array(array)}"
-        raise target_error(target, what, "Save one vector of the length of the model's output.")
-    values = array.reshape(-1).astype(np.float64)
-    if not np.isfinite(values).all() or not values.any():
-        raise target_error(target, "the vector is 0 or not finite", "Save a vector with a direction.")
-    return tuple(values.tolist())
-
-
-def describe_array(array: object) -> str:
-    """Describe the content of an npy or npz file for a message."""
-    return f"an array of shape {array.shape} and type {array.dtype}" if isinstance(array, np.ndarray) else "an archive"
-
-
 def split_pair(spec: str, names: Collection[str]) -> list[str]:
     """Return the one or two words of a target; names of classes may contain `-vs-` themselves."""
     if spec in names or AGAINST not in spec:
@@ -338,7 +334,7 @@ def needs_names(spec: str) -> bool:
     known = WORDS | {OTHERS, CONTRAST}
     word, at, region = spec.rpartition("@")
     spec = word if at and region in REGIONS else spec
-    if spec.startswith((UNIT, SIMILARITY)):
+    if spec.startswith((UNIT, SIMILARITY, CONCEPT)) or f":{CONCEPT}" in spec:
         return False
     return not re.fullmatch(TOP, spec) and any(
         not word.isdecimal() and word not in known for word in spec.split(AGAINST)
@@ -369,7 +365,7 @@ def pick_rank(rank: int) -> Pick:
 
 def pick_class(number: int) -> Pick:
     """Return a pick of one class for all samples."""
-    return lambda scores, _: torch.full((len(scores),), number, device=scores.device)
+    return lambda scores, _: torch.full(scores.shape[:1], number, device=scores.device)
 
 
 def pick_strongest(scores: Tensor, _: Labels) -> Tensor:

@@ -10,10 +10,12 @@ from patterns.estimation import LARGEST_SHARE, TOP_TOKENS, parse_estimators, req
 from patterns.io import TraceOptions, pattern_specs, save_solutions
 from patterns.moments import RequiredSums
 from ray_jobs.config import AUTO, FitConfig, ModelConfig, Resources
+from ray_jobs.data.concepts import ConceptLabels, load_concepts
 from ray_jobs.engine.ray_tasks import Tasks
 from ray_jobs.engine.shard_worker import compile_batches, require_gpu_for_mode
 from ray_jobs.io import object_store
 from ray_jobs.jobs import reduction
+from ray_jobs.jobs.fit.concepts import describe_concepts, describe_labels, merge_labels, write_concepts
 from ray_jobs.jobs.fit.convergence_job import ConvergenceCriterion, ConvergingJob, select_criterion_estimators
 from ray_jobs.jobs.fit.memory_plan import plan_passes
 from ray_jobs.jobs.fit.position_pilot import describe_choice, resolve_positions
@@ -26,7 +28,7 @@ from ray_jobs.runs.moments_store import MomentsStore
 from ray_jobs.runs.run_folder import Run, describe_difference, upgrade_options
 
 # Options in which fits may differ and still be merged.
-MAY_DIFFER = {"shards", "max_samples", "batch_size", "until_converged", "compile"}
+MAY_DIFFER = {"shards", "max_samples", "batch_size", "until_converged", "compile", "concepts"}
 
 
 @dataclass(frozen=True)
@@ -49,13 +51,13 @@ def list_passes(run: Run, network: Network, config: FitConfig) -> list[Pass]:
     return [Pass(tuple(op.name for op in group), MomentsStore(at)) for group, at in zip(groups, folders)]
 
 
-def make_observer(config: FitConfig, operators: Collection[str], network: Network) -> Observer:
+def make_observer(config: FitConfig, operators: Collection[str], network: Network, concepts: int = 0) -> Observer:
     """Return the observer that takes the moments of some operators, compiled if the config says so."""
     assert config.positions != AUTO, "resolve_positions comes first"
     observer = Observer(
-        network, lambda op: required_sums(op, config.estimators), operators, config.positions, config.seed
+        network, lambda op: required_sums(op, config.estimators), operators, config.positions, config.seed, concepts
     )
-    if config.positions is None:
+    if config.positions is None and not concepts:
         compile_batches(observer, config.compile, config.batch_size, network.like.device)
     return observer
 
@@ -82,7 +84,7 @@ def fit(config: FitConfig, resources: Resources = Resources(), retry_quarantined
         StoppedShortError: If a signal stopped the fit.
     """
     validate(config, resources)
-    run = Run(config.out)
+    run, labels = Run(config.out), load_concepts(config.concepts)
     config = replace(config, model=infer_input_size(config.model, config.shards, run.manifest().get("fit")))
     loaded = loading.load(config.model)
     config, choice = resolve_positions(run, config, loaded)
@@ -95,15 +97,18 @@ def fit(config: FitConfig, resources: Resources = Resources(), retry_quarantined
     parse_estimators(config.estimators, loaded.network.operators)
     passes = list_passes(run, loaded.network, config)
     recorded: dict[str, Any] = {"positions": choice} if choice else {}
+    if labels is not None:
+        recorded["concepts"] = describe_labels(labels, session.section.get("concepts"), config.out)
     with session.work(resources, config.compile, rounds=begun, rounds_done=done, **recorded):
         missing: dict[str, str] = {}
         seconds = session.section.get("seconds", 0.0)
         for number, each in enumerate(passes):
-            job = make_job(session, config, resources, passes, number)
+            job = make_job(session, config, resources, passes, number, labels)
             for line in (*describe_choice(choice), *loaded.traced.describe()) if number == 0 else ():
                 job.reporter.log(line)
             try:
-                job.gather(partial(make_observer, config, each.operators), loaded.traced)
+                observe = partial(make_observer, config, each.operators, concepts=len(labels.names) if labels else 0)
+                job.gather(observe, loaded.traced)
             finally:
                 rejected = write_quarantine(run, passes, config.shards)
             if isinstance(job, ConvergingJob):
@@ -113,19 +118,25 @@ def fit(config: FitConfig, resources: Resources = Resources(), retry_quarantined
         job.reporter.log(f"solving for the patterns of {len(loaded.network.operators)} operators")
         session.section |= {"missing": missing, "rounds_done": begun, "refused": rejected, "seconds": round(seconds, 3)}
         finish(session, config, passes)
-        for line in describe_outliers(session.section):
+        for line in (*describe_outliers(session.section), *describe_concepts(session.section)):
             job.reporter.log(line)
     return run
 
 
 def make_job(
-    session: JobSession, config: FitConfig, resources: Resources, passes: Sequence[Pass], number: int
+    session: JobSession,
+    config: FitConfig,
+    resources: Resources,
+    passes: Sequence[Pass],
+    number: int,
+    labels: ConceptLabels | None = None,
 ) -> MomentsJob:
     """Return the job of a pass."""
     one = passes[number]
     name = "fit" if len(passes) == 1 else f"fit, pass {number + 1} of {len(passes)}"
     rounds = session.section["rounds"]
-    spec = MomentsSpec(config.shards, one.store, config.batch_size, config.max_samples, rounds, session.selection)
+    limits = config.batch_size, config.max_samples
+    spec = MomentsSpec(config.shards, one.store, *limits, rounds, session.selection, labels)
     if config.until_converged is None:
         return MomentsJob(name, session.heartbeat, spec, session.tasks, resources)
     operators = [session.loaded.network.operators[name] for name in one.operators]
@@ -151,6 +162,8 @@ def finish(session: JobSession, config: FitConfig, passes: Sequence[Pass]) -> No
         "shards": min(len(ledger.counted_shards()) for ledger in ledgers),
         "samples": min(ledger.samples for ledger in ledgers),
     }
+    if concepts := session.section.get("concepts"):
+        concepts |= write_concepts(session.run, passes, session.loaded.network, concepts["names"])
 
 
 def write_patterns(
@@ -224,7 +237,7 @@ def describe_outliers(section: Mapping[str, Any]) -> list[str]:
 def load_fit(run: Run) -> FitConfig:
     """Return the config of a folder's finished fit."""
     options = run.require_job("fit", "Run `patternnet fit` to the end first.")["options"]
-    names = ("batch_size", "max_samples", "seed", "memory", "until_converged", "positions", "compile")
+    names = ("batch_size", "max_samples", "seed", "memory", "until_converged", "positions", "compile", "concepts")
     return FitConfig(
         model=ModelConfig(**run.read_fitted_model()),
         shards=tuple(options["shards"]),
@@ -306,6 +319,7 @@ def merge(folders: Sequence[str], out: str, resources: Resources = Resources()) 
         if options != common[0]:
             what = f"this fit was done with {describe_difference(common[0], options)} in comparison with {folders[0]}"
             raise UserError(str(run.folder), what, "Merge fits of the same options only.")
+    concepts = merge_labels([section.get("concepts") for section in sections], folders)
     require_disjoint((folder, config.shards) for folder, config in zip(folders, configs))
     shards = tuple(shard for config in configs for shard in config.shards)
     config = replace(configs[0], shards=shards, out=out, max_samples=None, until_converged=None)
@@ -316,6 +330,7 @@ def merge(folders: Sequence[str], out: str, resources: Resources = Resources()) 
     missing = {shard: reason for section in sections for shard, reason in section["missing"].items()}
     rounds = max(section.get("rounds_done", 0) for section in sections)
     recorded = {"missing": missing, "merged": list(folders), "rounds": rounds, "rounds_done": rounds}
+    recorded |= {"concepts": concepts} if concepts else {}
     with session.work(resources, lease="merge", **recorded):
         for number, each in enumerate(passes):
             ledger, first = Ledger(), 0
