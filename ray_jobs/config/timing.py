@@ -10,6 +10,8 @@ class Timing:
     Attributes:
         poll: Longest wait for workers before the pool checks signals and deadlines.
         back_off: Delay before an item is retried, doubled by each attempt.
+        max_pause: Longest delay, also if a busy server asks for more.
+        max_waited: Delays of an item in all after which further refusals by a busy server count as attempts.
         answer_timeout: Longest time for fetching an answer that Ray has reported as ready.
         first_commit: Work before a worker's first commit, whose cost is not known yet.
         commit_ratio: How many times the duration of its last commit a worker works before the next one, so that
@@ -31,6 +33,8 @@ class Timing:
 
     poll: float = 0.5
     back_off: float = 1.0
+    max_pause: float = 600.0
+    max_waited: float = 3600.0
     answer_timeout: float = 60.0
     first_commit: float = 30.0
     commit_ratio: float = 200.0

@@ -4,6 +4,7 @@
 | --- | --- |
 | `train-{000..015}.tar`, `*.tar.gz`, any URL of fsspec | one shard per WebDataset tar |
 | `*.parquet` | one shard per file |
+| `hf://datasets/ORG/NAME@REVISION/PATH` | the files of a dataset, at one commit (see `hf_datasets`) |
 | `FOLDER` on this machine, `URL/` | `FOLDER/images-…` with at most 1000 images each (see `image_folders`) |
 | `@shards.txt`, `@URL` | the shards of the specs in this list, one spec per line |
 | `pipe:COMMAND` | the output of the command, if pipes are allowed |
@@ -25,6 +26,7 @@ from zlib import crc32
 from braceexpand import braceexpand
 
 from patterns import UserError
+from ray_jobs.data import hf_datasets
 from ray_jobs.data.byte_streams import open_stream
 from ray_jobs.data.image_folders import scan_folder
 from ray_jobs.io.file_systems import is_url, open_file_system, translate_errors
@@ -85,6 +87,9 @@ def expand_spec(spec: str) -> Iterator[str]:
         yield from expand_braces(spec)
         return
     spec = normalize_location(spec)
+    if hf_datasets.is_dataset(spec):
+        yield from hf_datasets.match_files(expand_braces(spec))
+        return
     for path in match_urls(spec) if is_url(spec) else match_paths(spec):
         yield from list_folder_shards(path) if path.endswith("/") else [path]
 

@@ -17,6 +17,7 @@ from ray_jobs.engine.shard_worker import ShardReport, WorkerInfo, WorkerResource
 from ray_jobs.engine.signals import StoppedShortError, stop_signals
 from ray_jobs.engine.worker_backends import Backend, LocalBackend, RayBackend
 from ray_jobs.engine.worker_hosts import release_host, start_host
+from ray_jobs.io.refusals import BusyError
 from ray_jobs.runs.lease import Heartbeat
 
 MIN_JUDGED = 100  # samples after which a running job may end because too many are rejected; its end judges any number
@@ -66,6 +67,7 @@ class ShardJob:
     """
 
     bad_input: type[Exception] = UserError
+    busy: type[Exception] = BusyError
 
     def __init__(
         self,
@@ -236,7 +238,8 @@ class ShardJob:
         """Show that an attempt at a shard failed."""
         worker = self.active.pop(item)
         worker.shard = None
-        self.reporter.log(f"{item} failed: {' '.join(str(error).split())}", shard=item, worker=worker.name)
+        what = "is put off" if getattr(error, "slow_down", False) else "failed"
+        self.reporter.log(f"{item} {what}: {' '.join(str(error).split())}", shard=item, worker=worker.name)
         self.count("failures", 1, worker.name)
 
     def on_lost(self, items: list[str]) -> None:

@@ -100,7 +100,7 @@ def load_timm_model(name: str, own_weights: bool) -> tuple[nn.Module, Preprocess
         model = timm.create_model(name, pretrained=own_weights)
     except Exception as error:  # a download, an unknown tag, a model without weights: timm raises many types
         raise unavailable_error(f"timm cannot create {name!r}", error) from error
-    return model, convert_timm_config(timm.data.resolve_model_data_config(model), spec)  # type: ignore[attr-defined]
+    return model, convert_timm_config(timm.data.resolve_model_data_config(model), spec)
 
 
 def convert_timm_config(config: Mapping[str, Any], spec: str) -> Preprocessing:
