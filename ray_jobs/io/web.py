@@ -108,16 +108,14 @@ def open_url(url: str, timeout: float) -> Any:
         raise
 
 
-def find_pause(attempt: int, retry_after: float = 0.0, first: float = FIRST_PAUSE, longest: float = MAX_PAUSE) -> float:
+def find_pause(attempt: int, retry_after: float = 0.0) -> float:
     """Return the seconds to wait before a request is repeated.
 
     Args:
         attempt: The number of earlier attempts, from 0.
         retry_after: The seconds that the server asked for; 0 if it did not say.
-        first: The pause after the first attempt, doubled by each attempt.
-        longest: The longest pause, before the random addition.
     """
-    pause = min(max(first * 2.0**attempt, retry_after), longest)
+    pause = min(max(FIRST_PAUSE * 2.0**attempt, retry_after), MAX_PAUSE)
     return pause * random.uniform(1, 1 + JITTER)
 
 
