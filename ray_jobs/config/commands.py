@@ -250,6 +250,11 @@ class SubmitOptions:
     env: tuple[str, ...] = option(
         (), "Environment variable of the job: NAME=VALUE, or NAME for its value here. Repeatable.", repeated=True
     )
+    uv: bool = option(
+        True,
+        "Run in the environment of the working directory's uv.lock, if it has one. uv must be installed on every node.",
+        flag="--uv/--no-uv",
+    )
     wait: bool = option(True, "Show the log until the job ends.", flag="--wait/--no-wait")
     patience: float = option(3600.0, "Time for which the cluster may fail to answer.", parse=parse_duration)
 

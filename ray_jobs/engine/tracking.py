@@ -127,13 +127,13 @@ def make_tracker(
         sample: See `Tracker`.
     """
     name, _, uri = str(resources.track).partition(":")
-    options = dict(flatten_options({**section["options"], "out": str(run.folder)}))
+    make_client, options = CLIENTS[name], dict(flatten_options({**section["options"], "out": str(run.folder)}))
 
     def say(text: str) -> None:
         write_line(sys.stderr, job, str(run.folder), text, resources.log == "json")
 
     def connect() -> Client:
-        client = CLIENTS[name](uri, f"{run.folder.name}/{job}", section["tracking"])
+        client = make_client(uri, f"{run.folder.name}/{job}", section["tracking"])
         client.log_options(options)
         return client
 
