@@ -1,6 +1,6 @@
 """`patternnet explain`: shards and patterns → explanations."""
 
-from ray_jobs.cli.arguments import echo, methods_options
+from ray_jobs.cli.arguments import echo, methods_options, mirror_report
 from ray_jobs.cli.typer_options import Given, command
 from ray_jobs.config import ExplainConfig, Resources
 from ray_jobs.config.commands import ClassNames, FittedModel, ShardOptions
@@ -24,5 +24,6 @@ def explain(
     common = methods_options(given, model, options)
     target = load_target(given.target, given.patterns, common["model"].spec, names.classes)
     run = run_explain(given.build(**common, **target), resources)
+    mirror_report(run, resources, "explain")
     done = run.manifest()["explain"]
     echo(f"explain: {done['samples']} samples, {done['refused']} rejected. Explanations: {run.folder / 'explanations'}")

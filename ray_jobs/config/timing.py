@@ -10,6 +10,8 @@ class Timing:
     Attributes:
         poll: Longest wait for workers before the pool checks signals and deadlines.
         back_off: Delay before an item is retried, doubled by each attempt.
+        max_pause: Longest delay, also if a busy server asks for more.
+        max_waited: Delays of an item in all after which further refusals by a busy server count as attempts.
         answer_timeout: Longest time for fetching an answer that Ray has reported as ready.
         first_commit: Work before a worker's first commit, whose cost is not known yet.
         commit_ratio: How many times the duration of its last commit a worker works before the next one, so that
@@ -17,6 +19,7 @@ class Timing:
         node_interval: Time between two queries of the cluster's nodes.
         display_interval: Time between two updates of the progress that people and Prometheus see.
         log_interval: Time between two progress lines of a log.
+        track_interval: Time between two points that an experiment tracker gets.
         slow_shard: Age at which the progress line names a shard.
         report_interval: Time between two reports of a worker about its shard.
         reader_exit: Longest wait for a reading thread before its process ends; a running thread would abort it.
@@ -31,12 +34,15 @@ class Timing:
 
     poll: float = 0.5
     back_off: float = 1.0
+    max_pause: float = 600.0
+    max_waited: float = 3600.0
     answer_timeout: float = 60.0
     first_commit: float = 30.0
     commit_ratio: float = 200.0
     node_interval: float = 5.0
     display_interval: float = 0.5
     log_interval: float = 15.0
+    track_interval: float = 15.0
     slow_shard: float = 60.0
     report_interval: float = 3.0
     reader_exit: float = 10.0

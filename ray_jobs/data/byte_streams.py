@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from tempfile import TemporaryFile
 from typing import Any, BinaryIO
-from urllib.parse import quote
-from urllib.request import Request, urlopen
 
 import pyarrow as pa
 from fsspec.compression import compr
@@ -17,6 +15,7 @@ from fsspec.compression import compr
 from ray_jobs.data.samples import ShardError
 from ray_jobs.data.shell_pipes import open_pipe
 from ray_jobs.io.file_systems import is_url, open_file_system
+from ray_jobs.io.web import open_url
 
 READ_TIMEOUT = 60.0  # seconds without a byte from an HTTP server
 CHUNK = 1 << 18
@@ -110,10 +109,8 @@ def open_source(path: str) -> Iterator[tuple[Any, int | None]]:
         with open_pipe(path.removeprefix("pipe:")) as output:
             yield output, None
     elif path.startswith(("http://", "https://")):
-        # Not by fsspec, which requests ranges that some servers lack, and ends every read after five minutes.
-        request = Request(quote(path, safe="%/:=&?~#+!$,;'@()*[]"), headers={"User-Agent": "patternnet-ray"})
         try:
-            with urlopen(request, timeout=READ_TIMEOUT) as response:
+            with open_url(path, READ_TIMEOUT) as response:
                 yield response, response.length
         except TimeoutError as error:
             raise ShardError(f"the server sent no data for {READ_TIMEOUT:g} s") from error

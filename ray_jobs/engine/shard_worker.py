@@ -23,6 +23,7 @@ from ray_jobs.data.shard_reader import Batch, ReaderConfig, ShardReader, ShardTa
 from ray_jobs.engine.ray_session import worker_gpus
 from ray_jobs.io.prefetch import Prefetcher
 from ray_jobs.io.process_pool import ProcessPool
+from ray_jobs.io.refusals import BusyError
 from ray_jobs.models.loading import LoadedModel, TracedModel
 
 MAX_DECODERS = 8  # processes; the thread that reads shards and makes batches cannot feed more
@@ -176,6 +177,19 @@ class BatchStream:
             yield batch
             before = time.monotonic()
 
+    def require_first(self) -> None:
+        """Wait for the first batch.
+
+        Raises:
+            BusyError: If there is none, because the server of the shard refuses requests for now.
+        """
+        before = time.monotonic()
+        error = self.prefetcher.peek()
+        self.waited += time.monotonic() - before
+        if isinstance(error, BusyError):
+            error.begun = False
+            raise error
+
     def close(self) -> None:
         """Stop reading."""
         self.prefetcher.close()
@@ -237,12 +251,16 @@ class ShardWorker(Generic[Task]):
         Args:
             task: The task.
             following: The task that is likely to come next. Its batches are decoded as soon as those of `task` are.
+
+        Raises:
+            BusyError: If the server of the shard refuses requests for now. The worker's earlier work is kept.
         """
         begun = self.following
         if begun is None or begun[0] != task or begun[1].prefetcher.failed:  # a failed shard may be fixed by now
             self.close(wait=0)  # the thread may hang in a read
             begun = task, self.start_stream(self.reader(task))
         (_, stream), self.following = begun, None
+        stream.require_first()
         if following is not None:
             self.following = following, self.start_stream(self.reader(following), stream.prefetcher.exhausted)
         return stream

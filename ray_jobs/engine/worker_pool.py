@@ -4,18 +4,21 @@ An item is done only when its work is committed. If a worker is lost, its uncomm
 own restarts and retries are off, because they would repeat a method on an actor whose state is gone.
 """
 
+import random
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from ray.exceptions import RayTaskError
 
 from ray_jobs.config.timing import PRODUCTION, Timing
 from ray_jobs.engine import worker_backends
+from ray_jobs.engine.pool_job import Job
 from ray_jobs.engine.worker_backends import Backend, unwrap
 
+JITTER = 0.25  # largest random addition to the delay after a busy server refused an item, as a fraction of it
 MAX_TROUBLES = 3  # consecutive failures to start a worker, or to commit, after which the pool gives up
 STARTING = ("describe", "prepare")
 
@@ -35,57 +38,6 @@ class PoolError(RuntimeError):
 LOST = (*worker_backends.LOST, StalledError)  # errors of a worker, not of the method that it ran
 
 
-class Job(Protocol):
-    """What the pool works on. The pool calls the `on_` methods when something happens.
-
-    Attributes:
-        max_loss: Seconds of work that a worker may hold uncommitted. None: an item is committed when it is done.
-        stall_timeout: Seconds without a report after which a worker is replaced.
-        item_timeout: Seconds for one item after which a worker is replaced, although it reports.
-        attempts: Attempts at an item before it is given up.
-        bad_input: Type of the errors of an item that leave the worker usable. The worker drops its uncommitted work.
-    """
-
-    max_loss: float | None
-    stall_timeout: float
-    item_timeout: float
-    attempts: int
-    bad_input: type[Exception]
-
-    def wanted_workers(self) -> int:
-        """Return how many workers the pool should have now."""
-
-    def make_task(self, item: str) -> Any:
-        """Return the task that a worker gets for an item."""
-
-    def must_leave(self, worker: Any) -> bool:
-        """Return whether a worker must leave its node; `worker` is its description."""
-
-    def on_ready(self, worker: Any) -> None:
-        """A worker is prepared; `worker` is its description, here and below."""
-
-    def on_removed(self, worker: Any, error: Exception | None) -> None:
-        """A worker that was ready is gone: it was lost by an error, or (None) left its node."""
-
-    def on_assigned(self, item: str, worker: Any) -> None:
-        """A worker begins with an item."""
-
-    def on_progress(self, item: str, report: Any) -> None:
-        """A worker reported progress with an item."""
-
-    def on_done(self, item: str, report: Any) -> None:
-        """A worker finished an item with this last report; the work may still be lost."""
-
-    def on_failed(self, item: str, error: Exception) -> None:
-        """An attempt at an item failed."""
-
-    def on_lost(self, items: list[str]) -> None:
-        """Uncommitted items are lost and will be done again."""
-
-    def on_committed(self, items: list[str], result: Any) -> None:
-        """Items are done for good; `result` is what `commit`, or `work` if `max_loss` is None, returned."""
-
-
 @dataclass(eq=False)
 class Worker:
     """A worker's state. Times are monotonic.
@@ -94,6 +46,7 @@ class Worker:
         handle: The backend's handle.
         commit_cost: Seconds that its last commit took.
         description: What its `describe` returned.
+        placed: When `describe` returned, so that the worker had its place.
         method: The method that it runs now, or ran last.
         item: The item that it works on.
         promised: The item that it will get next and may already read, unless another worker has nothing else to do.
@@ -102,11 +55,13 @@ class Worker:
         answered: When the current call last gave an answer.
         uncommitted: Items that it has done and not committed.
         uncommitted_since: When the work on the first of these began.
+        resting_until: When it may get its next item, because a server refused its last one.
     """
 
     handle: Any
     commit_cost: float
     description: Any = None
+    placed: float = 0.0
     method: str = "describe"
     item: str | None = None
     promised: str | None = None
@@ -115,6 +70,7 @@ class Worker:
     answered: float = 0.0
     uncommitted: list[str] = field(default_factory=list)
     uncommitted_since: float = 0.0
+    resting_until: float = 0.0
 
     @property
     def starting(self) -> bool:
@@ -181,6 +137,8 @@ class _Pool:
         self.calls: dict[Any, Worker] = {}  # pending calls
         self.idle: list[Worker] = []
         self.attempts: Counter[str] = Counter()
+        self.put_offs: Counter[str] = Counter()  # failures that are no attempts, because a server was busy
+        self.waited: Counter[str] = Counter()  # seconds of the pauses after these
         self.promised: set[str | None] = set()
         self.suspects: set[str | None] = set()  # items that a lost worker had, together with others
         self.troubles: Counter[str] = Counter()  # consecutive failures, by what failed
@@ -200,6 +158,7 @@ class _Pool:
         finally:
             calling = set(map(id, self.calls.values()))
             for worker in self.workers:
+                self.note_release(worker)
                 end = self.backend.kill if id(worker) in calling else self.backend.release
                 end(worker.handle)
         if self.error is not None:
@@ -244,7 +203,12 @@ class _Pool:
         return overdue or item is None or self.is_risky(item) or self.stopping()
 
     def choose_item(self, worker: Worker) -> str | None:
-        """Return the next item of a worker: its promised one, else one that is promised to no worker, else any."""
+        """Return the next item of a worker: its promised one, else one that is promised to no worker, else any.
+
+        None if no item is left, or the worker rests.
+        """
+        if time.monotonic() < worker.resting_until:
+            return None
         if worker.promised in self.queue:
             return worker.promised
         return next((i for i in self.queue if i not in self.promised), next(iter(self.queue), None))
@@ -319,7 +283,7 @@ class _Pool:
     def finish(self, worker: Worker, result: Any) -> None:
         """Process the result of a call that has succeeded."""
         if worker.method == "describe":
-            worker.description = result
+            worker.description, worker.placed = result, time.monotonic()
             self.call(worker, "prepare")
             return
         if worker.method == "prepare":
@@ -343,6 +307,9 @@ class _Pool:
 
     def fail(self, worker: Worker, error: Exception) -> None:
         """Process a failed call: uncommitted items return to the queue, and the worker's item is tried again later."""
+        if worker.item is not None and isinstance(error, self.job.busy) and not getattr(error, "begun", True):
+            self.put_off(worker, error)
+            return
         certain = self.is_certain(worker, error)
         for done in worker.uncommitted:
             self.queue[done] = None
@@ -367,10 +334,22 @@ class _Pool:
             if not worker.starting:
                 self.job.on_removed(worker.description, error)
 
+    def put_off(self, worker: Worker, error: Exception) -> None:
+        """Try an item again later that its worker has not begun; the worker rests until then, and loses nothing."""
+        item, worker.item = str(worker.item), None
+        self.job.on_failed(item, error)
+        worker.resting_until = self.retry(item, True, error)
+        self.idle.append(worker)
+
     def remove(self, worker: Worker) -> None:
         self.promise(worker, None)
         self.workers.remove(worker)
+        self.note_release(worker)
         self.backend.kill(worker.handle)
+
+    def note_release(self, worker: Worker) -> None:
+        if worker.description is not None:
+            self.job.on_released(worker.description, time.monotonic() - worker.placed)
 
     def is_certain(self, worker: Worker, error: Exception) -> bool:
         """Return whether it is certain that a worker failed because of its item.
@@ -385,11 +364,24 @@ class _Pool:
         self.suspects |= {worker.item, worker.promised}
         return worker.promised is None
 
-    def retry(self, item: str, certain: bool, error: Exception) -> None:
-        """Try an item again later, or give it up. Only failures that are certainly its own count as attempts."""
+    def retry(self, item: str, certain: bool, error: Exception) -> float:
+        """Try an item again later, or give it up, and return when.
+
+        Only failures that are certainly its own count as attempts. A server that asks for fewer requests is asked again
+        for `Timing.max_waited` seconds before that counts. It is not asked earlier than it allows, and by no two
+        workers at once.
+        """
+        now, pause, jitter = time.monotonic(), 0.0, 0.0
+        if isinstance(error, self.job.busy):
+            pause, jitter = getattr(error, "retry_after", 0.0), random.uniform(0, JITTER)
+            if getattr(error, "slow_down", False) and self.waited[item] < self.timing.max_waited:
+                certain, self.put_offs[item] = False, self.put_offs[item] + 1
         self.attempts[item] += certain
-        if self.attempts[item] < self.job.attempts:
-            delay = self.timing.back_off * 2 ** self.attempts[item]
-            self.retries.append((time.monotonic() + delay, item))
-        else:
+        if self.attempts[item] >= self.job.attempts:
             self.failed[item] = error
+            return now
+        growing = self.timing.back_off * 2 ** (self.attempts[item] + self.put_offs[item])
+        delay = min(max(growing, pause), max(self.timing.max_pause, self.timing.back_off)) * (1 + jitter)
+        self.waited[item] += delay
+        self.retries.append((now + delay, item))
+        return now + delay

@@ -13,6 +13,7 @@ import fsspec
 from fsspec.registry import known_implementations, registry
 
 from patterns import UserError
+from ray_jobs.io.refusals import BusyError, find_refusal, find_status, iterate_causes
 
 ANSWER_TIMEOUT = 45.0  # seconds for a small request
 MAX_MESSAGE = 300  # characters of a file system's message
@@ -89,7 +90,7 @@ def to_user_error(error: Exception, where: str, action: str = "read", remedy: st
         remedy: The remedy for errors of no known type.
 
     Returns:
-        The error; a MissingError if a file does not exist.
+        The error; a MissingError if a file does not exist, a BusyError if a server refuses requests for now.
     """
     chain = list(iterate_causes(error))
     names = {base.__name__ for each in chain for base in type(each).__mro__}
@@ -103,7 +104,11 @@ def to_user_error(error: Exception, where: str, action: str = "read", remedy: st
     if "unknown protocol" in names or has_unknown_scheme(where):
         what = f"no file system is known for {parse_scheme(where)}://"
         return UserError(where, what, "Use a path, or a URL such as s3://, gs://, az://, hf:// or https://.")
-    if names & NO_CREDENTIALS or (isinstance(error, PermissionError) and "://" in where):
+    if refusal := find_refusal(error):
+        what = f"{reason[:-1]}: the server {'asks for fewer requests' if refusal[0] else 'failed'})"
+        return BusyError.of(where, what, f"Wait, {RESUME}.", *refusal)
+    denied = any(find_status(each) in (401, 403) for each in chain)
+    if names & NO_CREDENTIALS or denied or (isinstance(error, PermissionError) and "://" in where):
         credentials = "Set the store's credentials in the environment of the driver and the workers (see docs/data.md)."
         return UserError(where, reason, credentials)
     if isinstance(error, FileNotFoundError) and not names & (NO_ANSWER - {"URLError"}) and action == "read":
@@ -124,15 +129,6 @@ def to_user_error(error: Exception, where: str, action: str = "read", remedy: st
     if number in NO_PATH:
         return UserError(where, reason, remedy or "Check the path, or choose another.")
     return UserError(where, reason, remedy or f"Check the path or URL and its server, {RESUME}.")
-
-
-def iterate_causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an exception and its causes, the outermost first."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        yield error
-        error = error.__cause__
 
 
 def format_message(error: BaseException) -> str:

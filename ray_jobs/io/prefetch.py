@@ -47,16 +47,27 @@ class Prefetcher(Generic[T]):
         """
         self.exhausted, self.failed = threading.Event(), False
         self._ready: Queue[tuple[bool, Any]] = Queue(count)
+        self._first: tuple[bool, Any] | None = None  # taken from the queue by `peek`
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._produce, args=(items, after), daemon=True)
         self._thread.start()
 
     def __iter__(self) -> Iterator[T]:
         """Yield the items; raise the exception that ended them, if any."""
-        while (entry := self._ready.get())[0]:
-            yield entry[1]
-        if entry[1] is not None:
-            raise entry[1]
+        while True:
+            entry, self._first = self._first or self._ready.get(), None
+            if entry[0]:
+                yield entry[1]
+            elif entry[1] is not None:
+                raise entry[1]
+            else:
+                return
+
+    def peek(self) -> BaseException | None:
+        """Wait for the first item, which stays to be yielded, and return the exception that came instead of it."""
+        if self._first is None:
+            self._first = self._ready.get()
+        return None if self._first[0] else self._first[1]
 
     @property
     def ready(self) -> bool:

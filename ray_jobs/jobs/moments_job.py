@@ -121,8 +121,8 @@ class MomentsWorker(ShardWorker[MomentsTask]):
         """
         self.round = task.round
         skipped: frozenset[str] = frozenset()
+        stream = self.open_stream(task, following)  # may raise BusyError, which keeps the moments
         try:
-            stream = self.open_stream(task, following)
             while True:
                 try:
                     samples = yield from self.observe(task.shard, stream)

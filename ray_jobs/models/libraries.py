@@ -9,6 +9,7 @@ from torch import nn
 
 from patterns import UserError
 from ray_jobs.config import CROP_MODES, INTERPOLATIONS, Preprocessing
+from ray_jobs.io.extras import import_extra
 from ray_jobs.units import format_first_line
 
 
@@ -90,12 +91,7 @@ def load_timm_model(name: str, own_weights: bool) -> tuple[nn.Module, Preprocess
         UserError: If timm is not installed, has no such model, or its weights or preprocessing cannot be used.
     """
     spec = f"timm:{name}"
-    try:
-        import timm
-    except ImportError as error:
-        raise UserError(
-            f"--model {spec}", "timm is not installed", "Run pip install 'patternnet-ray[timm]'."
-        ) from error
+    timm = import_extra("timm", "timm", where=f"--model {spec}")
     if name.startswith("timm/"):  # the Hub's name of a model in timm's registry
         name = name.removeprefix("timm/")
     if not set(name) & set(":/") and not timm.is_model(name):  # timm reports errors in other names itself
@@ -104,7 +100,7 @@ def load_timm_model(name: str, own_weights: bool) -> tuple[nn.Module, Preprocess
         model = timm.create_model(name, pretrained=own_weights)
     except Exception as error:  # a download, an unknown tag, a model without weights: timm raises many types
         raise unavailable_error(f"timm cannot create {name!r}", error) from error
-    return model, convert_timm_config(timm.data.resolve_model_data_config(model), spec)  # type: ignore[attr-defined]
+    return model, convert_timm_config(timm.data.resolve_model_data_config(model), spec)
 
 
 def convert_timm_config(config: Mapping[str, Any], spec: str) -> Preprocessing:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.export.graph_signature import InputKind
 
 from patterns import UserError
+from ray_jobs.io.extras import import_extra
 from ray_jobs.io.object_store import read_option_file
 from ray_jobs.units import format_first_line
 
@@ -89,11 +90,7 @@ def load_onnx(content: bytes, place: str) -> tuple[nn.Module, tuple[int, ...]]:
         content: The file.
         place: The file in messages.
     """
-    try:
-        import onnx
-        import onnx2torch
-    except ImportError as error:
-        raise UserError(place, "onnx2torch is not installed", "Run pip install 'patternnet-ray[onnx]'.") from error
+    onnx, onnx2torch = (import_extra("onnx", package, where=place) for package in ("onnx", "onnx2torch"))
     try:
         model = onnx.load_model_from_string(content)
     except Exception as error:  # protobuf raises many types

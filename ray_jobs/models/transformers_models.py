@@ -10,6 +10,7 @@ from torch import nn
 
 from patterns import UserError
 from ray_jobs.config import Preprocessing
+from ray_jobs.io.extras import import_extra
 from ray_jobs.models.libraries import unavailable_error, unsupported_error
 
 RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}  # numbers of Pillow
@@ -84,12 +85,7 @@ def list_transformers_classes(name: str) -> list[str]:
 
 def import_transformers(name: str) -> Any:
     """Import transformers, which takes seconds. Raise UserError if it is not installed."""
-    try:
-        import transformers
-    except ImportError as error:
-        where, remedy = f"--model transformers:{name}", "Run pip install 'patternnet-ray[transformers]'."
-        raise UserError(where, "transformers is not installed", remedy) from error
-    return transformers
+    return import_extra("transformers", "transformers", where=f"--model transformers:{name}")
 
 
 def convert_image_processor(config: Mapping[str, Any], spec: str) -> Preprocessing:

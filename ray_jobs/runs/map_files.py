@@ -16,11 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from webdataset import TarWriter
 
-from patterns import UserError
 from patterns.attribution import encode_png, render_map
 from patterns.io import temporary_path
 from ray_jobs.config import OUTPUTS
 from ray_jobs.data.shard_specs import name_outputs
+from ray_jobs.io.extras import import_extra
 from ray_jobs.io.object_store import Location, locate
 from ray_jobs.io.prefetch import map_in_order
 
@@ -255,17 +255,8 @@ def open_zarr(path: Path) -> Iterator[Writer]:
 
 
 def import_zarr() -> Any:
-    """Return the package zarr.
-
-    Raises:
-        UserError: If it is not installed.
-    """
-    try:
-        import zarr
-    except ImportError as error:
-        remedy = "Run pip install 'patternnet-ray[zarr]'."
-        raise UserError("", "zarr is not installed", remedy, "outputs") from error
-    return zarr
+    """Return the package zarr. UserError if it is not installed."""
+    return import_extra("zarr", "zarr", parameter="outputs")
 
 
 def estimate_bytes_per_sample(shapes: Mapping[str, Sequence[int]], outputs: Sequence[str]) -> dict[str, int]:

@@ -11,6 +11,12 @@ class BadItemError(Exception):
     """An error that the user can fix."""
 
 
+class BusyServerError(BadItemError):
+    """Like BusyError of ray_jobs.io.refusals: the server asks for a pause before the item is begun."""
+
+    begun, slow_down, retry_after = False, True, 3.0
+
+
 class Actor:
     """Does what the name of an item says, and counts attempts in files.
 
@@ -46,6 +52,8 @@ class Actor:
         attempt = len(list(self.folder.glob(f"{item}@*")))
         (self.folder / f"{item}@{attempt}").touch()
         kind, _, number = item.partition("-")
+        if kind == "busy" and (number == "always" or attempt < int(number)):
+            raise BusyServerError(f"{item} is refused")
         yield 1
         fails = number == "always" or attempt == 0
         if kind == "bad" and fails:

@@ -12,7 +12,7 @@ from ray_jobs.config.timing import Timing
 from ray_jobs.engine import worker_pool
 from ray_jobs.engine.worker_backends import Backend, LocalBackend, RayBackend
 from ray_jobs.engine.worker_pool import Outcome
-from tests.ray_jobs.failing import Actor, BadItemError
+from tests.ray_jobs.failing import Actor, BadItemError, BusyServerError
 
 FAST = Timing(poll=0.05, back_off=0.01)
 WORKER = tuple[int, int]
@@ -37,6 +37,7 @@ class Recorder:
     """A job that records the calls of its pool."""
 
     bad_input: type[Exception] = BadItemError
+    busy: type[Exception] = BusyServerError
 
     def __init__(self, max_loss: float | None = 0.05, attempts: int = 3, stall: float = 1.5, workers: int = 2) -> None:
         self.max_loss, self.attempts, self.stall_timeout, self.workers = max_loss, attempts, stall, workers
@@ -46,6 +47,7 @@ class Recorder:
         self.attempted: list[str] = []
         self.errors: list[str] = []
         self.ready: list[WORKER] = []
+        self.released: list[WORKER] = []
         self.leaving: set[WORKER] = set()
 
     def wanted_workers(self) -> int:
@@ -61,6 +63,10 @@ class Recorder:
         self.ready.append(worker)
 
     def on_removed(self, worker: WORKER, error: Exception | None) -> None: ...
+
+    def on_released(self, worker: WORKER, seconds: float) -> None:
+        assert seconds >= 0
+        self.released.append(worker)
 
     def on_assigned(self, item: str, worker: WORKER) -> None:
         self.attempted.append(item)

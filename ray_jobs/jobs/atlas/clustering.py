@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from patterns import UserError
+from ray_jobs.io.extras import import_extra
 
 COMPONENTS = 64  # principal components in which clusters are found
 SHRINKAGE = 0.1  # of the covariance within clusters toward a multiple of the identity
@@ -30,18 +30,8 @@ SEPARATED = 4.0
 
 
 def import_clustering() -> Any:
-    """Return the package sklearn.
-
-    Raises:
-        UserError: If it is not installed.
-    """
-    try:
-        import sklearn.cluster
-        import sklearn.neighbors
-    except ImportError as error:
-        remedy = "Run pip install 'patternnet-ray[atlas]'."
-        raise UserError("atlas", "scikit-learn is not installed", remedy) from error
-    return sklearn
+    """Return the package sklearn. UserError if it is not installed."""
+    return import_extra("atlas", "sklearn.cluster", "sklearn.neighbors", where="atlas")
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from patterns import UserError
+from ray_jobs.io.extras import import_extra
 from ray_jobs.views.export.huggingface import quote_yaml
 from ray_jobs.views.export.samples import NO_CLASS, Description, ExportedSample, Writer
 
@@ -41,16 +41,6 @@ ANALYSES = f"""\
     - analysis_method: {ANALYSIS}
       sources: [analysis.h5]
 """
-
-
-def import_h5py() -> Any:
-    """Return the package h5py. UserError if it is not installed."""
-    try:
-        import h5py
-    except ImportError as error:
-        remedy = "Run pip install 'patternnet-ray[virelay]'."
-        raise UserError("virelay", "h5py is not installed", remedy, "to") from error
-    return h5py
 
 
 class Array:
@@ -149,7 +139,7 @@ def format_class(number: int, width: int) -> str:
 @contextmanager
 def open_virelay(folder: Path, description: Description) -> Iterator[Writer]:
     """Open a folder with `project.yaml` and the files that it names."""
-    h5py = import_h5py()
+    h5py = import_extra("virelay", "h5py", where="virelay", parameter="to")
     with h5py.File(folder / "dataset.h5", "w") as dataset, h5py.File(folder / "attributions.h5", "w") as attributions:
         writer = VirelayWriter(description, dataset, attributions, set(description.names))
         yield writer
