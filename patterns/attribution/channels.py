@@ -5,10 +5,11 @@ The relevance of an operator's output channel is a sum over its spatial position
 - PatternAttribution: Σ r, where r is the backward signal that arrives at the operator's output, before the gate's
   input, which is what the operator distributes to its inputs. The scaling of the pass (`gradient_scaling`) is undone.
 - gradient-x-input: Σ z·∂/∂z, the output times the gradient with respect to it.
+- gradient: Σ ∂/∂z, which is no relevance: how the score changes if all positions of the channel do.
 
-Both are conserved where the method conserves relevance: Σ over channels is then the same for every operator through
-which all paths from the input lead. The other methods have no relevance at hidden units: signals (PatternNet) and
-gradients are no shares of the score, and zennit's passes do not run through the traced network.
+The first two are conserved where the method conserves relevance: Σ over channels is then the same for every operator
+through which all paths from the input lead. The other methods have no relevance at hidden units: signals (PatternNet)
+are no shares of the score, and zennit's passes do not run through the traced network.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -105,8 +106,9 @@ class Capture:
             what, remedy = f"the network has no operator {unknown[0]!r}", f"Choose from {', '.join(known)}."
             raise UserError("", what, remedy, "channels")
         for name, method in methods.items():
-            if self.operators and (method.backward is None or not method.is_attribution):
-                remedy = "Use patternattribution or gradient-x-input, or leave out `channels`."
+            recorded = method.backward is not None and (method.is_attribution or name == "gradient")
+            if self.operators and not recorded:
+                remedy = "Use patternattribution, gradient-x-input or gradient, or leave out `channels`."
                 raise UserError("", f"{name} has no relevance at hidden units", remedy, "channels")
         self._last = list(known)[-1]
         self._times_output = {m.backward: m.times_input for m in methods.values() if m.backward is not None}

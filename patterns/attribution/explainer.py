@@ -59,7 +59,7 @@ class Explainer:
         estimators: Patterns by estimator and operator name, for methods that name an estimator.
         settings: Settings of the methods by `{method}.{setting}`, for example `{"smoothgrad.samples": 50}`.
         channels: Names of operators whose channels' relevance and activation are recorded in the same passes, as
-            `Explanation.channels`. All methods must be `patternattribution` or `gradient-x-input`.
+            `Explanation.channels`. Methods: `patternattribution`, `gradient-x-input` and `gradient`.
 
     Raises:
         UserError: If a method, setting or operator is unknown, a pattern is missing or has the wrong shape, the scales

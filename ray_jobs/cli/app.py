@@ -17,6 +17,7 @@ import typer
 from patterns import UserError
 from ray_jobs.cli.arguments import echo
 from ray_jobs.cli.atlas import atlas
+from ray_jobs.cli.concepts import concepts
 from ray_jobs.cli.degrade import degrade
 from ray_jobs.cli.demo import demo
 from ray_jobs.cli.doctor import doctor
@@ -49,7 +50,7 @@ WITHOUT_OPTIONS: list[list[str]] = [[], ["--help"], ["--version"]]  # command li
 COMMANDS = {
     each.name: each
     for each in (
-        *(demo, fit, quality, explain, degrade, evaluate, atlas, reproduce),
+        *(demo, fit, quality, explain, degrade, evaluate, atlas, concepts, reproduce),
         *(pack, plan, merge, status, solve, grid, report, select, export, export_model, show, doctor, submit),
     )
 }

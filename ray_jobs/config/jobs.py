@@ -283,6 +283,21 @@ class AtlasConfig(TargetConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ConceptsConfig(TargetConfig):
+    """How sensitive the scores of classes are to the concepts of the run `patterns`; see `ray_jobs.jobs.concepts`."""
+
+    methods: tuple[str, ...] = ("gradient",)  # no option, as the next three
+    estimator: tuple[str, ...] = ("default",)
+    preset: str | None = None
+    settings: tuple[tuple[str, float], ...] = ()
+    target: str = same(
+        TargetConfig,
+        "target",
+        help="Class whose score is differentiated: predicted, label, or a class by number or name.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class DegradeConfig(MethodsConfig):
     """The degradation of every image of some shards, patch after patch, in the order of each method's map."""
 

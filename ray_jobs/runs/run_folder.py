@@ -22,7 +22,7 @@ from ray_jobs.units import find_version, make_printable
 
 FORMAT = 1
 PROGRESS = "progress.json"
-JOBS = ("fit", "quality", "explain", "degrade", "evaluate", "atlas")
+JOBS = ("fit", "quality", "explain", "degrade", "evaluate", "atlas", "concepts")
 Config = FitConfig | QualityConfig | MethodsConfig
 LIBRARIES = ("patternnet-ray", "torch", "torchvision", "ray", "webdataset", "zennit", "pyarrow", "safetensors")
 REJECTED = pa.schema([(name, pa.string()) for name in ("shard", "key", "stage", "reason")])

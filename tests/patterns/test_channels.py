@@ -189,7 +189,7 @@ def test_default_operators_are_the_last_of_each_resolution() -> None:
     assert list_last_of_resolutions(trace(make_model(True), draw_images(2))) == ("twice", "down", "hidden")
 
 
-@pytest.mark.parametrize("method", ["gradient", "patternnet", "guided-backprop", "lrp-z", "smoothgrad"])
+@pytest.mark.parametrize("method", ["patternnet", "guided-backprop", "lrp-z", "smoothgrad"])
 def test_methods_without_relevance_at_hidden_units_are_an_error(method: str) -> None:
     network, patterns = trace(make_model(True), draw_images(2)), draw_patterns(make_model(True))
     with pytest.raises(UserError) as caught:

@@ -6,6 +6,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import save_file
 
@@ -60,6 +62,7 @@ CASES: dict[str, list[list[str]]] = {
         ]
     ],
     "atlas": [["--patterns", f"{URL}/run", "--shards", "SHARD0", "--out", f"{URL}/ten", *ALONE]],
+    "concepts": [["--patterns", f"{URL}/run", "--shards", "SHARD0", "--out", f"{URL}/twelve", *ALONE]],
     "select": [[f"{URL}/run", "class >= 0", "--out", "chosen"], ["RUN", "class >= 0", "--out", BELOW]],
     "export": [[f"{URL}/run", "--to", "coco", "--out", "eleven"], ["RUN", "--to", "coco", "--out", BELOW]],
     "export-model": [[f"{URL}/run", "--to", "e.pt2"], ["RUN", "--to", f"{BELOW}.pt2"]],
@@ -89,7 +92,9 @@ def test_every_command_is_tested() -> None:
 def folder(model_spec: str, shards: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with two finished fits and explanations."""
     folder = tmp_path_factory.mktemp("walk")
-    common = ["--model", model_spec, "--workers", "0", *OPTIONS]
+    keys = [f"s{shard:03d}-{number}" for shard in range(2) for number in range(6)]
+    pq.write_table(pa.table({"key": keys, "even": [True, False] * 6}), folder / "labels.parquet")
+    common = ["--model", model_spec, "--workers", "0", "--concepts", str(folder / "labels.parquet"), *OPTIONS]
     assert exit_status(["fit", *common, "--shards", shards[0], "--out", str(folder / "run")]) == 0
     assert exit_status(["fit", *common, "--shards", shards[1], "--out", str(folder / "run2")]) == 0
     explain = ["explain", "--patterns", str(folder / "run"), "--shards", shards[0], "--workers", "0"]
