@@ -58,11 +58,13 @@ class Sample:
         key: The key, unique within the shard.
         files: The bytes of each file by its extension in lower case.
         rejection: Why the sample must not be used; None if it may be.
+        reference: The URL or path of its image, which is not fetched yet; None if there is none.
     """
 
     key: str
     files: dict[str, bytes] = field(default_factory=dict)
     rejection: str | None = None
+    reference: str | None = None
 
     @classmethod
     def of(cls, sample: Mapping[str, Any]) -> "Sample":

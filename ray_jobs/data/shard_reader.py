@@ -16,6 +16,7 @@ from ray_jobs.data.annotations import parse_boxes, parse_label, parse_mask
 from ray_jobs.data.byte_streams import open_seekable
 from ray_jobs.data.decoders import Decode
 from ray_jobs.data.image_decoding import decode_input, normalize_batch
+from ray_jobs.data.references import fetch_references, split_shard
 from ray_jobs.data.samples import REPLACE, Box, RejectedSample, Sample, SampleError, reject, reject_duplicates
 from ray_jobs.data.tar_reader import verified_tar
 from ray_jobs.io.file_systems import translate_errors
@@ -48,12 +49,19 @@ Decoded = tuple[str, Tensor, int | None, list[Box] | None, Tensor | None]
 def read_shard(shard: str) -> Generator[Sample, None, None]:
     """Yield the samples of a shard in order, in bounded memory; samples that cannot be used have a `rejection`.
 
+    Images that the shard names by URLs or paths are fetched ahead.
+
     Args:
         shard: The shard. All keys that are yielded are different.
 
     Raises:
         UserError: If the shard is incomplete, damaged or empty; another attempt may succeed.
     """
+    return fetch_references(list_samples(shard), split_shard(shard)[1])
+
+
+def list_samples(shard: str) -> Generator[Sample, None, None]:
+    """Yield the samples of a shard like `read_shard`, but do not fetch the images that they name."""
     with translate_errors(shard, remedy=REPLACE):
         empty = True
         for sample in DataPipeline(SimpleShardList([shard]), read_raw_samples, reject_duplicates):
@@ -71,8 +79,9 @@ def read_raw_samples(sources: Iterable[Mapping[str, str]]) -> Iterator[Sample]:
         if match := image_folders.SHARD.fullmatch(shard):
             yield from image_folders.read_samples(match)
         elif parquet_reader.is_parquet(shard):
-            with open_seekable(shard) as file:
-                yield from parquet_reader.read_samples(file)
+            path, column = split_shard(shard)
+            with open_seekable(path) as file:
+                yield from parquet_reader.read_samples(file, column.name if column else None)
         else:
             yield from map(Sample.of, verified_tar([source]))
 
@@ -147,9 +156,10 @@ class ShardReader:
     def __iter__(self) -> Iterator[Batch]:
         """Yield the batches."""
         stages = (
-            partial(read_shard, self.shard),
+            partial(list_samples, self.shard),
             webdataset.slice(self.max_samples),
             self.select,
+            partial(fetch_references, column=split_shard(self.shard)[1]),
             partial(map_in_order, self.decode, threads=self.config.threads),
             self.leave_out_rejected,
             batched(self.config.batch_size, self.make_batch),

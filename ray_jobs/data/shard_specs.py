@@ -19,6 +19,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 from zlib import crc32
@@ -29,8 +30,11 @@ from patterns import UserError
 from ray_jobs.data import hf_datasets
 from ray_jobs.data.byte_streams import open_stream
 from ray_jobs.data.image_folders import scan_folder
+from ray_jobs.data.parquet_reader import is_parquet
+from ray_jobs.data.references import name_column, split_shard
 from ray_jobs.io.file_systems import is_url, open_file_system, translate_errors
-from ray_jobs.io.object_store import Location, normalize_location
+from ray_jobs.io.object_store import Location, locate, normalize_location
+from ray_jobs.io.web import PATIENCE, call_patiently
 
 PIPE = "pipe:"
 EXTENSIONS = r"(\.tar|\.tgz|\.parquet|\.pq)?(\.(gz|bz2|xz|zst))?$"
@@ -38,7 +42,9 @@ MAX_NAME = 200
 WILDCARDS = "*?["
 
 
-def list_shards(specs: Iterable[str], allow_pipes: bool = False) -> tuple[str, ...]:
+def list_shards(
+    specs: Iterable[str], allow_pipes: bool = False, image_column: str | None = None, image_base: str | None = None
+) -> tuple[str, ...]:
     """Return the shards of some specs, in order.
 
     Local paths become absolute, because workers run in other folders. A URL without wildcards is not checked; if it
@@ -47,9 +53,12 @@ def list_shards(specs: Iterable[str], allow_pipes: bool = False) -> tuple[str, .
     Args:
         specs: The specs (see the table above).
         allow_pipes: Whether a spec may be `pipe:COMMAND`, which runs a shell command.
+        image_column: The column of Parquet files that holds the images, or their URLs or paths.
+        image_base: The folder or URL of relative paths in this column; None: that of each Parquet file.
 
     Raises:
-        UserError: If there are no shards, a shard is missing, empty or listed twice, or a pipe is not allowed.
+        UserError: If there are no shards, a shard is missing, empty or listed twice, or a pipe is not allowed; if a
+            column of images is named and a shard is no Parquet file.
     """
     shards: list[str] = []
     for spec in specs:
@@ -62,7 +71,16 @@ def list_shards(specs: Iterable[str], allow_pipes: bool = False) -> tuple[str, .
     if len(set(shards)) < len(shards):
         repeated = next(s for s in shards if shards.count(s) > 1)
         raise UserError(f"--shards {repeated}", "this shard is listed twice", "List each shard once.")
-    return tuple(shards)
+    if image_column is None:
+        if image_base is not None:
+            what = "a base of images, but no column names them"
+            raise UserError("", what, "Name the column by `image_column`.", "image_base")
+        return tuple(shards)
+    other = next((shard for shard in shards if not is_parquet(shard)), None)
+    if other is not None:
+        raise UserError(other, "not a Parquet file, so it has no columns", "Leave out `image_column`.", "image_column")
+    base = None if image_base is None else str(locate(image_base))
+    return tuple(name_column(shard, image_column, base) for shard in shards)
 
 
 def read_list(spec: str) -> Iterator[str]:
@@ -72,8 +90,13 @@ def read_list(spec: str) -> Iterator[str]:
         return
     path = normalize_location(spec[1:])
     path = path if is_url(path) else str(Path(path).absolute())
-    with translate_errors(path, remedy="Check --shards; @FILE is a list of shards."), open_stream(path) as file:
-        lines = file.read().decode("utf-8-sig").splitlines()
+
+    def read_lines() -> list[str]:
+        with open_stream(path) as file:
+            return file.read().decode("utf-8-sig").splitlines()
+
+    with translate_errors(path, remedy="Check --shards; @FILE is a list of shards."):
+        lines = call_patiently(read_lines, PATIENCE)
     for line in lines:
         entry = line.partition(" #")[0].strip()
         if entry and not entry.startswith("#"):
@@ -117,7 +140,7 @@ def match_urls(spec: str) -> Iterator[str]:
             continue
         with translate_errors(url, remedy="Check --shards. If the server cannot list folders, pass each shard."):
             filesystem, path = open_file_system(url)
-            entries = filesystem.glob(path, detail=True).items()
+            entries = call_patiently(partial(filesystem.glob, path, detail=True), PATIENCE).items()
             found = sorted(filesystem.unstrip_protocol(p) + "/" * (e["type"] == "directory") for p, e in entries)
         if not found:
             raise no_match_error(url)
@@ -187,7 +210,7 @@ def name_outputs(shards: Sequence[str]) -> dict[str, str]:
         >>> name_outputs(["/data/a/0.tar", "/data/b/0.tar"])
         {'/data/a/0.tar': 'a/0', '/data/b/0.tar': 'b/0'}
     """
-    paths = [make_shard_path(shard) for shard in shards]
+    paths = [make_shard_path(split_shard(shard)[0]) for shard in shards]
     common = os.path.commonpath([os.path.dirname(path) for path in paths])  # noqa: PTH120 - may be parts of URLs
     names = [re.sub(EXTENSIONS, "", path.removeprefix(common).lstrip("/")) for path in paths]
     taken = Counter(names)

@@ -146,12 +146,13 @@ def why_unreadable(shard: str) -> str:
     """Return the reason why the first sample of a shard cannot be read; empty if it can."""
     from ray_jobs.data.byte_streams import open_stream
     from ray_jobs.data.parquet_reader import is_parquet
+    from ray_jobs.data.references import split_shard
     from ray_jobs.data.shard_reader import read_shard
     from ray_jobs.io.file_systems import is_url
 
     try:
         if is_parquet(shard) and is_url(shard):  # its first sample would need a copy of the whole file
-            with closing(open_stream(shard).__enter__()) as stream:
+            with closing(open_stream(split_shard(shard)[0]).__enter__()) as stream:
                 stream.read(CHUNK)
         else:
             with closing(read_shard(shard)) as samples:

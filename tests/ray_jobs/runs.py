@@ -1,5 +1,6 @@
 """Small fits to run, and a comparison of their patterns."""
 
+import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -36,3 +37,9 @@ def wait_until(holds: Callable[[], object]) -> None:
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+def read_command(page: str, heading: str) -> list[str]:
+    """Return the words after `patternnet` of the first command below a heading of a page of docs/."""
+    text = (Path(__file__).parents[2] / "docs" / page).read_text().partition(f"{heading}\n")[2]
+    return shlex.split(text.partition("```console\n")[2].partition("```")[0].replace("\\\n", ""))[1:]

@@ -1,7 +1,6 @@
 """Datasets of the Hugging Face Hub, by its real client and a server on this machine that limits rates."""
 
 import json
-import shlex
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from ray_jobs.io import web
 from ray_jobs.io.refusals import BusyError
 from tests.conftest import make_shards
 from tests.ray_jobs.hub import COMMIT, TOKEN, Hub, hub_server
+from tests.ray_jobs.runs import OPTIONS, read_command
 
 DATASET = "hf://datasets/org/data"
 
@@ -169,13 +169,11 @@ def test_command_of_the_page_records_the_commit_and_no_token(
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     hub.private, hub.refusals = True, 1
     monkeypatch.chdir(tmp_path)
-    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text().partition("## Hugging Face datasets")[2]
-    words = shlex.split(page.partition("```console\n")[2].partition("```")[0].replace("\\\n", ""))[1:]
+    words = read_command("data.md", "## Hugging Face datasets")
     ours = {"torchvision:resnet50": model_spec, "ILSVRC/imagenet-1k": "org/data", "data/train-*": "data/train/*"}
     for theirs, own in ours.items():
         words = [word.replace(theirs, own) for word in words]
-    options = "--image-size 16 --resize 16 --mean 0.5,0.5,0.5 --std 0.5,0.5,0.5 --batch-size 2 --workers 0 --retries 0"
-    assert exit_status([*words, *options.split()]) == 0
+    assert exit_status([*words, *OPTIONS, "--workers", "0", "--retries", "0"]) == 0
     run = tmp_path / "runs" / "imagenet"
     text = (run / "manifest.json").read_text()
     section = json.loads(text)["fit"]

@@ -10,7 +10,7 @@ from torch import Tensor
 from patterns import UserError
 from patterns.estimation import FEWEST_GROUPS, choose_positions
 from ray_jobs.config import AUTO, FitConfig
-from ray_jobs.data.shard_reader import ShardReader, read_shard
+from ray_jobs.data.shard_reader import ShardReader, list_samples
 from ray_jobs.engine.shard_worker import make_reader_config
 from ray_jobs.jobs.fit.convergence_job import select_criterion_estimators
 from ray_jobs.models.loading import LoadedModel
@@ -69,7 +69,7 @@ def count_images(config: FitConfig) -> int:
     if most < MANY:
         return int(most)
     first = 0
-    with suppress(UserError), closing(read_shard(config.shards[0])) as samples:
+    with suppress(UserError), closing(list_samples(config.shards[0])) as samples:
         first = sum(1 for _ in samples)
     return int(min(first * len(config.shards), most))
 
