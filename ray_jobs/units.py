@@ -117,3 +117,13 @@ def format_quantity(value: float) -> str:
         if abs(value) >= size:
             return f"{value / size:g}{unit}"
     return f"{value:g}"
+
+
+def format_number(value: float) -> str:
+    """Format a number with three significant digits, without an exponent unless it is tiny.
+
+    Example:
+        >>> format_number(1234.6), format_number(0.01234), format_number(0)
+        ('1,235', '0.0123', '0')
+    """
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"

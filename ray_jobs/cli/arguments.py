@@ -1,13 +1,16 @@
 """What several commands make of their options."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray_jobs.cli.typer_options import Given
-from ray_jobs.config import ModelConfig
+from ray_jobs.config import ModelConfig, Resources
 from ray_jobs.config.commands import FittedModel, ShardOptions
 from ray_jobs.io.object_store import locate, require_writable
+
+if TYPE_CHECKING:
+    from ray_jobs.runs.run_folder import Run
 
 
 def fitted_model(patterns: str, given: FittedModel) -> ModelConfig:
@@ -40,7 +43,7 @@ def listed(specs: Iterable[str], reading: ShardOptions) -> tuple[str, ...]:
     """Return the shards that some specs name."""
     from ray_jobs.data.shard_specs import list_shards
 
-    return list_shards(specs, reading.allow_pipes)
+    return list_shards(specs, reading.allow_pipes, reading.image_column, reading.image_base)
 
 
 def absolute(where: str) -> str:
@@ -56,6 +59,17 @@ def output_folder(where: str) -> str:
 def output_file(path: Path | None, run: str, name: str) -> Path:
     """Return an output file's path: by default in the run's folder, or in this directory if the run is at a URL."""
     return path or (locate(run).local or Path()) / name
+
+
+def mirror_report(run: "Run", resources: Resources, job: str, figures: Mapping[str, float] | None = None) -> None:
+    """Attach the report of a run, and figures of a job that its manifest lacks, to the tracker if there is one."""
+    if resources.track is not None:
+        from ray_jobs.engine.tracking import mirror_file
+        from ray_jobs.views.report import write_report
+
+        mirror_file(
+            resources, run, job, lambda file: write_report(file, [str(run.folder)]), "report.html", figures or {}
+        )
 
 
 def echo(text: str) -> None:

@@ -1,6 +1,6 @@
 """`patternnet atlas`: what a model looks at in a dataset, as tables and a page."""
 
-from ray_jobs.cli.arguments import absolute, echo, methods_options, output_file
+from ray_jobs.cli.arguments import absolute, echo, methods_options, mirror_report, output_file
 from ray_jobs.cli.typer_options import Given, command
 from ray_jobs.config import AtlasConfig, Resources
 from ray_jobs.config.commands import AtlasOptions, ClassNames, FittedModel
@@ -23,6 +23,7 @@ def atlas(
     classes = load_target_names(given.target, common["model"].spec, names.classes)
     explanations = given.explanations and absolute(given.explanations)
     run = run_atlas(given.build(**common, classes=classes, explanations=explanations), resources)
+    mirror_report(run, resources, "atlas")
     done = run.manifest()["atlas"]
     echo(
         f"atlas: {done['samples']} samples, {done['refused']} rejected, {done['clusters']} clusters, "

@@ -1,6 +1,6 @@
 """`patternnet degrade`: how fast predictions fall if the most relevant patches are removed."""
 
-from ray_jobs.cli.arguments import echo, methods_options
+from ray_jobs.cli.arguments import echo, methods_options, mirror_report
 from ray_jobs.cli.typer_options import Given, command
 from ray_jobs.config import DegradeConfig, Resources
 from ray_jobs.config.commands import FittedModel, ShardOptions
@@ -19,5 +19,6 @@ def degrade(given: Given[DegradeConfig], model: FittedModel, options: ShardOptio
     run = run_degrade(given.build(**methods_options(given, model, options)), resources)
     for line in format_areas(run):
         echo(line)
+    mirror_report(run, resources, "degrade")
     done = run.manifest()["degrade"]
     echo(f"degrade: {done['samples']} samples, {done['refused']} rejected. Curves: {run.folder / 'degradation.png'}")

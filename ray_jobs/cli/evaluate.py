@@ -5,7 +5,7 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
-from ray_jobs.cli.arguments import echo, methods_options
+from ray_jobs.cli.arguments import echo, methods_options, mirror_report
 from ray_jobs.cli.typer_options import Given, command
 from ray_jobs.config import EvaluateConfig, Resources
 from ray_jobs.config.commands import FittedModel, ShardOptions
@@ -28,6 +28,7 @@ def evaluate(given: Given[EvaluateConfig], model: FittedModel, options: ShardOpt
     for row in rows:
         table.add_row(*row)
     Console(width=None if sys.stdout.isatty() else 200).print(table)
+    mirror_report(run, resources, "evaluate")
     done = run.manifest()["evaluate"]
     for name, reason in done["not_measured"].items():
         echo(f"evaluate: {name} was not measured: {reason}")

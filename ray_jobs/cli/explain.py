@@ -1,6 +1,6 @@
 """`patternnet explain`: shards and patterns → explanations."""
 
-from ray_jobs.cli.arguments import echo, methods_options
+from ray_jobs.cli.arguments import echo, methods_options, mirror_report
 from ray_jobs.cli.typer_options import Given, command
 from ray_jobs.config import ExplainConfig, Resources
 from ray_jobs.config.commands import ClassNames, FittedModel, ShardOptions
@@ -25,5 +25,6 @@ def explain(
     classes = load_target_names(given.target, common["model"].spec, names.classes)
     vector = load_target_vector(given.target)
     run = run_explain(given.build(**common, classes=classes, vector=vector), resources)
+    mirror_report(run, resources, "explain")
     done = run.manifest()["explain"]
     echo(f"explain: {done['samples']} samples, {done['refused']} rejected. Explanations: {run.folder / 'explanations'}")

@@ -1,6 +1,6 @@
 """`patternnet fit`: shards → moments → patterns."""
 
-from ray_jobs.cli.arguments import echo, listed, output_folder
+from ray_jobs.cli.arguments import echo, listed, mirror_report, output_folder
 from ray_jobs.cli.typer_options import Given, command
 from ray_jobs.config import FitConfig, ModelConfig, Resources
 from ray_jobs.config.commands import FitOptions
@@ -21,6 +21,7 @@ def fit(model: ModelConfig, given: Given[FitConfig], options: FitOptions, resour
 
     config = given.build(model=model, shards=listed(given.shards, options), out=output_folder(given.out))
     run = run_fit(config, resources, options.retry_quarantined)
+    mirror_report(run, resources, "fit")
     done = run.manifest()["fit"]
     echo(
         f"fit: {done['samples']} samples of {done['shards']} shards, {done['refused']} rejected "

@@ -1,7 +1,7 @@
 """`patternnet quality`: patterns and other shards → ρ."""
 
 from patterns import UserError
-from ray_jobs.cli.arguments import absolute, echo, fitted_model, listed, output_folder
+from ray_jobs.cli.arguments import absolute, echo, fitted_model, listed, mirror_report, output_folder
 from ray_jobs.cli.typer_options import Given, command
 from ray_jobs.config import QualityConfig, Resources
 from ray_jobs.config.commands import FittedModel, ShardOptions
@@ -28,6 +28,8 @@ def quality(given: Given[QualityConfig], options: ShardOptions, resources: Resou
         out=output_folder(given.out or given.patterns),
     )
     run = measure(config, resources)
-    for name, value in compute_medians(run).items():
+    medians = compute_medians(run)
+    mirror_report(run, resources, "quality", {f"median ρ {name}": value for name, value in medians.items()})
+    for name, value in medians.items():
         echo(f"{name:>24}  median ρ {value:.3f}")
     echo(f"quality: {run.folder / 'quality.parquet'}, drawn in {run.folder / 'quality.png'}")

@@ -12,5 +12,5 @@ def report(options: ReportOptions) -> None:
     from ray_jobs.views.report import write_report
 
     path = output_file(options.out, options.runs[0], "report.html")
-    write_report(path, options.runs, options.samples, options.classes, options.seed)
+    write_report(path, options.runs, options.samples, options.classes, options.seed, options.price)
     echo(f"report: {path}, {format_bytes(path.stat().st_size)}")

@@ -3,6 +3,7 @@
 # ruff: noqa: RUF009 - `option` returns a dataclass field
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from ray_jobs.config.jobs import DegradeConfig, FitConfig, MethodsConfig, QualityConfig, Resources
 from ray_jobs.config.model import ModelConfig
@@ -17,6 +18,12 @@ class ShardOptions:
     """How the shards of a command are read."""
 
     allow_pipes: bool = option(False, "Allow shards of the form pipe:COMMAND.")
+    image_column: str | None = option(
+        None, "Column of Parquet files with the images, or with their URLs or paths (default: the column of bytes)."
+    )
+    image_base: str | None = option(
+        None, "Folder or URL below which the column may name images (default: that of each file).", parse="path"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +99,26 @@ class PackOptions(Validated):
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions(Validated):
-    """Options of `plan`, in addition to the model's."""
+    """Options of `plan`, in addition to the model's. With `shards`, a pilot of a few batches is run."""
+
+    shards: tuple[str, ...] = same(
+        FitConfig,
+        "shards",
+        default=(),
+        help="Shards of the fit: a pilot of a few batches then shows its time, hours, bytes and cost. Repeatable.",
+        required=False,
+    )
+    out: str | None = same(
+        FitConfig,
+        "out",
+        default=None,
+        help="Folder or URL for the files of the pilot, which are deleted: every worker writes it (default: a folder "
+        "of this machine).",
+        required=False,
+    )
+    max_samples: int | None = same(FitConfig, "max_samples")
+    positions: int | Literal["auto"] | None = same(FitConfig, "positions")
+    compile: str | None = same(FitConfig, "compile")
 
     estimators: tuple[str, ...] = same(FitConfig, "estimators")
     preset: str | None = same(
@@ -107,6 +133,13 @@ class RunFolder:
     """The run that a command reads."""
 
     run: str = field(metadata=required("Folder or URL of a run.", argument=True, parse="path"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatusOptions(RunFolder):
+    """Options of `status`."""
+
+    price: str | None = same(Resources, "price", help="Price of the workers (default: what the job was given).")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +185,7 @@ class ReportOptions(Validated, ClassNames):
     out: Path | None = option(None, "HTML file (default: report.html in the first run's folder).", parse="local path")
     samples: int = option(200, "Randomly chosen explained samples of each run.", min=0)
     seed: int = same(ModelConfig, "seed")
+    price: str | None = same(StatusOptions, "price")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,6 +249,11 @@ class SubmitOptions:
     pip: tuple[str, ...] = option((), "Package to install for the job. Repeatable.", repeated=True)
     env: tuple[str, ...] = option(
         (), "Environment variable of the job: NAME=VALUE, or NAME for its value here. Repeatable.", repeated=True
+    )
+    uv: bool = option(
+        True,
+        "Run in the environment of the working directory's uv.lock, if it has one. uv must be installed on every node.",
+        flag="--uv/--no-uv",
     )
     wait: bool = option(True, "Show the log until the job ends.", flag="--wait/--no-wait")
     patience: float = option(3600.0, "Time for which the cluster may fail to answer.", parse=parse_duration)

@@ -5,7 +5,7 @@ from typing import Literal
 
 from ray_jobs.config.model import ModelConfig
 from ray_jobs.config.option import Validated, metadata_of, option, required, same
-from ray_jobs.config.parsing import parse_setting
+from ray_jobs.config.parsing import parse_price, parse_setting, parse_tracker
 from ray_jobs.config.timing import PRODUCTION, Timing
 from ray_jobs.units import parse_bytes, parse_duration, parse_positions
 
@@ -335,6 +335,20 @@ class Resources(Validated):
     )
     log: Literal["plain", "json"] = option(
         "plain", "Format of the log: plain lines, or one JSON object per line.", choices=("plain", "json")
+    )
+    track: str | None = option(
+        None,
+        "Experiment tracker that mirrors options, progress, final figures and the report: mlflow, mlflow:URI, wandb or "
+        "trackio.",
+        parse=parse_tracker,
+        metavar="TRACKER",
+    )
+    price: str | None = option(
+        None,
+        "Price of the workers: 2.5/gpu-hour, 0.3/worker-hour or 0.04/cpu-hour. The manifest, status and report then "
+        "show the cost.",
+        parse=parse_price,
+        metavar="PRICE",
     )
     timing: Timing = PRODUCTION  # no option: for tests
 

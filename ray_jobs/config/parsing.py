@@ -27,3 +27,37 @@ def parse_function(text: str) -> str:
     if not colon or not name.isidentifier() or not place:
         raise ValueError(f"{text!r} names no function; write module:function or file.py:function")
     return f"{Path(place).expanduser().absolute()}:{name}" if place.endswith(".py") else text
+
+
+def parse_tracker(text: str) -> str:
+    """Parse `mlflow`, `mlflow:URI`, `wandb` or `trackio`. ValueError for anything else."""
+    name, colon, uri = text.partition(":")
+    if name not in ("mlflow", "wandb", "trackio") or (colon and (name != "mlflow" or not uri)):
+        raise ValueError(f"{text!r} is no tracker; write mlflow, mlflow:URI, wandb or trackio")
+    return text
+
+
+def split_price(text: str) -> tuple[float, str]:
+    """Return the amount and the unit of a price.
+
+    Raises:
+        ValueError: If the text is no price.
+
+    Example:
+        >>> split_price("2.5/gpu-hour")
+        (2.5, 'gpu-hour')
+    """
+    amount, _, unit = text.partition("/")
+    try:
+        value = float(amount)
+    except ValueError:
+        value = -1.0
+    if unit not in ("gpu-hour", "worker-hour", "cpu-hour") or not 0 <= value < float("inf"):
+        raise ValueError(f"{text!r} is no price; write 2.5/gpu-hour, 0.3/worker-hour or 0.04/cpu-hour")
+    return value, unit
+
+
+def parse_price(text: str) -> str:
+    """Return a price as it is written. ValueError if it is none."""
+    split_price(text)
+    return text

@@ -19,6 +19,7 @@ class Timing:
         node_interval: Time between two queries of the cluster's nodes.
         display_interval: Time between two updates of the progress that people and Prometheus see.
         log_interval: Time between two progress lines of a log.
+        track_interval: Time between two points that an experiment tracker gets.
         slow_shard: Age at which the progress line names a shard.
         report_interval: Time between two reports of a worker about its shard.
         reader_exit: Longest wait for a reading thread before its process ends; a running thread would abort it.
@@ -41,6 +42,7 @@ class Timing:
     node_interval: float = 5.0
     display_interval: float = 0.5
     log_interval: float = 15.0
+    track_interval: float = 15.0
     slow_shard: float = 60.0
     report_interval: float = 3.0
     reader_exit: float = 10.0

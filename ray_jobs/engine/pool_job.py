@@ -38,6 +38,9 @@ class Job(Protocol):
     def on_removed(self, worker: Any, error: Exception | None) -> None:
         """A worker that was ready is gone: it was lost by an error, or (None) left its node."""
 
+    def on_released(self, worker: Any, seconds: float) -> None:
+        """A worker has ended, which had its place for some seconds, ready or not."""
+
     def on_assigned(self, item: str, worker: Any) -> None:
         """A worker begins with an item."""
 

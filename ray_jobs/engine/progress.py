@@ -147,14 +147,10 @@ class ProgressReporter:
             text: The message.
             fields: Further fields of a JSON line, such as `worker` and `shard`.
         """
-        if self.as_json:
-            when = datetime.now(UTC).isoformat(timespec="milliseconds")
-            record = {"time": when, "job": self.name, "run": self.run, **fields, "message": text}
-            print(json.dumps(record), file=self.stream, flush=True)
-        elif self.bar is not None:
+        if self.bar is not None:
             self.bar.console.print(f"{self.name}: {text}", markup=False, highlight=False)
         else:
-            print(f"{self.name}: {text}", file=self.stream, flush=True)
+            write_line(self.stream, self.name, self.run, text, self.as_json, **fields)
 
     def close(self) -> None:
         """Remove the bar and write a last line."""
@@ -171,4 +167,23 @@ class ProgressReporter:
             for w in self.workers.values()
         ]
         shards = {"job": self.name, "shards": self.counts.shards, "of": self.total}
-        return {**shards, "samples": self.counts.samples, "state": self.describe_state(), "workers": workers}
+        counts = {"samples": self.counts.samples, "rejected": self.counts.rejected}
+        return {**shards, **counts, "state": self.describe_state(), "workers": workers}
+
+
+def write_line(stream: TextIO, job: str, run: str, text: str, as_json: bool, **fields: Any) -> None:
+    """Write a line of a job to a log.
+
+    Args:
+        stream: The log.
+        job: Name of the job.
+        run: The run's folder.
+        text: The message.
+        as_json: Whether the line is a JSON object.
+        fields: Further fields of the object.
+    """
+    if as_json:
+        when = datetime.now(UTC).isoformat(timespec="milliseconds")
+        print(json.dumps({"time": when, "job": job, "run": run, **fields, "message": text}), file=stream, flush=True)
+    else:
+        print(f"{job}: {text}", file=stream, flush=True)

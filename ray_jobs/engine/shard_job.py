@@ -19,6 +19,7 @@ from ray_jobs.engine.worker_backends import Backend, LocalBackend, RayBackend
 from ray_jobs.engine.worker_hosts import release_host, start_host
 from ray_jobs.io.refusals import BusyError
 from ray_jobs.runs.lease import Heartbeat
+from ray_jobs.runs.usage import Usage
 
 MIN_JUDGED = 100  # samples after which a running job may end because too many are rejected; its end judges any number
 
@@ -94,6 +95,7 @@ class ShardJob:
         self.active: dict[str, WorkerProgress] = {}  # by shard
         self.options: dict[str, Any] = {}  # of Ray actors
         self.displayed = self.queried = -float("inf")
+        self.working = False  # whether the pool runs
         self.slots, self.draining_nodes = 0, frozenset[str]()
 
     def run(self, worker: type, *arguments: object) -> None:
@@ -115,12 +117,14 @@ class ShardJob:
             def stop() -> bool:
                 return stopped() or bool(self.stop_reason) or self.too_many_rejected()
 
+            self.working = True
             try:
                 backend = self.make_backend(worker, *arguments)
                 outcome = worker_pool.run(self.remaining, self, backend, stop, self.tick, self.timing)
             finally:
                 self.reporter.close()
-                self.heartbeat.progress = self.reporter.snapshot()
+                self.working = False
+                self.heartbeat.progress = self.snapshot()
         self.judge(outcome)
         self.update_gauges()  # nothing is left
 
@@ -209,6 +213,21 @@ class ShardJob:
         self.reporter.log(f"{worker.name} is gone: {reason}", worker=worker.name)
         self.count("lost_workers", error is not None, worker.name)
 
+    def on_released(self, worker: WorkerInfo, seconds: float) -> None:
+        """Count the time that a worker had its place."""
+        self.heartbeat.usage += self.measure_usage(seconds)
+
+    def measure_usage(self, seconds: float) -> Usage:
+        """Return what workers of this job hold in some seconds."""
+        return Usage.of(seconds, self.options.get("num_cpus", 1.0), self.options.get("num_gpus", 0.0))
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return the job's progress, with what it and its workers have used until now."""
+        now = time.monotonic()
+        running = sum(now - worker.since for worker in self.reporter.workers.values()) if self.working else 0.0
+        usage = self.heartbeat.usage + self.measure_usage(running)
+        return {**self.reporter.snapshot(), "usage": usage.to_json()}
+
     def on_assigned(self, item: str, worker: WorkerInfo) -> None:
         """Show that a worker begins with a shard."""
         active = self.active[item] = self.reporter.workers[worker]
@@ -265,6 +284,6 @@ class ShardJob:
         """Update what people and Prometheus see, at most every `Timing.display_interval`: workers report often."""
         if time.monotonic() - self.displayed > self.timing.display_interval:
             self.reporter.tick()
-            self.heartbeat.progress = self.reporter.snapshot()
+            self.heartbeat.progress = self.snapshot()
             self.update_gauges()
             self.displayed = time.monotonic()

@@ -46,6 +46,7 @@ class Worker:
         handle: The backend's handle.
         commit_cost: Seconds that its last commit took.
         description: What its `describe` returned.
+        placed: When `describe` returned, so that the worker had its place.
         method: The method that it runs now, or ran last.
         item: The item that it works on.
         promised: The item that it will get next and may already read, unless another worker has nothing else to do.
@@ -60,6 +61,7 @@ class Worker:
     handle: Any
     commit_cost: float
     description: Any = None
+    placed: float = 0.0
     method: str = "describe"
     item: str | None = None
     promised: str | None = None
@@ -156,6 +158,7 @@ class _Pool:
         finally:
             calling = set(map(id, self.calls.values()))
             for worker in self.workers:
+                self.note_release(worker)
                 end = self.backend.kill if id(worker) in calling else self.backend.release
                 end(worker.handle)
         if self.error is not None:
@@ -280,7 +283,7 @@ class _Pool:
     def finish(self, worker: Worker, result: Any) -> None:
         """Process the result of a call that has succeeded."""
         if worker.method == "describe":
-            worker.description = result
+            worker.description, worker.placed = result, time.monotonic()
             self.call(worker, "prepare")
             return
         if worker.method == "prepare":
@@ -341,7 +344,12 @@ class _Pool:
     def remove(self, worker: Worker) -> None:
         self.promise(worker, None)
         self.workers.remove(worker)
+        self.note_release(worker)
         self.backend.kill(worker.handle)
+
+    def note_release(self, worker: Worker) -> None:
+        if worker.description is not None:
+            self.job.on_released(worker.description, time.monotonic() - worker.placed)
 
     def is_certain(self, worker: Worker, error: Exception) -> bool:
         """Return whether it is certain that a worker failed because of its item.

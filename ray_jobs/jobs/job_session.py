@@ -1,8 +1,9 @@
 """The template of the jobs over shards: load the model, open the run, hold its lease, connect to Ray, record, work."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Self
+from uuid import uuid4
 
 from patterns import UserError
 from ray_jobs.config import Resources
@@ -10,9 +11,12 @@ from ray_jobs.data.selection import load_selection
 from ray_jobs.engine.ray_session import connect
 from ray_jobs.engine.ray_tasks import Tasks
 from ray_jobs.engine.shard_worker import require_gpu_for_mode
+from ray_jobs.engine.trackers import require_tracker
+from ray_jobs.engine.tracking import mirror
 from ray_jobs.models import loading
 from ray_jobs.runs.lease import Heartbeat, hold_lease, remove_leftovers
 from ray_jobs.runs.run_folder import Config, Run
+from ray_jobs.runs.usage import Usage
 
 
 class JobSession:
@@ -80,13 +84,43 @@ class JobSession:
             lease: The name under which progress is shown, if it is not the job's.
             recorded: Entries of the section that are recorded before the work, in addition to the options.
         """
+        if resources.track is not None:
+            require_tracker(resources.track)
+            self.section.setdefault("tracking", uuid4().hex)
+        if resources.price is not None:
+            self.section["price"] = resources.price
+        last = self.run.progress()  # if a driver was killed, the manifest lacks its hours
+        resumed = "usage" in self.section and last.get("job", "").startswith(self.name)
+        earlier = Usage.read(last) if resumed else Usage()
         with hold_run(self.run, lease or self.name, resources) as (self.heartbeat, self.tasks):
             require_gpu_for_mode(compile_mode, resources)
-            self.section |= recorded
+            self.heartbeat.usage = Usage.read(self.section) | earlier
+            self.section |= {**recorded, "usage": self.heartbeat.usage.to_json()}
             self.run.record(self.name, self.section, self.loaded)
-            yield self
+            begun = dict(self.section)
+            try:
+                with mirror(resources, self.run, self.name, self.section, self.read_progress):
+                    yield self
+                    self.section["usage"] = self.heartbeat.usage.to_json()
+            except BaseException:
+                self.record_usage(begun)
+                raise
             self.section["status"] = "complete"
             self.run.record(self.name, self.section, self.loaded)
+
+    def read_progress(self) -> dict[str, Any]:
+        """Return the progress that the driver's heartbeat shows."""
+        return self.heartbeat.progress
+
+    def record_usage(self, begun: dict[str, Any]) -> None:
+        """Record what a job has used that ends early, unless another driver has taken over its run.
+
+        Args:
+            begun: The section as it was when the job began.
+        """
+        with suppress(UserError, OSError):
+            self.heartbeat.require_lease()
+            self.run.record(self.name, begun | {"usage": self.heartbeat.usage.to_json()}, self.loaded)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from patterns.io import write_json
 from ray_jobs.config.timing import PRODUCTION, Timing
 from ray_jobs.io.object_store import publish
 from ray_jobs.runs.run_folder import PROGRESS, Run
+from ray_jobs.runs.usage import Usage
 
 OWN_TOKENS: set[str] = set()  # of the drivers that work in this process
 
@@ -92,12 +93,14 @@ class Heartbeat:
 
     Attributes:
         progress: What to write; the job updates it.
+        usage: What the job has used, with earlier commands.
         stopped: Set to end the thread.
     """
 
     def __init__(self, run: Run, driver: Driver, job: str, timing: Timing = PRODUCTION) -> None:
         self.run, self.driver, self.timing = run, driver, timing
         self.progress: dict[str, Any] = {"job": job}
+        self.usage = Usage()
         self.stopped = threading.Event()
         self.thread = threading.Thread(target=self.write_regularly, daemon=True)
 

@@ -7,10 +7,13 @@ from patterns import UserError
 from ray_jobs.config.timing import PRODUCTION, Timing
 from ray_jobs.runs.lease import Driver, wait_for_heartbeat
 from ray_jobs.runs.run_folder import JOBS, Run
+from ray_jobs.runs.usage import Usage
 from ray_jobs.units import format_duration
 
 
-def status_lines(run: Run, now: float, patience: float = 0.0, timing: Timing = PRODUCTION) -> Iterator[str]:
+def status_lines(
+    run: Run, now: float, patience: float = 0.0, timing: Timing = PRODUCTION, price: str | None = None
+) -> Iterator[str]:
     """Yield lines that describe the jobs of a run and their progress.
 
     Args:
@@ -18,6 +21,7 @@ def status_lines(run: Run, now: float, patience: float = 0.0, timing: Timing = P
         now: The time in seconds since 1970.
         patience: Seconds to wait for a heartbeat if the last one is old, or in the future by this machine's clock.
         timing: Intervals of the heartbeat.
+        price: Price of the workers; None: what the job was given.
 
     Raises:
         UserError: If the folder holds no run.
@@ -28,12 +32,16 @@ def status_lines(run: Run, now: float, patience: float = 0.0, timing: Timing = P
         raise UserError(str(run.folder), "holds no run", "Name the folder that was given to --out.")
     for job in jobs:
         section = manifest[job]
+        used = Usage.read(section)
         if section["status"] == "complete":
             missing = f", {len(section['missing'])} shards missing" if section["missing"] else ""
             yield f"{job}: complete, {section['samples']} samples{missing} ({section['written']})"
         else:
             noted = progress if progress.get("job", "").startswith(job) else {}
             yield from progress_lines(job, section, noted, now, run, patience, timing)
+            used |= Usage.read(noted)
+        if used.worker_hours:
+            yield f"  {used.describe(price or section.get('price'))}"
 
 
 def progress_lines(

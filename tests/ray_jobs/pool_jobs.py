@@ -47,6 +47,7 @@ class Recorder:
         self.attempted: list[str] = []
         self.errors: list[str] = []
         self.ready: list[WORKER] = []
+        self.released: list[WORKER] = []
         self.leaving: set[WORKER] = set()
 
     def wanted_workers(self) -> int:
@@ -62,6 +63,10 @@ class Recorder:
         self.ready.append(worker)
 
     def on_removed(self, worker: WORKER, error: Exception | None) -> None: ...
+
+    def on_released(self, worker: WORKER, seconds: float) -> None:
+        assert seconds >= 0
+        self.released.append(worker)
 
     def on_assigned(self, item: str, worker: WORKER) -> None:
         self.attempted.append(item)

@@ -30,6 +30,7 @@ from ray_jobs.models import loading
 from ray_jobs.runs.ledger import Ledger
 from ray_jobs.runs.moments_store import MomentsStore
 from ray_jobs.runs.run_folder import Run
+from ray_jobs.runs.usage import Usage
 from ray_jobs.units import format_duration
 from ray_jobs.views.status import status_lines
 from tests.conftest import make_shards, write_tar
@@ -288,9 +289,12 @@ def test_fits_with_different_options_or_common_shards_are_not_merged(
 
 def test_status_reads_the_progress_of_a_run_from_its_files_alone(undisturbed: Path, tmp_path: Path) -> None:
     now = time.time()
-    (line,) = status_lines(Run(undisturbed), now)
+    line, used = status_lines(Run(undisturbed), now, price="2/worker-hour")
     assert line.startswith("fit: complete, 72 samples (")
     manifest = json.loads((undisturbed / "manifest.json").read_text())
+    usage = manifest["fit"]["usage"]
+    assert 0 < usage["worker_hours"] == usage["cpu_hours"] < 1
+    assert used == f"  {Usage(**usage).describe('2/worker-hour')}"
     manifest["fit"]["status"] = "begun"
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     progress = json.loads((undisturbed / "progress.json").read_text())
@@ -300,13 +304,14 @@ def test_status_reads_the_progress_of_a_run_from_its_files_alone(undisturbed: Pa
     for ended, silent, last in ((False, 20, None), (False, 90, "stale"), (True, 20, "stopped")):
         note = {**progress, "time": now - silent, "ended": ended, "workers": [worker], "driver": driver}
         (tmp_path / "progress.json").write_text(json.dumps(note))
-        first, work, *more = status_lines(Run(tmp_path), now)
+        first, work, *more, used = status_lines(Run(tmp_path), now)
         assert first.startswith(f"fit: {progress['shards']}/12 shards, ")
         assert work == f"  here/7: 2.5 samples/s, {format_duration(10 + silent)} at x.tar"
         assert [line.split()[0].rstrip(":") for line in more] == [last] * (last is not None)
+        assert "worker-hours" in used
     early = {"job": "fit", "time": now - 90, "driver": driver}  # the driver was killed before it had a worker
     (tmp_path / "progress.json").write_text(json.dumps(early))
-    first, stale = status_lines(Run(tmp_path), now)
+    first, stale, _ = status_lines(Run(tmp_path), now)
     assert first.startswith("fit: started, no shard processed yet")
     assert stale.startswith("  stale: no heartbeat from its driver for")
     with pytest.raises(UserError, match="holds no run"):

@@ -13,6 +13,7 @@ from patterns import UserError
 from ray_jobs.io.object_store import read_table
 from ray_jobs.models.class_names import load_class_names, map_numbers_to_names
 from ray_jobs.runs.run_folder import JOBS, Run
+from ray_jobs.runs.usage import Usage
 from ray_jobs.units import format_duration
 from ray_jobs.views.gallery import Gallery
 from ray_jobs.views.report.charts import WHISKERS, Chart, convergence_lines, curves_with_bands, spreads
@@ -37,6 +38,13 @@ class Job:
     rejected: int | None
     seconds: float | None
     written: str
+    usage: Usage
+    price: str | None
+
+    @property
+    def used(self) -> str:
+        """The hours and the cost of the workers as text."""
+        return self.usage.describe(self.price) if self.usage.worker_hours else ""
 
     @property
     def time(self) -> str:
@@ -122,6 +130,7 @@ class Contents:
                 ("rejected", thousands(job.rejected)),
                 ("time", job.time),
                 ("per second", job.rate),
+                ("used", job.used),
             )
         }
         neurons = zip(FLAGS, map(thousands, self.health.total)) if self.health else ()
@@ -136,7 +145,9 @@ class Contents:
         return {name: {k: v for k, v in rows.items() if v} for name, rows in groups.items()}
 
 
-def read_contents(folder: str, number: int, count: int, classes: str | None, seed: int, pages: int) -> Contents:
+def read_contents(
+    folder: str, number: int, count: int, classes: str | None, seed: int, pages: int, price: str | None = None
+) -> Contents:
     """Read everything that the page shows of a run.
 
     Args:
@@ -146,13 +157,14 @@ def read_contents(folder: str, number: int, count: int, classes: str | None, see
         classes: A file of class names; None for the names of the model's library.
         seed: Seed of the random choice of samples.
         pages: Number of runs on the page.
+        price: Price of the workers; None: what each job was given.
 
     Raises:
         UserError: If the folder does not hold a run, or the class names cannot be read.
     """
     run = Run(folder)
     manifest = run.manifest()
-    jobs = [job_of(name, manifest[name]) for name in JOBS if name in manifest]
+    jobs = [job_of(name, manifest[name], price) for name in JOBS if name in manifest]
     if not jobs:
         raise UserError(str(run.folder), "holds no run", "Name the folder that was passed as --out.")
     complete = {job.name for job in jobs if job.status == "complete"}
@@ -198,7 +210,7 @@ def table_of(run: Run, name: str) -> pa.Table | None:
     return table if table is not None and len(table) else None
 
 
-def job_of(name: str, section: Mapping[str, Any]) -> Job:
+def job_of(name: str, section: Mapping[str, Any], price: str | None = None) -> Job:
     """Return the row of a job from its section of the manifest."""
     return Job(
         name,
@@ -209,6 +221,8 @@ def job_of(name: str, section: Mapping[str, Any]) -> Job:
         section.get("refused"),
         section.get("seconds"),
         section.get("written", "").replace("T", " ")[:16],
+        Usage.read(section),
+        price or section.get("price"),
     )
 
 

@@ -16,7 +16,12 @@ SCRIPTS = ("theme.js", "report.js")
 
 
 def write_report(
-    out: Path, runs: Sequence[str], count: int = 200, classes: str | None = None, seed: int = 0
+    out: Path,
+    runs: Sequence[str],
+    count: int = 200,
+    classes: str | None = None,
+    seed: int = 0,
+    price: str | None = None,
 ) -> list[Contents]:
     """Write a page about one or more runs.
 
@@ -26,6 +31,7 @@ def write_report(
         count: Maximum number of samples to show of each run.
         classes: A file of class names; None for the names of the model's library.
         seed: Seed of the random choice of samples.
+        price: Price of the workers; None: what each job was given.
 
     Returns:
         The contents of the page, one item for each run.
@@ -33,7 +39,7 @@ def write_report(
     Raises:
         UserError: If a folder does not hold a run, or the class names cannot be read.
     """
-    pages = [read_contents(run, number, count, classes, seed, len(runs)) for number, run in enumerate(runs)]
+    pages = [read_contents(run, number, count, classes, seed, len(runs), price) for number, run in enumerate(runs)]
     page = render(pages)
     write_atomically(out, lambda aside: aside.write_text(page, encoding="utf-8", errors="backslashreplace"))
     return pages
