@@ -1,23 +1,28 @@
-"""`patternnet plan`: the memory that a fit needs."""
+"""`patternnet plan`: the memory that a fit needs, and what it takes."""
 
 import sys
+from collections.abc import Callable, Iterator
 
 from rich.console import Console
 from rich.table import Table
 
-from ray_jobs.cli.arguments import echo
+from ray_jobs.cli.arguments import echo, listed
 from ray_jobs.cli.typer_options import command
-from ray_jobs.config import ModelConfig
-from ray_jobs.config.commands import PlanOptions
-from ray_jobs.units import format_bytes
+from ray_jobs.config import FitConfig, ModelConfig, Resources
+from ray_jobs.config.commands import PlanOptions, ShardOptions
+from ray_jobs.units import format_bytes, format_duration, format_number
 
 
 @command(
     "patternnet plan --model torchvision:vgg16",
     "patternnet plan --model timm:resnet50 --weights random --memory 16G",
+    "patternnet plan --model torchvision:vgg16 --shards '/data/train-*.tar' \\\n    --workers 2 --price 2.5/gpu-hour",
 )
-def plan(model: ModelConfig, options: PlanOptions) -> None:
-    """Show a model's operators, the bytes of their moments, the passes for a memory budget, and default estimators."""
+def plan(model: ModelConfig, options: PlanOptions, reading: ShardOptions, resources: Resources) -> None:
+    """Show a model's operators, the bytes of their moments, the passes for a memory budget, and default estimators.
+
+    With --shards, a few batches are run first, and the time, hours, bytes and cost of the fit are shown.
+    """
     from patterns.estimation import parse_estimators, required_sums, resolve_estimators
     from patterns.moments import moments_bytes, patch_moments_bytes
     from patterns.operators import TYPE_NAMES
@@ -52,3 +57,41 @@ def plan(model: ModelConfig, options: PlanOptions) -> None:
         for number, group in enumerate(passes, 1):
             size = format_bytes(sum(sizes[operator.name] for operator in group))
             echo(f"  {number}: {group[0].name} to {group[-1].name}, {size}")
+    if options.shards:
+        for line in forecast_lines(model, options, reading, resources):
+            echo(line)
+
+
+def forecast_lines(
+    model: ModelConfig, options: PlanOptions, reading: ShardOptions, resources: Resources
+) -> Iterator[str]:
+    """Yield lines on what a fit will take, after a pilot."""
+    from ray_jobs.jobs.fit.cost_pilot import Range, plan_cost
+
+    config = FitConfig(
+        model=model,
+        shards=listed(options.shards, reading),
+        out=options.out or "",
+        batch_size=options.batch_size,
+        estimators=options.estimators,
+        max_samples=options.max_samples,
+        memory=options.memory,
+        positions=options.positions,
+        compile=options.compile,
+    )
+    pilot, found = plan_cost(config, resources)
+
+    def show(found: Range, format_value: Callable[[float], str] = format_number) -> str:
+        return f"{format_value(found.value)} ({format_value(found.low)} to {format_value(found.high)})"
+
+    rate, spread = 1 / pilot.per_sample, f"±{pilot.spread:.0%}"
+    yield f"pilot: {pilot.batches} batches on {pilot.workers} workers, {rate:.3g} samples/s for each worker, {spread}"
+    yield f"fit of about {found.samples:,.0f} samples in {len(config.shards)} shards:"
+    end = f"{format_duration(pilot.start)} before the first batch, {format_duration(pilot.end)} after the last"
+    yield f"  time: {show(found.seconds, format_duration)}, of which {end}"
+    names = (("worker-hours", "worker_hours"), ("device-hours", "device_hours"))
+    for name, attribute in names:
+        yield f"  {name}: {show(Range(*(getattr(usage, attribute) for usage in found.usage)))}"
+    yield f"  written: {format_bytes(int(found.written))}, of which {format_bytes(int(found.kept))} stay"
+    if resources.price is not None:
+        yield f"  cost: {show(found.cost(resources.price))} at {resources.price}"
