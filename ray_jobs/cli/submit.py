@@ -23,9 +23,11 @@ def submit(context: typer.Context, options: SubmitOptions) -> None:
     """Run a command as a job of a cluster elsewhere, follow its log, and end with its exit status."""
     from ray_jobs.ops.submit import Submission
     from ray_jobs.ops.submit import submit as run_submit
+    from ray_jobs.ops.working_dir import is_uv_project
 
     check_usage(context, options.command)
-    submission = Submission(options.command, options.working_dir, options.pip, parse_variables(options.env))
+    uv = options.uv and options.working_dir is not None and is_uv_project(options.working_dir)
+    submission = Submission(options.command, options.working_dir, options.pip, parse_variables(options.env), uv)
     if status := run_submit(submission, options.address, options.wait, options.patience, echo):
         raise typer.Exit(status)
 

@@ -14,7 +14,6 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import aiohttp
@@ -24,6 +23,7 @@ from ray.job_submission import JobDetails, JobErrorType, JobStatus, JobSubmissio
 from patterns import UserError
 from ray_jobs.engine.ray_address import no_answer_error, no_token_error
 from ray_jobs.engine.signals import StoppedShortError
+from ray_jobs.ops.working_dir import EXCLUDES, measure_upload, require_runnable_project
 
 STOP_WITHIN = "600"  # seconds that a stopped job has to commit; Ray's default of 3 is too short
 PROGRAM = "python -m ray_jobs"
@@ -45,12 +45,14 @@ class Submission:
             is installed there.
         pip: Requirements that are installed for the job.
         env: Environment variables of the job and its workers.
+        uv: Whether the job and its workers run in the environment of the working directory's uv.lock.
     """
 
     arguments: tuple[str, ...]
     working_dir: str | None = None
     pip: tuple[str, ...] = ()
     env: tuple[tuple[str, str], ...] = ()
+    uv: bool = False
 
     @property
     def name(self) -> str:
@@ -58,14 +60,15 @@ class Submission:
 
         The values of environment variables do not count, because they may be secrets.
         """
-        identity = [self.arguments, self.working_dir, self.pip, [name for name, _ in self.env]]
+        identity = [self.arguments, self.working_dir, self.pip, [name for name, _ in self.env], *[self.uv] * self.uv]
         return f"patternnet-{self.arguments[0]}-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:10]}"
 
     @property
     def runtime_env(self) -> dict[str, Any]:
         """The runtime environment of the Ray job."""
         env = {"RAY_JOB_STOP_WAIT_TIME_S": STOP_WITHIN, **dict(self.env)}
-        parts = {"working_dir": self.working_dir, "pip": list(self.pip), "env_vars": env}
+        excludes = list(EXCLUDES) if self.working_dir else []
+        parts = {"working_dir": self.working_dir, "excludes": excludes, "pip": list(self.pip), "env_vars": env}
         return {name: value for name, value in parts.items() if value}
 
 
@@ -89,14 +92,16 @@ def submit(submission: Submission, address: str, wait: bool, patience: float, sa
     for module in ("dashboard_sdk", "job.sdk"):
         logging.getLogger(f"ray.dashboard.modules.{module}").setLevel(logging.ERROR)
     logging.getLogger("ray._private.runtime_env.packaging").setLevel(logging.ERROR)
-    if submission.working_dir is not None and not Path(submission.working_dir).is_dir():
-        raise UserError(
-            f"--working-dir {submission.working_dir}",
-            "no such folder",
-            "Pass an existing folder, or leave the option out.",
-        )
+    if submission.uv and submission.pip:
+        what = "the packages of a project of uv are those of its lock"
+        raise UserError("--pip", what, "Add the package by uv add, or pass --no-uv.")
+    upload = None if submission.working_dir is None else measure_upload(submission.working_dir)
     client = connect_client(address)
     try:
+        if submission.uv:
+            require_runnable_project(str(submission.working_dir), find_ray_version(client))
+        if upload is not None:
+            say(f"sending {submission.working_dir}: {upload.describe()}")
         name, is_new = find_or_send(client, submission, address)
     except AuthenticationError as error:
         raise no_token_error(address) from error
@@ -145,14 +150,20 @@ def find_or_send(client: JobSubmissionClient, submission: Submission, address: s
         (int(name.rpartition("-")[2]) for name in earlier), default=0
     )  # numbers may be missing: jobs can be deleted
     name = f"{submission.name}-{last + 1}"
-    command = f"{PROGRAM} {shlex.join(submission.arguments)}"
+    # Ray's hook for `uv run` starts the workers in the same environment as the driver.
+    command = f"{'uv run --locked ' * submission.uv}{PROGRAM} {shlex.join(submission.arguments)}"
     try:
         client.submit_job(entrypoint=command, submission_id=name, runtime_env=submission.runtime_env)
     except (*CONNECTION_ERRORS, ValueError) as error:
         if name not in list_jobs(client):  # if it is listed, the answer was lost, or another process sent it
             what = f"the cluster rejected the job ({' '.join(str(error).split())[:300]})"
-            raise UserError(f"--address {address}", what, "Check --working-dir (at most 100 MiB) and --pip.") from error
+            raise UserError(f"--address {address}", what, "Check --working-dir and --pip.") from error
     return name, True
+
+
+def find_ray_version(client: JobSubmissionClient) -> str:
+    """Return the version of Ray on a cluster."""
+    return str(client._do_request("GET", "/api/version").json()["ray_version"])
 
 
 def list_jobs(client: JobSubmissionClient) -> dict[str, JobDetails]:
