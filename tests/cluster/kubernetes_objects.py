@@ -52,7 +52,7 @@ def objects(overlay: str) -> list[Object]:
 
 @cache
 def definitions() -> dict[str, Object]:
-    files = [json.loads((SCHEMAS / name).read_text()) for name in ("kubernetes.json", "kuberay.json")]
+    files = [json.loads((SCHEMAS / name).read_text()) for name in ("kubernetes.json", "kuberay.json", "kueue.json")]
     return {name: schema for file in files for name, schema in file["$defs"].items()}
 
 

@@ -1,14 +1,17 @@
 """Makes the schemas of this folder anew, from packages: see README.md.
 
-pip download --no-deps --dest DIR kubernetes-validate==1.37.0 google-api-python-client==2.202.0
+pip download --no-deps --dest DIR kubernetes-validate==1.37.0 google-api-python-client==2.202.0 skypilot==0.14.1
 python tests/cluster/schemas/renew.py DIR
 """
 
+import importlib
 import json
 import sys
+import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 HERE = Path(__file__).parent
@@ -81,6 +84,33 @@ def write(name: str, definitions: dict[str, Any]) -> None:
     (HERE / name).write_text('{"$defs": {\n' + lines + "\n}}\n")
 
 
+def skypilot_schemas(wheel: Path) -> dict[str, Any]:
+    """The schemas of a task and of its resources, from SkyPilot's module that makes them.
+
+    Only this module is imported, with stand-ins for its parents and for a module that needs more packages.
+    """
+    with tempfile.TemporaryDirectory() as unpacked:
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(unpacked)
+        for name in ("sky", "sky.skylet", "sky.utils"):
+            sys.modules[name] = ModuleType(name)
+            sys.modules[name].__path__ = [str(Path(unpacked, *name.split(".")))]
+        autostop = ModuleType("sky.skylet.autostop_lib")
+        modes = SimpleNamespace(supported_modes=lambda: ["jobs_and_ssh", "jobs", "none"])
+        vars(sys.modules["sky"])["__version__"], vars(autostop)["AutostopWaitFor"] = "0", modes
+        sys.modules["sky.skylet.autostop_lib"] = vars(sys.modules["sky.skylet"])["autostop_lib"] = autostop
+        schemas: Any = importlib.import_module("sky.utils.schemas")
+        schemas._task_config_schema = lambda: {"type": "object"}  # the client's settings
+        task, resources = schemas.get_task_schema(), schemas.get_resources_schema()
+    task["properties"]["resources"] = {REF: "#/$defs/Resources"}
+    for each in (task, resources):
+        each.pop("$schema")
+    for option in resources["properties"]["job_recovery"]["anyOf"]:  # a client lets through what a server refuses
+        if option["type"] == "object":
+            option["additionalProperties"] = False
+    return {"Task": task, "Resources": resources}
+
+
 def main(folder: Path) -> None:
     (wheel,) = folder.glob("kubernetes_validate-*.whl")
     with zipfile.ZipFile(wheel) as archive:
@@ -96,6 +126,8 @@ def main(folder: Path) -> None:
         schema.pop("id", None)
     text = json.dumps(instance).replace(f'"{REF}": "', f'"{REF}": "#/$defs/')
     write("compute.json", json.loads(text))
+    (wheel,) = folder.glob("skypilot-*.whl")
+    write("skypilot.json", skypilot_schemas(wheel))
 
 
 if __name__ == "__main__":
