@@ -15,14 +15,13 @@ from fsspec.utils import glob_translate
 from patterns import UserError
 from ray_jobs.io.extras import import_extra
 from ray_jobs.io.file_systems import to_user_error
-from ray_jobs.io.web import call_patiently, find_endpoint, find_token
+from ray_jobs.io.web import PATIENCE, call_patiently, find_endpoint, find_token
 
 PREFIX = "hf://datasets/"
 SPEC = re.compile(
     rf"{PREFIX}(?P<name>[^/@]+/[^/@]+)(@(?P<revision>refs/(?:convert|pr)/[^/]+|[^/]+))?(/(?P<path>.*))?", re.DOTALL
 )
 WILDCARDS = "*?["
-PATIENCE = 900.0  # seconds of pauses while a dataset is listed
 T = TypeVar("T")
 
 

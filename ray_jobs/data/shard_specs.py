@@ -19,6 +19,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 from zlib import crc32
@@ -33,6 +34,7 @@ from ray_jobs.data.parquet_reader import is_parquet
 from ray_jobs.data.references import name_column, split_shard
 from ray_jobs.io.file_systems import is_url, open_file_system, translate_errors
 from ray_jobs.io.object_store import Location, locate, normalize_location
+from ray_jobs.io.web import PATIENCE, call_patiently
 
 PIPE = "pipe:"
 EXTENSIONS = r"(\.tar|\.tgz|\.parquet|\.pq)?(\.(gz|bz2|xz|zst))?$"
@@ -88,8 +90,13 @@ def read_list(spec: str) -> Iterator[str]:
         return
     path = normalize_location(spec[1:])
     path = path if is_url(path) else str(Path(path).absolute())
-    with translate_errors(path, remedy="Check --shards; @FILE is a list of shards."), open_stream(path) as file:
-        lines = file.read().decode("utf-8-sig").splitlines()
+
+    def read_lines() -> list[str]:
+        with open_stream(path) as file:
+            return file.read().decode("utf-8-sig").splitlines()
+
+    with translate_errors(path, remedy="Check --shards; @FILE is a list of shards."):
+        lines = call_patiently(read_lines, PATIENCE)
     for line in lines:
         entry = line.partition(" #")[0].strip()
         if entry and not entry.startswith("#"):
@@ -133,7 +140,7 @@ def match_urls(spec: str) -> Iterator[str]:
             continue
         with translate_errors(url, remedy="Check --shards. If the server cannot list folders, pass each shard."):
             filesystem, path = open_file_system(url)
-            entries = filesystem.glob(path, detail=True).items()
+            entries = call_patiently(partial(filesystem.glob, path, detail=True), PATIENCE).items()
             found = sorted(filesystem.unstrip_protocol(p) + "/" * (e["type"] == "directory") for p, e in entries)
         if not found:
             raise no_match_error(url)

@@ -143,6 +143,8 @@ class TrackioClient:
             resume="allow",
             space_id=os.environ.get("TRACKIO_SPACE_ID"),
             embed=False,
+            auto_log_gpu=False,
+            auto_log_cpu=False,
         )
 
     def log_options(self, options: Mapping[str, str]) -> None:

@@ -17,6 +17,8 @@ from ray_jobs.io.refusals import BusyError, find_refusal
 
 MAX_PAUSE = 600.0  # seconds of one pause, however long the server asks for
 FIRST_PAUSE = 1.0  # seconds after the first failure, if the server does not say how long; doubled by each attempt
+MAX_FAILURES = 4  # further requests to a server that fails, and does not ask for a pause
+PATIENCE = 900.0  # seconds of all pauses of a driver that lists shards
 JITTER = 0.25  # largest random addition to a pause, as a fraction of it, so that clients do not return together
 TOKEN = re.compile(r"[\x21-\x7e]+")
 T = TypeVar("T")
@@ -120,7 +122,7 @@ def find_pause(attempt: int, retry_after: float = 0.0) -> float:
 
 
 def call_patiently(function: Callable[[], T], patience: float, wait: Callable[[float], object] = time.sleep) -> T:
-    """Return a function's result; it is called again while the server is busy.
+    """Return a function's result; it is called again while the server is busy, and a few times if the server fails.
 
     Args:
         function: Sends the request.
@@ -136,7 +138,7 @@ def call_patiently(function: Callable[[], T], patience: float, wait: Callable[[f
             return function()
         except Exception as error:
             refusal = find_refusal(error)
-            if refusal is None:
+            if refusal is None or (not refusal[0] and attempt == MAX_FAILURES):
                 raise
             pause = find_pause(attempt, refusal[1])
             if pause > patience:

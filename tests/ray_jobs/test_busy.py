@@ -141,6 +141,10 @@ def test_patient_call_waits_as_long_as_it_may() -> None:
     assert 10 <= waits[0] <= 12.5
     assert 2 <= waits[1] <= 2.5
     with pytest.raises(HTTPError):
+        call_patiently(lambda: (_ for _ in ()).throw(http_error(500)), 1e9, waits.append)
+    assert len(waits) == 2 + web.MAX_FAILURES
+    del waits[2:]
+    with pytest.raises(HTTPError):
         call_patiently(lambda: (_ for _ in ()).throw(http_error(429, Retry_After="10")), 5.0, waits.append)
     with pytest.raises(UserError):
         call_patiently(lambda: (_ for _ in ()).throw(UserError("", "no", "")), 5.0, waits.append)

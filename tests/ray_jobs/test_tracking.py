@@ -290,10 +290,9 @@ def test_other_trackers_take_a_fit(
     name: str, model_spec: str, shards: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    pytest.importorskip(name)
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    for variable, value in (("WANDB_MODE", "offline"), ("WANDB_DIR", tmp_path), ("TRACKIO_DIR", tmp_path / "trackio")):
+        monkeypatch.setenv(variable, str(value))
+    pytest.importorskip(name)  # which reads some of them
     monkeypatch.setattr(tracking, "FILE_WAIT", 300.0)
     monkeypatch.setattr(tracking, "LAST_WAIT", 300.0)
     command = ["fit", "--model", model_spec, *OPTIONS, "--shards", shards[0], "--out", str(tmp_path / "run")]
