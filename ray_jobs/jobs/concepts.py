@@ -9,6 +9,7 @@ arXiv 1711.11279, with the direction of Pahde et al. 2025).
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -79,7 +80,7 @@ class ConceptsWorker(TargetWorker[ConceptsConfig]):
         with closing(self.open_stream(task, following)) as stream:
             for batch in stream:
                 images = batch.images.to(self.model.device, non_blocking=True)
-                found = self.explainer(images, lambda scores, b=batch: self.target.make_targets(scores, b.labels))
+                found = self.explainer(images, partial(self.target.make_targets, labels=batch.labels))
                 assert found.channels is not None
                 gradients = found.channels.relevance["gradient"]
                 values = [gradients[name].double() @ v.T for name, v in self.placed.items()]
