@@ -1,6 +1,6 @@
 """The common part of the jobs with methods: a model, its patterns and methods, and files for each shard."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
@@ -11,7 +11,7 @@ from patterns.attribution import BASELINES, parse_method, resolve_settings
 from patterns.estimation import resolve_estimators
 from patterns.io import write_table
 from ray_jobs.config import MethodsConfig
-from ray_jobs.data.samples import derive_seed
+from ray_jobs.data.samples import RejectedSample, derive_seed
 from ray_jobs.engine.shard_worker import BatchStream, ShardWorker, WorkerResources, make_reader_config
 from ray_jobs.io.object_store import publish
 from ray_jobs.jobs.per_shard_job import FilesTask
@@ -45,11 +45,15 @@ class MethodWorker(ShardWorker[FilesTask], Generic[C]):
         """Return the seed of each sample."""
         return [derive_seed(f"{self.config.seed}/{key}") for key in keys]
 
+    def publish_rejected(self, task: FilesTask, rejected: Iterable[RejectedSample]) -> None:
+        """Write the table of a shard's rejected samples."""
+        with publish(task.files.folder) as folder:
+            write_rejected(folder / task.files.rejected, rejected)
+
     def write_tables(self, task: FilesTask, stream: BatchStream, schema: pa.Schema, rows: list[dict[str, Any]]) -> None:
         """Write the table of rejected samples, and last the rows, with which the shard is finished."""
         files = task.files
-        with publish(files.folder) as folder:
-            write_rejected(folder / files.rejected, stream.reader.rejected)
+        self.publish_rejected(task, stream.reader.rejected)
         rows = [{"shard": make_printable(task.shard), **row} for row in rows]
         with publish(files.folder) as folder:
             write_table(folder / files.rows, schema, [pa.Table.from_pylist(rows, schema)])

@@ -18,7 +18,7 @@ from ray_jobs.jobs.method_job import MethodWorker
 from ray_jobs.jobs.per_shard_job import FilesTask
 from ray_jobs.models.loading import TracedModel
 from ray_jobs.runs.map_files import list_shard_files
-from ray_jobs.runs.run_folder import Run, read_rejected, write_rejected
+from ray_jobs.runs.run_folder import Run, read_rejected
 from ray_jobs.runs.stored_maps import BATCH, read_maps, require_arrays
 from ray_jobs.units import make_printable
 
@@ -87,8 +87,7 @@ class StoredMapsWorker(MethodWorker[AtlasConfig]):
                         count, pending = count + len(pending), []
                 if pending:
                     writer.write(self.make_rows(task, rows, pending, count))
-            with publish(files.folder) as other:
-                write_rejected(other / files.rejected, rejected)
+            self.publish_rejected(task, rejected)
         yield ShardReport(len(keys), len(rejected))
 
     def make_rows(

@@ -13,7 +13,7 @@ from patterns.io import temporary_path
 from ray_jobs.config import AtlasConfig
 from ray_jobs.data.samples import RejectedSample
 from ray_jobs.data.shard_reader import Batch
-from ray_jobs.engine.shard_worker import BatchStream, ShardReport, compile_batches
+from ray_jobs.engine.shard_worker import ShardReport, compile_batches
 from ray_jobs.io.object_store import publish
 from ray_jobs.jobs.atlas.rows import (
     RowShape,
@@ -31,7 +31,6 @@ from ray_jobs.jobs.explain.targets import parse_target
 from ray_jobs.jobs.method_job import make_explainer
 from ray_jobs.jobs.per_shard_job import FilesTask
 from ray_jobs.models.loading import TracedModel
-from ray_jobs.runs.run_folder import write_rejected
 from ray_jobs.units import make_printable
 
 
@@ -96,13 +95,8 @@ class AtlasWorker(TargetWorker[AtlasConfig]):
                     count += self.write_batch(task, batch, count, writer, rejected)
                     if stream.report_due():
                         yield stream.report(count, len(rejected))
-            self.write_rejected(task, stream, rejected)
+            self.publish_rejected(task, [*stream.reader.rejected, *rejected])
         yield stream.report(count, len(rejected))
-
-    def write_rejected(self, task: FilesTask, stream: BatchStream, rejected: list[RejectedSample]) -> None:
-        """Write the table of rejected samples."""
-        with publish(task.files.folder) as folder:
-            write_rejected(folder / task.files.rejected, [*stream.reader.rejected, *rejected])
 
     def write_batch(
         self, task: FilesTask, batch: Batch, first: int, writer: RowWriter, rejected: list[RejectedSample]
