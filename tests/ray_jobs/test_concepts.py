@@ -1,6 +1,8 @@
 """Concepts: directions of a fit, maps of a concept and sensitivity of classes, and the errors of their files."""
 
 import os
+import re
+import shlex
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -241,6 +243,24 @@ def test_sensitivity_is_the_directional_derivative_of_each_class(
                 if len(chosen) > 1:
                     error = chosen.std(ddof=1) / len(chosen) ** 0.5
                     assert row["standard_error"] == pytest.approx(error, rel=1e-3, abs=1e-7)
+
+
+@pytest.mark.full
+def test_page_runs(model_spec: str, shards: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "concepts.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    Path("net.py").write_text(Path(model_spec.rpartition(":")[0]).read_text())
+    Path("shards").mkdir()
+    for shard in shards[:2]:
+        Path("shards", Path(shard).name).symlink_to(shard)
+    keys = [f"s{shard:03d}-{number}" for shard in range(2) for number in range(6)]
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(code, {"keys": keys, "striped": [True, False] * 6, "sizes": list(range(12))})
+    (commands,) = re.findall(r"```console\n(.*?)```", text, re.DOTALL)
+    for line in commands.splitlines():
+        assert exit_status([*shlex.split(line)[1:], "--workers", "0"]) == 0, line
+    assert pq.read_metadata("run/sensitivity.parquet").num_rows > 0
+    assert pq.read_metadata("run/explanations.parquet").num_rows == 12
 
 
 @pytest.mark.parametrize(
