@@ -170,6 +170,8 @@ def concepts(config: ConceptsConfig, resources: Resources = Resources()) -> Run:
     if session.finished:
         return session.close()
     run, model = session.run, session.loaded.traced
+    fitted = Run(config.patterns).manifest()["model"]
+    model.require(fitted["digest"], fitted.get("constants"), config.patterns, "the fit of the concepts")
     validate_target(config, model)
     recorded = validate_methods(config, model, model.network, session.section)
     with session.work(resources, **recorded):

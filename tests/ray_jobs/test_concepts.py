@@ -1,6 +1,8 @@
 """Concepts: directions of a fit, maps of a concept and sensitivity of classes, and the errors of their files."""
 
 import os
+import re
+import shlex
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +21,7 @@ from ray_jobs.config import FitConfig, Resources
 from ray_jobs.data.concepts import load_concepts
 from ray_jobs.data.image_decoding import decode
 from ray_jobs.data.shard_reader import read_shard
-from ray_jobs.engine.worker_pool import WorkerInfo
+from ray_jobs.engine.shard_worker import WorkerInfo
 from ray_jobs.jobs.explain.target_files import load_target
 from ray_jobs.jobs.explain.targets import parse_target
 from ray_jobs.jobs.fit.fit import fit, merge
@@ -32,7 +34,7 @@ from tests.ray_jobs.runs import OPTIONS, make_fit_config
 
 HERE = Resources(workers=0)
 USED = 6  # shards
-LAYERS = {"0": "0", "2.conv2": "2.conv2", "6": "6"}  # operator by layer; 2.conv1 is folded with its batch norm
+LAYERS = ("0", "2.conv2", "6")  # without 2.conv1, which is folded with its batch norm
 
 
 @pytest.fixture(scope="module")
@@ -79,9 +81,14 @@ def read_images(spec: str, shards: list[str]) -> tuple[list[str], Tensor]:
 def record_outputs(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     """Return the outputs of layers, by hooks, with their gradients to come."""
     found: dict[str, Tensor] = {}
+
+    def record(name: str, z: Tensor) -> None:
+        z.retain_grad()
+        found[name] = z
+
     for name, module in model.named_modules():
         if name in LAYERS:
-            module.register_forward_hook(lambda _, __, z, name=name: (z.retain_grad(), found.update({name: z}))[2:])
+            module.register_forward_hook(lambda _, __, z, name=name: record(name, z))
     model(images.requires_grad_())
     return found
 
@@ -243,6 +250,24 @@ def test_sensitivity_is_the_directional_derivative_of_each_class(
                     assert row["standard_error"] == pytest.approx(error, rel=1e-3, abs=1e-7)
 
 
+@pytest.mark.full
+def test_page_runs(model_spec: str, shards: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "concepts.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    Path("net.py").write_text(Path(model_spec.rpartition(":")[0]).read_text())
+    Path("shards").mkdir()
+    for shard in shards[:2]:
+        Path("shards", Path(shard).name).symlink_to(shard)
+    keys = [f"s{shard:03d}-{number}" for shard in range(2) for number in range(6)]
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(code, {"keys": keys, "striped": [True, False] * 6, "sizes": list(range(12))})
+    (commands,) = re.findall(r"```console\n(.*?)```", text, re.DOTALL)
+    for line in commands.splitlines():
+        assert exit_status([*shlex.split(line)[1:], "--workers", "0"]) == 0, line
+    assert pq.read_metadata("run/sensitivity.parquet").num_rows > 0
+    assert pq.read_metadata("run/explanations.parquet").num_rows == 12
+
+
 @pytest.mark.parametrize(
     ("columns", "words"),
     [
@@ -256,14 +281,19 @@ def test_sensitivity_is_the_directional_derivative_of_each_class(
     ],
 )
 def test_wrong_labels_are_one_line(
-    columns: dict[str, list[Any]], words: str, tmp_path: Path, model_spec: str, complaint: Callable[..., str]
+    columns: dict[str, list[Any]],
+    words: str,
+    tmp_path: Path,
+    model_spec: str,
+    shards: list[str],
+    complaint: Callable[..., str],
 ) -> None:
     file = tmp_path / "labels.parquet"
     pq.write_table(pa.table(columns), file)
     with pytest.raises(UserError) as error:
         load_concepts(str(file))
     assert words in str(error.value)
-    command = ["fit", "--model", model_spec, "--shards", "none.tar", "--out", tmp_path / "run", *OPTIONS]
+    command = ["fit", "--model", model_spec, "--shards", shards[0], "--out", tmp_path / "run", *OPTIONS]
     if "constant" in words:
         assert f"--concepts {file}: {words}" in complaint(*command, "--concepts", file)
 

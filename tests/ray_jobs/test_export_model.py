@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,16 @@ from tests.conftest import jpeg
 from tests.patterns.networks import relative
 from tests.patterns.test_programs import run_elsewhere
 
+PAGE = Path(__file__).parents[2] / "docs" / "export-model.md"
 needs_onnx = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxscript", "onnxruntime")),
     reason="needs onnx, onnxscript and onnxruntime",
 )
+
+
+def read_block(number: int) -> str:
+    """Return a block of Python of the page."""
+    return re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[number]
 
 
 def draw_batch(model: ModelConfig) -> Tensor:
@@ -42,7 +49,11 @@ def explain(run: str, batch: Tensor, **options: Any) -> tuple[Tensor, dict[str, 
 
 @pytest.mark.full
 def test_program_explains_without_the_package_and_describes_itself(
-    fitted: str, model: ModelConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    fitted: str,
+    model: ModelConfig,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     file, methods = tmp_path / "explainer.pt2", ("patternnet", "patternattribution")
     names = tmp_path / "names.json"
@@ -55,9 +66,11 @@ def test_program_explains_without_the_package_and_describes_itself(
     for found, n in zip(run_elsewhere(file, batch), (5, 1)):
         for one, other in zip(found, (scores, *maps.values()), strict=True):
             assert relative(one, other[:n]) < 1e-5
-    extra = {"patternnet.json": ""}
-    torch.export.load(file, extra_files=extra)
-    about = json.loads(extra["patternnet.json"])
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, Any] = {"images": batch}
+    exec(read_block(0).replace("scores, maps", "scores, *maps"), scope)
+    torch.testing.assert_close(scope["maps"][1], maps["patternattribution"], rtol=1e-4, atol=1e-7)
+    about = scope["description"]
     manifest = json.loads(Path(fitted, "manifest.json").read_text())
     assert about["input"] == {"name": "images", "shape": ["N", 3, 16, 16], "dtype": "float32"}
     assert about["outputs"] == ["scores", *methods]
@@ -70,7 +83,9 @@ def test_program_explains_without_the_package_and_describes_itself(
 
 @needs_onnx
 @pytest.mark.full
-def test_onnx_graph_agrees_and_describes_itself(fitted: str, model: ModelConfig, tmp_path: Path) -> None:
+def test_onnx_graph_agrees_and_describes_itself(
+    fitted: str, model: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import onnxruntime
 
     file = tmp_path / "explainer.onnx"
@@ -82,7 +97,11 @@ def test_onnx_graph_agrees_and_describes_itself(fitted: str, model: ModelConfig,
         found = session.run(["scores", "patternattribution"], {"images": batch[:n].numpy()})
         assert relative(torch.from_numpy(found[0]), scores[:n]) < 1e-5
         assert relative(torch.from_numpy(found[1]), maps["patternattribution"][:n]) < 1e-5
-    about = json.loads(session.get_modelmeta().custom_metadata_map["patternnet.json"])
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, Any] = {"images": batch}
+    exec(read_block(1), scope)
+    assert relative(torch.from_numpy(scope["maps"]), maps["patternattribution"]) < 1e-5
+    about = json.loads(scope["text"])
     assert about["outputs"] == ["scores", "patternattribution"]
 
 
