@@ -89,7 +89,7 @@ class Pilot:
         end: From the last commit to the end: merging, solving, writing.
         moments_bytes: Bytes of a file of partial moments.
         result_bytes: Bytes of all other files of the run.
-        workers: Number of workers.
+        workers: Number of workers that the cluster had room for.
         cpus: CPUs of a worker.
         gpus: GPUs of a worker.
         passes: How often the fit reads its data.
@@ -151,8 +151,11 @@ def plan_cost(config: FitConfig, resources: Resources) -> tuple[Pilot, Forecast]
         resources: The workers.
 
     Raises:
-        UserError: If the fit could not run either, or the workers may be on other machines and `out` is empty.
+        UserError: If the fit could not run either, the number of workers is not given, or they may be on other machines
+            and `out` is empty.
     """
+    if resources.workers is None:
+        raise UserError("", "a forecast needs the number of workers", "Give it; 0 is this process.", "workers")
     elsewhere = resources.workers != 0 and (resources.address or os.environ.get("RAY_ADDRESS", "").strip())
     if elsewhere and not config.out:
         what = "the workers of a cluster need a folder for the files of the pilot"
@@ -164,7 +167,8 @@ def plan_cost(config: FitConfig, resources: Resources) -> tuple[Pilot, Forecast]
             pilot = run_pilot(replace(config, out=str(folder)), resources)
         finally:
             remove_folder(folder)
-    return pilot, forecast(pilot, config, samples, resources.max_loss, resources.timing.commit_ratio)
+    ratio = resources.timing.commit_ratio
+    return pilot, forecast(pilot, config, samples, max(resources.workers, 1), resources.max_loss, ratio)
 
 
 def remove_folder(folder: object_store.Location) -> None:
@@ -292,17 +296,18 @@ def count_samples(config: FitConfig) -> Range:
     return Range(*(min(max(value, 0.0), most) for value in (total - error, total, total + error)))
 
 
-def forecast(pilot: Pilot, config: FitConfig, samples: Range, max_loss: float, ratio: float) -> Forecast:
+def forecast(pilot: Pilot, config: FitConfig, samples: Range, workers: int, max_loss: float, ratio: float) -> Forecast:
     """Return what a fit will take.
 
     Args:
         pilot: What a pilot measured.
         config: The fit.
         samples: The number of samples.
+        workers: The number of workers that the fit will have.
         max_loss: See `Resources`.
         ratio: `Timing.commit_ratio`.
     """
-    workers, passes = min(pilot.workers, len(config.shards)), pilot.passes
+    workers, passes = min(workers, len(config.shards)), pilot.passes
     rounds = math.ceil(len(config.shards) / workers)  # shards of the worker that gets most of them
 
     def work(count: float, scale: float) -> float:
