@@ -201,27 +201,31 @@ def run_pilot(config: FitConfig, resources: Resources) -> Pilot:
     small = replace(config, shards=shards, max_samples=samples, until_converged=None)
     session = JobSession("fit", small, loaded)
     passes = list_passes(session.run, loaded.network, small)
-    one = passes[0]
+    jobs: list[PilotJob] = []
     with session.work(resources, config.compile):
-        spec = MomentsSpec(shards, one.store, small.batch_size, samples)
-        job = PilotJob("pilot", session.heartbeat, spec, session.tasks, resources)
-        job.gather(partial(make_observer, config, one.operators), loaded.traced)
+        for one in passes:
+            spec = MomentsSpec(shards, one.store, small.batch_size, samples)
+            jobs.append(PilotJob("pilot", session.heartbeat, spec, session.tasks, resources))
+            jobs[-1].gather(partial(make_observer, config, one.operators), loaded.traced)
         committed = time.monotonic()
-        finish(session, replace(small, memory=None), [one])
+        finish(session, small, passes)
     ended = time.monotonic()
-    per_sample, spread, warm_up, batches = measure_batches(list(job.reports.values()))
+    per_sample, spread, warm_up, batches = measure_batches([r for job in jobs for r in job.reports.values()])
     sizes = measure_files(session.run.folder)
-    workers, held = max(len(job.reports), 1), session.heartbeat.usage
+    parts = [size for name, size in sizes.items() if name.endswith(".safetensors") and name.startswith("moments/")]
+    commits = [seconds for job in jobs for seconds in job.commits]
+    job, held = jobs[0], session.heartbeat.usage
+    workers = max(len(job.reports), 1)
     return Pilot(
         start=job.first_ready - begun,
         warm_up=warm_up,
         per_sample=per_sample,
         spread=spread,
         batches=batches,
-        prepare=max(3600 * held.worker_hours / workers - job.seconds, 0.0),
-        commit=statistics.mean(job.commits) if job.commits else 0.0,
+        prepare=max(3600 * held.worker_hours / workers - sum(job.seconds for job in jobs), 0.0),
+        commit=statistics.mean(commits) if commits else 0.0,
         end=ended - committed,
-        moments_bytes=max((size for name, size in sizes.items() if name.startswith("moments/part-")), default=0),
+        moments_bytes=sum(parts) // max(len(parts), 1),
         result_bytes=sum(size for name, size in sizes.items() if not name.startswith("moments/")),
         workers=workers,
         cpus=job.options.get("num_cpus", 1.0),
