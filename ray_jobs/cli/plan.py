@@ -86,7 +86,8 @@ def forecast_lines(
 
     rate, spread = 1 / pilot.per_sample, f"±{pilot.spread:.0%}"
     yield f"pilot: {pilot.batches} batches on {pilot.workers} workers, {rate:.3g} samples/s for each worker, {spread}"
-    yield f"fit of about {found.samples:,.0f} samples in {len(config.shards)} shards:"
+    shards = f"{len(config.shards)} shards"
+    yield f"fit of about {found.samples:,.0f} samples in {shards} with {max(resources.workers or 0, 1)} workers:"
     end = f"{format_duration(pilot.start)} before the first batch, {format_duration(pilot.end)} after the last"
     yield f"  time: {show(found.seconds, format_duration)}, of which {end}"
     names = (("worker-hours", "worker_hours"), ("device-hours", "device_hours"))

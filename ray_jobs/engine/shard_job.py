@@ -257,9 +257,10 @@ class ShardJob:
         """Show that an attempt at a shard failed."""
         worker = self.active.pop(item)
         worker.shard = None
-        what = "is put off" if getattr(error, "slow_down", False) else "failed"
+        put_off = getattr(error, "slow_down", False)
+        what = "is put off" if put_off else "failed"
         self.reporter.log(f"{item} {what}: {' '.join(str(error).split())}", shard=item, worker=worker.name)
-        self.count("failures", 1, worker.name)
+        self.count("failures", not put_off, worker.name)
 
     def on_lost(self, items: list[str]) -> None:
         """Take back shards that a lost worker had not committed."""

@@ -4,7 +4,6 @@ An item is done only when its work is committed. If a worker is lost, its uncomm
 own restarts and retries are off, because they would repeat a method on an actor whose state is gone.
 """
 
-import random
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
@@ -17,8 +16,8 @@ from ray_jobs.config.timing import PRODUCTION, Timing
 from ray_jobs.engine import worker_backends
 from ray_jobs.engine.pool_job import Job
 from ray_jobs.engine.worker_backends import Backend, unwrap
+from ray_jobs.io.pauses import find_pause
 
-JITTER = 0.25  # largest random addition to the delay after a busy server refused an item, as a fraction of it
 MAX_TROUBLES = 3  # consecutive failures to start a worker, or to commit, after which the pool gives up
 STARTING = ("describe", "prepare")
 
@@ -138,7 +137,7 @@ class _Pool:
         self.idle: list[Worker] = []
         self.attempts: Counter[str] = Counter()
         self.put_offs: Counter[str] = Counter()  # failures that are no attempts, because a server was busy
-        self.waited: Counter[str] = Counter()  # seconds of the pauses after these
+        self.waited = defaultdict[str, float](float)  # seconds of the pauses after these
         self.promised: set[str | None] = set()
         self.suspects: set[str | None] = set()  # items that a lost worker had, together with others
         self.troubles: Counter[str] = Counter()  # consecutive failures, by what failed
@@ -368,20 +367,18 @@ class _Pool:
         """Try an item again later, or give it up, and return when.
 
         Only failures that are certainly its own count as attempts. A server that asks for fewer requests is asked again
-        for `Timing.max_waited` seconds before that counts. It is not asked earlier than it allows, and by no two
-        workers at once.
+        for `Timing.max_waited` seconds before that counts, and never earlier than it allows.
         """
-        now, pause, jitter = time.monotonic(), 0.0, 0.0
-        if isinstance(error, self.job.busy):
-            pause, jitter = getattr(error, "retry_after", 0.0), random.uniform(0, JITTER)
-            if getattr(error, "slow_down", False) and self.waited[item] < self.timing.max_waited:
-                certain, self.put_offs[item] = False, self.put_offs[item] + 1
+        now, busy = time.monotonic(), isinstance(error, self.job.busy)
+        if busy and getattr(error, "slow_down", False) and self.waited[item] < self.timing.max_waited:
+            certain, self.put_offs[item] = False, self.put_offs[item] + 1
         self.attempts[item] += certain
         if self.attempts[item] >= self.job.attempts:
             self.failed[item] = error
             return now
-        growing = self.timing.back_off * 2 ** (self.attempts[item] + self.put_offs[item])
-        delay = min(max(growing, pause), max(self.timing.max_pause, self.timing.back_off)) * (1 + jitter)
+        earlier, first = self.attempts[item] + self.put_offs[item], self.timing.back_off
+        asked = getattr(error, "retry_after", 0.0) if busy else 0.0
+        delay = find_pause(earlier, asked, first, self.timing.max_pause) if busy else first * 2**earlier
         self.waited[item] += delay
         self.retries.append((now + delay, item))
         return now + delay

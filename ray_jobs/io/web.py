@@ -1,7 +1,6 @@
 """Web servers: requests with the token of the Hugging Face Hub, and the pauses that busy servers ask for."""
 
 import os
-import random
 import re
 import threading
 import time
@@ -13,13 +12,13 @@ from urllib.parse import quote, urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from patterns import UserError
+from ray_jobs.io.pauses import find_pause
 from ray_jobs.io.refusals import BusyError, find_refusal
 
 MAX_PAUSE = 600.0  # seconds of one pause, however long the server asks for
 FIRST_PAUSE = 1.0  # seconds after the first failure, if the server does not say how long; doubled by each attempt
 MAX_FAILURES = 4  # further requests to a server that fails, and does not ask for a pause
 PATIENCE = 900.0  # seconds of all pauses of a driver that lists shards
-JITTER = 0.25  # largest random addition to a pause, as a fraction of it, so that clients do not return together
 TOKEN = re.compile(r"[\x21-\x7e]+")
 T = TypeVar("T")
 
@@ -110,17 +109,6 @@ def open_url(url: str, timeout: float) -> Any:
         raise
 
 
-def find_pause(attempt: int, retry_after: float = 0.0) -> float:
-    """Return the seconds to wait before a request is repeated.
-
-    Args:
-        attempt: The number of earlier attempts, from 0.
-        retry_after: The seconds that the server asked for; 0 if it did not say.
-    """
-    pause = min(max(FIRST_PAUSE * 2.0**attempt, retry_after), MAX_PAUSE)
-    return pause * random.uniform(1, 1 + JITTER)
-
-
 def call_patiently(function: Callable[[], T], patience: float, wait: Callable[[float], object] = time.sleep) -> T:
     """Return a function's result; it is called again while the server is busy, and a few times if the server fails.
 
@@ -140,7 +128,7 @@ def call_patiently(function: Callable[[], T], patience: float, wait: Callable[[f
             refusal = find_refusal(error)
             if refusal is None or (not refusal[0] and attempt == MAX_FAILURES):
                 raise
-            pause = find_pause(attempt, refusal[1])
+            pause = find_pause(attempt, refusal[1], FIRST_PAUSE, MAX_PAUSE)
             if pause > patience:
                 raise
             patience -= pause

@@ -20,8 +20,9 @@ from ray_jobs.engine import worker_pool
 from ray_jobs.engine.worker_pool import Outcome
 from ray_jobs.io import web
 from ray_jobs.io.file_systems import to_user_error
+from ray_jobs.io.pauses import find_pause
 from ray_jobs.io.refusals import BusyError, find_refusal, parse_retry_after
-from ray_jobs.io.web import call_patiently, find_pause
+from ray_jobs.io.web import call_patiently
 from tests.ray_jobs.pool_jobs import PLAIN, WORKER, Clock, Recorder, in_process, run
 
 
@@ -69,10 +70,11 @@ def test_server_that_is_always_busy_is_given_up(tmp_path: Path, clock: Clock) ->
 
 def test_pauses_grow_are_bounded_and_are_never_shorter_than_the_server_asks() -> None:
     for attempt in range(12):
-        assert 2**attempt <= find_pause(attempt) / 1.0 <= 1.25 * 2**attempt or attempt > 9
-        assert find_pause(attempt, retry_after=30.0) >= 30.0
-        assert find_pause(attempt, retry_after=1e9) <= 1.25 * web.MAX_PAUSE
-    assert len({find_pause(3) for _ in range(10)}) == 10
+        growing = min(2.0**attempt, 600.0)
+        assert growing <= find_pause(attempt, 0.0, 1.0, 600.0) <= 1.25 * growing
+        assert find_pause(attempt, 30.0, 1.0, 600.0) >= 30.0
+        assert find_pause(attempt, 1e9, 1.0, 600.0) <= 1.25 * 600.0
+    assert len({find_pause(3, 0.0, 1.0, 600.0) for _ in range(10)}) == 10
 
 
 def test_retry_after_is_seconds_or_a_date() -> None:

@@ -114,7 +114,7 @@ PILOT = Pilot(
 
 def test_forecast_scales_the_pilot_to_all_samples_and_rounds(model_spec: str, tmp_path: Path) -> None:
     config = make_fit_config(model_spec, [f"{n}.tar" for n in range(10)], tmp_path)
-    found = forecast(PILOT, config, Range(900, 1000, 1100), max_loss=900.0, ratio=200.0)
+    found = forecast(PILOT, config, Range(900, 1000, 1100), 4, max_loss=900.0, ratio=200.0)
     # Ten shards on four workers: one of them has three shards of 100 samples.
     assert found.seconds.value == pytest.approx(10 + 5 + 3 * 100 * 0.1 + 1 + 0.5)
     assert found.seconds.low == pytest.approx((10 + 5) * 0.8 + 3 * 90 * 0.1 * 0.8 + 1.5)
@@ -122,9 +122,9 @@ def test_forecast_scales_the_pilot_to_all_samples_and_rounds(model_spec: str, tm
     assert 3600 * found.usage[1].worker_hours == pytest.approx(4 * (2 + 31.5))
     assert found.cost("3600/gpu-hour").value == pytest.approx(4 * (2 + 31.5) * 0.5)
     assert found.written == 4 * 1000 + 500
-    twice = forecast(replace(PILOT, passes=2), config, Range(900, 1000, 1100), 900.0, 200.0)
+    twice = forecast(replace(PILOT, passes=2), config, Range(900, 1000, 1100), 4, 900.0, 200.0)
     assert twice.seconds.value == pytest.approx(15 + 2 * 31.5)
-    assert forecast(PILOT, config, Range(900, 1000, 1100), 0.0, 200.0).written == 12 * 1000 + 500
+    assert forecast(PILOT, config, Range(900, 1000, 1100), 4, 0.0, 200.0).written == 12 * 1000 + 500
 
 
 @pytest.mark.full
@@ -137,7 +137,9 @@ def test_pilot_leaves_nothing_and_counts_all_samples(model_spec: str, shards: li
     assert pilot.start > 0
     assert list((tmp_path / "out").iterdir()) == []
     with pytest.raises(UserError, match="need a folder"):
-        plan_cost(replace(config, out=""), Resources(address="head:6379"))
+        plan_cost(replace(config, out=""), Resources(workers=2, address="head:6379"))
+    with pytest.raises(UserError, match="number of workers"):
+        plan_cost(config, Resources())
 
 
 @pytest.mark.full
@@ -154,7 +156,7 @@ def test_command_of_the_page_runs(
     assert exit_status([*words, *OPTIONS, "--batch-size", "4"]) == 0
     out = capsys.readouterr().out
     assert re.search(r"^  cost: .* at 2.5/gpu-hour$", out, re.M)
-    assert "fit of about 60 samples in 3 shards:" in out
+    assert "fit of about 60 samples in 3 shards with 1 workers:" in out
 
 
 @pytest.mark.slow

@@ -71,6 +71,7 @@ def test_samples_are_those_of_the_files(hub: Hub, folder: Path) -> None:
     assert [[s.files["jpg"] for s in read_shard(shard)] for shard in shards] == expected * 2
 
 
+@pytest.mark.full
 def test_listing_goes_on_after_the_pauses_of_a_server_that_limits_rates(hub: Hub) -> None:
     hub.refusals, hub.refusal = 1, (503, {"Retry-After": "1"})
     assert len(list_shards([f"{DATASET}/tars/*.tar"])) == 2

@@ -168,6 +168,7 @@ def test_image_that_cannot_be_fetched_is_rejected_and_delays_no_other(
     assert good.files["jpg"] == IMAGES[1]
 
 
+@pytest.mark.full
 def test_image_of_a_busy_server_is_fetched_after_the_pause(folder: Path, server: str) -> None:
     assert images(written(folder, [f"{server}/once/img/{n}.jpg" for n in range(8)])) == IMAGES
     with hub_server(Hub(folder, refusals=1)) as hub:
@@ -227,6 +228,7 @@ BAD = {
 
 
 @pytest.mark.parametrize(("columns", "reason"), BAD.values(), ids=BAD)
+@pytest.mark.full
 def test_unusable_column_is_one_line(
     tmp_path: Path, columns: dict[str, list[object]], reason: str, complaint: Callable[..., str], model_spec: str
 ) -> None:

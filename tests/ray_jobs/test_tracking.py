@@ -64,6 +64,7 @@ def resources(track: str | None = "mlflow:http://h", **options: Any) -> Resource
     return Resources(workers=0, track=track, timing=FAST, **options)
 
 
+@pytest.mark.full
 def test_fit_is_mirrored_with_options_progress_figures_and_report(
     recorder: type[Recorder], model_spec: str, shards: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,6 +136,7 @@ def test_points_that_wait_are_bounded_and_the_oldest_are_dropped() -> None:
     held.set()
 
 
+@pytest.mark.full
 def test_job_does_not_wait_for_a_tracker_that_hangs(
     recorder: type[Recorder], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
     model_spec: str, shards: list[str], tmp_path: Path,
@@ -150,6 +152,7 @@ def test_job_does_not_wait_for_a_tracker_that_hangs(
     held.set()
 
 
+@pytest.mark.full
 def test_resumed_job_continues_its_mirror_and_untracked_jobs_need_no_package(
     recorder: type[Recorder], model_spec: str, shards: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -89,7 +89,7 @@ class Pilot:
         end: From the last commit to the end: merging, solving, writing.
         moments_bytes: Bytes of a file of partial moments.
         result_bytes: Bytes of all other files of the run.
-        workers: Number of workers.
+        workers: Number of workers that the cluster had room for.
         cpus: CPUs of a worker.
         gpus: GPUs of a worker.
         passes: How often the fit reads its data.
@@ -151,8 +151,11 @@ def plan_cost(config: FitConfig, resources: Resources) -> tuple[Pilot, Forecast]
         resources: The workers.
 
     Raises:
-        UserError: If the fit could not run either, or the workers may be on other machines and `out` is empty.
+        UserError: If the fit could not run either, the number of workers is not given, or they may be on other machines
+            and `out` is empty.
     """
+    if resources.workers is None:
+        raise UserError("", "a forecast needs the number of workers", "Give it; 0 is this process.", "workers")
     elsewhere = resources.workers != 0 and (resources.address or os.environ.get("RAY_ADDRESS", "").strip())
     if elsewhere and not config.out:
         what = "the workers of a cluster need a folder for the files of the pilot"
@@ -164,7 +167,8 @@ def plan_cost(config: FitConfig, resources: Resources) -> tuple[Pilot, Forecast]
             pilot = run_pilot(replace(config, out=str(folder)), resources)
         finally:
             remove_folder(folder)
-    return pilot, forecast(pilot, config, samples, resources.max_loss, resources.timing.commit_ratio)
+    ratio = resources.timing.commit_ratio
+    return pilot, forecast(pilot, config, samples, max(resources.workers, 1), resources.max_loss, ratio)
 
 
 def remove_folder(folder: object_store.Location) -> None:
@@ -197,27 +201,31 @@ def run_pilot(config: FitConfig, resources: Resources) -> Pilot:
     small = replace(config, shards=shards, max_samples=samples, until_converged=None)
     session = JobSession("fit", small, loaded)
     passes = list_passes(session.run, loaded.network, small)
-    one = passes[0]
+    jobs: list[PilotJob] = []
     with session.work(resources, config.compile):
-        spec = MomentsSpec(shards, one.store, small.batch_size, samples)
-        job = PilotJob("pilot", session.heartbeat, spec, session.tasks, resources)
-        job.gather(partial(make_observer, config, one.operators), loaded.traced)
+        for one in passes:
+            spec = MomentsSpec(shards, one.store, small.batch_size, samples)
+            jobs.append(PilotJob("pilot", session.heartbeat, spec, session.tasks, resources))
+            jobs[-1].gather(partial(make_observer, config, one.operators), loaded.traced)
         committed = time.monotonic()
-        finish(session, replace(small, memory=None), [one])
+        finish(session, small, passes)
     ended = time.monotonic()
-    per_sample, spread, warm_up, batches = measure_batches(list(job.reports.values()))
+    per_sample, spread, warm_up, batches = measure_batches([r for job in jobs for r in job.reports.values()])
     sizes = measure_files(session.run.folder)
-    workers, held = max(len(job.reports), 1), session.heartbeat.usage
+    parts = [size for name, size in sizes.items() if name.endswith(".safetensors") and name.startswith("moments/")]
+    commits = [seconds for job in jobs for seconds in job.commits]
+    job, held = jobs[0], session.heartbeat.usage
+    workers = max(len(job.reports), 1)
     return Pilot(
         start=job.first_ready - begun,
         warm_up=warm_up,
         per_sample=per_sample,
         spread=spread,
         batches=batches,
-        prepare=max(3600 * held.worker_hours / workers - job.seconds, 0.0),
-        commit=statistics.mean(job.commits) if job.commits else 0.0,
+        prepare=max(3600 * held.worker_hours / workers - sum(job.seconds for job in jobs), 0.0),
+        commit=statistics.mean(commits) if commits else 0.0,
         end=ended - committed,
-        moments_bytes=max((size for name, size in sizes.items() if name.startswith("moments/part-")), default=0),
+        moments_bytes=sum(parts) // max(len(parts), 1),
         result_bytes=sum(size for name, size in sizes.items() if not name.startswith("moments/")),
         workers=workers,
         cpus=job.options.get("num_cpus", 1.0),
@@ -292,17 +300,18 @@ def count_samples(config: FitConfig) -> Range:
     return Range(*(min(max(value, 0.0), most) for value in (total - error, total, total + error)))
 
 
-def forecast(pilot: Pilot, config: FitConfig, samples: Range, max_loss: float, ratio: float) -> Forecast:
+def forecast(pilot: Pilot, config: FitConfig, samples: Range, workers: int, max_loss: float, ratio: float) -> Forecast:
     """Return what a fit will take.
 
     Args:
         pilot: What a pilot measured.
         config: The fit.
         samples: The number of samples.
+        workers: The number of workers that the fit will have.
         max_loss: See `Resources`.
         ratio: `Timing.commit_ratio`.
     """
-    workers, passes = min(pilot.workers, len(config.shards)), pilot.passes
+    workers, passes = min(workers, len(config.shards)), pilot.passes
     rounds = math.ceil(len(config.shards) / workers)  # shards of the worker that gets most of them
 
     def work(count: float, scale: float) -> float:
