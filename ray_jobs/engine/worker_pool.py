@@ -5,7 +5,7 @@ own restarts and retries are off, because they would repeat a method on an actor
 """
 
 import time
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
