@@ -46,6 +46,7 @@ def export_program(
         UserError: If a method is no backward pass of the network.
 
     Example:
+        >>> from torch import nn
         >>> from patterns import trace
         >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
         >>> explainer = Explainer(trace(model, torch.zeros(2, 4)), None, ["gradient"])

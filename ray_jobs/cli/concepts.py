@@ -8,7 +8,7 @@ from ray_jobs.config.commands import ClassNames, FittedModel, ShardOptions
 
 @command(
     "patternnet concepts --patterns runs/birds --shards '/data/val-{00..63}.tar'",
-    "patternnet concepts --patterns runs/birds --shards 'val-*.tar' --target label",
+    "patternnet concepts --patterns runs/birds --shards val.tar --target label",
 )
 def concepts(
     given: Given[ConceptsConfig], model: FittedModel, names: ClassNames, options: ShardOptions, resources: Resources

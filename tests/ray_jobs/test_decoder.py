@@ -107,8 +107,8 @@ def test_later_jobs_and_pictures_use_the_decoder_of_the_fit(folder: Path, tmp_pa
         assert CliRunner().invoke(make_app(), [*command, *common]).exit_code == 0
     assert pq.read_table(tmp_path / "run/explanations.parquet").num_rows == SAMPLES - 3
     gallery = open_gallery(str(tmp_path / "run"), None)
-    pictures = dict(gallery.photographs(shards, {"s0", "s1"}))
-    assert {key: picture.size for key, picture in pictures.items()} == {"s0": (8, 8), "s1": (8, 8)}
+    pictures = gallery.pictures([gallery.find(key) for key in ("s0", "s1")])
+    assert [picture.photograph.size for picture in pictures] == [(8, 8), (8, 8)]
 
 
 @pytest.mark.ray

@@ -37,7 +37,7 @@ class RecordingObserver:
 
     def flush(self) -> None: ...
 
-    def update(self, images: Tensor, seeds: list[int]) -> Tensor:
+    def update(self, images: Tensor, seeds: list[int], labels: Tensor | None = None) -> Tensor:
         for pause in self.pauses:
             pause()
         self.seen.append(images)
