@@ -25,7 +25,7 @@ STARTING = ("kill-worker", "kill-node", "driver-KILL")  # kinds that may also st
 NODES = 2  # with one CPU each; lost nodes are replaced
 MAX_LIVES = 8  # drivers after which a trial is given up
 MAX_LIFE = 300.0  # seconds after which a driver is killed
-END_TIMEOUT = 15.0  # seconds after a trial in which Ray may end its processes
+END_TIMEOUT = 60.0  # seconds after a trial in which Ray may end its processes
 POLL = 0.01  # seconds between two checks of a driver; a tenth of it while a fault waits for a file
 
 
