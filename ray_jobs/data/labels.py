@@ -231,6 +231,8 @@ def detect_layout(lines: Sequence[str], names: ImageNames) -> Layout | None:
 def is_heading(rows: Sequence[Row], column: int, names: ImageNames) -> bool:
     """Return whether the first row is a heading instead of an image and its label."""
     words = normalize_heading(rows[0])
+    if column < len(words) and words[column] in NAME_HEADINGS and {*HEADINGS} & set(words):
+        return True  # even if an image has this name
     if column >= len(words) or names.find(rows[0][column]) is not None or extension_of(words[column]) in IMAGES:
         return False
     rest = [row[column] for row in rows[1:MAX_EXAMINED_LINES] if len(row) > column]

@@ -126,6 +126,10 @@ def test_image_names_that_are_numbers_are_not_taken_for_labels() -> None:
     ]
 
 
+def test_heading_may_be_the_name_of_an_image() -> None:
+    assert parse_labels(b"image,split,label\nIMAGE.jpg,val,7\n", ["IMAGE.jpg"], "val") == [7]
+
+
 @pytest.mark.full
 @given(
     st.lists(st.text(st.characters(exclude_categories=("C", "Z")), min_size=1, max_size=8), min_size=1, unique=True),
