@@ -106,8 +106,8 @@ class Capture:
             what, remedy = f"the network has no operator {unknown[0]!r}", f"Choose from {', '.join(known)}."
             raise UserError("", what, remedy, "channels")
         for name, method in methods.items():
-            recorded = method.backward is not None and (method.is_attribution or name == "gradient")
-            if self.operators and not recorded:
+            has_values = method.backward is not None and (method.is_attribution or name == "gradient")
+            if self.operators and not has_values:
                 remedy = "Use patternattribution, gradient-x-input or gradient, or leave out `channels`."
                 raise UserError("", f"{name} has no relevance at hidden units", remedy, "channels")
         self._last = list(known)[-1]
