@@ -195,7 +195,7 @@ def test_map_of_a_concept_explains_the_projection(
     assert exit_status([*common, "--target", "2.conv2:concept:size", "--out", str(tmp_path / "a")]) == 0
     keys, images = read_images(model_spec, shards[:1])
     outputs = record_outputs(load_custom_model(model_spec).eval(), images)["2.conv2"]
-    v = torch.tensor(directions(run)["2.conv2", "size"]["direction"])
+    v = torch.tensor(directions(run)["2.conv2", "size"]["direction"], dtype=torch.float64)
     projection = outputs.flatten(2).mean(2).double() @ v / v.norm()
     rows = {row["key"]: row for row in pq.read_table(tmp_path / "a" / "explanations.parquet").to_pylist()}
     assert [rows[key]["score"] for key in keys] == pytest.approx(projection.tolist(), rel=1e-4, abs=1e-5)
@@ -238,7 +238,7 @@ def test_sensitivity_is_the_directional_derivative_of_each_class(
         assert z.grad is not None
         gradients = z.grad.double().flatten(2).sum(2) if z.dim() > 2 else z.grad.double()
         for concept in ("striped", "size"):
-            v = torch.tensor(directions(run)[name, concept]["direction"])
+            v = torch.tensor(directions(run)[name, concept]["direction"], dtype=torch.float64)
             expected = (gradients @ v).numpy()
             for number in np.unique(classes):
                 chosen, row = expected[classes == number], found[number, name, concept]
