@@ -1,13 +1,18 @@
 """Small fits to run, and a comparison of their patterns."""
 
+import os
 import shlex
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from safetensors.torch import load_file
 
 from ray_jobs.config import FitConfig, ModelConfig
+from ray_jobs.engine.shard_worker import WorkerInfo
+from ray_jobs.jobs.moments_job import MomentsJob
 
 PREPROCESSING = {"image_size": 16, "resize": 16, "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
 
@@ -43,3 +48,32 @@ def read_command(page: str, heading: str) -> list[str]:
     """Return the words after `patternnet` of the first command below a heading of a page of docs/."""
     text = (Path(__file__).parents[2] / "docs" / page).read_text().partition(f"{heading}\n")[2]
     return shlex.split(text.partition("```console\n")[2].partition("```")[0].replace("\\\n", ""))[1:]
+
+
+def kill_first_worker(monkeypatch: pytest.MonkeyPatch, after: int) -> list[str]:
+    """Kill the first worker of a fit or a quality job once some shards are done.
+
+    Args:
+        monkeypatch: Records and kills until it is undone.
+        after: The number of shards.
+
+    Returns:
+        The shards that are done, in the order in which they are; one may be done twice.
+    """
+    pids: list[int] = []
+    worked: list[str] = []
+    started, done = MomentsJob.on_ready, MomentsJob.on_done
+
+    def record_pid(self: MomentsJob, worker: WorkerInfo) -> None:
+        pids.append(worker.pid)
+        started(self, worker)
+
+    def kill(self: MomentsJob, item: str, report: object) -> None:
+        worked.append(item)
+        done(self, item, report)  # type: ignore[arg-type]
+        if len(worked) == after:
+            os.kill(pids[0], signal.SIGKILL)
+
+    monkeypatch.setattr(MomentsJob, "on_ready", record_pid)
+    monkeypatch.setattr(MomentsJob, "on_done", kill)
+    return worked

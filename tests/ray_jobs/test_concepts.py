@@ -1,9 +1,7 @@
 """Concepts: directions of a fit, maps of a concept and sensitivity of classes, and the errors of their files."""
 
-import os
 import re
 import shlex
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,6 @@ from ray_jobs.config import FitConfig, Resources
 from ray_jobs.data.concepts import load_concepts
 from ray_jobs.data.image_decoding import decode
 from ray_jobs.data.shard_reader import read_shard
-from ray_jobs.engine.shard_worker import WorkerInfo
 from ray_jobs.jobs.explain.target_files import load_target
 from ray_jobs.jobs.explain.targets import parse_target
 from ray_jobs.jobs.fit.fit import fit, merge
@@ -30,7 +27,7 @@ from ray_jobs.models.factories import load_custom_model
 from ray_jobs.models.loading import load
 from ray_jobs.runs.concept_table import find_direction
 from tests.patterns.networks import relative
-from tests.ray_jobs.runs import OPTIONS, make_fit_config
+from tests.ray_jobs.runs import OPTIONS, kill_first_worker, make_fit_config
 
 HERE = Resources(workers=0)
 USED = 6  # shards
@@ -159,24 +156,9 @@ def test_a_killed_worker_changes_no_digit_and_merged_fits_equal_one(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    pids: list[int] = []
-    worked: list[str] = []
-    started, done = MomentsJob.on_ready, MomentsJob.on_done
-
-    def record_pid(self: MomentsJob, worker: WorkerInfo) -> None:
-        pids.append(worker.pid)
-        started(self, worker)
-
-    def kill_the_first_worker(self: MomentsJob, item: str, report: object) -> None:
-        worked.append(item)
-        done(self, item, report)  # type: ignore[arg-type]
-        if len(worked) == 3:
-            os.kill(pids[0], signal.SIGKILL)
-
     two = Resources(workers=2, gpus_per_worker=0)
     with monkeypatch.context() as patch:
-        patch.setattr(MomentsJob, "on_ready", record_pid)
-        patch.setattr(MomentsJob, "on_done", kill_the_first_worker)
+        worked = kill_first_worker(patch, after=3)
         fit(make_config(model_spec, shards[:USED], tmp_path / "killed", labels), two)
     assert len(worked) > USED, "no shard was processed again: the killed worker had nothing to lose"
     assert_same_directions(run, tmp_path / "killed")

@@ -20,12 +20,12 @@ from patterns import CHOICES, UserError, accumulate, solve
 from ray_jobs.config import FITTED, FitConfig, ModelConfig, Resources
 from ray_jobs.data.shard_reader import ReaderConfig, ShardReader
 from ray_jobs.engine.ray_session import count_worker_slots, make_worker_options
-from ray_jobs.engine.shard_worker import WorkerInfo, WorkerResources
+from ray_jobs.engine.shard_worker import WorkerResources
 from ray_jobs.engine.signals import StoppedShortError
 from ray_jobs.jobs import reduction
 from ray_jobs.jobs.fit.fit import fit, make_observer, merge
 from ray_jobs.jobs.fit.fit import solve as solve_more
-from ray_jobs.jobs.moments_job import MomentsJob, MomentsTask, MomentsWorker, Observe
+from ray_jobs.jobs.moments_job import MomentsTask, MomentsWorker, Observe
 from ray_jobs.models import loading
 from ray_jobs.runs.ledger import Ledger
 from ray_jobs.runs.moments_store import MomentsStore
@@ -34,7 +34,7 @@ from ray_jobs.runs.usage import Usage
 from ray_jobs.units import format_duration
 from ray_jobs.views.status import status_lines
 from tests.conftest import make_shards, write_tar
-from tests.ray_jobs.runs import PREPROCESSING, assert_same_patterns, make_fit_config
+from tests.ray_jobs.runs import PREPROCESSING, assert_same_patterns, kill_first_worker, make_fit_config
 
 
 def worker_of(config: FitConfig) -> tuple[loading.TracedModel, MomentsStore, int, Observe, None]:
@@ -93,22 +93,7 @@ def test_a_killed_worker_changes_no_digit(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    pids: list[int] = []
-    worked: list[str] = []
-    started, done = MomentsJob.on_ready, MomentsJob.on_done
-
-    def record_pid(self: MomentsJob, worker: WorkerInfo) -> None:
-        pids.append(worker.pid)
-        started(self, worker)
-
-    def kill_the_first_worker(self: MomentsJob, item: str, report: object) -> None:
-        worked.append(item)
-        done(self, item, report)  # type: ignore[arg-type]
-        if len(worked) == 5:
-            os.kill(pids[0], signal.SIGKILL)
-
-    monkeypatch.setattr(MomentsJob, "on_ready", record_pid)
-    monkeypatch.setattr(MomentsJob, "on_done", kill_the_first_worker)
+    worked = kill_first_worker(monkeypatch, after=5)
     run = fit(make_fit_config(model_spec, shards, tmp_path / "run"), on_cpu(2))
     assert len(worked) > len(shards), "no shard was processed again: the killed worker had nothing to lose"
     assert_same_patterns(undisturbed, run.folder)

@@ -1,7 +1,5 @@
 """The quality job: ρ equals a regression over unfolded patches, whatever happens while the job runs."""
 
-import os
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +14,6 @@ from patterns import UserError
 from ray_jobs.cli.app import exit_status
 from ray_jobs.config import FitConfig, ModelConfig, QualityConfig, Resources
 from ray_jobs.data.shard_reader import ReaderConfig, ShardReader
-from ray_jobs.engine.shard_worker import WorkerInfo
 from ray_jobs.jobs.fit.fit import fit, solve
 from ray_jobs.jobs.moments_job import MomentsJob
 from ray_jobs.jobs.quality import measure
@@ -24,6 +21,7 @@ from ray_jobs.models import loading
 from ray_jobs.runs.run_folder import Run
 from tests.conftest import make_shards
 from tests.oracles import Neuron, neurons, window_patches
+from tests.ray_jobs.runs import kill_first_worker
 
 RESOURCES = Resources(workers=2, gpus_per_worker=0)
 HERE = Resources(workers=0)
@@ -135,22 +133,7 @@ def test_workers_losses_and_resuming_change_no_digit(
 ) -> None:
     config = quality_config(model, fitted, sets, tmp_path / "one", positions=3)
     whole = measure(config, HERE)
-    pids: list[int] = []
-    worked: list[str] = []
-    started, done = MomentsJob.on_ready, MomentsJob.on_done
-
-    def record_pid(self: MomentsJob, worker: WorkerInfo) -> None:
-        pids.append(worker.pid)
-        started(self, worker)
-
-    def kill_the_first_worker(self: MomentsJob, item: str, report: object) -> None:
-        worked.append(item)
-        done(self, item, report)  # type: ignore[arg-type]
-        if len(worked) == 2:
-            os.kill(pids[0], signal.SIGKILL)
-
-    monkeypatch.setattr(MomentsJob, "on_ready", record_pid)
-    monkeypatch.setattr(MomentsJob, "on_done", kill_the_first_worker)
+    worked = kill_first_worker(monkeypatch, after=2)
     other = measure(quality_config(model, fitted, sets, tmp_path / "two", positions=3), RESOURCES)
     assert len(worked) > 6, "no shard was done again: the killed worker had nothing to lose"
     again = measure(quality_config(model, fitted, sets, tmp_path / "two", positions=3), HERE)
