@@ -154,7 +154,7 @@ def test_no_network_and_no_client_are_one_line(
     assert "patternnet-ray[hf]" in bad(hub, f"{DATASET}/**/*.tar", complaint, tmp_path)
 
 
-def test_worker_without_access_is_told_to_set_the_token(hub: Hub) -> None:
+def test_error_of_a_worker_without_access_says_to_set_the_token(hub: Hub) -> None:
     hub.private = True
     with pytest.raises(UserError, match="401") as caught:
         list(read_shard(f"{hub.endpoint}/datasets/org/data/resolve/{COMMIT}/tars/train-000.tar"))

@@ -89,7 +89,7 @@ def test_project_that_cannot_run_is_one_line(tmp_path: Path, lock: str, reason: 
         require_runnable_project(str(tmp_path), "2.60.0")
 
 
-def test_packages_beside_a_lock_are_an_error(tmp_path: Path, complaint: Callable[..., str]) -> None:
+def test_packages_in_addition_to_a_lock_are_an_error(tmp_path: Path, complaint: Callable[..., str]) -> None:
     (tmp_path / "uv.lock").write_text(LOCKED)
     (tmp_path / "pyproject.toml").write_text("[project]\n")
     options = ("--address", "http://127.0.0.1:9", "--working-dir", tmp_path, "--pip", "timm", "status", "run")
