@@ -217,6 +217,10 @@ class ShardTask:
     only: frozenset[str] | None = None
     skip: frozenset[str] = frozenset()
 
+    def uses(self, key: str) -> bool:
+        """Return whether a sample with this key is used."""
+        return key not in self.skip and (self.only is None or key in self.only)
+
 
 @dataclass
 class ShardReader:

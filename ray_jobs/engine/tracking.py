@@ -4,6 +4,7 @@ The job never waits for the tracker, except a moment at its end, and never fails
 one line in the log, and the thread tries again.
 """
 
+import re
 import sys
 import threading
 import time
@@ -77,7 +78,7 @@ class Tracker:
                     pause = min(2 * pause, MAX_PAUSE)
                     retry_at = time.monotonic() + pause
                     if not complained:
-                        reason = " ".join(str(error).split())[:200] or type(error).__name__
+                        reason = hide_passwords(" ".join(str(error).split()))[:200] or type(error).__name__
                         self.say(f"tracking: {self.place} does not work ({reason}); the job goes on without it")
                     complained = True
             if last:
@@ -108,6 +109,16 @@ def describe_place(track: str) -> str:
     name, _, uri = track.partition(":")
     split = urlsplit(uri)
     return f"{name} at {split._replace(netloc=split.netloc.rpartition('@')[2]).geturl()}" if uri else name
+
+
+def hide_passwords(text: str) -> str:
+    """Return a text in which no address has a user and a password.
+
+    Example:
+        >>> hide_passwords("no answer from https://me:secret@host:80/x")
+        'no answer from https://host:80/x'
+    """
+    return re.sub(r"(\w+://)[^\s/@]+@", r"\1", text)
 
 
 def make_tracker(

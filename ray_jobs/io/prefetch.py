@@ -47,7 +47,7 @@ class Prefetcher(Generic[T]):
         """
         self.exhausted, self.failed = threading.Event(), False
         self._ready: Queue[tuple[bool, Any]] = Queue(count)
-        self._first: tuple[bool, Any] | None = None  # taken from the queue by `peek`
+        self._first: tuple[bool, Any] | None = None  # taken from the queue by `peek`, or the end
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._produce, args=(items, after), daemon=True)
         self._thread.start()
@@ -58,13 +58,14 @@ class Prefetcher(Generic[T]):
             entry, self._first = self._first or self._ready.get(), None
             if entry[0]:
                 yield entry[1]
-            elif entry[1] is not None:
+                continue
+            self._first = entry  # for the next iteration and for `peek`
+            if entry[1] is not None:
                 raise entry[1]
-            else:
-                return
+            return
 
     def peek(self) -> BaseException | None:
-        """Wait for the first item, which stays to be yielded, and return the exception that came instead of it."""
+        """Wait for the next item, which stays to be yielded, and return the exception that came instead of it."""
         if self._first is None:
             self._first = self._ready.get()
         return None if self._first[0] else self._first[1]
@@ -72,7 +73,7 @@ class Prefetcher(Generic[T]):
     @property
     def ready(self) -> bool:
         """Whether the next item, or the end of the items, need not be waited for."""
-        return not self._ready.empty()
+        return self._first is not None or not self._ready.empty()
 
     def close(self, wait: float | None = None) -> None:
         """Produce no more items, and wait until the thread has closed their generator.

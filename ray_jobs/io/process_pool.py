@@ -30,7 +30,8 @@ U = TypeVar("U")
 
 DEPTH = 3  # requests that a process has, so that it need not wait for the next one
 ATTEMPTS = 3
-TIMEOUT = 240.0  # seconds for a request, after which a process is replaced; two are less than `--stall-timeout`
+TIMEOUT = 240.0  # seconds for a request, after which a process is replaced
+ALONE = 1 / 4  # of it for an item that is tried alone: eight of them take less than `--stall-timeout` in all
 START_TIMEOUT = 240.0  # seconds until a process is ready: the import may wait for a busy machine
 PIPE_BYTES = 1 << 20  # what an ordinary user may ask for; less means more switches between processes
 PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
@@ -129,7 +130,7 @@ class ProcessPool:
         """Return the results of the first part that waits for its results."""
         process, part = waiting.popleft()
         try:
-            return process.receive()
+            return process.receive(self._timeout)
         except LOST:
             results = [self._try_alone(process, function, lost, item) for item in part]
             for other, behind in waiting:
@@ -142,9 +143,9 @@ class ProcessPool:
         for _ in range(ATTEMPTS):  # something else may have killed the process
             try:
                 process.send(function, [item])
-                return process.receive()[0]
+                return process.receive(ALONE * self._timeout)[0]
             except TimeoutError:
-                return lost(item, f"no result after {self._timeout:g} s")
+                return lost(item, f"no result after {ALONE * self._timeout:g} s")
             except LOST:
                 continue
         return lost(item, "its process was killed or crashed")
@@ -154,25 +155,34 @@ class _Process:
     """A process of a pool, which may not be running.
 
     Attributes:
-        pid: Its process id.
+        pid: Its process id; 0 until it is known.
         requests: The pipe to the process; None if it is not running.
         results: The pipe from the process.
+        failed: Whether a request could not be sent, which the next call of `receive` reports.
     """
 
     def __init__(self, server: "_Server", timeout: float) -> None:
-        self.server, self.timeout = server, timeout
+        self.server, self.timeout, self.failed = server, timeout, False
         self.pid, self.requests, self.results = 0, cast(Any, None), cast(Any, None)
 
     def send(self, function: Callable[[T], U], items: Sequence[T]) -> None:
         """Request the results of a function for some items; start the process if it is not running."""
+        if self.failed:
+            return
         if self.requests is None:
             self.start()
-        with suppress(OSError):  # `receive` reports that the process has ended
+        try:
             send(self.requests, (pickle.dumps(function), items))
+        except OSError:  # it has ended, or reads nothing, because an earlier item hangs
+            self.kill()
+            self.failed = True
 
-    def receive(self) -> list[Any]:
+    def receive(self, timeout: float) -> list[Any]:
         """Return the results of the oldest request; end the process and raise one of LOST if it fails."""
         try:
+            if self.failed:
+                raise EOFError
+            self.results.raw.timeout = timeout
             return pickle.load(self.results)
         except LOST:
             self.kill()
@@ -183,24 +193,41 @@ class _Process:
         for _ in range(ATTEMPTS):
             (theirs, requests), (results, also_theirs) = open_pipe(), open_pipe()
             self.server.send([theirs, also_theirs])
-            pipe = _Results(results, START_TIMEOUT)
-            self.requests, self.results = os.fdopen(requests, "wb"), io.BufferedReader(pipe)
+            self.requests = _Requests(requests, self.timeout)
+            self.results = io.BufferedReader(_Results(results, START_TIMEOUT))
             with suppress(*LOST):
                 self.pid = pickle.load(self.results)
-                pipe.timeout = self.timeout
                 return
-        self.requests = None
+            self.kill()
         raise RuntimeError(f"no process can import {self.server.module}; the log of this process has the reason")
 
     def kill(self) -> None:
         """End the process, if it is running."""
         if self.requests is not None:
-            with suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGKILL)
+            if self.pid:
+                with suppress(ProcessLookupError):
+                    os.kill(self.pid, signal.SIGKILL)
             self.results.close()
-            with suppress(OSError):  # it has not read all of a request
-                self.requests.close()
-            self.requests = None
+            self.requests.close()
+        self.pid, self.requests, self.failed = 0, None, False
+
+
+class _Requests(io.FileIO):
+    """A pipe that is written; TimeoutError is raised if nothing is read from it for some seconds."""
+
+    def __init__(self, pipe: int, timeout: float) -> None:
+        super().__init__(pipe, "wb")
+        self.timeout, self.poll = timeout, select.poll()
+        self.poll.register(pipe, select.POLLOUT)
+        os.set_blocking(pipe, False)
+
+    def write(self, data: Any) -> int:
+        view, done = memoryview(data).cast("B"), 0
+        while done < len(view):
+            if not self.poll.poll(1000 * self.timeout):
+                raise TimeoutError
+            done += super().write(view[done:]) or 0
+        return done
 
 
 class _Results(io.FileIO):

@@ -160,6 +160,9 @@ def evaluate(config: EvaluateConfig, resources: Resources = Resources()) -> Run:
             draw_evaluation(folder / "evaluation.png", summary, titles)
         samples = len({(row["shard"], row["key"]) for table in tables for row in table.to_pylist()})
         validate_sample_count(session, samples, resources)
+        without = {*measured.measures} - {*summary["measure"].to_pylist()}
+        missing = {name: MEASURES[name].missing for name in measured.measures if name in without}
+        session.section["not_measured"] = obstacles | missing
         session.section |= {"samples": samples, "times": measure_times(config, model, recorded["scales"])}
     return run
 

@@ -264,16 +264,16 @@ class Row:
         make: Makes the measure for a worker.
         title: The column's title.
         higher_is_better: Whether a higher value is better; None if neither is.
-        needs_labels: Whether it uses only samples with a label.
         obstacle: Returns why a network cannot be measured; None if it can.
+        missing: Why no sample has a value, if none has.
         refitted: Whether it needs patterns that were fitted to random weights.
     """
 
     make: Callable[[Context], Measure]
     title: str
     higher_is_better: bool
-    needs_labels: bool = False
     obstacle: Callable[[Network], str | None] = lambda network: None
+    missing: str = "no sample has a value"
     refitted: bool = False
 
 
@@ -283,13 +283,14 @@ def find_size_obstacle(network: Network) -> str | None:
     return None if len(sides) == 2 and not any(side % 2 for side in sides) else "its input has no even height and width"
 
 
+NO_GRID = "no shard has samples of four classes that have a label and are classified correctly"
 MEASURES: dict[str, Row] = {
     "degradation": Row(Degradation, "area over the degradation curve", True),
-    "pointing": Row(Pointing, "grid pointing game", True, True, find_size_obstacle),
+    "pointing": Row(Pointing, "grid pointing game", True, find_size_obstacle, NO_GRID),
     "class": Row(ClassSensitivity, "cosine of the maps of two classes", False),
     "random-top": Row(RandomizedTop, "rank correlation, last weights random", False),
     "random-half": Row(RandomizedHalf, "rank correlation, upper half random", False),
     "random-all": Row(RandomizedAll, "rank correlation, all weights random", False),
     "random-all-refit": Row(Refitted, "rank correlation, all weights random, patterns refitted", False, refitted=True),
-    "shift": Row(ShiftSensitivity, "change by a constant shift of the input", False, False, find_shift_obstacle),
+    "shift": Row(ShiftSensitivity, "change by a constant shift of the input", False, find_shift_obstacle),
 }

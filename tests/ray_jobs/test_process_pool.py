@@ -48,6 +48,16 @@ def hang_at_three(number):
         time.sleep(1000)
     return number
 
+def hang_at_three_with_the_lock(number):
+    if number == 3:
+        int("9" * 4000) ** 400000  # one operation, in which no other thread of Python runs
+    return number
+
+def large_at_three(data):
+    if data[0] == 3:
+        int("9" * 4000) ** 400000
+    return data[0]
+
 def raise_at_three(number):
     if number == 3:
         raise ValueError("three")
@@ -126,19 +136,29 @@ def test_requests_and_results_may_be_larger_than_all_buffers(trouble: Path) -> N
     ("name", "reason"),
     [
         ("die_at_three", "killed or crashed"),
-        ("hang_at_three", "no result after 0.5 s"),
+        ("hang_at_three", "no result after 1 s"),
+        ("hang_at_three_with_the_lock", "no result after 1 s"),
         ("raise_at_three", "killed or crashed"),
     ],
 )
 def test_only_the_item_that_ends_or_blocks_its_process_is_given_up(trouble: Path, name: str, reason: str) -> None:
     import trouble as functions
 
-    with ProcessPool(1, "trouble", timeout=0.5) as pool:
+    with ProcessPool(1, "trouble", timeout=4.0) as pool:
         parts = [[0, 1], [2, 3, 4], [5], [6]]
         found = list(pool.map(getattr(functions, name), keep_reason, parts))
     assert [found[0], found[1][0], found[1][2], *found[2:]] == [[0, 1], 2, 4, [5], [6]]
     assert found[1][1].startswith("3: ")
     assert reason in found[1][1]
+
+
+def test_requests_that_nobody_reads_are_given_up(trouble: Path) -> None:
+    import trouble as functions
+
+    parts = [[bytes([n]) * (1 << 22)] for n in range(3, 9)]  # larger than the pipe
+    with ProcessPool(1, "trouble", timeout=4.0) as pool:
+        found = list(pool.map(functions.large_at_three, lambda _, reason: reason, parts))
+    assert found == [["no result after 1 s"], [4], [5], [6], [7], [8]]
 
 
 def test_killed_processes_and_servers_lose_no_item(trouble: Path) -> None:
@@ -255,7 +275,7 @@ def test_several_processes_give_the_batches_of_one_thread(
 
 @pytest.mark.full
 def test_decoder_of_the_user_that_ends_hangs_or_raises_rejects_its_sample(shard: str, trouble: Path) -> None:
-    with ProcessPool(2, "ray_jobs.data.shard_reader", timeout=2.0) as pool:
+    with ProcessPool(2, "ray_jobs.data.shard_reader", timeout=4.0) as pool:
         reader = ShardReader(shard, ReaderConfig(PLAIN, 7, decoder=f"{trouble}:decode", pool=pool))
         batches, rejected = read(reader)
     assert [key for batch in batches for key in batch.keys] == [f"{i}" for i in range(40) if i not in (7, 8, 9)]
@@ -264,6 +284,6 @@ def test_decoder_of_the_user_that_ends_hangs_or_raises_rejects_its_sample(shard:
     ]
     reasons = {r.key: (r.shard, r.stage, r.reason) for r in rejected}
     assert reasons["7"] == (shard, "decode", "it cannot be decoded: its process was killed or crashed")
-    assert reasons["8"] == (shard, "decode", "it cannot be decoded: no result after 2 s")
+    assert reasons["8"] == (shard, "decode", "it cannot be decoded: no result after 1 s")
     assert reasons["9"][2].startswith("the decoder failed (ValueError: nine, at ")
     assert len(reasons) == 3

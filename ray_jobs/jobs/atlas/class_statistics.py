@@ -26,7 +26,7 @@ from ray_jobs.jobs.atlas.rows import (
 )
 from ray_jobs.jobs.atlas.statistics import RunningMoments, encode_ranks, merge_top
 
-MAX_CLUSTERED = 5000  # samples of a class that are clustered by the spectrum; k-means assigns the others
+MAX_CLUSTERED = 5000  # samples of a class that are clustered by the spectrum; discriminants assign the others
 Pair = tuple[int, int]  # label (NO_LABEL: none) and prediction (likewise)
 NO_LABEL = -1
 MAX_READ, READ_BYTES = 4096, 64 << 20  # rows that are worked on together

@@ -11,6 +11,7 @@ import torch
 from patterns import UserError
 from patterns.io import temporary_path
 from ray_jobs.config import AtlasConfig
+from ray_jobs.data.samples import RejectedSample
 from ray_jobs.engine.shard_worker import ShardReport
 from ray_jobs.io.object_store import publish, read_table
 from ray_jobs.jobs.atlas.rows import RowShape, RowWriter, make_table, pool_maps, to_shares
@@ -74,8 +75,11 @@ class StoredMapsWorker(MethodWorker[AtlasConfig]):
         """Write the rows of a shard."""
         files, source = task.files, self.explained[task.shard]
         rows = {row["key"]: row for row in read_table(source.folder / source.rows).to_pylist()}
-        keys = list(rows)[: task.max_samples]
-        rejected = read_rejected(source.folder / source.rejected)
+        keys = [key for key in list(rows)[: task.max_samples] if task.uses(key)]
+        rejected = [each for each in read_rejected(source.folder / source.rejected) if task.uses(each.key)]
+        known = rows.keys() | {each.key for each in rejected}
+        missing = sorted((task.only or frozenset()) - known)
+        rejected += [RejectedSample(task.shard, key, "read", "it was not explained") for key in missing]
         with publish(files.folder) as folder, temporary_path(folder / files.rows) as path:
             with closing(RowWriter(path, self.shape)) as writer:
                 pending: list[tuple[str, np.ndarray, int]] = []
