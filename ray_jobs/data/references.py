@@ -160,9 +160,9 @@ def read_image(where: str, end: float, stopped: threading.Event) -> bytes:
 
 def read_all(file: Any, size: int | None, end: float, stopped: threading.Event) -> bytes:
     """Return the content of a file of a given size, None if it is unknown, before a time."""
-    data = bytearray()
+    data, read = bytearray(), getattr(file, "read1", file.read)  # `read` waits until all bytes are there
     while size is None or size <= MAX_SAMPLE_BYTES:
-        chunk = file.read(CHUNK)
+        chunk = read(CHUNK)
         data += chunk
         if not chunk:
             break

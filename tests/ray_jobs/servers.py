@@ -43,6 +43,11 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
+            if fault == "dripping":
+                for byte in data:
+                    self.wfile.write(bytes([byte]))
+                    if self.ended.wait(0.02):
+                        break
             self.wfile.write(data if fault in ("plain", "once") else data[:half])
             if fault == "stalled":
                 self.wfile.flush()

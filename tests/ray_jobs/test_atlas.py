@@ -199,6 +199,11 @@ def test_stored_maps_give_the_same_maps_without_what_needs_a_pass(
         assert [row[name] for name in ("label", "class", "score")] == [one[key][n] for n in ("label", "class", "score")]
     assert "embedding" not in other[key]
     assert not (stored / "channels.parquet").exists()
+    shard, key = sorted(other)[0]
+    (tmp_path / "keys.txt").write_text(f"{shard}\t{key}\n{shard}\tnone\n")
+    chosen = replace(config, shards=config.shards[:1], explanations=explained, keys=str(tmp_path / "keys.txt"))
+    run = Path(str(atlas(replace(chosen, out=str(tmp_path / "chosen")), replace(HERE, max_bad_fraction=1.0)).folder))
+    assert [(row["shard"], row["key"]) for row in read_rows(run).to_pylist()] == [(shard, key)]
 
 
 @pytest.mark.parametrize(

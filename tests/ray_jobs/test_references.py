@@ -155,7 +155,13 @@ def test_outputs_are_named_after_the_file(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("fault", "reason"),
-    [("404", "404"), ("500", "500"), ("truncated", "bytes"), ("stalled", "cannot be fetched|not fetched")],
+    [
+        ("404", "404"),
+        ("500", "500"),
+        ("truncated", "bytes"),
+        ("stalled", "cannot be fetched|not fetched"),
+        ("dripping", "not fetched"),
+    ],
 )
 def test_image_that_cannot_be_fetched_is_rejected_and_delays_no_other(
     folder: Path, server: str, fault: str, reason: str, monkeypatch: pytest.MonkeyPatch

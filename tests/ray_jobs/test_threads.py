@@ -21,6 +21,14 @@ MAKERS: dict[str, tuple[MakeStream, int]] = {
 }
 
 
+def test_end_of_prefetched_items_is_found_again() -> None:
+    stream = Prefetcher(range(2))
+    assert list(stream) == [0, 1]
+    assert stream.ready
+    assert stream.peek() is None
+    assert list(stream) == []
+
+
 class Source:
     """Numbers from 0 that count how many were taken and note whether their generator was closed."""
 
