@@ -18,10 +18,14 @@ def sum_positions(values: Tensor, axis: int) -> Tensor:
 
 def sum_squares(values: Tensor, axis: int) -> Tensor:
     """Return the sum of squares over all dimensions except `axis`, shape (K,)."""
+    before, after = (list(range(axis % values.dim())), list(range(axis % values.dim() + 1, values.dim())))
     # The norm down the columns takes three times as long as a sum of squares.
-    if axis % values.dim() == values.dim() - 1:
-        return values.square().sum(sample_dimensions(values, axis))
-    return torch.linalg.vector_norm(values, dim=sample_dimensions(values, axis)).square()
+    if not after:
+        return values.square().sum(before)
+    # On CPUs, a norm over neighboring elements takes a fifth of the time of one over all dimensions of the samples, and
+    # has a fiftieth of its error in float32, which adds squares to one sum.
+    squares = torch.linalg.vector_norm(values, dim=after).square()
+    return squares.sum(before) if before else squares
 
 
 def sample_dimensions(values: Tensor, axis: int) -> list[int]:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from patterns import CHOICES, Gate, Moments, Operator, Sums, accumulate, solve, trace
 from patterns.moments.accumulator import Accumulator
 from patterns.moments.moments import RequiredSums, zero_moments
+from patterns.operators.axes import sum_squares
 from patterns.operators.operator import Convolution, Linear, OperatorType, Scale
 from tests.oracles import Neuron, channel_patches, linear_patches, neurons, window_patches
 from tests.patterns.cases import STRATEGIES, Case, any_case, fixed
@@ -353,3 +354,22 @@ def test_a_billion_samples_add_up_exactly_and_one_more_batch_still_counts() -> N
         few = solve(case.operator, part, choice).patterns
         for row, pattern in solve(case.operator, many, choice).patterns.items():
             torch.testing.assert_close(pattern, few[row], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis"),
+    [((3, 5, 7, 2), 1), ((3, 5, 7, 2), -1), ((6, 4), 1), ((4, 6), 0), ((2, 3, 4, 5, 6), 2)],
+)
+@pytest.mark.parametrize("is_contiguous", [True, False])
+def test_sums_of_squares_are_those_of_every_axis(shape: Shape, axis: int, is_contiguous: bool) -> None:
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    if not is_contiguous:
+        values = values.movedim(0, -1).contiguous().movedim(-1, 0)
+    expected = [float((part * part).sum()) for part in values.unbind(axis)]
+    torch.testing.assert_close(sum_squares(values, axis), torch.tensor(expected, dtype=torch.float64))
+
+
+def test_sum_of_squares_in_float32_has_many_digits() -> None:
+    values = torch.randn(4, 8, 112, 112, generator=torch.Generator().manual_seed(0))
+    expected = values.double().square().sum((0, 2, 3))
+    assert ((sum_squares(values, 1).double() - expected) / expected).abs().max() < 1e-6
