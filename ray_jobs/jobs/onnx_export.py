@@ -52,8 +52,9 @@ def write_onnx(
     try:
         with warnings.catch_warnings(action="ignore"):
             rewritten = program.run_decompositions(REWRITES)
-            names = {"input_names": list(inputs), "output_names": list(outputs)}
-            converted = torch.onnx.export(rewritten, dynamo=True, verbose=False, opset_version=OPSET, **names)
+            converted = torch.onnx.export(
+                rewritten, input_names=inputs, output_names=outputs, opset_version=OPSET, dynamo=True, verbose=False
+            )
     except Exception as error:  # torch's exporter raises many types
         raise UserError("", describe(error), "Write a .pt2 file.", "to") from error
     assert converted is not None
