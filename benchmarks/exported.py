@@ -32,6 +32,7 @@ COLUMNS = {
     "time ÷ forward and backward": "{:.2f} ({:.2f} to {:.2f})",
     "`.pt2` − Explainer": "{:.0e}",
     "`.onnx` − Explainer": "{:.0e}",
+    "Explainer − float64": "{:.0e}",
 }
 
 
@@ -81,6 +82,7 @@ class Measured:
         time: Time of the program by that of the model's forward and backward pass, as `median_and_quartiles`.
         error: The largest ‖difference‖ / ‖map‖ of the `.pt2` file's maps over the images.
         onnx_error: Likewise for the `.onnx` file.
+        rounding: Likewise for the explainer itself, compared with float64.
         lacks: Why there is no `.onnx` file; "" if there is one.
     """
 
@@ -89,11 +91,12 @@ class Measured:
     time: Cell
     error: float
     onnx_error: float
+    rounding: float
     lacks: str
 
     def row(self, name: str) -> list[Cell]:
         """Return the row of the table."""
-        return [name, self.size, self.time, self.error, self.lacks or self.onnx_error]
+        return [name, self.size, self.time, self.error, self.lacks or self.onnx_error, self.rounding]
 
 
 def measure(name: str, folder: Path, rounds: int = 5) -> Measured:
@@ -108,7 +111,8 @@ def measure(name: str, folder: Path, rounds: int = 5) -> Measured:
     model = NETWORKS[name]().eval()
     images = torch.randn(IMAGES, 3, SIZE, SIZE)
     network = trace(model, images[:2], name=name)
-    explainer = Explainer(network, fit(network, images), [METHOD])
+    patterns = fit(network, images)
+    explainer = Explainer(network, patterns, [METHOD])
     expected = explainer(images).maps[METHOD]
     program = export_program(explainer, [METHOD])
     torch.export.save(program, folder / "explainer.pt2")
@@ -125,9 +129,16 @@ def measure(name: str, folder: Path, rounds: int = 5) -> Measured:
     try:
         write_onnx(program, onnx, ["images"], ["scores", METHOD], {})
     except UserError as lacking:
-        return Measured(size, float("nan"), time, error, float("nan"), lacking.what)
-    maps = run_onnx(onnx, images)
-    return Measured(size, onnx.stat().st_size / weights, time, error, largest_error(maps, expected), "")
+        return Measured(size, float("nan"), time, error, float("nan"), float("nan"), lacking.what)
+    maps, onnx_size = run_onnx(onnx, images), onnx.stat().st_size / weights
+    exact = Explainer(trace(model.double(), images[:2].double(), name=name), widen(patterns), [METHOD])
+    rounding = largest_error(expected.double(), exact(images.double()).maps[METHOD])
+    return Measured(size, onnx_size, time, error, largest_error(maps, expected), rounding, "")
+
+
+def widen(patterns: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+    """Return patterns in float64."""
+    return {name: None if pattern is None else pattern.double() for name, pattern in patterns.items()}
 
 
 def fit(network: Network, images: Tensor) -> dict[str, Tensor | None]:

@@ -53,12 +53,7 @@ def write_onnx(
         with warnings.catch_warnings(action="ignore"):
             rewritten = program.run_decompositions(REWRITES)
             converted = torch.onnx.export(
-                rewritten,
-                dynamo=True,
-                verbose=False,
-                opset_version=OPSET,
-                input_names=list(inputs),
-                output_names=list(outputs),
+                rewritten, input_names=inputs, output_names=outputs, opset_version=OPSET, dynamo=True, verbose=False
             )
     except Exception as error:  # torch's exporter raises many types
         raise UserError("", describe(error), "Write a .pt2 file.", "to") from error
