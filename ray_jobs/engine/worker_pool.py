@@ -137,7 +137,7 @@ class _Pool:
         self.idle: list[Worker] = []
         self.attempts: Counter[str] = Counter()
         self.put_offs: Counter[str] = Counter()  # failures that are no attempts, because a server was busy
-        self.waited = defaultdict[str, float](float)  # seconds of the pauses after these
+        self.waited: defaultdict[str, float] = defaultdict(float)  # seconds of the pauses after these
         self.promised: set[str | None] = set()
         self.suspects: set[str | None] = set()  # items that a lost worker had, together with others
         self.troubles: Counter[str] = Counter()  # consecutive failures, by what failed
