@@ -26,8 +26,8 @@ T = TypeVar("T")
 
 
 def is_dataset(spec: str) -> bool:
-    """Return whether a spec names files of a dataset; folders of images, which end with a slash, are left to fsspec."""
-    return spec.startswith(PREFIX) and not spec.endswith("/")
+    """Return whether a spec names files of a dataset."""
+    return spec.startswith(PREFIX)
 
 
 def match_files(specs: Iterable[str]) -> Iterator[str]:
@@ -47,6 +47,9 @@ def match_files(specs: Iterable[str]) -> Iterator[str]:
             example = f"{PREFIX}ORG/NAME@REVISION/**/*.parquet"
             raise UserError(f"--shards {spec}", "names no files of a dataset", f"Write {example}.")
         name, path = match["name"], match["path"]
+        if path.endswith("/"):
+            what, remedy = "a folder of a dataset, not its files", f"Write {spec}**/*.parquet or {spec}**/*.tar."
+            raise UserError(f"--shards {spec}", what, remedy)
         revision = unquote(match["revision"]) if match["revision"] else None
         if api is None:
             import_extra("hf", "huggingface_hub", where=f"--shards {spec}")
