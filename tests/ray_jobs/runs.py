@@ -11,8 +11,8 @@ import pytest
 from safetensors.torch import load_file
 
 from ray_jobs.config import FitConfig, ModelConfig
+from ray_jobs.engine.shard_job import ShardJob
 from ray_jobs.engine.shard_worker import WorkerInfo
-from ray_jobs.jobs.moments_job import MomentsJob
 
 PREPROCESSING = {"image_size": 16, "resize": 16, "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
 
@@ -51,7 +51,7 @@ def read_command(page: str, heading: str) -> list[str]:
 
 
 def kill_first_worker(monkeypatch: pytest.MonkeyPatch, after: int) -> list[str]:
-    """Kill the first worker of a fit or a quality job once some shards are done.
+    """Kill the first worker of a job over shards once some shards are done.
 
     Args:
         monkeypatch: Records and kills until it is undone.
@@ -62,18 +62,18 @@ def kill_first_worker(monkeypatch: pytest.MonkeyPatch, after: int) -> list[str]:
     """
     pids: list[int] = []
     worked: list[str] = []
-    started, done = MomentsJob.on_ready, MomentsJob.on_done
+    started, done = ShardJob.on_ready, ShardJob.on_done
 
-    def record_pid(self: MomentsJob, worker: WorkerInfo) -> None:
+    def record_pid(self: ShardJob, worker: WorkerInfo) -> None:
         pids.append(worker.pid)
         started(self, worker)
 
-    def kill(self: MomentsJob, item: str, report: object) -> None:
+    def kill(self: ShardJob, item: str, report: object) -> None:
         worked.append(item)
         done(self, item, report)  # type: ignore[arg-type]
         if len(worked) == after:
             os.kill(pids[0], signal.SIGKILL)
 
-    monkeypatch.setattr(MomentsJob, "on_ready", record_pid)
-    monkeypatch.setattr(MomentsJob, "on_done", kill)
+    monkeypatch.setattr(ShardJob, "on_ready", record_pid)
+    monkeypatch.setattr(ShardJob, "on_done", kill)
     return worked

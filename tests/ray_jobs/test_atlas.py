@@ -33,7 +33,7 @@ from ray_jobs.jobs.explain.explain import explain
 from ray_jobs.models import loading
 from ray_jobs.runs.atlas_files import TABLES
 from tests.conftest import jpeg, write_tar
-from tests.ray_jobs.runs import wait_until
+from tests.ray_jobs.runs import kill_first_worker, wait_until
 
 HERE = Resources(workers=0)
 ROOT = Path(__file__).parents[2]
@@ -154,11 +154,14 @@ def test_samples_have_a_row_each_and_clusters_add_up(run: Path) -> None:
 
 @pytest.mark.full
 def test_any_number_of_workers_and_kills_give_the_same_bytes(
-    local_ray: None, run: Path, config: AtlasConfig, tmp_path: Path
+    local_ray: None, run: Path, config: AtlasConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for workers in (1, 2):
+    for workers in (1, 2, 4):
         out = tmp_path / str(workers)
-        atlas(replace(config, out=str(out)), Resources(workers=workers, gpus_per_worker=0))
+        with monkeypatch.context() as patch:
+            worked = kill_first_worker(patch, after=2) if workers == 2 else list(config.shards)
+            atlas(replace(config, out=str(out)), Resources(workers=workers, gpus_per_worker=0, cpus_per_worker=0.5))
+        assert sorted({*worked}) == sorted(config.shards)
         for name in TABLES:
             assert (out / name).read_bytes() == (run / name).read_bytes(), name
 
