@@ -68,6 +68,8 @@ def export_program(
     batch = {0: Dim("batch", min=1)}
     program = torch.export.export(graph, (example,), dynamic_shapes=(batch,), strict=False)
     program.example_inputs = None  # torch would pickle them into the file
+    for node in program.graph.nodes:  # where a node comes from would take a third of the graph's bytes
+        node.meta = {key: node.meta[key] for key in node.meta.keys() & {"val"}}
     return program
 
 
@@ -85,7 +87,5 @@ def capture_for_any_batch(function: Callable[[Tensor], Any], example: Tensor) ->
         node.replace_all_uses_with(node.args[0])
         graph.graph.erase_node(node)
     graph.graph.eliminate_dead_code()
-    for node in graph.graph.nodes:
-        node.meta.pop("stack_trace", None)  # paths of this machine
     graph.recompile()
     return graph
