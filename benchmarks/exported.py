@@ -4,6 +4,7 @@ Networks of torchvision with random weights, and patterns fitted on a few random
 `.pt2` and an `.onnx` file, whose maps are compared with its own. Times are ratios of the same rounds.
 """
 
+import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ def vision_transformer() -> nn.Module:
 
 def of_torchvision(name: str) -> Callable[[], nn.Module]:
     """Return a function that makes a network of torchvision with random weights."""
-    options = {"init_weights": True} if name == "googlenet" else {}
+    options = {"init_weights": False, "aux_logits": False} if name == "googlenet" else {}
     return lambda: torchvision.models.get_model(name, weights=None, **options)
 
 
@@ -82,6 +83,7 @@ class Measured:
         time: Time of the program by that of the model's forward and backward pass, as `median_and_quartiles`.
         error: The largest ‖difference‖ / ‖map‖ of the `.pt2` file's maps over the images.
         onnx_error: Likewise for the `.onnx` file.
+        onnx_median: The median of these errors over the images.
         rounding: Likewise for the explainer itself, compared with float64.
         lacks: Why there is no `.onnx` file; "" if there is one.
     """
@@ -91,6 +93,7 @@ class Measured:
     time: Cell
     error: float
     onnx_error: float
+    onnx_median: float
     rounding: float
     lacks: str
 
@@ -129,11 +132,12 @@ def measure(name: str, folder: Path, rounds: int = 5) -> Measured:
     try:
         write_onnx(program, onnx, ["images"], ["scores", METHOD], {})
     except UserError as lacking:
-        return Measured(size, float("nan"), time, error, float("nan"), float("nan"), lacking.what)
+        return Measured(size, math.nan, time, error, math.nan, math.nan, math.nan, lacking.what)
     maps, onnx_size = run_onnx(onnx, images), onnx.stat().st_size / weights
     exact = Explainer(trace(model.double(), images[:2].double(), name=name), widen(patterns), [METHOD])
     rounding = largest_error(expected.double(), exact(images.double()).maps[METHOD])
-    return Measured(size, onnx_size, time, error, largest_error(maps, expected), rounding, "")
+    errors = list_errors(maps, expected)
+    return Measured(size, onnx_size, time, error, float(errors.max()), float(errors.median()), rounding, "")
 
 
 def widen(patterns: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
@@ -157,10 +161,14 @@ def run_onnx(file: Path, images: Tensor) -> Tensor:
     return torch.from_numpy(np.asarray(maps))
 
 
+def list_errors(found: Tensor, expected: Tensor) -> Tensor:
+    """Return ‖found - expected‖ / ‖expected‖ of each sample, (N,)."""
+    return (found - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
+
+
 def largest_error(found: Tensor, expected: Tensor) -> float:
-    """Return the largest ‖found - expected‖ / ‖expected‖ over the samples."""
-    errors = (found - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
-    return float(errors.max())
+    """Return the largest of `list_errors`."""
+    return float(list_errors(found, expected).max())
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.exc import UserError as ExportError
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
@@ -43,7 +44,7 @@ def export_program(
         (N, *output_shape), and for each method the maps, in the shape of `Explanation.maps`.
 
     Raises:
-        UserError: If a method is no backward pass of the network.
+        UserError: If a method is no backward pass of the network, or the graph holds for one batch size only.
 
     Example:
         >>> from torch import nn
@@ -67,8 +68,14 @@ def export_program(
     example = explainer.network.like.new_zeros((TRACED, *explainer.network.input_shape))
     graph = capture_for_any_batch(explain, example)
     batch = {0: Dim("batch", min=1)}
-    program = torch.export.export(graph, (example,), dynamic_shapes=(batch,), strict=False)
+    try:
+        program = torch.export.export(graph, (example,), dynamic_shapes=(batch,), strict=False)
+    except ExportError as error:
+        what = "an operation of the network takes the batch size as a constant, so no graph holds for every batch size"
+        raise UserError("", what, "Explain this network with `Explainer`.") from error
     program.example_inputs = None  # torch would pickle them into the file
+    for node in program.graph.nodes:  # where a node comes from would take a third of the graph's bytes
+        node.meta = {key: node.meta[key] for key in node.meta.keys() & {"val"}}
     return program
 
 
@@ -86,7 +93,5 @@ def capture_for_any_batch(function: Callable[[Tensor], Any], example: Tensor) ->
         node.replace_all_uses_with(node.args[0])
         graph.graph.erase_node(node)
     graph.graph.eliminate_dead_code()
-    for node in graph.graph.nodes:
-        node.meta.pop("stack_trace", None)  # paths of this machine
     graph.recompile()
     return graph

@@ -9,7 +9,6 @@ arXiv 1711.11279, with the direction of Pahde et al. 2025).
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ import torch
 from patterns import UserError
 from patterns.io import write_table
 from ray_jobs.config import ConceptsConfig, Resources
+from ray_jobs.data.shard_reader import Batch
 from ray_jobs.engine.shard_worker import ShardReport, WorkerResources
 from ray_jobs.io.object_store import publish, read_table
 from ray_jobs.jobs.explain.target_worker import TargetWorker
@@ -79,17 +79,21 @@ class ConceptsWorker(TargetWorker[ConceptsConfig]):
         rows: list[dict[str, Any]] = []
         with closing(self.open_stream(task, following)) as stream:
             for batch in stream:
-                images = batch.images.to(self.model.device, non_blocking=True)
-                found = self.explainer(images, partial(self.target.make_targets, labels=batch.labels))
-                assert found.channels is not None
-                gradients = found.channels.relevance["gradient"]
-                values = [gradients[name].double() @ v.T for name, v in self.placed.items()]
-                columns = zip(batch.keys, found.targets.tolist(), torch.cat(values, 1).tolist())
-                rows += [{"key": key, "class": each, "sensitivity": row} for key, each, row in columns]
+                rows += self.differentiate(batch)
                 if stream.report_due():
                     yield stream.report(len(rows))
         self.write_tables(task, stream, ROWS, rows)
         yield stream.report(len(rows))
+
+    def differentiate(self, batch: Batch) -> list[dict[str, Any]]:
+        """Return the rows of a batch."""
+        images = batch.images.to(self.model.device, non_blocking=True)
+        found = self.explainer(images, lambda scores: self.target.make_targets(scores, batch.labels))
+        assert found.channels is not None
+        gradients = found.channels.relevance["gradient"]
+        values = [gradients[name].double() @ v.T for name, v in self.placed.items()]
+        columns = zip(batch.keys, found.targets.tolist(), torch.cat(values, 1).tolist())
+        return [{"key": key, "class": each, "sensitivity": row} for key, each, row in columns]
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """Write a program of `torch.export` as an ONNX graph.
 
-ONNX has no operations for gradients. Those of convolutions and max pooling, and a stable sort, are rewritten here into
+ONNX has no operations for gradients. Those of convolutions and pooling, and a stable sort, are rewritten here into
 operations that it has; torch's exporter does the same with simpler ones.
 """
 
@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
+from math import prod
 from pathlib import Path
 
 import torch
@@ -110,6 +111,25 @@ def max_pool2d_backward(
     return zeros.scatter_add(2, indices.flatten(2), grad.flatten(2)).view(x.shape)
 
 
+def avg_pool2d_backward(
+    grad: Tensor,
+    x: Tensor,
+    kernel: Sizes,
+    stride: Sizes,
+    padding: Sizes,
+    ceil_mode: bool,
+    count_include_pad: bool,
+    divisor_override: int | None,
+) -> Tensor:
+    """Return the gradient of the input of average pooling, a depthwise convolution, if all windows are of one size."""
+    if ceil_mode or divisor_override is not None or (any(padding) and not count_include_pad):
+        return NotImplemented
+    weight = grad.new_full((x.shape[1], 1, *kernel), 1 / prod(kernel))
+    ones, zeros = [1] * len(kernel), [0] * len(kernel)
+    options = stride or kernel, padding, ones, False, zeros, x.shape[1], (True, False, False)
+    return convolution_backward(grad, x, weight, None, *options)[0]
+
+
 def sort(x: Tensor, stable: bool | None = None, dim: int = -1, descending: bool = False) -> tuple[Tensor, Tensor]:
     """Return sorted values and their indices; of equal values, ONNX's TopK puts the lower index first."""
     return aten.topk(x, x.shape[dim], dim, descending, True)
@@ -118,5 +138,6 @@ def sort(x: Tensor, stable: bool | None = None, dim: int = -1, descending: bool 
 REWRITES = {
     aten.convolution_backward.default: convolution_backward,
     aten.max_pool2d_with_indices_backward.default: max_pool2d_backward,
+    aten.avg_pool2d_backward.default: avg_pool2d_backward,
     aten.sort.stable: sort,
 }

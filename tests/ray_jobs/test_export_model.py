@@ -136,6 +136,15 @@ def test_rewritten_gradients_are_the_same_for_every_window() -> None:
     assert relative(maps, explainer(batch[:3]).maps["patternattribution"]) < 1e-10
 
 
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [((3, 2), (2, 2), (1, 0)), ((4, 4), (), (0, 0))])
+def test_rewritten_gradient_of_average_pooling(kernel: tuple[int], stride: tuple[int], padding: tuple[int]) -> None:
+    x = torch.randn(2, 3, 11, 12, dtype=torch.float64, requires_grad=True)
+    pooled = nn.functional.avg_pool2d(x, kernel, stride or None, padding)
+    grad = torch.randn_like(pooled)
+    found = onnx_export.avg_pool2d_backward(grad, x.detach(), kernel, stride, padding, False, True, None)
+    torch.testing.assert_close(found, torch.autograd.grad(pooled, x, grad)[0])
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
