@@ -1,6 +1,6 @@
 """`--track`: a job's options, progress and figures, mirrored to an experiment tracker by a thread of the driver.
 
-The job never waits for the tracker, except a moment at its end, and never fails because of it: whatever goes wrong is
+The job does not wait for the tracker, except for a limited time at its end, and does not fail because of it: an error is
 one line in the log, and the thread tries again.
 """
 

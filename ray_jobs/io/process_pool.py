@@ -40,7 +40,7 @@ ENVIRONMENT = {
     # glibc keeps freed memory. Otherwise it returns every image to the kernel and gets it back page by page.
     **{"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)},
     **{"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-    "CUDA_VISIBLE_DEVICES": "",  # code of the user must not take the GPU's memory once for each process
+    "CUDA_VISIBLE_DEVICES": "",  # otherwise the user's code could take memory of the GPU in each process
 }
 
 

@@ -99,7 +99,7 @@ class ExplainWorker(TargetWorker[ExplainConfig]):
                     return
                 else:
                     yield
-        except Exception:  # the shard is read again when it is its turn, and then the error is raised
+        except Exception:  # the shard is read again as the next task, and then the error is raised
             self.close(wait=0)
 
     def write_shard(self, task: FilesTask, stream: BatchStream) -> Steps:

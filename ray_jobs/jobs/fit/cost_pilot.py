@@ -296,8 +296,8 @@ def count_samples(config: FitConfig) -> Range:
     error = 0.0
     if len(counts) < len(shards) and len(counts) > 1:
         error = 2 * statistics.stdev(counts) / math.sqrt(len(counts)) * len(shards)
-    total, most = mean * len(shards), math.inf if config.max_samples is None else config.max_samples
-    return Range(*(min(max(value, 0.0), most) for value in (total - error, total, total + error)))
+    total, limit = mean * len(shards), math.inf if config.max_samples is None else config.max_samples
+    return Range(*(min(max(value, 0.0), limit) for value in (total - error, total, total + error)))
 
 
 def forecast(pilot: Pilot, config: FitConfig, samples: Range, workers: int, max_loss: float, ratio: float) -> Forecast:

@@ -50,7 +50,7 @@ def resolve_positions(run: Run, config: FitConfig, loaded: LoadedModel) -> tuple
 
 
 def describe_choice(chosen: dict[str, Any]) -> list[str]:
-    """Return the line that says how many positions were chosen, and why; none if none were chosen now."""
+    """Return the line that says how many positions were chosen, and why; no line if they were not chosen now."""
     if "tolerance" not in chosen:
         return []
     error, images, tolerance = chosen["expected_error"], chosen["images"], chosen["tolerance"]
@@ -63,13 +63,13 @@ def describe_choice(chosen: dict[str, Any]) -> list[str]:
 
 def count_images(config: FitConfig) -> int:
     """Return about how many images a fit will see, if all shards have as many as the first; 0 if it is unreadable."""
-    most = math.inf if config.max_samples is None else config.max_samples
-    if most < MANY:
-        return int(most)
+    limit = math.inf if config.max_samples is None else config.max_samples
+    if limit < MANY:
+        return int(limit)
     first = 0
     with suppress(UserError), closing(list_samples(config.shards[0])) as samples:
         first = sum(1 for _ in samples)
-    return int(min(first * len(config.shards), most))
+    return int(min(first * len(config.shards), limit))
 
 
 def read_pilot(config: FitConfig, loaded: LoadedModel) -> list[Tensor]:
