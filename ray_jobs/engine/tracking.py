@@ -1,7 +1,7 @@
 """`--track`: a job's options, progress and figures, mirrored to an experiment tracker by a thread of the driver.
 
-The job does not wait for the tracker, except for a limited time at its end, and does not fail because of it: an error is
-one line in the log, and the thread tries again.
+The job does not wait for the tracker, except for a limited time at its end, and does not fail because of it: an error
+is one line in the log, and the thread tries again.
 """
 
 import re
