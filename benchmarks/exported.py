@@ -163,6 +163,7 @@ def run_onnx(file: Path, images: Tensor) -> Tensor:
 
 def list_errors(found: Tensor, expected: Tensor) -> Tensor:
     """Return ‖found - expected‖ / ‖expected‖ of each sample, (N,)."""
+    found, expected = found.double(), expected.double()  # squares of large maps exceed float32
     return (found - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
 
 
