@@ -63,6 +63,7 @@ def run_in_child(function: Callable[[], Any]) -> tuple[int, Any]:
     child = os.fork()
     if child == 0:
         os.close(read)
+        torch.set_num_threads(1)  # makes torch's thread pool again; two threads at once would end in an abort
         status = 1
         with contextlib.suppress(BaseException), open(write, "w") as out:
             json.dump(function(), out)

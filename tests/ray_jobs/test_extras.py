@@ -15,6 +15,8 @@ def test_installed_module_is_returned_by_its_top_package() -> None:
 
 
 def test_missing_package_names_the_extra_and_who_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "sklearn"]:  # of earlier tests
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "sklearn", None)
     with pytest.raises(UserError) as caught:
         import_extra("atlas", "json", "sklearn.cluster", where="atlas", parameter="outputs")
