@@ -29,13 +29,21 @@ def methods_options(given: Given[Any], model: FittedModel, reading: ShardOptions
     from patterns.attribution import parse_method, resolve_settings
 
     methods = {name: parse_method(name) for name in given.methods or ("",)}
+    settings = tuple(resolve_settings(methods, dict(given.settings)).items())
+    return {**data_options(given, model, reading), "methods": tuple(methods), "settings": settings}
+
+
+def data_options(given: Given[Any], model: FittedModel, reading: ShardOptions) -> dict[str, Any]:
+    """Return the model, patterns, shards and output folder of a job that uses a finished fit.
+
+    Raises:
+        UserError: If the folder holds no finished fit, or the shards cannot be listed.
+    """
     return {
         "model": fitted_model(given.patterns, model),
         "patterns": absolute(given.patterns),
         "shards": listed(given.shards, reading),
         "out": output_folder(given.out or given.patterns),
-        "methods": tuple(methods),
-        "settings": tuple(resolve_settings(methods, dict(given.settings)).items()),
     }
 
 

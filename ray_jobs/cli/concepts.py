@@ -1,6 +1,6 @@
 """`patternnet concepts`: how sensitive classes are to the concepts of a fit."""
 
-from ray_jobs.cli.arguments import absolute, echo, fitted_model, listed, output_folder
+from ray_jobs.cli.arguments import data_options, echo
 from ray_jobs.cli.typer_options import Given, command
 from ray_jobs.config import ConceptsConfig, Resources
 from ray_jobs.config.commands import ClassNames, FittedModel, ShardOptions
@@ -17,14 +17,8 @@ def concepts(
     from ray_jobs.jobs.concepts import concepts as run_concepts
     from ray_jobs.jobs.explain.target_files import load_target
 
-    config = fitted_model(given.patterns, model)
-    common = {
-        "model": config,
-        "patterns": absolute(given.patterns),
-        "shards": listed(given.shards, options),
-        "out": output_folder(given.out or given.patterns),
-    }
-    target = load_target(given.target, given.patterns, config.spec, names.classes)
+    common = data_options(given, model, options)
+    target = load_target(given.target, given.patterns, common["model"].spec, names.classes)
     run = run_concepts(given.build(**common, **target), resources)
     done = run.manifest()["concepts"]
     table = run.folder / "sensitivity.parquet"

@@ -257,10 +257,10 @@ class ShardReader:
 
     def select(self, samples: Iterable[Sample]) -> Iterator[Sample]:
         """Yield the samples that the reader is to use."""
-        missing = set(self.only or ())
+        missing, task = set(self.only or ()), ShardTask(self.shard, self.max_samples, self.only, self.skip)
         for sample in samples:
             missing.discard(sample.key)
-            if sample.key not in self.skip and (self.only is None or sample.key in self.only):
+            if task.uses(sample.key):
                 yield sample
         for key in sorted(missing):
             yield reject(key, "the shard does not contain it any more")

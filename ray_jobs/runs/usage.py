@@ -30,7 +30,7 @@ class Usage:
 
     @classmethod
     def of(cls, seconds: float, cpus: float, gpus: float) -> "Usage":
-        """Return what workers hold that run for some seconds in all, with so many CPUs and GPUs each."""
+        """Return the hours of workers that ran for `seconds` in all, each with `cpus` CPUs and `gpus` GPUs."""
         hours = seconds / 3600
         return cls(hours, gpus * hours, cpus * hours)
 
