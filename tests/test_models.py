@@ -25,7 +25,7 @@ LARGE = 30_000_000  # parameters
 TOO_LARGE_FOR_FLOAT64 = 400_000_000  # parameters
 MAX_MOMENTS = 2**30  # bytes of moments of one pass over the batches
 NO_SUMS = RequiredSums(total=False, open=False)
-SMALL = ["torchvision:squeezenet1_1", "timm:resnet10t", "timm:vit_tiny_patch16_224", "timm:convnext_atto"]
+SMALL = ["torchvision:squeezenet1_1", "timm:resnet10t", "timm:vit_tiny_patch16_224"]
 
 # Sizes of images for models that cannot take 64×64, or 32×32 for large models.
 SIZES = {"torchvision:inception_v3": 96, "timm:inception_v3": 96, "timm:inception_v4": 96,

@@ -58,13 +58,13 @@ def check_hostile(steps: list[Step], shape: tuple[int, ...], seed: int) -> None:
 hostile = given(st.lists(st.sampled_from(SUPPORTED + HOSTILE), max_size=7), st.sampled_from(SHAPES), st.integers(0, 99))
 
 
-@settings(max_examples=150, derandomize=True, **UNHURRIED)  # type: ignore[arg-type]
+@settings(max_examples=80, derandomize=True, **UNHURRIED)  # type: ignore[arg-type]
 @hostile
 def test_random_modules_are_traced_exactly_or_rejected(steps: list[Step], shape: tuple[int, ...], seed: int) -> None:
     check_hostile(steps, shape, seed)
 
 
-@settings(max_examples=50, derandomize=True, **UNHURRIED)  # type: ignore[arg-type]
+@settings(max_examples=30, derandomize=True, **UNHURRIED)  # type: ignore[arg-type]
 @given(st.lists(st.sampled_from(SUPPORTED), max_size=7), st.sampled_from(SHAPES), st.integers(0, 99))
 def test_random_modules_of_supported_steps_are_never_rejected(
     steps: list[Step], shape: tuple[int, ...], seed: int

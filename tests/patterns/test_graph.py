@@ -34,6 +34,7 @@ def test_no_batch_norm_remains_behind_a_convolution(name: str) -> None:
     assert types.count(Linear) == sum(isinstance(m, nn.Linear) for m in it.model.modules())
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_operators_are_named_by_their_parameters(name: str) -> None:
     it = traced(name)

@@ -56,8 +56,7 @@ def run_elsewhere(file: Path, batch: Tensor) -> list[list[Tensor]]:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("make", [varied_model, attention_model])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("make", "dtype"), [(varied_model, torch.float32), (attention_model, torch.float64)])
 def test_program_computes_the_explainers_maps_without_the_package(
     make: Callable[[], nn.Module], dtype: torch.dtype, tmp_path: Path
 ) -> None:

@@ -119,6 +119,7 @@ def type_keys(shell: str, home: Path, keys: str) -> str:
         os.close(theirs)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("shell", ["bash", "zsh"])
 def test_tab_completes_commands_options_and_values(shell: str, tmp_path: Path) -> None:
     if shutil.which(shell) is None:

@@ -131,6 +131,7 @@ def test_missing_results_name_the_command_that_makes_them(bare: Run, tmp_path: P
     assert "<img" not in text.partition("run0-convergence-title")[2].partition("<script>")[0]
 
 
+@pytest.mark.full
 def test_missing_photographs_do_not_hide_other_results(run: Run, model: ModelConfig, tmp_path: Path) -> None:
     shards = make_shards(tmp_path / "s", 1, 4)
     explain(
@@ -156,6 +157,7 @@ def test_same_seed_draws_the_same_samples(run: Run, tmp_path: Path) -> None:
     assert keys(1) == keys(1) != keys(2)
 
 
+@pytest.mark.full
 def test_folder_without_a_run_is_an_error_and_nothing_is_written(run: Run, tmp_path: Path, complaint: Any) -> None:
     out = tmp_path / "report.html"
     for folders in ([tmp_path], [run.folder, tmp_path / "nowhere"]):
