@@ -2,7 +2,7 @@
 
 from patterns.attribution.channels import Channels, list_last_of_resolutions
 from patterns.attribution.explanation import Explanation
-from patterns.attribution.methods import BASELINES, WITH_PATTERNS, parse_method, resolve_settings
+from patterns.attribution.methods import BACKWARD_PASSES, BASELINES, WITH_PATTERNS, parse_method, resolve_settings
 from patterns.attribution.rendering import (
     RenderedExplanation,
     center_values,
@@ -13,6 +13,7 @@ from patterns.attribution.rendering import (
 )
 
 __all__ = [
+    "BACKWARD_PASSES",
     "BASELINES",
     "WITH_PATTERNS",
     "Channels",

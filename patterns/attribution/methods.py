@@ -121,6 +121,7 @@ METHODS: dict[str, Method] = {
     "sobel": Method(procedure=baselines.edges),
 }
 BASELINES = ("random", "sobel", "signal:identity")  # the methods that do not depend on the model
+BACKWARD_PASSES = tuple(name for name, method in METHODS.items() if method.backward is not None)
 WITH_PATTERNS = tuple(name for name, method in METHODS.items() if method.needs_patterns)
 
 

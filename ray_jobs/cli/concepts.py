@@ -1,6 +1,6 @@
 """`patternnet concepts`: how sensitive classes are to the concepts of a fit."""
 
-from ray_jobs.cli.arguments import data_options, echo
+from ray_jobs.cli.arguments import data_options, echo, mirror_report
 from ray_jobs.cli.typer_options import Given, command
 from ray_jobs.config import ConceptsConfig, Resources
 from ray_jobs.config.commands import ClassNames, FittedModel, ShardOptions
@@ -20,6 +20,7 @@ def concepts(
     common = data_options(given, model, options)
     target = load_target(given.target, given.patterns, common["model"].spec, names.classes)
     run = run_concepts(given.build(**common, **target), resources)
+    mirror_report(run, resources, "concepts")
     done = run.manifest()["concepts"]
     table = run.folder / "sensitivity.parquet"
     echo(f"concepts: {done['samples']} samples, {done['refused']} rejected. Sensitivity: {table}")

@@ -5,7 +5,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from ray_jobs.config.jobs import DegradeConfig, FitConfig, MethodsConfig, QualityConfig, Resources, TargetConfig
+from ray_jobs.config.jobs import (
+    DegradeConfig,
+    FitConfig,
+    MethodsConfig,
+    QualityConfig,
+    Resources,
+    TargetConfig,
+    describe_methods,
+)
 from ray_jobs.config.model import ModelConfig
 from ray_jobs.config.option import Validated, metadata_of, option, required, same
 from ray_jobs.units import parse_duration
@@ -213,6 +221,13 @@ class ExportOptions(Validated, ClassNames, RunFolder):
     )
 
 
+def backward_passes_help() -> str:
+    """Return the help text of methods that are backward passes of the network."""
+    from patterns.attribution import BACKWARD_PASSES
+
+    return describe_methods(BACKWARD_PASSES)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ExportModelOptions(Validated, ClassNames, RunFolder):
     """Options of `export-model`."""
@@ -220,7 +235,9 @@ class ExportModelOptions(Validated, ClassNames, RunFolder):
     to: Path = field(
         metadata=required("File to write: NAME.pt2 (torch.export) or NAME.onnx (extra onnx).", parse="local path")
     )
-    methods: tuple[str, ...] = same(MethodsConfig, "methods", default=("patternattribution",))
+    methods: tuple[str, ...] = same(
+        MethodsConfig, "methods", default=("patternattribution",), help=backward_passes_help
+    )
     estimator: tuple[str, ...] = same(MethodsConfig, "estimator")
     preset: str | None = same(MethodsConfig, "preset")
     target: str = same(

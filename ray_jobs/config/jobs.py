@@ -1,5 +1,6 @@
 """The configs of the jobs. Manifests hold their JSON, so a field that is renamed or removed breaks older runs."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -36,9 +37,15 @@ def estimators_help() -> str:
 def methods_help() -> str:
     """Return the help text of the methods."""
     from patterns import METHODS
+
+    return describe_methods(METHODS)
+
+
+def describe_methods(names: Iterable[str]) -> str:
+    """Return the help text of some methods."""
     from patterns.attribution import WITH_PATTERNS
 
-    return f"Methods ({', '.join(METHODS)}); {' and '.join(WITH_PATTERNS)} also as METHOD:ESTIMATOR."
+    return f"Methods ({', '.join(names)}); {' and '.join(WITH_PATTERNS)} also as METHOD:ESTIMATOR."
 
 
 def presets_help() -> str:

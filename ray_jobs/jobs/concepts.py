@@ -9,6 +9,7 @@ arXiv 1711.11279, with the direction of Pahde et al. 2025).
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from ray_jobs.engine.shard_worker import ShardReport, WorkerResources
 from ray_jobs.io.object_store import publish, read_table
 from ray_jobs.jobs.explain.target_worker import TargetWorker
 from ray_jobs.jobs.explain.targets import parse_target
-from ray_jobs.jobs.job_session import JobSession
+from ray_jobs.jobs.job_session import JobSession, run_job
 from ray_jobs.jobs.method_job import Scales, make_explainer, validate_methods
 from ray_jobs.jobs.per_shard_job import FilesTask, validate_sample_count, write_shard_files
 from ray_jobs.models.loading import TracedModel
@@ -156,23 +157,15 @@ def validate_target(config: ConceptsConfig, model: TracedModel) -> None:
 
 
 def concepts(config: ConceptsConfig, resources: Resources = Resources()) -> Run:  # noqa: B008 - frozen
-    """Measure how sensitive the scores of classes are to the concepts of a fit, or resume a job that ended early.
+    """Measure how sensitive classes are to the concepts of a fit, or resume a job that ended early; see `run_job`."""
+    work = partial(differentiate_shards, read_directions(config.patterns))
+    return run_job("concepts", config, resources, work)
 
-    Args:
-        config: The job.
-        resources: The workers, and the limits on failures.
 
-    Returns:
-        The run.
-
-    Raises:
-        UserError: If the configuration or the data are wrong, or the fit has no concepts.
-        StoppedShortError: If a signal stopped the job.
-    """
-    directions = read_directions(config.patterns)
-    session = JobSession("concepts", config)
-    if session.finished:
-        return session.close()
+def differentiate_shards(
+    directions: Directions, session: JobSession, config: ConceptsConfig, resources: Resources
+) -> None:
+    """Differentiate the scores of the samples of shards, and write the sensitivity of each class."""
     run, model = session.run, session.loaded.traced
     fitted = Run(config.patterns).manifest()["model"]
     model.require(fitted["digest"], fitted.get("constants"), config.patterns, "the fit of the concepts")
@@ -188,4 +181,3 @@ def concepts(config: ConceptsConfig, resources: Resources = Resources()) -> Run:
             write_table(folder / "sensitivity.parquet", SENSITIVITY, [table])
         validate_sample_count(session, samples, resources)
         session.section["samples"] = samples
-    return run

@@ -24,7 +24,7 @@ from ray_jobs.data.shard_reader import Batch
 from ray_jobs.engine.shard_worker import BatchStream, ShardReport
 from ray_jobs.figures.drawing import draw_degradation
 from ray_jobs.io.object_store import publish, read_table
-from ray_jobs.jobs.job_session import JobSession
+from ray_jobs.jobs.job_session import JobSession, run_job
 from ray_jobs.jobs.method_job import MethodWorker, add_baselines, make_explainer, validate_methods, validate_settings
 from ray_jobs.jobs.per_shard_job import FilesTask, validate_sample_count, write_shard_files
 from ray_jobs.models.loading import TracedModel
@@ -150,24 +150,14 @@ def validate_model(config: DegradeConfig, model: TracedModel) -> None:
 
 
 def degrade(config: DegradeConfig, resources: Resources = Resources()) -> Run:  # noqa: B008 - frozen
-    """Degrade every image of some shards by each method and the baselines, or resume a job that ended early.
-
-    Args:
-        config: The job.
-        resources: The workers, and the limits on failures.
-
-    Returns:
-        The run.
-
-    Raises:
-        UserError: If the configuration or the data are wrong.
-        StoppedShortError: If a signal stopped the job.
-    """
+    """Degrade images by each method and the baselines, or resume a job that ended early; see `run_job`."""
     config = add_baselines(config)
     validate_settings(config)
-    session = JobSession("degrade", config)
-    if session.finished:
-        return session.close()
+    return run_job("degrade", config, resources, degrade_shards)
+
+
+def degrade_shards(session: JobSession, config: DegradeConfig, resources: Resources) -> None:
+    """Degrade the images of shards, and write the curves of each method."""
     run, model = session.run, session.loaded.traced
     validate_model(config, model)
     recorded = validate_methods(config, model, model.network, session.section)
@@ -188,7 +178,6 @@ def degrade(config: DegradeConfig, resources: Resources = Resources()) -> Run:  
             write_table(folder / "degradation-curves.parquet", CURVES, [curves])
             draw_degradation(folder / "degradation.png", curves)
         session.section |= {"samples": samples, "areas": {method: mean.area() for method, mean in means.items()}}
-    return run
 
 
 @dataclass

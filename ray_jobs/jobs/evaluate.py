@@ -19,7 +19,7 @@ from ray_jobs.figures.drawing import draw_evaluation
 from ray_jobs.io.object_store import publish, read_table
 from ray_jobs.jobs.degrade import validate_model
 from ray_jobs.jobs.evaluation_measures import MEASURES, Context, Explained, Measure, Result
-from ray_jobs.jobs.job_session import JobSession
+from ray_jobs.jobs.job_session import JobSession, run_job
 from ray_jobs.jobs.method_job import (
     MethodWorker,
     add_baselines,
@@ -121,24 +121,14 @@ def describe_measure(measure: str) -> dict[str, Any]:
 
 
 def evaluate(config: EvaluateConfig, resources: Resources = Resources()) -> Run:  # noqa: B008 - frozen
-    """Measure the maps of some shards by each method and the baselines, or resume a job that ended early.
-
-    Args:
-        config: The job.
-        resources: The workers, and the limits on failures.
-
-    Returns:
-        The run.
-
-    Raises:
-        UserError: If the configuration or the data are wrong.
-        StoppedShortError: If a signal stopped the job.
-    """
+    """Measure the maps of shards by each method and the baselines, or resume a job that ended early; see `run_job`."""
     config = add_baselines(config)
     validate_settings(config)
-    session = JobSession("evaluate", config)
-    if session.finished:
-        return session.close()
+    return run_job("evaluate", config, resources, evaluate_shards)
+
+
+def evaluate_shards(session: JobSession, config: EvaluateConfig, resources: Resources) -> None:
+    """Measure the maps of shards, and write the mean of each measure and method."""
     run, model = session.run, session.loaded.traced
     measured = validate(config, model)
     recorded = validate_methods(config, model, model.network, session.section)
@@ -164,7 +154,6 @@ def evaluate(config: EvaluateConfig, resources: Resources = Resources()) -> Run:
         missing = {name: MEASURES[name].missing for name in measured.measures if name in without}
         session.section["not_measured"] = obstacles | missing
         session.section |= {"samples": samples, "times": measure_times(config, model, recorded["scales"])}
-    return run
 
 
 def summarize(tables: Iterable[pa.Table]) -> pa.Table:

@@ -1,8 +1,8 @@
 """The template of the jobs over shards: load the model, open the run, hold its lease, connect to Ray, record, work."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 from uuid import uuid4
 
 from patterns import UserError
@@ -17,6 +17,8 @@ from ray_jobs.models import loading
 from ray_jobs.runs.lease import Heartbeat, hold_lease, remove_leftovers
 from ray_jobs.runs.run_folder import Config, Run
 from ray_jobs.runs.usage import Usage
+
+C = TypeVar("C", bound=Config)
 
 
 class JobSession:
@@ -37,15 +39,10 @@ class JobSession:
     Raises:
         UserError: If the model or the lists of keys cannot be loaded, or the folder holds this job with other options.
 
-    Example of a job::
+    Example of the work of a job, see `run_job`::
 
-        validate(config)
-        session = JobSession("explain", config)
-        if session.finished:
-            return session.close()
         with session.work(resources, scales=scales):
             session.section |= {"samples": do_it(session.heartbeat, session.tasks)}
-        return session.run
     """
 
     heartbeat: Heartbeat
@@ -121,6 +118,29 @@ class JobSession:
         with suppress(UserError, OSError):
             self.heartbeat.require_lease()
             self.run.record(self.name, begun | {"usage": self.heartbeat.usage.to_json()}, self.loaded)
+
+
+def run_job(name: str, config: C, resources: Resources, work: Callable[[JobSession, C, Resources], object]) -> Run:
+    """Do a job, or resume one that ended early; a finished job is not done again.
+
+    Args:
+        name: The job's section of the manifest.
+        config: The options of the job.
+        resources: The workers, and the limits on failures.
+        work: Does the job.
+
+    Returns:
+        The run.
+
+    Raises:
+        UserError: If the configuration or the data are wrong.
+        StoppedShortError: If a signal stopped the job.
+    """
+    session = JobSession(name, config)
+    if session.finished:
+        return session.close()
+    work(session, config, resources)
+    return session.run
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import re
 import shlex
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from patterns import UserError, trace
+from patterns.io import TensorFile, load_moments
+from patterns.moments import CONCEPTS, ConceptSums
 from ray_jobs.cli.app import exit_status
 from ray_jobs.config import FitConfig, Resources
 from ray_jobs.data.concepts import load_concepts
 from ray_jobs.data.image_decoding import decode
 from ray_jobs.data.shard_reader import read_shard
+from ray_jobs.io.object_store import locate
 from ray_jobs.jobs.explain.target_files import load_target
 from ray_jobs.jobs.explain.targets import parse_target
 from ray_jobs.jobs.fit.fit import fit, merge
@@ -26,6 +30,7 @@ from ray_jobs.jobs.moments_job import MomentsJob
 from ray_jobs.models.factories import load_custom_model
 from ray_jobs.models.loading import load
 from ray_jobs.runs.concept_table import find_direction
+from ray_jobs.runs.moments_store import MomentsStore
 from tests.patterns.networks import relative
 from tests.ray_jobs.runs import OPTIONS, kill_first_worker, make_fit_config
 
@@ -60,7 +65,20 @@ def directions(run: Path) -> dict[tuple[str, str], dict[str, Any]]:
     return {(row["operator"], row["concept"]): row for row in pq.read_table(run / "concepts.parquet").to_pylist()}
 
 
-def assert_same_directions(one: Path, other: Path) -> None:
+def read_sums(run: Path) -> dict[str, Tensor]:
+    """Return the sums of concepts by operator and name, merged from the partial moments that count."""
+    with ExitStack() as stack:
+        paths = MomentsStore(run / "moments").list_files()
+        files = [stack.enter_context(TensorFile(locate(path))) for path in paths]
+        merged = {name: load_moments(files, f"{name}/{CONCEPTS}", ConceptSums) for name in LAYERS}
+    return {f"{name} {field}": value for name, sums in merged.items() for field, value in sums.tensors().items()}
+
+
+def assert_same_concepts(one: Path, other: Path) -> None:
+    """Assert that two runs have the same sums of concepts, to 1e-12, and the same directions."""
+    expected, found = read_sums(one), read_sums(other)
+    for name, sums in expected.items():
+        assert (found[name] - sums).double().norm() <= 1e-12 * sums.double().norm(), name
     a, b = directions(one), directions(other)
     assert a.keys() == b.keys()
     for name, row in a.items():
@@ -143,11 +161,11 @@ def test_order_merges_and_resumption_change_no_digit(
         with pytest.raises(KeyboardInterrupt):
             fit(config, often)
     fit(config, often)
-    assert_same_directions(run, tmp_path / "resumed")
+    assert_same_concepts(run, tmp_path / "resumed")
 
 
 @pytest.mark.full
-def test_a_killed_worker_changes_no_digit_and_merged_fits_equal_one(
+def test_a_killed_worker_changes_no_sum_and_merged_fits_equal_one(
     local_ray: None,
     run: Path,
     model_spec: str,
@@ -161,11 +179,11 @@ def test_a_killed_worker_changes_no_digit_and_merged_fits_equal_one(
         worked = kill_first_worker(patch, after=3)
         fit(make_config(model_spec, shards[:USED], tmp_path / "killed", labels), two)
     assert len(worked) > USED, "no shard was processed again: the killed worker had nothing to lose"
-    assert_same_directions(run, tmp_path / "killed")
+    assert_same_concepts(run, tmp_path / "killed")
     halves = [shards[:2], shards[2:USED]]
     runs = [fit(make_config(model_spec, h, tmp_path / str(n), labels), HERE).folder for n, h in enumerate(halves)]
     merge([str(folder) for folder in runs], str(tmp_path / "merged"), two)
-    assert_same_directions(run, tmp_path / "merged")
+    assert_same_concepts(run, tmp_path / "merged")
 
 
 @pytest.mark.full

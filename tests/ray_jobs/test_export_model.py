@@ -13,8 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from patterns import Explainer, accumulate, choose, export_program, solve, trace
+from patterns.attribution import BACKWARD_PASSES
 from ray_jobs.cli.app import exit_status
 from ray_jobs.config import ModelConfig
+from ray_jobs.config.commands import ExportModelOptions
+from ray_jobs.config.option import options_of
 from ray_jobs.data.image_decoding import decode
 from ray_jobs.jobs import onnx_export
 from ray_jobs.jobs.explain.online import OnlineExplainer
@@ -145,11 +148,22 @@ def test_rewritten_gradient_of_average_pooling(kernel: tuple[int], stride: tuple
     torch.testing.assert_close(found, torch.autograd.grad(pooled, x, grad)[0])
 
 
+def test_help_offers_the_methods_that_can_be_exported() -> None:
+    described = options_of(ExportModelOptions)["methods"].help
+    assert callable(described)
+    offered = re.search(r"\((.*?)\)", described())
+    assert offered
+    assert offered[1].split(", ") == [*BACKWARD_PASSES]
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         (["--to", "explainer.pb"], "explainer.pb: the file name has no known ending. Choose from .pt2, .onnx."),
-        (["--to", "e.pt2", "--methods", "lrp-z"], "--methods: lrp-z is not a backward pass of the network"),
+        (
+            ["--to", "e.pt2", "--methods", "lrp-z"],
+            "--methods: lrp-z is not a backward pass of the network. Choose from gradient, gradient-x-input, deconvnet",
+        ),
         (["--to", "e.pt2", "--target", "label"], "--target: the images have no label"),
         (["--to", "e.pt2", "--target", "9"], "no class 9"),
     ],

@@ -12,6 +12,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from patterns import UserError
@@ -88,6 +90,25 @@ def test_fit_is_mirrored_with_options_progress_figures_and_report(
     (page,) = (call for call in report.calls if call[0] == "file")
     assert page[1] == "report.html"
     assert "<html" in page[2]
+
+
+@pytest.mark.full
+def test_concepts_are_mirrored_with_their_report(
+    recorder: type[Recorder], model_spec: str, shards: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "FILE_WAIT", 300.0)
+    monkeypatch.setattr(tracking, "LAST_WAIT", 300.0)
+    labels = tmp_path / "labels.parquet"
+    pq.write_table(pa.table({"key": [f"s000-{n}" for n in range(6)], "even": [0, 1] * 3}), labels)
+    config = make_fit_config(model_spec, shards[:1], tmp_path / "run", concepts=str(labels))
+    fit(config, resources(None))
+    command = ["concepts", "--patterns", config.out, "--shards", shards[0], "--workers", "0"]
+    assert exit_status([*command, "--track", "mlflow:http://h"]) == 0
+    job, report = recorder.made
+    tracked = Run(config.out).manifest()["concepts"]["tracking"]
+    assert job.arguments == report.arguments == ("http://h", "run/concepts", tracked)
+    assert job.calls[-2][1]["final samples"] == 6
+    assert [call[1] for call in report.calls if call[0] == "file"] == ["report.html"]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from ray_jobs.jobs.atlas.reduction import reduce_rows
 from ray_jobs.jobs.atlas.rows import describe_cost
 from ray_jobs.jobs.atlas.stored_maps import StoredMapsWorker, measure_stored_rows
 from ray_jobs.jobs.atlas.worker import AtlasWorker, measure_rows, validate_target
-from ray_jobs.jobs.job_session import JobSession
+from ray_jobs.jobs.job_session import JobSession, run_job
 from ray_jobs.jobs.method_job import validate_methods, validate_settings
 from ray_jobs.jobs.per_shard_job import validate_sample_count, write_shard_files
 from ray_jobs.runs.run_folder import Run
@@ -31,23 +31,13 @@ def validate(config: AtlasConfig, resources: Resources = Resources()) -> None:  
 
 
 def atlas(config: AtlasConfig, resources: Resources = Resources()) -> Run:  # noqa: B008 - frozen
-    """Describe a dataset by the explanations of its samples, or resume a job that ended early.
-
-    Args:
-        config: The job.
-        resources: The workers, and the limits on failures.
-
-    Returns:
-        The run.
-
-    Raises:
-        UserError: If the configuration or the data are wrong.
-        StoppedShortError: If a signal stopped the job.
-    """
+    """Describe a dataset by the explanations of its samples, or resume a job that ended early; see `run_job`."""
     validate(config, resources)
-    session = JobSession("atlas", config)
-    if session.finished:
-        return session.close()
+    return run_job("atlas", config, resources, describe_shards)
+
+
+def describe_shards(session: JobSession, config: AtlasConfig, resources: Resources) -> None:
+    """Describe the samples of shards, and summarize classes, clusters and channels."""
     run, model = session.run, session.loaded.traced
     validate_target(config, model)
     stored = config.explanations is not None
@@ -65,4 +55,3 @@ def atlas(config: AtlasConfig, resources: Resources = Resources()) -> Run:  # no
         found = reduce_rows(files, shape, config, run.folder, session.tasks)
         validate_sample_count(session, found["samples"], resources)
         session.section |= found
-    return run

@@ -21,7 +21,7 @@ from ray_jobs.io.prefetch import POLL, WriteBehind
 from ray_jobs.jobs.explain.map_statistics import COLUMNS, find_region, reduce_maps, summarize_maps
 from ray_jobs.jobs.explain.target_worker import TargetWorker
 from ray_jobs.jobs.explain.targets import Target, parse_target
-from ray_jobs.jobs.job_session import JobSession
+from ray_jobs.jobs.job_session import JobSession, run_job
 from ray_jobs.jobs.method_job import make_explainer, validate_methods, validate_settings
 from ray_jobs.jobs.per_shard_job import FilesTask, validate_sample_count, write_shard_files
 from ray_jobs.models.loading import TracedModel
@@ -217,23 +217,13 @@ def validate(config: ExplainConfig, resources: Resources = Resources()) -> None:
 
 
 def explain(config: ExplainConfig, resources: Resources = Resources()) -> Run:  # noqa: B008 - frozen
-    """Explain every sample of some shards, or resume a job that ended early.
-
-    Args:
-        config: The job.
-        resources: The workers, and the limits on failures.
-
-    Returns:
-        The run.
-
-    Raises:
-        UserError: If the configuration or the data are wrong.
-        StoppedShortError: If a signal stopped the job.
-    """
+    """Explain every sample of some shards, or resume a job that ended early; see `run_job`."""
     validate(config, resources)
-    session = JobSession("explain", config)
-    if session.finished:
-        return session.close()
+    return run_job("explain", config, resources, explain_shards)
+
+
+def explain_shards(session: JobSession, config: ExplainConfig, resources: Resources) -> None:
+    """Explain the samples of shards, and write their table."""
     run, model = session.run, session.loaded.traced
     target = parse_target(config.target, model.network, config.classes, config.vector)
     recorded = validate_methods(config, model, target.end(model.network), session.section)
@@ -254,4 +244,3 @@ def explain(config: ExplainConfig, resources: Resources = Resources()) -> Run:  
             write_table(folder / "explanations.parquet", make_schema(config, target), read_tables())
         validate_sample_count(session, samples, resources)
         session.section["samples"] = samples
-    return run
