@@ -22,6 +22,7 @@ KINDS = {
     "driver-TERM": 2, "driver-INT": 1, "driver-KILL": 3,
 }  # fmt: skip
 STARTING = ("kill-worker", "kill-node", "driver-KILL")  # kinds that may also strike while a driver starts
+WRITTEN = "moments", "explanations", "atlas", "evaluation"  # folders of a run that work on shards writes to
 NODES = 2  # with one CPU each; lost nodes are replaced
 MAX_LIVES = 8  # drivers after which a trial is given up
 MAX_LIFE = 300.0  # seconds after which a driver is killed
@@ -126,7 +127,7 @@ class Life:
 
     def files(self) -> set[Path]:
         """Return the files that work on shards writes to the run's folder, including unfinished ones."""
-        return {p for name in ("moments", "explanations") for p in (self.folder / name).rglob("*") if p.is_file()}
+        return {p for name in WRITTEN for p in (self.folder / name).rglob("*") if p.is_file()}
 
     def working(self) -> bool:
         """Return whether work on shards has written a file; the times of faults count from then on."""

@@ -1,12 +1,15 @@
 """The atlas job: tables against numpy over all rows, the same bytes for any workers, and rows from stored maps."""
 
 import itertools
+import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from zlib import crc32
 
 import numpy as np
 import pyarrow as pa
@@ -15,11 +18,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from benchmarks.atlas import SHAPE, simulate
 from patterns import Explainer, UserError, choose
 from patterns.io.pattern_files import load
 from ray_jobs.cli.app import exit_status
 from ray_jobs.config import AtlasConfig, ExplainConfig, ModelConfig, Resources
 from ray_jobs.data.shard_reader import ReaderConfig, ShardReader
+from ray_jobs.engine.ray_tasks import LocalTasks, RayTasks
+from ray_jobs.io.object_store import locate
+from ray_jobs.jobs.atlas import reduction
 from ray_jobs.jobs.atlas.atlas import atlas
 from ray_jobs.jobs.atlas.rows import list_values
 from ray_jobs.jobs.atlas.statistics import (
@@ -164,6 +171,39 @@ def test_any_number_of_workers_and_kills_give_the_same_bytes(
         assert sorted({*worked}) == sorted(config.shards)
         for name in TABLES:
             assert (out / name).read_bytes() == (run / name).read_bytes(), name
+
+
+def die_once(function: Callable[..., Any], marks: Path) -> Callable[..., Any]:
+    """Return a function whose process is killed at the end of the first call with some arguments."""
+
+    def call(*arguments: object) -> Any:
+        result, mark = function(*arguments), marks / f"{function.__name__}-{crc32(repr(arguments).encode())}"
+        if not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    return call
+
+
+@pytest.mark.full
+def test_killed_tasks_of_the_reduction_change_no_byte(
+    local_ray: None, config: AtlasConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("rows", "marks"):
+        (tmp_path / name).mkdir()
+    files = simulate(tmp_path / "rows", samples=2000, classes=8)
+    monkeypatch.setattr(reduction, "COUNTED_FILES", 1)
+    monkeypatch.setattr(reduction, "MIN_GROUP", 1000)
+    expected = reduction.reduce_rows(files, SHAPE, config, locate(tmp_path / "undisturbed"), LocalTasks())
+    for name in ("count_files", "summarize_group"):
+        monkeypatch.setattr(reduction, name, die_once(getattr(reduction, name), tmp_path / "marks"))
+    assert reduction.reduce_rows(files, SHAPE, config, locate(tmp_path / "killed"), RayTasks()) == expected
+    killed = [mark.name.partition("-")[0] for mark in (tmp_path / "marks").iterdir()]
+    assert killed.count("count_files") == len(files)
+    assert killed.count("summarize_group") > 1
+    for name in TABLES:
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes(), name
 
 
 @pytest.mark.full

@@ -17,6 +17,7 @@ import pytest
 
 from cluster.local import LocalCluster
 from ray_jobs.cli.app import exit_status
+from ray_jobs.runs.atlas_files import TABLES
 from tests.conftest import make_shards
 from tests.ray_jobs.chaos import NODES, SlowStorage, Trial, schedule
 from tests.ray_jobs.runs import OPTIONS, assert_same_patterns
@@ -25,6 +26,13 @@ SHARDS, SAMPLES = 24, 3
 # A starting worker does not report, and its start takes seconds if two cores start several workers.
 FAULTS = ["--stall-timeout", "15", "--retries", "20", "--batch-size", "2", "--gpus-per-worker", "0"]
 SECONDS_PER_SHARD = 0.3  # 24 shards take two workers longer than three faults of a schedule
+
+
+JOB_OPTIONS = {
+    "explain": [],
+    "atlas": ["--pooled", "7", "--top", "3"],
+    "evaluate": ["--measures", "degradation,class", "--patch-size", "8", "--steps", "2"],
+}
 
 
 def seeds(first: int, count: int, quick: Set[int] = frozenset()) -> list[object]:
@@ -57,8 +65,9 @@ def fit_command(model_spec: str, storage: str, out: Path) -> list[str]:
     return ["fit", *options, *OPTIONS, *FAULTS]
 
 
-def explain_command(patterns: Path, storage: str, out: Path) -> list[str]:
-    return ["explain", "--patterns", str(patterns), "--shards", storage, "--out", str(out), *FAULTS]
+def command_of(job: str, patterns: Path, storage: str, out: Path) -> list[str]:
+    """Return a command that uses patterns: explain, atlas or evaluate."""
+    return [job, "--patterns", str(patterns), "--shards", storage, "--out", str(out), *FAULTS, *JOB_OPTIONS[job]]
 
 
 def undisturbed(command: list[str], folder: Path) -> Path:
@@ -76,7 +85,19 @@ def fitted(model_spec: str, storage: str, tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture(scope="module")
 def explained(fitted: Path, storage: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("explained") / "run"
-    return undisturbed(explain_command(fitted, storage, out), out)
+    return undisturbed(command_of("explain", fitted, storage, out), out)
+
+
+@pytest.fixture(scope="module")
+def described(fitted: Path, storage: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("described") / "run"
+    return undisturbed(command_of("atlas", fitted, storage, out), out)
+
+
+@pytest.fixture(scope="module")
+def evaluated(fitted: Path, storage: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("evaluated") / "run"
+    return undisturbed(command_of("evaluate", fitted, storage, out), out)
 
 
 @pytest.fixture
@@ -138,7 +159,7 @@ def test_explanations_with_faults_have_the_same_bytes(
     cluster: LocalCluster, storage: str, fitted: Path, explained: Path, tmp_path: Path, seed: int
 ) -> None:
     out = tmp_path / "run"
-    survive(Trial(cluster, explain_command(fitted, storage, out), out, tmp_path, schedule(seed)))
+    survive(Trial(cluster, command_of("explain", fitted, storage, out), out, tmp_path, schedule(seed)))
     assert file_names(out) == file_names(explained)
     tars = sorted(explained.rglob("*.tar"))
     assert len(tars) == SHARDS
@@ -147,3 +168,32 @@ def test_explanations_with_faults_have_the_same_bytes(
     ours, theirs = (pq.read_table(folder / "explanations.parquet") for folder in (out, explained))
     assert ours.num_rows == SHARDS * SAMPLES
     assert ours.equals(theirs)
+
+
+@pytest.mark.parametrize("seed", seeds(2000, 8))
+@pytest.mark.usefixtures("slowly")
+def test_atlas_with_faults_has_the_same_bytes(
+    cluster: LocalCluster, storage: str, fitted: Path, described: Path, tmp_path: Path, seed: int
+) -> None:
+    out = tmp_path / "run"
+    survive(Trial(cluster, command_of("atlas", fitted, storage, out), out, tmp_path, schedule(seed)))
+    assert file_names(out) == file_names(described)
+    rows = sorted(path.relative_to(described) for path in (described / "atlas").rglob("*.parquet"))
+    assert len(rows) == SHARDS
+    for name in (*rows, *TABLES):
+        assert (out / name).read_bytes() == (described / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("seed", seeds(3000, 8))
+@pytest.mark.usefixtures("slowly")
+def test_evaluation_with_faults_has_the_same_bytes(
+    cluster: LocalCluster, storage: str, fitted: Path, evaluated: Path, tmp_path: Path, seed: int
+) -> None:
+    out = tmp_path / "run"
+    survive(Trial(cluster, command_of("evaluate", fitted, storage, out), out, tmp_path, schedule(seed)))
+    assert file_names(out) == file_names(evaluated)
+    assert pq.read_table(out / "evaluation.parquet", columns=["shard", "key"]).group_by(["shard", "key"]).aggregate(
+        []
+    ).num_rows == SHARDS * SAMPLES  # fmt: skip
+    for name in ("evaluation.parquet", "evaluation-summary.parquet"):
+        assert (out / name).read_bytes() == (evaluated / name).read_bytes(), name

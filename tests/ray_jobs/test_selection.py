@@ -10,10 +10,20 @@ import pytest
 
 from patterns import UserError
 from ray_jobs.cli.app import exit_status
-from ray_jobs.config import AtlasConfig, ExplainConfig, FitConfig, ModelConfig, Resources
+from ray_jobs.config import (
+    AtlasConfig,
+    DegradeConfig,
+    EvaluateConfig,
+    ExplainConfig,
+    FitConfig,
+    ModelConfig,
+    Resources,
+)
 from ray_jobs.data.packing import pack
 from ray_jobs.data.selection import load_selection, write_keys
 from ray_jobs.jobs.atlas.atlas import atlas
+from ray_jobs.jobs.degrade import degrade
+from ray_jobs.jobs.evaluate import evaluate
 from ray_jobs.jobs.explain.explain import explain
 from ray_jobs.jobs.fit.fit import fit
 from ray_jobs.views.atlas.selection import parse_expression
@@ -86,14 +96,21 @@ def test_selected_samples_are_used_or_left_out(
     assert set((out / "shards.txt").read_text().split()) == {shard for shard, _ in wanted}
     keys = str(out / "keys.txt")
     for option, expected in (("keys", wanted), ("without_keys", {(s["shard"], s["key"]) for s in samples} - wanted)):
-        explaining = ExplainConfig(
-            model=model, patterns=fitted, shards=tuple(shards), out=str(tmp_path / option), methods=("gradient",),
-            **{option: keys},
-        )  # fmt: skip
-        table = pq.read_table(Path(str(explain(explaining, HERE).folder)) / "explanations.parquet").to_pylist()
-        assert {(row["shard"], row["key"]) for row in table} == expected
-        fitting = FitConfig(model=model, shards=tuple(shards), out=str(tmp_path / f"fit-{option}"), **{option: keys})
+        common: dict[str, Any] = {"model": model, "shards": tuple(shards), "out": str(tmp_path / option), option: keys}
+        fitting = FitConfig(**common | {"out": str(tmp_path / f"fit-{option}")})
         assert fit(fitting, HERE).manifest()["fit"]["samples"] == len(expected)
+        common |= {"patterns": fitted}
+        measured = {"methods": ("gradient",), "patch": 8, "steps": 2}
+        runs = (
+            explain(ExplainConfig(**common, methods=("gradient",)), HERE),
+            atlas(AtlasConfig(**common), HERE),
+            degrade(DegradeConfig(**common, **measured), HERE),
+            evaluate(EvaluateConfig(**common, **measured, measures=("degradation", "class")), HERE),
+        )
+        tables = "explanations", "samples", "degradation", "evaluation"
+        for run_of_job, table in zip(runs, tables, strict=True):
+            rows = pq.read_table(Path(str(run_of_job.folder)) / f"{table}.parquet", columns=["shard", "key"])
+            assert {(row["shard"], row["key"]) for row in rows.to_pylist()} == expected, table
 
 
 @pytest.mark.full
