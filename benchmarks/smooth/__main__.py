@@ -22,8 +22,8 @@ from torch.nn import functional as F
 
 from benchmarks.pages import Cell, Table, make_parser, mean_and_error, save_results
 from benchmarks.smooth.attnlrp import rules
-from benchmarks.smooth.networks import EPOCHS, NETWORKS, TOKENS, separate_tokens
-from patterns import Explainer, Network, accumulate, choose, contrast, solve, trace
+from benchmarks.smooth.networks import EPOCHS, NETWORKS, PRODUCTS, TOKENS, separate_tokens
+from patterns import Explainer, Network, Operator, accumulate, choose, contrast, solve, trace
 from patterns.attribution.methods import METHODS
 from patterns.evaluation import (
     area_over_curve,
@@ -33,6 +33,7 @@ from patterns.evaluation import (
     make_grids,
     pointing_shares,
 )
+from patterns.operators.operator import Addition
 from patterns.tracing.scales import ScaleRules
 from ray_jobs.engine.shard_worker import keep_freed_memory
 from ray_jobs.studies.datasets import read_digits, to_inputs
@@ -48,6 +49,12 @@ ESTIMATORS = "linear,two-component,two-component-own-mean"
 PRESETS = ("paper", "linear", "own-mean", "class-specific")
 SOFT = "patternattribution-soft-products"  # the factor of a product is a soft gate
 OURS = tuple(f"patternattribution:{name}" for name in PRESETS)
+# Patterns of additions that do not depend on data.
+ADDITIONS: dict[str, Callable[[Operator], Tensor]] = {
+    "additions in equal parts": lambda addition: addition.weight / addition.weight.square().sum(1, keepdim=True),
+    "additions (1, 1)": lambda addition: torch.ones_like(addition.weight),
+}
+CHANGED = tuple(product(("own-mean", "class-specific"), ADDITIONS))  # the presets that also have these patterns
 APART = "patternattribution:own-mean, tokens apart"  # class and patch tokens have patterns of their own
 OTHERS = "gradient-x-input", "integrated-gradients"
 BEST = "AttnLRP, best γ"
@@ -65,14 +72,16 @@ class Subject:
         model: The module.
         network: The traced network.
         accuracy: The share of 10,000 test images that it classifies correctly.
-        explainer: Makes the maps of all methods of `patterns`.
-        apart: Makes those of networks with tokens with patterns of the class token and of patch tokens apart.
+        methods: The methods that are measured.
+        explainer: Makes the maps of the methods of `patterns`.
+        apart: Makes those with patterns of the class token and of patch tokens apart. None: they are not measured.
         top_shares: By addition, the share of Σ‖y‖² that the tokens with the largest norms hold.
     """
 
     model: nn.Module
     network: Network
     accuracy: float
+    methods: Sequence[str]
     explainer: Explainer
     apart: Explainer | None
     top_shares: dict[str, float]
@@ -83,8 +92,23 @@ def read_data(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return {"train": read_digits(folder, "train", TRAINED), "test": read_digits(folder, "t10k")}
 
 
-def prepare(name: str, seed: int, data: Mapping[str, tuple[np.ndarray, np.ndarray]], out: Path) -> Subject:
-    """Return a network, trained or with the weights of an earlier call, and its patterns."""
+def name_methods(network: str) -> list[str]:
+    """Return the names of all methods that are measured on a network."""
+    changed = [f"patternattribution:{preset}, {rule}" for preset, rule in CHANGED]
+    soft = [f"{SOFT}:{preset}" for preset in PRESETS] if network in PRODUCTS else []
+    apart = [APART] if network in TOKENS else []
+    return [*OTHERS, *OURS, *changed, *soft, *apart, *(name_gammas(*gammas) for gammas in GAMMAS)]
+
+
+def name_gammas(convolution: float, linear: float) -> str:
+    """Return the name of AttnLRP with a γ of convolutions and one of linear layers."""
+    return f"AttnLRP {convolution:g} {linear:g}"
+
+
+def prepare(
+    name: str, seed: int, data: Mapping[str, tuple[np.ndarray, np.ndarray]], out: Path, methods: Sequence[str]
+) -> Subject:
+    """Return a network, trained or with the weights of an earlier call, and its patterns for some methods."""
     file = out / f"{name}-{seed}.safetensors"
     if not file.exists():
         batches = partial(make_epoch, *data["train"], torch.Generator().manual_seed(seed))
@@ -101,13 +125,11 @@ def prepare(name: str, seed: int, data: Mapping[str, tuple[np.ndarray, np.ndarra
     METHODS[SOFT] = replace(METHODS["patternattribution"], backward=soft)
     fitted = to_inputs(data["train"][0][:FITTED])
     network = trace(model, fitted[:2])
-    has_products = bool(network.constant_factors.get("factors of products"))
-    methods = [*OTHERS, *OURS, *([f"{SOFT}:{name}" for name in PRESETS] if has_products else [])]
-    explainer, top_shares = fit(network, fitted, methods)
+    explainer, top_shares = fit(network, fitted, [m for m in methods if m != APART and not m.startswith("AttnLRP")])
     apart = None
-    if name in TOKENS:
+    if APART in methods:
         apart, _ = fit(trace(separate_tokens(model), fitted[:2]), fitted, ["patternattribution:own-mean"])
-    return Subject(model, network, accuracy, explainer, apart, top_shares)
+    return Subject(model, network, accuracy, methods, explainer, apart, top_shares)
 
 
 def fit(network: Network, images: Tensor, methods: Sequence[str]) -> tuple[Explainer, dict[str, float]]:
@@ -116,8 +138,16 @@ def fit(network: Network, images: Tensor, methods: Sequence[str]) -> tuple[Expla
     solutions = {name: solve(op, moments[name], ESTIMATORS) for name, op in network.operators.items()}
     solved = {name: solution.patterns for name, solution in solutions.items()}
     presets = {preset: choose(network, solved, preset) for preset in PRESETS}
+    for preset, rule in CHANGED:
+        presets[f"{preset}, {rule}"] = {**presets[preset], **replace_additions(network, rule)}
     top_shares = {n: solution.top_share for n, solution in solutions.items() if solution.top_share is not None}
     return Explainer(network, None, methods, estimators=presets), top_shares
+
+
+def replace_additions(network: Network, rule: str) -> dict[str, Tensor]:
+    """Return the patterns of a network's additions by a rule of `ADDITIONS`."""
+    additions = {n: op for n, op in network.operators.items() if isinstance(op.operator_type, Addition)}
+    return {name: ADDITIONS[rule](addition) for name, addition in additions.items()}
 
 
 def explain(subject: Subject, images: Tensor, target: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
@@ -134,11 +164,13 @@ def explain(subject: Subject, images: Tensor, target: Callable[[Tensor], Tensor]
         (method, each), *_ = subject.apart(images, target).maps.items()
         found[APART] = compute_relevance(method, each)
     for convolution, linear in GAMMAS:
+        if name_gammas(convolution, linear) not in subject.methods:
+            continue
         with rules(constant_factors=True, attention=True, convolution=convolution, linear=linear):
             x = images.clone().requires_grad_()
             scores = subject.model(x)
             (gradient,) = torch.autograd.grad((scores * target(scores.detach())).sum(), x)
-        found[f"AttnLRP {convolution:g} {linear:g}"] = (images * gradient).sum(1).nan_to_num()
+        found[name_gammas(convolution, linear)] = (images * gradient).sum(1).nan_to_num()
     return found
 
 
@@ -216,19 +248,27 @@ def measure(subject: Subject, images: np.ndarray, labels: np.ndarray) -> dict[st
 
 
 def study(name: str, seed: int, data: Mapping[str, tuple[np.ndarray, np.ndarray]], out: Path) -> dict[str, Any]:
-    """Return the accuracy, the values and the outliers of a network, from an earlier call's file if there is one."""
+    """Return the accuracy, the values and the outliers of a network.
+
+    Methods whose values are in an earlier call's file are not measured again.
+    """
     file = out / f"{name}-{seed}.json"
-    if not file.exists():
-        subject = prepare(name, seed, data, out)
+    found: dict[str, Any] = {"measured": {measure: {} for measure in MEASURES}}
+    if file.exists():
+        found = json.loads(file.read_text())
+    known = found["measured"][MEASURES[0]]
+    if missing := [method for method in name_methods(name) if method not in known]:
+        subject = prepare(name, seed, data, out, missing)
         images, labels = data["test"]
-        found = {
+        found |= {
             "accuracy": subject.accuracy,
             "negative": share_of_negative_scores(subject.model, images[:500], labels[:500]),
             "outliers": subject.top_shares,
-            "measured": measure(subject, images[:500], labels[:500]),
         }
+        for measured, values in measure(subject, images[:500], labels[:500]).items():
+            found["measured"][measured] |= values
         file.write_text(json.dumps(found))
-    return dict(json.loads(file.read_text()))
+    return found
 
 
 def summarize(runs: Sequence[Mapping[str, Mapping[str, list[float]]]]) -> dict[str, dict[str, tuple[float, float]]]:

@@ -185,3 +185,4 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 }
 EPOCHS = {"ViT": 4, "ConvNeXt": 4, "EfficientNet": 4}
 TOKENS = ("ViT",)  # networks with class and patch tokens
+PRODUCTS = ("EfficientNet",)  # networks with products of activations

@@ -116,6 +116,7 @@ READINGS: dict[str, Reading] = {
         lambda m, x: torch.cat([part.relu() for part in m.a(x).split([1, 3], 1)], 1), IMAGE, {"a": conv()}, []
     ),
     "chunks": (lambda m, x: torch.cat([x, *m.a(x).chunk(2, 1)[::-1]], 1), IMAGE, {"a": conv()}, []),
+    "copies of channels": (lambda m, x: m.a(x).repeat_interleave(2, 1), IMAGE, {"a": conv()}, []),
     "channel shuffle": (lambda m, x: F.channel_shuffle(m.a(x), 2)[:, 1:], IMAGE, {"a": conv()}, []),
     "leaky": (lambda m, x: F.leaky_relu(m.a(x), 0.3), TOKENS, {"a": linear()}, []),
     "prelu": (lambda m, x: m.b(m.a(x)), IMAGE, {"a": conv(), "b": nn.PReLU(4)}, []),
