@@ -110,8 +110,9 @@ def decode_operator(value: Mapping[str, Any], weight: Tensor, bias: Tensor | Non
     """Return an operator; KeyError, TypeError or ValueError if the value is none."""
     state = {name: to_tuple(value[name]) for name in STATE}
     operator_type = OPERATOR_TYPES[value["type"]](**{name: to_tuple(each) for name, each in value["options"].items()})
-    fixed = [state.pop(name) for name in ("input_shapes", "output_shape", "source")]
-    module = Operator(state.pop("name"), operator_type, weight, bias, *fixed, decode_gate(value["gate"]))
+    gate = decode_gate(value["gate"])
+    fixed = {name: state.pop(name) for name in ("name", "input_shapes", "output_shape", "source")}
+    module = Operator(operator_type=operator_type, weight=weight, bias=bias, gate=gate, **fixed)
     for name, each in state.items():
         setattr(module, name, each)
     return module
