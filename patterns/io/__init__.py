@@ -7,6 +7,7 @@ from patterns.lazy import import_on_use
 if TYPE_CHECKING:
     from patterns.io.atomic import TEMPORARY_PREFIX, temporary_path, write_atomically, write_json, write_table
     from patterns.io.moment_files import load_moments, merge_moments, require_moments_of, save_moments
+    from patterns.io.network_files import load_network, save_network
     from patterns.io.pattern_files import (
         Patterns,
         TraceOptions,
@@ -26,10 +27,12 @@ __all__ = [
     "list_patterns",
     "load",
     "load_moments",
+    "load_network",
     "merge_moments",
     "pattern_specs",
     "require_moments_of",
     "save_moments",
+    "save_network",
     "save_solutions",
     "select_pattern",
     "temporary_path",
@@ -44,6 +47,7 @@ __getattr__, __dir__ = import_on_use(
     {
         "patterns.io.atomic": ["TEMPORARY_PREFIX", "temporary_path", "write_atomically", "write_json", "write_table"],
         "patterns.io.moment_files": ["load_moments", "merge_moments", "require_moments_of", "save_moments"],
+        "patterns.io.network_files": ["load_network", "save_network"],
         "patterns.io.pattern_files": [
             "Patterns",
             "TraceOptions",

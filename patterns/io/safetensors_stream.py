@@ -18,7 +18,11 @@ from patterns.errors import UserError
 
 # Dtype and shape of each tensor by name, in the order of the tensors in the file.
 Specs = dict[str, tuple[torch.dtype, tuple[int, ...]]]
-DTYPES = {"F32": torch.float32, "F64": torch.float64, "I64": torch.int64}
+DTYPES = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
+    **{"U8": torch.uint8, "BOOL": torch.bool},
+}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 LARGEST_HEADER = 100 << 20  # bytes; the limit of the format
 REMEDY = "Delete the folder moments/ of the run and fit again."

@@ -24,7 +24,7 @@ from ray_jobs.engine.ray_session import worker_gpus
 from ray_jobs.io.prefetch import Prefetcher
 from ray_jobs.io.process_pool import ProcessPool
 from ray_jobs.io.refusals import BusyError
-from ray_jobs.models.loading import LoadedModel, TracedModel
+from ray_jobs.models.loading import AnyModel, TracedModel
 
 MAX_DECODERS = 8  # processes; the thread that reads shards and makes batches cannot feed more
 MAX_ENCODERS = 8  # threads, which hold Python's lock for a tenth of their time
@@ -123,7 +123,7 @@ class ShardReport:
     waited: float = 0.0
 
 
-def make_reader_config(model: TracedModel | LoadedModel, batch_size: int, decoders: int = 0) -> ReaderConfig:
+def make_reader_config(model: AnyModel, batch_size: int, decoders: int = 0) -> ReaderConfig:
     """Return how a worker reads the samples of a shard for a model.
 
     Args:

@@ -18,7 +18,7 @@ from ray_jobs.jobs.explain.targets import parse_target
 from ray_jobs.jobs.method_job import describe_estimators, make_explainer, validate_settings
 from ray_jobs.jobs.onnx_export import require_onnx, write_onnx
 from ray_jobs.models.class_names import load_class_names, map_numbers_to_names
-from ray_jobs.models.loading import TracedModel, load
+from ray_jobs.models.loading import TracedModel, open_model
 from ray_jobs.runs.run_folder import Run
 from ray_jobs.units import find_version
 
@@ -47,7 +47,7 @@ def export_model(config: TargetConfig, to: Path, classes: str | None = None) -> 
     validate_settings(config)
     run = Run(config.patterns)
     run.require_job("fit", "Run `patternnet fit` to the end first.")
-    model = load(config.model).traced
+    model = open_model(config.model, run.folder).traced
     target = parse_target(config.target, model.network, config.classes, config.vector)
     if needed := target.needed_region or ("label" if target.needs_label else None):
         raise UserError("", f"the images have no {needed}", "Explain `predicted` or a class.", "target")

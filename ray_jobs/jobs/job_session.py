@@ -1,5 +1,6 @@
 """The template of the jobs over shards: load the model, open the run, hold its lease, connect to Ray, record, work."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Self, TypeVar
@@ -8,11 +9,13 @@ from uuid import uuid4
 from patterns import UserError
 from ray_jobs.config import Resources
 from ray_jobs.data.selection import load_selection
+from ray_jobs.engine.progress import write_line
 from ray_jobs.engine.ray_session import connect
 from ray_jobs.engine.ray_tasks import Tasks
 from ray_jobs.engine.shard_worker import require_gpu_for_mode
 from ray_jobs.engine.trackers import require_tracker
 from ray_jobs.engine.tracking import mirror
+from ray_jobs.io.object_store import locate
 from ray_jobs.models import loading
 from ray_jobs.runs.lease import Heartbeat, hold_lease, remove_leftovers
 from ray_jobs.runs.run_folder import Config, Run
@@ -26,7 +29,7 @@ class JobSession:
 
     Args:
         name: The job's section of the manifest.
-        config: The options of the job. Its model is loaded unless `loaded` is passed.
+        config: The options of the job. Its model is opened unless `loaded` is passed.
         loaded: The model.
 
     Attributes:
@@ -48,10 +51,11 @@ class JobSession:
     heartbeat: Heartbeat
     tasks: Tasks
 
-    def __init__(self, name: str, config: Config, loaded: loading.LoadedModel | None = None) -> None:
+    def __init__(self, name: str, config: Config, loaded: loading.AnyModel | None = None) -> None:
         self.name = name
-        self.loaded = loaded or loading.load(config.model)
         self.run = Run(config.out)
+        folders = dict.fromkeys([self.run.folder, locate(getattr(config, "patterns", config.out))])
+        self.loaded = loaded or loading.open_model(config.model, *folders)
         self.section: dict[str, Any] = self.run.section(name, config, self.loaded)
         keys, without_keys = (getattr(config, option, None) for option in ("keys", "without_keys"))
         self.selection = load_selection(keys, without_keys, config.shards)
@@ -94,6 +98,8 @@ class JobSession:
             self.heartbeat.usage = Usage.read(self.section) | earlier
             self.section |= {**recorded, "usage": self.heartbeat.usage.to_json()}
             self.run.record(self.name, self.section, self.loaded)
+            for line in self.loaded.traced.store(self.run.folder):
+                write_line(sys.stderr, self.name, str(self.run.folder), line, resources.log == "json")
             begun = dict(self.section)
             try:
                 with mirror(resources, self.run, self.name, self.section, self.read_progress):

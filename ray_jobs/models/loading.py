@@ -2,14 +2,17 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import nn
 
 from patterns import Network, UserError, digest, trace
 from ray_jobs.config import SPECS, ModelConfig, Preprocessing
+from ray_jobs.io.object_store import Location
+from ray_jobs.models import network_cache
 from ray_jobs.models.checkpoints import load_weights
 from ray_jobs.models.factories import load_custom_model
 from ray_jobs.models.libraries import has_torchvision_weights, load_timm_model, load_torchvision_model
@@ -27,6 +30,19 @@ LIBRARIES = ("torchvision", "timm", "transformers")
 
 
 @dataclass(frozen=True)
+class Origin:
+    """How the network of a model is found in the folders of runs.
+
+    Attributes:
+        key: See `network_cache.make_key`; None if it is not kept there.
+        problems: Lines on files that could not be used.
+    """
+
+    key: str | None = None
+    problems: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class TracedModel:
     """A traced model as it is sent to workers, which need neither the model's code nor its library.
 
@@ -37,6 +53,8 @@ class TracedModel:
         digest: `patterns.digest` of the model's weights as they were loaded.
         output: Which of the model's outputs is explained; None if it has only one.
         note: See `LoadedModel`.
+        origin: See `LoadedModel`.
+        stored: Whether the network was read from the folder of a run.
     """
 
     config: ModelConfig
@@ -45,6 +63,34 @@ class TracedModel:
     digest: str
     output: str | None = None
     note: str | None = None
+    origin: "Origin" = Origin()
+    stored: bool = False
+
+    @property
+    def traced(self) -> "TracedModel":
+        """The model itself, which may be used as a `LoadedModel`."""
+        return self
+
+    def store(self, folder: Location) -> list[str]:
+        """Write the network to the folder of a run, from where `open_model` reads it, unless it was read itself.
+
+        Args:
+            folder: The folder. No other driver may write to it now.
+
+        Returns:
+            What the log should say of it, a line each. A failure is no error, because later commands trace again.
+        """
+        lines = list(self.origin.problems)
+        if self.origin.key is None or self.stored:
+            return lines
+        about = {name: getattr(self, name) for name in ("digest", "output", "note")}
+        about["preprocessing"] = asdict(self.preprocessing)
+        try:
+            network_cache.store_network(folder, self.origin.key, self.network, about)
+        except (TypeError, UserError) as error:
+            reason = error.what if isinstance(error, UserError) else error
+            lines.append(f"the traced network is not kept for later commands: {reason}")
+        return lines
 
     @property
     def device(self) -> torch.device:
@@ -113,6 +159,7 @@ class LoadedModel:
         device: Its device.
         dtype: The type of its inputs.
         note: How its weights were found in their file, if a user should know; else None.
+        origin: How its network is found in the folders of runs.
     """
 
     config: ModelConfig
@@ -122,6 +169,7 @@ class LoadedModel:
     device: torch.device
     dtype: torch.dtype
     note: str | None = None
+    origin: Origin = Origin()
 
     @cached_property
     def traced(self) -> TracedModel:
@@ -130,12 +178,36 @@ class LoadedModel:
         output = explain_output(self.model, example, self.config.output, f"--model {self.config.spec}")
         passing, strip = self.config.pass_through, self.config.strip_softmax
         network = trace(self.model, example, name=self.config.spec, pass_through=passing, strip_softmax=strip)
-        return TracedModel(self.config, network, self.preprocessing, self.digest, output, self.note)
+        return TracedModel(self.config, network, self.preprocessing, self.digest, output, self.note, self.origin)
 
     @property
     def network(self) -> Network:
         """The traced network."""
         return self.traced.network
+
+
+AnyModel = LoadedModel | TracedModel  # both have `traced`, and what a run records of a model
+
+
+def open_model(config: ModelConfig, *folders: Location) -> AnyModel:
+    """Return the model of a config with the traced network that a run has kept; load the model if there is none.
+
+    Args:
+        config: The config.
+        folders: The folders of runs to search.
+
+    Raises:
+        UserError: See `load`.
+    """
+    key, problems = network_cache.make_key(config), list[str]()
+    for network, about in network_cache.find_network(key, folders, problems) if key is not None else ():
+        own: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in about.pop("preprocessing").items()}
+        set_precision(config)
+        origin = Origin(about.pop("key"), tuple(problems))
+        return TracedModel(config, network, Preprocessing(**own), **about, origin=origin, stored=True)
+    if key is None:
+        problems.append(f"{config.spec} is traced by every command, because its code or weights may have changed")
+    return replace(load(config), origin=Origin(key, tuple(problems)))
 
 
 def set_precision(config: ModelConfig) -> None:

@@ -17,7 +17,7 @@ from ray_jobs.config import AUTO, FitConfig, MethodsConfig, ModelConfig, Preproc
 from ray_jobs.data.samples import RejectedSample
 from ray_jobs.io import object_store
 from ray_jobs.io.file_systems import translate_errors
-from ray_jobs.models.loading import LoadedModel, TracedModel
+from ray_jobs.models.loading import AnyModel, TracedModel
 from ray_jobs.units import find_version, make_printable
 
 FORMAT = 1
@@ -89,7 +89,7 @@ class Run:
         model = self.require_job("fit", "Run `patternnet fit` to the end first, or name another --patterns.")["model"]
         return {key: tuple(value) if isinstance(value, list) else value for key, value in model.items()}
 
-    def section(self, job: str, config: Config, loaded: LoadedModel) -> dict[str, Any]:
+    def section(self, job: str, config: Config, loaded: AnyModel) -> dict[str, Any]:
         """Return the section of a job that starts or is resumed; nothing is written.
 
         Args:
@@ -110,7 +110,7 @@ class Run:
                 raise UserError(str(self.path), what, "Use the options it was begun with, or another --out.")
         return before or {"options": options, "model": asdict(config.model), "status": "begun", "missing": {}}
 
-    def record(self, job: str, section: dict[str, Any], loaded: LoadedModel) -> None:
+    def record(self, job: str, section: dict[str, Any], loaded: AnyModel) -> None:
         """Write the section of a job, and what all jobs have in common. No worker may write to the folder now.
 
         Args:

@@ -20,7 +20,7 @@ from ray_jobs.io.object_store import locate
 from ray_jobs.jobs.explain.explain import ExplainWorker, validate
 from ray_jobs.jobs.explain.target_files import load_target
 from ray_jobs.models.class_names import load_class_names, map_numbers_to_names
-from ray_jobs.models.loading import load
+from ray_jobs.models.loading import open_model
 from ray_jobs.runs.map_files import ExplainedBatch
 from ray_jobs.runs.run_folder import Run
 
@@ -73,7 +73,7 @@ class OnlineExplainer:
         validate(config)
         scales = fitted.manifest().get("explain", {}).get("scales", {})
         about = fitted.manifest()["model"]
-        traced = load(config.model).traced
+        traced = open_model(config.model, fitted.folder).traced
         traced.require(about["digest"], about.get("constants"), socket.gethostname(), f"the fit in {fitted.folder}")
         self.worker = ExplainWorker(config, traced, scales, find_resources())
         self.worker.prepare()

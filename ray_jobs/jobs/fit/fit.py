@@ -86,7 +86,7 @@ def fit(config: FitConfig, resources: Resources = Resources(), retry_quarantined
     validate(config, resources)
     run, labels = Run(config.out), load_concepts(config.concepts)
     config = replace(config, model=infer_input_size(config.model, config.shards, run.manifest().get("fit")))
-    loaded = loading.load(config.model)
+    loaded = loading.open_model(config.model, run.folder)
     config, choice = resolve_positions(run, config, loaded)
     session = JobSession("fit", config, loaded)
     begun, done = (session.section.get(name, 0) for name in ("rounds", "rounds_done"))
@@ -170,7 +170,7 @@ def write_patterns(
     run: Run,
     config: FitConfig,
     passes: Sequence[Pass],
-    loaded: loading.LoadedModel,
+    loaded: loading.AnyModel,
     estimators: Sequence[str],
     tasks: Tasks,
 ) -> dict[str, Any]:
@@ -247,13 +247,13 @@ def load_fit(run: Run) -> FitConfig:
     )
 
 
-def load_fitted_model(run: Run, config: FitConfig) -> loading.LoadedModel:
+def load_fitted_model(run: Run, config: FitConfig) -> loading.AnyModel:
     """Return the model of a finished fit.
 
     Raises:
         UserError: If its weights have changed since the fit.
     """
-    loaded = loading.load(config.model)
+    loaded = loading.open_model(config.model, run.folder)
     weights = run.manifest()["fit"]["options"]["weights"]
     if loaded.digest != weights:
         what = f"the fit's weights are {weights}, the model now has {loaded.digest}"

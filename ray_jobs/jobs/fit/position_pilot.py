@@ -13,7 +13,7 @@ from ray_jobs.config import AUTO, FitConfig
 from ray_jobs.data.shard_reader import ShardReader, list_samples
 from ray_jobs.engine.shard_worker import make_reader_config
 from ray_jobs.jobs.fit.convergence_job import select_criterion_estimators
-from ray_jobs.models.loading import LoadedModel
+from ray_jobs.models.loading import AnyModel
 from ray_jobs.runs.run_folder import Run
 
 TOLERANCE = 0.01  # the relative standard error to reach, if the config sets none by `until_converged`
@@ -22,7 +22,7 @@ MANY = 5000
 BATCHES, IMAGES = 8, 8  # the number of batches that are tried, and the images of each
 
 
-def resolve_positions(run: Run, config: FitConfig, loaded: LoadedModel) -> tuple[FitConfig, dict[str, Any]]:
+def resolve_positions(run: Run, config: FitConfig, loaded: AnyModel) -> tuple[FitConfig, dict[str, Any]]:
     """Replace `positions="auto"` by a number, which a resumed fit takes from its manifest.
 
     Args:
@@ -72,7 +72,7 @@ def count_images(config: FitConfig) -> int:
     return int(min(first * len(config.shards), limit))
 
 
-def read_pilot(config: FitConfig, loaded: LoadedModel) -> list[Tensor]:
+def read_pilot(config: FitConfig, loaded: AnyModel) -> list[Tensor]:
     """Return batches from shards far apart, on the model's device."""
     shards = config.shards
     chosen = [shards[i] for i in sorted({n * len(shards) // BATCHES for n in range(BATCHES)})]

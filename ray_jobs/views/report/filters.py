@@ -89,7 +89,7 @@ def read_filters(run: Run, manifest: Mapping[str, Any]) -> Filters | None:
 def weight_of(run: Run, operator: str, digest: str) -> tuple[Tensor | None, str]:
     """Return the operator's weight in the run's model; or None and the reason why it is not available."""
     try:
-        loaded = loading.load(ModelConfig(**run.read_fitted_model()))
+        loaded = loading.open_model(ModelConfig(**run.read_fitted_model()), run.folder)
     except UserError as error:
         return None, f"the model cannot be loaded here ({error.what})"
     if loaded.digest != digest:
