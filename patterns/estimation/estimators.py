@@ -239,7 +239,7 @@ def name_some(operators: Collection[str], limit: int = 5) -> str:
 
 
 def select_choices(operator: str, estimators: Choices) -> list[str]:
-    """Return the names from `CHOICES` that apply to an operator, in order.
+    """Return the names from `CHOICES` that apply to an operator, in order; `["default"]` if no choice applies.
 
     Args:
         operator: The operator's name.

@@ -81,7 +81,13 @@ class ConceptSums:
 
 
 def zero_concept_sums(concepts: int, neurons: int, device: torch.device | str = "cpu") -> ConceptSums:
-    """Return the sums over no images."""
+    """Return the sums over no images, for GROUPS groups.
+
+    Args:
+        concepts: The number of concepts, C.
+        neurons: The number of neurons, K.
+        device: The device of the sums.
+    """
 
     def zeros(*shape: int) -> Tensor:
         return torch.zeros((GROUPS, *shape), dtype=torch.float64, device=device)

@@ -274,11 +274,19 @@ def parse_embedding(spec: str, units: int, vector: Sequence[float]) -> Target:
 
 
 def split_pair(spec: str, names: Collection[str]) -> list[str]:
-    """Return the one or two words of a target; names of classes may contain `-vs-` themselves."""
+    """Split a target into its one or two words.
+
+    Names of classes may contain `-vs-` themselves. So the target is split at the first `-vs-` for which both words are
+    known. If there is no such `-vs-`, it is split at the first one.
+
+    Args:
+        spec: The target.
+        names: The names of the classes.
+    """
     if spec in names or AGAINST not in spec:
         return [spec]
-    places = [place for place in range(len(spec)) if spec.startswith(AGAINST, place)]
-    pairs = [[spec[:place], spec[place + len(AGAINST) :]] for place in places]
+    starts = [start for start in range(len(spec)) if spec.startswith(AGAINST, start)]
+    pairs = [[spec[:start], spec[start + len(AGAINST) :]] for start in starts]
     return next((pair for pair in pairs if all(w in names or not needs_names(w) for w in pair)), pairs[0])
 
 
