@@ -1,6 +1,7 @@
 """The degrade job: replace an image's patches in the order of a method's map → how fast the prediction falls.
 
-To add a metric, write its formula in `patterns.evaluation.degradation`, add a field to `Degraded` and a column to `ROWS`.
+To add a metric, write its formula in `patterns.evaluation.degradation`, and add a field to `Degraded` and a column to
+`ROWS`.
 """
 
 import math
