@@ -43,7 +43,7 @@ class Problem:
 
 
 def filter_(problem: Problem) -> Tensor:
-    """S_w: return a = w / wᵀw (Kindermans et al. 2018, §3.1)."""
+    """Return a = w / wᵀw, the pattern of S_w (Kindermans et al. 2018, §3.1)."""
     return normalize(problem.weight, problem.weight)
 
 
@@ -56,7 +56,7 @@ def random(problem: Problem) -> Tensor:
 
 
 def linear(problem: Problem) -> Tensor:
-    """S_a: return a = cov[x, y] / var[y] (eq. 4).
+    """Return a = cov[x, y] / var[y], the pattern of S_a (Kindermans et al. 2018, eq. 4).
 
     It is invariant to a constant added to x (if the bias is changed to keep the outputs).
     """
@@ -79,7 +79,10 @@ def negative(problem: Problem) -> Tensor:
 
 
 def positive_own_mean(problem: Problem) -> Tensor:
-    """Return cov₊[x, y] / var₊[y]: `positive` with E[y] over the open gate. Invariant in the same way as `linear`."""
+    """Return cov₊[x, y] / var₊[y]: `positive` with E[y] over the open gate.
+
+    It is invariant to a constant added to x in the same way as `linear`.
+    """
     opened = require(problem.moments.open)
     return regress(problem, opened, opened.mean_y())
 

@@ -126,7 +126,15 @@ class TensorFile:
 
 
 def read_header(file: BinaryIO) -> tuple[Specs, dict[str, str], dict[str, int]]:
-    """Return the specs, the metadata and where each tensor begins; ValueError or similar if the file is not valid."""
+    """Read the header of a file.
+
+    Returns:
+        The dtype and shape of each tensor by name, the metadata, and the byte at which each tensor begins.
+
+    Raises:
+        ValueError: If the sizes or offsets in the file do not fit together, or the header is not JSON.
+        KeyError: If the entry of a tensor lacks a field, or its dtype is unknown.
+    """
     size = file.seek(0, 2)
     file.seek(0)
     length = int.from_bytes(file.read(8), "little")

@@ -97,7 +97,10 @@ def zero_concept_sums(concepts: int, neurons: int, device: torch.device | str = 
 
 
 def has_concepts(operator: Operator) -> bool:
-    """Return whether an operator's outputs belong to one image each, and one call gives them all."""
+    """Return whether concepts have directions in an operator's outputs.
+
+    The model must call the operator once, and the first dimension of its output must count images.
+    """
     return operator.per_image and operator.calls == 1
 
 

@@ -16,7 +16,7 @@ SHIFTS = (30, 27, 31)
 
 
 def make_salt(seed: int, name: str, call: int) -> int:
-    """Return a number, int64, that differs by seed, operator name and call."""
+    """Return a hash of a seed, an operator's name and the number of its call, int64."""
     digest = hashlib.sha256(f"positions/{seed}/{name}/{call}".encode()).digest()
     return int.from_bytes(digest[:8], "big", signed=True)
 

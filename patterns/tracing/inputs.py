@@ -115,7 +115,13 @@ def has_several_targets(targets: Tensor) -> bool:
 
 
 def make_output_gradient(targets: Tensor, scores: Tensor) -> Tensor:
-    """Return the gradient at the scores: 1 at each sample's class and 0 elsewhere, or the given weights."""
+    """Return the gradient at the scores, in their shape.
+
+    Args:
+        targets: The class of each sample, int64 (N,), whose gradient is 1 and that of other classes 0; or the gradient
+            itself, floating-point.
+        scores: The network's output, shape (N, classes, …).
+    """
     if targets.is_floating_point():
         return targets
     index = targets.view(-1, *[1] * (scores.dim() - 1)).expand(-1, 1, *scores.shape[2:])
