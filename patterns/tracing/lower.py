@@ -139,7 +139,7 @@ def lower_linear(graph: AtenGraph, node: Node) -> LinearOperation | None:
 
 
 def lower_matmul(graph: AtenGraph, node: Node) -> LinearOperation | None:
-    """Return the operation of a product with a constant matrix, whose columns are the neurons; None for other products."""
+    """Return the operation of a product with a constant matrix, whose columns are the neurons, or None."""
     x, matrix = node.args
     weight = get_constant(graph, matrix)  # type: ignore[arg-type]
     if weight is None or weight.dim() != 2:

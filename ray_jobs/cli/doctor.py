@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from patterns import UserError
-from ray_jobs.cli.arguments import absolute, echo, listed
+from ray_jobs.cli.arguments import absolute, echo, resolve_shards
 from ray_jobs.cli.typer_options import command, name_flags
 from ray_jobs.config import Resources
 from ray_jobs.config.commands import DoctorOptions
@@ -26,7 +26,7 @@ def doctor(options: DoctorOptions) -> None:
 
     names = ("gpus_per_worker", "cpus_per_worker", "min_workers", "address")
     resources = Resources(**{name: getattr(options, name) for name in names})
-    shards = listed(options.shards, options) if options.shards else ()
+    shards = resolve_shards(options.shards, options) if options.shards else ()
     found = examine(resources, shards, absolute(options.out) if options.out else None, options.patience)
     table = Table("node", "host", "CPUs", "GPUs", "memory free", "disk free", "source", "images/s", "code", box=None)
     for node in found.nodes:

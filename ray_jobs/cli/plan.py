@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from rich.console import Console
 from rich.table import Table
 
-from ray_jobs.cli.arguments import echo, listed
+from ray_jobs.cli.arguments import echo, resolve_shards
 from ray_jobs.cli.typer_options import command
 from ray_jobs.config import FitConfig, ModelConfig, Resources
 from ray_jobs.config.commands import PlanOptions, ShardOptions
@@ -67,7 +67,7 @@ def forecast_lines(
 
     config = FitConfig(
         model=model,
-        shards=listed(options.shards, reading),
+        shards=resolve_shards(options.shards, reading),
         out=options.out or "",
         batch_size=options.batch_size,
         estimators=options.estimators,

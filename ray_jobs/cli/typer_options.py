@@ -206,7 +206,7 @@ def former_parameter(key: str, field: Field[Any], kind: Any) -> inspect.Paramete
 
 
 def former_key(key: str) -> str:
-    """Return the key of a deprecated flag."""
+    """Return the key under which the value of an option's deprecated flag is passed."""
     return f"former_{key}"
 
 
@@ -283,7 +283,7 @@ def parse_words(text: str) -> tuple[str, ...]:
 
 
 def parse_numbers(text: str) -> tuple[float, ...]:
-    """Parse numbers separated by commas. ValueError for anything else."""
+    """Parse numbers separated by commas. Raise ValueError for anything else."""
     try:
         return tuple(map(float, text.split(",")))
     except ValueError as error:
