@@ -33,7 +33,7 @@ def choose_temporary_folder() -> str | None:
 
 
 def find_problem(folder: Path) -> str:
-    """Return why Ray cannot use a folder, which it creates if it is missing; empty if it can."""
+    """Return the reason why Ray cannot use a folder; empty if it can. Ray creates a folder that does not exist."""
     if (length := len(os.fsencode(folder))) > MAX_FOLDER_BYTES:
         return f"its path is too long for sockets by {length - MAX_FOLDER_BYTES} bytes"
     existing = next((each for each in (folder, *folder.parents) if each.exists()), Path("/"))

@@ -352,13 +352,13 @@ def needs_names(spec: str) -> bool:
 def load_target_names(target: str, spec: str, file: str | None) -> ClassNames:
     """Return the names of classes that may be needed to parse a target.
 
-    A file of names is read for every target, because a name in it may be a keyword of targets, but then only such
-    names are returned.
+    A class may have the name of a keyword, such as `predicted`. So a file of names is also read if the target consists
+    of keywords. Then only the names that equal one of these keywords are returned.
 
     Args:
         target: The target.
         spec: The model, whose library may know the names.
-        file: A file of names; None: none.
+        file: A file of names; None if the user gave no file.
     """
     if needs_names(target):
         return load_class_names(spec, file)

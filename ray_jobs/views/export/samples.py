@@ -135,7 +135,7 @@ class Description:
 
 
 class Writer(Protocol):
-    """Writes the samples of an export in order."""
+    """Writer of the samples of an export, in order."""
 
     def write(self, sample: ExportedSample) -> None:
         """Write a sample."""

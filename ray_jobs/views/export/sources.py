@@ -210,5 +210,5 @@ def choose_method(run: Run, methods: list[str], wanted: str | None) -> str:
 
 
 def first_of(value: Any) -> Any:
-    """Return the first item of a list; other values as they are."""
+    """Return the first item of a list; None if it is empty. Return any other value unchanged."""
     return (value[0] if value else None) if isinstance(value, list) else value
