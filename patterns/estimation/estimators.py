@@ -1,7 +1,8 @@
 """Signal estimators: compute the patterns of an operator from its moments and its weight.
 
 Estimators work on weights flattened to (K, D) in float64 and return patterns of that shape. Except for
-`multivariate`, wᵀa = 1 for every neuron that has a pattern. The pattern of a dead, constant or degenerate neuron is 0.
+`multivariate`, wᵀa = 1 for every neuron that has a pattern. The pattern is 0 if the neuron's gate never opened (dead),
+its output never varied (constant), or the denominator of its pattern vanishes (degenerate).
 """
 
 import hashlib

@@ -131,7 +131,7 @@ def make_output_gradient(targets: Tensor, scores: Tensor) -> Tensor:
 def contrast(scores: Tensor, classes: Tensor | None = None) -> Tensor:
     """Return the weights of a contrastive target: a class less the softmax-weighted mean of all other classes.
 
-    Relevance for the score of a class alone also marks what speaks for the classes that resemble it.
+    The relevance for the score of a class alone also marks evidence for the classes that resemble it.
 
     Args:
         scores: The network's output, shape (N, K), K > 1.

@@ -21,7 +21,7 @@ GPU_NEED = "an H200 takes 6500 in a forward pass of ResNet-50 (TF32), and about 
     "patternnet doctor --address HEAD:6379 --cpus-per-worker 4 --out s3://bucket",
 )
 def doctor(options: DoctorOptions) -> None:
-    """Check on every node whether a cluster is ready for a long run, and say how to fix it if not."""
+    """Check on every node whether a cluster is ready for a long run, and report each problem with its fix."""
     from ray_jobs.ops.preflight import examine
 
     names = ("gpus_per_worker", "cpus_per_worker", "min_workers", "address")

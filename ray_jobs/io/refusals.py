@@ -73,7 +73,7 @@ def find_status(error: BaseException) -> int | None:
 
 
 def find_retry_after(error: BaseException) -> float:
-    """Return the seconds that the response of an exception asks to wait; 0 if it does not say."""
+    """Return the seconds that the response of an exception asks to wait; 0 if it names no time."""
     response = getattr(error, "response", None)
     headers: Any = getattr(error, "headers", None) or getattr(response, "headers", None)
     if isinstance(response, Mapping):
