@@ -50,7 +50,7 @@ class Solution:
 
     @property
     def has_outliers(self) -> bool:
-        """Whether few tokens hold so much of Σ‖y‖² that patterns from data would be theirs."""
+        """Whether a few tokens hold so much of Σ‖y‖² that patterns from data would describe only these tokens."""
         return exceeds(self.top_share)
 
 

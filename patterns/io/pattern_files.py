@@ -32,7 +32,7 @@ Patterns = dict[str, dict[str, Tensor]]  # by operator and name from ESTIMATORS
 
 @dataclass(frozen=True)
 class TraceOptions:
-    """How a model was traced; see `patterns.trace`.
+    """Options with which a model was traced; see `patterns.trace`.
 
     Attributes:
         input_shape: Shape of a sample.

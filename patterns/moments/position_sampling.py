@@ -1,4 +1,4 @@
-"""Which positions of each image are sampled for which operator."""
+"""Sampling of the spatial positions of each image for each operator."""
 
 import hashlib
 from collections import Counter

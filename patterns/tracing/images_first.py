@@ -39,7 +39,7 @@ def counts(size: object, batch: object) -> bool:
 
 
 def reorder(graph: AtenGraph, node: Node, batch: object) -> None:
-    """Let one linear layer see (images, positions, inputs); do nothing if its input's dimensions are not understood."""
+    """Give one linear layer an input (images, positions, inputs). Do nothing if its dimensions are not understood."""
     x, *parameters = node.args
     assert isinstance(x, Node)
     shape, width = list(x.meta["val"].shape), x.meta["val"].shape[-1]

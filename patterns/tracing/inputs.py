@@ -14,7 +14,7 @@ Targets = int | Sequence[int] | np.ndarray | Tensor
 
 
 def add_shape_check(graph: AtenGraph, shape: tuple[int, ...]) -> None:
-    """Let a graph reject inputs of another shape; its slices and pools would silently read a part of them."""
+    """Make a graph reject inputs of another shape, because its slices and pools would read only a part of them."""
     (placeholder,) = graph.fx.find_nodes(op="placeholder")
     with graph.fx.inserting_after(placeholder):
         checked = graph.fx.call_function(require_batch, (placeholder, shape))

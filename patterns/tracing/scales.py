@@ -25,7 +25,7 @@ ScaleRule = Literal["multiply", "pass", "divide"]
 
 @dataclass(frozen=True)
 class ScaleRules:
-    """What a backward pass does at factors.
+    """Rules of a backward pass for factors that depend on the sample.
 
     Attributes:
         norms: At the factor 1/σ of norms.

@@ -1,4 +1,4 @@
-"""What several commands make of their options."""
+"""Conversions of options that several commands share."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path

@@ -15,7 +15,7 @@ EXPORT_FORMATS = ("fiftyone", "virelay", "huggingface", "coco")
 
 @dataclass(frozen=True, kw_only=True)
 class ShardOptions:
-    """How the shards of a command are read."""
+    """Options for reading the shards of a command."""
 
     allow_pipes: bool = option(False, "Allow shards of the form pipe:COMMAND.")
     image_column: str | None = option(

@@ -10,7 +10,7 @@ PathKind = Literal["path", "local path", "name"]
 
 @dataclass(frozen=True)
 class Option:
-    """How a field is written on the command line, and which values it may have.
+    """Form of a field on the command line, and the values that it may have.
 
     Attributes:
         help: Help text. A function returns it if it lists names of `patterns`, which is imported only then.

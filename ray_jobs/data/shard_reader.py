@@ -154,7 +154,7 @@ def find_format(shard: str) -> ShardFormat:
 
 @dataclass(frozen=True)
 class ReaderConfig:
-    """How a worker reads its shards.
+    """Settings with which a worker reads its shards.
 
     Attributes:
         preprocessing: From an image to the model's input.

@@ -25,7 +25,7 @@ class PendingCall(Protocol):
 
 
 class Tasks(Protocol):
-    """Where pure functions are called."""
+    """Place where pure functions are called: Ray tasks, or this process."""
 
     def map(self, function: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
         """Yield `function(*call)` for each call, in order."""

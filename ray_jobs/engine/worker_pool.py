@@ -73,7 +73,7 @@ class Worker:
 
     @property
     def starting(self) -> bool:
-        """Whether its call belongs to its start."""
+        """Whether the worker is still starting: its method is `describe` or `prepare`."""
         return self.method in STARTING
 
 

@@ -1,4 +1,4 @@
-"""How long to wait before a request to a busy server is repeated."""
+"""Pauses before a request to a busy server is repeated."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""What a job takes from a cluster: the hours that its workers hold, and their price."""
+"""Usage of a cluster by a job: the hours of its workers, and their price."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields

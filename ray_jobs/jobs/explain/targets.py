@@ -88,7 +88,7 @@ class Target:
 
     @property
     def needed_region(self) -> str | None:
-        """What a sample must have to be explained, "mask" or "box"; None if the region comes from the scores."""
+        """The region that a sample must have, "mask" or "box"; None if the region comes from the scores."""
         return None if self.region == PREDICTED else self.region
 
     def pick_classes(self, scores: Tensor, labels: Labels) -> Tensor:

@@ -32,7 +32,7 @@ Joined = tuple[int, str, Row, Sample]  # number, shard, map and photograph of a 
 
 @dataclass(frozen=True)
 class Done:
-    """How far an export is.
+    """Progress of an export.
 
     Attributes:
         shard: The shard that is read now; None at the end.

@@ -1,4 +1,4 @@
-"""Where the samples of an export come from: the explanations of a run, or the rows of an atlas, shard by shard."""
+"""Sources of the samples of an export: the explanations of a run, or the rows of an atlas, shard by shard."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -24,7 +24,9 @@ SCALARS = ["label", "prediction", "probability", "score"]
 
 
 class AtlasPlaces:
-    """What an atlas says about each sample. It holds 20 bytes for each sample, and the keys of one shard at a time.
+    """The values that an atlas has for each sample.
+
+    It holds 20 bytes for each sample, and the keys of one shard at a time.
 
     Args:
         run: The run of the atlas.
