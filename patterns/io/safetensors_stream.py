@@ -93,7 +93,7 @@ class TensorFile:
     """
 
     def __init__(self, path: Openable) -> None:
-        """Open a file and read its header; UserError if there is no file, or if it is not complete."""
+        """Open a file and read its header. Raise UserError if there is no file, or if it is not complete."""
         self.where = str(path)
         try:
             self._file: BinaryIO = path.open("rb")
@@ -106,7 +106,12 @@ class TensorFile:
             raise UserError(self.where, f"not a complete file of tensors ({error})", REMEDY) from error
 
     def get(self, name: str) -> Tensor:
-        """Read a tensor; KeyError if there is no tensor of this name, EOFError if the file was truncated meanwhile."""
+        """Read a tensor.
+
+        Raises:
+            KeyError: If there is no tensor of this name.
+            EOFError: If the file was truncated after it was opened.
+        """
         dtype, shape = self.specs[name]
         tensor = torch.empty(shape, dtype=dtype)
         if tensor.numel():

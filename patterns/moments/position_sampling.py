@@ -74,7 +74,7 @@ class PositionSampler:
     """
 
     def __init__(self, positions: int, seed: int = 0) -> None:
-        """Sample `positions` of each image, or all if it has no more; UserError if `positions` is below 1."""
+        """Sample `positions` of each image, or all if it has no more. Raise UserError if `positions` is below 1."""
         if positions < 1:
             raise UserError("", f"{positions} is not a number of positions", "Pass at least 1.", "positions")
         self._positions, self._seed = positions, seed

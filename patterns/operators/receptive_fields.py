@@ -57,7 +57,9 @@ class ReceptiveField:
             yield index.div(spacing, rounding_mode="floor").clamp(0, size - 1), outside
 
     def indices(self, sizes: Shape) -> tuple[Tensor, Tensor | None]:
-        """Return the same for all dimensions at once, with positions, taps and indices flattened.
+        """Return the input indices that the output positions meet with the taps, for all dimensions at once.
+
+        Positions, taps and indices are flattened.
 
         Args:
             sizes: Spatial sizes of the input.

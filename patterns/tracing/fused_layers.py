@@ -36,7 +36,7 @@ IMAGES = 2  # the batch size of the tensor without memory
 
 
 def split_fused_layers(graph: AtenGraph) -> None:
-    """Split each linear layer and convolution of which some neurons feed only constants, in place; see above."""
+    """Split each linear layer and convolution of which some neurons feed only constants, in place."""
     carriers = find_carriers(graph)
     calls: dict[str, list[Node]] = {}
     for node in graph.fx.nodes:

@@ -34,11 +34,11 @@ class Batch:
 
     Attributes:
         images: The model's input, (N, C, H, W), in its dtype, on the CPU.
-        keys: The keys.
+        keys: The keys of the samples.
         labels: The label of each sample; None if it has no label.
-        boxes: The boxes of each sample in pixels of the model's input; None if it has no boxes, or the reader's config
-            does not ask for them.
-        masks: The mask of each sample, see `parse_mask`; None likewise.
+        boxes: The boxes of each sample in pixels of the model's input; None if it has no boxes, or the config does not
+            ask for boxes.
+        masks: The mask of each sample, see `parse_mask`; None if it has no mask, or the config does not ask for masks.
     """
 
     images: Tensor

@@ -11,7 +11,7 @@
 | `A-vs-others` | score of A less the mean score of all other classes, weighted by their softmax | 1 |
 | `contrast` | the same as `predicted-vs-others` | 1 |
 | `17@mask` | a class's score at the output's positions inside the sample's mask, for outputs (N, classes, H, W) | 1 |
-| `17@predicted`, `17@box` | likewise, at the positions predicted to be this class; inside the sample's boxes | 1 |
+| `17@predicted`, `17@box` | the same, at the positions predicted to be this class; inside the sample's boxes | 1 |
 | `unit:17` | a unit of an embedding (N, D) | 1 |
 | `similarity:FILE.npy` | the cosine of an embedding (N, D) and a vector | 1 |
 | `concept:striped` | the projection of the outputs of the operator before the last on a concept's direction | 1 |

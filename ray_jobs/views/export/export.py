@@ -146,7 +146,7 @@ def join(shard: str, rows: Iterator[Row], first: int) -> Generator[Joined, None,
 
 
 def make_sample(joined: Joined, method: str, preprocessing: Preprocessing, decode: Decode | None) -> ExportedSample:
-    """Return a sample with its photograph as the model sees it. UserError if it cannot be decoded any more."""
+    """Return a sample with its photograph as the model sees it. Raise UserError if it cannot be decoded any more."""
     number, shard, row, sample = joined
     try:
         if sample.rejection is not None:

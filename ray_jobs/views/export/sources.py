@@ -202,7 +202,7 @@ def with_places(rows: Iterator[Row], places: Mapping[str, Place]) -> Iterator[Ro
 
 
 def choose_method(run: Run, methods: list[str], wanted: str | None) -> str:
-    """Return the method of the maps. UserError if the run does not have it."""
+    """Return the method of the maps. Raise UserError if the run does not have it."""
     if wanted is None:
         return DEFAULT_METHOD if DEFAULT_METHOD in methods else methods[0]
     if wanted not in methods:
