@@ -94,7 +94,9 @@ class PackOptions(Validated):
     keys: str | None = same(
         FitConfig, "keys", help="List of the images to pack, as `select` writes it; shards are ignored."
     )
-    without_keys: str | None = same(FitConfig, "without_keys", help="List of the images to leave out, in the same format.")
+    without_keys: str | None = same(
+        FitConfig, "without_keys", help="List of the images to leave out, in the same format."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
