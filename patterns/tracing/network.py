@@ -111,7 +111,7 @@ class Network:
 
     @property
     def constant_factors(self) -> dict[str, int]:
-        """The number of factors that depend on the sample and that explanations take as constants, by what they are.
+        """The number of factors that depend on the sample and that explanations take as constants, by their kind.
 
         These are norms, smooth gates, factors of products, and attention weights. The method `gradient` differentiates
         them.

@@ -148,7 +148,7 @@ def command(*examples: str, interspersed: bool = True) -> Callable[[Callable[...
 
 
 def complete(hint: Any, values: Mapping[str, Any]) -> Any:
-    """Return what a parameter of a command with this annotation gets."""
+    """Return the value for a parameter of a command with this annotation."""
     if get_origin(hint) is Given:
         return Given(get_args(hint)[0], values)
     return Given(hint, values).build()

@@ -64,7 +64,7 @@ def list_replacements() -> tuple[str, ...]:
 
 
 def validate_compile_mode(mode: str) -> None:
-    """Raise UserError if there is no such mode."""
+    """Raise UserError if a mode of compilation does not exist."""
     from patterns.compilation import compiler_options
 
     if mode != AUTO:

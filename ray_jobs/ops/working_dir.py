@@ -44,7 +44,7 @@ class Upload:
 
 
 def measure_upload(folder: str, limit: int = MAX_UPLOAD) -> Upload:
-    """Return what Ray will pack of a folder, without `EXCLUDES` and what .gitignore and .rayignore name.
+    """Return the files of a folder that Ray will pack, without those of `EXCLUDES`, .gitignore and .rayignore.
 
     Args:
         folder: The folder.

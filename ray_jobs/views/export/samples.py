@@ -109,7 +109,7 @@ class ExportedSample:
 
 @dataclass(frozen=True)
 class Description:
-    """Description of what the samples of an export have in common.
+    """The values that all samples of an export share.
 
     Attributes:
         name: A name for the dataset.
