@@ -25,7 +25,7 @@ lint: $(READY)
 check: lint
 	$(PYTEST) -m "not slow and not full and not ray" -n 2 --dist loadfile --no-loadscope-reorder --timeout 300
 
-# Everything that must hold.
+# All tests except the slow ones.
 test: lint
 	$(PYTEST) -m "not slow" -n 3 --dist loadfile --no-loadscope-reorder --timeout 600
 

@@ -16,12 +16,12 @@ MapFunction = Callable[[Tensor, OutputGradient, list[int]], Tensor]
 
 
 def random(network: Network, settings: Settings) -> MapFunction:
-    """Standard normal noise, the baseline that knows neither the input nor the model."""
+    """Return the function that draws standard normal noise, which depends on neither the input nor the model."""
     return lambda inputs, _, seeds: draw_noise(make_generators(seeds), inputs)
 
 
 def edges(network: Network, settings: Settings) -> MapFunction:
-    """Sobel edges of the input, the baseline that knows the input but not the model.
+    """Return the function that computes Sobel edges, which depend on the input but not on the model.
 
     Raises:
         UserError: If the inputs are not images.

@@ -28,7 +28,7 @@ from patterns.tracing.network import Network
 
 @dataclass(frozen=True)
 class Channels:
-    """What an explanation says about the channels of some operators. K is the number of an operator's channels.
+    """Relevance and activation of the channels of some operators. K is the number of an operator's channels.
 
     Attributes:
         relevance: By method and operator, shape (N, K), or (N, T, K) for T targets per sample.
@@ -43,7 +43,7 @@ class Channels:
 
 
 class ChannelRecorder:
-    """Records the channels of one operator while the passes run through it.
+    """Recorder of the channels of one operator while the passes run through it.
 
     Args:
         operator: The operator.
@@ -52,7 +52,7 @@ class ChannelRecorder:
     Attributes:
         times_output: Whether the current backward pass multiplies by the output.
         activation: See `Channels`; None before the forward pass.
-        embedding: The operator's input, likewise.
+        embedding: The operator's input, or its mean over positions if it has any; None before the forward pass.
         relevance: See `Channels`; None if no backward pass has reached the operator.
     """
 
@@ -61,13 +61,13 @@ class ChannelRecorder:
         self.begin()
 
     def begin(self) -> None:
-        """Forget the last forward pass."""
+        """Discard what was recorded in the last forward pass."""
         self.activation: Tensor | None = None
         self.embedding: Tensor | None = None
         self.relevance: Tensor | None = None
 
     def record_forward(self, inputs: Sequence[Tensor], output: Tensor) -> None:
-        """Record a call of the operator. Its channels are the largest over several calls."""
+        """Record a call of the operator. If it is called several times, the largest activation is kept."""
         axis, gate = self.operator.operator_type.axis, self.operator.gate
         values = gate.activate(output) if isinstance(gate, SmoothGate) else output
         largest = values.movedim(axis, 1).flatten(2).amax(2) if values.dim() > 2 else values.clone()
@@ -117,7 +117,7 @@ class Capture:
         self.recorders = {name: ChannelRecorder(known[name], keeps) for name in recorded}
 
     def begin_forward(self) -> None:
-        """Forget the last passes."""
+        """Discard what was recorded in the last passes."""
         for recorder in self.recorders.values():
             recorder.begin()
 

@@ -43,7 +43,7 @@ BackwardFunction = Callable[[Sequence[Tensor]], Iterator[list[Tensor]]]
 
 
 class Explainer:
-    """Explains a network's scores by several methods.
+    """Explainer of a network's scores by several methods.
 
     All backward passes share one forward pass; the methods that zennit computes run their own. If the network ends at
     an operator (`Network.until`), a target is a neuron of this operator, and its values at all spatial positions are

@@ -1,6 +1,7 @@
 """Table of the attribution methods and their settings.
 
-A method is either a backward pass or a procedure of its own. A backward pass leaves the forward pass unchanged and
+A method is either a backward pass or a procedure of its own. The procedures are functions in `zennit_methods` and
+`baselines`, and `METHODS` refers to them. A backward pass leaves the forward pass unchanged and
 chooses two things: the weights that the operators use backward (w for the gradient, the pattern a for PatternNet, w⊙a
 for PatternAttribution: Kindermans et al. 2018, §3.3), and a rule for the rectifiers. Max pooling and reshaping keep
 their usual backward. All backward passes share one forward pass.
@@ -163,7 +164,8 @@ def resolve_settings(methods: Mapping[str, Method], given: Mapping[str, float]) 
         A value for each `{method}.{setting}` of these methods.
 
     Raises:
-        UserError: If no method has a given setting, or its value is not a number above 0.
+        UserError: If no method has a given setting, or its value is not a finite number above 0. It must also be a
+            whole number if the default is one.
 
     Example:
         >>> resolve_settings({"smoothgrad": METHODS["smoothgrad"]}, {"smoothgrad.samples": 5})

@@ -17,22 +17,22 @@ Rule = Callable[[Tensor], tuple[Tensor | None, Tensor | None]]
 
 
 def gate(gradient: Tensor) -> tuple[None, Tensor]:
-    """Use the rectifier's own backward."""
+    """Use the rectifier's own gradient."""
     return None, gradient
 
 
 def rectify(gradient: Tensor) -> tuple[Tensor, None]:
-    """Pass the positive part, independent of the rectifier's input (Zeiler & Fergus 2014)."""
+    """Pass the positive part of the gradient, whatever the rectifier's input is (Zeiler & Fergus 2014)."""
     return gradient.clamp(min=0), None
 
 
 def gate_and_rectify(gradient: Tensor) -> tuple[None, Tensor]:
-    """Pass the positive part through the rectifier's own backward (Springenberg et al. 2015)."""
+    """Pass the positive part of the gradient, multiplied by the rectifier's own gradient (Springenberg et al. 2015)."""
     return None, gradient.clamp(min=0)
 
 
 def pass_all(gradient: Tensor) -> tuple[Tensor, None]:
-    """Pass everything, as LRP does: the next operator then assigns nothing to an input that was rectified to 0."""
+    """Pass the whole gradient, as LRP does. The next operator gives nothing to an input that was rectified to 0."""
     return gradient, None
 
 

@@ -1,4 +1,4 @@
-"""Let the norms, smooth gates and detached factors of a graph follow the rules of the current backward pass."""
+"""Rules of the current backward pass for the norms, smooth gates and detached factors of a graph."""
 
 from collections.abc import Callable, Collection
 from typing import Any
@@ -19,7 +19,7 @@ def insert_scale_rules(
     rules: Callable[[], ScaleRules],
     identities: Callable[[], Collection[str]] = frozenset,
 ) -> None:
-    """Let the norms, smooth gates and detached factors of a graph follow rules that are read in each backward pass.
+    """Make the norms, smooth gates and detached factors of a graph read their rules in each backward pass.
 
     Args:
         module: The graph, which is changed.

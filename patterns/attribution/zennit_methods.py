@@ -22,6 +22,7 @@ from patterns.attribution.baselines import MapFunction, OutputGradient, Settings
 from patterns.attribution.rectifier_rules import insert_rules, pass_all
 from patterns.attribution.scale_rules import insert_scale_rules
 from patterns.operators.operator import (
+    Addition,
     AveragePool,
     Convolution,
     Linear,
@@ -61,7 +62,11 @@ class Stack(nn.Module):
 
 
 def equivalent_layer(operator_type: OperatorType) -> nn.Module:
-    """Return the layer of torch or zennit that zennit's composites treat like this operator type."""
+    """Return the layer of torch or zennit that zennit's composites treat like this operator type.
+
+    Raises:
+        NotImplementedError: If the operator type has no such layer.
+    """
     match operator_type:
         case Convolution():
             return nn.Conv2d(1, 1, 1)
@@ -73,8 +78,9 @@ def equivalent_layer(operator_type: OperatorType) -> nn.Module:
             return nn.AvgPool2d(1)
         case Scale():
             return nn.BatchNorm2d(1)
-        case _:
+        case Addition():
             return Sum()
+    raise NotImplementedError(f"zennit's methods have no layer for the operator type {type(operator_type).__name__}")
 
 
 def convert_to_layers(network: Network) -> GraphModule:
@@ -110,25 +116,44 @@ class OperatorComposite(Composite):  # type: ignore[misc] # zennit has no types
 
 
 def lrp_z(network: Network, settings: Settings) -> MapFunction:
-    """LRP-z: each input of an operator gets its share of z, and the bias's is lost (Bach et al. 2015, eq. 56)."""
+    """Return the function of LRP-z: each input of an operator gets its share of z, and the bias's share is lost.
+
+    Source: Bach et al. 2015, eq. 56.
+    """
     return propagate_relevance(network, LayerMapComposite([(nn.Module, Epsilon(settings["epsilon"]))]))
 
 
 def lrp_epsilon_plus_flat(network: Network, settings: Settings) -> MapFunction:
-    """LRP with the ε rule in linear layers, z⁺ in convolutions, and flat in the first one (Montavon et al. 2019)."""
+    """Return the function of LRP with the ε rule in linear layers, z⁺ in convolutions, and flat in the first layer.
+
+    Source: Montavon et al. 2019.
+    """
     return propagate_relevance(network, EpsilonPlusFlat(settings["epsilon"]))
 
 
 def propagate_relevance(network: Network, composite: Composite) -> MapFunction:
-    """Layer-wise relevance propagation of the target's value with one of zennit's composites."""
+    """Return the function that propagates the target's value layer by layer.
+
+    Args:
+        network: The traced network.
+        composite: One of zennit's composites, which chooses the rule of each layer.
+
+    Returns:
+        A function that returns the relevance of the inputs, in their shape.
+    """
     attributor = Gradient(convert_to_layers(network), OperatorComposite(composite))
     return lambda inputs, output_gradient, _: run(attributor, inputs, lambda z: output_gradient(z) * z)
 
 
 def smoothgrad(network: Network, settings: Settings) -> MapFunction:
-    """The mean gradient of noisy copies, the last of them without noise (Smilkov et al. 2017).
+    """Return the function that computes the mean gradient of noisy copies of a sample.
 
-    The standard deviation of the noise is `noise` times the range of the sample's values.
+    Args:
+        network: The traced network.
+        settings: `samples`, the number of copies, of which the last has no noise, and `noise`, the standard deviation
+            of the noise as a share of the range of the sample's values.
+
+    Source: Smilkov et al. 2017.
     """
     attributor = SmoothGrad(
         make_differentiable(network), noise_level=settings["noise"], n_iter=int(settings["samples"])
@@ -142,7 +167,14 @@ def smoothgrad(network: Network, settings: Settings) -> MapFunction:
 
 
 def integrated_gradients(network: Network, settings: Settings) -> MapFunction:
-    """The mean gradient on the line from 0 to x, times x, at the ends of equal steps (Sundararajan et al. 2017)."""
+    """Return the function that computes the mean gradient on the line from 0 to x, times x.
+
+    Args:
+        network: The traced network.
+        settings: `steps`, the number of equal steps. The gradient is taken at the end of each.
+
+    Source: Sundararajan et al. 2017.
+    """
     attributor = IntegratedGradients(make_differentiable(network), n_iter=int(settings["steps"]))
     return lambda inputs, output_gradient, _: run(attributor, inputs, output_gradient)
 

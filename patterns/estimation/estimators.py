@@ -1,7 +1,8 @@
 """Signal estimators: compute the patterns of an operator from its moments and its weight.
 
 Estimators work on weights flattened to (K, D) in float64 and return patterns of that shape. Except for
-`multivariate`, wᵀa = 1 for every neuron that has a pattern. The pattern of a dead, constant or degenerate neuron is 0.
+`multivariate`, wᵀa = 1 for every neuron that has a pattern. The pattern is 0 if the neuron's gate never opened (dead),
+its output never varied (constant), or the denominator of its pattern vanishes (degenerate).
 """
 
 import hashlib
@@ -43,7 +44,7 @@ class Problem:
 
 
 def filter_(problem: Problem) -> Tensor:
-    """S_w: return a = w / wᵀw (Kindermans et al. 2018, §3.1)."""
+    """Return a = w / wᵀw, the pattern of S_w (Kindermans et al. 2018, §3.1)."""
     return normalize(problem.weight, problem.weight)
 
 
@@ -56,7 +57,7 @@ def random(problem: Problem) -> Tensor:
 
 
 def linear(problem: Problem) -> Tensor:
-    """S_a: return a = cov[x, y] / var[y] (eq. 4).
+    """Return a = cov[x, y] / var[y], the pattern of S_a (Kindermans et al. 2018, eq. 4).
 
     It is invariant to a constant added to x (if the bias is changed to keep the outputs).
     """
@@ -79,7 +80,10 @@ def negative(problem: Problem) -> Tensor:
 
 
 def positive_own_mean(problem: Problem) -> Tensor:
-    """Return cov₊[x, y] / var₊[y]: `positive` with E[y] over the open gate. Invariant in the same way as `linear`."""
+    """Return cov₊[x, y] / var₊[y]: `positive` with E[y] over the open gate.
+
+    It is invariant to a constant added to x in the same way as `linear`.
+    """
     opened = require(problem.moments.open)
     return regress(problem, opened, opened.mean_y())
 
@@ -239,7 +243,7 @@ def name_some(operators: Collection[str], limit: int = 5) -> str:
 
 
 def select_choices(operator: str, estimators: Choices) -> list[str]:
-    """Return the names from `CHOICES` that apply to an operator, in order.
+    """Return the names from `CHOICES` that apply to an operator, in order; `["default"]` if no choice applies.
 
     Args:
         operator: The operator's name.

@@ -314,7 +314,7 @@ def accumulate(network: Network, batches: Iterable[Any]) -> dict[str, Moments]:
 
 
 def observe_batches(observer: OperatorObserver[M_co], batches: Iterable[Any]) -> dict[str, M_co]:
-    """Return the moments that an observer accumulates over some batches; UserError if there is no batch."""
+    """Return the moments that an observer accumulates over some batches. Raise UserError if there is no batch."""
     count = 0
     for batch in batches:
         observer.update(select_images(batch))

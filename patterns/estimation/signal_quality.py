@@ -239,9 +239,9 @@ def outer_functionals(a: Tensor, ss: Tensor, floor: Tensor) -> Tensor:
     """Return orthogonal vectors u in the span of a's rows with Cov[uᵀA s] = 1, shape (G, k, q, D).
 
     Args:
-        a: Outer parts of patterns, (G, k, q, D).
+        a: The parts of patterns that are outside of the span of the inputs, (G, k, q, D).
         ss: Cov[s], (G, k, q, q).
-        floor: If A s varies by at most this along a vector, the vector is 0, (G,): rounding of a pattern inside.
+        floor: The largest variance of A s that counts as rounding, (G,). A vector with a smaller variance is 0.
     """
     values, vectors = torch.linalg.eigh(ss)
     moved = values.clamp(min=0).sqrt()[..., None] * (vectors.mT @ a)
@@ -314,7 +314,12 @@ class Covariances:
 
 
 def signal_covariances(moments: PatchMoments, components: int) -> Covariances:
-    """Return the covariances with s = y for one component, and s = (m·y, (1 - m)·y) for two."""
+    """Return the covariances of the signal's components with the inputs, the output and each other.
+
+    Args:
+        moments: The moments of one set of samples.
+        components: 1 for s = y, or 2 for s = (m·y, (1 - m)·y), where m is the weight of the gate.
+    """
     total, groups = moments.moments.total, len(moments.xx)
     sides: list[Sums] = [total] if components == 1 else [require(moments.moments.open), moments.moments.closed]
     n = count_samples(moments)

@@ -21,7 +21,9 @@ class Solution:
 
     Attributes:
         patterns: Patterns by name from `ESTIMATORS`, in the weight's shape and at least float32.
-        flags: ok, dead, constant, degenerate or outliers for each neuron.
+        flags: For each neuron the reason why it has no pattern from the data: `dead` (its gate never opened),
+            `constant` (its output never varied), `degenerate` (the denominator of its pattern vanished) or `outliers`
+            (see `has_outliers`). `ok` for all other neurons.
         n: Number of samples, int64, shape (K,).
         n_positive: Number of samples that open the gate (all samples without a gate), int64, shape (K,). For a smooth
             gate the sum of their weights, float64.
@@ -48,7 +50,7 @@ class Solution:
 
     @property
     def has_outliers(self) -> bool:
-        """Whether few tokens hold so much of Σ‖y‖² that patterns from data would be theirs."""
+        """Whether a few tokens hold so much of Σ‖y‖² that patterns from data would describe only these tokens."""
         return exceeds(self.top_share)
 
 

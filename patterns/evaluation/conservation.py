@@ -1,4 +1,4 @@
-"""How much relevance PatternAttribution conserves, and where it loses the rest.
+"""Conservation of relevance by PatternAttribution, and the steps that lose relevance.
 
 In the backward pass, a neuron with relevance R gives w_i a_i R to its i-th input. Because wᵀa = 1, these add up to R,
 which includes the share of the bias. So the sum of the map equals the target's value, except for the losses

@@ -11,7 +11,7 @@ from torch.fx import Node
 from patterns.errors import UserError
 from patterns.evaluation.randomization import replace_operators
 from patterns.operators.copies import with_weights
-from patterns.operators.operator import Addition, AveragePool, Operator
+from patterns.operators.operator import UNTRAINED_TYPES, Operator
 from patterns.tracing.aten_graph import VALUE_PASSING, opname
 from patterns.tracing.inputs import require_batch
 from patterns.tracing.network import SYMBOLIC, Network
@@ -130,7 +130,7 @@ def find_first_operator(network: Network) -> Operator:
     if readers[0].op != "call_module":
         raise UserError("", f"the input is read by {names[0]}, which has no bias", REMEDY)
     operator = network.operators[names[0]]
-    if isinstance(operator.operator_type, Addition | AveragePool):
+    if isinstance(operator.operator_type, UNTRAINED_TYPES):
         raise UserError(operator.name, "additions and average pooling have no bias", REMEDY)
     if operator.calls > 1:
         what = f"the operator is called {operator.calls} times, and a new bias would change all calls"

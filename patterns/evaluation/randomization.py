@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from patterns.operators.copies import with_weights
-from patterns.operators.operator import Addition, AveragePool, Operator
+from patterns.operators.operator import UNTRAINED_TYPES, Operator
 from patterns.tracing.network import Network
 
 
@@ -30,7 +30,7 @@ def trained_operators(network: Network) -> list[str]:
         >>> trained_operators(trace(model, torch.zeros(2, 2, 4)))
         ['0', '2']
     """
-    return [name for name, op in network.operators.items() if not isinstance(op.operator_type, Addition | AveragePool)]
+    return [name for name, op in network.operators.items() if not isinstance(op.operator_type, UNTRAINED_TYPES)]
 
 
 def randomize(network: Network, names: Collection[str], generator: torch.Generator) -> Network:

@@ -32,7 +32,7 @@ Patterns = dict[str, dict[str, Tensor]]  # by operator and name from ESTIMATORS
 
 @dataclass(frozen=True)
 class TraceOptions:
-    """How a model was traced; see `patterns.trace`.
+    """Options with which a model was traced; see `patterns.trace`.
 
     Attributes:
         input_shape: Shape of a sample.
@@ -306,7 +306,7 @@ def list_patterns(folder: str | Path) -> dict[str, list[str]]:
 
 
 def open_patterns(path: Path) -> safe_open:
-    """Open a file of patterns; UserError if there is no file, or if it is not complete."""
+    """Open a file of patterns. Raise UserError if there is no file, or if it is not complete."""
     remedy = "Finish the fit first, or pass the folder of a finished fit."
     try:
         return safe_open(path, "pt")

@@ -97,7 +97,7 @@ class TensorFile:
     """
 
     def __init__(self, path: Openable) -> None:
-        """Open a file and read its header; UserError if there is no file, or if it is not complete."""
+        """Open a file and read its header. Raise UserError if there is no file, or if it is not complete."""
         self.where = str(path)
         try:
             self._file: BinaryIO = path.open("rb")
@@ -110,7 +110,12 @@ class TensorFile:
             raise UserError(self.where, f"not a complete file of tensors ({error})", REMEDY) from error
 
     def get(self, name: str) -> Tensor:
-        """Read a tensor; KeyError if there is no tensor of this name, EOFError if the file was truncated meanwhile."""
+        """Read a tensor.
+
+        Raises:
+            KeyError: If there is no tensor of this name.
+            EOFError: If the file was truncated after it was opened.
+        """
         dtype, shape = self.specs[name]
         tensor = torch.empty(shape, dtype=dtype)
         if tensor.numel():
@@ -130,7 +135,15 @@ class TensorFile:
 
 
 def read_header(file: BinaryIO) -> tuple[Specs, dict[str, str], dict[str, int]]:
-    """Return the specs, the metadata and where each tensor begins; ValueError or similar if the file is not valid."""
+    """Read the header of a file.
+
+    Returns:
+        The dtype and shape of each tensor by name, the metadata, and the byte at which each tensor begins.
+
+    Raises:
+        ValueError: If the sizes or offsets in the file do not fit together, or the header is not JSON.
+        KeyError: If the entry of a tensor lacks a field, or its dtype is unknown.
+    """
     size = file.seek(0, 2)
     file.seek(0)
     length = int.from_bytes(file.read(8), "little")

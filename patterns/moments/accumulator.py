@@ -23,9 +23,9 @@ class Accumulator:
     """Accumulator of the moments of one operator over batches.
 
     Within a batch (or CHUNK_POSITIONS positions of it), sums are taken in the model's precision, at least float32.
-    The outputs are centered by their mean first (by the mean over the open gate for its sums), and the mean is put
-    back in float64. So activations whose mean is much larger than their spread lose no digits. Across batches,
-    everything is summed in float64.
+    The outputs are centered by their mean first (by the mean over the open gate for its sums), and the contribution of
+    the mean is added in float64. So activations whose mean is much larger than their spread lose no digits. Across
+    batches, everything is summed in float64.
     """
 
     def __init__(self, operator: Operator, required: RequiredSums, layout: Summable | None = None) -> None:
@@ -186,7 +186,7 @@ def add_in_chunks(total: Tensor, values: Tensor) -> None:
 
 
 def buffer_bytes(element_size: int) -> int:
-    """Return the bytes of the largest buffer that an update of moments needs besides the moments.
+    """Return the bytes of the largest buffer that an update of moments needs in addition to the moments.
 
     Args:
         element_size: Bytes of one element of the network's dtype.

@@ -81,7 +81,13 @@ class ConceptSums:
 
 
 def zero_concept_sums(concepts: int, neurons: int, device: torch.device | str = "cpu") -> ConceptSums:
-    """Return the sums over no images."""
+    """Return the sums over no images, for GROUPS groups.
+
+    Args:
+        concepts: The number of concepts, C.
+        neurons: The number of neurons, K.
+        device: The device of the sums.
+    """
 
     def zeros(*shape: int) -> Tensor:
         return torch.zeros((GROUPS, *shape), dtype=torch.float64, device=device)
@@ -91,7 +97,10 @@ def zero_concept_sums(concepts: int, neurons: int, device: torch.device | str = 
 
 
 def has_concepts(operator: Operator) -> bool:
-    """Return whether an operator's outputs belong to one image each, and one call gives them all."""
+    """Return whether concepts have directions in an operator's outputs.
+
+    The model must call the operator once, and the first dimension of its output must count images.
+    """
     return operator.per_image and operator.calls == 1
 
 

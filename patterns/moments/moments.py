@@ -177,7 +177,7 @@ class Moments:
 
 @dataclass(frozen=True)
 class RequiredSums:
-    """Which of the large sums, Σx and Σxy, to take.
+    """The large sums, Σx and Σxy, that are taken.
 
     Attributes:
         total: Take them over all samples.

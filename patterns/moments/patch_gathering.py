@@ -19,7 +19,7 @@ class PatchGatherer:
     """
 
     def __init__(self, operator: Operator) -> None:
-        """Prepare for an operator; UserError if its patches cannot be gathered."""
+        """Prepare for an operator. Raise UserError if its patches cannot be gathered."""
         self._operator, self._receptive_field = operator, find_receptive_field(operator)
         # By the sizes of the input: the index of each tap, and 1 if the tap is inside of the input.
         self._indices: dict[Shape, tuple[Tensor, Tensor | None]] = {}

@@ -1,4 +1,4 @@
-"""Which positions of each image are sampled for which operator."""
+"""Sampling of the spatial positions of each image for each operator."""
 
 import hashlib
 from collections import Counter
@@ -16,7 +16,7 @@ SHIFTS = (30, 27, 31)
 
 
 def make_salt(seed: int, name: str, call: int) -> int:
-    """Return a number, int64, that differs by seed, operator name and call."""
+    """Return a hash of a seed, an operator's name and the number of its call, int64."""
     digest = hashlib.sha256(f"positions/{seed}/{name}/{call}".encode()).digest()
     return int.from_bytes(digest[:8], "big", signed=True)
 
@@ -74,7 +74,7 @@ class PositionSampler:
     """
 
     def __init__(self, positions: int, seed: int = 0) -> None:
-        """Sample `positions` of each image, or all if it has no more; UserError if `positions` is below 1."""
+        """Sample `positions` of each image, or all if it has no more. Raise UserError if `positions` is below 1."""
         if positions < 1:
             raise UserError("", f"{positions} is not a number of positions", "Pass at least 1.", "positions")
         self._positions, self._seed = positions, seed

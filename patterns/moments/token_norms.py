@@ -1,8 +1,9 @@
-"""How the squared norms of an addition's tokens are distributed.
+"""Histograms of the squared norms of an addition's tokens.
 
 Some transformers have tokens with values many times as large as those of all others (Sun et al. 2024, arXiv 2402.17762;
 Darcet et al. 2024, arXiv 2309.16588). They hold most of Σy² of a residual addition, so that the patterns of the
-addition would be those of these tokens. The sums here tell which share of Σ‖y‖² the tokens with the largest norms hold.
+addition would be those of these tokens. The sums here give the share of Σ‖y‖² that the tokens with the largest norms
+hold.
 A token is one position of an image; y are the outputs of the addition there.
 
 The sums are a histogram of ‖y‖² with a count and a sum for each bin. They add up over data in any order. A bin holds
@@ -59,11 +60,12 @@ class TokenNorms:
     def top_share(self, top: float) -> float:
         """Return the share of Σ‖y‖² that the tokens with the largest norms hold; 0 without tokens.
 
-        Tokens that share a bin with others of which only some belong to the largest count with the mean of the bin. So
-        the share is never too large, and at most 1/8 of its value too small.
+        If only some tokens of a bin belong to the largest, each of them counts with the mean of the bin. So the result
+        is never too large, and at most 1/8 of its value too small.
 
         Args:
-            top: The share of the tokens. Of few tokens, a fraction of the largest one counts.
+            top: The number of tokens with the largest norms, as a share of all tokens. It may be less than one token;
+                then this fraction of the largest token counts.
         """
         n, yy = self.n.flip(0).double(), self.yy.flip(0)
         before = n.cumsum(0) - n

@@ -193,8 +193,8 @@ def gelu_tanh_factor(z: Tensor) -> Tensor:
 def divide_by_input(values: Tensor, z: Tensor) -> Tensor:
     """Return f(z) / z, and ½ for z = 0; the values f(z) are overwritten.
 
-    torch computes f several times as fast as Φ. A quotient of two rounded numbers is as accurate as they are, however
-    close to 0.
+    torch computes f several times as fast as Φ. The quotient of two rounded numbers is as accurate as the numbers, also
+    near 0.
     """
     return values.div_(z).nan_to_num_(0.5)
 

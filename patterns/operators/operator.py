@@ -293,6 +293,8 @@ OPERATOR_TYPES: dict[str, type[OperatorType]] = {
     "average_pool": AveragePool,
 }
 TYPE_NAMES: dict[type[OperatorType], str] = {cls: name for name, cls in OPERATOR_TYPES.items()}
+# Types whose weights belong to the operation and are not parameters of the model. They have no bias.
+UNTRAINED_TYPES = (Addition, AveragePool)
 
 
 class Operator(nn.Module):

@@ -57,7 +57,9 @@ class ReceptiveField:
             yield index.div(spacing, rounding_mode="floor").clamp(0, size - 1), outside
 
     def indices(self, sizes: Shape) -> tuple[Tensor, Tensor | None]:
-        """Return the same for all dimensions at once, with positions, taps and indices flattened.
+        """Return the input indices that the output positions meet with the taps, for all dimensions at once.
+
+        Positions, taps and indices are flattened.
 
         Args:
             sizes: Spatial sizes of the input.
@@ -99,9 +101,9 @@ def find_receptive_field(operator: Operator) -> ReceptiveField | None:
 
 
 def mean_overlap(operator: Operator) -> Tensor:
-    """Return for each weight the mean number of output positions that see the input that it meets.
+    """Return for each weight the mean number of windows that contain an input that the weight multiplies.
 
-    The stride decides which weights meet an input together. Inputs at the borders are seen by fewer positions.
+    The stride decides how many windows overlap. Inputs at the borders are in fewer windows.
 
     Returns:
         float64, in the weight's shape except for the first two dimensions, which are 1.

@@ -89,7 +89,10 @@ def matmul_letters(first: int, second: int) -> tuple[list[str], str]:
 
 
 def factor_rank(graph: AtenGraph, node: Node) -> int:
-    """Return the rank of a factor, without leading dimensions of size 1 that a constant has before its last two."""
+    """Return the number of dimensions of a factor.
+
+    A constant's leading dimensions of size 1 do not count, except for its last two dimensions.
+    """
     value = get_constant(graph, node)
     if value is None:
         return node.meta["val"].dim()

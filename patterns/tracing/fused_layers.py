@@ -36,7 +36,7 @@ IMAGES = 2  # the batch size of the tensor without memory
 
 
 def split_fused_layers(graph: AtenGraph) -> None:
-    """Split each linear layer and convolution of which some neurons feed only constants, in place; see above."""
+    """Split each linear layer and convolution of which some neurons feed only constants, in place."""
     carriers = find_carriers(graph)
     calls: dict[str, list[Node]] = {}
     for node in graph.fx.nodes:
@@ -225,7 +225,7 @@ def take_rows(graph: AtenGraph, before: Node, value: Node, axis: int, rows: list
 
 
 def call_plainly(graph: AtenGraph, call: Node, operator: Operator) -> Node:
-    """Insert what an operator computes from the inputs of a call, as an ATen call that is no operator."""
+    """Insert an ATen call that computes an operator's output from the inputs of a call."""
     weight, kind = graph.constant(call, operator.weight), operator.operator_type
     bias = None if operator.bias is None else graph.constant(call, operator.bias)
     if isinstance(kind, Convolution):

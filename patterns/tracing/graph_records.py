@@ -47,7 +47,7 @@ class NodeRecord:
         name: Its name.
         target: What it calls or reads.
         args: Its arguments, with `NodeName` for nodes.
-        kwargs: Its keyword arguments, likewise.
+        kwargs: Its keyword arguments, in the same form.
         is_number: Whether its value is a number, such as the batch size, and no tensor.
     """
 

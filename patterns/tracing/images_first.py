@@ -1,9 +1,9 @@
-"""Let linear layers see images in the first dimension.
+"""Move images to the first dimension of the inputs of linear layers.
 
 An operator's positions can be sampled only if the first dimension of its input counts images. Attention often moves
 tokens before images (torch's MultiheadAttention), or flattens images and tokens or windows into one dimension (Swin). A
 linear layer acts on the last dimension alone, so the others can be reordered before it and restored after it. This
-costs nothing where the layer's input is a view, and changes no value.
+changes no value, and costs nothing if the layer's input is a view.
 """
 
 from math import prod
@@ -19,7 +19,7 @@ VIEWS = {"view", "reshape", "_unsafe_view", "flatten", *UNCHANGED}
 
 
 def put_images_first(graph: AtenGraph) -> None:
-    """Reorder the inputs of linear layers whose first dimension does not count images, in place; see above."""
+    """Reorder in place the inputs of linear layers whose first dimension does not count images."""
     (images, *_) = graph.fx.find_nodes(op="placeholder")
     batch = images.meta["val"].shape[0]
     for node in list(graph.fx.nodes):
@@ -39,7 +39,7 @@ def counts(size: object, batch: object) -> bool:
 
 
 def reorder(graph: AtenGraph, node: Node, batch: object) -> None:
-    """Let one linear layer see (images, positions, inputs); do nothing if its input's dimensions are not understood."""
+    """Give one linear layer an input (images, positions, inputs). Do nothing if its dimensions are not understood."""
     x, *parameters = node.args
     assert isinstance(x, Node)
     shape, width = list(x.meta["val"].shape), x.meta["val"].shape[-1]
@@ -77,7 +77,7 @@ def find_images(node: Node, batch: object) -> list[int]:
 
 
 def find_inner(sizes: list[object], width: int) -> int | None:
-    """Return the first of the last dimensions that together are a layer's inputs; None if there is no such one."""
+    """Return the first of the last dimensions that together are a layer's inputs; None if there is none."""
     for inner in range(len(sizes) - 1, 0, -1):
         if all(isinstance(size, int) for size in sizes[inner:]) and prod(sizes[inner:]) == width:  # type: ignore[arg-type]
             return inner

@@ -14,7 +14,7 @@ Targets = int | Sequence[int] | np.ndarray | Tensor
 
 
 def add_shape_check(graph: AtenGraph, shape: tuple[int, ...]) -> None:
-    """Let a graph reject inputs of another shape; its slices and pools would silently read a part of them."""
+    """Make a graph reject inputs of another shape, because its slices and pools would read only a part of them."""
     (placeholder,) = graph.fx.find_nodes(op="placeholder")
     with graph.fx.inserting_after(placeholder):
         checked = graph.fx.call_function(require_batch, (placeholder, shape))
@@ -115,7 +115,13 @@ def has_several_targets(targets: Tensor) -> bool:
 
 
 def make_output_gradient(targets: Tensor, scores: Tensor) -> Tensor:
-    """Return the gradient at the scores: 1 at each sample's class and 0 elsewhere, or the given weights."""
+    """Return the gradient at the scores, in their shape.
+
+    Args:
+        targets: The class of each sample, int64 (N,), whose gradient is 1 and that of other classes 0; or the gradient
+            itself, floating-point.
+        scores: The network's output, shape (N, classes, …).
+    """
     if targets.is_floating_point():
         return targets
     index = targets.view(-1, *[1] * (scores.dim() - 1)).expand(-1, 1, *scores.shape[2:])
@@ -125,7 +131,7 @@ def make_output_gradient(targets: Tensor, scores: Tensor) -> Tensor:
 def contrast(scores: Tensor, classes: Tensor | None = None) -> Tensor:
     """Return the weights of a contrastive target: a class less the softmax-weighted mean of all other classes.
 
-    Relevance for the score of a class alone also marks what speaks for the classes that resemble it.
+    The relevance for the score of a class alone also marks evidence for the classes that resemble it.
 
     Args:
         scores: The network's output, shape (N, K), K > 1.

@@ -25,7 +25,12 @@ aten = torch.ops.aten
 
 
 def linearize_operations(graph: AtenGraph, pass_through: Collection[str]) -> None:
-    """Linearize norms, attention, products and quotients of activations in place; see above."""
+    """Linearize norms, attention, and products and quotients of activations. The graph is changed in place.
+
+    Args:
+        graph: The graph.
+        pass_through: Names of ATen operations that are linearized as one operation with detached statistics.
+    """
     for node in list(graph.fx.nodes):
         operation = opname(node)
         if node.target in DETACHED_NORMS:
@@ -47,7 +52,10 @@ def linearize_operations(graph: AtenGraph, pass_through: Collection[str]) -> Non
 
 
 def find_carriers(graph: AtenGraph) -> set[Node]:
-    """Return the nodes whose values have a gradient: those from which a path leads to the output that nothing cuts."""
+    """Return the nodes from which a gradient path leads to the output.
+
+    A path ends at a detached value, and at the factor of a scale.
+    """
     (output,) = graph.fx.find_nodes(op="output")
     found: set[Node] = set()
     todo = list(output.all_input_nodes)

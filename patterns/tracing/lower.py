@@ -37,8 +37,8 @@ def lower_operations(graph: AtenGraph) -> None:
     orders: Counter[str] = Counter()
     carriers = find_carriers(graph)
     for node in list(graph.fx.nodes):
-        lift = LOWERINGS.get(node.target) if node in carriers and node.op == "call_function" else None
-        operation = lift(graph, node) if lift else None
+        lower = LOWERINGS.get(node.target) if node in carriers and node.op == "call_function" else None
+        operation = lower(graph, node) if lower else None
         if operation is None:
             continue
         identity = (operation.operator_type, operation.key) if operation.key else node
@@ -97,7 +97,7 @@ class LinearOperation:
 
 
 def lower_convolution(graph: AtenGraph, node: Node) -> LinearOperation | None:
-    """Read a convolution with a constant weight."""
+    """Return the operation of a convolution; None if its weight or bias is not constant."""
     a = arguments(node)
     weight = get_constant(graph, a["weight"])
     if weight is None or (a["bias"] is not None and get_constant(graph, a["bias"]) is None):
@@ -118,7 +118,7 @@ def lower_convolution(graph: AtenGraph, node: Node) -> LinearOperation | None:
 
 
 def lower_transposed_convolution(graph: AtenGraph, node: Node) -> LinearOperation | None:
-    """Read a transposed convolution with a constant weight."""
+    """Return the operation of a transposed convolution; None if its weight or bias is not constant."""
     a = arguments(node)
     weight = get_constant(graph, a["weight"])
     if weight is None or (a["bias"] is not None and get_constant(graph, a["bias"]) is None):
@@ -131,7 +131,7 @@ def lower_transposed_convolution(graph: AtenGraph, node: Node) -> LinearOperatio
 
 
 def lower_linear(graph: AtenGraph, node: Node) -> LinearOperation | None:
-    """Read a linear layer with a constant weight."""
+    """Return the operation of a linear layer; None if its weight is not constant."""
     a = arguments(node)
     if get_constant(graph, a["weight"]) is None:
         return None
@@ -139,7 +139,7 @@ def lower_linear(graph: AtenGraph, node: Node) -> LinearOperation | None:
 
 
 def lower_matmul(graph: AtenGraph, node: Node) -> LinearOperation | None:
-    """Read a product with a constant matrix, whose columns are the neurons."""
+    """Return the operation of a product with a constant matrix, whose columns are the neurons, or None."""
     x, matrix = node.args
     weight = get_constant(graph, matrix)  # type: ignore[arg-type]
     if weight is None or weight.dim() != 2:
@@ -158,7 +158,7 @@ def parametric_operation(
 
 
 def lower_batch_norm(graph: AtenGraph, node: Node) -> LinearOperation | None:
-    """Read a batch norm in inference mode as a scale with a bias."""
+    """Return a batch norm in inference mode as a scale with a bias; None if its statistics are not constant."""
     a = arguments(node)
     mean, var = get_constant(graph, a["running_mean"]), get_constant(graph, a["running_var"])
     if mean is None or var is None:
@@ -174,7 +174,7 @@ def lower_batch_norm(graph: AtenGraph, node: Node) -> LinearOperation | None:
 
 
 def lower_product(graph: AtenGraph, node: Node) -> LinearOperation | None:
-    """Read a product or quotient with a constant as neurons with one input, one for each number of the constant."""
+    """Return a product or quotient with a constant as neurons with one input, one for each number of the constant."""
     a = arguments(node)
     x, constant = a["self"], a.get("other", -1.0)
     if not is_activation(x) and opname(node) == "mul":
@@ -205,7 +205,18 @@ def lower_product(graph: AtenGraph, node: Node) -> LinearOperation | None:
 
 
 def flatten_input(graph: AtenGraph, node: Node, x: Node, first: int, last: int) -> Node:
-    """Merge some dimensions of a node's input, and restore the shape for the node's users."""
+    """Merge dimensions of a node's input, and restore the shape for the node's users.
+
+    Args:
+        graph: The graph, which is changed in place.
+        node: The node.
+        x: Its input.
+        first: The first dimension to merge.
+        last: The last dimension to merge.
+
+    Returns:
+        The node of the merged input.
+    """
     flat = graph.call(node, aten.flatten.using_ints, x, first, last)
     with graph.fx.inserting_after(node):
         restored = graph.fx.call_function(aten.unflatten.int, (node, first, node.meta["val"].shape[first : last + 1]))
@@ -215,7 +226,7 @@ def flatten_input(graph: AtenGraph, node: Node, x: Node, first: int, last: int) 
 
 
 def lower_addition(graph: AtenGraph, node: Node) -> LinearOperation | None:
-    """Read a weighted sum."""
+    """Return the operation of a weighted sum; None if its channels are not in a dimension of fixed size."""
     coefficients, *inputs = node.args
     value, axis = node.meta["val"], node.meta["axis"]
     if axis < 1 or not isinstance(value.shape[axis], int):
@@ -226,7 +237,7 @@ def lower_addition(graph: AtenGraph, node: Node) -> LinearOperation | None:
 
 
 def lower_average_pool(graph: AtenGraph, node: Node) -> LinearOperation:
-    """Read an average pool."""
+    """Return the operation of an average pool."""
     a = arguments(node)
     value = node.meta["val"]
     dims = len(value.shape) - 2

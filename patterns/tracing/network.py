@@ -67,7 +67,7 @@ class Network:
         module: Maps a batch (N, *input_shape) to the model's output (N, *output_shape).
         input_shape: Shape of a sample.
         output_shape: Shape of a sample's output.
-        constants: Digest of the numbers that the graph holds in addition to the model's parameters and buffers.
+        constants: Digest of the numbers in the graph that are not parameters or buffers of the model.
 
     Example:
         >>> network = trace(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), torch.zeros(2, 4))
@@ -111,7 +111,7 @@ class Network:
 
     @property
     def constant_factors(self) -> dict[str, int]:
-        """The number of factors that depend on the sample and that explanations take as constants, by what they are.
+        """The number of factors that depend on the sample and that explanations take as constants, by their kind.
 
         These are norms, smooth gates, factors of products, and attention weights. The method `gradient` differentiates
         them.
@@ -195,8 +195,8 @@ def trace(
         model: The model. A model that returns one number per sample, (N,), counts as a model with one class, (N, 1).
         example: Samples of the model's input, shape (N, …), on the model's device and in its dtype.
         name: What to call the model in messages.
-        pass_through: Names of ATen operations without a rule (`gelu`, `softmax`, `layer_norm`, …) whose usual gradient
-            you accept. Norms and products among them are linearized.
+        pass_through: Names of ATen operations (`sigmoid`, `tanh`, `softmax`, …) that explanations pass by their usual
+            gradient instead of by a rule. Norms and products among them are linearized.
         strip_softmax: Whether to leave off a softmax, log-softmax or sigmoid that the model ends in.
 
     Returns:
@@ -205,7 +205,7 @@ def trace(
     Raises:
         UserError: If the model does not accept the example, does not return one tensor with a row for each sample,
             is random, lets a sample depend on the others of its batch, cannot be exported, or contains an operation
-            that is neither linear nor a known rectifier, pooling or change of shape.
+            that explanations have no rule for.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))

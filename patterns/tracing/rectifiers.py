@@ -244,7 +244,15 @@ REWRITES: dict[str, Callable[[AtenGraph, Node], Node | None]] = {
 
 
 def find_number(graph: AtenGraph, node: Any) -> float | None:
-    """Return the one number that a tensor holds everywhere, if it is known; a number is returned as it is."""
+    """Return the number that all elements of a tensor equal.
+
+    Args:
+        graph: The graph.
+        node: A node whose value is the tensor, or a number, which is returned as it is.
+
+    Returns:
+        The number; None if it is not known, or if the elements differ.
+    """
     if isinstance(node, int | float):
         return float(node)
     node = skip_copies(node)

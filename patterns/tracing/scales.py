@@ -25,7 +25,7 @@ ScaleRule = Literal["multiply", "pass", "divide"]
 
 @dataclass(frozen=True)
 class ScaleRules:
-    """What a backward pass does at factors.
+    """Rules of a backward pass for factors that depend on the sample.
 
     Attributes:
         norms: At the factor 1/σ of norms.
@@ -149,7 +149,7 @@ SCALES: tuple[Any, ...] = (gated, detached, factored, standardized)
 
 
 def count_constants(module: GraphModule) -> dict[str, int]:
-    """Return how many of a graph's values explanations take as constants, by what they are."""
+    """Return how many of a graph's values explanations take as constants, by the kind of value."""
     found: Counter[str] = Counter()
     for node in module.graph.nodes:
         if node.target is standardized:

@@ -36,7 +36,7 @@ TOLERANCE = 2e-4  # of a value, relative to 1 + |z|: models write constants with
 
 
 def canonicalize_smooth_gates(graph: AtenGraph, pass_through: Collection[str]) -> None:
-    """Rewrite every spelling of a smooth gate, except for operations whose usual gradient was accepted; see above."""
+    """Rewrite every spelling of a smooth gate in place, except for the operations named in `pass_through`."""
     for node in reversed(list(graph.fx.nodes)):
         if opname(node) not in ENDINGS or opname(node) in pass_through or not is_activation(node) or not node.users:
             continue

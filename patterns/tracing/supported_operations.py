@@ -32,8 +32,8 @@ PRODUCTS = {"mul", "div", "matmul", "bmm", "einsum", "scaled_dot_product_attenti
 
 
 SUPPORTED = (
-    "convolution, linear, batch norm in inference mode, sums, products with constants, average pooling, "
-    "ReLU and its variants, max pooling, and changes of shape"
+    "convolution, linear, batch norm in inference mode, sums, average and max pooling, ReLU, GELU, SiLU and similar "
+    "activations, norms, attention, products, upsampling, and changes of shape"
 )
 
 

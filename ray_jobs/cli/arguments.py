@@ -1,4 +1,4 @@
-"""What several commands make of their options."""
+"""Conversions of options that several commands share."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -42,13 +42,13 @@ def data_options(given: Given[Any], model: FittedModel, reading: ShardOptions) -
     return {
         "model": fitted_model(given.patterns, model),
         "patterns": absolute(given.patterns),
-        "shards": listed(given.shards, reading),
+        "shards": resolve_shards(given.shards, reading),
         "out": output_folder(given.out or given.patterns),
     }
 
 
-def listed(specs: Iterable[str], reading: ShardOptions) -> tuple[str, ...]:
-    """Return the shards that some specs name."""
+def resolve_shards(specs: Iterable[str], reading: ShardOptions) -> tuple[str, ...]:
+    """Return the shards that some specs name; see `list_shards`."""
     from ray_jobs.data.shard_specs import list_shards
 
     return list_shards(specs, reading.allow_pipes, reading.image_column, reading.image_base)
@@ -60,7 +60,7 @@ def absolute(where: str) -> str:
 
 
 def output_folder(where: str) -> str:
-    """Return a folder or URL that a job writes to. UserError if it cannot be written."""
+    """Return the folder or URL that a job writes to. Raise UserError if it cannot be written."""
     return str(require_writable(where))
 
 

@@ -16,7 +16,7 @@ def demo(options: DemoOptions) -> None:
     echo(
         f"""
 VGG-16: what the strongest channel of each photograph sees:  {signals}
-EfficientNet-Lite0: what speaks for the predicted class:     {classes}
+EfficientNet-Lite0: the evidence for the predicted class:    {classes}
 Patterns, tables and explanations of every photograph:       {folder / "signals"}, {folder / "classes"}
 Shards for your own experiments:                             {folder / "shards"}
 

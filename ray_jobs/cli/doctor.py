@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from patterns import UserError
-from ray_jobs.cli.arguments import absolute, echo, listed
+from ray_jobs.cli.arguments import absolute, echo, resolve_shards
 from ray_jobs.cli.typer_options import command, name_flags
 from ray_jobs.config import Resources
 from ray_jobs.config.commands import DoctorOptions
@@ -21,12 +21,12 @@ GPU_NEED = "an H200 takes 6500 in a forward pass of ResNet-50 (TF32), and about 
     "patternnet doctor --address HEAD:6379 --cpus-per-worker 4 --out s3://bucket",
 )
 def doctor(options: DoctorOptions) -> None:
-    """Check on every node whether a cluster is ready for a long run, and say how to fix it if not."""
+    """Check on every node whether a cluster is ready for a long run, and report each problem with its fix."""
     from ray_jobs.ops.preflight import examine
 
     names = ("gpus_per_worker", "cpus_per_worker", "min_workers", "address")
     resources = Resources(**{name: getattr(options, name) for name in names})
-    shards = listed(options.shards, options) if options.shards else ()
+    shards = resolve_shards(options.shards, options) if options.shards else ()
     found = examine(resources, shards, absolute(options.out) if options.out else None, options.patience)
     table = Table("node", "host", "CPUs", "GPUs", "memory free", "disk free", "source", "images/s", "code", box=None)
     for node in found.nodes:

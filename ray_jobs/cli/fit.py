@@ -1,6 +1,6 @@
 """`patternnet fit`: shards → moments → patterns."""
 
-from ray_jobs.cli.arguments import echo, listed, mirror_report, output_folder
+from ray_jobs.cli.arguments import echo, mirror_report, output_folder, resolve_shards
 from ray_jobs.cli.typer_options import Given, command
 from ray_jobs.config import FitConfig, ModelConfig, Resources
 from ray_jobs.config.commands import FitOptions
@@ -19,7 +19,7 @@ def fit(model: ModelConfig, given: Given[FitConfig], options: FitOptions, resour
     """Fit the patterns of a model to shards. The same command on the same --out resumes an interrupted fit."""
     from ray_jobs.jobs.fit.fit import fit as run_fit
 
-    config = given.build(model=model, shards=listed(given.shards, options), out=output_folder(given.out))
+    config = given.build(model=model, shards=resolve_shards(given.shards, options), out=output_folder(given.out))
     run = run_fit(config, resources, options.retry_quarantined)
     mirror_report(run, resources, "fit")
     done = run.manifest()["fit"]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from rich.console import Console
 from rich.table import Table
 
-from ray_jobs.cli.arguments import echo, listed
+from ray_jobs.cli.arguments import echo, resolve_shards
 from ray_jobs.cli.typer_options import command
 from ray_jobs.config import FitConfig, ModelConfig, Resources
 from ray_jobs.config.commands import PlanOptions, ShardOptions
@@ -19,7 +19,7 @@ from ray_jobs.units import format_bytes, format_duration, format_number
     "patternnet plan --model torchvision:vgg16 --shards '/data/train-*.tar' \\\n    --workers 2 --price 2.5/gpu-hour",
 )
 def plan(model: ModelConfig, options: PlanOptions, reading: ShardOptions, resources: Resources) -> None:
-    """Show a model's operators, and the memory and passes of a fit; with --shards also its time, by a pilot."""
+    """Show a model's operators, and the memory of a fit; with --shards also its time, from a trial of a few batches."""
     from patterns.estimation import parse_estimators, required_sums, resolve_estimators
     from patterns.moments import moments_bytes, patch_moments_bytes
     from patterns.operators import TYPE_NAMES
@@ -67,7 +67,7 @@ def forecast_lines(
 
     config = FitConfig(
         model=model,
-        shards=listed(options.shards, reading),
+        shards=resolve_shards(options.shards, reading),
         out=options.out or "",
         batch_size=options.batch_size,
         estimators=options.estimators,

@@ -1,7 +1,7 @@
 """`patternnet quality`: patterns and other shards → ρ."""
 
 from patterns import UserError
-from ray_jobs.cli.arguments import absolute, echo, fitted_model, listed, mirror_report, output_folder
+from ray_jobs.cli.arguments import absolute, echo, fitted_model, mirror_report, output_folder, resolve_shards
 from ray_jobs.cli.typer_options import Given, command
 from ray_jobs.config import QualityConfig, Resources
 from ray_jobs.config.commands import FittedModel, ShardOptions
@@ -16,10 +16,12 @@ def quality(given: Given[QualityConfig], options: ShardOptions, resources: Resou
     """Evaluate patterns on other shards: ρ of each neuron, operator and estimator, and a figure."""
     from ray_jobs.jobs.quality import compute_medians, measure
 
-    shards = listed(given.shards, options)
+    shards = resolve_shards(given.shards, options)
     if not given.evaluate and len(shards) < 2:
         raise UserError("", "one shard cannot be split in two", "Give more, or give others as `evaluate`.", "shards")
-    regressed, evaluated = (shards, listed(given.evaluate, options)) if given.evaluate else (shards[::2], shards[1::2])
+    regressed, evaluated = (
+        (shards, resolve_shards(given.evaluate, options)) if given.evaluate else (shards[::2], shards[1::2])
+    )
     config = given.build(
         model=fitted_model(given.patterns, FittedModel()),
         patterns=absolute(given.patterns),

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from patterns import UserError
-from ray_jobs.cli.arguments import echo, listed
+from ray_jobs.cli.arguments import echo, resolve_shards
 from ray_jobs.cli.typer_options import command
 from ray_jobs.config import ModelConfig, Resources
 from ray_jobs.config.commands import ReproduceOptions
@@ -29,8 +29,8 @@ def reproduce(options: ReproduceOptions, resources: Resources) -> None:
     elif options.dataset == "folder" and options.spec and (data is not None or (options.shards and options.evaluate)):
         names = ("spec", "weights", "seed", "image_size", "resize", "mean", "std", "strip_softmax")
         model = ModelConfig(**{name: vars(options)[name] for name in names})
-        train = listed(options.shards or [f"{data}/train"], options)
-        test = listed(options.evaluate or [f"{data}/test"], options)
+        train = resolve_shards(options.shards or [f"{data}/train"], options)
+        test = resolve_shards(options.evaluate or [f"{data}/test"], options)
         experiment = Experiment(model, train, test, seed=options.seed)
     else:
         what = "neither a data set with its own model nor a model with data"

@@ -1,4 +1,4 @@
-"""Standard streams that cannot stop a job: not if they are closed, lose their reader, or cannot encode a letter."""
+"""Standard streams that do not stop a job if they are closed, lose their reader, or cannot encode a character."""
 
 import errno
 import io
@@ -48,7 +48,7 @@ class Output(io.RawIOBase):
 
 
 def use_utf8() -> None:
-    """Restart this process in Python's UTF-8 mode if its locale is ASCII, because paths hold other letters."""
+    """Restart this process in Python's UTF-8 mode if its locale has another encoding, so that all paths can be used."""
     if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
         os.environ["PYTHONUTF8"] = "1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
@@ -63,11 +63,18 @@ def secure() -> None:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which a data file would get otherwise
     if sys.stdin is None:
         sys.stdin = open(0, closefd=False)  # noqa: SIM115
-    sys.stdout, sys.stderr = text(sys.stdout, 1, False), text(sys.stderr, 2, True)
+    sys.stdout, sys.stderr = open_text(sys.stdout, 1, False), open_text(sys.stderr, 2, True)
 
 
-def text(stream: Any, number: int, drop_all: bool) -> io.TextIOWrapper:
-    """Return a text stream with the encoding of another stream. Letters that the encoding lacks are escaped."""
+def open_text(stream: Any, number: int, drop_all: bool) -> io.TextIOWrapper:
+    """Return a text stream that writes to a file descriptor through `Output`.
+
+    Args:
+        stream: The stream that it replaces, which is flushed and gives the encoding; None: UTF-8. Characters that the
+            encoding lacks are escaped.
+        number: The file descriptor.
+        drop_all: See `Output`.
+    """
     if stream is not None:
         stream.flush()
     encoding = getattr(stream, "encoding", None) or "utf-8"

@@ -42,7 +42,11 @@ def check_usage(context: typer.Context, words: Sequence[str]) -> None:
 
 
 def parse_variables(texts: Sequence[str]) -> tuple[tuple[str, str], ...]:
-    """Parse NAME=VALUE, or NAME for the value that the variable has here. UserError for anything else."""
+    """Parse NAME=VALUE, or NAME for the value that the variable has in this process.
+
+    Raises:
+        UserError: If a text has another form, or a variable is not set.
+    """
     found = {}
     for text in texts:
         name, given, value = text.partition("=")

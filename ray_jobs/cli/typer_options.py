@@ -148,7 +148,7 @@ def command(*examples: str, interspersed: bool = True) -> Callable[[Callable[...
 
 
 def complete(hint: Any, values: Mapping[str, Any]) -> Any:
-    """Return what a parameter of a command with this annotation gets."""
+    """Return the value for a parameter of a command with this annotation."""
     if get_origin(hint) is Given:
         return Given(get_args(hint)[0], values)
     return Given(hint, values).build()
@@ -206,7 +206,7 @@ def former_parameter(key: str, field: Field[Any], kind: Any) -> inspect.Paramete
 
 
 def former_key(key: str) -> str:
-    """Return the key of a deprecated flag."""
+    """Return the key under which the value of an option's deprecated flag is passed."""
     return f"former_{key}"
 
 
@@ -283,7 +283,7 @@ def parse_words(text: str) -> tuple[str, ...]:
 
 
 def parse_numbers(text: str) -> tuple[float, ...]:
-    """Parse numbers separated by commas. ValueError for anything else."""
+    """Parse numbers separated by commas. Raise ValueError for anything else."""
     try:
         return tuple(map(float, text.split(",")))
     except ValueError as error:

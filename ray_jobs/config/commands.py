@@ -23,7 +23,7 @@ EXPORT_FORMATS = ("fiftyone", "virelay", "huggingface", "coco")
 
 @dataclass(frozen=True, kw_only=True)
 class ShardOptions:
-    """How the shards of a command are read."""
+    """Options for reading the shards of a command."""
 
     allow_pipes: bool = option(False, "Allow shards of the form pipe:COMMAND.")
     image_column: str | None = option(
@@ -102,7 +102,9 @@ class PackOptions(Validated):
     keys: str | None = same(
         FitConfig, "keys", help="List of the images to pack, as `select` writes it; shards are ignored."
     )
-    without_keys: str | None = same(FitConfig, "without_keys", help="List of the images to leave out, likewise.")
+    without_keys: str | None = same(
+        FitConfig, "without_keys", help="List of the images to leave out, in the same format."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

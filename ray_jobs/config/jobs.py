@@ -71,7 +71,7 @@ def list_replacements() -> tuple[str, ...]:
 
 
 def validate_compile_mode(mode: str) -> None:
-    """Raise UserError if there is no such mode."""
+    """Raise UserError if a mode of compilation does not exist."""
     from patterns.compilation import compiler_options
 
     if mode != AUTO:
@@ -291,7 +291,7 @@ class AtlasConfig(TargetConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ConceptsConfig(TargetConfig):
-    """How sensitive the scores of classes are to the concepts of the run `patterns`; see `ray_jobs.jobs.concepts`."""
+    """Sensitivity of the scores of classes to the concepts of the run `patterns`; see `ray_jobs.jobs.concepts`."""
 
     methods: tuple[str, ...] = ("gradient",)  # no option, as the next three
     estimator: tuple[str, ...] = ("default",)
@@ -334,10 +334,10 @@ class EvaluateConfig(DegradeConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class Resources(Validated):
-    """What the workers of a job take from the cluster. It may change between a run and its resumption.
+    """Workers of a job, their resources, and the limits on failures. They may change when a run is resumed.
 
-    `max_bad_fraction` is judged while the job runs, from 100 samples on, and at its end, whatever its size. A job that
-    used no sample always fails.
+    `max_bad_fraction` is checked while the job runs, from 100 samples on, and at its end, also if it has fewer samples.
+    A job that could use no sample always fails.
     """
 
     workers: int | None = option(

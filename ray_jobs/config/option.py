@@ -1,4 +1,4 @@
-"""Options: what a field of a config says about itself for the command line, its help and its validation."""
+"""Options: metadata of a config's fields, from which the command line, its help and its validation are made."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -10,7 +10,7 @@ PathKind = Literal["path", "local path", "name"]
 
 @dataclass(frozen=True)
 class Option:
-    """How a field is written on the command line, and which values it may have.
+    """Form of a field on the command line, and the values that it may have.
 
     Attributes:
         help: Help text. A function returns it if it lists names of `patterns`, which is imported only then.
@@ -67,14 +67,26 @@ def required(help: str | Callable[[], str], **settings: Any) -> Mapping[str, Opt
 
 
 def same(config: type, name: str, **changes: Any) -> Any:
-    """Return a field that is the same option as a field of another config, except for some attributes or `default`."""
+    """Return a dataclass field that is the same option as a field of another config.
+
+    Args:
+        config: The other config.
+        name: The name of its field.
+        **changes: Attributes of `Option` that differ, or `default`.
+    """
     (original,) = (each for each in fields(config) if each.name == name)
     default = changes.pop("default", original.default)
     return field(default=default, metadata=metadata_of(config, name, **changes))
 
 
 def metadata_of(config: type, name: str, **changes: Any) -> Mapping[str, Option]:
-    """Return the metadata of another config's field, with some attributes of the option changed."""
+    """Return the metadata of the same option as a field of another config, for a field without a default.
+
+    Args:
+        config: The other config.
+        name: The name of its field.
+        **changes: Attributes of `Option` that differ.
+    """
     return {"option": replace(options_of(config)[name], **changes)}
 
 
@@ -89,7 +101,7 @@ def choices_of(option: Option) -> tuple[str, ...]:
 
 
 class Validated:
-    """Base class of the configs: their values are checked when they are made, from Python as from the command line."""
+    """Base class of the configs. Values are validated when a config is made, from Python and from the command line."""
 
     def __post_init__(self) -> None:
         """Raise UserError for the first value that its option does not allow."""

@@ -4,7 +4,7 @@ from pathlib import Path
 
 
 def parse_setting(text: str) -> tuple[str, float]:
-    """Parse NAME=NUMBER. ValueError for anything else."""
+    """Parse NAME=NUMBER. Raise ValueError for anything else."""
     name, _, value = text.partition("=")
     try:
         return name.strip(), float(value)
@@ -13,7 +13,7 @@ def parse_setting(text: str) -> tuple[str, float]:
 
 
 def parse_input(text: str) -> tuple[str, str]:
-    """Parse NAME=VALUE. ValueError for anything else."""
+    """Parse NAME=VALUE. Raise ValueError for anything else."""
     name, equals, value = text.partition("=")
     name, value = name.strip(), value.strip()
     if not equals or not name.isidentifier() or not value:
@@ -22,7 +22,7 @@ def parse_input(text: str) -> tuple[str, str]:
 
 
 def parse_function(text: str) -> str:
-    """Parse `module:function` or `file.py:function`, whose path becomes absolute. ValueError for anything else."""
+    """Parse `module:function` or `file.py:function`, and make the path absolute. Raise ValueError for anything else."""
     place, colon, name = text.rpartition(":")
     if not colon or not name.isidentifier() or not place:
         raise ValueError(f"{text!r} names no function; write module:function or file.py:function")
@@ -30,7 +30,7 @@ def parse_function(text: str) -> str:
 
 
 def parse_tracker(text: str) -> str:
-    """Parse `mlflow`, `mlflow:URI`, `wandb` or `trackio`. ValueError for anything else."""
+    """Parse `mlflow`, `mlflow:URI`, `wandb` or `trackio`. Raise ValueError for anything else."""
     name, colon, uri = text.partition(":")
     if name not in ("mlflow", "wandb", "trackio") or (colon and (name != "mlflow" or not uri)):
         raise ValueError(f"{text!r} is no tracker; write mlflow, mlflow:URI, wandb or trackio")
@@ -58,6 +58,6 @@ def split_price(text: str) -> tuple[float, str]:
 
 
 def parse_price(text: str) -> str:
-    """Return a price as it is written. ValueError if it is none."""
+    """Return a price as it is written. Raise ValueError if the text is not a price."""
     split_price(text)
     return text

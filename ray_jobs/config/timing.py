@@ -11,15 +11,15 @@ class Timing:
         poll: Longest wait for workers before the pool checks signals and deadlines.
         back_off: Delay before an item is retried, doubled by each attempt.
         max_pause: Longest delay, also if a busy server asks for more.
-        max_waited: Delays of an item in all after which further refusals by a busy server count as attempts.
+        max_waited: Total delay of an item after which further refusals by a busy server count as attempts.
         answer_timeout: Longest time for fetching an answer that Ray has reported as ready.
-        first_commit: Work before a worker's first commit, whose cost is not known yet.
-        commit_ratio: How many times the duration of its last commit a worker works before the next one, so that
-            commits cost at most 1/commit_ratio of the time.
+        first_commit: Time that a worker works before its first commit, when the duration of a commit is not known.
+        commit_ratio: Time that a worker works between two commits, relative to the duration of the last one. So commits
+            take at most 1/commit_ratio of the time.
         node_interval: Time between two queries of the cluster's nodes.
         display_interval: Time between two updates of the progress that people and Prometheus see.
         log_interval: Time between two progress lines of a log.
-        track_interval: Time between two points that an experiment tracker gets.
+        track_interval: Time between two points that are sent to an experiment tracker.
         slow_shard: Age at which the progress line names a shard.
         report_interval: Time between two reports of a worker about its shard.
         reader_exit: Longest wait for a reading thread before its process ends; a running thread would abort it.

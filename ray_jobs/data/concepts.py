@@ -80,7 +80,17 @@ def load_concepts(where: str | None) -> ConceptLabels | None:
 
 
 def read_concept(where: str, name: str, column: pa.ChunkedArray, keys: Sequence[str]) -> np.ndarray:
-    """Return the values of a concept, float64. UserError if they are no numbers, are missing, or are constant."""
+    """Return the values of a concept, float64 (images,).
+
+    Args:
+        where: The path or URL of the file, for errors.
+        name: The name of the concept.
+        column: The column of the concept.
+        keys: The keys of the images, for errors.
+
+    Raises:
+        UserError: If the values are not numbers or booleans, if one is missing or not finite, or if all are equal.
+    """
     kind = column.type
     if not (pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind)):
         what = f"the column {name!r} is of type {kind}"

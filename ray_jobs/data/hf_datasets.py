@@ -95,7 +95,7 @@ def list_paths(api: Any, name: str, commit: str, pattern: str) -> list[str]:
 
 
 def ask(spec: str, request: Callable[[], T]) -> T:
-    """Return the answer of the Hub, which may ask for pauses. UserError if it cannot answer."""
+    """Return the answer of the Hub, which may ask for pauses. Raise UserError if it cannot answer."""
     from huggingface_hub import errors
 
     where = f"--shards {spec}"

@@ -186,7 +186,7 @@ def read_samples(shard: re.Match[str]) -> Iterator[Sample]:
 
 
 def read_sample(folder: str, image: str, label: int | None, key: str) -> Sample:
-    """Read an image of a folder as a sample; what is not a file of an allowed size and format is rejected."""
+    """Return an image of a folder as a sample. It is rejected if it is not a file of an allowed size and format."""
     extension = extension_of(image)
     if extension in UNREAD_IMAGES:
         return reject(key, explain_unread_format(extension))

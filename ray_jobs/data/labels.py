@@ -125,7 +125,7 @@ class NamedImage(NamedTuple):
 
     Attributes:
         image: The path of the image.
-        other: Another image that the entry names as well; None if the entry is unambiguous.
+        other: Another image that the entry may also mean; None if the entry is unambiguous.
         rank: 2 if the entry is the image's path, 1 if the folder's own name precedes it, 0 for another folder's name.
         has_extension: Whether the entry includes the extension.
     """
@@ -307,7 +307,11 @@ def parse_one_per_line(lines: Sequence[str], names: ImageNames) -> list[str]:
 
 
 def parse_class_numbers(labels: Iterable[str]) -> dict[str, int | None]:
-    """Return the class number of each label of a file; None for an empty label and for -1."""
+    """Return the class number of each label of a file; None for an empty label and for -1.
+
+    Raises:
+        ShardError: If the labels are numbers and one of them is not a class number.
+    """
     class_of = {label: boxes[1] if (boxes := CLASS_AND_BOXES.fullmatch(label)) else label for label in labels}
     classes = {name for name in class_of.values() if name not in ("", "-1")}
     if not are_numbers(classes):

@@ -47,7 +47,7 @@ def pack(
         size: Height and width of a crop in pixels.
         seed: Seed of the order and the crops.
         keys: A list of the images to pack, as `select` writes it; its shards are ignored. None: all.
-        without_keys: A list of images to leave out, likewise.
+        without_keys: A list of images to leave out, in the same format. None: no image is left out.
 
     Returns:
         The paths of the shards.

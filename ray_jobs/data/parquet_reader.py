@@ -101,7 +101,7 @@ def find_image_column(schema: pa.Schema) -> str:
 
 
 def require_image_column(schema: pa.Schema, name: str) -> str:
-    """Return the name of a column that holds images, URLs or paths. ShardError if it does not."""
+    """Return the name of a column. Raise ShardError if it does not exist, or holds no images, URLs or paths."""
     if name not in schema.names:
         raise ShardError(f"no column {name!r}; its columns are {', '.join(schema.names) or 'none'}")
     kind = schema.field(name).type

@@ -75,8 +75,12 @@ def split_shard(shard: str) -> tuple[str, ImageColumn | None]:
 def resolve(reference: str, column: ImageColumn) -> str:
     """Return the absolute path or URL of an image.
 
+    Args:
+        reference: The value of the image's row: a URL, or a path.
+        column: The column of the images.
+
     Raises:
-        SampleError: If the table may not name it; see the module.
+        SampleError: If the row names no image, or an image that the table may not name; see the module.
     """
     shown = repr(reference[:200])
     if not reference.strip() or "\0" in reference:

@@ -154,7 +154,7 @@ def zip_explanations(
 
     Args:
         inputs: The samples of a shard as WebDataset reads them, in order.
-        explanations: The samples of the shard of its explanations, likewise.
+        explanations: The samples of the shard of its explanations, in the same form and order.
 
     Raises:
         UserError: If an explanation has no input.

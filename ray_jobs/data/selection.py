@@ -62,7 +62,7 @@ def load_selection(keys: str | None, without_keys: str | None, shards: Sequence[
 
 
 def read_keys(file: str, option: str) -> Keys:
-    """Return the keys of the list that an option names. UserError if it cannot be read, or has another format."""
+    """Return the keys of the list that an option names. Raise UserError if it cannot be read, or has another format."""
     return parse_keys(read_option_file(f"`{option}`", file), file, option)
 
 

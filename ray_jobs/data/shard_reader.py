@@ -1,6 +1,6 @@
 """Read a shard as a stream of decoded batches, and list the samples that cannot be used."""
 
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import chain
@@ -34,11 +34,11 @@ class Batch:
 
     Attributes:
         images: The model's input, (N, C, H, W), in its dtype, on the CPU.
-        keys: The keys.
+        keys: The keys of the samples.
         labels: The label of each sample; None if it has no label.
-        boxes: The boxes of each sample in pixels of the model's input; None if it has no boxes, or the reader's config
-            does not ask for them.
-        masks: The mask of each sample, see `parse_mask`; None likewise.
+        boxes: The boxes of each sample in pixels of the model's input; None if it has no boxes, or the config does not
+            ask for boxes.
+        masks: The mask of each sample, see `parse_mask`; None if it has no mask, or the config does not ask for masks.
     """
 
     images: Tensor
@@ -96,27 +96,65 @@ def list_samples(shard: str) -> Generator[Sample, None, None]:
             empty = False
             yield sample
     if empty:
-        kind = "Parquet file" if parquet_reader.is_parquet(shard) else "tar archive"
-        raise UserError(shard, f"a {kind} without a sample", REPLACE)
+        raise UserError(shard, f"a {find_format(shard).name} without a sample", REPLACE)
 
 
 def read_raw_samples(sources: Iterable[Mapping[str, str]]) -> Iterator[Sample]:
-    """Yield the samples of the shards that each `url` names; several may have the same key."""
+    """Yield the samples of the shards that each `url` names; several samples may have the same key."""
     for source in sources:
-        shard = source["url"]
-        if match := image_folders.SHARD.fullmatch(shard):
-            yield from image_folders.read_samples(match)
-        elif parquet_reader.is_parquet(shard):
-            path, column = split_shard(shard)
-            with open_seekable(path) as file:
-                yield from parquet_reader.read_samples(file, column.name if column else None)
-        else:
-            yield from map(Sample.of, verified_tar([source]))
+        yield from find_format(source["url"]).read(source["url"])
+
+
+def read_folder(shard: str) -> Iterator[Sample]:
+    """Yield the samples of a shard of a folder of images."""
+    match = image_folders.SHARD.fullmatch(shard)
+    assert match is not None
+    return image_folders.read_samples(match)
+
+
+def read_parquet(shard: str) -> Iterator[Sample]:
+    """Yield the rows of a Parquet file as samples."""
+    path, column = split_shard(shard)
+    with open_seekable(path) as file:
+        yield from parquet_reader.read_samples(file, column.name if column else None)
+
+
+def read_tar(shard: str) -> Iterator[Sample]:
+    """Yield the samples of a tar archive."""
+    return map(Sample.of, verified_tar([{"url": shard}]))
+
+
+@dataclass(frozen=True)
+class ShardFormat:
+    """A row of `SHARD_FORMATS`.
+
+    Attributes:
+        name: The name of the format in messages.
+        matches: Returns whether a shard has the format, by the shard's name.
+        read: Yields the samples of a shard in bounded memory, and raises ShardError if the shard is not complete.
+    """
+
+    name: str
+    matches: Callable[[str], bool]
+    read: Callable[[str], Iterator[Sample]]
+
+
+# The first row that matches is the format of a shard.
+SHARD_FORMATS = (
+    ShardFormat("folder of images", lambda shard: image_folders.SHARD.fullmatch(shard) is not None, read_folder),
+    ShardFormat("Parquet file", parquet_reader.is_parquet, read_parquet),
+    ShardFormat("tar archive", lambda shard: True, read_tar),
+)
+
+
+def find_format(shard: str) -> ShardFormat:
+    """Return the format of a shard, by the shard's name."""
+    return next(row for row in SHARD_FORMATS if row.matches(shard))
 
 
 @dataclass(frozen=True)
 class ReaderConfig:
-    """How a worker reads its shards.
+    """Settings with which a worker reads its shards.
 
     Attributes:
         preprocessing: From an image to the model's input.

@@ -166,7 +166,7 @@ def match_paths(spec: str) -> Iterator[str]:
                         str(each), "the shard does not exist", "Check --shards; write ranges as {000..015}."
                     )
                 if each.is_file() and each.stat().st_size == 0:
-                    raise UserError(str(each), "not a tar archive (0 bytes)", "Delete or replace it.")
+                    raise UserError(str(each), "the file is empty (0 bytes)", "Delete or replace it.")
                 yield f"{each}/" if each.is_dir() else str(each)
 
 

@@ -1,4 +1,4 @@
-"""The environment of a Ray that is started on this machine: a short folder for its sockets, and a token."""
+"""Environment of a Ray cluster that is started on this machine: a short folder for its sockets, and a token."""
 
 import os
 import secrets
@@ -12,7 +12,7 @@ MAX_FOLDER_BYTES = 107 - 66
 
 
 def choose_temporary_folder() -> str | None:
-    """Return the folder for a Ray that is started on this machine; None if Ray's own choice works.
+    """Return the temporary folder for a Ray cluster that is started on this machine; None if Ray's default works.
 
     Job systems set TMPDIR to paths that are too long for sockets, or that do not exist on a node.
 
@@ -33,7 +33,7 @@ def choose_temporary_folder() -> str | None:
 
 
 def find_problem(folder: Path) -> str:
-    """Return why Ray cannot use a folder, which it creates if it is missing; empty if it can."""
+    """Return the reason why Ray cannot use a folder; empty if it can. Ray creates a folder that does not exist."""
     if (length := len(os.fsencode(folder))) > MAX_FOLDER_BYTES:
         return f"its path is too long for sockets by {length - MAX_FOLDER_BYTES} bytes"
     existing = next((each for each in (folder, *folder.parents) if each.exists()), Path("/"))
@@ -46,7 +46,11 @@ def find_problem(folder: Path) -> str:
 
 
 def ensure_token() -> None:
-    """Set a token for a Ray that is started on this machine, unless it can keep its own in the home folder."""
+    """Set RAY_AUTH_TOKEN to a random token if Ray cannot store its own token in the folder ~/.ray.
+
+    Nothing is set if the user has chosen the mode of authentication or a token by RAY_AUTH_MODE, RAY_AUTH_TOKEN or
+    RAY_AUTH_TOKEN_PATH.
+    """
     if any(os.environ.get(name) for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
         return
     try:

@@ -1,10 +1,10 @@
-"""What a worker pool works on."""
+"""The interface of a job to the worker pool."""
 
 from typing import Any, Protocol
 
 
 class Job(Protocol):
-    """What the pool works on. The pool calls the `on_` methods when something happens.
+    """A job whose items the pool gives to workers. The pool calls the `on_` methods when something happens.
 
     Attributes:
         max_loss: Seconds of work that a worker may hold uncommitted. None: an item is committed when it is done.
@@ -12,8 +12,8 @@ class Job(Protocol):
         item_timeout: Seconds for one item after which a worker is replaced, although it reports.
         attempts: Attempts at an item before it is given up.
         bad_input: Type of the errors of an item that leave the worker usable. The worker drops its uncommitted work.
-        busy: Subtype for servers that refuse requests for now, with the attributes of `ray_jobs.io.refusals.BusyError`.
-            If `begun` is False, the worker keeps its uncommitted work.
+        busy: Subtype of `bad_input` for servers that refuse requests for now, with the attributes of
+            `ray_jobs.io.refusals.BusyError`. If `begun` is False, the worker keeps its uncommitted work.
     """
 
     max_loss: float | None
@@ -39,7 +39,7 @@ class Job(Protocol):
         """A worker that was ready is gone: it was lost by an error, or (None) left its node."""
 
     def on_released(self, worker: Any, seconds: float) -> None:
-        """A worker has ended, which had its place for some seconds, ready or not."""
+        """A worker that held resources of the cluster for some seconds has ended, whether it was ready or not."""
 
     def on_assigned(self, item: str, worker: Any) -> None:
         """A worker begins with an item."""

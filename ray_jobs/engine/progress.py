@@ -1,4 +1,4 @@
-"""How a job shows its progress: a bar on a terminal, lines in a log."""
+"""Display of a job's progress: a bar on a terminal, lines in a log."""
 
 import json
 import statistics

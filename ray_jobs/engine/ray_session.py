@@ -69,10 +69,13 @@ def uninterrupted() -> Iterator[None]:
 
 
 def attach_or_start(address: str) -> None:
-    """Attach to a cluster, or start a Ray on this machine if the address is empty.
+    """Attach to a cluster, or start Ray on this machine.
+
+    Args:
+        address: The address of the cluster, `auto` for a cluster on this machine, or an empty string to start Ray.
 
     Raises:
-        UserError: If that fails, for any reason.
+        UserError: If Ray cannot be started, or no cluster of the same version answers and accepts the token.
     """
     address = resolve_address(address)
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}

@@ -25,7 +25,7 @@ class PendingCall(Protocol):
 
 
 class Tasks(Protocol):
-    """Where pure functions are called."""
+    """Place where pure functions are called: Ray tasks, or this process."""
 
     def map(self, function: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
         """Yield `function(*call)` for each call, in order."""
@@ -35,9 +35,9 @@ class Tasks(Protocol):
 
 
 class RayTasks:
-    """Functions as Ray tasks. Ray repeats a call whose process or node is lost, as pure functions have no state.
+    """Functions as Ray tasks. If a process or node is lost, Ray repeats its call, because pure functions have no state.
 
-    While hosts of workers are kept, they run the calls, because they hold the CPUs that tasks would wait for.
+    While hosts of workers are kept (see `worker_hosts`), they run the calls, because tasks would wait for their CPUs.
     """
 
     def map(self, function: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
@@ -62,7 +62,7 @@ class RayTasks:
             yield result(*pending.popleft())
 
     def submit(self, function: Callable[..., Any], *arguments: object) -> "RayCall":
-        """Submit a task that needs no CPU of its own: it would wait for one until the workers end; see `Tasks`."""
+        """Submit a task that reserves no CPU, because it would wait for one until the workers end; see `Tasks`."""
         return RayCall(ray.remote(function).options(num_cpus=0).remote(*arguments))
 
 

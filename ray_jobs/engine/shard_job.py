@@ -51,7 +51,7 @@ def require_enough_samples(
 
 
 class ShardJob:
-    """The driver's side of a job; the `Job` of its pool. Subclasses say what a task is and what a commit means.
+    """The driver's side of a job; the `Job` of its pool. Subclasses define the tasks and the commits.
 
     Args:
         name: Name of the job.
@@ -218,7 +218,7 @@ class ShardJob:
         self.heartbeat.usage += self.measure_usage(seconds)
 
     def measure_usage(self, seconds: float) -> Usage:
-        """Return what workers of this job hold in some seconds."""
+        """Return the usage of some workers of this job for some seconds."""
         return Usage.of(seconds, self.options.get("num_cpus", 1.0), self.options.get("num_gpus", 0.0))
 
     def snapshot(self) -> dict[str, Any]:
@@ -282,7 +282,7 @@ class ShardJob:
             metrics.set_gauge(name, value, self.folder, self.name)
 
     def tick(self) -> None:
-        """Update what people and Prometheus see, at most every `Timing.display_interval`: workers report often."""
+        """Update the displayed progress and the Prometheus metrics, at most once in `Timing.display_interval`."""
         if time.monotonic() - self.displayed > self.timing.display_interval:
             self.reporter.tick()
             self.heartbeat.progress = self.snapshot()

@@ -1,4 +1,4 @@
-"""How signals stop a job, and how its process ends."""
+"""Signals that stop a job, and the end of its process."""
 
 import os
 import signal
@@ -40,7 +40,11 @@ def list_descendants(process: int) -> list[int]:
 
 
 def interrupt() -> None:
-    """Raise KeyboardInterrupt. Commands that shards are read from are killed first, so that the reading threads end."""
+    """Kill the commands of `pipe:` shards, so that the threads that read them end, and raise KeyboardInterrupt.
+
+    Raises:
+        KeyboardInterrupt: Always.
+    """
     kill_pipes()
     raise KeyboardInterrupt
 

@@ -73,7 +73,7 @@ class Worker:
 
     @property
     def starting(self) -> bool:
-        """Whether its call belongs to its start."""
+        """Whether the worker is still starting: its method is `describe` or `prepare`."""
         return self.method in STARTING
 
 
@@ -120,6 +120,13 @@ def run(
 
 
 class _Pool:
+    """The state of one call of `run`: the queue, the workers and their pending calls.
+
+    Each turn of `run` gives the idle workers their next calls, processes the answers that have come, and replaces the
+    workers that exceed a timeout. While a worker works on an item, it may already read a second one, the *promised*
+    item. Other workers take a promised item only if no other item is left.
+    """
+
     def __init__(
         self,
         items: Iterable[str],

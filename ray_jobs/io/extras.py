@@ -1,4 +1,4 @@
-"""Packages that only some uses need: import them, or say which extra installs them."""
+"""Packages that only some uses need: import them, or name the extra that installs them in an error."""
 
 import importlib
 from typing import Any

@@ -220,6 +220,7 @@ def call_with_timeout(function: Callable[..., T], *arguments: object) -> T:
 
     Raises:
         TimeoutError: If there is no response within ANSWER_TIMEOUT seconds.
+        Exception: The exception of the request.
     """
     results: list[T] = []
     errors: list[BaseException] = []

@@ -1,4 +1,4 @@
-"""How long to wait before a request to a busy server is repeated."""
+"""Pauses before a request to a busy server is repeated."""
 
 import random
 
@@ -10,7 +10,7 @@ def find_pause(attempt: int, retry_after: float, first: float, longest: float) -
 
     Args:
         attempt: The number of earlier attempts.
-        retry_after: The seconds that the server asked for; 0 if it did not say.
+        retry_after: The seconds that the server asked for; 0 if it named no time.
         first: The pause for attempt 0, doubled by each attempt.
         longest: The longest pause, before the random addition.
 

@@ -72,7 +72,7 @@ class Prefetcher(Generic[T]):
 
     @property
     def ready(self) -> bool:
-        """Whether the next item, or the end of the items, need not be waited for."""
+        """Whether the next item, or the end of the items, is available without waiting."""
         return self._first is not None or not self._ready.empty()
 
     def close(self, wait: float | None = None) -> None:

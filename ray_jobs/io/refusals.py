@@ -17,9 +17,9 @@ class BusyError(UserError):
     """A request that a server refused for now. The attributes survive pickling.
 
     Attributes:
-        slow_down: Whether the server asks for fewer requests; otherwise it failed.
-        retry_after: The seconds after which it may be asked again; 0 if it did not say.
-        begun: Whether work on the data had begun. If not, nothing is lost by another attempt.
+        slow_down: Whether the server asks for fewer requests. If not, the server failed.
+        retry_after: The seconds after which the server allows another request; 0 if it names no time.
+        begun: Whether work on the data had begun. If not, another attempt loses no work.
     """
 
     slow_down = False
@@ -73,7 +73,7 @@ def find_status(error: BaseException) -> int | None:
 
 
 def find_retry_after(error: BaseException) -> float:
-    """Return the seconds that the response of an exception asks to wait; 0 if it does not say."""
+    """Return the seconds that the response of an exception asks to wait; 0 if it names no time."""
     response = getattr(error, "response", None)
     headers: Any = getattr(error, "headers", None) or getattr(response, "headers", None)
     if isinstance(response, Mapping):

@@ -26,7 +26,7 @@ def is_file_spec(spec: str) -> bool:
 
 @contextmanager
 def import_attribute(spec: str, place: str, remedy: str) -> Iterator[Any]:
-    """Import what `package.module:name` or `file.py:name` names; inside the context its folder can be imported from.
+    """Import what `package.module:name` or `file.py:name` names; inside the context, Python can import from its folder.
 
     Args:
         spec: The spec.

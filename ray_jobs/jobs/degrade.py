@@ -1,4 +1,8 @@
-"""The degrade job: replace an image's patches in the order of a method's map → how fast the prediction falls."""
+"""The degrade job: replace an image's patches in the order of a method's map → how fast the prediction falls.
+
+To add a metric, write its formula in `patterns.evaluation.degradation`, and add a field to `Degraded` and a column to
+`ROWS`.
+"""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -54,6 +58,21 @@ CURVES = pa.schema(
 )
 
 
+@dataclass(frozen=True)
+class Degraded:
+    """The degradation of a batch by the maps of one method.
+
+    Attributes:
+        method: The method.
+        curves: The probability of the prediction after each step, float32 (N, steps + 1).
+        areas: The area over each curve, float64 (N,).
+    """
+
+    method: str
+    curves: Tensor
+    areas: Tensor
+
+
 class DegradeWorker(MethodWorker[DegradeConfig]):
     """A worker that degrades the images of shards."""
 
@@ -86,14 +105,13 @@ class DegradeWorker(MethodWorker[DegradeConfig]):
                 if stream.report_due():
                     yield None
                 continue
-            method, curves, areas = found
             columns = {
                 "key": batch.keys,
                 "label": batch.labels,
                 "prediction": explanation.scores.argmax(1).tolist(),
-                "method": [method] * len(batch.keys),
-                "area": areas.tolist(),
-                "curve": curves.tolist(),
+                "method": [found.method] * len(batch.keys),
+                "area": found.areas.tolist(),
+                "curve": found.curves.tolist(),
             }
             yield [dict(zip(columns, row)) for row in zip(*columns.values())]
 
@@ -101,7 +119,7 @@ class DegradeWorker(MethodWorker[DegradeConfig]):
 @torch.inference_mode()
 def compute_curves(
     model: TracedModel, config: DegradeConfig, images: Tensor, explanation: Explanation
-) -> Iterator[tuple[str, Tensor, Tensor] | None]:
+) -> Iterator[Degraded | None]:
     """Degrade images in the order of each method's maps.
 
     Args:
@@ -111,8 +129,7 @@ def compute_curves(
         explanation: Their maps for the predicted classes.
 
     Yields:
-        For each method its name, the probability of the prediction after each step, float32 (N, steps + 1), and the
-        area over this curve, float64 (N,). Between them None after every few steps.
+        The degradation by each method, and before it None after every few steps.
     """
     probability, prediction = explanation.scores.float().softmax(1).max(1)
     replacement = REPLACEMENTS[config.replacement](images, config.patch, make_black(model.preprocessing))
@@ -127,7 +144,7 @@ def compute_curves(
             curve.append(scores.take_along_dim(prediction[:, None, None], 2)[..., 0])
             yield None
         curves = torch.cat(curve, 1)
-        yield method, curves, area_over_curve(curves.double())
+        yield Degraded(method, curves, area_over_curve(curves.double()))
 
 
 def make_black(preprocessing: Preprocessing) -> Tensor:

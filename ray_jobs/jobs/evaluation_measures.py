@@ -1,4 +1,8 @@
-"""The measures of the evaluate job. A new one is a class with the methods of `Measure`, and a line in `MEASURES`."""
+"""The measures of the evaluate job.
+
+To add a measure, write its formula in `patterns.evaluation`, and a class with the methods of `Measure` and a row of
+`MEASURES` here. Add its name to `MEASURES` in `ray_jobs/config/jobs.py`, which the command line reads.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -48,15 +52,16 @@ class Result:
 
 @dataclass(frozen=True)
 class Context:
-    """What measures work with.
+    """The job, the model and the explainers that a measure uses.
 
     Attributes:
         config: The job.
         model: The model, on the worker's device.
         explainer: The explainer of its methods.
-        make_explainer: Returns an explainer of the same methods for another network. It has the same patterns, or if
-            its second argument is true, those that were fitted to the network with random weights in all operators.
-        make_seeds: Returns the seeds of some keys.
+        make_explainer: Returns an explainer of the same methods for another network. If the second argument is true, it
+            uses the patterns that were fitted to the network with random weights in all operators; otherwise it uses
+            the patterns of the trained network.
+        make_seeds: Returns the seeds of the samples with some keys.
     """
 
     config: EvaluateConfig
@@ -68,9 +73,13 @@ class Context:
     def explain(
         self, explainer: Explainer, images: Tensor, keys: Sequence[str], classes: Tensor | None = None
     ) -> Explanation:
-        """Explain a class of each image, int64 (N,), by itself or against all others, as the config says.
+        """Explain one class of each image, alone or against all other classes, as the config's `target` says.
 
-        If the classes are None, the predicted ones are explained.
+        Args:
+            explainer: The explainer.
+            images: The images, shape (N, C, H, W).
+            keys: Their keys, from which the seeds follow.
+            classes: The classes, int64 (N,); None: the predicted classes.
         """
         if self.config.target == "contrast":
             return explainer(images, lambda scores: contrast(scores, classes), self.make_seeds(keys))
@@ -101,10 +110,10 @@ class Measure(Protocol):
     """A measure of maps, for one worker. Its values depend on the shard only."""
 
     def add(self, explained: Explained) -> Iterator[Result | None]:
-        """Yield the values of a batch, and None from time to time if that takes long."""
+        """Yield the values of a batch. A slow measure also yields None, so that the worker can report its progress."""
 
     def finish(self) -> Iterator[Result]:
-        """Yield the values that need the whole shard, and forget the shard."""
+        """Yield the values that need the whole shard, and discard what was kept of it."""
 
 
 def results(explained: Explained, method: str, values: Tensor) -> Iterator[Result]:
@@ -133,8 +142,7 @@ class Degradation(PerBatch):
             if found is None:
                 yield None
             else:
-                method, _, areas = found
-                yield from results(explained, method, areas)
+                yield from results(explained, found.method, found.areas)
 
 
 class ClassSensitivity(PerBatch):
@@ -157,7 +165,7 @@ class ClassSensitivity(PerBatch):
 class Randomization(PerBatch):
     """The rank correlation of maps with those of a network with random weights.
 
-    As Adebayo et al. 2018: the weights of a share of the trained operators are drawn anew, from the last one down.
+    As Adebayo et al. 2018: a share of the trained operators, counted from the last one, gets new random weights.
     """
 
     share: float
@@ -202,9 +210,9 @@ class Refitted(RandomizedAll):
 
 
 class ShiftSensitivity(PerBatch):
-    """The relative change of maps if a constant is added to the input and taken away by the first bias.
+    """The relative change of maps if a constant is added to the input and the first bias absorbs it.
 
-    As Kindermans et al. 2017 (arXiv 1711.00867). The network's outputs stay the same.
+    The network's outputs stay the same (Kindermans et al. 2017, arXiv 1711.00867).
     """
 
     def __init__(self, context: Context) -> None:
@@ -241,7 +249,7 @@ class Pointing:
         return iter(())
 
     def finish(self) -> Iterator[Result]:
-        """Yield the share of each quarter of each grid: about one grid for each sample."""
+        """Yield the share of each quarter of each grid. The number of grids is that of the kept samples."""
         kept, self.kept = self.kept, []
         if len({label for _, label, _ in kept}) < 4:
             return
@@ -263,9 +271,9 @@ class Row:
     Attributes:
         make: Makes the measure for a worker.
         title: The column's title.
-        higher_is_better: Whether a higher value is better; None if neither is.
-        obstacle: Returns why a network cannot be measured; None if it can.
-        missing: Why no sample has a value, if none has.
+        higher_is_better: Whether a higher value is better.
+        obstacle: Returns the reason why a network cannot be measured; None if it can.
+        missing: The reason that is reported if no sample has a value.
         refitted: Whether it needs patterns that were fitted to random weights.
     """
 

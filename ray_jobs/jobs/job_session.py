@@ -69,7 +69,7 @@ class JobSession:
         return self.section["status"] == "complete" and not self.section["missing"]
 
     def close(self) -> Run:
-        """Return the run of a finished job, after deleting what a killed driver has left."""
+        """Return the run of a finished job, after deleting the files that a killed driver has left."""
         remove_leftovers(self.run)
         return self.run
 
@@ -116,7 +116,7 @@ class JobSession:
         return self.heartbeat.progress
 
     def record_usage(self, begun: dict[str, Any]) -> None:
-        """Record what a job has used that ends early, unless another driver has taken over its run.
+        """Record the usage of a job that ends early, unless another driver has taken over its run.
 
         Args:
             begun: The section as it was when the job began.

@@ -23,7 +23,7 @@ class FilesTask(ShardTask):
 
 
 class PerShardJob(ShardJob):
-    """The driver's side: the files of each shard, and the number of samples they are made of."""
+    """The driver's side of a job that writes files for each shard. It works on the shards whose files are missing."""
 
     def __init__(
         self, session: JobSession, config: MethodsConfig, files: dict[str, ShardFiles], resources: Resources

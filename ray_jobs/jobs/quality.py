@@ -29,7 +29,7 @@ from ray_jobs.jobs.reduction import TASK_BYTES, group_by_size, merge_operators
 from ray_jobs.runs.moments_store import MomentsStore
 from ray_jobs.runs.run_folder import Run, load_patterns
 
-# An operator with a larger Gram matrix is judged only if the config names it.
+# ρ of an operator with a larger Gram matrix is computed only if the config names the operator.
 GRAM_BYTES = 512 << 20
 INVERSE = "pseudo-inverse: eigenvalues of Cov[x] below the cutoff times the largest are left out (docs/quality.md)"
 SCHEMA = pa.schema(
@@ -38,15 +38,15 @@ SCHEMA = pa.schema(
 
 
 def select_operators(network: Network, patterns: Sequence[str]) -> list[str]:
-    """Return the names of the operators to judge.
+    """Return the names of the operators whose ρ is computed.
 
     Args:
         network: The model.
-        patterns: Patterns of names. Without any, all operators are chosen that have several inputs and a Gram matrix of
-            moderate size, and whose positions can be sampled.
+        patterns: Globs of names. If there are none, all operators are chosen that have several inputs and a Gram matrix
+            of moderate size, and whose spatial positions can be sampled.
 
     Raises:
-        UserError: If a pattern matches no operator, or no operator is left.
+        UserError: If a glob matches no operator, or no operator is left.
     """
     if not patterns:
         found = [
@@ -73,7 +73,8 @@ def make_observer(operators: Collection[str], positions: int, seed: int, network
 def measure(config: QualityConfig, resources: Resources = Resources()) -> Run:  # noqa: B008 - frozen
     """Compute ρ for every estimator of a finished fit, or resume a job that ended early.
 
-    Once the moments are there, the same call judges estimators that were solved later, without reading data.
+    If patterns of further estimators were solved later, the same call computes their ρ from the stored moments, without
+    reading data.
 
     Args:
         config: The job.
@@ -137,7 +138,7 @@ def judge_group(
     regressed: Sequence[str],
     evaluated: Sequence[str],
 ) -> list[pa.Table]:
-    """Return the rows of some operators; runs in a task.
+    """Return the rows of quality.parquet for some operators; runs in a task.
 
     Args:
         operators: The operators.

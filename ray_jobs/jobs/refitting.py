@@ -18,7 +18,7 @@ POSITIONS = 16  # of each image that a refit samples
 
 
 def randomize_share(network: Network, share: float, seed: int) -> Network:
-    """Return the network with random weights in a share of the trained operators, from the last one down.
+    """Return the network with random weights in a share of the trained operators, counted from the last one.
 
     Args:
         network: The network.

@@ -128,7 +128,7 @@ def parse_checkpoint(content: bytes, place: str) -> Any:
 
 
 def reject_other_formats(content: bytes, place: str) -> None:
-    """Raise UserError for a file that neither torch.save nor safetensors wrote, and say which format it has."""
+    """Raise UserError, which names the format, for a file that neither torch.save nor safetensors wrote."""
     begin = content[:512].lstrip().lower()
     for first, what, remedy in OTHER_FORMATS:
         if begin.startswith(first):

@@ -98,7 +98,7 @@ class TracedModel:
         return self.network.like.device
 
     def describe(self) -> list[str]:
-        """Return what a user should know of the traced model, a line each."""
+        """Return notes about the traced model for the user, one line for each."""
         lines = [] if self.note is None else [self.note]
         if self.output is not None:
             lines.append(f"the explained output of the model is {self.output}")

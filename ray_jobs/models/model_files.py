@@ -72,7 +72,7 @@ def fixed_sizes(sizes: Sequence[Any]) -> tuple[int, ...]:
 
 @contextmanager
 def only_tensors() -> Iterator[None]:
-    """Let torch.load unpickle nothing but tensors and plain values, whatever its caller asks for."""
+    """Make torch.load unpickle only tensors and plain values, whatever its caller requests."""
     before = os.environ.get(ONLY_TENSORS)
     os.environ[ONLY_TENSORS] = "1"
     try:
@@ -110,7 +110,7 @@ def load_onnx(content: bytes, place: str) -> tuple[nn.Module, tuple[int, ...]]:
 
 
 def resolve_identities(graph: Any) -> None:
-    """Let the nodes of an ONNX graph read weights directly, not through Identity nodes, in place.
+    """Make the nodes of an ONNX graph read weights directly instead of through Identity nodes, in place.
 
     torch's exporter writes such nodes for equal weights, and onnx2torch does not find weights behind them.
     """

@@ -14,7 +14,7 @@ PREFERRED = ("logits", "image_embeds", "pooler_output")  # names of outputs that
 
 
 def explain_output(model: nn.Module, example: Tensor, key: str | None, where: str) -> str | None:
-    """Let a model return one of its outputs, if it returns several or one inside a container.
+    """Make a model return one of its outputs, if it returns several outputs or one inside a container.
 
     The method `forward` is replaced on this instance, so that the names of the model's tensors do not change.
 

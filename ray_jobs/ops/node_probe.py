@@ -166,7 +166,7 @@ def why_unreadable(shard: str) -> str:
 
 
 def reason(error: Exception) -> str:
-    """Return what is wrong, without the place and the remedy of this program's errors."""
+    """Return the message of an error, without the place and the remedy of a UserError."""
     return str(getattr(error, "what", None) or traceback.format_exception_only(error)[-1].strip())
 
 

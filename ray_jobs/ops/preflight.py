@@ -244,7 +244,7 @@ def gpu_problems(node: Node, where: str) -> Iterator[UserError]:
 
 
 def version_differences(node: Node, mine: Facts) -> Iterator[UserError]:
-    """Yield the packages whose versions on a node differ from those of this process."""
+    """Yield an error for each package whose version on a node differs from that of this process, and for other code."""
     if node.facts is None or node.facts["code"] is None:
         return
     where = f"{node.address} ({node.facts['host']})"

@@ -120,7 +120,11 @@ def submit(submission: Submission, address: str, wait: bool, patience: float, sa
 
 
 def connect_client(address: str) -> JobSubmissionClient:
-    """Connect to a dashboard; raise UserError if that fails."""
+    """Connect to the dashboard of a cluster.
+
+    Raises:
+        UserError: If the address is not that of a dashboard, the token is wrong, or nothing answers.
+    """
     if not address.startswith(("http://", "https://")):
         raise UserError(f"--address {address}", "not the address of a dashboard", "Write http://HOST:8265.")
     before = os.environ.get(ADDRESS)
@@ -173,7 +177,7 @@ def list_jobs(client: JobSubmissionClient) -> dict[str, JobDetails]:
 
 @dataclass
 class Follower:
-    """Prints the log of a job as it grows, each character once, over any number of connections.
+    """Printer of the log of a job as it grows, each character once, over any number of connections.
 
     Attributes:
         client: The connection to the dashboard.

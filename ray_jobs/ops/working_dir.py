@@ -25,7 +25,7 @@ LOCK, PROJECT = "uv.lock", "pyproject.toml"
 
 @dataclass(frozen=True)
 class Upload:
-    """What Ray will pack of a folder.
+    """The files of a folder that Ray will pack.
 
     Attributes:
         sizes: The bytes of each file by its path in the folder.
@@ -39,12 +39,12 @@ class Upload:
         return sum(size + 2 * len(name.encode()) + ENTRY_BYTES for name, size in self.sizes.items())
 
     def describe(self) -> str:
-        """Return a text."""
+        """Return the number of files and their size as a text."""
         return f"{format_counts({'files': len(self.sizes)})}, {format_bytes(self.size)}"
 
 
 def measure_upload(folder: str, limit: int = MAX_UPLOAD) -> Upload:
-    """Return what Ray will pack of a folder, without `EXCLUDES` and what .gitignore and .rayignore name.
+    """Return the files of a folder that Ray will pack, without those of `EXCLUDES`, .gitignore and .rayignore.
 
     Args:
         folder: The folder.

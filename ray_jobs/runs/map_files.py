@@ -255,7 +255,7 @@ def open_zarr(path: Path) -> Iterator[Writer]:
 
 
 def import_zarr() -> Any:
-    """Return the package zarr. UserError if it is not installed."""
+    """Return the package zarr. Raise UserError if it is not installed."""
     return import_extra("zarr", "zarr", parameter="outputs")
 
 

@@ -111,7 +111,7 @@ class Run:
         return before or {"options": options, "model": asdict(config.model), "status": "begun", "missing": {}}
 
     def record(self, job: str, section: dict[str, Any], loaded: AnyModel) -> None:
-        """Write the section of a job, and what all jobs have in common. No worker may write to the folder now.
+        """Write the section of a job, and what all jobs have in common. No worker may write to it then.
 
         Args:
             job: The name of the job.

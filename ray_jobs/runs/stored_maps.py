@@ -17,7 +17,7 @@ from ray_jobs.runs.map_files import ShardFiles
 BATCH = 256  # samples whose maps are read together
 READABLE = ("npy", "parquet")  # outputs of `explain` that can be read here
 
-# Key, map and exponent: the explanation is map · 2^exponent. Of several targets: maps (T, C, H, W), T exponents.
+# Key, map and exponent: the explanation is map · 2^exponent. With T targets, the map is (T, C, H, W) with T exponents.
 StoredMap = tuple[str, np.ndarray, Any]
 
 
@@ -54,7 +54,13 @@ def read_maps(files: ShardFiles, method: str, outputs: Collection[str], keys: Co
 
 
 def read_table_of_maps(file: pq.ParquetFile, method: str, keys: Collection[str]) -> Iterator[StoredMap]:
-    """Yield the same from a Parquet file of maps."""
+    """Yield the maps of some samples from a Parquet file of maps.
+
+    Args:
+        file: The file.
+        method: The method.
+        keys: The keys of the samples.
+    """
     if method not in file.schema_arrow.names:  # all samples of the shard were rejected
         return
     shape = json.loads(file.schema_arrow.metadata[f"{method}_shape".encode()])

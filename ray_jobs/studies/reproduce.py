@@ -130,7 +130,7 @@ def make_epoch(images: np.ndarray, labels: np.ndarray, generator: torch.Generato
 
 
 def reproduce(experiment: Experiment, out: Path, resources: Resources = Resources()) -> Path:  # noqa: B008 - frozen
-    """Do the paper's experiments, or resume those that ended early.
+    """Run the paper's experiments, or resume those that ended early.
 
     Args:
         experiment: The model and the data.

@@ -226,10 +226,10 @@ def pictures_of(path: Any, methods: Sequence[str], keys: set[str]) -> Iterator[t
                 if key in keys:
                     yield (
                         key,
-                        {m: render_map(m, tile_targets(value(table, m, row).reshape(shapes[m]))) for m in methods},
+                        {m: render_map(m, tile_targets(read_list(table, m, row).reshape(shapes[m]))) for m in methods},
                     )
 
 
-def value(table: pa.Table, column: str, row: int) -> np.ndarray:
+def read_list(table: pa.Table, column: str, row: int) -> np.ndarray:
     """Return one list of a table's column as a flat array, without a copy through Python."""
     return table[column][row].values.to_numpy(zero_copy_only=False)

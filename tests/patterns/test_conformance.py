@@ -18,6 +18,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from patterns import CHOICES, ESTIMATORS, Moments, solve
+from patterns.attribution.zennit_methods import equivalent_layer
 from patterns.estimation.estimators import RIDGE, required_sums
 from patterns.moments.accumulator import Accumulator
 from patterns.moments.moments import RequiredSums, moments_bytes, zero_moments
@@ -158,6 +159,11 @@ def test_every_operator_type_and_every_estimator_is_in_the_harness() -> None:
     assert {type(case().operator_type) for case in FIXED.values()} == set(OPERATOR_TYPES.values())
     rows = {row for gated, ungated in CHOICES.values() for row in (*gated, *ungated)}
     assert rows == ESTIMATORS.keys() == CLOSED_FORMS.keys() | {"random"}
+
+
+def test_every_operator_type_has_a_layer_for_methods_of_zennit() -> None:
+    for case in FIXED.values():
+        assert isinstance(equivalent_layer(case().operator_type), torch.nn.Module)
 
 
 @for_all_estimators

@@ -14,7 +14,7 @@ from torchvision.models import ResNet50_Weights
 from patterns import UserError
 from ray_jobs.config import ModelConfig, Preprocessing
 from ray_jobs.data.image_decoding import decode
-from ray_jobs.data.shard_reader import ReaderConfig, ShardReader, read_shard
+from ray_jobs.data.shard_reader import ReaderConfig, ShardReader, find_format, read_shard
 from ray_jobs.data.shard_specs import list_shards
 from ray_jobs.models import loading
 from tests.conftest import jpeg, make_shards, write_tar
@@ -38,12 +38,26 @@ def test_brace_ranges_and_globs_list_the_same_shards(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("spec", "message"),
-    [("none.tar", "does not exist"), ("*.tgz", "nothing matches"), ("empty.tar", "not a tar archive")],
+    [("none.tar", "does not exist"), ("*.tgz", "nothing matches"), ("empty.tar", "file is empty")],
 )
 def test_missing_or_empty_shard_is_an_error(tmp_path: Path, spec: str, message: str) -> None:
     (tmp_path / "empty.tar").touch()
     with pytest.raises(UserError, match=message):
         list_shards([f"{tmp_path}/{spec}"])
+
+
+@pytest.mark.parametrize(
+    ("shard", "name"),
+    [
+        ("/data/photos/images-00017-of-01282-1a2b3c4d", "folder of images"),
+        ("/data/a.parquet#image=url", "Parquet file"),
+        ("s3://bucket/a.pq?version=2", "Parquet file"),
+        ("/data/a.tar.gz", "tar archive"),
+        ("pipe:cat a.tar", "tar archive"),
+    ],
+)
+def test_format_of_a_shard_follows_from_its_name(shard: str, name: str) -> None:
+    assert find_format(shard).name == name
 
 
 def test_shard_that_is_listed_twice_is_an_error(tmp_path: Path) -> None:

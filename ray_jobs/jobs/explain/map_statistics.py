@@ -68,14 +68,15 @@ def find_region(
     """Return the pixels of a sample's object, bool (H, W): those of its mask, or else those in its boxes.
 
     Args:
-        mask: The mask, see `parse_mask`.
-        boxes: The boxes.
-        number: The explained class, which a mask with the classes of pixels is compared with; a list: the first.
+        mask: The mask, see `parse_mask`; None if the sample has no mask.
+        boxes: The boxes; None if the sample has no boxes.
+        number: The explained class, or a list that begins with it. If the mask holds the class of each pixel, the
+            object is the pixels of this class. Any other value is no class.
         height: The height of the input.
         width: The width of the input.
 
     Returns:
-        None if the sample has neither, or its mask has no pixel of the class.
+        The pixels; None if the sample has neither a mask nor boxes, or its mask has no pixel of the object.
     """
     if mask is None:
         return None if boxes is None else mask_boxes(boxes, height, width)

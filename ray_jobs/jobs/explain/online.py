@@ -26,7 +26,7 @@ from ray_jobs.runs.run_folder import Run
 
 
 class OnlineExplainer:
-    """Explains images with the patterns of a run, on the GPU that Ray gave this process, or else on the CPU.
+    """Explainer of images with the patterns of a run, on the GPU that Ray gave this process, or else on the CPU.
 
     Args:
         run: The folder or URL of a finished fit.

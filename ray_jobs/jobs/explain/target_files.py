@@ -1,4 +1,4 @@
-"""What a target needs from files: the names of classes, a vector, or the direction of a concept."""
+"""Files that a target needs: the names of classes, a vector, or the direction of a concept."""
 
 from io import BytesIO
 from typing import Any

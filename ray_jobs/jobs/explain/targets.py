@@ -11,7 +11,7 @@
 | `A-vs-others` | score of A less the mean score of all other classes, weighted by their softmax | 1 |
 | `contrast` | the same as `predicted-vs-others` | 1 |
 | `17@mask` | a class's score at the output's positions inside the sample's mask, for outputs (N, classes, H, W) | 1 |
-| `17@predicted`, `17@box` | likewise, at the positions predicted to be this class; inside the sample's boxes | 1 |
+| `17@predicted`, `17@box` | the same, at the positions predicted to be this class; inside the sample's boxes | 1 |
 | `unit:17` | a unit of an embedding (N, D) | 1 |
 | `similarity:FILE.npy` | the cosine of an embedding (N, D) and a vector | 1 |
 | `concept:striped` | the projection of the outputs of the operator before the last on a concept's direction | 1 |
@@ -88,7 +88,7 @@ class Target:
 
     @property
     def needed_region(self) -> str | None:
-        """What a sample must have to be explained, "mask" or "box"; None if the region comes from the scores."""
+        """The region that a sample must have, "mask" or "box"; None if the region comes from the scores."""
         return None if self.region == PREDICTED else self.region
 
     def pick_classes(self, scores: Tensor, labels: Labels) -> Tensor:
@@ -274,11 +274,19 @@ def parse_embedding(spec: str, units: int, vector: Sequence[float]) -> Target:
 
 
 def split_pair(spec: str, names: Collection[str]) -> list[str]:
-    """Return the one or two words of a target; names of classes may contain `-vs-` themselves."""
+    """Split a target into its one or two words.
+
+    Names of classes may contain `-vs-` themselves. So the target is split at the first `-vs-` for which both words are
+    known. If there is no such `-vs-`, it is split at the first one.
+
+    Args:
+        spec: The target.
+        names: The names of the classes.
+    """
     if spec in names or AGAINST not in spec:
         return [spec]
-    places = [place for place in range(len(spec)) if spec.startswith(AGAINST, place)]
-    pairs = [[spec[:place], spec[place + len(AGAINST) :]] for place in places]
+    starts = [start for start in range(len(spec)) if spec.startswith(AGAINST, start)]
+    pairs = [[spec[:start], spec[start + len(AGAINST) :]] for start in starts]
     return next((pair for pair in pairs if all(w in names or not needs_names(w) for w in pair)), pairs[0])
 
 
@@ -344,13 +352,13 @@ def needs_names(spec: str) -> bool:
 def load_target_names(target: str, spec: str, file: str | None) -> ClassNames:
     """Return the names of classes that may be needed to parse a target.
 
-    A file of names is read for every target, because a name in it may be a keyword of targets, but then only such
-    names are returned.
+    A class may have the name of a keyword, such as `predicted`. So a file of names is also read if the target consists
+    of keywords. Then only the names that equal one of these keywords are returned.
 
     Args:
         target: The target.
         spec: The model, whose library may know the names.
-        file: A file of names; None: none.
+        file: A file of names; None if the user gave no file.
     """
     if needs_names(target):
         return load_class_names(spec, file)

@@ -52,6 +52,10 @@ def describe_labels(labels: ConceptLabels, before: Mapping[str, Any] | None, out
 def merge_labels(entries: Sequence[Mapping[str, Any] | None], folders: Sequence[str]) -> dict[str, Any] | None:
     """Return the entry `concepts` of a merged fit; None if the fits have no concepts.
 
+    Args:
+        entries: The entry of each fit; None for a fit without concepts.
+        folders: The folders of the fits, for errors.
+
     Raises:
         UserError: If the fits have different concepts.
     """

@@ -32,7 +32,7 @@ CHECKED = "looked.safetensors"  # the patterns of the last check, in the folder 
 
 @dataclass(frozen=True)
 class ConvergenceCriterion:
-    """When a fit has converged.
+    """Condition for the convergence of a fit.
 
     Attributes:
         tolerance: The 90th percentile of the neurons' relative standard errors must be below it, for each operator

@@ -32,7 +32,7 @@ Joined = tuple[int, str, Row, Sample]  # number, shard, map and photograph of a 
 
 @dataclass(frozen=True)
 class Done:
-    """How far an export is.
+    """Progress of an export.
 
     Attributes:
         shard: The shard that is read now; None at the end.
@@ -146,7 +146,7 @@ def join(shard: str, rows: Iterator[Row], first: int) -> Generator[Joined, None,
 
 
 def make_sample(joined: Joined, method: str, preprocessing: Preprocessing, decode: Decode | None) -> ExportedSample:
-    """Return a sample with its photograph as the model sees it. UserError if it cannot be decoded any more."""
+    """Return a sample with its photograph as the model sees it. Raise UserError if it cannot be decoded any more."""
     number, shard, row, sample = joined
     try:
         if sample.rejection is not None:

@@ -1,4 +1,4 @@
-"""What several formats write: pictures in numbered folders, and JSON lists that are longer than memory."""
+"""Files that several formats write: pictures in numbered folders, and JSON lists that are larger than the memory."""
 
 import json
 import math

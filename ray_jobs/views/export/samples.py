@@ -1,4 +1,4 @@
-"""What an export is made of: its samples, and what they have in common."""
+"""Contents of an export: its samples, and a description of what they have in common."""
 
 import io
 import re
@@ -23,7 +23,7 @@ NO_CLASS = -1  # number of no class, in formats that need one
 
 @dataclass(frozen=True)
 class Place:
-    """What an atlas says about a sample.
+    """The values that an atlas has for a sample.
 
     Attributes:
         class_number: The class that its map explains.
@@ -109,7 +109,7 @@ class ExportedSample:
 
 @dataclass(frozen=True)
 class Description:
-    """What the samples of an export have in common.
+    """The values that all samples of an export share.
 
     Attributes:
         name: A name for the dataset.
@@ -135,7 +135,7 @@ class Description:
 
 
 class Writer(Protocol):
-    """Writes the samples of an export in order."""
+    """Writer of the samples of an export, in order."""
 
     def write(self, sample: ExportedSample) -> None:
         """Write a sample."""

@@ -1,4 +1,4 @@
-"""Where the samples of an export come from: the explanations of a run, or the rows of an atlas, shard by shard."""
+"""Sources of the samples of an export: the explanations of a run, or the rows of an atlas, shard by shard."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -24,7 +24,9 @@ SCALARS = ["label", "prediction", "probability", "score"]
 
 
 class AtlasPlaces:
-    """What an atlas says about each sample. It holds 20 bytes for each sample, and the keys of one shard at a time.
+    """The values that an atlas has for each sample.
+
+    It holds 20 bytes for each sample, and the keys of one shard at a time.
 
     Args:
         run: The run of the atlas.
@@ -200,7 +202,7 @@ def with_places(rows: Iterator[Row], places: Mapping[str, Place]) -> Iterator[Ro
 
 
 def choose_method(run: Run, methods: list[str], wanted: str | None) -> str:
-    """Return the method of the maps. UserError if the run does not have it."""
+    """Return the method of the maps. Raise UserError if the run does not have it."""
     if wanted is None:
         return DEFAULT_METHOD if DEFAULT_METHOD in methods else methods[0]
     if wanted not in methods:
@@ -210,5 +212,5 @@ def choose_method(run: Run, methods: list[str], wanted: str | None) -> str:
 
 
 def first_of(value: Any) -> Any:
-    """Return the first item of a list; other values as they are."""
+    """Return the first item of a list; None if it is empty. Return any other value unchanged."""
     return (value[0] if value else None) if isinstance(value, list) else value

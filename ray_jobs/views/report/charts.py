@@ -168,7 +168,7 @@ def spreads(
 Point = tuple[float, float]
 
 
-def path(points: Sequence[Point], x: Scale, y: Scale) -> str:
+def svg_path(points: Sequence[Point], x: Scale, y: Scale) -> str:
     """Return the SVG path of a line through points."""
     return "M" + "L".join(f"{x(a):g} {y(b):g}" for a, b in points)
 
@@ -200,9 +200,9 @@ def curves_with_bands(
     for number, (one, rows) in enumerate(curves.items()):
         above, below = [(r[0], r[3]) for r in rows], [(r[0], r[2]) for r in reversed(rows)]
         if not any(math.isnan(value) for _, value in above):
-            bands.append(Line(path([*above, *below], x, y) + "Z", number))
+            bands.append(Line(svg_path([*above, *below], x, y) + "Z", number))
         kind = "dashed" if one == "random" else "plain"
-        lines.append(Line(path([(r[0], r[1]) for r in rows], x, y), number, kind, one))
+        lines.append(Line(svg_path([(r[0], r[1]) for r in rows], x, y), number, kind, one))
     legend = [(one, number) for number, one in enumerate(curves)]
     bottom = TOP + HEIGHT
     return Chart(
@@ -228,11 +228,11 @@ def convergence_lines(
     points = [point for line in lines.values() for point in line]
     shown = [*points, *([(points[0][0], tolerance)] if tolerance else [])]
     x, y = scales_for(shown, width, log=True)
-    drawn = [Line(path(line, x, y), 0, "thin", one) for one, line in lines.items()]
+    drawn = [Line(svg_path(line, x, y), 0, "thin", one) for one, line in lines.items()]
     worst = [(a, max(b for c, b in points if c == a)) for a in sorted({a for a, _ in points})]
-    drawn.append(Line(path(worst, x, y), 0, "strong", "worst operator at each check"))
+    drawn.append(Line(svg_path(worst, x, y), 0, "strong", "worst operator at each check"))
     if tolerance:
-        drawn.append(Line(path([(x.low, tolerance), (x.high, tolerance)], x, y), 3, "dashed", "tolerance"))
+        drawn.append(Line(svg_path([(x.low, tolerance), (x.high, tolerance)], x, y), 3, "dashed", "tolerance"))
     bottom = TOP + HEIGHT
     return Chart(
         name, title, width, bottom + 40, bottom, x.ticks(), y.ticks(), x_title, y_title, lines=drawn,

@@ -286,7 +286,7 @@ def rho(id_: str, table: pa.Table | None) -> Rho | None:
 
 
 def health(table: pa.Table | None) -> Health | None:
-    """Count the neurons of each operator by flag; None without a table."""
+    """Return the number of neurons of each operator by flag; None if there is no table."""
     if table is None:
         return None
     counts = {operator: dict.fromkeys(FLAGS, 0) for operator in table["operator"].unique().to_pylist()}

@@ -41,11 +41,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """A method.
+    """A row of the table: the values of one method.
 
     Attributes:
-        method: Its name.
-        cells: Its value of each column; None if it was not measured.
+        method: The name of the method.
+        cells: The value of each column; None if it was not measured.
         time: The time of a map, in units of the time of a gradient; None if it was not measured.
     """
 

@@ -61,7 +61,7 @@ def render(runs: Sequence[Contents]) -> str:
 
 
 def make_templates(*folders: Path) -> Environment:
-    """Return the templates of some folders, which escape what they are given."""
+    """Return the templates of some folders, which escape all values."""
     templates = Environment(
         loader=FileSystemLoader(folders),
         autoescape=True,
