@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.exc import UserError as ExportError
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
@@ -19,7 +20,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from patterns.attribution.explainer import Explainer
-from patterns.attribution.methods import parse_method
+from patterns.attribution.methods import BACKWARD_PASSES, parse_method
 from patterns.errors import UserError
 from patterns.tracing.inputs import choose_targets
 
@@ -58,8 +59,8 @@ def export_program(
     """
     for name in methods:
         if parse_method(name).backward is None:
-            what, remedy = f"{name} is not a backward pass of the network", "Export a method without settings."
-            raise UserError("", what, remedy, "methods")
+            what = f"{name} is not a backward pass of the network"
+            raise UserError("", what, f"Choose from {', '.join(BACKWARD_PASSES)}.", "methods")
 
     def explain(inputs: Tensor) -> tuple[Tensor, ...]:
         scores, _, _, maps = explainer.run(inputs, lambda scores: choose_targets(targets, scores))
@@ -87,7 +88,8 @@ def capture_for_any_batch(function: Callable[[Tensor], Any], example: Tensor) ->
     sizes = [DimDynamic.DYNAMIC] + [DimDynamic.STATIC] * (example.dim() - 1)
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)  # the weights are no fake tensors
     inputs = mode.from_tensor(example, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes))
-    with mode, sdpa_kernel(SDPBackend.MATH):
+    # Without Python's kernels, some operations, such as padding, take the batch size as a constant.
+    with mode, enable_python_dispatcher(), sdpa_kernel(SDPBackend.MATH):
         graph = make_fx(function, tracing_mode="real", _allow_non_fake_inputs=True)(inputs)
     for node in graph.graph.find_nodes(op="call_function", target=aten.alias.default):  # of `view_as` and `detach`
         node.replace_all_uses_with(node.args[0])

@@ -13,10 +13,10 @@ import torchvision
 from torch import Tensor, nn
 
 from patterns import Explainer, Network, UserError, accumulate, choose, contrast, export_program, solve, trace
+from patterns.attribution import BACKWARD_PASSES
 from tests.patterns.networks import relative
 from tests.patterns.small import varied_model
 
-METHODS = ("patternattribution", "patternnet", "gradient", "gradient-x-input", "guided-backprop")
 # Batches of one sample and of several are explained by the file alone.
 ELSEWHERE = """
 import sys
@@ -35,6 +35,12 @@ def attention_model() -> nn.Module:
     model = torchvision.models.VisionTransformer(16, 8, 1, 2, 16, 24, num_classes=4)
     nn.init.normal_(model.heads.head.weight)  # torchvision begins with zeros
     return model.double().eval()
+
+
+def shifted_windows_model() -> nn.Module:
+    """Swin: padded and shifted windows, a mask, and a bias for each pair of positions."""
+    torch.manual_seed(4)
+    return torchvision.models.SwinTransformer([4, 4], 8, [2], [2], [3, 3], num_classes=4).double().eval()
 
 
 def fit(network: Network, batch: Tensor) -> dict[str, Tensor | None]:
@@ -56,21 +62,24 @@ def run_elsewhere(file: Path, batch: Tensor) -> list[list[Tensor]]:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("make", "dtype"), [(varied_model, torch.float32), (attention_model, torch.float64)])
+@pytest.mark.parametrize(
+    ("make", "dtype"),
+    [(varied_model, torch.float32), (attention_model, torch.float64), (shifted_windows_model, torch.float64)],
+)
 def test_program_computes_the_explainers_maps_without_the_package(
     make: Callable[[], nn.Module], dtype: torch.dtype, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
-    size = 16 if make is attention_model else 8
+    size = 8 if make is varied_model else 16
     batch = torch.randn(9, 3, size, size, dtype=dtype)
     network = trace(make().to(dtype), batch[:2])
-    explainer = Explainer(network, fit(network, batch), METHODS)
-    torch.export.save(export_program(explainer, METHODS), tmp_path / "explainer.pt2")
+    explainer = Explainer(network, fit(network, batch), BACKWARD_PASSES)
+    torch.export.save(export_program(explainer, BACKWARD_PASSES), tmp_path / "explainer.pt2")
     bound = 1e-5 if dtype is torch.float32 else 1e-12  # attention may be fused in one of both
     for found, inputs in zip(run_elsewhere(tmp_path / "explainer.pt2", batch), (batch, batch[:1])):
         expected = explainer(inputs)
         assert relative(found[0], expected.scores) < bound
-        for method, maps in zip(METHODS, found[1:], strict=True):
+        for method, maps in zip(BACKWARD_PASSES, found[1:], strict=True):
             assert relative(maps, expected.maps[method]) < bound, method
 
 

@@ -223,7 +223,8 @@ PATH = {"PYTHONPATH": os.pathsep.join(sys.path)}  # mlflow may be in a folder of
 def server(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """A real MLflow server on this machine."""
     pytest.importorskip("mlflow")
-    pytest.importorskip("sqlalchemy", reason="the server of MLflow needs the package mlflow, not mlflow-skinny")
+    for name in ("sqlalchemy", "alembic", "graphene"):
+        pytest.importorskip(name, reason=f"the server of MLflow needs {name}, which mlflow-skinny does not install")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]

@@ -1,5 +1,7 @@
 """What `submit` sends: no caches, nothing that is ignored, not too much; and the environment of a project of uv."""
 
+import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -125,21 +127,32 @@ def write_project(folder: Path, name: str, version: str, module: str, more: str 
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_job_and_workers_run_in_the_environment_of_the_lock(tmp_path: Path) -> None:
-    """The packages that the lock names are stand-ins, because tests load nothing; the real ones come by PYTHONPATH."""
+@pytest.mark.parametrize("package", [None, "inflection"], ids=["offline", "PyPI"])
+def test_job_and_workers_run_in_the_environment_of_the_lock(package: str | None, tmp_path: Path) -> None:
+    """Ray and this project are stand-ins in the lock, because they are large; the real ones come by PYTHONPATH.
+
+    The model also imports a small package of PyPI that only the project's environment has, if uv reaches PyPI.
+    """
     project = tmp_path / "project"
     write_project(project / "ray", "ray", ray.__version__, "ray_stand_in")
     write_project(project / "patternnet", "patternnet-ray", "0.2.0", "patternnet_stand_in")
     sources = '[tool.uv.sources]\nray = { path = "ray" }\npatternnet-ray = { path = "patternnet" }'
-    depends = f'dependencies = ["ray", "patternnet-ray"]\n{sources}'
-    write_project(project, "models-of-a-project", "0.7", "models_of_a_project", depends)
-    (project / "src" / "models_of_a_project" / "__init__.py").write_text(MODULE)
+    needed = json.dumps(["ray", "patternnet-ray", *([package] if package else [])])
+    write_project(project, "models-of-a-project", "0.7", "models_of_a_project", f"dependencies = {needed}\n{sources}")
+    module = f"import {package}\n{MODULE}" if package else MODULE
+    (project / "src" / "models_of_a_project" / "__init__.py").write_text(module)
     uv = {
-        "UV_OFFLINE": "1", "UV_PYTHON": sys.executable, "UV_PYTHON_DOWNLOADS": "never", "UV_NO_CONFIG": "1",
-        "UV_CACHE_DIR": str(tmp_path / "cache"), "PATH": PATH,
+        "UV_OFFLINE": "0" if package else "1", "UV_PYTHON": sys.executable, "UV_PYTHON_DOWNLOADS": "never",
+        "UV_NO_CONFIG": "1", "UV_CACHE_DIR": str(tmp_path / "cache"), "PATH": PATH,
         "PYTHONPATH": f"{ROOT}:{Path(ray.__file__).parents[1]}",
     }  # fmt: skip
-    subprocess.run(["uv", "lock"], cwd=project, env=uv, check=True)
+    locked = subprocess.run(
+        ["uv", "lock"], cwd=project, env=os.environ | uv, capture_output=True, text=True, check=False
+    )
+    if package and locked.returncode:
+        pytest.skip(f"uv does not reach PyPI: {locked.stderr}")
+    assert locked.returncode == 0, locked.stderr
+    assert package is None or importlib.util.find_spec(package) is None, "the package is not only in the project"
     shards = make_shards(tmp_path / "shards", 2, 4)
     with LocalCluster(nodes=1, cpus=2, dashboard=True) as cluster:
         command = [sys.executable, "-m", "ray_jobs", "submit", "--address", cluster.dashboard]
