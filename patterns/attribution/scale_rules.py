@@ -8,16 +8,15 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from patterns.attribution.gradient_scaling import ScaledModule
-from patterns.attribution.rectifier_rules import RuledRectifier
 from patterns.operators.gates import FACTORS, activate, gated
-from patterns.tracing.aten_graph import passes_values
-from patterns.tracing.scales import SCALES, ScaleRules, detached, factored, standardized
+from patterns.tracing.scales import SCALES, ScaleRules, detached, factored, find_carriers, standardized
 
 
 def insert_scale_rules(
     module: GraphModule,
     rules: Callable[[], ScaleRules],
     identities: Callable[[], Collection[str]] = frozenset,
+    scales: Collection[Any] = SCALES,
 ) -> None:
     """Make the norms, smooth gates and detached factors of a graph read their rules in each backward pass.
 
@@ -25,6 +24,7 @@ def insert_scale_rules(
         module: The graph, which is changed.
         rules: Returns the current rules.
         identities: Returns the names of the operators that have the identity estimator.
+        scales: The functions of the graph that follow the rules; the others take factors as constants.
     """
 
     def detach(x: Tensor) -> Tensor:
@@ -35,12 +35,13 @@ def insert_scale_rules(
         factored: {"rules": rules},
         standardized: {"rules": rules},
     }
+    carriers = {node for node in find_carriers(module.graph) if node.target is not detached}
     for node in list(module.graph.nodes):
-        if node.op != "call_function" or node.target not in SCALES:
+        if node.op != "call_function" or node.target not in scales:
             continue
         switched: nn.Module
         if node.target is gated:
-            readers = find_readers(module, node)
+            readers = find_readers(module, node, carriers)
 
             def passes(readers: frozenset[str] | None = readers) -> bool:
                 return readers is not None and readers <= set(identities())
@@ -54,25 +55,28 @@ def insert_scale_rules(
     module.recompile()
 
 
-def is_product(node: Node, module: nn.Module | None) -> bool:
-    """Return whether a node multiplies a value by a factor."""
-    return node.target is factored or (isinstance(module, Switched) and module.function is factored)
+def find_readers(module: GraphModule, node: Node, carriers: set[Node]) -> frozenset[str] | None:
+    """Return the names of the operators that read a value; None if it is an output of the graph.
 
-
-def find_readers(module: GraphModule, node: Node) -> frozenset[str] | None:
-    """Return the names of the operators that read a value; None if anything else reads it."""
+    Args:
+        module: The graph.
+        node: The value.
+        carriers: The nodes that pass relevance on. The others, such as those of attention weights, do not count.
+    """
     found: set[str] = set()
     for user in node.users:
+        if user.op == "output":
+            return None
+        if user not in carriers:
+            continue
         reader = module.get_submodule(str(user.target)) if user.op == "call_module" else None
         if isinstance(reader, ScaledModule):
             found.add(reader.name)
-        elif isinstance(reader, RuledRectifier) or passes_values(user) or is_product(user, reader):
-            behind = find_readers(module, user)
+        else:  # norms, products, pools, rectifiers and changes of shape pass relevance on
+            behind = find_readers(module, user, carriers)
             if behind is None:
                 return None
             found |= behind
-        else:
-            return None
     return frozenset(found)
 
 

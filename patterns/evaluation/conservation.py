@@ -3,14 +3,16 @@
 In the backward pass, a neuron with relevance R gives w_i a_i R to its i-th input. Because wᵀa = 1, these add up to R,
 which includes the share of the bias. So the sum of the map equals the target's value, except for the losses
 
-- at gates: relevance for a gate that is closed (the value is 0, or 6) ends there;
+- at gates: relevance for a gate that is closed (the value is 0, or 6) ends there, and a smooth gate with the factor g
+  loses the share 1 - g;
 - at borders: the share Σ w_i a_i over the padding in a neuron's receptive field; in transposed convolutions with a
   stride also the share over the zeros between the inputs;
 - in neurons without wᵀa = 1, such as those with pattern 0 (dead, constant or degenerate), and those with the identity
-  estimator, x / z, whose share of the bias is lost.
+  estimator, x / z: they lose the share of the bias, and ε / (|z| + ε) by the stabilizer ε.
 
-Max pooling, reshaping, concatenation and values with several readers lose nothing. Shares are signed because relevance
-is: a closed gate that loses negative relevance raises the sum.
+Max pooling, reshaping, concatenation and values with several readers lose nothing; nor do norms, factors of products
+and attention, whose weights sum to 1. Shares are signed because relevance is: a closed gate that loses negative
+relevance raises the sum.
 """
 
 from collections.abc import Callable
@@ -30,10 +32,12 @@ from patterns.attribution.backward_weights import (
 )
 from patterns.attribution.methods import ATTRIBUTION
 from patterns.attribution.rectifier_rules import rectifier_function
+from patterns.attribution.scale_rules import SwitchedGate, insert_scale_rules
 from patterns.operators.axes import reshape_along
 from patterns.operators.operator import Operator
 from patterns.tracing.aten_graph import opname
 from patterns.tracing.network import Network
+from patterns.tracing.scales import SCALES, detached
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -103,17 +107,20 @@ def conservation(network: Network, patterns: Patterns, inputs: Tensor, targets: 
         return OperatorWithBackwardWeight(operator, lambda: weights[operator.name], is_identity)
 
     module = network.rewrite(make_operator)
+    # What is detached gets no gradient at all, so that only relevance is summed.
+    scales = [function for function in SCALES if function is not detached]
+    insert_scale_rules(module, lambda: ATTRIBUTION.scales, lambda: identities, scales)
     losses: list[Loss] = []
 
     def total(gradients: Gradients) -> float:
         return sum(float(g.double().sum()) for g in gradients if g is not None) / len(inputs)
 
     def record(node: Node, given: Gradients, received: Gradients) -> None:
-        if node.op != "call_module":
-            cause = "gate" if rectifier_function(node) else "border" if "pad" in opname(node) else "other"
-            losses.append(Loss(node.name, cause, total(received), total(given)))
+        operator = operators.get(str(node.target)) if node.op == "call_module" else None
+        if operator is None:
+            losses.append(Loss(node.name, find_cause(module, node), total(received), total(given)))
             return
-        operator, relevance = operators[str(node.target)], received[0]
+        relevance = received[0]
         assert relevance is not None
         if operator.name in identities:  # nothing is lost at borders, where x is 0
             by_neurons = total(given)
@@ -127,6 +134,13 @@ def conservation(network: Network, patterns: Patterns, inputs: Tensor, targets: 
     scores = GradientRecorder(module, record).run(inputs)
     torch.autograd.grad(scores, inputs, torch.zeros_like(scores).scatter_(1, targets[:, None], 1.0))
     return losses
+
+
+def find_cause(module: GraphModule, node: Node) -> str:
+    """Return why a step that is no operator can lose relevance."""
+    if node.op == "call_module":  # a scale that follows rules
+        return "gate" if isinstance(module.get_submodule(str(node.target)), SwitchedGate) else "other"
+    return "gate" if rectifier_function(node) else "border" if "pad" in opname(node) else "other"
 
 
 class GradientRecorder(Interpreter):

@@ -22,8 +22,7 @@ from torch.fx.node import map_arg
 from patterns.operators.copies import select_neurons
 from patterns.operators.operator import Convolution, Linear, Operator
 from patterns.tracing.aten_graph import RESHAPES, AtenGraph, opname
-from patterns.tracing.linearize import find_carriers
-from patterns.tracing.scales import detached, factored
+from patterns.tracing.scales import detached, factored, find_carriers
 
 aten = torch.ops.aten
 
@@ -37,7 +36,7 @@ IMAGES = 2  # the batch size of the tensor without memory
 
 def split_fused_layers(graph: AtenGraph) -> None:
     """Split each linear layer and convolution of which some neurons feed only constants, in place."""
-    carriers = find_carriers(graph)
+    carriers = find_carriers(graph.fx)
     calls: dict[str, list[Node]] = {}
     for node in graph.fx.nodes:
         if node.op == "call_module":

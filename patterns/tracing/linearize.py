@@ -51,25 +51,6 @@ def linearize_operations(graph: AtenGraph, pass_through: Collection[str]) -> Non
             node.args = node.args[0], detach_arguments(graph, node, factors, find_gate(*factors))
 
 
-def find_carriers(graph: AtenGraph) -> set[Node]:
-    """Return the nodes from which a gradient path leads to the output.
-
-    A path ends at a detached value, and at the factor of a scale.
-    """
-    (output,) = graph.fx.find_nodes(op="output")
-    found: set[Node] = set()
-    todo = list(output.all_input_nodes)
-    while todo:
-        node = todo.pop()
-        if node not in found:
-            found.add(node)
-            if node.target is factored:
-                todo += node.all_input_nodes[:1]
-            elif node.target not in (detached, aten.detach.default):
-                todo += node.all_input_nodes
-    return found
-
-
 def rewrite_layer_norm(graph: AtenGraph, node: Node, a: dict[str, Any]) -> Node:
     """Rewrite a layer or RMS norm over the last dimensions as a scale by 1/σ, a product and a sum."""
     x: Node = a["input"]

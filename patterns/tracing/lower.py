@@ -25,7 +25,7 @@ from patterns.operators.operator import (
 from patterns.tracing.aten_graph import AtenGraph, arguments, get_constant, is_activation, opname, per_dimension, source
 from patterns.tracing.average_pools import AVERAGE_POOLS
 from patterns.tracing.canonicalize import weighted_sum
-from patterns.tracing.linearize import find_carriers
+from patterns.tracing.scales import find_carriers
 
 aten = torch.ops.aten
 
@@ -35,7 +35,7 @@ def lower_operations(graph: AtenGraph) -> None:
     names: dict[Any, str] = {}  # operator names by type, options and parameters
     operators: dict[str, Operator] = {}
     orders: Counter[str] = Counter()
-    carriers = find_carriers(graph)
+    carriers = find_carriers(graph.fx)
     for node in list(graph.fx.nodes):
         lower = LOWERINGS.get(node.target) if node in carriers and node.op == "call_function" else None
         operation = lower(graph, node) if lower else None

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from patterns.operators.gates import gated
 
@@ -167,6 +167,22 @@ def count_constants(module: GraphModule) -> dict[str, int]:
 def is_second(node: Node) -> bool:
     """Return whether a node is the second argument of one of its users."""
     return any(node in user.args[1:2] for user in node.users)
+
+
+def find_carriers(graph: Graph) -> set[Node]:
+    """Return the nodes whose values have a gradient: those from which a path leads to the output that nothing cuts."""
+    (output,) = graph.find_nodes(op="output")
+    found: set[Node] = set()
+    todo = list(output.all_input_nodes)
+    while todo:
+        node = todo.pop()
+        if node not in found:
+            found.add(node)
+            if node.target is factored:
+                todo += node.all_input_nodes[:1]
+            elif node.target not in (detached, torch.ops.aten.detach.default):
+                todo += node.all_input_nodes
+    return found
 
 
 def has_scales(module: GraphModule) -> bool:

@@ -183,7 +183,7 @@ def read_elu(at_one: float, at_minus_eight: float, at_minus_one: float) -> Smoot
 
 def rounded(value: float) -> float:
     """Return a number without the last digits, in which the evaluation may differ between spellings."""
-    return float(f"{value:.9g}")
+    return float(f"{value:.12g}")
 
 
 def is_gate(gate: SmoothGate) -> bool:

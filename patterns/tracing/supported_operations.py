@@ -10,9 +10,9 @@ from patterns.tracing.aten_graph import AtenGraph, is_activation, opname, passes
 from patterns.tracing.average_pools import fixed_product
 from patterns.tracing.canonicalize import weighted_sum
 from patterns.tracing.folding import FILLED
-from patterns.tracing.linearize import DETACHED_NORMS, find_carriers
+from patterns.tracing.linearize import DETACHED_NORMS
 from patterns.tracing.rectifiers import RECTIFIERS
-from patterns.tracing.scales import SCALES, detached
+from patterns.tracing.scales import SCALES, detached, find_carriers
 
 aten = torch.ops.aten
 
@@ -40,7 +40,7 @@ SUPPORTED = (
 def require_supported(graph: AtenGraph, name: str, pass_through: Collection[str]) -> None:
     """Raise UserError if the graph has operations without a rule for the backward pass of explanations."""
     unknown: dict[str, str] = {}
-    valueless, carriers = find_input_independent(graph), find_carriers(graph)
+    valueless, carriers = find_input_independent(graph), find_carriers(graph.fx)
     for node in graph.fx.nodes:
         if node.op != "call_function" or node.target in RECTIFIERS or node.target in REWRITTEN:
             continue

@@ -14,6 +14,7 @@ from patterns.estimation.observer import accumulate_patches
 from patterns.moments.accumulator import Accumulator
 from patterns.moments.moments import RequiredSums
 from patterns.operators.gates import FACTORS, gated
+from tests.oracles import Neuron
 from tests.patterns.cases import FIXED, Case, fixed
 
 # The activation in torch of each smooth gate.
@@ -76,6 +77,21 @@ def brute_force(case: Case, gate: SmoothGate) -> dict[str, Tensor]:
     return {name: torch.stack(values) for name, values in rows.items()}
 
 
+def weighted_patterns(neuron: Neuron, w: Tensor, g: Tensor) -> dict[str, Tensor]:
+    """The patterns of both sides of a gate, from deviations of the samples, which are weighted by g and by 1 - g."""
+    rows = {}
+    for side, weights in (("positive", g), ("negative", 1 - g)):
+        share = (weights / weights.sum())[:, None]
+        if not share.isfinite().all():
+            continue
+        dx, y = neuron.x - (share * neuron.x).sum(0), neuron.y[:, None]
+        dy = y - (share * y).sum()
+        rows[f"{side}-own-mean"] = (share * dx * dy).sum(0) / (share * dy * dy).sum()
+        direction = (share * neuron.x * (y - y.mean())).sum(0)
+        rows[side] = direction / (w @ direction)
+    return rows
+
+
 def assert_sums(found: Moments, expected: dict[str, Tensor], tolerance: float = 1e-10) -> None:
     assert found.open is not None
     for name, values in expected.items():
@@ -97,19 +113,17 @@ def test_moments_of_every_operator_are_weighted_sums_over_patches(gate: SmoothGa
         assert_sums(found, expected)
         halves = [case.moments(inputs=batch) for batch in case.batches([1, len(case.inputs[0]) - 1])]
         assert_sums(halves[0] + halves[1], expected)
-        solution = solve(case.operator, found, "two-component-own-mean")
-        own = solution.patterns["positive-own-mean"].flatten(1)
-        for k in range(len(own)):
-            m, x, y = expected["n"][k], expected["x"][k], expected["y"][k]
-            if m < 1e-12 * found.total.n[k]:
+        solution = solve(case.operator, found, "two-component,two-component-own-mean")
+        for k, (neuron, bias) in enumerate(zip(neurons, biases)):
+            g = weights_of(gate, neuron.y + bias)
+            if g.sum() < 1e-12 * len(g):
                 assert solution.flags[k] == "dead"
-                continue
-            cov = expected["xy"][k] / m - x / m * y / m
-            var = expected["yy"][k] / m - (y / m) ** 2
-            if var <= 1e-9 * expected["yy"][k] / m:
+            elif neuron.y.std() <= 1e-9 * neuron.y.abs().max():
                 assert solution.flags[k] == "constant"
-                continue
-            assert float((own[k] - cov / var).norm() / own[k].norm()) < 1e-6, (name, k)
+            else:
+                for row, pattern in weighted_patterns(neuron, case.weight[k].flatten(), g).items():
+                    found_row = solution.patterns[row].flatten(1)[k]
+                    assert float((found_row - pattern).norm() / pattern.norm()) < 1e-10, (name, k, row)
 
 
 def test_float32_sums_of_outputs_far_from_zero_are_accurate() -> None:
@@ -190,6 +204,10 @@ SPELLINGS: dict[str, tuple[SmoothGate, list[Callable[[Tensor], Tensor]]]] = {
     ),
     "mish": (SmoothGate("mish"), [F.mish, lambda x: x * torch.tanh(F.softplus(x))]),
     "elu": (SmoothGate("elu", (1.0, 1.0, 1.0)), [F.elu, lambda x: torch.where(x > 0, x, torch.expm1(x))]),
+    "selu": (
+        SmoothGate("elu", (1.67326324235, 1.05070098736, 1.0)),
+        [F.selu, lambda x: 1.0507009873554805 * torch.where(x > 0, x, 1.6732632423543772 * (torch.exp(x) - 1))],
+    ),
     "leaky-relu": (
         SmoothGate("leaky-relu", (0.2,)),
         [lambda x: F.leaky_relu(x, 0.2), lambda x: torch.where(x > 0, x, 0.2 * x)],

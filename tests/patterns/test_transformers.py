@@ -119,22 +119,16 @@ def test_gradient_is_the_models_and_gradient_x_input_that_of_constant_factors(at
 @pytest.mark.cases
 @every_attention
 @every_norm
-def test_relevance_sums_to_the_score_without_biases(attention: str, norm: str) -> None:
+def test_relevance_sums_to_the_score_without_biases_and_stabilizer(
+    attention: str, norm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the stabilizer of LRP-ε takes is in test_smooth_conservation."""
+    monkeypatch.setattr("patterns.attribution.backward_weights.EPSILON", 0.0)
     network = trace(Transformer(attention, norm, bias=False), X[:2])
     for name, patterns in (("gradient-x-input", None), ("patternattribution", identity_everywhere(network))):
         found = Explainer(network, patterns, [name])(X)
         scores = found.scores.max(1).values
-        # LRP's stabilizer takes a share of about 1e-6 / z of each relevance.
-        tolerance = 1e-12 if patterns is None else 2e-4
-        torch.testing.assert_close(found.maps[name].flatten(1).sum(1), scores, rtol=tolerance, atol=0)
-
-
-def test_identity_conserves_exactly_without_its_stabilizer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("patterns.attribution.backward_weights.EPSILON", 0.0)
-    network = trace(Transformer(bias=False), X[:2])
-    found = Explainer(network, identity_everywhere(network), ["patternattribution"])(X)
-    scores = found.scores.max(1).values
-    torch.testing.assert_close(found.maps["patternattribution"].flatten(1).sum(1), scores, rtol=1e-10, atol=0)
+        torch.testing.assert_close(found.maps[name].flatten(1).sum(1), scores, rtol=1e-12, atol=0)
 
 
 def test_maps_do_not_depend_on_the_other_methods() -> None:
@@ -213,15 +207,15 @@ def test_patternattribution_passes_a_norm_and_patternnet_divides_by_its_factor(k
     found = explainer(x, classes)
     values = found.scores.gather(1, classes[:, None])
     relevance = (values * (pattern * model.out.weight)[classes]).view_as(x)
-    torch.testing.assert_close(found.maps["patternattribution"], relevance.detach())
+    torch.testing.assert_close(found.maps["patternattribution"], relevance.detach(), rtol=1e-12, atol=1e-14)
     parts = grouped(x)
     parts = parts if kind == "rms" else parts - parts.mean(-1, keepdim=True)
     factor = (parts.square().mean(-1, keepdim=True) + (1e-6 if kind == "rms" else 1e-5)).rsqrt().expand_as(parts)
     signal = (values * pattern[classes]).view_as(x) / factor.reshape(x.shape)
-    torch.testing.assert_close(found.maps["patternnet"], signal.detach())
+    torch.testing.assert_close(found.maps["patternnet"], signal.detach(), rtol=1e-10, atol=1e-12)
     leaf = x.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(model(leaf).gather(1, classes[:, None]).sum(), leaf)
-    torch.testing.assert_close(found.maps["gradient"], gradient, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(found.maps["gradient"], gradient, rtol=1e-10, atol=1e-12)
 
 
 def test_standardized_equals_torchs_norms() -> None:

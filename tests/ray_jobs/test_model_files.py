@@ -1,6 +1,7 @@
 """Models from files without code: exported programs and ONNX graphs."""
 
 import io
+import re
 import sys
 import zipfile
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torchvision import models
 
 from patterns import Solution, UserError, accumulate, solve, trace
 from ray_jobs.config import ModelConfig
@@ -66,19 +68,35 @@ def test_model_of_a_file_has_the_operators_and_patterns_of_its_module(tmp_path: 
         assert_same_patterns(found, expected)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    ["alexnet", "densenet121", "efficientnet_b0", "mobilenet_v2", "mobilenet_v3_small", "regnet_y_400mf", "resnet18",
-     "shufflenet_v2_x0_5", "squeezenet1_1", "vgg11", "vit_b_16", "swin_t", "convnext_tiny", "mnasnet0_5", "maxvit_t"],
-)  # fmt: skip
-def test_programs_of_torchvision_have_the_operators_and_patterns_of_their_modules(tmp_path: Path, name: str) -> None:
-    from torchvision import models
+# A small model of each family of torchvision's classifiers.
+TORCHVISION = [
+    "alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "efficientnet_v2_s", "googlenet", "inception_v3",
+    "maxvit_t", "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small", "regnet_y_400mf", "resnet18", "resnext50_32x4d",
+    "shufflenet_v2_x0_5", "squeezenet1_1", "swin_t", "swin_v2_t", "vgg11", "vit_b_16", "wide_resnet50_2",
+]  # fmt: skip
 
+
+def find_family(name: str) -> str:
+    """Return the letters and the version that a name begins with."""
+    found = re.match(r"[a-z]+(_v\d)?", name)
+    assert found is not None
+    return found[0]
+
+
+def test_every_family_of_torchvision_has_a_model_in_the_test_of_programs() -> None:
+    names = models.list_models(module=models)
+    assert {find_family(name) for name in TORCHVISION} == {find_family(name) for name in names}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_programs_of_torchvision_have_the_operators_and_patterns_of_their_modules(tmp_path: Path, name: str) -> None:
     torch.manual_seed(0)
-    model = models.get_model(name).eval()
-    images = torch.rand(2, 3, 224, 224)
-    (tmp_path / "m.pt2").write_bytes(export(model, 224))
+    options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}  # which is slow
+    model = models.get_model(name, **options).eval()
+    size = 299 if name == "inception_v3" else 224
+    images = torch.rand(2, 3, size, size)
+    (tmp_path / "m.pt2").write_bytes(export(model, size))
     network = trace(model, images)
     loaded = loading.load(ModelConfig(spec=str(tmp_path / "m.pt2"))).network
     assert list(loaded.operators) == list(network.operators)

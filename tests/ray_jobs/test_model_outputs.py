@@ -82,6 +82,53 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+AUXILIARY = """
+import torch
+from torchvision.models import GoogLeNet, Inception3
+
+
+def make(model, training):
+    torch.manual_seed(0)
+    if training:  # the model returns what it returns in training, although its layers are in evaluation mode
+        model = type(model.__name__, (model,), {"training": property(lambda self: True, lambda self, value: None)})
+    return model(num_classes=5, init_weights=False)
+
+
+def googlenet():
+    return make(GoogLeNet, True)
+
+
+def googlenet_plain():
+    return make(GoogLeNet, False)
+
+
+def inception():
+    return make(Inception3, True)
+
+
+def inception_plain():
+    return make(Inception3, False)
+"""
+SCORES = {"googlenet": "logits, aux_logits2, aux_logits1", "inception": "logits, aux_logits"}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["googlenet", pytest.param("inception", marks=pytest.mark.slow)])
+def test_auxiliary_scores_of_training_are_not_explained(name: str, tmp_path: Path) -> None:
+    (tmp_path / "auxiliary.py").write_text(AUXILIARY)
+    size = 299 if name == "inception" else 64
+    options = {**PREPROCESSING, "image_size": size, "resize": size}
+    found, plain = (
+        loading.load(ModelConfig(spec=f"{tmp_path}/auxiliary.py:{function}", **options))  # type: ignore[arg-type]
+        for function in (name, f"{name}_plain")
+    )
+    assert found.traced.describe()[0].startswith(f"the explained output of the model is logits (of {SCORES[name]})")
+    assert list(found.network.operators) == list(plain.network.operators)
+    assert not any(operator.lower().startswith("aux") for operator in found.network.operators)
+    x = torch.randn(2, 3, size, size)
+    torch.testing.assert_close(found.network.module(x), plain.model(x))
+
+
 def config(file: Path, name: str, output: str | None = None) -> ModelConfig:
     return ModelConfig(spec=f"{file}:{name}", output=output, **PREPROCESSING)  # type: ignore[arg-type]
 
