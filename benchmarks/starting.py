@@ -22,7 +22,7 @@ from benchmarks.timing import write_photographs
 from ray_jobs.config import FitConfig, ModelConfig
 from ray_jobs.data.shard_specs import list_shards
 from ray_jobs.engine.shard_worker import WorkerResources
-from ray_jobs.engine.worker_hosts import WorkerHost
+from ray_jobs.engine.worker_hosts import WorkerHost, pack
 from ray_jobs.jobs.fit.fit import list_passes, make_observer
 from ray_jobs.jobs.moments_job import MomentsTask, MomentsWorker
 from ray_jobs.models import loading
@@ -65,10 +65,10 @@ def measure_worker(config: FitConfig) -> list[list[Cell]]:
     (only,) = list_passes(Run(config.out), loaded.network, config)
     observe = ObserverOf(config, only.operators)
     task = MomentsTask(config.shards[0], IMAGES, number=0)
-    arguments = MomentsWorker, loaded.traced, only.store, config.batch_size, observe, WorkerResources()
+    content, digest = pack((MomentsWorker, loaded.traced, only.store, config.batch_size, observe))
     host: Any = ray.remote(WorkerHost).remote()
     begun: float = ray.get(host.call.remote(time.process_time))
-    host.start.remote([ray.put(argument) for argument in arguments])
+    host.start.remote([ray.put(content)], digest, WorkerResources())
     ray.get(host.prepare.remote())
     ready: float = ray.get(host.call.remote(time.process_time))
     for report in host.work.options(num_returns="streaming").remote(task):
