@@ -101,7 +101,7 @@ def test_a_worker_does_not_use_a_damaged_model(
         return content[:-200] + bytes([content[-200] ^ 1]) + content[-199:], digest
 
     monkeypatch.setattr("ray_jobs.engine.shard_job.pack", pack_and_damage)
-    with pytest.raises(UserError, match="the model that this worker received has the digest [0-9a-f]{16} instead of"):
+    with pytest.raises(UserError, match=r"the model that this worker received has the digest [0-9a-f]{16} instead of"):
         fit(make_fit_config(model_spec, shards[:2], tmp_path / "run"), ONE)
     assert len(packed) == 1
     assert len(packed[0]) > 1000

@@ -41,7 +41,7 @@ print(json.dumps([run.manifest()["fit"], free[-1], sorted(gpus)]))
 
 
 @pytest.mark.parametrize(
-    "nodes, gpus, cpus",
+    ("nodes", "gpus", "cpus"),
     [
         ([(16, 1)], 1, 8),  # more than a worker can use
         ([(16, 2)], 1, 7),  # one CPU is kept
