@@ -92,7 +92,7 @@ def strike(pools: list[ProcessPool], rng: random.Random, ended: threading.Event,
     """Kill decoding processes, or the server that forks them, at random times until the fit has ended."""
     while len(struck) < STRIKES and not ended.is_set():
         time.sleep(rng.uniform(0, 0.15))
-        running = [process for pool in pools for process in pool.running]
+        running = [process for pool in pools for process in pool.running if process]  # 0: it is not known yet
         if rng.random() < 0.2:
             running = [pool._server.process.pid for pool in pools if pool._server.process is not None and running]
         if running:
