@@ -3,14 +3,22 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import ray
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ray_jobs.config import Resources
+from ray_jobs.config.timing import PRODUCTION
+from ray_jobs.engine import ray_session, shard_job
 from ray_jobs.engine.ray_session import choose_worker_cpus, count_on_node, share_cpus
+from ray_jobs.engine.shard_job import ShardJob
+from ray_jobs.runs.run_folder import Run
 
 # A fit on a Ray with 5 CPUs and 2 GPUs that need not exist. It prints the section of the manifest, the CPUs that are
 # free while both workers have their places, and the GPU of each worker.
@@ -74,6 +82,22 @@ def test_no_node_holds_fewer_workers_than_with_one_cpu_for_each(nodes: list[dict
 def test_cpus_that_are_asked_for_are_taken() -> None:
     assert choose_worker_cpus(Resources(workers=0, cpus_per_worker=3)) == 3
     assert choose_worker_cpus(Resources(workers=0)) == 1
+
+
+def test_workers_take_fewer_cpus_once_a_smaller_node_joins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [{"CPU": 16.0, "GPU": 2.0}]
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray_session, "list_nodes", lambda: nodes)
+    monkeypatch.setattr(shard_job, "list_draining_nodes", frozenset)
+    resources = Resources(timing=replace(PRODUCTION, node_interval=0.0))
+    heartbeat: Any = SimpleNamespace(run=Run(tmp_path))
+    job = ShardJob("fit", heartbeat, ["a"] * 9, ["a"] * 9, resources, None)
+    job.options = ray_session.make_worker_options(resources)
+    assert (job.options["num_cpus"], job.wanted_workers()) == (7, 2)
+    nodes.append({"CPU": 3.0, "GPU": 1.0})
+    assert (job.wanted_workers(), job.options["num_cpus"]) == (3, 2)
+    nodes.pop()
+    assert (job.wanted_workers(), job.options["num_cpus"]) == (2, 2)  # of the other workers, some still have seven
 
 
 @pytest.mark.full
