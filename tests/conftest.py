@@ -6,6 +6,7 @@ import re
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -105,7 +106,7 @@ def traced_once() -> Iterator[None]:
         key = self.digest, *options, self.preprocessing.input_shape, self.dtype, self.device
         if key not in models:
             models[key] = original(self)
-        return models[key]
+        return replace(models[key], origin=self.origin)
 
     cached = cached_property(traced)
     cached.__set_name__(LoadedModel, "traced")

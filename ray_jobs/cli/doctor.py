@@ -32,7 +32,8 @@ def doctor(options: DoctorOptions) -> None:
     for node in found.nodes:
         table.add_row(*node.cells())
     Console(width=None if sys.stdout.isatty() else 120).print(table)
-    echo(f"{len(found.nodes)} nodes, with room for {found.workers} workers; {len(shards)} shards checked")
+    room = f"{found.workers} workers of {found.cpus:g} CPU{'' if found.cpus == 1 else 's'}"
+    echo(f"{len(found.nodes)} nodes, with room for {room}; {len(shards)} shards checked")
     echo(f"images/s: JPEGs of 500×375 that the CPUs of a node decode; {GPU_NEED}")
     for problem in found.problems:
         echo(name_flags(f"  {problem}", doctor.flags()))

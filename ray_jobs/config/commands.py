@@ -265,7 +265,7 @@ class DoctorOptions(Validated, ShardOptions, AddressOptions):
     shards: tuple[str, ...] = option((), "Shards that the job will read. Repeatable.", repeated=True)
     out: str | None = option(None, "Folder or URL that the job will write.", parse="path")
     gpus_per_worker: float | None = same(Resources, "gpus_per_worker")
-    cpus_per_worker: float = same(Resources, "cpus_per_worker")
+    cpus_per_worker: float | None = same(Resources, "cpus_per_worker")
     min_workers: int = same(Resources, "min_workers")
     patience: float = option(120.0, "Time that a node may take to answer.", parse=parse_duration)
 

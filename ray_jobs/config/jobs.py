@@ -346,7 +346,11 @@ class Resources(Validated):
         min=0,
     )
     gpus_per_worker: float | None = option(None, "GPUs per worker (default: 1 if the cluster has any, else 0).", min=0)
-    cpus_per_worker: float = option(1, "CPUs per worker, and threads of its process.", min=0)
+    cpus_per_worker: float | None = option(
+        None,
+        "CPUs per worker, and threads of its process (default: 1; with a GPU, the node's CPUs for each, at most 8).",
+        min=0,
+    )
     max_loss: float = option(
         900.0, "Maximum work that is repeated if a worker is lost: 90s, 15m, 2h.", parse=parse_duration
     )

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -24,6 +24,7 @@ from ray_jobs.engine.ray_tasks import LocalTasks, RayTasks, Tasks
 from ray_jobs.engine.signals import stop_signals
 from ray_jobs.io.file_systems import format_message
 
+MAX_CPUS = 8  # that a worker with a GPU takes by default; more decoding processes than that feed it no faster
 REQUIREMENTS = {"CPU": "num_cpus", "GPU": "num_gpus"}  # a node's resources, and the actor options that take them
 
 
@@ -113,6 +114,36 @@ def worker_gpus(resources: Resources) -> float | None:
     return 1.0 if any(node.get("GPU", 0) for node in list_nodes()) else 0.0
 
 
+def choose_worker_cpus(resources: Resources) -> float:
+    """Return the number of CPUs per worker: as asked for, else those that the nodes have for each worker with a GPU.
+
+    It is 1 for workers without a GPU, if the cluster is not connected, and if the cluster is asked to grow, by nodes
+    that may have fewer CPUs.
+
+    Args:
+        resources: What the job takes from the cluster.
+    """
+    gpus = worker_gpus(resources)
+    if resources.cpus_per_worker is not None or not gpus or resources.min_workers or not ray.is_initialized():
+        return 1.0 if resources.cpus_per_worker is None else resources.cpus_per_worker
+    return share_cpus(list_nodes(), gpus)
+
+
+def share_cpus(nodes: Sequence[dict[str, float]], gpus: float) -> float:
+    """Return how many CPUs each worker with a GPU can have.
+
+    Each node keeps a CPU for the driver and its tasks, so that it holds as many workers as with one CPU for each. The
+    node with the fewest CPUs for each worker decides.
+
+    Args:
+        nodes: The resources of each node.
+        gpus: The number of GPUs per worker, more than 0.
+    """
+    workers = [count_on_node(node, {"num_cpus": 1.0, "num_gpus": gpus}) for node in nodes]
+    shares = [int((node["CPU"] - 1) / count) for node, count in zip(nodes, workers) if count]
+    return float(max(1, min([MAX_CPUS, *shares]))) if shares else 1.0
+
+
 def make_worker_options(resources: Resources) -> dict[str, Any]:
     """Return the actor options of a worker.
 
@@ -123,7 +154,8 @@ def make_worker_options(resources: Resources) -> dict[str, Any]:
         UserError: If no node of the cluster can hold a worker, and the cluster is not asked to grow.
     """
     gpus = worker_gpus(resources)
-    options = {"num_cpus": resources.cpus_per_worker, "num_gpus": gpus, "max_restarts": 0, "max_task_retries": 0}
+    cpus = choose_worker_cpus(resources)
+    options = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": 0, "max_task_retries": 0}
     if not (resources.min_workers or count_worker_slots(options)):
         max_cpus, max_gpus = (max(node.get(name, 0) for node in list_nodes()) for name in REQUIREMENTS)
         raise UserError(
@@ -142,12 +174,18 @@ def count_worker_slots(options: dict[str, Any]) -> int:
     Args:
         options: Actor options of a worker.
     """
+    return sum(count_on_node(node, options) for node in list_nodes())
 
-    def count(node: dict[str, float]) -> int:
-        ratios = [node.get(name, 0) / options[need] for name, need in REQUIREMENTS.items() if options[need] > 0]
-        return int(min(ratios, default=1) + 1e-6)
 
-    return sum(map(count, list_nodes()))
+def count_on_node(node: dict[str, float], options: dict[str, Any]) -> int:
+    """Return how many workers a node could hold if nothing else ran on it.
+
+    Args:
+        node: The resources of the node.
+        options: Actor options of a worker.
+    """
+    ratios = [node.get(name, 0) / options[need] for name, need in REQUIREMENTS.items() if options[need] > 0]
+    return int(min(ratios, default=1) + 1e-6)
 
 
 def list_nodes() -> list[dict[str, float]]:

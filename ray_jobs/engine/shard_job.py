@@ -12,11 +12,16 @@ from ray_jobs.config import Resources
 from ray_jobs.data.samples import RejectedSample
 from ray_jobs.engine import metrics, worker_pool
 from ray_jobs.engine.progress import ProgressReporter, WorkerProgress
-from ray_jobs.engine.ray_session import count_worker_slots, list_draining_nodes, make_worker_options
+from ray_jobs.engine.ray_session import (
+    choose_worker_cpus,
+    count_worker_slots,
+    list_draining_nodes,
+    make_worker_options,
+)
 from ray_jobs.engine.shard_worker import ShardReport, WorkerInfo, WorkerResources
 from ray_jobs.engine.signals import StoppedShortError, stop_signals
 from ray_jobs.engine.worker_backends import Backend, LocalBackend, RayBackend
-from ray_jobs.engine.worker_hosts import release_host, start_host
+from ray_jobs.engine.worker_hosts import pack, release_host, start_host
 from ray_jobs.io.refusals import BusyError
 from ray_jobs.runs.lease import Heartbeat
 from ray_jobs.runs.usage import Usage
@@ -133,16 +138,21 @@ class ShardJob:
         if self.local:
             return LocalBackend(lambda: worker(*arguments, WorkerResources(timing=self.timing)))
         self.options = make_worker_options(self.resources)
-        resources = WorkerResources(self.options["num_cpus"], self.options["num_gpus"], self.timing)
-        # Once for all workers: one of the arguments is the model.
-        shared = [ray.put(argument) for argument in (worker, *arguments, resources)]
+        if self.resources.cpus_per_worker is None:
+            self.reporter.log(f"{self.options['num_cpus']:g} CPUs per worker; --cpus-per-worker changes it")
+        content, digest = pack((worker, *arguments))
+        shared = ray.put(content)  # once for all workers: one of the arguments is the model
+        del content
+        started: dict[Any, dict[str, Any]] = {}  # the options of each host
 
         def spawn() -> Any:
+            resources = WorkerResources(self.options["num_cpus"], self.options["num_gpus"], self.timing)
             host = start_host(self.options)
-            host.start.remote(shared)
+            started[host] = self.options
+            host.start.remote([shared], digest, resources)
             return host
 
-        return RayBackend(spawn, lambda host: release_host(host, self.options))
+        return RayBackend(spawn, lambda host: release_host(host, started[host]))
 
     def judge(self, outcome: worker_pool.Outcome) -> None:
         """Note the shards that failed as missing, and raise an error if the job cannot continue without them."""
@@ -192,6 +202,9 @@ class ShardJob:
     def query_nodes(self) -> None:
         """Query the cluster's nodes, unless that was done a moment ago."""
         if not self.local and time.monotonic() - self.queried > self.timing.node_interval:
+            # A node that has joined may have fewer CPUs for each GPU; the next workers then take no more than that.
+            fewer = min(self.options["num_cpus"], choose_worker_cpus(self.resources))
+            self.options = self.options | {"num_cpus": fewer}
             self.slots, self.draining_nodes = count_worker_slots(self.options), list_draining_nodes()
             self.queried = time.monotonic()
 

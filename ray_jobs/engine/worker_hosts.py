@@ -1,6 +1,8 @@
 """The processes of workers on Ray. Between the jobs of one command they can be kept, with all that they imported."""
 
 import gc
+import hashlib
+import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,9 +10,30 @@ from typing import Any
 
 import ray
 import torch
+from ray import cloudpickle
 from ray.exceptions import GetTimeoutError, RayError
 
+from patterns import UserError
+
 CLEAR_TIMEOUT = 10.0  # seconds in which a host must have ended its worker to be used again
+
+
+def pack(values: Sequence[Any]) -> tuple[bytes, str]:
+    """Return values as bytes to send, and the digest of the bytes."""
+    content = cloudpickle.dumps(tuple(values))
+    return content, hashlib.sha256(content).hexdigest()
+
+
+def unpack(content: bytes, digest: str) -> Any:
+    """Return the values of `pack`.
+
+    Raises:
+        UserError: If these are not the bytes of the digest.
+    """
+    if (found := hashlib.sha256(content).hexdigest()) != digest:
+        what = f"the model that this worker received has the digest {found[:16]} instead of {digest[:16]}"
+        raise UserError(platform.node(), what, "Check the memory and the network of this node, then resume the job.")
+    return cloudpickle.loads(content)
 
 
 class WorkerHost:
@@ -20,15 +43,17 @@ class WorkerHost:
         self.worker: Any = None
         self.error: Exception | None = None
 
-    def start(self, references: Sequence[Any]) -> None:
+    def start(self, content: Sequence[Any], digest: str, *further: Any) -> None:
         """Make a worker.
 
         Args:
-            references: Ray's references of the worker's class and of its arguments.
+            content: Ray's reference of the packed class of the worker and its arguments, the only item.
+            digest: The digest of these bytes.
+            further: Further arguments of the class.
         """
         try:
-            worker, *arguments = ray.get(list(references))
-            self.worker, self.error = worker(*arguments), None
+            worker, *arguments = unpack(ray.get(content[0]), digest)
+            self.worker, self.error = worker(*arguments, *further), None
         except Exception as error:  # the code of a worker may be anything
             self.error = error
 

@@ -10,7 +10,7 @@ from patterns import UserError
 from ray_jobs.config import Resources
 from ray_jobs.data.selection import load_selection
 from ray_jobs.engine.progress import write_line
-from ray_jobs.engine.ray_session import connect
+from ray_jobs.engine.ray_session import choose_worker_cpus, connect
 from ray_jobs.engine.ray_tasks import Tasks
 from ray_jobs.engine.shard_worker import require_gpu_for_mode
 from ray_jobs.engine.trackers import require_tracker
@@ -97,6 +97,7 @@ class JobSession:
             require_gpu_for_mode(compile_mode, resources)
             self.heartbeat.usage = Usage.read(self.section) | earlier
             self.section |= {**recorded, "usage": self.heartbeat.usage.to_json()}
+            self.section["cpus_per_worker"] = choose_worker_cpus(resources)
             self.run.record(self.name, self.section, self.loaded)
             for line in self.loaded.traced.store(self.run.folder):
                 write_line(sys.stderr, self.name, str(self.run.folder), line, resources.log == "json")

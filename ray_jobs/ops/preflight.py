@@ -13,7 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from patterns import UserError
 from ray_jobs.config import Resources
-from ray_jobs.engine.ray_session import connect, count_worker_slots, make_worker_options
+from ray_jobs.engine.ray_session import choose_worker_cpus, connect, count_worker_slots, make_worker_options
 from ray_jobs.io.object_store import locate, publish, remove
 from ray_jobs.ops import node_probe
 from ray_jobs.ops.node_probe import Facts
@@ -76,11 +76,13 @@ class Diagnosis:
     Attributes:
         nodes: The nodes of the cluster.
         workers: Number of workers that fit the cluster.
+        cpus: Number of CPUs of each.
         problems: The problems, each with its place and fix.
     """
 
     nodes: list[Node]
     workers: int
+    cpus: float
     problems: list[UserError]
 
 
@@ -100,11 +102,12 @@ def examine(resources: Resources, shards: Sequence[str], out: str | None, patien
         found = probe_nodes(shards, out, mark, patience)
         mine = node_probe.probe((), None, mark)
         problems = [p for node in found for p in (*node_problems(node, out), *version_differences(node, mine))]
+        cpus = choose_worker_cpus(resources)
         try:
             workers = count_worker_slots(make_worker_options(resources))
         except UserError as error:
             workers, problems = 0, [*problems, error]
-    return Diagnosis(found, workers, group(problems))
+    return Diagnosis(found, workers, cpus, group(problems))
 
 
 def group(problems: Sequence[UserError]) -> list[UserError]:

@@ -88,7 +88,7 @@ def test_healthy_cluster_has_no_problems_and_no_file_is_left_behind(
 ) -> None:
     found = doctor(cluster, "--shards", f"{tmp_path}/shards/train-{{000..003}}.tar", "--out", tmp_path / "run")
     assert found.returncode == 0, found.stdout + found.stderr
-    assert "1 nodes, with room for 1 workers; 4 shards checked" in found.stdout
+    assert "1 nodes, with room for 1 workers of 1 CPU; 4 shards checked" in found.stdout
     assert "doctor: no problems found" in found.stdout
     heading, row, *_ = (line.split() for line in found.stdout.splitlines())
     assert heading[-2:] == ["images/s", "code"]

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from ray_jobs.data.shard_reader import read_shard
 from ray_jobs.engine.ray_session import connect
 from ray_jobs.engine.shard_job import ShardJob
 from ray_jobs.engine.shard_worker import WorkerInfo
-from ray_jobs.engine.worker_hosts import keep_workers, kept_actors
+from ray_jobs.engine.worker_hosts import keep_workers, kept_actors, pack, unpack
 from ray_jobs.jobs.explain.explain import explain
 from ray_jobs.jobs.fit.fit import fit
 from ray_jobs.runs.run_folder import Run
@@ -87,6 +88,34 @@ def test_without_the_block_workers_end_with_their_job(
     fit(make_fit_config(model_spec, shards[:2], tmp_path / "run"), ONE)
     assert not kept_actors()
     wait_until(lambda: not any(map(psutil.pid_exists, pids)))
+
+
+def test_a_worker_does_not_use_a_damaged_model(
+    local_ray: None, model_spec: str, shards: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed: list[bytes] = []
+
+    def pack_and_damage(values: Sequence[object]) -> tuple[bytes, str]:
+        content, digest = pack(values)
+        packed.append(content)
+        return content[:-200] + bytes([content[-200] ^ 1]) + content[-199:], digest
+
+    monkeypatch.setattr("ray_jobs.engine.shard_job.pack", pack_and_damage)
+    with pytest.raises(UserError, match=r"the model that this worker received has the digest [0-9a-f]{16} instead of"):
+        fit(make_fit_config(model_spec, shards[:2], tmp_path / "run"), ONE)
+    assert len(packed) == 1
+    assert len(packed[0]) > 1000
+
+
+def test_every_damaged_byte_of_what_is_sent_is_found() -> None:
+    content, digest = pack([dict, {"weights": list(range(100))}])
+    assert unpack(content, digest) == (dict, {"weights": list(range(100))})
+    for at in range(len(content)):
+        with pytest.raises(UserError) as caught:
+            unpack(content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :], digest)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError):
+        unpack(content[:-1], digest)
 
 
 def test_a_worker_that_cannot_be_made_ends_the_job_with_its_error(

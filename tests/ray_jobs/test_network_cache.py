@@ -21,6 +21,7 @@ from ray_jobs.jobs.explain.explain import explain
 from ray_jobs.jobs.fit.fit import fit
 from ray_jobs.models import loading, network_cache
 from ray_jobs.runs.run_folder import Run
+from tests.conftest import MODEL as MODEL_CODE
 
 HERE = Resources(workers=0)
 SPEC = "torchvision:squeezenet1_1"
@@ -164,16 +165,17 @@ def test_a_changed_option_replaces_the_file(fitted: FitConfig, copied: FitConfig
 
 
 def test_the_code_of_a_user_is_traced_by_each_command(
-    model_spec: str, shards: list[str], tmp_path: Path, traced_specs: list[str], capsys: pytest.CaptureFixture[str]
+    shards: list[str], tmp_path: Path, traced_specs: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = FitConfig(
-        model=ModelConfig(spec=model_spec, image_size=16, resize=16), shards=tuple(shards[:1]), out=str(tmp_path / "r")
-    )
+    (tmp_path / "own.py").write_text(MODEL_CODE)
+    spec = f"{tmp_path / 'own.py'}:small"
+    model = ModelConfig(spec=spec, image_size=16, resize=16)
+    config = FitConfig(model=model, shards=tuple(shards[:1]), out=str(tmp_path / "run"))
     fit(config, HERE)
     assert kept(config.out) == []
-    assert f"fit: {model_spec} is traced by every command, because its code" in capsys.readouterr().err
+    assert f"fit: {spec} is traced by every command, because its code" in capsys.readouterr().err
     explain(explain_config(config, config.out), HERE)
-    assert traced_specs == [model_spec] * 2
+    assert traced_specs == [spec] * 2
 
 
 def test_a_network_without_a_form_in_files_is_traced_by_each_command(
@@ -212,7 +214,8 @@ def test_a_run_in_a_store_keeps_the_network(
 def test_a_resumed_command_imports_neither_the_compiler_nor_the_library_of_the_model(
     copied: FitConfig, tmp_path: Path
 ) -> None:
-    command = ["explain", "--patterns", copied.out, "--shards", *copied.shards, "--workers", "0", "--output", "npy"]
+    given = [word for shard in copied.shards for word in ("--shards", shard)]
+    command = ["explain", "--patterns", copied.out, *given, "--workers", "0", "--output", "npy"]
     program = (
         "import json, sys\n"
         "from ray_jobs.cli.app import exit_status\n"

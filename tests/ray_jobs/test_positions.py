@@ -97,10 +97,13 @@ def test_auto_chooses_the_positions_that_the_tolerance_needs_and_keeps_them(
     assert "positions of each image" not in capsys.readouterr().err
 
 
-def test_auto_takes_all_positions_if_there_are_few_images(model_spec: str, shards: list[str], tmp_path: Path) -> None:
+def test_auto_takes_all_positions_if_there_are_few_images(
+    model_spec: str, shards: list[str], tmp_path: Path, capsys: Capsys
+) -> None:
     section = fit(make_fit_config(model_spec, shards[:1], tmp_path / "run"), HERE).manifest()["fit"]
     assert section["options"]["positions"] is None
     assert section["positions"] == {"positions": None, "images": 6}
+    assert "fit: all positions of each image: about 6 images are fewer than the 5000 " in capsys.readouterr().err
 
 
 @pytest.mark.full

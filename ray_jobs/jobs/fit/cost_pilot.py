@@ -193,7 +193,7 @@ def run_pilot(config: FitConfig, resources: Resources) -> Pilot:
     begun = time.monotonic()
     resources = replace(resources, timing=replace(resources.timing, report_interval=0.0), track=None, price=None)
     validate(config, resources)
-    loaded = loading.load(config.model)
+    loaded = loading.open_model(config.model, Run(config.out).folder)
     config, _ = resolve_positions(Run(config.out), config, loaded)
     count = min(len(config.shards), 2 * max(resources.workers or 1, 1))
     shards = tuple(config.shards[number * len(config.shards) // count] for number in range(count))

@@ -39,8 +39,9 @@ def resolve_positions(run: Run, config: FitConfig, loaded: AnyModel) -> tuple[Fi
     begun = run.manifest().get("fit")
     if begun is not None:
         return replace(config, positions=begun["options"].get("positions")), {}
-    images = 0 if config.compile not in (None, AUTO) else count_images(config)
-    chosen: dict[str, Any] = {"positions": None, "images": images}
+    compiled = config.compile not in (None, AUTO)
+    images = 0 if compiled else count_images(config)
+    chosen: dict[str, Any] = {"positions": None, "images": images} | ({"compiled": True} if compiled else {})
     if images >= MANY and len(pilot := read_pilot(config, loaded)) >= FEWEST_GROUPS:
         tolerance = TOLERANCE if config.until_converged is None else config.until_converged
         estimators = select_criterion_estimators(config.estimators)
@@ -51,9 +52,18 @@ def resolve_positions(run: Run, config: FitConfig, loaded: AnyModel) -> tuple[Fi
 
 def describe_choice(chosen: dict[str, Any]) -> list[str]:
     """Return the line that says how many positions were chosen, and why; no line if they were not chosen now."""
-    if "tolerance" not in chosen:
+    if not chosen:
         return []
-    error, images, tolerance = chosen["expected_error"], chosen["images"], chosen["tolerance"]
+    images = chosen["images"]
+    if "tolerance" not in chosen:
+        if not images:
+            reason = "compiled sums need all" if chosen.get("compiled") else "the first shard cannot be read"
+        elif images < MANY:
+            reason = f"about {images} images are fewer than the {MANY} from which a fit draws positions"
+        else:
+            reason = f"too few of about {images} images could be read to choose a number"
+        return [f"all positions of each image: {reason}"]
+    error, tolerance = chosen["expected_error"], chosen["tolerance"]
     if chosen["positions"] is None:
         reason = f"with fewer, the expected standard error after about {images} images is {error:.2g}"
         return [f"all positions of each image: {reason}, and the tolerance is {tolerance:g}"]
