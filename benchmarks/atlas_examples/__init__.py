@@ -1,0 +1,1 @@
+"""The examples of docs/atlas.md: handwritten digits, and crops of photographs."""
