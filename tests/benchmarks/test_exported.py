@@ -15,7 +15,7 @@ needs_onnx = pytest.mark.skipif(
 
 @needs_onnx
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(NETWORKS.keys() - {"Swin-T"}))
+@pytest.mark.parametrize("name", sorted(NETWORKS))
 def test_files_of_a_network_agree_with_the_explainer_and_are_small(name: str, tmp_path: Path) -> None:
     found = measure(name, tmp_path, rounds=0)
     assert found.lacks == ""
