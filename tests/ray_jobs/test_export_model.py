@@ -125,6 +125,7 @@ class Every(nn.Module):
         return self.last(nn.functional.avg_pool2d(x, 2, 1, 1)[:, :, :5, :5].flatten(1))
 
 
+@pytest.mark.full
 def test_rewritten_gradients_are_the_same_for_every_window() -> None:
     torch.manual_seed(0)
     batch = torch.randn(6, 3, 26, 25, dtype=torch.float64)
