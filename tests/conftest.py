@@ -106,7 +106,7 @@ def traced_once() -> Iterator[None]:
         key = self.digest, *options, self.preprocessing.input_shape, self.dtype, self.device
         if key not in models:
             models[key] = original(self)
-        return replace(models[key], origin=self.origin)
+        return replace(models[key], config=self.config, origin=self.origin)
 
     cached = cached_property(traced)
     cached.__set_name__(LoadedModel, "traced")

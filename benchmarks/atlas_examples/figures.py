@@ -154,7 +154,7 @@ def draw_classes(path: Path, pictures: Pictures) -> None:
 
 
 def draw_clusters(path: Path, pictures: Pictures, classes: Sequence[int], prototypes: int, cell: float) -> None:
-    """Draw the clusters of some classes: mean map, gain, and prototypes, photograph beside map.
+    """Draw the clusters of some classes: mean map, gain, and prototypes, each photograph next to its map.
 
     Args:
         path: The file to write.
@@ -184,7 +184,7 @@ def draw_clusters(path: Path, pictures: Pictures, classes: Sequence[int], protot
 def draw_samples(
     path: Path, pictures: Pictures, samples: Sequence[Row], title: Callable[[Row], str], columns: int, cell: float
 ) -> None:
-    """Draw samples, photograph beside map.
+    """Draw samples, each photograph next to its map.
 
     Args:
         path: The file to write.

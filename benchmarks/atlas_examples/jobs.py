@@ -41,10 +41,10 @@ def describe_digits(data: Path, out: Path) -> Run:
     if not weights.exists():
         trained = train(partial(make_epoch, images, labels, torch.Generator().manual_seed(0)), seed=0)
         write_atomically(weights, partial(save_file, trained.state_dict()))
-    shards = [write_digits(images[:FITTED], labels[:FITTED], out / "fit", "train")]
-    shards.append(write_digits(*read_digits(data, "t10k"), out / "test", "t10k"))
+    fitted = write_digits(images[:FITTED], labels[:FITTED], out / "fit", "train")
+    described = write_digits(*read_digits(data, "t10k"), out / "test", "t10k")
     model = ModelConfig(spec=SPEC, weights=str(weights), image_size=28, resize=28, mean=(0.5,), std=(0.5,))
-    return describe(model, out, *shards, batch_size=100)
+    return describe(model, out, fitted, described, batch_size=100)
 
 
 def describe_photographs(out: Path) -> Run:

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from benchmarks.pages import Cell, Table, make_parser, mean_and_error, save_results
 from benchmarks.smooth.attnlrp import rules
 from benchmarks.smooth.networks import EPOCHS, NETWORKS, PRODUCTS, TOKENS, separate_tokens
-from patterns import Explainer, Network, Operator, accumulate, choose, contrast, solve, trace
+from patterns import Explainer, Network, accumulate, choose, contrast, solve, trace
 from patterns.attribution.methods import METHODS
 from patterns.evaluation import (
     area_over_curve,
@@ -49,12 +49,9 @@ ESTIMATORS = "linear,two-component,two-component-own-mean"
 PRESETS = ("paper", "linear", "own-mean", "class-specific")
 SOFT = "patternattribution-soft-products"  # the factor of a product is a soft gate
 OURS = tuple(f"patternattribution:{name}" for name in PRESETS)
-# Patterns of additions that do not depend on data.
-ADDITIONS: dict[str, Callable[[Operator], Tensor]] = {
-    "additions in equal parts": lambda addition: addition.weight / addition.weight.square().sum(1, keepdim=True),
-    "additions (1, 1)": lambda addition: torch.ones_like(addition.weight),
-}
-CHANGED = tuple(product(("own-mean", "class-specific"), ADDITIONS))  # the presets that also have these patterns
+# Presets that are also measured with the pattern w / wᵀw of additions, (½, ½) for a sum of two. The pattern (1, 1)
+# gives the same map times a power of two, because every path through these networks meets all of their additions.
+EQUAL = {preset: f"{preset}, additions in equal parts" for preset in ("own-mean", "class-specific")}
 APART = "patternattribution:own-mean, tokens apart"  # class and patch tokens have patterns of their own
 OTHERS = "gradient-x-input", "integrated-gradients"
 BEST = "AttnLRP, best γ"
@@ -94,10 +91,10 @@ def read_data(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 def name_methods(network: str) -> list[str]:
     """Return the names of all methods that are measured on a network."""
-    changed = [f"patternattribution:{preset}, {rule}" for preset, rule in CHANGED]
+    equal = [f"patternattribution:{name}" for name in EQUAL.values()]
     soft = [f"{SOFT}:{preset}" for preset in PRESETS] if network in PRODUCTS else []
     apart = [APART] if network in TOKENS else []
-    return [*OTHERS, *OURS, *changed, *soft, *apart, *(name_gammas(*gammas) for gammas in GAMMAS)]
+    return [*OTHERS, *OURS, *equal, *soft, *apart, *(name_gammas(*gammas) for gammas in GAMMAS)]
 
 
 def name_gammas(convolution: float, linear: float) -> str:
@@ -138,16 +135,16 @@ def fit(network: Network, images: Tensor, methods: Sequence[str]) -> tuple[Expla
     solutions = {name: solve(op, moments[name], ESTIMATORS) for name, op in network.operators.items()}
     solved = {name: solution.patterns for name, solution in solutions.items()}
     presets = {preset: choose(network, solved, preset) for preset in PRESETS}
-    for preset, rule in CHANGED:
-        presets[f"{preset}, {rule}"] = {**presets[preset], **replace_additions(network, rule)}
+    for preset, name in EQUAL.items():
+        presets[name] = {**presets[preset], **share_equally(network)}
     top_shares = {n: solution.top_share for n, solution in solutions.items() if solution.top_share is not None}
     return Explainer(network, None, methods, estimators=presets), top_shares
 
 
-def replace_additions(network: Network, rule: str) -> dict[str, Tensor]:
-    """Return the patterns of a network's additions by a rule of `ADDITIONS`."""
-    additions = {n: op for n, op in network.operators.items() if isinstance(op.operator_type, Addition)}
-    return {name: ADDITIONS[rule](addition) for name, addition in additions.items()}
+def share_equally(network: Network) -> dict[str, Tensor]:
+    """Return patterns of a network's additions that give each term of a sum the same share."""
+    additions = {n: op.weight for n, op in network.operators.items() if isinstance(op.operator_type, Addition)}
+    return {name: weight / weight.square().sum(1, keepdim=True) for name, weight in additions.items()}
 
 
 def explain(subject: Subject, images: Tensor, target: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:

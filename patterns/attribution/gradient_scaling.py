@@ -183,7 +183,9 @@ def measure_gradients(module: GraphModule, classes: ValueClasses, inputs: Tensor
     """
     largest = dict.fromkeys(classes.order, 0.0)
 
-    def record(number: int, gradient: Tensor) -> None:
+    def record(number: int, gradient: Tensor | None) -> None:
+        if gradient is None:  # of a value that leads only to constants
+            return
         value = float(gradient.abs().max())
         largest[number] = value if not value <= largest[number] else largest[number]
 

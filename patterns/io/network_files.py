@@ -87,7 +87,11 @@ def load_network(path: Openable) -> tuple[Network, dict[str, Any]]:
         attributes: dict[str, Any] = {}
         for name, value in graph["operators"].items():
             attributes[name] = decode_operator(value, tensors.pop(f"{name}/weight"), tensors.pop(f"{name}/bias", None))
-        module = build_graph(attributes | tensors, tuple(map(decode_record, graph["nodes"])))
+        records = tuple(map(decode_record, graph["nodes"]))
+        used = {record.target for record in records if record.op in ("get_attr", "call_module")}
+        if missing := used - attributes.keys() - tensors.keys():
+            raise ValueError(f"it has no {min(missing)}")
+        module = build_graph(attributes | tensors, records)
         inputs, outputs, constants = graph["fields"]
         return Network(module, tuple(inputs), tuple(outputs), constants), about
     except DAMAGED as error:

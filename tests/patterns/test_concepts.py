@@ -111,6 +111,7 @@ def test_images_without_labels_count_for_moments_only() -> None:
     assert int(observer.moments()["5"].total.n[0]) == COUNT
 
 
+@pytest.mark.full
 def test_planted_concept_is_found_among_larger_changes_that_do_not_depend_on_it() -> None:
     """A fifth of the images get faint stripes; the images differ much more in color, which reaches the same neurons."""
     generator = torch.Generator().manual_seed(3)
@@ -137,6 +138,7 @@ def test_planted_concept_is_found_among_larger_changes_that_do_not_depend_on_it(
     assert cosine(torch.from_numpy(weights), planted, 0) < 0.9
 
 
+@pytest.mark.full
 def test_standard_errors_are_those_of_repeated_draws() -> None:
     directions, errors = [], []
     for seed in range(300):

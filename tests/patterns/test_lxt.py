@@ -50,6 +50,7 @@ def gradient_x_input(model: nn.Module, x: Tensor, classes: Tensor) -> Tensor:
     return gradient * x
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["2 blocks", pytest.param("vit_b_16", marks=pytest.mark.slow)])
 def test_gradient_x_input_is_cp_lrp_of_lxt(name: str, cp_lrp: Callable[[], None]) -> None:
     torch.manual_seed(0)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 import patterns
 from patterns import Network, UserError
 from patterns.io import load_network, save_network
+from patterns.io.network_files import compute_digest
 from tests.patterns.test_sending import ClassToken
 
 
@@ -106,23 +108,43 @@ def test_a_file_of_other_tensors_is_no_network(tmp_path: Path) -> None:
         load_network(tmp_path / "network")
 
 
-def test_a_file_names_no_other_functions(small: Network, tmp_path: Path) -> None:
-    path = tmp_path / "network"
+FORGED = [
+    ["call_function", {"function": "load"}],
+    ["call_function", {"function": "system"}],
+    ["call_function", {"operation": ["no_such_operation", "default"]}],
+    ["call_method", "numpy"],
+    ["call_module", 'x", __import__("os").abort(), "'],
+    ["call_module", "forward"],
+    ["get_attr", "__class__"],
+    ["placeholder", "x=__import__('os').abort()"],
+]
+
+
+@pytest.mark.parametrize(("op", "target"), FORGED)
+def test_a_file_runs_no_code_of_its_own(small: Network, tmp_path: Path, op: str, target: object) -> None:
+    def forge(node: list[Any]) -> None:
+        node[0], node[2] = op, target
+
+    assert_rejected(small, tmp_path, forge)
+
+
+def test_keywords_of_a_file_are_names(small: Network, tmp_path: Path) -> None:
+    assert_rejected(small, tmp_path, lambda node: node[4].update({"x=__import__('os').abort()": 1}))
+
+
+def assert_rejected(small: Network, folder: Path, forge: Callable[[list[Any]], None]) -> None:
+    """Write a network, change one of its calls and the digest, and read it."""
+    path = folder / "network"
     save_network(path, small, {})
     with safe_open(path, "pt") as file:
         texts = file.metadata()
     graph = json.loads(texts["graph"])
-    call = next(node for node in graph["nodes"] if node[0] == "call_function")
-    from patterns.io import network_files
-
-    for target in ({"function": "load"}, {"function": "system"}, {"operation": ["no_such_operation", "default"]}):
-        call[2] = target
-        texts["graph"] = json.dumps(graph)
-        tensors = load_file(path)
-        texts["digest"] = network_files.compute_digest(texts, tensors)
-        save_file(tensors, tmp_path / "other", texts)
-        with pytest.raises(UserError, match="not a complete file"):
-            load_network(tmp_path / "other")
+    forge(next(node for node in graph["nodes"] if node[0] == "call_function"))
+    texts["graph"], tensors = json.dumps(graph), load_file(path)
+    texts["digest"] = compute_digest(texts, tensors)
+    save_file(tensors, folder / "other", texts)
+    with pytest.raises(UserError, match="not a complete file"):
+        load_network(folder / "other")
 
 
 def test_a_network_of_unknown_operations_is_not_written(small: Network, tmp_path: Path) -> None:

@@ -125,6 +125,7 @@ def test_graph_holds_each_weight_once_and_nothing_of_this_machine() -> None:
     assert sizes[1] < 1.1 * model
 
 
+@pytest.mark.full
 def test_pass_of_a_scaled_network_is_exported_with_its_scales() -> None:
     torch.manual_seed(2)
     layers = [layer for _ in range(30) for layer in (nn.Linear(8, 8), nn.ReLU())]

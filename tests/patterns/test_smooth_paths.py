@@ -172,7 +172,7 @@ def test_compiled_maps_are_those_of_hand_written_autograd() -> None:
             z = apply(lambda x, w: F.conv2d(x, w, padding=1), x, conv.weight, f"convs.{number}")
             z = z + conv.bias[:, None, None]
             x = z * model.factor(number, z).detach()
-        mean = apply(lambda x, w: (x * w[:, 0]).sum((2, 3)), x, torch.full((4, 1, 6, 6), 1 / 36), "average_pool.0")
+        mean = apply(lambda x, w: (x * w[:, 0]).sum((2, 3)), x, X.new_full((4, 1, 6, 6), 1 / 36), "average_pool.0")
         scores = (apply(F.linear, mean, model.out.weight, "out") + model.out.bias)[:, 1]
         start = torch.ones_like(scores) if method == "gradient-x-input" else scores.detach()
         (gradient,) = torch.autograd.grad(scores, leaf, start)

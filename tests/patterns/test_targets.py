@@ -108,6 +108,7 @@ def test_neurons_of_tokens_come_first_and_the_network_is_unchanged() -> None:
     assert torch.equal(network.module(x), before)
 
 
+@pytest.mark.full
 def test_unknown_operator_is_rejected() -> None:
     network = traced("resnet18").network
     with pytest.raises(UserError, match="no such operator") as caught:

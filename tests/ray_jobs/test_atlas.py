@@ -71,6 +71,7 @@ def run(config: AtlasConfig) -> Path:
     return Path(str(atlas(config, HERE).folder))
 
 
+@pytest.mark.full
 def test_rows_are_what_the_library_computes(run: Path, config: AtlasConfig, model: ModelConfig, fitted: str) -> None:
     loaded = loading.load(model)
     network = loaded.network

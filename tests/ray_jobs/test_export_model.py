@@ -24,7 +24,7 @@ from ray_jobs.jobs.explain.online import OnlineExplainer
 from ray_jobs.models.loading import load
 from tests.conftest import jpeg
 from tests.patterns.networks import relative
-from tests.patterns.test_programs import run_elsewhere
+from tests.patterns.test_programs import run_elsewhere, shifted_windows_model
 
 PAGE = Path(__file__).parents[2] / "docs" / "export-model.md"
 needs_onnx = pytest.mark.skipif(
@@ -125,6 +125,7 @@ class Every(nn.Module):
         return self.last(nn.functional.avg_pool2d(x, 2, 1, 1)[:, :, :5, :5].flatten(1))
 
 
+@pytest.mark.full
 def test_rewritten_gradients_are_the_same_for_every_window() -> None:
     torch.manual_seed(0)
     batch = torch.randn(6, 3, 26, 25, dtype=torch.float64)
@@ -137,6 +138,36 @@ def test_rewritten_gradients_are_the_same_for_every_window() -> None:
     assert used.isdisjoint(onnx_export.REWRITES)
     _, maps = program.module()(batch[:3])
     assert relative(maps, explainer(batch[:3]).maps["patternattribution"]) < 1e-10
+
+
+def enlarging_model() -> nn.Module:
+    """A model that pools to more positions than there are, as AlexNet does with small images."""
+    torch.manual_seed(5)
+    layers = nn.Conv2d(3, 4, 5, stride=4), nn.ReLU(), nn.AdaptiveAvgPool2d(6), nn.Flatten(), nn.Linear(4 * 36, 3)
+    return nn.Sequential(*layers)
+
+
+@needs_onnx
+@pytest.mark.full
+@pytest.mark.parametrize("make", [enlarging_model, lambda: shifted_windows_model().float()], ids=["pooling", "windows"])
+def test_onnx_graph_of_unusual_operations_agrees(make: Callable[[], nn.Module], tmp_path: Path) -> None:
+    import onnxruntime
+
+    model = make().eval()
+    torch.manual_seed(6)
+    batch = torch.randn(5, 3, 16, 16)
+    network = trace(model, batch[:2])
+    moments = accumulate(network, [batch])
+    solved = {name: solve(op, moments[name], "two-component").patterns for name, op in network.operators.items()}
+    explainer = Explainer(network, choose(network, solved, "two-component"), ["patternattribution"])
+    program = export_program(explainer, ["patternattribution"])
+    onnx_export.write_onnx(program, tmp_path / "e.onnx", ["images"], ["scores", "maps"], {})
+    session = onnxruntime.InferenceSession(tmp_path / "e.onnx", providers=["CPUExecutionProvider"])
+    for inputs in (batch, batch[:1]):
+        expected = explainer(inputs)
+        scores, maps = session.run(["scores", "maps"], {"images": inputs.numpy()})
+        assert relative(torch.from_numpy(scores), expected.scores) < 1e-5
+        assert relative(torch.from_numpy(maps), expected.maps["patternattribution"]) < 1e-5
 
 
 @pytest.mark.parametrize(("kernel", "stride", "padding"), [((3, 2), (2, 2), (1, 0)), ((4, 4), (), (0, 0))])

@@ -23,6 +23,8 @@ from ray_jobs.models import loading, network_cache
 from ray_jobs.runs.run_folder import Run
 from tests.conftest import MODEL as MODEL_CODE
 
+pytestmark = pytest.mark.full
+
 HERE = Resources(workers=0)
 SPEC = "torchvision:squeezenet1_1"
 MODEL = ModelConfig(spec=SPEC, weights="random", image_size=32, resize=32)

@@ -22,6 +22,8 @@ from ray_jobs.io.process_pool import DEPTH, ProcessPool
 from tests.conftest import jpeg, write_tar
 from tests.ray_jobs.runs import wait_until
 
+pytestmark = pytest.mark.full
+
 ROOT = Path(__file__).parents[2]
 PLAIN = Preprocessing(image_size=16, resize=16, interpolation="bilinear", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 TROUBLE = """

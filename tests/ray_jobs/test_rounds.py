@@ -336,7 +336,7 @@ def test_json_log_lines_name_run_worker_and_shard(
     assert len(lines) >= 4
     assert all(line["run"] == str(tmp_path / "run") and line["job"] == "fit" and line["time"] for line in lines)
     failed = next(line for line in lines if line.get("shard") == str(broken))
-    assert failed["worker"] == lines[0]["worker"]
+    assert failed["worker"] == next(line["worker"] for line in lines if "worker" in line)
     assert "broken.tar" in failed["message"]
     assert all(line["message"] for line in lines)
     assert [line["samples"] for line in lines if "samples" in line][-1] == 12

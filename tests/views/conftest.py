@@ -15,6 +15,8 @@ from tests.conftest import jpeg, make_shards, write_tar
 from tests.ray_jobs.runs import PREPROCESSING
 from tests.views.reported import HERE, HOSTILE, METHODS
 
+collect_ignore = ["virelay_reader.py"]  # it runs in an environment of its own
+
 
 @pytest.fixture(scope="module")
 def model(model_spec: str) -> ModelConfig:
