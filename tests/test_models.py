@@ -146,7 +146,7 @@ def check(spec: str) -> Row:
         assert found.shape == batches[0].shape, name
         assert found.isfinite().all(), name
     gated = sum(operator.gate is not None for operator in operators.values())
-    detached = sum(node.target in SCALES and node.target is not gated for node in network.module.graph.nodes)
+    detached = sum(node.target in SCALES for node in network.module.graph.nodes)
     return Row(spec, parameters / 1e6, len(operators), gated, needed, detached, "works" if wide else "works in float32")
 
 
@@ -207,8 +207,8 @@ HEADER = """# Models
 `tests/test_models.py` (`make soak`) writes this page. Each model has random weights and sees two batches of two small
 images in float64. It *works* if its graph gives the model's own outputs, if its moments, patterns and explanations are
 finite, and if its method `gradient` gives the model's own gradient (to 1e-8). *Constant factors* counts the norms,
-attention weights and factors of products, which all other methods take as constants (see [smooth.md](smooth.md)). *In
-float32*: the model is too large for float64 on this machine, and is compared to 1e-3.
+smooth gates, attention weights and factors of products, which all other methods take as constants (see
+[smooth.md](smooth.md)). *In float32*: the model is too large for float64 on this machine, and is compared to 1e-3.
 
 A family of timm's models is the letters at the beginning of an architecture's name and its version, such as `v2`,
 without `tf_` and `legacy_`. {families} families have a model that needs no
