@@ -46,7 +46,7 @@ def linearize_operations(graph: AtenGraph, pass_through: Collection[str]) -> Non
         elif operation in PRODUCTS_OF_TWO and all(map(is_activation, node.args[:2])):
             detach_factor(graph, node)
         elif operation == "div" and all(map(is_activation, node.args[:2])):
-            node.args = detach_arguments(graph, node, node.args, 1)
+            detach_divisor(graph, node)
         elif operation == "einsum" and len(factors := node.args[1]) == 2 and all(map(is_activation, factors)):
             node.args = node.args[0], detach_arguments(graph, node, factors, find_gate(*factors))
 
@@ -94,9 +94,20 @@ def detach_factor(graph: AtenGraph, node: Node) -> None:
     number = find_gate(*node.args[:2])  # type: ignore[arg-type]
     x, factor = node.args[1 - number], node.args[number]
     if node.target is aten.mul.Tensor and x.meta["val"].shape == node.meta["val"].shape:  # type: ignore[union-attr]
-        graph.replace(node, graph.call(node, factored, x, factor))
+        as_norm = opname(find_origin(factor)) in INVERSES  # type: ignore[arg-type]
+        graph.replace(node, graph.call(node, factored, x, factor, as_norm))
     else:
         node.args = detach_arguments(graph, node, node.args, number)
+
+
+def detach_divisor(graph: AtenGraph, node: Node) -> None:
+    """Detach the divisor of a quotient of two activations. The quotient becomes a product with its inverse."""
+    x, divisor = node.args[:2]
+    if node.target is aten.div.Tensor and x.meta["val"].shape == node.meta["val"].shape:  # type: ignore[union-attr]
+        inverse = graph.call(node, aten.reciprocal.default, divisor)
+        graph.replace(node, graph.call(node, factored, x, inverse, True))
+    else:
+        node.args = detach_arguments(graph, node, node.args, 1)
 
 
 def detach_arguments(graph: AtenGraph, node: Node, args: Sequence[Any], *numbers: int) -> tuple[Any, ...]:
@@ -171,5 +182,6 @@ DETACHED_NORMS: dict[Any, Any] = {
     aten.group_norm.default: detached_group_norm,
     aten.instance_norm.default: detached_instance_norm,
 }
+INVERSES = {"rsqrt", "reciprocal"}
 PRODUCTS_OF_TWO = {"mul", "matmul", "bmm"}
 GATES = {"sigmoid", "hardsigmoid", "softmax", "_softmax", "tanh", "gelu", "silu", "hardswish", "softplus"}

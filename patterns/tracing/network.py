@@ -113,8 +113,8 @@ class Network:
     def constant_factors(self) -> dict[str, int]:
         """The number of factors that depend on the sample and that explanations take as constants, by their kind.
 
-        These are norms, smooth gates, factors of products, and attention weights. The method `gradient` differentiates
-        them.
+        These are norms, divisors, smooth gates, factors of products, and attention weights. The method `gradient`
+        differentiates them.
         """
         return count_constants(self.module)
 

@@ -28,8 +28,8 @@ class ScaleRules:
     """Rules of a backward pass for factors that depend on the sample.
 
     Attributes:
-        norms: At the factor 1/σ of norms.
-        products: At the factor of products of two activations.
+        norms: At the factor 1/σ of norms, and at the factor 1/y of quotients x/y.
+        products: At the factor of other products of two activations.
         differentiates: Whether gates, norms, attention weights and factors of products are differentiated, as in the
             model itself. The rules above then have no effect.
     """
@@ -63,12 +63,15 @@ def detached(x: Tensor, detach: Callable[[Tensor], Tensor] = Tensor.detach) -> T
     return detach(x)
 
 
-def factored(x: Tensor, factor: Tensor, rules: Callable[[], ScaleRules] = lambda: CONSTANT_FACTORS) -> Tensor:
+def factored(
+    x: Tensor, factor: Tensor, as_norm: bool = False, rules: Callable[[], ScaleRules] = lambda: CONSTANT_FACTORS
+) -> Tensor:
     """Return the product of a value and a factor that is taken as a constant.
 
     Args:
         x: The value.
         factor: The factor; its shape broadcasts to that of the value.
+        as_norm: Whether the factor is the inverse of a number, such as 1/σ, and so acts as that of a norm.
         rules: Returns how the backward pass treats the factor.
 
     Example:
@@ -77,13 +80,13 @@ def factored(x: Tensor, factor: Tensor, rules: Callable[[], ScaleRules] = lambda
         >>> x.grad
         tensor([2., 3.])
     """
-    return _Factored.apply(x, factor, rules)
+    return _Factored.apply(x, factor, as_norm, rules)
 
 
 class _Factored(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: Tensor, rules: Callable[[], ScaleRules]) -> Tensor:
-        ctx.rules = rules
+    def forward(ctx: Any, x: Tensor, factor: Tensor, as_norm: bool, rules: Callable[[], ScaleRules]) -> Tensor:
+        ctx.as_norm, ctx.rules = as_norm, rules
         ctx.save_for_backward(x, factor)
         return x * factor
 
@@ -92,8 +95,9 @@ class _Factored(torch.autograd.Function):
         x, factor = ctx.saved_tensors
         rules: ScaleRules = ctx.rules()
         if not rules.differentiates:
-            return apply_rule(rules.products, grads[0], factor), None, None
-        return grads[0] * factor, (grads[0] * x).sum_to_size(factor.shape), None
+            rule = rules.norms if ctx.as_norm else rules.products
+            return apply_rule(rule, grads[0], factor), None, None, None
+        return grads[0] * factor, (grads[0] * x).sum_to_size(factor.shape), None, None
 
 
 def standardized(
@@ -154,6 +158,8 @@ def count_constants(module: GraphModule) -> dict[str, int]:
     for node in module.graph.nodes:
         if node.target is standardized:
             found["norms"] += 1
+        elif node.target is factored and node.args[2:] == (True,):
+            found["divisors"] += 1
         elif node.target is gated:
             found["smooth gates"] += 1
         elif node.target is factored:

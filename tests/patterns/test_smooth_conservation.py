@@ -134,3 +134,39 @@ def test_stabilizer_of_lrp_loses_its_share_in_each_neuron_and_nothing_else(monke
     head = next(loss for loss in losses if loss.name == "out" and loss.cause == "neuron")
     scores = network.module(X[:5]).gather(1, TARGETS[:, None])
     assert abs(head.lost - float((1e-3 / (scores.abs() + 1e-3)).mean())) < 1e-12
+
+
+NORMS: dict[str, Activation] = {
+    "rms_norm": lambda x: F.rms_norm(x, (WIDTH,), eps=1e-3),
+    "quotient": lambda x: x / torch.sqrt(x.square().mean(-1, keepdim=True) + 1e-3),
+    "product": lambda x: x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-3),
+}
+
+
+class Normalized(nn.Module):
+    """A norm between two linear layers."""
+
+    def __init__(self, norm: Activation) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm = norm
+        self.first, self.last = nn.Linear(5, WIDTH), nn.Linear(WIDTH, 3)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.norm(self.first(x)))
+
+
+@pytest.mark.parametrize("form", ["quotient", "product"])
+def test_norm_that_a_model_writes_out_has_the_maps_of_the_norm(form: str) -> None:
+    x = torch.randn(40, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    maps: list[dict[str, Tensor]] = []
+    for name in ("rms_norm", form):
+        network = trace(Normalized(NORMS[name]).eval(), x[:2])
+        moments = accumulate(network, x.split(20))
+        solved = {name: solve(op, moments[name], "linear").patterns for name, op in network.operators.items()}
+        methods = ["patternattribution", "patternnet", "gradient", "gradient-x-input"]
+        found = Explainer(network, choose(network, solved, "linear"), methods)(x[:5], TARGETS)
+        maps.append({method: found.maps[method] * 2.0 ** found.exponents[method] for method in methods})
+    for method, expected in maps[0].items():
+        torch.testing.assert_close(maps[1][method], expected, rtol=1e-10, atol=1e-12)
