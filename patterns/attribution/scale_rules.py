@@ -119,7 +119,7 @@ class _SwitchedGate(torch.autograd.Function):
                 leaf = z.detach().requires_grad_()
                 (grad,) = torch.autograd.grad(activate(leaf, ctx.name, *ctx.parameters), leaf, grad)
         elif not ctx.passes():
-            grad = grad * FACTORS[ctx.name](z, *ctx.parameters)
+            grad = FACTORS[ctx.name](z, *ctx.parameters).mul_(grad)
         return grad, None, None, None, None
 
 
