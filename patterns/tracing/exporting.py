@@ -91,19 +91,22 @@ IN_PLACE = {
     "relu_", "relu6_", "hardtanh_", "silu_", "hardswish_", "hardsigmoid_", "leaky_relu_", "elu_", "dropout_", "add_",
     "sub_", "mul_", "div_",
 }  # fmt: skip
+TRANSPOSES = {"mT", "swapaxes", "swapdims"}
 # Composite operations that torch.export decomposes and later passes do not know; those that return views are found by
 # their schemas.
 DECOMPOSED = {"alpha_dropout", "feature_dropout", "feature_alpha_dropout", "conj_physical", "cartesian_prod"}
 
 
 def use_functional_forms(graph: Graph) -> None:
-    """Replace in-place operations of an exported graph on tensors that nothing else uses, in place.
+    """Replace other names of `transpose`, and in-place operations on tensors that nothing else uses, in place.
 
     torch.export would do this for all in-place operations, but takes many times as long for each: it analyzes which
     tensors share memory. The result is the same, because nobody sees the overwritten tensor.
     """
     for node in graph.nodes:
         name = full_name(node)
+        if name in TRANSPOSES:
+            node.target, node.args = aten.transpose.int, (node.args[0], *(node.args[1:] or (-2, -1)))
         if name not in IN_PLACE:
             continue
         source, *others = node.all_input_nodes
