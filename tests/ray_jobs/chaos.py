@@ -166,6 +166,7 @@ class Trial:
         lives: The drivers.
         statuses: Their exit statuses.
         hung: Numbers of the nodes that hang until the trial's end.
+        stopped: Workers that hang until then.
     """
 
     cluster: LocalCluster
@@ -177,6 +178,7 @@ class Trial:
     lives: list[Life] = field(default_factory=list)
     statuses: list[int] = field(default_factory=list)
     hung: set[int] = field(default_factory=set)
+    stopped: set[int] = field(default_factory=set)
 
     def run(self) -> None:
         """Repeat the command until it exits with 0, or the trial is given up."""
@@ -223,6 +225,7 @@ class Trial:
                 return None
             worker = workers[int(fault.choice * len(workers))]
             send(WORKER[fault.kind], [worker.pid])
+            self.stopped |= {worker.pid} if fault.kind == "stop-worker" else set()
             return f"process {worker.pid}, {worker.title}"
         others = sorted(cluster.nodes.keys() - self.hung)[1:]  # the head holds the driver and the cluster's state
         number = others[int(fault.choice * len(others))]
@@ -235,7 +238,11 @@ class Trial:
         return f"node {number}"
 
     def restore(self) -> None:
-        """Restore the cluster: remove hung and surplus nodes."""
+        """Restore the cluster: remove hung and surplus nodes, and continue hung workers.
+
+        Ray kills hung workers, except one that was already ending when it was stopped.
+        """
+        send(signal.SIGCONT, self.stopped & {p.pid for p in self.cluster.workers()})
         for number in self.hung:
             self.cluster.kill_node(number)
         while len(self.cluster.nodes) > NODES:
