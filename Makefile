@@ -7,6 +7,9 @@ DEMO := $(VENV)/.ready-demo
 # The pair is pinned together: other pairs of torch and torchvision break.
 TORCH := torch==2.14.1 torchvision==0.29.1
 
+# The tests start hundreds of processes, which would all compile the same modules if bytecode were not kept.
+unexport PYTHONDONTWRITEBYTECODE
+
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .PHONY: demo lint check test test-gpu soak docs bench bench-gpu lock audit dist image clean

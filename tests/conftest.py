@@ -1,5 +1,6 @@
 """Fixtures: shards of JPEGs, a model in a file, a Ray on this machine."""
 
+import gc
 import io
 import os
 import re
@@ -51,6 +52,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker("full")
             seen[law] += 1
     items.sort(key=lambda item: (not find_ray(item.path), item.path.parent.name != "patterns"))
+
+
+def pytest_collection_finish() -> None:
+    """Let the garbage collector pass by the objects of imported modules, which stay until the process ends."""
+    gc.collect()
+    gc.freeze()
 
 
 @cache
