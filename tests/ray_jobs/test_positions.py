@@ -4,17 +4,22 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from patterns import Observer, solve
 from ray_jobs.config import Resources
 from ray_jobs.data.samples import derive_seed
-from ray_jobs.data.shard_reader import ReaderConfig, ShardReader
+from ray_jobs.data.selection import Selection
+from ray_jobs.data.shard_reader import ReaderConfig, ShardReader, list_samples
 from ray_jobs.jobs.fit import position_pilot
 from ray_jobs.jobs.fit.fit import fit, merge
+from ray_jobs.jobs.fit.position_pilot import count_images, read_pilot
 from ray_jobs.models import loading
+from tests.conftest import make_shards
 from tests.patterns.networks import relative
 from tests.ray_jobs.runs import assert_same_patterns, make_fit_config
+from tests.ray_jobs.servers import http_server
 
 HERE = Resources(workers=0)
 Capsys = pytest.CaptureFixture[str]
@@ -104,6 +109,37 @@ def test_auto_takes_all_positions_if_there_are_few_images(
     assert section["options"]["positions"] is None
     assert section["positions"] == {"positions": None, "images": 6}
     assert "fit: all positions of each image: about 6 images are fewer than the 5000 " in capsys.readouterr().err
+
+
+def test_images_are_counted_in_the_selection_and_the_pilot_has_no_others(
+    model_spec: str, shards: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    every = {shard: [sample.key for sample in list_samples(shard)] for shard in shards}
+    chosen = {shard: frozenset(keys[1:3]) for shard, keys in every.items() if shard != shards[0]}
+    lists = {"only": Selection(only=chosen), "skip": Selection(skip=chosen)}
+    config = make_fit_config(model_spec, shards, tmp_path / "run")
+    assert count_images(config, lists["only"]) == 2 * (len(shards) - 1)
+    assert count_images(replace(config, max_samples=7), lists["only"]) == 7
+    monkeypatch.setattr(position_pilot, "MANY", 10)
+    assert count_images(replace(config, shards=config.shards[1:]), lists["skip"]) == 4 * (len(shards) - 1)
+    loaded = loading.load(config.model)
+    for name, selection in lists.items():
+        found = torch.cat(read_pilot(config, loaded, selection))
+        others = {shard: frozenset(keys) - chosen.get(shard, frozenset()) for shard, keys in every.items()}
+        reader_config = ReaderConfig(loaded.preprocessing, 100)
+        used = [batch.images for shard in shards for batch in ShardReader(shard, reader_config, skip=others[shard])]
+        images = torch.cat(used)
+        seen = [bool((images == one).flatten(1).all(1).any()) for one in found]
+        assert seen == [name == "only"] * len(seen), name
+        assert seen
+
+
+def test_images_of_a_server_that_fails_once_are_counted(model_spec: str, tmp_path: Path) -> None:
+    make_shards(tmp_path / "data", 1, 6)
+    with http_server(tmp_path / "data") as address:
+        (shard,) = (path.name for path in (tmp_path / "data").glob("*.tar"))
+        config = make_fit_config(model_spec, [f"{address}/once/{shard}"] * 1000, tmp_path / "run")
+        assert count_images(config, Selection()) == 6000
 
 
 @pytest.mark.full

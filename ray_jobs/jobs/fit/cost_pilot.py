@@ -11,7 +11,6 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -20,11 +19,12 @@ from uuid import uuid4
 
 from patterns import UserError
 from ray_jobs.config import FitConfig, Resources
-from ray_jobs.data.shard_reader import list_samples
+from ray_jobs.data.selection import load_selection
 from ray_jobs.engine.shard_worker import ShardReport, WorkerInfo
 from ray_jobs.io import object_store
+from ray_jobs.io.web import PATIENCE, call_patiently
 from ray_jobs.jobs.fit.fit import finish, list_passes, make_observer, validate
-from ray_jobs.jobs.fit.position_pilot import resolve_positions
+from ray_jobs.jobs.fit.position_pilot import count_used, resolve_positions
 from ray_jobs.jobs.job_session import JobSession
 from ray_jobs.jobs.moments_job import MAX_FILES, MomentsJob, MomentsSpec
 from ray_jobs.models import loading
@@ -288,10 +288,8 @@ def count_samples(config: FitConfig) -> Range:
     """Return how many samples a fit will read, if its shards are like some of them."""
     shards = config.shards
     chosen = sorted({number * len(shards) // COUNTED for number in range(COUNTED)})
-    counts = []
-    for number in chosen:
-        with closing(list_samples(shards[number])) as samples:
-            counts.append(sum(1 for _ in samples))
+    selection = load_selection(config.keys, config.without_keys, shards)
+    counts = [call_patiently(partial(count_used, shards[number], selection), PATIENCE) for number in chosen]
     mean = statistics.mean(counts)
     error = 0.0
     if len(counts) < len(shards) and len(counts) > 1:
