@@ -64,7 +64,7 @@ def call_decoder(decoder: Decoder, sample: Sample) -> Tensor:
     try:
         found = decoder({"__key__": sample.key, **sample.files})
         tensor = found.detach().cpu() if isinstance(found, Tensor) else torch.from_numpy(np.array(found))
-    except Exception as error:  # the user's code
+    except (Exception, SystemExit) as error:  # the user's code
         raise SampleError(f"the decoder failed ({describe_error(error)})") from error
     if tensor.is_complex() or tensor.dtype == torch.bool:
         raise SampleError(f"the decoder returned {tensor.dtype}, not real numbers")

@@ -2,17 +2,20 @@
 
 import io
 from collections.abc import Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
 from patterns import UserError
 from ray_jobs.config import ModelConfig
+from ray_jobs.data import shard_reader
 from ray_jobs.data.decoders import call_decoder, load_decoder
 from ray_jobs.data.image_decoding import parse_npy_header
-from ray_jobs.data.samples import SampleError, find_image, find_tensor
+from ray_jobs.data.samples import Sample, SampleError, find_image, find_tensor
 from ray_jobs.data.shard_reader import read_shard
+from ray_jobs.io.process_pool import ProcessPool
 from ray_jobs.models.loading import IMAGENET, LIBRARIES
 
 PREPROCESSING = ("image_size", "resize", "mean", "std")
@@ -63,14 +66,20 @@ def read_first_shape(shard: str, decoder: str | None = None) -> tuple[int, ...] 
     Raises:
         UserError: If the shard cannot be read, or no sample of it has a tensor or an image.
     """
-    decode = None if decoder is None else load_decoder(decoder)
-    with closing(read_shard(shard)) as samples:
-        for sample in islice(samples, MAX_SAMPLES):
-            if decode is not None:
-                with suppress(SampleError):  # the job rejects the sample with its reason
-                    if (shape := tuple(call_decoder(decode, sample).shape)) and len(shape) == 3 and min(shape) > 0:
-                        return shape
-                continue
+    with closing(read_shard(shard)) as read:
+        samples = islice(read, MAX_SAMPLES)
+        if decoder is not None:
+            load_decoder(decoder)  # an error here is that of the whole job
+            # As in a worker, a decoder that hangs or kills its process costs one sample.
+            parts = ([sample] for sample in samples)
+            with (
+                ProcessPool(1, shard_reader.__name__) as pool,
+                closing(pool.map(partial(decode_shape, decoder), lambda *_: None, parts)) as shapes,
+            ):
+                found = next((shape for (shape,) in shapes if shape is not None), None)
+            if found is not None:
+                return found
+        for sample in samples:
             if find_image(sample.files):
                 return None
             if tensor := find_tensor(sample.files):
@@ -81,3 +90,12 @@ def read_first_shape(shard: str, decoder: str | None = None) -> tuple[int, ...] 
                 if len(shape) == 3 and min(shape) > 0:
                     return tuple(shape)
     raise UserError(shard, "no sample holds a tensor or an image", "Replace the shard, or leave it out of --shards.")
+
+
+def decode_shape(decoder: str, sample: Sample) -> tuple[int, ...] | None:
+    """Return the shape (C, H, W) of what a decoder makes of a sample; None if the job will reject the sample."""
+    try:
+        shape = tuple(call_decoder(load_decoder(decoder), sample).shape)
+    except SampleError:
+        return None
+    return shape if len(shape) == 3 and min(shape) > 0 else None

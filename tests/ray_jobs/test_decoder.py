@@ -12,7 +12,10 @@ from patterns import UserError, load
 from ray_jobs.cli.app import make_app
 from ray_jobs.config import FitConfig, ModelConfig, Resources
 from ray_jobs.config.parsing import parse_function
+from ray_jobs.data.decoders import call_decoder, load_decoder
+from ray_jobs.data.samples import Sample, SampleError
 from ray_jobs.jobs.fit.fit import fit
+from ray_jobs.jobs.input_size import read_first_shape
 from ray_jobs.views.gallery import open_gallery
 from tests.conftest import write_tar
 
@@ -119,6 +122,18 @@ def test_workers_of_ray_import_the_decoder(local_ray: None, folder: Path, tmp_pa
         shards=(str(folder / "raw-0.tar"),), out=str(tmp_path),
     )  # fmt: skip
     assert fit(config, Resources(workers=1, gpus_per_worker=0)).manifest()["fit"]["samples"] == SAMPLES - 3
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("end", ["os.kill(os.getpid(), 9)", "sys.exit()"])
+def test_decoder_that_ends_its_process_costs_one_sample(folder: Path, tmp_path: Path, end: str) -> None:
+    code = f"import os, sys, torch\n\n\ndef decode(sample):\n    {end} if sample['__key__'] == 's0' else None\n"
+    (tmp_path / "ending.py").write_text(f"{code}    return torch.zeros(5, 8, 8)\n")
+    assert read_first_shape(str(folder / "raw-0.tar"), f"{tmp_path / 'ending.py'}:decode") == (5, 8, 8)
+    if end == "sys.exit()":  # without processes that decode
+        decode = load_decoder(f"{tmp_path / 'ending.py'}:decode")
+        with pytest.raises(SampleError, match=r"the decoder failed \(SystemExit"):
+            call_decoder(decode, Sample("s0", {}))
 
 
 @pytest.mark.parametrize(
