@@ -188,7 +188,9 @@ def test_models_have_the_layers_of_the_paper() -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("architecture", list(models.MODELS))
+@pytest.mark.parametrize(
+    "architecture", [pytest.param(n, marks=() if n == "MLP" else pytest.mark.slow) for n in models.MODELS]
+)
 def test_trained_models_are_scored(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "EPOCHS", 3)
     splits = [data.split_samples(draw("linear", count=1000, seed=seed)) for seed in range(2)]

@@ -77,7 +77,7 @@ def test_map_sums_to_the_targets_value_without_gates_and_borders(choice: str) ->
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", ["vgg11", "resnet18"])
+@pytest.mark.parametrize("name", [pytest.param("vgg11", marks=pytest.mark.slow), "resnet18"])
 def test_losses_add_up_to_the_difference_between_map_and_target(name: str) -> None:
     it = traced(name)
     patterns = fitted(it.network, it.inputs.split(1))

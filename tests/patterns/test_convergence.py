@@ -51,7 +51,9 @@ SIZES = {
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize(
+    "sizes", [pytest.param(SIZES[n], id=n, marks=() if n == "few" else pytest.mark.slow) for n in SIZES]
+)
 def test_the_standard_error_is_the_deviation_of_patterns_over_new_data(sizes: list[int]) -> None:
     draws = 400
     operator = layer(draws=draws)

@@ -14,7 +14,8 @@ from patterns import Explainer, Network, UserError, accumulate, choose, solve, t
 from tests.oracles import Value, explanation
 from tests.patterns.networks import PASSES, randomize, relative, traced
 
-ARCHITECTURES = ["vgg11", "resnet18", pytest.param("densenet121", marks=pytest.mark.slow), "tf_efficientnet_lite0"]
+LONG = [pytest.param(name, marks=pytest.mark.slow) for name in ("densenet121", "tf_efficientnet_lite0")]
+ARCHITECTURES = ["vgg11", "resnet18", *LONG]
 EVERY_METHOD = tuple(PASSES)
 LINEAR = "gradient", "patternnet", "patternattribution"
 Weights = Mapping[str, Tensor]

@@ -219,7 +219,9 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n == "torchvision Swin" else ()) for n in MODELS]
+)
 def test_projections_of_vision_transformers_are_split_exactly(name: str) -> None:
     torch.manual_seed(0)
     model, x = MODELS[name]().eval().requires_grad_(False), torch.randn(3, 3, 32, 32)

@@ -64,6 +64,7 @@ def test_accumulating_needs_at_most_a_third_more_than_forward_and_backward_in_ad
     assert observer.moments().keys() == moments.keys()
 
 
+@pytest.mark.slow
 def test_sampling_patches_needs_at_most_a_third_more_than_a_forward_pass(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

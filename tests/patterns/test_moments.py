@@ -308,7 +308,9 @@ MANY: dict[str, tuple[OperatorType, Shape, Shape]] = {
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", MANY)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in ("tokens", "scale") else ()) for n in MANY]
+)
 def test_a_batch_of_more_positions_than_float32_can_count_loses_nothing(name: str) -> None:
     operator_type, weight, shape = MANY[name]
     # The gradient of a convolution adds the positions of a chunk one by one; a norm is rounded to float32.

@@ -42,7 +42,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
-@pytest.fixture(params=[pytest.param(n, marks=pytest.mark.full if n == "lite0" else ()) for n in MODELS])
+@pytest.fixture(params=[pytest.param(n, marks=pytest.mark.slow if n == "lite0" else ()) for n in MODELS])
 def network(request: pytest.FixtureRequest) -> Network:
     make, shape = MODELS[request.param]
     torch.manual_seed(0)

@@ -64,7 +64,11 @@ def run_elsewhere(file: Path, batch: Tensor) -> list[list[Tensor]]:
 @pytest.mark.full
 @pytest.mark.parametrize(
     ("make", "dtype"),
-    [(varied_model, torch.float32), (attention_model, torch.float64), (shifted_windows_model, torch.float64)],
+    [
+        (varied_model, torch.float32),
+        pytest.param(attention_model, torch.float64, marks=pytest.mark.slow),
+        pytest.param(shifted_windows_model, torch.float64, marks=pytest.mark.slow),
+    ],
 )
 def test_program_computes_the_explainers_maps_without_the_package(
     make: Callable[[], nn.Module], dtype: torch.dtype, tmp_path: Path

@@ -48,7 +48,13 @@ def explain_by(method: str, model: nn.Module, x: Tensor, settings: dict[str, flo
     return Explainer(network_of(model), None, [method], settings=settings)(x, TARGETS).maps[method]
 
 
-@pytest.mark.parametrize(("name", "canonizer"), [("resnet18", ResNetCanonizer), ("vgg11_bn", VGGCanonizer)])
+@pytest.mark.parametrize(
+    ("name", "canonizer"),
+    [
+        ("resnet18", ResNetCanonizer),
+        pytest.param("vgg11_bn", VGGCanonizer, marks=pytest.mark.slow),
+    ],
+)
 def test_lrp_on_the_traced_network_equals_zennits_on_the_model(name: str, canonizer: Callable[[], Canonizer]) -> None:
     model, x = model_of(name), images(64)
     settings = {"lrp-epsilon-plus-flat.epsilon": 1e-4}

@@ -36,7 +36,7 @@ MODELS = {
 }
 
 
-@pytest.fixture(params=MODELS)
+@pytest.fixture(params=[pytest.param(n, marks=pytest.mark.slow if n == "lite0" else ()) for n in MODELS])
 def network(request: pytest.FixtureRequest) -> Network:
     make, shape = MODELS[request.param]
     torch.manual_seed(0)

@@ -107,7 +107,10 @@ def test_gates_lose_what_is_missing(gate: object) -> None:
         assert abs(lost(losses, cause)) < 1e-10 * largest, cause
 
 
-@pytest.mark.parametrize("gate", ACTIVATIONS, ids=str)
+# Each gate is traced for seconds. Its factor is tested in test_gates.py, and its losses above.
+@pytest.mark.parametrize(
+    "gate", [pytest.param(gate, marks=pytest.mark.slow if i % 3 else ()) for i, gate in enumerate(ACTIVATIONS)], ids=str
+)
 def test_relevance_sums_to_the_score_without_biases(gate: object, monkeypatch: pytest.MonkeyPatch) -> None:
     """In gradient × input, and in LRP: PatternAttribution with the identity estimator everywhere."""
     network = make(ACTIVATIONS[gate], bias=False)  # type: ignore[index]

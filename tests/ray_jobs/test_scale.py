@@ -114,7 +114,7 @@ def test_sixty_four_workers_and_ten_thousand_shards(local_ray: None, tmp_path: P
     assert useful >= 0.97
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_driver_of_a_hundred_thousand_shards_needs_little_memory(tmp_path: Path) -> None:
     names = [f"s3://bucket/imagenet/train-{i:06d}.tar" for i in range(100_000)]
     tracemalloc.start()
