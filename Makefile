@@ -30,7 +30,7 @@ check: lint
 
 # All tests except the slow ones.
 test: lint
-	$(PYTEST) -m "not slow" -n 3 --dist loadfile --no-loadscope-reorder --timeout 600
+	$(PYTEST) -m "not slow" -n 4 --dist loadfile --no-loadscope-reorder --timeout 600
 
 test-gpu: $(READY)
 	$(BIN)/python -m pytest tests/gpu

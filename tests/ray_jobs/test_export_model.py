@@ -149,7 +149,13 @@ def enlarging_model() -> nn.Module:
 
 @needs_onnx
 @pytest.mark.full
-@pytest.mark.parametrize("make", [enlarging_model, lambda: shifted_windows_model().float()], ids=["pooling", "windows"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(enlarging_model, id="pooling"),
+        pytest.param(lambda: shifted_windows_model().float(), id="windows", marks=pytest.mark.slow),
+    ],
+)
 def test_onnx_graph_of_unusual_operations_agrees(make: Callable[[], nn.Module], tmp_path: Path) -> None:
     import onnxruntime
 

@@ -207,7 +207,7 @@ def test_shard_that_was_explained_ahead_may_be_given_to_another_worker(
     worker.close()
 
 
-@pytest.mark.parametrize("step", [pytest.param(5, marks=pytest.mark.full), pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [pytest.param(11, marks=pytest.mark.full), pytest.param(1, marks=pytest.mark.slow)])
 def test_job_that_is_killed_at_an_upload_continues_to_the_same_files(
     config: ExplainConfig, expected: dict[str, bytes], tmp_path: Path, step: int
 ) -> None:
