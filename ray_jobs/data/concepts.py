@@ -96,7 +96,7 @@ def read_concept(where: str, name: str, column: pa.ChunkedArray, keys: Sequence[
         what = f"the column {name!r} is of type {kind}"
         raise UserError(where, what, "Write concepts as numbers or booleans.", "concepts")
     values = column.cast(pa.int8()) if pa.types.is_boolean(kind) else column
-    found = values.cast(pa.float64()).to_numpy()
+    found = values.cast(pa.float64(), safe=False).to_numpy()  # integers above 2**53 lose at most 2**-53 of their value
     if not np.isfinite(found).all():
         key = keys[int(np.flatnonzero(~np.isfinite(found))[0])]
         what = f"the concept {name!r} has no finite value for {key!r}"

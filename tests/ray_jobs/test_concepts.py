@@ -298,6 +298,14 @@ def test_wrong_labels_are_one_line(
         assert f"--concepts {file}: {words}" in complaint(*command, "--concepts", file)
 
 
+def test_large_integers_are_read_to_the_nearest_double(tmp_path: Path) -> None:
+    values = [2**60 + 1, 2**53 + 1, -(2**63), 1]
+    pq.write_table(pa.table({"key": list("abcd"), "x": values}), tmp_path / "labels.parquet")
+    labels = load_concepts(str(tmp_path / "labels.parquet"))
+    assert labels is not None
+    assert labels.values[:, 0].tolist() == [float(value) for value in values]
+
+
 def test_other_errors_are_one_line(
     run: Path, fitted: str, model_spec: str, shards: list[str], tmp_path: Path, complaint: Callable[..., str]
 ) -> None:
