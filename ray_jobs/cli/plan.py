@@ -92,4 +92,5 @@ def forecast_lines(
         yield f"  {name}: {show(Range(*(getattr(usage, attribute) for usage in found.usage)))}"
     yield f"  written: {format_bytes(int(found.written))}, of which {format_bytes(int(found.kept))} stay"
     if resources.price is not None:
-        yield f"  cost: {show(found.cost(resources.price))} at {resources.price}"
+        hint = found.usage[1].explain_zero(resources.price)
+        yield f"  cost: {show(found.cost(resources.price))} at {resources.price}{hint}"

@@ -124,8 +124,8 @@ class FitConfig(Validated):
     without_keys: str | None = option(None, "List of samples to leave out, as `select` writes it.", parse="path")
     concepts: str | None = option(
         None,
-        "Parquet file of concepts, whose directions are fitted too: a column `key`, and for each concept a column of "
-        "numbers or booleans.",
+        "Parquet file of concepts, whose directions are fitted too: a column `key`, optionally `shard`, and for each "
+        "concept a column of numbers or booleans.",
         parse="path",
     )
     compile: str | None = option(

@@ -72,6 +72,16 @@ def split_shard(shard: str) -> tuple[str, ImageColumn | None]:
     return file, ImageColumn(unquote(match["column"]), base or folder, base)
 
 
+def is_web(url: str) -> bool:
+    """Return whether a URL is one of a web server. Its scheme may be in upper case.
+
+    Example:
+        >>> is_web("HTTP://host/x.jpg"), is_web("http/x.jpg")
+        (True, False)
+    """
+    return url[: len(WEB[-1])].lower().startswith(WEB)
+
+
 def resolve(reference: str, column: ImageColumn) -> str:
     """Return the absolute path or URL of an image.
 
@@ -85,7 +95,7 @@ def resolve(reference: str, column: ImageColumn) -> str:
     shown = repr(reference[:200])
     if not reference.strip() or "\0" in reference:
         raise SampleError("the row names no image")
-    if reference.startswith(WEB):
+    if is_web(reference):
         return reference
     path = reference
     if is_url(path) or path.startswith(("/", "~", "file:", "\\")):
@@ -96,7 +106,7 @@ def resolve(reference: str, column: ImageColumn) -> str:
         path = path.removeprefix(below)
     if ".." in re.split(r"[/\\]", path):
         raise SampleError(f"{shown} leaves its folder")
-    path = quote(path) if column.folder.startswith(WEB) else path
+    path = quote(path) if is_web(column.folder) else path
     return f"{column.folder.rstrip('/')}/{path.removeprefix('./')}"
 
 
@@ -155,7 +165,7 @@ def read_image(where: str, end: float, stopped: threading.Event) -> bytes:
     """Return the bytes of a file or of a server's response, complete and of an allowed size."""
     if not is_url(where) and (problem := find_file_problem(where)):
         raise SampleError(f"{where[:200]}: {problem}")
-    if where.startswith(WEB):
+    if is_web(where):
         with open_url(where, min(SILENCE, max(end - time.monotonic(), 0.1))) as response:
             return read_all(response, response.length, end, stopped)
     with open_source(where) as (file, size):

@@ -71,12 +71,16 @@ class MlflowClient:
         self.client.update_run(self.run, status="RUNNING")
 
     def log_options(self, options: Mapping[str, str]) -> None:
-        """See `Client`."""
-        from mlflow.entities import Param
+        """See `Client`. MLflow's parameters keep their first value; a later value, of a moved run, becomes a tag."""
+        from mlflow.entities import Param, RunTag
 
-        remaining = iter(options.items())
+        known = self.client.get_run(self.run).data.params
+        remaining = iter((name, value) for name, value in options.items() if name not in known)
         while batch := list(islice(remaining, MAX_BATCH)):
             self.client.log_batch(self.run, params=[Param(*item) for item in batch])
+        changed = [RunTag(name, value) for name, value in options.items() if known.get(name, value) != value]
+        if changed:
+            self.client.log_batch(self.run, tags=changed)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int, when: float) -> None:
         """See `Client`."""

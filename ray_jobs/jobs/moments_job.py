@@ -13,7 +13,7 @@ from patterns import Network, UserError
 from patterns.estimation import OperatorObserver
 from patterns.io import TensorFile, require_moments_of
 from ray_jobs.config import Resources, equal_share
-from ray_jobs.data.concepts import ConceptLabels
+from ray_jobs.data.concepts import ConceptLabels, require_one_sample
 from ray_jobs.data.samples import RejectedSample, derive_seed
 from ray_jobs.data.selection import Selection
 from ray_jobs.data.shard_reader import ShardTask
@@ -31,6 +31,7 @@ MERGED_AT_ONCE = 16
 POLL_INTERVAL = 0.05  # seconds between two checks whether a merge has ended
 FLUSH_SHARE = 100  # the ledger is written at most 1/100 of the time
 NOT_FINITE = "the model's output is not finite"
+LABELED = "labeled"  # the tensor of partial moments with the number of samples that each row of concepts labels
 
 
 @dataclass(frozen=True)
@@ -107,10 +108,15 @@ class MomentsWorker(ShardWorker[MomentsTask]):
 
     def forget(self) -> None:
         """Drop the moments since the last commit."""
-        self.observation.reset()
+        self.reset()
         self.shards: list[int] = []
         self.samples = 0
         self.rejected: list[RejectedSample] = []
+
+    def reset(self) -> None:
+        """Set the sums to 0."""
+        self.observation.reset()
+        self.labeled = torch.zeros(0 if self.concepts is None else len(self.concepts.values), dtype=torch.int32)
 
     def work(self, task: MomentsTask, following: MomentsTask | None = None) -> Iterator[ShardReport]:
         """Add the moments of a shard, and yield reports of the progress.
@@ -130,7 +136,7 @@ class MomentsWorker(ShardWorker[MomentsTask]):
                 except NotFiniteError as error:
                     if self.shards:
                         raise
-                    self.observation.reset()
+                    self.reset()
                     skipped |= error.keys
                     stream = self.start_stream(replace(self.reader(task), skip=task.skip | skipped))
         except BaseException:
@@ -154,7 +160,7 @@ class MomentsWorker(ShardWorker[MomentsTask]):
         with closing(stream):
             for batch in stream:
                 images = batch.images.to(self.model.device, non_blocking=True)
-                labels = None if self.concepts is None else self.concepts.of(batch.keys)
+                labels = None if self.concepts is None else self.read_labels(self.concepts, shard, batch.keys)
                 outputs = self.observation.update(images, [derive_seed(key) for key in batch.keys], labels)
                 now = batch.keys, outputs.flatten(1).isfinite().all(1)
                 require_finite(shard, *before)
@@ -166,10 +172,20 @@ class MomentsWorker(ShardWorker[MomentsTask]):
         self.observation.flush()
         return samples
 
+    def read_labels(self, concepts: ConceptLabels, shard: str, keys: Sequence[str]) -> Tensor:
+        """Return the values of concepts for samples of a shard, and count the samples of each row."""
+        rows = concepts.find_rows(shard, keys)
+        known = rows[rows >= 0]
+        self.labeled.index_add_(0, known, torch.ones(len(known), dtype=torch.int32))
+        return concepts.of(rows)
+
     def commit(self) -> PartialMoments:
         """Write the moments to the store. They count once the driver has put them into the ledger."""
         partial = PartialMoments(new_file(), tuple(self.shards), self.samples, len(self.rejected), self.round)
-        self.store.write(partial, self.observation.tensors(), self.model.digest, self.rejected)
+        tensors = self.observation.tensors()
+        if self.concepts is not None and not self.concepts.by_shard:
+            tensors[LABELED] = self.labeled
+        self.store.write(partial, tensors, self.model.digest, self.rejected)
         self.forget()
         return partial
 
@@ -190,6 +206,7 @@ class MomentsJob(ShardJob):
             wanted = [self.numbers[shard] for shard in self.retried]
         left = [spec.shards[number] for number in self.ledger.remaining(wanted, spec.round)]
         self.store.remove_uncounted(self.ledger)
+        self.labeled: Tensor | None = None  # number of samples that each row of concepts labels
         self.merging: PendingCall | None = None
         self.merged: list[str] = []  # the files that are being merged
         self.seconds = 0.0  # from the first worker's start to the last commit
@@ -212,6 +229,7 @@ class MomentsJob(ShardJob):
         for partial in self.ledger.entries[:1] if self.remaining else ():
             with TensorFile(self.store.folder / partial.file) as file:
                 require_moments_of(file, model.network.operators)
+        self.count_labeled(self.ledger.entries)
         try:
             self.run(MomentsWorker, model, spec.store, spec.batch_size, observe, spec.concepts)
             self.flush()
@@ -256,8 +274,17 @@ class MomentsJob(ShardJob):
         if sorted(result.shards) != sorted(self.numbers[item] for item in items):
             raise RuntimeError(f"{result.file} holds {result.shards}, not {items}")
         self.unwritten.append(result)
+        self.count_labeled([result])
         self.seconds = time.monotonic() - self.first_ready
         super().on_committed(items, result)
+
+    def count_labeled(self, partials: Sequence[PartialMoments]) -> None:
+        """Count the samples that each row of concepts labels. Raise UserError if a row labels several."""
+        concepts = self.spec.concepts
+        if concepts is None or concepts.by_shard or (found := self.store.add_up(partials, LABELED)) is None:
+            return
+        self.labeled = found if self.labeled is None else self.labeled + found
+        require_one_sample(self.labeled, self.folder)
 
     def tick(self) -> None:
         """Write the ledger unless that took long and was done just now, and merge."""

@@ -25,6 +25,7 @@ from ray_jobs.engine.ray_address import no_answer_error, no_token_error
 from ray_jobs.engine.signals import StoppedShortError
 from ray_jobs.ops.working_dir import EXCLUDES, measure_upload, require_runnable_project
 
+NOT_FOUND = 127  # exit status of a shell that does not find the program
 STOP_WITHIN = "600"  # seconds that a stopped job has to commit; Ray's default of 3 is too short
 PROGRAM = "python -m ray_jobs"
 ADDRESS = "RAY_API_SERVER_ADDRESS"
@@ -112,7 +113,7 @@ def submit(submission: Submission, address: str, wait: bool, patience: float, sa
         say(f"{name}: {'submitted' if is_new else 'already running'}; {how}")
         if not wait:
             return 0
-        return exit_status_of(asyncio.run(Follower(client, name, patience, say).job()), name)
+        return exit_status_of(asyncio.run(Follower(client, name, patience, say).job()), name, submission.uv)
     except AuthenticationError as error:
         raise no_token_error(address) from error
     except KeyboardInterrupt as error:
@@ -242,17 +243,24 @@ async def next_chunk(chunks: Chunks) -> str | None:
         return None
 
 
-def exit_status_of(job: JobDetails, name: str) -> int:
+def exit_status_of(job: JobDetails, name: str, uv: bool = False) -> int:
     """Return the exit status of a finished job's program.
 
+    Args:
+        job: The job.
+        name: The submission id of the job.
+        uv: Whether `uv run` starts the program.
+
     Raises:
-        UserError: If the runtime environment could not be prepared.
+        UserError: If the runtime environment could not be prepared, or the cluster has no uv.
         StoppedShortError: If the job was stopped, killed or lost.
     """
     if job.status == JobStatus.SUCCEEDED:
         return 0
     if job.status == JobStatus.STOPPED:
         raise StoppedShortError(f"{name} was stopped; the same command resumes it")
+    if uv and job.driver_exit_code == NOT_FOUND:
+        raise UserError(name, "uv is not installed on the cluster", "Install it on every node, or pass --no-uv.")
     if job.driver_exit_code is not None and 0 <= job.driver_exit_code < 128:
         return job.driver_exit_code
     if job.driver_exit_code is not None:

@@ -86,6 +86,16 @@ class MomentsStore:
             merge_moments(folder / merged.file, files, files[0].metadata)
         return merged
 
+    def add_up(self, partials: Iterable[PartialMoments], name: str) -> Tensor | None:
+        """Return the sum of a tensor over partial moments; None if one of them lacks it, or there are none."""
+        total: Tensor | None = None
+        for partial in partials:
+            with TensorFile(self.folder / partial.file) as file:
+                if name not in file.specs:
+                    return None
+                total = file.get(name) if total is None else total.add_(file.get(name))
+        return total
+
     def remove(self, file: str) -> None:
         """Delete the file of partial moments and its table of rejected samples."""
         remove(self.folder / file)

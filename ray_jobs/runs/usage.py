@@ -63,5 +63,10 @@ class Usage:
         if self.device_hours:
             words.append(f"{format_number(self.device_hours)} device-hours")
         if price is not None:
-            words.append(f"cost {format_number(self.cost(price))} at {price}")
+            words.append(f"cost {format_number(self.cost(price))} at {price}{self.explain_zero(price)}")
         return ", ".join(words)
+
+    def explain_zero(self, price: str) -> str:
+        """Return why a price of GPUs costs nothing: no worker has a GPU. Empty for other prices."""
+        free = self.worker_hours > 0 and not self.device_hours and split_price(price)[1] == "gpu-hour"
+        return " (no worker has a GPU)" if free else ""

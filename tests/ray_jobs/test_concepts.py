@@ -278,6 +278,9 @@ def test_page_runs(model_spec: str, shards: list[str], tmp_path: Path, monkeypat
         ({"key": ["a", "b"], "x": [1.0, None]}, "the concept 'x' has no finite value for 'b'"),
         ({"key": ["a", "a"], "x": [1, 2]}, "the key 'a' has several rows"),
         ({"key": [1, 2], "x": [1, 2]}, "the keys are of type int64"),
+        ({"key": ["a", "b"], "shard": [1, 2], "x": [1, 2]}, "the shards are of type int64"),
+        ({"key": ["a", "a"], "shard": ["s", "s"], "x": [1, 2]}, "the key 'a' has several rows for s"),
+        ({"key": ["a", "a"], "shard": ["s", "t"], "x": [1, 2]}, "names no sample of these shards, but of s"),
     ],
 )
 def test_wrong_labels_are_one_line(
@@ -291,11 +294,19 @@ def test_wrong_labels_are_one_line(
     file = tmp_path / "labels.parquet"
     pq.write_table(pa.table(columns), file)
     with pytest.raises(UserError) as error:
-        load_concepts(str(file))
+        load_concepts(str(file), shards)
     assert words in str(error.value)
     command = ["fit", "--model", model_spec, "--shards", shards[0], "--out", tmp_path / "run", *OPTIONS]
     if "constant" in words:
         assert f"--concepts {file}: {words}" in complaint(*command, "--concepts", file)
+
+
+def test_large_integers_are_read_to_the_nearest_double(tmp_path: Path) -> None:
+    values = [2**60 + 1, 2**53 + 1, -(2**63), 1]
+    pq.write_table(pa.table({"key": list("abcd"), "x": values}), tmp_path / "labels.parquet")
+    labels = load_concepts(str(tmp_path / "labels.parquet"), ())
+    assert labels is not None
+    assert labels.values[:, 0].tolist() == [float(value) for value in values]
 
 
 def test_other_errors_are_one_line(

@@ -39,6 +39,14 @@ def test_price_is_per_hour_of_a_worker_a_gpu_or_a_cpu(text: str, value: float) -
     assert f"at {text}" in usage.describe(text)
 
 
+def test_price_of_gpus_without_a_gpu_says_so() -> None:
+    without, free = Usage.of(3600.0, cpus=4, gpus=0), "(no worker has a GPU)"
+    assert without.describe("2.5/gpu-hour").endswith(f"cost 0 at 2.5/gpu-hour {free}")
+    assert free not in without.describe("2.5/cpu-hour")
+    assert free not in Usage.of(3600.0, cpus=4, gpus=0.25).describe("2.5/gpu-hour")
+    assert free not in Usage().describe("2.5/gpu-hour")  # no worker yet
+
+
 @pytest.mark.parametrize("text", ["2.5", "2.5/hour", "x/gpu-hour", "-1/gpu-hour", "inf/gpu-hour", "nan/gpu-hour", ""])
 def test_anything_else_is_no_price(text: str, complaint: Callable[..., str]) -> None:
     with pytest.raises(ValueError, match="is no price"):
@@ -154,7 +162,7 @@ def test_command_of_the_page_runs(
     words[place + 1] = "0"
     assert exit_status([*words, *OPTIONS, "--batch-size", "4"]) == 0
     out = capsys.readouterr().out
-    assert re.search(r"^  cost: .* at 2.5/gpu-hour$", out, re.M)
+    assert re.search(r"^  cost: 0 \(0 to 0\) at 2.5/gpu-hour \(no worker has a GPU\)$", out, re.M)
     assert "fit of about 60 samples in 3 shards with 1 workers:" in out
 
 

@@ -90,6 +90,13 @@ def test_base_is_a_folder_a_store_or_a_server(folder: Path, server: str, tmp_pat
     assert images(written(tmp_path / "tables", absolute, str(folder))) == IMAGES
 
 
+def test_scheme_in_upper_case_is_one_of_the_web(folder: Path, server: str, tmp_path: Path) -> None:
+    upper = server.replace("http://", "HTTP://")
+    assert images(written(folder, [f"{upper}/plain/img/{n}.jpg" for n in range(8)])) == IMAGES
+    (folder / "img" / "a%20b.jpg").write_bytes(IMAGES[3])  # the server takes names as they are sent
+    assert images(written(folder, ["img/a b.jpg"], f"{upper}/plain")) == [IMAGES[3]]
+
+
 def test_struct_of_hugging_face_holds_bytes_or_a_path(folder: Path) -> None:
     rows = [{"bytes": IMAGES[n] if n % 2 else None, "path": f"img/{n}.jpg"} for n in range(8)]
     shard = written(folder, [*rows, {"bytes": None, "path": None}, None], name="photo")

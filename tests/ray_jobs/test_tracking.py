@@ -278,6 +278,21 @@ def test_mlflow_server_gets_a_fit_and_its_report(
     assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["report.html"]
 
 
+@pytest.mark.full
+def test_moved_run_continues_its_mirror_in_mlflow(tmp_path: Path) -> None:
+    pytest.importorskip("mlflow")
+    for name in ("sqlalchemy", "alembic"):
+        pytest.importorskip(name, reason=f"MLflow's store needs {name}, which mlflow-skinny does not install")
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    for out in ("/here/run", "/there/run"):
+        client = trackers.MlflowClient(uri, "run/fit", "key")
+        client.log_options({"out": out, "seed": "0"})
+        client.log_metrics({"samples": 1.0}, 1, time.time())
+    (run,) = client.client.search_runs([client.client.get_experiment_by_name("patternnet").experiment_id])
+    assert run.data.params == {"out": "/here/run", "seed": "0"}
+    assert (run.data.tags["out"], "seed" in run.data.tags) == ("/there/run", False)
+
+
 @pytest.mark.slow
 def test_fit_goes_on_if_the_mlflow_server_dies(
     server: tuple[str, subprocess.Popen[bytes]], model_spec: str, shards: list[str], tmp_path: Path,

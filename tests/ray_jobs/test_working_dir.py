@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import ray
 from ray._private.runtime_env.packaging import create_package
+from ray.job_submission import JobDetails, JobStatus, JobType
 
 from cluster.local import PATH, ROOT, LocalCluster
 from patterns import UserError
-from ray_jobs.ops.submit import Submission
+from ray_jobs.ops.submit import Submission, exit_status_of
 from ray_jobs.ops.working_dir import EXCLUDES, is_uv_project, measure_upload, require_runnable_project
 from tests.conftest import make_shards
 from tests.ray_jobs.runs import OPTIONS
@@ -97,6 +98,15 @@ def test_packages_in_addition_to_a_lock_are_an_error(tmp_path: Path, complaint: 
     options = ("--address", "http://127.0.0.1:9", "--working-dir", tmp_path, "--pip", "timm", "status", "run")
     assert "uv add" in complaint("submit", *options)
     assert "answer" in complaint("submit", "--no-uv", *options)
+
+
+def test_cluster_without_uv_is_an_error() -> None:
+    shell = subprocess.run("uv-that-no-machine-has run", shell=True, capture_output=True, check=False)
+    job = JobDetails(type=JobType.SUBMISSION, status=JobStatus.FAILED, entrypoint="", driver_exit_code=shell.returncode)
+    with pytest.raises(UserError) as error:
+        exit_status_of(job, "patternnet-fit-1", uv=True)
+    assert (error.value.where, "--no-uv" in error.value.remedy) == ("patternnet-fit-1", True)
+    assert exit_status_of(job, "patternnet-fit-1") == 127
 
 
 MODULE = """

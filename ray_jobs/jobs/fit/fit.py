@@ -10,7 +10,7 @@ from patterns.estimation import LARGEST_SHARE, TOP_TOKENS, parse_estimators, req
 from patterns.io import TraceOptions, pattern_specs, save_solutions
 from patterns.moments import RequiredSums
 from ray_jobs.config import AUTO, FitConfig, ModelConfig, Resources
-from ray_jobs.data.concepts import ConceptLabels, load_concepts
+from ray_jobs.data.concepts import ConceptLabels, load_concepts, require_one_sample
 from ray_jobs.engine.ray_tasks import Tasks
 from ray_jobs.engine.shard_worker import compile_batches, require_gpu_for_mode
 from ray_jobs.io import object_store
@@ -21,7 +21,7 @@ from ray_jobs.jobs.fit.memory_plan import plan_passes
 from ray_jobs.jobs.fit.position_pilot import describe_choice, resolve_positions
 from ray_jobs.jobs.input_size import infer_input_size
 from ray_jobs.jobs.job_session import JobSession, hold_run
-from ray_jobs.jobs.moments_job import MomentsJob, MomentsSpec, require_disjoint
+from ray_jobs.jobs.moments_job import LABELED, MomentsJob, MomentsSpec, require_disjoint
 from ray_jobs.models import loading
 from ray_jobs.runs.ledger import Ledger
 from ray_jobs.runs.moments_store import MomentsStore
@@ -84,7 +84,7 @@ def fit(config: FitConfig, resources: Resources = Resources(), retry_quarantined
         StoppedShortError: If a signal stopped the fit.
     """
     validate(config, resources)
-    run, labels = Run(config.out), load_concepts(config.concepts)
+    run, labels = Run(config.out), load_concepts(config.concepts, config.shards)
     config = replace(config, model=infer_input_size(config.model, config.shards, run.manifest().get("fit")))
     loaded = loading.open_model(config.model, run.folder)
     config, choice = resolve_positions(run, config, loaded)
@@ -340,6 +340,8 @@ def merge(folders: Sequence[str], out: str, resources: Resources = Resources()) 
                     each.store.copy_from(store, entry)
                     ledger = ledger.commit(replace(entry, shards=tuple(first + shard for shard in entry.shards)))
                 first += len(own.shards)
+            if len({section["concepts"]["digest"] for section in sections if concepts}) == 1:  # fits of the same labels
+                require_one_sample(each.store.add_up(ledger.entries, LABELED), out)
             each.store.write_ledger(ledger)
         session.section["refused"] = write_quarantine(session.run, passes, shards)
         finish(session, config, passes)
