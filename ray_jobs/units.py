@@ -1,7 +1,6 @@
 """Parsing and formatting of durations, sizes, versions and names."""
 
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -78,6 +77,8 @@ def format_counts(counts: Mapping[str, int]) -> str:
 
 def find_version(package: str) -> str:
     """Return the version of an installed package; `not installed` also for a package that runs from its folder."""
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
         return version(package)
     except PackageNotFoundError:

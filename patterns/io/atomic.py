@@ -5,10 +5,11 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 TEMPORARY_PREFIX = ".aside-"  # the name of a file that is not complete begins with this
 
@@ -62,7 +63,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         write(temporary)
 
 
-def write_table(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
+def write_table(path: Path, schema: "pa.Schema", tables: Iterable["pa.Table"]) -> None:
     """Write a Parquet file atomically.
 
     Args:
@@ -72,12 +73,14 @@ def write_table(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> No
 
     Example:
         >>> from tempfile import TemporaryDirectory
+        >>> import pyarrow as pa, pyarrow.parquet as pq
         >>> table = pa.table({"n": [1, 2]})
         >>> with TemporaryDirectory() as folder:
         ...     write_table(Path(folder) / "it.parquet", table.schema, [table, table])
         ...     pq.read_table(Path(folder) / "it.parquet")["n"].to_pylist()
         [1, 2, 1, 2]
     """
+    import pyarrow.parquet as pq
 
     def write(temporary: Path) -> None:
         with pq.ParquetWriter(temporary, schema) as writer:

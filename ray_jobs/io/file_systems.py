@@ -9,9 +9,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote
 
-import fsspec
-from fsspec.registry import known_implementations, registry
-
 from patterns import UserError
 from ray_jobs.io.refusals import BusyError, find_refusal, find_status, iterate_causes
 
@@ -139,6 +136,8 @@ def format_message(error: BaseException) -> str:
 
 def find_package(where: str, error: ImportError) -> str:
     """Return the name on PyPI of the package whose import failed."""
+    from fsspec.registry import known_implementations
+
     scheme = parse_scheme(where)
     module = next((e.name for e in iterate_causes(error) if isinstance(e, ImportError) and e.name), None)
     if module is None or module.startswith("fsspec"):
@@ -168,6 +167,8 @@ def is_url(path: str) -> bool:
 
 def is_known_scheme(scheme: str) -> bool:
     """Return whether fsspec knows a file system of this scheme."""
+    from fsspec.registry import known_implementations, registry
+
     return scheme in known_implementations or scheme in registry
 
 
@@ -205,6 +206,8 @@ def open_file_system(url: str) -> tuple[Any, str]:
     Raises:
         UserError: If there is no such file system, or its package is not installed.
     """
+    import fsspec
+
     if has_unknown_scheme(url):
         raise to_user_error(ValueError(), url)
     with translate_errors(url):

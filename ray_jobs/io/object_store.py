@@ -12,10 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, BinaryIO, Literal
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 from patterns import UserError
 from patterns.io import temporary_path
@@ -31,6 +28,9 @@ from ray_jobs.io.file_systems import (
     translate_errors,
 )
 from ray_jobs.units import make_printable
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 READ_ONLY = {"http", "https"}
 
@@ -328,8 +328,10 @@ def read_option_file(option: str, where: str) -> bytes:
         raise UserError(f"{option} {where}", error.what, error.remedy) from error
 
 
-def read_table(path: Location, columns: list[str] | None = None) -> pa.Table:
+def read_table(path: Location, columns: list[str] | None = None) -> "pa.Table":
     """Read a Parquet file, or some columns of it. Raise MissingError if it does not exist."""
+    import pyarrow.parquet as pq
+
     with (
         fetch(path) as file,
         translate_errors(str(path), remedy="Delete it, then run the same command to write it again."),

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from patterns import UserError
-from ray_jobs.config import ExplainConfig, FitConfig, Resources
+from ray_jobs.config import ExplainConfig, FitConfig, ModelConfig, Resources
 from ray_jobs.data.shard_reader import read_shard
 from ray_jobs.engine.ray_session import connect
 from ray_jobs.engine.shard_job import ShardJob
@@ -19,6 +19,7 @@ from ray_jobs.engine.worker_hosts import keep_workers, kept_actors, pack, unpack
 from ray_jobs.jobs.explain.explain import explain
 from ray_jobs.jobs.fit.fit import fit
 from ray_jobs.runs.run_folder import Run
+from ray_jobs.studies import demo, reproduce, vgg16
 from tests.ray_jobs.runs import assert_same_patterns, make_fit_config, wait_until
 
 pytestmark = pytest.mark.full
@@ -88,6 +89,38 @@ def test_without_the_block_workers_end_with_their_job(
     fit(make_fit_config(model_spec, shards[:2], tmp_path / "run"), ONE)
     assert not kept_actors()
     wait_until(lambda: not any(map(psutil.pid_exists, pids)))
+
+
+def test_experiments_use_one_process_for_all_their_jobs(
+    local_ray: None, model: ModelConfig, shards: list[str], tmp_path: Path, pids: list[int]
+) -> None:
+    experiment = reproduce.Experiment(model, tuple(shards[:2]), tuple(shards[2:3]), steps=2)
+    reproduce.reproduce(experiment, tmp_path / "out", ONE)
+    assert len(pids) >= 4
+    assert len(set(pids)) == 1
+
+
+def test_demo_uses_one_process_for_both_networks(
+    local_ray: None,
+    model_spec: str,
+    shards: list[str],
+    tmp_path: Path,
+    pids: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Fits of a small network stand for those of the demo's networks, which take minutes."""
+    for file in ("weights.safetensors", vgg16.FILE):
+        (tmp_path / file).touch()
+
+    def fit_small(network: demo.Network, out: Path, crops: object, whole: object, resources: Resources) -> Run:
+        return fit(make_fit_config(model_spec, shards[:2], out), resources)
+
+    monkeypatch.setattr(demo, "CROPS", 1)
+    monkeypatch.setattr(demo, "explain_network", fit_small)
+    monkeypatch.setattr(demo, "draw", lambda run, path: path)
+    assert demo.demo(tmp_path, ONE) == [tmp_path / "signals.png", tmp_path / "classes.png"]
+    assert len(pids) == 2
+    assert len(set(pids)) == 1
 
 
 def test_a_worker_does_not_use_a_damaged_model(

@@ -79,12 +79,12 @@ def test_merged_fits_of_sampled_positions_equal_the_fit_of_all_their_shards(
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("tolerance", "expected"), [(100.0, 16), (1e-6, None)])
+@pytest.mark.parametrize(("tolerance", "expected"), [(100.0, 16), (1e-6, None), (None, None)])
 def test_auto_chooses_the_positions_that_the_tolerance_needs_and_keeps_them(
     model_spec: str,
     shards: list[str],
     tmp_path: Path,
-    tolerance: float,
+    tolerance: float | None,
     expected: int | None,
     capsys: Capsys,
     monkeypatch: pytest.MonkeyPatch,
@@ -94,8 +94,9 @@ def test_auto_chooses_the_positions_that_the_tolerance_needs_and_keeps_them(
     section = fit(config, HERE).manifest()["fit"]
     assert section["options"]["positions"] == expected
     chosen = section["positions"]
-    assert (chosen["positions"], chosen["tolerance"], chosen["images"]) == (expected, tolerance, 72)
-    assert (0 < chosen["expected_error"] <= tolerance) == (expected is not None)
+    wanted = 0.01 if tolerance is None else tolerance
+    assert (chosen["positions"], chosen["tolerance"], chosen["images"]) == (expected, wanted, 72)
+    assert (0 < chosen["expected_error"] <= wanted) == (expected is not None)
     number = "all" if expected is None else str(expected)
     assert f"{number} positions of each image: " in capsys.readouterr().err
     assert fit(config, HERE).manifest()["fit"]["positions"] == chosen
