@@ -10,12 +10,12 @@ from ray_jobs.config.jobs import (
     FitConfig,
     MethodsConfig,
     QualityConfig,
-    Resources,
     TargetConfig,
     describe_methods,
 )
 from ray_jobs.config.model import ModelConfig
 from ray_jobs.config.option import Validated, metadata_of, option, required, same
+from ray_jobs.config.resources import Resources
 from ray_jobs.units import parse_duration
 
 EXPORT_FORMATS = ("fiftyone", "virelay", "huggingface", "coco")
