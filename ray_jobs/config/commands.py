@@ -18,6 +18,7 @@ from ray_jobs.config.option import Validated, metadata_of, option, required, sam
 from ray_jobs.config.resources import Resources
 from ray_jobs.units import parse_duration
 
+DATASETS = ("mnist", "fashion-mnist", "folder")
 EXPORT_FORMATS = ("fiftyone", "virelay", "huggingface", "coco")
 
 
@@ -301,7 +302,7 @@ class ReproduceOptions(Validated, ShardOptions):
     """Options of `reproduce`. None of the degradation's values: the paper's, and smaller values for small images."""
 
     out: Path = field(metadata=required("Folder of the run, the figures and results.md.", parse="local path"))
-    dataset: str = option("folder", "Data: mnist, fashion-mnist, or folder.")
+    dataset: str = option("folder", "Data set, or `folder` for images in folders or shards.", choices=DATASETS)
     data: Path | None = option(
         None, "Folder of the data: the four idx files of the digits, or train/ and test/.", parse="local path"
     )
