@@ -81,7 +81,7 @@ class AddressOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DemoOptions(AddressOptions):
+class DemoOptions(Validated, AddressOptions):
     """Options of `demo`."""
 
     out: Path = option(Path("demo-run"), "Folder of shards, weights, run and picture.", parse="local path")
