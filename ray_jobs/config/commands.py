@@ -31,7 +31,9 @@ class ShardOptions:
         None, "Column of Parquet files with the images, or with their URLs or paths (default: the column of bytes)."
     )
     image_base: str | None = option(
-        None, "Folder or URL below which the column may name images (default: that of each file).", parse="path"
+        None,
+        "Folder or URL below which the column may name images (default: the folder of each Parquet file).",
+        parse="path",
     )
 
 

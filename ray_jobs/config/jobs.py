@@ -107,12 +107,12 @@ class FitConfig(Validated):
         metavar="SIZE",
     )
     until_converged: float | None = option(
-        None, "Stop when 90 % of the patterns have a relative standard error below this: 0.05.", min=0
+        None, "Stop when 90 % of the patterns have a relative standard error below this value, for example 0.05.", min=0
     )
     positions: int | Literal["auto"] | None = option(
         AUTO,
-        "Spatial positions per image and operator, drawn at random. `auto`: all for few images, else as many as a few "
-        "images show to be enough for a relative standard error of 1 %.",
+        "Spatial positions per image and operator, drawn at random. `auto`: all for fewer than 5,000 images; otherwise "
+        "the smallest number whose expected relative standard error, estimated on 64 images, is at most 1 %.",
         parse=parse_positions,
         metavar="N|all|auto",
         min=1,
@@ -129,8 +129,8 @@ class FitConfig(Validated):
     )
     compile: str | None = option(
         AUTO,
-        "Compile full batches: `cudagraphs` on a GPU takes seconds, a mode of torch.compile minutes, `none` not at "
-        "all. `auto`: CUDA graphs on a GPU if the model can be recorded.",
+        "Compile full batches: `cudagraphs` (GPU, recorded in seconds), a mode of torch.compile (compiled in minutes) "
+        "or `none`. `auto`: CUDA graphs on a GPU if the model can be recorded.",
         parse=parse_compile_mode,
         metavar="MODE",
         validate=validate_compile_mode,
@@ -247,8 +247,8 @@ class ExplainConfig(TargetConfig):
         FitConfig,
         "compile",
         default=None,  # CUDA graphs save at most 3 % of the time here, and take as much memory again
-        help="Compile full batches: `cudagraphs` on a GPU takes seconds, a mode of torch.compile minutes (default: "
-        "none).",
+        help="Compile full batches: `cudagraphs` (GPU, recorded in seconds) or a mode of torch.compile (compiled in "
+        "minutes) (default: none).",
     )
 
 

@@ -25,7 +25,8 @@ class Resources(Validated):
     gpus_per_worker: float | None = option(None, "GPUs per worker (default: 1 if the cluster has any, else 0).", min=0)
     cpus_per_worker: float | None = option(
         None,
-        "CPUs per worker, and threads of its process (default: 1; with a GPU, the node's CPUs for each, at most 8).",
+        "CPUs per worker, and threads of its process (default: 1; with GPUs, an equal share of the node's CPUs, at "
+        "most 8).",
         min=0,
     )
     max_loss: float = option(

@@ -226,7 +226,7 @@ class MomentsJob(ShardJob):
         return self.ledger
 
     def judge_all(self) -> None:
-        """Judge the samples that this command has read; those of the whole ledger if it has read none, or used none.
+        """Check the fraction of rejected samples of this command, or of the whole ledger if this command used none.
 
         So a command goes on if the data were fixed after an earlier command, and a command that has nothing left to
         do ends as the last command did. Samples that are tried again may well be rejected again.

@@ -29,6 +29,7 @@ from ray_jobs.config import (
 from ray_jobs.config.commands import DATASETS, ExportOptions, PackOptions, ReproduceOptions
 from ray_jobs.config.option import Validated, choices_of, options_of
 from ray_jobs.jobs.explain import map_statistics
+from ray_jobs.jobs.fit import position_pilot
 from ray_jobs.models import loading
 from ray_jobs.runs.map_files import estimate_bytes_per_sample
 from ray_jobs.studies import datasets
@@ -138,6 +139,13 @@ def test_choices_are_the_names_that_the_jobs_know() -> None:
     assert set(PRECISIONS) == set(loading.PRECISIONS)
     assert choices_of(options_of(DegradeConfig)["replacement"]) == tuple(REPLACEMENTS)
     assert set(estimate_bytes_per_sample({"gradient": (3, 8, 8)}, OUTPUTS)) == set(OUTPUTS)
+
+
+def test_help_of_positions_states_the_numbers_of_the_pilot() -> None:
+    text = options_of(FitConfig)["positions"].help
+    pilot = f"fewer than {position_pilot.MANY:,} images", f"on {position_pilot.BATCHES * position_pilot.IMAGES} images"
+    assert isinstance(text, str)
+    assert all(number in text for number in (*pilot, f"at most {position_pilot.TOLERANCE * 100:g} %"))
 
 
 def test_defaults_of_the_degradation_are_those_of_the_paper() -> None:
