@@ -1,17 +1,18 @@
 """Parsing and formatting of durations, sizes, versions and names."""
 
+import math
 from collections.abc import Mapping
 from typing import Literal
 
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+SIZES = {"": 1.0, "K": 2.0**10, "M": 2.0**20, "G": 2.0**30, "T": 2.0**40}
 
 
 def parse_duration(text: str | float) -> float:
     """Return the seconds of a duration such as `90`, `90s`, `15m`, `2h` or `1d`; a number is returned as it is.
 
     Raises:
-        ValueError: If the text is not a duration.
+        ValueError: If the text is not a finite duration.
 
     Example:
         >>> parse_duration("15m")
@@ -19,27 +20,40 @@ def parse_duration(text: str | float) -> float:
     """
     if isinstance(text, float | int):
         return float(text)
-    number, unit = (text, "s") if text[-1:].isdigit() else (text[:-1], text[-1:])
-    if unit not in UNITS or not float(number) >= 0:
+    seconds = parse_amount(text, UNITS, "s")
+    if not 0 <= seconds < math.inf:
         raise ValueError(f"{text!r} is not a duration; write 90s, 15m or 2h")
-    return float(number) * UNITS[unit]
+    return seconds
 
 
 def parse_bytes(text: str) -> int:
     """Return the bytes of a size such as `16G`, `512M`, `1.5GiB` or `1000000`.
 
     Raises:
-        ValueError: If the text is not a size.
+        ValueError: If the text is not a finite size of at least one byte.
 
     Example:
         >>> parse_bytes("1.5GiB")
         1610612736
     """
-    plain = text.upper().removesuffix("B").removesuffix("I")
-    number, unit = (plain, "") if plain[-1:].isdigit() else (plain[:-1], plain[-1:])
-    if unit not in POWERS or not float(number) > 0:
+    size = parse_amount(text.upper().removesuffix("B").removesuffix("I"), SIZES, "")
+    if not 1 <= size < math.inf:
         raise ValueError(f"{text!r} is not a size; write 512M or 16G")
-    return int(float(number) * 1024 ** POWERS[unit])
+    return int(size)
+
+
+def parse_amount(text: str, units: Mapping[str, float], default_unit: str) -> float:
+    """Return a number with a unit of one letter in the base unit; NaN if the text is anything else.
+
+    Example:
+        >>> parse_amount("2h", {"h": 3600.0, "s": 1.0}, "s"), parse_amount("2x", {"s": 1.0}, "s")
+        (7200.0, nan)
+    """
+    number, unit = (text, default_unit) if text[-1:].isdigit() else (text[:-1], text[-1:])
+    try:
+        return float(number) * units[unit]
+    except (ValueError, KeyError):
+        return math.nan
 
 
 def parse_positions(text: str) -> int | Literal["auto"] | None:

@@ -1,4 +1,7 @@
-"""What an import of a package loads, and what names it gives. The contracts between packages are in pyproject.toml."""
+"""What an import of a package loads, what names it gives, and how long a file may be.
+
+The contracts between packages are in pyproject.toml.
+"""
 
 import importlib
 import subprocess
@@ -7,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+MAX_LINES = 400
 ROOT = Path(__file__).parents[1]
 LARGE = {"torch", "pyarrow", "fsspec", "numpy"}
 
@@ -47,3 +51,11 @@ def test_public_names_are_not_hidden_by_modules() -> None:
     code += "getattr(patterns, n))])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "['CHOICES', 'ESTIMATORS', 'METHODS', 'PRESETS']"
+
+
+def test_no_python_file_has_more_than_400_lines() -> None:
+    folders = ("patterns", "ray_jobs", "cluster", "benchmarks", "docs", "tests")
+    files = [file for folder in folders for file in (ROOT / folder).rglob("*.py")]
+    assert len(files) > 100
+    lengths = {str(file.relative_to(ROOT)): file.read_bytes().count(b"\n") for file in files}
+    assert {name: length for name, length in lengths.items() if length > MAX_LINES} == {}

@@ -1,8 +1,6 @@
 """Tracing: from an `nn.Module` to a network of linear operators.
 
-The passes run in the order of `network.build_network`: export (`aten_graph`), constant folding (`folding`),
-linearization of accepted operations (`linearize`), canonical forms (`canonicalize`, `rectifiers`, `average_pools`,
-`constant_products`), lowering to operators (`lower`), and splitting of fused layers (`fused_layers`).
+`network.build_network` calls the passes; docs/architecture.md describes each of them.
 """
 
 from patterns.tracing.digests import digest

@@ -121,7 +121,10 @@ class LayerOutput:
         return value if all(v is self._output or v._base is self._output for v in views) else None
 
     def rows(self, node: Node) -> tuple[int, ...]:
-        """Return the neurons of a value in the order of its elements; of several values or a copy, those it is of."""
+        """Return the neurons of a value in the order of its elements.
+
+        For several values or a copy, return the neurons of the original value.
+        """
         while not isinstance(self._views[node], Tensor):
             node = node.args[0]  # type: ignore[assignment]
         view, position = self._views[node], self._neurons * self._inner

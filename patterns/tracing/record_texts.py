@@ -58,7 +58,7 @@ def encode_record(record: NodeRecord) -> list[Any]:
 
 
 def decode_record(value: Sequence[Any]) -> NodeRecord:
-    """Return the record of a node; KeyError, TypeError or ValueError if the value is none."""
+    """Return the record of a node; KeyError, TypeError or ValueError if the value is not a record."""
     op, name, target, args, kwargs, is_number = value
     if op not in STEPS or not all(map(NAME.fullmatch, [*kwargs, *([target] if isinstance(target, str) else [])])):
         raise ValueError(f"{op} of {target} is not part of a graph")
@@ -116,7 +116,7 @@ def encode_operator(module: Operator) -> dict[str, Any]:
 
 
 def decode_operator(value: Mapping[str, Any], weight: Tensor, bias: Tensor | None) -> Operator:
-    """Return an operator; KeyError, TypeError or ValueError if the value is none."""
+    """Return an operator; KeyError, TypeError or ValueError if the value is not an operator."""
     state = {name: to_tuple(value[name]) for name in STATE}
     operator_type = OPERATOR_TYPES[value["type"]](**{name: to_tuple(each) for name, each in value["options"].items()})
     gate = decode_gate(value["gate"])

@@ -53,7 +53,7 @@ def canonicalize_smooth_gates(graph: AtenGraph, pass_through: Collection[str]) -
 
 
 def match_gate(graph: AtenGraph, node: Node) -> tuple[Node, SmoothGate] | None:
-    """Return the input and the gate of the activation that ends in a node; None if it is none."""
+    """Return the input and the gate of the activation that ends in a node; None if it is not an activation."""
     for source, chain in list_chains(graph, node):
         if source.meta["val"].shape != node.meta["val"].shape or not chain:
             continue

@@ -1,1 +1,1 @@
-"""The command line: one file per command. `app` runs them, and `options` makes their options from the configs."""
+"""The command line: one file per command. `app` runs them; `typer_options` generates their options from the configs."""

@@ -16,7 +16,11 @@ def grid(options: GridOptions) -> None:
     from ray_jobs.views.gallery import open_gallery
 
     if (bool(options.keys) + bool(options.worst) + bool(options.random)) != 1:
-        raise UserError("grid", "one way to choose samples is needed", "Give `keys`, `worst=N` or `random=N`.")
+        raise UserError(
+            "grid",
+            "samples are chosen in no way or in several",
+            "Pass exactly one of `keys`, `worst=N` and `random=N`.",
+        )
     explained = open_gallery(options.run, options.classes)
     if options.keys:
         rows = explained.find_all(options.keys)

@@ -9,7 +9,7 @@ from ray_jobs.config.commands import StatusOptions
 
 @command("patternnet status runs/vgg16 --price 2.5/gpu-hour", "patternnet status s3://bucket/resnet50")
 def status(options: StatusOptions) -> None:
-    """Show the progress of a run, from its files alone: on any machine that sees them."""
+    """Show the progress of a run from its files, on any machine that can read the files."""
     from ray_jobs.config.timing import PRODUCTION
     from ray_jobs.runs.run_folder import Run
     from ray_jobs.views.status import status_lines

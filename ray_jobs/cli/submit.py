@@ -1,4 +1,4 @@
-"""`patternnet submit`: a command → a job on a cluster elsewhere."""
+"""`patternnet submit`: a command → a job on a remote cluster."""
 
 import os
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from ray_jobs.config.commands import SubmitOptions
     interspersed=False,
 )
 def submit(context: typer.Context, options: SubmitOptions) -> None:
-    """Run a command as a job of a cluster elsewhere, follow its log, and end with its exit status."""
+    """Run a command as a job on a remote cluster, follow its log, and end with its exit status."""
     from ray_jobs.ops.submit import Submission
     from ray_jobs.ops.submit import submit as run_submit
     from ray_jobs.ops.working_dir import is_uv_project

@@ -13,9 +13,7 @@ from ray_jobs.config.jobs import (
     FitConfig,
     MethodsConfig,
     QualityConfig,
-    Resources,
     TargetConfig,
-    equal_share,
 )
 from ray_jobs.config.model import (
     CROP_MODES,
@@ -25,6 +23,7 @@ from ray_jobs.config.model import (
     ModelConfig,
     Preprocessing,
 )
+from ray_jobs.config.resources import Resources
 
 __all__ = [
     "AUTO",
@@ -47,5 +46,4 @@ __all__ = [
     "QualityConfig",
     "Resources",
     "TargetConfig",
-    "equal_share",
 ]

@@ -10,14 +10,15 @@ from ray_jobs.config.jobs import (
     FitConfig,
     MethodsConfig,
     QualityConfig,
-    Resources,
     TargetConfig,
     describe_methods,
 )
 from ray_jobs.config.model import ModelConfig
 from ray_jobs.config.option import Validated, metadata_of, option, required, same
+from ray_jobs.config.resources import Resources
 from ray_jobs.units import parse_duration
 
+DATASETS = ("mnist", "fashion-mnist", "folder")
 EXPORT_FORMATS = ("fiftyone", "virelay", "huggingface", "coco")
 
 
@@ -30,7 +31,9 @@ class ShardOptions:
         None, "Column of Parquet files with the images, or with their URLs or paths (default: the column of bytes)."
     )
     image_base: str | None = option(
-        None, "Folder or URL below which the column may name images (default: that of each file).", parse="path"
+        None,
+        "Folder or URL below which the column may name images (default: the folder of each Parquet file).",
+        parse="path",
     )
 
 
@@ -80,7 +83,7 @@ class AddressOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DemoOptions(AddressOptions):
+class DemoOptions(Validated, AddressOptions):
     """Options of `demo`."""
 
     out: Path = option(Path("demo-run"), "Folder of shards, weights, run and picture.", parse="local path")
@@ -301,7 +304,7 @@ class ReproduceOptions(Validated, ShardOptions):
     """Options of `reproduce`. None of the degradation's values: the paper's, and smaller values for small images."""
 
     out: Path = field(metadata=required("Folder of the run, the figures and results.md.", parse="local path"))
-    dataset: str = option("folder", "Data: mnist, fashion-mnist, or folder.")
+    dataset: str = option("folder", "Data set, or `folder` for images in folders or shards.", choices=DATASETS)
     data: Path | None = option(
         None, "Folder of the data: the four idx files of the digits, or train/ and test/.", parse="local path"
     )

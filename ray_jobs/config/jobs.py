@@ -6,9 +6,8 @@ from typing import Literal
 
 from ray_jobs.config.model import ModelConfig
 from ray_jobs.config.option import Validated, metadata_of, option, required, same
-from ray_jobs.config.parsing import parse_price, parse_setting, parse_tracker
-from ray_jobs.config.timing import PRODUCTION, Timing
-from ray_jobs.units import parse_bytes, parse_duration, parse_positions
+from ray_jobs.config.parsing import parse_setting
+from ray_jobs.units import parse_bytes, parse_positions
 
 # These estimators take all sums, so that every other estimator can be solved later without data.
 FITTED = ("linear", "two-component", "multivariate")
@@ -108,12 +107,12 @@ class FitConfig(Validated):
         metavar="SIZE",
     )
     until_converged: float | None = option(
-        None, "Stop when 90 % of the patterns have a relative standard error below this: 0.05.", min=0
+        None, "Stop when 90 % of the patterns have a relative standard error below this value, for example 0.05.", min=0
     )
     positions: int | Literal["auto"] | None = option(
         AUTO,
-        "Spatial positions per image and operator, drawn at random. `auto`: all for few images, else as many as a few "
-        "images show to be enough for a relative standard error of 1 %.",
+        "Spatial positions per image and operator, drawn at random. `auto`: all for fewer than 5,000 images; otherwise "
+        "the smallest number whose expected relative standard error, estimated on 64 images, is at most 1 %.",
         parse=parse_positions,
         metavar="N|all|auto",
         min=1,
@@ -130,8 +129,8 @@ class FitConfig(Validated):
     )
     compile: str | None = option(
         AUTO,
-        "Compile full batches: `cudagraphs` on a GPU takes seconds, a mode of torch.compile minutes, `none` not at "
-        "all. `auto`: CUDA graphs on a GPU if the model can be recorded.",
+        "Compile full batches: `cudagraphs` (GPU, recorded in seconds), a mode of torch.compile (compiled in minutes) "
+        "or `none`. `auto`: CUDA graphs on a GPU if the model can be recorded.",
         parse=parse_compile_mode,
         metavar="MODE",
         validate=validate_compile_mode,
@@ -248,8 +247,8 @@ class ExplainConfig(TargetConfig):
         FitConfig,
         "compile",
         default=None,  # CUDA graphs save at most 3 % of the time here, and take as much memory again
-        help="Compile full batches: `cudagraphs` on a GPU takes seconds, a mode of torch.compile minutes (default: "
-        "none).",
+        help="Compile full batches: `cudagraphs` (GPU, recorded in seconds) or a mode of torch.compile (compiled in "
+        "minutes) (default: none).",
     )
 
 
@@ -330,74 +329,3 @@ class EvaluateConfig(DegradeConfig):
     refit_samples: int = option(256, "Samples on which patterns of random weights are fitted.", min=1)
     patch: int = same(DegradeConfig, "patch", default=16)
     steps: int = same(DegradeConfig, "steps", default=30)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Resources(Validated):
-    """Workers of a job, their resources, and the limits on failures. They may change when a run is resumed.
-
-    `max_bad_fraction` is checked while the job runs, from 100 samples on, and at its end, also if it has fewer samples.
-    A job that could use no sample always fails.
-    """
-
-    workers: int | None = option(
-        None,
-        "Maximum number of workers (default: as many as the cluster can hold). 0 runs in this process without Ray.",
-        min=0,
-    )
-    gpus_per_worker: float | None = option(None, "GPUs per worker (default: 1 if the cluster has any, else 0).", min=0)
-    cpus_per_worker: float | None = option(
-        None,
-        "CPUs per worker, and threads of its process (default: 1; with a GPU, the node's CPUs for each, at most 8).",
-        min=0,
-    )
-    max_loss: float = option(
-        900.0, "Maximum work that is repeated if a worker is lost: 90s, 15m, 2h.", parse=parse_duration
-    )
-    address: str | None = option(
-        None, "Address of the Ray cluster (default: RAY_ADDRESS, else a Ray started on this machine)."
-    )
-    min_workers: int = option(
-        0, "Workers to request from an autoscaling cluster even if it has no room for them now.", min=0
-    )
-    stall_timeout: float = option(900.0, "Time without a batch after which a worker is replaced.", parse=parse_duration)
-    shard_timeout: float = option(
-        6 * 3600.0, "Time after which a shard is tried on another worker.", parse=parse_duration
-    )
-    retries: int = option(3, "Further attempts at a shard that failed.", min=0)
-    max_bad_shards: int = option(0, "Maximum number of shards that may fail without failing the job.", min=0)
-    max_bad_fraction: float = option(
-        0.5, "Maximum fraction of rejected samples, checked from 100 samples on and at the end.", min=0, max=1
-    )
-    log: Literal["plain", "json"] = option(
-        "plain", "Format of the log: plain lines, or one JSON object per line.", choices=("plain", "json")
-    )
-    track: str | None = option(
-        None,
-        "Experiment tracker that mirrors options, progress, final figures and the report: mlflow, mlflow:URI, wandb or "
-        "trackio.",
-        parse=parse_tracker,
-        metavar="TRACKER",
-    )
-    price: str | None = option(
-        None,
-        "Price of the workers: 2.5/gpu-hour, 0.3/worker-hour or 0.04/cpu-hour. The manifest, status and report then "
-        "show the cost.",
-        parse=parse_price,
-        metavar="PRICE",
-    )
-    timing: Timing = PRODUCTION  # no option: for tests
-
-
-def equal_share(total: int | None, item: int, items: int) -> int | None:
-    """Return how many of `total` samples item number `item` of `items` contributes: equal shares in any order of work.
-
-    None if there is no total.
-
-    Example:
-        >>> [equal_share(7, item, 3) for item in range(3)]
-        [3, 2, 2]
-    """
-    if total is None:
-        return None
-    return total // items + (item < total % items)

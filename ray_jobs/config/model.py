@@ -43,7 +43,7 @@ class Preprocessing:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(Validated):
-    """A model with its weights. None: as the model's library has it."""
+    """A model with its weights. A field that is None has the value of the model's library."""
 
     spec: str = field(
         metadata=required(

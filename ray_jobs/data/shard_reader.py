@@ -260,6 +260,20 @@ class ShardTask:
         return key not in self.skip and (self.only is None or key in self.only)
 
 
+def equal_share(total: int | None, item: int, items: int) -> int | None:
+    """Return how many of `total` samples item number `item` of `items` contributes: equal shares in any order of work.
+
+    None if there is no total.
+
+    Example:
+        >>> [equal_share(7, item, 3) for item in range(3)]
+        [3, 2, 2]
+    """
+    if total is None:
+        return None
+    return total // items + (item < total % items)
+
+
 @dataclass
 class ShardReader:
     """The batches of a shard; samples that cannot be used are appended to `rejected`.

@@ -62,7 +62,7 @@ def connect(resources: Resources) -> Iterator[Tasks]:
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Delay signals to the end of the block: Ray, interrupted while it starts or ends, aborts or leaves processes."""
+    """Delay signals until the block ends, because Ray aborts or leaves processes behind if it is interrupted."""
     with stop_signals() as stopped:
         yield
     if stopped():

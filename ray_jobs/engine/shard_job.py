@@ -227,7 +227,7 @@ class ShardJob:
         self.count("lost_workers", error is not None, worker.name)
 
     def on_released(self, worker: WorkerInfo, seconds: float) -> None:
-        """Count the time that a worker had its place."""
+        """Add the time during which a worker held resources to the usage."""
         self.heartbeat.usage += self.measure_usage(seconds)
 
     def measure_usage(self, seconds: float) -> Usage:

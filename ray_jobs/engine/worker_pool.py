@@ -341,7 +341,10 @@ class _Pool:
                 self.job.on_removed(worker.description, error)
 
     def put_off(self, worker: Worker, error: Exception) -> None:
-        """Try an item again later that its worker has not begun; the worker rests until then, and loses nothing."""
+        """Try an item again later that its worker has not begun.
+
+        The worker stays idle until then and keeps its uncommitted work.
+        """
         item, worker.item = str(worker.item), None
         self.job.on_failed(item, error)
         worker.resting_until = self.retry(item, True, error)

@@ -1,4 +1,4 @@
-"""Processes that compute for a thread of this one; several threads would wait for each other to get Python's lock.
+"""Processes that compute for one thread, because threads would wait for Python's lock.
 
 `python -m ray_jobs.io.process_pool SOCKET MODULE` is the server of a pool. It imports a module once, which may take
 seconds, and forks a process for every pair of pipes that it receives. A fork of the pool's own process could deadlock,

@@ -12,11 +12,11 @@ from torch import Tensor
 from patterns import Network, UserError
 from patterns.estimation import OperatorObserver
 from patterns.io import TensorFile, require_moments_of
-from ray_jobs.config import Resources, equal_share
+from ray_jobs.config import Resources
 from ray_jobs.data.concepts import ConceptLabels, require_one_sample
 from ray_jobs.data.samples import RejectedSample, derive_seed
 from ray_jobs.data.selection import Selection
-from ray_jobs.data.shard_reader import ShardTask
+from ray_jobs.data.shard_reader import ShardTask, equal_share
 from ray_jobs.engine.ray_tasks import PendingCall, Tasks
 from ray_jobs.engine.shard_job import ShardJob, require_enough_samples
 from ray_jobs.engine.shard_worker import BatchStream, ShardReport, ShardWorker, WorkerResources, make_reader_config
@@ -244,7 +244,7 @@ class MomentsJob(ShardJob):
         return self.ledger
 
     def judge_all(self) -> None:
-        """Judge the samples that this command has read; those of the whole ledger if it has read none, or used none.
+        """Check the fraction of rejected samples of this command, or of the whole ledger if this command used none.
 
         So a command goes on if the data were fixed after an earlier command, and a command that has nothing left to
         do ends as the last command did. Samples that are tried again may well be rejected again.

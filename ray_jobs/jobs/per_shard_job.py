@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from ray_jobs.config import MethodsConfig, Resources, equal_share
-from ray_jobs.data.shard_reader import ShardTask
+from ray_jobs.config import MethodsConfig, Resources
+from ray_jobs.data.shard_reader import ShardTask, equal_share
 from ray_jobs.engine.shard_job import ShardJob, require_enough_samples
 from ray_jobs.io.object_store import list_names
 from ray_jobs.jobs.job_session import JobSession

@@ -126,7 +126,8 @@ def fill_inputs(model: nn.Module, where: str, inputs: Sequence[tuple[str, str]])
     unknown = [name for name in values if name not in names and not any_name]
     left = [name for name in names if name not in values]
     if unknown or not left:
-        what = f"the model has no input {unknown[0]!r}" if unknown else "every input has a value, none takes the images"
+        what = "all inputs have fixed values, so no input takes the images"
+        what = f"the model has no input {unknown[0]!r}" if unknown else what
         raise UserError(where, what, f"Its inputs are {', '.join(names)}.", "inputs")
     needed = [name for name in left if parameters[name].default is inspect.Parameter.empty] or left[:1]
     inner = model.forward

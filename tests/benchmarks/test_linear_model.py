@@ -82,7 +82,7 @@ def test_weight_is_least_squares_if_there_are_too_many_directions(model: LinearM
     assert np.allclose(found @ covariance, a.T / 3, rtol=1e-9, atol=1e-9)  # the normal equations
 
 
-def test_papers_weight_and_pattern() -> None:
+def test_weight_and_pattern_of_the_papers_example_are_those_of_the_paper() -> None:
     torch.testing.assert_close(PAPER.weight(), torch.tensor([[1.0, -1.0]], dtype=torch.float64))
     x = factorial(PAPER, (-1.0, -0.5, 0.5, 1.0), (-2.0, 0.0, 2.0))
     torch.testing.assert_close(

@@ -59,7 +59,7 @@ def test_large_photograph_is_reduced_in_proportion(tmp_path: Path) -> None:
     assert photographs.load_image(tmp_path / "large.png").shape == (3, 512, 1000)
 
 
-def test_normalized_image_returns(files: list[Path]) -> None:
+def test_denormalization_inverts_normalization(files: list[Path]) -> None:
     image = photographs.load_image(files[0])
     returned = photographs.denormalize(photographs.normalize(image, PREPROCESSING), PREPROCESSING)
     torch.testing.assert_close(returned, image)

@@ -160,7 +160,7 @@ def test_transport_of_equal_masses_is_the_best_assignment() -> None:
 
 
 @pytest.mark.parametrize("mask", [T_PIXELS, T_PIXELS | L_PIXELS])
-def test_transport_is_the_linear_programs(mask: Tensor) -> None:
+def test_earth_movers_accuracy_equals_the_optimum_of_a_linear_program(mask: Tensor) -> None:
     heats = torch.rand(5, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64) ** 4
     heats[:, ::3] = 0
     pixels = np.stack(np.meshgrid(range(8), range(8), indexing="ij"), -1).reshape(64, 2)

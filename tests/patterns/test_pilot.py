@@ -37,7 +37,7 @@ def worst(network: Network, positions: int | None, seed: int) -> float:
     return max(error.p90 for check in found for error in check.errors.values() if error is not None)
 
 
-def test_it_returns_the_smallest_number_that_reaches_the_tolerance() -> None:
+def test_choice_is_the_smallest_number_of_positions_that_reaches_the_tolerance() -> None:
     net = network()
     few, many = CANDIDATES
     errors = {positions: worst(net, positions, seed=2) for positions in CANDIDATES}

@@ -62,7 +62,21 @@ def test_usage_errors_are_one_line(complaint: Complaint, fit: list[object]) -> N
     assert "'fitt'" in complaint("fitt")
     assert "--batch-size" in complaint(*fit, "--batch-size", "many")
     assert "'a,b' is not a list of numbers" in complaint(*fit, "--mean", "a,b")
-    assert "'16Q'" in complaint(*fit, "--memory", "16Q")
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        *(("--memory", each) for each in ("16Q", "infG", "1e400", "nan", "abcG", "-1G", "0.5", "")),
+        *(("--max-loss", each) for each in ("9x", "infs", "1e400h", "nans", "abcs", "-1s", "")),
+    ],
+)
+def test_amount_that_is_not_finite_is_a_usage_error_of_its_option(
+    complaint: Complaint, fit: list[object], flag: str, value: str
+) -> None:
+    line = complaint(*fit, f"{flag}={value}")
+    assert f"'{flag}'" in line
+    assert f"{value!r} is not a " in line
 
 
 def test_unknown_estimator_is_reported_with_the_known_ones(fit: list[object]) -> None:

@@ -87,7 +87,7 @@ def test_another_value_is_another_model(file: Path, tmp_path: Path) -> None:
     ("inputs", "what"),
     [
         (("tame=1",), "the model has no input 'tame'"),
-        (("time=1", "pixels=1", "offset=1", "double=1"), "every input has a value"),
+        (("time=1", "pixels=1", "offset=1", "double=1"), "all inputs have fixed values"),
         (("time=fast",), "'fast' is not a value"),
         (("time=missing.npy",), "missing.npy"),
     ],

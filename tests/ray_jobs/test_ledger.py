@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 
-from ray_jobs.config import equal_share
+from ray_jobs.data.shard_reader import equal_share
 from ray_jobs.runs.ledger import Ledger, PartialMoments, combine_entries, format_numbers, parse_numbers
 
 SHARDS = range(8)

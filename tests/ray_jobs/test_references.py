@@ -129,7 +129,7 @@ def test_struct_of_hugging_face_holds_bytes_or_a_path(folder: Path) -> None:
         ("a\0b", None),
     ],
 )
-def test_table_cannot_read_what_it_may_not_name(folder: Path, entry: str, base: str | None) -> None:
+def test_reference_outside_the_folder_is_rejected_and_not_read(folder: Path, entry: str, base: str | None) -> None:
     root = str(folder.parent)
     shard = written(folder, [entry.format(root=root)], base and base.format(root=root))
     (sample,) = read_shard(shard)
@@ -193,7 +193,9 @@ def test_image_of_a_busy_server_is_fetched_after_the_pause(folder: Path, server:
         assert time.monotonic() - begun >= 1.0
 
 
-def test_image_may_not_be_too_large_or_no_file(folder: Path, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reference_to_a_large_image_or_to_no_file_is_rejected(
+    folder: Path, server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(references, "MAX_SAMPLE_BYTES", 100)
     entries = ["img/0.jpg", f"{server}/plain/img/0.jpg", f"{server}/chunked/img/0.jpg", "img", "none.jpg"]
     found = reasons(written(folder, entries))

@@ -114,7 +114,7 @@ def read_idx_of(path: Path, data: bytes) -> np.ndarray:
     [
         ("--dataset mnist", "--data: no folder with the files of mnist"),
         ("--dataset mnist --data /nowhere", "/nowhere: holds neither train-images-idx3-ubyte nor train-images-idx3-"),
-        ("--dataset cifar --data /nowhere", "reproduce: neither a data set with its own model nor a model with data."),
+        ("--dataset cifar --data /nowhere", "--dataset: no dataset 'cifar'. Choose from mnist, fashion-mnist, folder."),
         ("--model torchvision:vgg16", "reproduce: neither a data set with its own model nor a model with data."),
     ],
 )

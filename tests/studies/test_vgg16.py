@@ -26,7 +26,7 @@ class Dangerous:
 
 
 @pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
-def test_pickle_with_a_command_is_refused_and_the_command_does_not_run(tmp_path: Path, protocol: int) -> None:
+def test_pickle_with_a_command_is_rejected_and_the_command_does_not_run(tmp_path: Path, protocol: int) -> None:
     mark = tmp_path / "mark"
     content = pickle.dumps({"VGG16_0": Dangerous(os.system, f"touch {mark}")}, protocol)
     pickle.loads(content)  # the oracle: plain pickle runs the command
@@ -40,11 +40,11 @@ def test_pickle_with_a_command_is_refused_and_the_command_does_not_run(tmp_path:
 
 
 @pytest.mark.parametrize(
-    "refused", [eval, getattr, np.frombuffer, torch.Tensor, Path, pickle.loads], ids=lambda refused: refused.__name__
+    "rejected", [eval, getattr, np.frombuffer, torch.Tensor, Path, pickle.loads], ids=lambda each: each.__name__
 )
-def test_every_other_class_and_function_is_refused(refused: Any) -> None:
+def test_every_other_class_and_function_is_rejected(rejected: Any) -> None:
     with pytest.raises(UserError):
-        load_arrays(pickle.dumps(refused), "it.ckpt")
+        load_arrays(pickle.dumps(rejected), "it.ckpt")
 
 
 @pytest.mark.parametrize("module", ["numpy.core.multiarray", "numpy._core.multiarray"])

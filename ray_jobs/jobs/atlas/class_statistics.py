@@ -150,7 +150,7 @@ class ChannelTops:
 
 @dataclass
 class ClassState:
-    """What is known of a class after the first pass, and what the second one adds.
+    """State of a class during the two passes.
 
     Attributes:
         number: The class.

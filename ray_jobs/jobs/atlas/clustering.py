@@ -45,7 +45,7 @@ def single_thread() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Placed:
-    """Where some samples lie.
+    """Position of samples relative to the clusters of their class.
 
     Attributes:
         clusters: The cluster of each sample, int64 (N,).

@@ -1,4 +1,4 @@
-"""From the rows of all shards to the tables of the atlas. No process holds more than the rows of a few classes' part.
+"""From the rows of all shards to the tables. Each process holds only some rows of a few classes at a time.
 
 Tasks count the samples of each class, then each summarizes a range of classes over all shards in their order. The
 ranges depend on the counts only, so that any number of workers gives the same tables.

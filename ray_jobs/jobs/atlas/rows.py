@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from ray_jobs.units import format_bytes
 
 ROW_GROUP = 256  # rows of one row group; readers of some classes skip those of other classes
-PENDING_BYTES = 64 << 20  # of rows that wait to be sorted
+PENDING_BYTES = 64 << 20  # of buffered rows, which are sorted when they are written
 SCALARS = pa.schema(
     [
         ("shard", pa.string()),
@@ -158,13 +158,13 @@ class RowWriter:
         self.pending: list[pa.Table] = []
 
     def write(self, table: pa.Table) -> None:
-        """Write rows, or keep them until there are enough to sort."""
+        """Buffer rows, and write the buffered rows if they exceed `PENDING_BYTES`."""
         self.pending.append(table)
         if sum(each.nbytes for each in self.pending) > PENDING_BYTES:
             self.flush()
 
     def flush(self) -> None:
-        """Write the rows that wait."""
+        """Sort and write the buffered rows."""
         if self.pending:
             table = pa.concat_tables(self.pending)
             order = pc.sort_indices(table, [("class", "ascending"), ("position", "ascending")])
@@ -172,7 +172,7 @@ class RowWriter:
             self.pending = []
 
     def close(self) -> None:
-        """Write what waits, and the end of the file."""
+        """Write the buffered rows and the end of the file."""
         self.flush()
         self.writer.close()
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-NONE = np.iinfo(np.int64).min  # the entry of a list that has fewer samples than places
+NONE = np.iinfo(np.int64).min  # filler of a list that has fewer samples than entries
 LOW = np.int64(0xFFFFFFFF)
 
 

@@ -247,8 +247,9 @@ def anomaly_table(rows: Sequence[Mapping[str, Any]], states: Sequence[ClassState
 
 def describe_cluster(row: Mapping[str, Any]) -> str:
     """Return in words what is unusual about a cluster."""
-    place = f"relevance at {row['place_y']:.0%} of the height and {row['place_x']:.0%} of the width"
-    return f"{row['share']:.1%} of the class; {place} exceeds that of the rest {row['surprise']:.1f} times"
+    place = f"near {row['place_y']:.0%} of the height and {row['place_x']:.0%} of the width"
+    excess = f"its relevance exceeds that of the rest of the class by {row['surprise']:.1f} times the latter"
+    return f"{row['share']:.1%} of the class; {place}, {excess}"
 
 
 def channel_table(

@@ -1,4 +1,4 @@
-"""The workers of the atlas: they write the rows of shards, from a pass or from the stored maps of `explain`."""
+"""The worker of the atlas: it writes a row for each sample of a shard, from a pass or from stored maps of `explain`."""
 
 from collections.abc import Iterator
 from contextlib import closing
