@@ -1,7 +1,7 @@
 """What starting costs: `python -m benchmarks.starting [--write docs]`.
 
-CPU seconds of processes, which other work on the machine changes little. The fit is that of five images by
-EfficientNet-Lite0 of timm, 4 positions, one worker.
+CPU seconds of processes, which other work on the machine changes little, and for some rows seconds of a clock. The fit
+is that of five images by EfficientNet-Lite0 of timm, 4 positions, one worker.
 """
 
 import os
@@ -10,7 +10,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,13 @@ def cpu_seconds(command: Sequence[str]) -> float:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
+def clock_seconds(work: Callable[[], object]) -> float:
+    """Return the seconds of a clock that some work takes."""
+    begun = time.monotonic()
+    work()
+    return time.monotonic() - begun
+
+
 def python(code: str) -> list[str]:
     """Return the command that runs code."""
     return [sys.executable, "-c", code]
@@ -78,18 +86,26 @@ def measure_driver() -> list[list[Cell]]:
 
 
 def measure_worker(config: FitConfig) -> list[list[Cell]]:
-    """Measure a worker on Ray from the start of its process to its first batch."""
+    """Measure a worker on Ray from the start of its process to its first batch.
+
+    The row in seconds of a clock does not include the imports of torch and Ray, which a process of their own measures.
+    """
+    imports = clock_seconds(partial(cpu_seconds, python(LIBRARIES)))
     loaded = loading.load(config.model)
     (only,) = list_passes(Run(config.out), loaded.network, config)
     observe = ObserverOf(config, only.operators)
     task = MomentsTask(config.shards[0], IMAGES, number=0)
-    content, digest = pack((MomentsWorker, loaded.traced, only.store, config.batch_size, observe))
+    content, digest = pack((MomentsWorker, loaded.traced, only.store, config.batch_size, observe, None))
+    started = time.monotonic()
     host: Any = ray.remote(WorkerHost).remote()
     begun: float = ray.get(host.call.remote(time.process_time))
     host.start.remote([ray.put(content)], digest, WorkerResources())
     ray.get(host.prepare.remote())
     ready: float = ray.get(host.call.remote(time.process_time))
-    for report in host.work.options(num_returns="streaming").remote(task):
+    reports = iter(host.work.options(num_returns="streaming").remote(task))
+    ray.get(next(reports))
+    first = time.monotonic() - started - imports
+    for report in reports:
         ray.get(report)
     worked: float = ray.get(host.call.remote(time.process_time))
     ray.kill(host)
@@ -97,6 +113,7 @@ def measure_worker(config: FitConfig) -> list[list[Cell]]:
         ["worker: Ray's process with torch", begun],
         ["worker: the model, placed", ready - begun],
         [f"worker: a shard of {IMAGES} images", worked - ready],
+        ["worker: from its start to its first report, without importing torch and Ray, in seconds of a clock", first],
     ]
 
 
@@ -130,7 +147,8 @@ def main() -> None:
         model = ModelConfig(spec=SPEC, weights="random")
         config = FitConfig(model=model, shards=list_shards([shard]), out=f"{folder}/run", positions=POSITIONS)
         rows = measure_driver()
-        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+        start_ray = partial(ray.init, address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+        rows.append(["`ray.init` in seconds of a clock", clock_seconds(start_ray)])
         rows += measure_worker(config)
         ray.shutdown()
         rows += measure_fit(config)
