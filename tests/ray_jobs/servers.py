@@ -60,10 +60,10 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def http_server(folder: Path) -> Iterator[str]:
-    """Serve the files of a folder on this machine and yield the address."""
-    ended = threading.Event()
-    handler = type("Bound", (Handler,), {"folder": folder, "ended": ended, "requested": []})
+def http_server(folder: Path, requested: list[str] | None = None) -> Iterator[str]:
+    """Serve the files of a folder on this machine and yield the address; `requested` receives the paths of requests."""
+    ended, requested = threading.Event(), [] if requested is None else requested
+    handler = type("Bound", (Handler,), {"folder": folder, "ended": ended, "requested": requested})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from patterns import Observer, solve
+from patterns import Observer, UserError, solve
 from ray_jobs.config import Resources
 from ray_jobs.data.samples import derive_seed
 from ray_jobs.data.selection import Selection
@@ -76,6 +76,20 @@ def test_merged_fits_of_sampled_positions_equal_the_fit_of_all_their_shards(
     merged = merge(halves, str(tmp_path / "all"), HERE)
     assert_same_patterns(whole.folder, merged.folder)
     assert merged.manifest()["fit"]["options"]["positions"] == 3
+
+
+@pytest.mark.full
+def test_fits_that_chose_other_positions_are_not_merged(
+    model_spec: str, shards: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(position_pilot, "MANY", 20)  # 12 images are few, and 60 many
+    runs = [
+        str(fit(make_fit_config(model_spec, part, tmp_path / name, until_converged=100.0), HERE).folder)
+        for name, part in (("some", shards[:2]), ("rest", shards[2:]))
+    ]
+    with pytest.raises(UserError, match="positions None, now 16") as error:
+        merge(runs, str(tmp_path / "all"), HERE)
+    assert "--positions all" in error.value.remedy
 
 
 @pytest.mark.full

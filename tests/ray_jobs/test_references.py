@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 
 from patterns import UserError
 from ray_jobs.cli.app import exit_status
-from ray_jobs.config import Resources
+from ray_jobs.config import Preprocessing, Resources
 from ray_jobs.data import references
 from ray_jobs.data.references import ImageColumn, name_column, resolve, split_shard
 from ray_jobs.data.samples import Sample, SampleError
-from ray_jobs.data.shard_reader import list_samples, read_shard
+from ray_jobs.data.shard_reader import ReaderConfig, ShardReader, list_samples, read_shard
 from ray_jobs.data.shard_specs import list_shards, name_outputs
 from ray_jobs.io import web
 from ray_jobs.jobs.fit.fit import fit
@@ -95,6 +95,18 @@ def test_scheme_in_upper_case_is_one_of_the_web(folder: Path, server: str, tmp_p
     assert images(written(folder, [f"{upper}/plain/img/{n}.jpg" for n in range(8)])) == IMAGES
     (folder / "img" / "a%20b.jpg").write_bytes(IMAGES[3])  # the server takes names as they are sent
     assert images(written(folder, ["img/a b.jpg"], f"{upper}/plain")) == [IMAGES[3]]
+
+
+def test_only_the_images_that_are_used_are_fetched(folder: Path) -> None:
+    requested: list[str] = []
+    preprocessing = Preprocessing(
+        image_size=16, resize=16, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), interpolation="bilinear"
+    )
+    with http_server(folder, requested) as address:
+        shard = written(folder, [f"{address}/plain/img/{n}.jpg" for n in range(8)])
+        batches = list(ShardReader(shard, ReaderConfig(preprocessing, 4), only=frozenset({"00000003"})))
+    assert [batch.keys for batch in batches] == [["00000003"]]
+    assert requested == ["/plain/img/3.jpg"]
 
 
 def test_struct_of_hugging_face_holds_bytes_or_a_path(folder: Path) -> None:

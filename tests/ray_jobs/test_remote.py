@@ -1,20 +1,29 @@
 """Runs in an object store: fit, explain, merge, solve, status and resume with every folder at a URL."""
 
 import os
-from collections.abc import Iterator
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pyarrow.parquet as pq
 import pytest
-from moto.server import ThreadedMotoServer
+from moto.server import DomainDispatcherApplication, ThreadedMotoServer, create_backend_app
 from safetensors.torch import load as load_tensors
 from safetensors.torch import load_file
+from werkzeug.serving import make_server
 
+from cluster.local import ROOT, LocalCluster
 from patterns import UserError
 from ray_jobs.cli.app import exit_status
 from ray_jobs.config import ExplainConfig, ModelConfig, Resources
+from ray_jobs.config.timing import Timing
 from ray_jobs.io.object_store import fetch, list_names, locate, publish
 from ray_jobs.jobs import moments_job
 from ray_jobs.jobs.explain.explain import explain
@@ -22,10 +31,11 @@ from ray_jobs.jobs.fit.fit import fit, merge, solve
 from ray_jobs.runs.moments_store import MomentsStore
 from ray_jobs.runs.run_folder import Run
 from tests.conftest import write_tar
-from tests.ray_jobs.runs import PREPROCESSING, make_fit_config
+from tests.ray_jobs.runs import OPTIONS, PREPROCESSING, assert_same_patterns, make_fit_config
 
 pytestmark = pytest.mark.full
 
+REFUSALS = 3
 HERE = Resources(workers=0, max_loss=0.0, retries=0)
 # Set in the environment, as for the processes of a cluster.
 STORE = {"AWS_ACCESS_KEY_ID": "none", "AWS_SECRET_ACCESS_KEY": "none", "AWS_DEFAULT_REGION": "us-east-1"}
@@ -121,6 +131,60 @@ def test_fits_in_an_object_store_resume_and_merge(
     fit(make_fit_config(model_spec, uploaded[3:], f"{bucket}/b"), HERE)
     both = merge([f"{bucket}/a", f"{bucket}/b"], f"{bucket}/both", HERE)
     assert (both.manifest()["fit"]["samples"], both.manifest()["fit"]["refused"]) == (24, 1)
+
+
+@pytest.fixture
+def refused(bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+    """Refuse the first requests for shards, as S3 does under load, and yield the times of these requests."""
+    times: list[float] = []
+    store = DomainDispatcherApplication(create_backend_app)
+    body = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+
+    def answer(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        if not environ["PATH_INFO"].startswith("/bucket/shards/") or len(times) == REFUSALS:
+            return store(environ, start_response)
+        times.append(time.monotonic())
+        start_response("503 Slow Down", [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))])
+        return [body]
+
+    server = make_server("127.0.0.1", 0, answer, threaded=True)  # moto's buckets are those of this process
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.port}")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # otherwise botocore itself repeats the first requests
+    fsspec.filesystem("s3").clear_instance_cache()
+    yield times
+    server.shutdown()
+    thread.join()
+    fsspec.filesystem("s3").clear_instance_cache()
+
+
+def test_busy_store_is_asked_again_after_a_pause(
+    model_spec: str, uploaded: list[str], shards: list[str], refused: list[float], tmp_path: Path
+) -> None:
+    patient = replace(HERE, timing=Timing(back_off=0.2))
+    run = fit(make_fit_config(model_spec, uploaded[:1], tmp_path / "run", positions=None), patient)
+    assert len(refused) == REFUSALS
+    assert all(after - before >= 0.2 for before, after in pairwise(refused))
+    fit(make_fit_config(model_spec, shards[:1], tmp_path / "disk", positions=None), HERE)
+    assert run.manifest()["fit"]["samples"] == 6
+    assert_same_patterns(tmp_path / "disk", tmp_path / "run")
+
+
+@pytest.mark.ray
+def test_pilot_of_a_cluster_leaves_nothing_in_the_store(bucket: str, model_spec: str, uploaded: list[str]) -> None:
+    command = ["plan", "--model", model_spec, *OPTIONS, "--batch-size", "4", "--workers", "2"]
+    command += ["--out", f"{bucket}/plan", *(word for shard in uploaded[:4] for word in ("--shards", shard))]
+    with LocalCluster(nodes=2, cpus=1) as cluster:
+        done = subprocess.run(
+            [sys.executable, "-m", "ray_jobs", *command],
+            env={**os.environ, **cluster.environment}, capture_output=True, text=True, check=False, cwd=ROOT,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "fit of about 24 samples in 4 shards with 2 workers:" in done.stdout
+    store = fsspec.filesystem("s3")
+    store.invalidate_cache()
+    assert store.find("bucket/plan") == []
 
 
 def test_status_reads_a_run_in_an_object_store(

@@ -318,7 +318,12 @@ def merge(folders: Sequence[str], out: str, resources: Resources = Resources()) 
     for run, options in zip(runs, common):
         if options != common[0]:
             what = f"this fit was done with {describe_difference(common[0], options)} in comparison with {folders[0]}"
-            raise UserError(str(run.folder), what, "Merge fits of the same options only.")
+            remedy = "Merge fits of the same options only."
+            if options.get("positions") != common[0].get("positions"):
+                remedy += (
+                    " --positions auto depends on the number of images; pass --positions all, or 16, to both fits."
+                )
+            raise UserError(str(run.folder), what, remedy)
     concepts = merge_labels([section.get("concepts") for section in sections], folders)
     require_disjoint((folder, config.shards) for folder, config in zip(folders, configs))
     shards = tuple(shard for config in configs for shard in config.shards)
