@@ -301,7 +301,7 @@ def test_rejected_images_are_fetched_again_and_give_the_fit_of_all(
     assert (section["samples"], section["refused"]) == (8, 0)
     expected, found = (load_file(f / "patterns.safetensors") for f in (tmp_path / "all", tmp_path / "run"))
     for name, pattern in expected.items():  # the batches differ, and so does their rounding
-        assert (pattern - found[name]).norm() <= 1e-5 * pattern.norm(), name
+        assert (pattern - found[name]).norm() <= 1e-4 * pattern.norm(), name
 
 
 @pytest.mark.full
