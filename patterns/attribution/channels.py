@@ -35,6 +35,13 @@ class Channels:
         activation: By operator, the largest activation after the gate over the positions, shape (N, K).
         embedding: The input of the operator that is called last, which is the class layer of a classifier, shape
             (N, D): its mean over positions if it has any.
+
+    Example:
+        >>> from patterns import Explainer, trace
+        >>> network = trace(torch.nn.Linear(4, 3), torch.zeros(2, 4))
+        >>> explainer = Explainer(network, {}, ["gradient-x-input"], channels=network.operators)
+        >>> explainer(torch.ones(2, 4)).channels.embedding.shape
+        torch.Size([2, 4])
     """
 
     relevance: dict[str, dict[str, Tensor]]

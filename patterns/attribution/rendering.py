@@ -21,6 +21,10 @@ def render_map(method: str, explanation: np.ndarray) -> Image.Image:
     Args:
         method: The name of the method.
         explanation: The map, shape (C, H, W).
+
+    Example:
+        >>> render_map("patternattribution", np.ones((3, 4, 5))).size
+        (5, 4)
     """
     from zennit.image import get_cmap
 
@@ -32,7 +36,15 @@ def render_map(method: str, explanation: np.ndarray) -> Image.Image:
 
 
 def render_input(values: np.ndarray) -> Image.Image:
-    """Draw a model's input (C, H, W) from black at its smallest value to white at its largest; gray unless C is 3."""
+    """Draw a model's input from black at its smallest value to white at its largest; gray unless it has 3 channels.
+
+    Args:
+        values: The input, shape (C, H, W).
+
+    Example:
+        >>> render_input(np.array([[[-1.0, 3.0]]])).getpixel((1, 0))
+        (255, 255, 255)
+    """
     values = values.astype(np.float32)
     low, high = values.min(), values.max()
     values = (values - low) / (high - low) if high > low else np.zeros_like(values)
@@ -40,20 +52,44 @@ def render_input(values: np.ndarray) -> Image.Image:
 
 
 def values_to_image(values: np.ndarray) -> Image.Image:
-    """Convert values in [0, 1], shape (1 or 3, H, W), to an RGB image."""
+    """Convert values in [0, 1] to an RGB image.
+
+    Args:
+        values: The values, shape (1, H, W) or (3, H, W).
+
+    Example:
+        >>> values_to_image(np.array([[[0.0, 0.2]]])).getpixel((1, 0))
+        (51, 51, 51)
+    """
     pixels = (values * 255).round().astype(np.uint8)
     return Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)).convert("RGB")
 
 
 def center_values(values: np.ndarray) -> np.ndarray:
-    """Return x / 2s + ½ clipped to [0, 1], which is ½ at x = 0, where s is the quantile SATURATION of |x|."""
+    """Return x / 2s + ½ clipped to [0, 1], which is ½ at x = 0.
+
+    Args:
+        values: The values x. s is the quantile `SATURATION` of |x|.
+
+    Example:
+        >>> center_values(np.array([-2.0, 0.0, 2.0])).tolist()
+        [0.0, 0.5, 1.0]
+    """
     sizes = np.abs(values)
     scale = np.quantile(sizes, SATURATION) or sizes.max()
     return np.clip(values / (2 * scale) + 0.5, 0, 1) if scale > 0 else np.full_like(values, 0.5)
 
 
 def encode_png(image: Image.Image) -> bytes:
-    """Return an image as the bytes of a PNG file."""
+    """Return an image as the bytes of a PNG file.
+
+    Args:
+        image: The image.
+
+    Example:
+        >>> encode_png(Image.new("RGB", (2, 2)))[1:4]
+        b'PNG'
+    """
     buffer = io.BytesIO()
     image.save(buffer, "png", compress_level=4)  # 6, the default, takes twice as long for heat maps of the same size
     return buffer.getvalue()
@@ -67,6 +103,12 @@ class RenderedExplanation:
         photograph: The input as the model sees it.
         caption: The target and its probability.
         maps: The map of each method.
+
+    Example:
+        >>> picture = Image.new("RGB", (2, 2))
+        >>> row = RenderedExplanation(picture, "cat 0.98", {"patternnet": picture})
+        >>> row._repr_html_().count("<img")
+        2
     """
 
     photograph: Image.Image

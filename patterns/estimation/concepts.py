@@ -29,6 +29,11 @@ class ConceptDirections:
         n: Number of labeled images.
         mean: Mean of each concept, shape (C,).
         variance: Variance of each concept, shape (C,); exactly 0 if it is constant.
+
+    Example:
+        >>> one = torch.ones(1)
+        >>> ConceptDirections(torch.tensor([[3.0, 4.0]]), torch.tensor([[0.3, 0.4]]), 20, one, one).relative_errors
+        tensor([0.1000])
     """
 
     directions: Tensor

@@ -16,7 +16,12 @@ class Preset:
 
     Attributes:
         description: What it chooses, in a sentence.
-        choices: Returns the choices for a network, the first that applies to an operator counts.
+        choices: Returns the choices for a network; the first that applies to an operator counts.
+
+    Example:
+        >>> preset = Preset("Linear estimators everywhere.", lambda network: ["linear"])
+        >>> preset.description
+        'Linear estimators everywhere.'
     """
 
     description: str

@@ -26,6 +26,11 @@ def compute_relevance(method: str, maps: Tensor) -> Tensor:
     Returns:
         float32, shape (N, H, W): of an attribution the sum over channels, of a signal, whose sign has no meaning,
         Σ|channel|.
+
+    Example:
+        >>> maps = torch.tensor([[[[1.0]], [[-3.0]]]])
+        >>> compute_relevance("patternattribution", maps).item(), compute_relevance("patternnet", maps).item()
+        (-2.0, 4.0)
     """
     values = maps.float()
     return values.sum(1) if parse_method(method).is_attribution else values.abs().sum(1)
@@ -131,5 +136,13 @@ def degrade_stepwise(
 
 
 def area_over_curve(curve: Tensor) -> Tensor:
-    """Return the area over curves (…, steps + 1): the mean fall from the whole image's value (Samek et al. 2016)."""
+    """Return the area over curves: the mean fall from the value of the whole image (Samek et al. 2016).
+
+    Args:
+        curve: The values after 0, 1, … steps, shape (…, steps + 1).
+
+    Example:
+        >>> area_over_curve(torch.tensor([1.0, 0.5, 0.0])).item()
+        0.5
+    """
     return (curve[..., :1] - curve).mean(-1)

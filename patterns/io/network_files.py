@@ -74,6 +74,17 @@ def load_network(path: Openable) -> tuple[Network, dict[str, Any]]:
 
     Raises:
         UserError: If there is no such file, or it is damaged.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from patterns import trace
+        >>> network = trace(torch.nn.Linear(4, 3), torch.zeros(2, 4))
+        >>> with TemporaryDirectory() as folder:
+        ...     file = Path(folder, "network.safetensors")
+        ...     save_network(file, network, {"model": "linear"})
+        ...     loaded, about = load_network(file)
+        >>> list(loaded.operators) == list(network.operators), about
+        (True, {'model': 'linear'})
     """
     try:
         with TensorFile(path) as file:

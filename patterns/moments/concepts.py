@@ -87,6 +87,10 @@ def zero_concept_sums(concepts: int, neurons: int, device: torch.device | str = 
         concepts: The number of concepts, C.
         neurons: The number of neurons, K.
         device: The device of the sums.
+
+    Example:
+        >>> zero_concept_sums(2, 3).th.shape
+        torch.Size([16, 2, 3])
     """
 
     def zeros(*shape: int) -> Tensor:
@@ -100,6 +104,9 @@ def has_concepts(operator: Operator) -> bool:
     """Return whether concepts have directions in an operator's outputs.
 
     The model must call the operator once, and the first dimension of its output must count images.
+
+    Args:
+        operator: The operator.
     """
     return operator.per_image and operator.calls == 1
 

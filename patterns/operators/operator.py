@@ -49,7 +49,13 @@ class Summable(Protocol):
 
 
 class OperatorType(Summable, Protocol):
-    """The operations that every type of operator provides."""
+    """The operations that every type of operator provides.
+
+    Example:
+        >>> operator_type: OperatorType = Linear()
+        >>> operator_type.forward((torch.ones(1, 2),), torch.tensor([[3.0, 4.0]]), None)
+        tensor([[7.]])
+    """
 
     def forward(self, inputs: Inputs, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return z = wᵀx + b, computed exactly as the model computes it."""

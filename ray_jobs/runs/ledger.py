@@ -4,6 +4,7 @@ A shard is named by its number in the job's list, so that the ledger of 100,000 
 reads and writes the file.
 """
 
+from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -56,7 +57,8 @@ class Ledger:
         counted = {round_: set(self.counted_shards(round_)) for round_ in {0, *(entry.round for entry in entries)}}
         for entry in entries:
             in_round = counted[entry.round]
-            if (repeated := in_round & set(entry.shards)) or len(set(entry.shards)) < len(entry.shards):
+            repeated = {shard for shard, n in Counter(entry.shards).items() if n > 1 or shard in in_round}
+            if repeated:
                 raise ValueError(f"{entry.file}: shards that count already: {sorted(repeated)}")
             if entry.round and not counted[0].issuperset(entry.shards):
                 raise ValueError(f"{entry.file}: shards that do not count yet are tried again")

@@ -77,7 +77,7 @@ def test_direction_is_the_covariance_over_the_variance() -> None:
 
 
 def test_direction_is_leaces_cross_covariance_over_the_variance() -> None:
-    leace = pytest.importorskip("concept_erasure.leace")
+    leace = pytest.importorskip("concept_erasure.leace", reason="needs concept-erasure: pip install concept-erasure")
     model, (images, concepts) = small_model(), draw()
     found = observe(model, images, concepts, list(range(COUNT)), 11)
     for name, h in mean_outputs(model, images).items():

@@ -106,7 +106,7 @@ def test_tracing_keeps_the_state_of_the_random_generator() -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match="the forward pass is random"):
         trace(model, image())
     assert torch.equal(torch.rand(3), expected)
 

@@ -126,13 +126,17 @@ def test_captum_api_traces_the_model_again_for_another_size(tmp_path: Path) -> N
 @pytest.mark.full
 def test_adapters_reject_sizes_that_the_patterns_do_not_fit(model: Pooled, run: Path) -> None:
     x = images(2, 24)
-    with pytest.raises(UserError):  # the pattern of the mean over 16 × 16 positions
+    mean = "average_pool.0"  # over 16 × 16 positions
+    with pytest.raises(UserError) as caught:
         PatternAttribution(model, run, "paper", images(1)).attribute(x, target=1)
+    assert caught.value.where == mean
     composite = PatternAttributionComposite(model, run, "paper", images(1))
-    with pytest.raises(UserError), Gradient(model, composite) as attributor:
+    with pytest.raises(UserError) as caught, Gradient(model, composite) as attributor:
         attributor(x, lambda scores: torch.eye(3)[[1, 1]])
-    with pytest.raises(UserError):
+    assert caught.value.parameter == "inputs"
+    with pytest.raises(UserError) as caught:
         quantus_explain(run, estimator="paper")(model, x.numpy(), np.array([1, 1]))
+    assert caught.value.where == mean
     with torch.no_grad():  # the model is restored
         torch.testing.assert_close(model(x), model.forward(x))
 
@@ -223,5 +227,6 @@ def test_resnet_rejects_another_size_instead_of_reading_a_part_of_the_image() ->
     network = trace(model, torch.zeros(2, 3, 64, 64))
     with torch.no_grad():
         torch.testing.assert_close(network.module(images(2, 64)), model(images(2, 64)), rtol=1e-4, atol=1e-5)
-    with pytest.raises(UserError):
+    with pytest.raises(UserError) as caught:
         network.module(images(2, 80))
+    assert caught.value.parameter == "inputs"

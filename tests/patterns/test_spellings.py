@@ -104,8 +104,9 @@ REJECTED: dict[str, Function] = {
 
 @pytest.mark.parametrize("name", REJECTED)
 def test_lookalikes_of_rectifiers_and_pools_are_rejected(name: str) -> None:
-    with pytest.raises(UserError):
+    with pytest.raises(UserError) as caught:
         trace(FunctionModel(lambda m, x: REJECTED[name](m.conv(x)), conv=conv()).double(), image())
+    assert ("samples" if "batch" in name else "no pattern is defined for gt") in caught.value.what
 
 
 BEFORE: dict[str, Function] = {

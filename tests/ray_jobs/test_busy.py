@@ -148,6 +148,6 @@ def test_patient_call_waits_as_long_as_it_may() -> None:
     del waits[2:]
     with pytest.raises(HTTPError):
         call_patiently(lambda: (_ for _ in ()).throw(http_error(429, Retry_After="10")), 5.0, waits.append)
-    with pytest.raises(UserError):
-        call_patiently(lambda: (_ for _ in ()).throw(UserError("", "no", "")), 5.0, waits.append)
+    with pytest.raises(UserError, match="not busy"):
+        call_patiently(lambda: (_ for _ in ()).throw(UserError("", "not busy", "")), 5.0, waits.append)
     assert len(waits) == 2

@@ -87,7 +87,7 @@ def test_hours_add_up_over_interruptions_and_are_shown_with_their_cost(
 
 @given(st.integers(3, 200))
 def test_quantile_of_few_batches_is_that_of_students_t(freedom: int) -> None:
-    stats = pytest.importorskip("scipy.stats")
+    stats = pytest.importorskip("scipy.stats", reason="needs scipy: pip install scipy")
     assert student_quantile(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=0.01)
 
 

@@ -147,8 +147,9 @@ def test_every_damaged_byte_of_what_is_sent_is_found() -> None:
         with pytest.raises(UserError) as caught:
             unpack(content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :], digest)
         assert "\n" not in str(caught.value)
-    with pytest.raises(UserError):
+    with pytest.raises(UserError) as caught:
         unpack(content[:-1], digest)
+    assert "has the digest" in caught.value.what
 
 
 def test_a_worker_that_cannot_be_made_ends_the_job_with_its_error(

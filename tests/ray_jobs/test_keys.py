@@ -92,7 +92,7 @@ def read_back(path: Path) -> list[dict[str, Any]]:
 
 
 def test_every_output_has_a_sample_for_every_name(fitted: str, model: ModelConfig, tmp_path: Path) -> None:
-    zarr = pytest.importorskip("zarr")
+    zarr = pytest.importorskip("zarr", reason="needs zarr: pip install zarr")
     shard = tmp_path / "x.parquet"
     pq.write_table(pa.table({"key": NAMES, "jpg": photographs(len(NAMES))}), shard)
     run = explained(fitted, model, shard, OUTPUTS)

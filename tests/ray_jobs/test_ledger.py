@@ -1,7 +1,6 @@
 """The ledger: each shard counts at most once per round, whatever happens."""
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -39,12 +38,13 @@ class Fit(RuleBasedStateMachine):
 
     @rule(part=parts)
     def the_driver_commits_a_part_or_rejects_a_late_part(self, part: PartialMoments) -> None:
-        fresh = not self.ledger.counted_shards(part.round) & set(part.shards)
-        if fresh and (part.round == 0 or self.ledger.counted_shards() >= set(part.shards)):
-            self.ledger = self.ledger.commit(part)
-        else:
-            with pytest.raises(ValueError, match=r"count already|do not count yet"):
+        late = bool(self.ledger.counted_shards(part.round) & set(part.shards))
+        early = part.round > 0 and not self.ledger.counted_shards() >= set(part.shards)
+        if late or early:
+            with pytest.raises(ValueError, match="count already" if late else "do not count yet"):
                 self.ledger.commit(part)
+        else:
+            self.ledger = self.ledger.commit(part)
 
     @rule(part=consumes(parts))
     def a_lost_worker_loses_its_part(self, part: PartialMoments) -> None:
@@ -105,18 +105,19 @@ TestFit = Fit.TestCase
 TestFit.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
 
 
-WRONG: dict[str, Callable[[PartialMoments], PartialMoments]] = {
-    "twice in one part": lambda part: replace(part, shards=(1, 1)),
-    "counted before": lambda part: replace(part, shards=(2, 0)),
-    "tried again before it counts": lambda part: replace(part, round=1, shards=(5,)),
-}
-
-
-@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
-def test_part_that_would_count_a_shard_twice_is_rejected(wrong: Callable[[PartialMoments], PartialMoments]) -> None:
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (PartialMoments("b", (1, 1), 1), r"count already: \[1\]"),
+        (PartialMoments("b", (2, 0), 1), r"count already: \[0\]"),
+        (PartialMoments("b", (5,), 1, round=1), "do not count yet"),
+    ],
+    ids=["twice in one part", "counted before", "tried again before it counts"],
+)
+def test_part_that_would_count_a_shard_twice_is_rejected(wrong: PartialMoments, message: str) -> None:
     ledger = Ledger().commit(PartialMoments("a", (0, 3), 7))
-    with pytest.raises(ValueError, match=r"count already|do not count yet"):
-        ledger.commit(wrong(PartialMoments("b", (1,), 1)))
+    with pytest.raises(ValueError, match=message):
+        ledger.commit(wrong)
     assert ledger.commit(PartialMoments("b", (1,), 1)).samples == 8
 
 

@@ -161,8 +161,10 @@ def pickled() -> bytes:
 )  # fmt: skip
 def test_no_code_in_a_program_runs(tmp_path: Path, ending: str) -> None:
     (tmp_path / "m.pt2").write_bytes(with_file(export(make_model()), ending, pickled()))
-    with pytest.raises(UserError):
+    with pytest.raises(UserError) as caught:
         load_model_file(str(tmp_path / "m.pt2"))
+    assert str(tmp_path / "m.pt2") in caught.value.where
+    assert ("pickled object" if "_obj_" in ending else "Weights only load failed") in caught.value.what
     assert not hasattr(sys.modules["ray_jobs"], "harmed")
 
 
@@ -173,8 +175,9 @@ def test_weights_marked_as_pickles_do_not_run(tmp_path: Path) -> None:
         (config,) = (archive.read(name).decode() for name in archive.namelist() if name.endswith(ending))
     marked = with_file(content, ending, config.replace('"use_pickle": false', '"use_pickle": true').encode())
     (tmp_path / "m.pt2").write_bytes(with_file(marked, "data/weights/weight_0", pickled()))
-    with pytest.raises(UserError):
+    with pytest.raises(UserError) as caught:
         load_model_file(str(tmp_path / "m.pt2"))
+    assert "Weights only load failed" in caught.value.what
     assert not hasattr(sys.modules["ray_jobs"], "harmed")
 
 

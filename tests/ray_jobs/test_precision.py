@@ -29,7 +29,7 @@ def test_products_use_float32_unless_tf32_is_chosen(model_spec: str, precision: 
 @pytest.mark.full
 def test_tf32_changes_nothing_on_a_device_without_it(model_spec: str, shards: list[str], tmp_path: Path) -> None:
     if torch.cuda.is_available():
-        pytest.skip("this machine may have TF32")
+        pytest.skip("needs a machine without a GPU: set CUDA_VISIBLE_DEVICES to an empty string")
     config = make_fit_config(model_spec, shards[:3], tmp_path / "one")
     one = fit(config, Resources(workers=0))
     model = ModelConfig(spec=model_spec, precision="tf32", **PREPROCESSING)  # type: ignore[arg-type]

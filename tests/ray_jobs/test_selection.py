@@ -151,6 +151,7 @@ def test_pack_takes_only_the_images_of_a_list(tmp_path: Path) -> None:
 
     with tarfile.open(shard) as tar:
         assert {name.partition(".")[0] for name in tar.getnames()} == {"cat/2", "dog/1"}
-    with pytest.raises(UserError):
+    with pytest.raises(UserError) as caught:
         pack(tmp_path / "images", tmp_path / "none", keys=str(tmp_path / "keys.txt"),
              without_keys=str(tmp_path / "keys.txt"))  # fmt: skip
+    assert caught.value.parameter == "keys"

@@ -180,8 +180,9 @@ def test_resumed_job_continues_its_mirror_and_untracked_jobs_need_no_package(
     config = make_fit_config(model_spec, shards[:1], tmp_path / "run")
     bad = replace(config, shards=(str(tmp_path / "none.tar"),), out=str(tmp_path / "bad"))
     for _ in range(2):
-        with pytest.raises(UserError):
+        with pytest.raises(UserError) as caught:
             fit(bad, resources(retries=0))
+        assert caught.value.where == bad.shards[0]
     assert len({client.arguments for client in recorder.made}) == 1
     monkeypatch.setitem(sys.modules, "mlflow", None)
     fit(config, resources(None))
@@ -222,7 +223,7 @@ PATH = {"PYTHONPATH": os.pathsep.join(sys.path)}  # mlflow may be in a folder of
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """A real MLflow server on this machine."""
-    pytest.importorskip("mlflow")
+    pytest.importorskip("mlflow", reason="needs mlflow-skinny: pip install mlflow-skinny")
     for name in ("sqlalchemy", "alembic", "graphene"):
         pytest.importorskip(name, reason=f"the server of MLflow needs {name}, which mlflow-skinny does not install")
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -332,7 +333,7 @@ def test_other_trackers_take_a_fit(
 ) -> None:  # fmt: skip
     for variable, value in (("WANDB_MODE", "offline"), ("WANDB_DIR", tmp_path), ("TRACKIO_DIR", tmp_path / "trackio")):
         monkeypatch.setenv(variable, str(value))
-    pytest.importorskip(name)  # which reads some of them
+    pytest.importorskip(name, reason=f"needs {name}: pip install {name}")  # which reads some of them
     monkeypatch.setattr(tracking, "FILE_WAIT", 300.0)
     monkeypatch.setattr(tracking, "LAST_WAIT", 300.0)
     command = ["fit", "--model", model_spec, *OPTIONS, "--shards", shards[0], "--out", str(tmp_path / "run")]

@@ -43,8 +43,10 @@ def test_pickle_with_a_command_is_rejected_and_the_command_does_not_run(tmp_path
     "rejected", [eval, getattr, np.frombuffer, torch.Tensor, Path, pickle.loads], ids=lambda each: each.__name__
 )
 def test_every_other_class_and_function_is_rejected(rejected: Any) -> None:
-    with pytest.raises(UserError):
+    with pytest.raises(UserError) as caught:
         load_arrays(pickle.dumps(rejected), "it.ckpt")
+    assert caught.value.where == "it.ckpt"
+    assert f"refers to {pickle.whichmodule(rejected, rejected.__name__)}.{rejected.__name__}" in caught.value.what
 
 
 @pytest.mark.parametrize("module", ["numpy.core.multiarray", "numpy._core.multiarray"])
@@ -58,8 +60,9 @@ def test_arrays_of_old_and_new_numpy_are_read(module: str) -> None:
 
 @pytest.mark.parametrize("content", [b"", b"not a pickle", pickle.dumps({"a": np.zeros(100)})[:-20]])
 def test_damaged_pickle_is_a_user_error(content: bytes) -> None:
-    with pytest.raises(UserError):
+    with pytest.raises(UserError) as caught:
         load_arrays(content, "it.ckpt")
+    assert caught.value.where == "it.ckpt"
 
 
 def convolve(images: np.ndarray, kernel: np.ndarray, bias: np.ndarray) -> np.ndarray:

@@ -70,8 +70,10 @@ def test_many_classes_have_a_page_each(run: Path, classes: str, tmp_path: Path) 
 
 
 def test_folder_without_an_atlas_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError):
+    with pytest.raises(UserError) as caught:
         write_atlas(tmp_path / "atlas.html", str(tmp_path))
+    assert caught.value.where == str(tmp_path)
+    assert "no finished atlas" in caught.value.what
 
 
 @pytest.mark.slow

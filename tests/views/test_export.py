@@ -131,7 +131,7 @@ def test_parquet_maps_give_the_same_samples(folders: Folders, model_spec: str, t
 def test_huggingface_dataset_is_opened_by_its_package(
     write: Callable[..., Path], folders: Folders, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    datasets = pytest.importorskip("datasets")
+    datasets = pytest.importorskip("datasets", reason="needs datasets: pip install datasets")
     out = write("huggingface")
     table = datasets.load_dataset(str(out), split="train", cache_dir=str(tmp_path_factory.mktemp("cache")))
     expected, photographs = read_rows(folders), read_photographs(folders)
@@ -145,7 +145,7 @@ def test_huggingface_dataset_is_opened_by_its_package(
 
 
 def test_huggingface_card_has_a_valid_header(write: Callable[..., Path]) -> None:
-    yaml = pytest.importorskip("yaml")
+    yaml = pytest.importorskip("yaml", reason="needs pyyaml: pip install pyyaml")
     out = write("huggingface")
     _, header, text = (out / "README.md").read_text().split("---\n", 2)
     card = yaml.safe_load(header)
@@ -154,7 +154,8 @@ def test_huggingface_card_has_a_valid_header(write: Callable[..., Path]) -> None
 
 
 def test_coco_is_opened_by_its_package(write: Callable[..., Path], folders: Folders) -> None:
-    coco = pytest.importorskip("pycocotools.coco").COCO(str(write("coco") / "annotations.json"))
+    package = pytest.importorskip("pycocotools.coco", reason="needs pycocotools: pip install pycocotools")
+    coco = package.COCO(str(write("coco") / "annotations.json"))
     rows = read_rows(folders)
     assert sorted(coco.getImgIds()) == list(range(1, 40))
     assert [coco.cats[number]["name"] for number in range(5)] == [name_of(number) for number in range(5)]
@@ -254,7 +255,7 @@ def test_virelay_project_is_opened_by_its_package(
 
 
 def test_virelay_without_an_atlas_has_no_analysis(folders: Folders, tmp_path: Path) -> None:
-    h5py = pytest.importorskip("h5py")
+    h5py = pytest.importorskip("h5py", reason="needs h5py: pip install h5py")
     write_export(tmp_path / "out", str(folders[0]), "virelay", method="gradient")
     assert "analyses" not in (tmp_path / "out/project.yaml").read_text()
     assert not (tmp_path / "out/analysis.h5").exists()
@@ -289,7 +290,7 @@ def fiftyone(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monke
     """FiftyOne with a database of its own, if both are installed."""
     monkeypatch.setenv("FIFTYONE_DATABASE_DIR", str(tmp_path_factory.mktemp("mongo")))
     monkeypatch.setenv("FIFTYONE_DO_NOT_TRACK", "true")
-    package = pytest.importorskip("fiftyone", exc_type=ImportError)
+    package = pytest.importorskip("fiftyone", reason="needs fiftyone: pip install fiftyone", exc_type=ImportError)
     before = set(package.list_datasets())
     yield package
     for name in set(package.list_datasets()) - before:
