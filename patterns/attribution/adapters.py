@@ -73,7 +73,7 @@ class PatternComposite(Composite):  # type: ignore[misc] # zennit has no types
 
 
 class PatternNetComposite(PatternComposite):
-    """PatternNet as a zennit composite; the arguments are those of `PatternComposite`."""
+    """PatternNet as a zennit composite, with the arguments of `PatternComposite`."""
 
     method = "patternnet"
 

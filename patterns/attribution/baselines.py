@@ -46,5 +46,8 @@ def make_generators(seeds: Iterable[int]) -> list[torch.Generator]:
 
 
 def draw_noise(generators: list[torch.Generator], like: Tensor) -> Tensor:
-    """Draw standard normal values, each sample from its own generator; on the CPU, so that all devices get the same."""
+    """Draw standard normal values, each sample from its own generator.
+
+    They are drawn on the CPU, so that the values are equal on all devices.
+    """
     return torch.stack([torch.randn(like.shape[1:], generator=g) for g in generators]).to(like)

@@ -42,7 +42,7 @@ class Explanation:
         return f"Explanation of {len(self.scores)} samples by {methods}; targets {self.targets.tolist()}"
 
     def render(self, index: int, photograph: Image.Image) -> RenderedExplanation:
-        """Render the maps of one sample as pictures; of several targets, those of the first.
+        """Render the maps of one sample as pictures. If there are several targets, render the maps of the first target.
 
         Args:
             index: The sample's index in the batch.

@@ -88,7 +88,7 @@ class ValueClasses:
 
 
 def find_value_classes(module: GraphModule) -> ValueClasses:
-    """Return the classes of values: a scaled module separates two classes, any other node keeps that of its inputs.
+    """Return the classes of values: a scaled module separates two classes, any other node has the class of its inputs.
 
     A module that is called several times has one factor, so all its calls share their classes.
     """
@@ -139,7 +139,7 @@ def input_nodes(call: Node) -> list[Node]:
 
 
 def scale_weights(weights: Mapping[str, Tensor], classes: ValueClasses, phi: Mapping[int, int]) -> dict[str, Tensor]:
-    """Multiply backward weights by 2^(φ(out) - φ(in)), where φ(in) is that of each input of an operator."""
+    """Multiply backward weights by 2^(φ(out) - φ(in)), where φ(in) is the potential of each input of an operator."""
     result = {}
     for name, weight in weights.items():
         if name not in classes.outputs:

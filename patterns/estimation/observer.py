@@ -48,7 +48,7 @@ class ObservedOperator(nn.Module):
     """An operator that passes its inputs and outputs to an accumulator."""
 
     def __init__(self, operator: Operator, accumulator: OperatorAccumulator[object], weight: Tensor | None) -> None:
-        """Wrap an operator; `weight` is used instead of its own, if it is given."""
+        """Wrap an operator. If `weight` is given, it is used instead of the operator's weight."""
         super().__init__()
         self.operator, self.accumulator, self.weight = operator, accumulator, weight
 

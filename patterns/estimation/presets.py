@@ -87,7 +87,7 @@ DEFAULT, BEFORE = "class-specific", "paper"
 
 
 def expand_presets(estimators: Choices, network: Network) -> list[str]:
-    """Replace the names of presets among choices of estimators by what they choose for a network.
+    """Replace each preset among choices of estimators by the estimators that it chooses for a network.
 
     Args:
         estimators: Choices of estimators, see `parse_estimators`, or names from `PRESETS`. `linear` is both.

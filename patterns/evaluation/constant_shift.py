@@ -118,7 +118,7 @@ def shift_sensitivity(maps: Tensor, shifted_maps: Tensor) -> Tensor:
 
 
 def find_first_operator(network: Network) -> Operator:
-    """Return the operator that alone reads the network's input, as it is or reshaped.
+    """Return the only operator that reads the network's input, unchanged or reshaped.
 
     Raises:
         UserError: If another operation also reads the input, or the operator has no bias of its own.
@@ -139,7 +139,7 @@ def find_first_operator(network: Network) -> Operator:
 
 
 def find_input_readers(network: Network) -> list[Node]:
-    """Return the nodes of the graph that read the input, as it is or after operations that only move values."""
+    """Return the nodes of the graph that read the input, unchanged or after operations that only move values."""
     (source,) = network.module.graph.find_nodes(op="placeholder")
     readers, todo = dict[Node, None](), [source]
     while todo:

@@ -67,7 +67,7 @@ def save_network(path: Path, network: Network, about: Mapping[str, Any]) -> None
 
 
 def load_network(path: Openable) -> tuple[Network, dict[str, Any]]:
-    """Read a network from a file of `save_network`, and what was written with it.
+    """Read a network and its description from a file of `save_network`.
 
     Args:
         path: The file, local or remote.
@@ -118,7 +118,7 @@ def is_plain(tensor: Tensor) -> bool:
 
 
 def flatten_memory(tensor: Tensor) -> Tensor:
-    """Return a tensor as it is if it is contiguous, else the memory that it is a view of, from its first element on.
+    """Return a contiguous tensor unchanged; of another tensor, return its memory from its first element on.
 
     Sums can be rounded in another way if the same matrix has another order in memory.
     """

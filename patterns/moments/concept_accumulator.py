@@ -72,7 +72,7 @@ class ConceptAccumulator:
         self._moments.flush()
 
     def tensors(self) -> Mapping[str, Tensor]:
-        """Return the current sums by name, not copied; those of concepts as `concepts/{sum}`."""
+        """Return the current sums by name, not copied. Sums of concepts have names `concepts/{sum}`."""
         concepts = {f"{PREFIX}/{name}": sums for name, sums in self._sums.tensors().items()}
         return {**self._moments.tensors(), **concepts}
 

@@ -63,7 +63,7 @@ class Sums:
         return Sums(*(combine(getattr(self, f), getattr(other, f)) for f in FIELDS))  # type: ignore[arg-type]
 
     def select_neurons(self, neurons: slice) -> "Sums":
-        """Return views of the sums of some neurons. An x of shape (G, D) is kept as it is."""
+        """Return views of the sums of some neurons. An x of shape (G, D) is returned unchanged."""
         x = self.x if self.x is None or len(self.x) < len(self.n) else self.x[neurons]
         return Sums(
             self.n[neurons], self.y[neurons], self.yy[neurons], x, None if self.xy is None else self.xy[neurons]

@@ -19,7 +19,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Gate:
-    """A rectifier seen from the operator before it: open for low < z < high.
+    """A rectifier as a function of the output z of the operator before it: open for low < z < high.
 
     Attributes:
         low: Lower limit, -inf if there is none.

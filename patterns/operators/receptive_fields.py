@@ -75,7 +75,7 @@ class ReceptiveField:
 
 
 def find_receptive_field(operator: Operator) -> ReceptiveField | None:
-    """Return the receptive field of an operator; None if each neuron sees its own position only.
+    """Return the receptive field of an operator; None if each neuron reads only its own position.
 
     Raises:
         UserError: If the operator type has no known receptive field.

@@ -139,7 +139,7 @@ def tensor_inputs(node: Node) -> list[Node]:
 
 
 def find_channel_axis(node: Node, value: Tensor) -> int:
-    """Return the channel dimension of a node's result, given those of its arguments."""
+    """Return the channel dimension of a node's result, given the channel dimensions of its arguments."""
     operation, rank = opname(node), value.dim()
     inputs = [n for n in tensor_inputs(node) if not n.meta["constant"]]
     if not inputs or operation.startswith(("conv", "max_pool", "avg_pool", "adaptive_", "upsample_", "_upsample_")):
@@ -166,7 +166,7 @@ def find_channel_axis(node: Node, value: Tensor) -> int:
 
 
 def follow_axis(node: Node, axis: int) -> int | None:
-    """Return where a dimension of a node's input lies in its result.
+    """Return the dimension of a node's result that a dimension of its input becomes.
 
     Returns:
         The dimension; None if the node changes more than the order or number of dimensions, or if it merges or splits

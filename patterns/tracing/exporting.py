@@ -129,7 +129,7 @@ def is_tensor(node: Node) -> bool:
 
 
 def is_functional(graph: Graph) -> bool:
-    """Return whether later passes can read an exported graph as it is.
+    """Return whether later passes can read an exported graph without changes.
 
     Otherwise `run_decompositions` removes in-place operations, random operations and views that they do not know. It
     takes several times as long as the export.

@@ -77,7 +77,7 @@ def find_images(node: Node, batch: object) -> list[int]:
 
 
 def find_inner(sizes: list[object], width: int) -> int | None:
-    """Return the first of the last dimensions that together are a layer's inputs; None if there is none."""
+    """Return the first of the last dimensions that together are a layer's inputs; None if no dimensions are."""
     for inner in range(len(sizes) - 1, 0, -1):
         if all(isinstance(size, int) for size in sizes[inner:]) and prod(sizes[inner:]) == width:  # type: ignore[arg-type]
             return inner

@@ -103,7 +103,7 @@ def resolve_targets(targets: Targets, scores: Tensor) -> Tensor:
 
 
 def choose_targets(targets: Targets | Callable[[Tensor], Tensor] | None, scores: Tensor) -> Tensor:
-    """Return the targets for some scores: those of a function, the given ones, or by default the predicted classes."""
+    """Return the targets for some scores: results of a function, given targets, or by default the predicted classes."""
     if targets is None:
         return scores.argmax(1)
     return targets(scores) if callable(targets) else resolve_targets(targets, scores)

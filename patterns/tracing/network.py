@@ -263,7 +263,7 @@ def build_network(graph: AtenGraph, example: Tensor, name: str, pass_through: Co
 
 
 def require_same_output(network: Network, samples: Tensor, expected: Tensor, name: str) -> None:
-    """Raise UserError if a network's outputs differ from those of its model, for all samples or for a sample alone."""
+    """Raise UserError if a network's outputs differ from its model's, in a batch or for a single sample."""
     expected = expected[:, None] if expected.dim() == 1 else expected
     for chosen in (slice(None), slice(2, None)):
         if not agree(network.module(samples[chosen]), expected[chosen]):

@@ -12,7 +12,7 @@ PROBABILITIES = {"softmax", "_softmax", "log_softmax", "_log_softmax", "sigmoid"
 
 
 def find_ending(graph: AtenGraph) -> Node | None:
-    """Return the softmax or sigmoid that makes the model's output from its logits; None if there is none."""
+    """Return the softmax or sigmoid that computes the model's output from its logits; None for another output."""
     (output,) = graph.fx.find_nodes(op="output")
     node = output.args[0]
     while opname(node) in VALUE_PASSING and isinstance(node.args[0], Node):

@@ -23,7 +23,7 @@ aten = torch.ops.aten
 
 
 def parse_limit(value: float | None, unlimited: str) -> float:
-    """Return a clamp's limit as a number; `unlimited` if there is none."""
+    """Return a clamp's limit as a number; `unlimited` if the clamp has no limit."""
     return float(unlimited if value is None else value)
 
 

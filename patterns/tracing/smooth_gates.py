@@ -142,7 +142,7 @@ def evaluate(graph: AtenGraph, chain: list[Node], source: Node) -> Tensor:
 
 
 def recognize(values: Tensor) -> SmoothGate | None:
-    """Return the gate whose z·g(z) has these values on GRID; None if there is none."""
+    """Return the gate whose z·g(z) has these values on GRID; None if no gate has them."""
     at = {z: float(values[int((GRID - z).abs().argmin())]) for z in (1.0, -1.0, -8.0, 30.0)}
     candidates: list[Callable[[], SmoothGate]] = [
         lambda: SmoothGate("gelu"),
@@ -166,7 +166,7 @@ def recognize(values: Tensor) -> SmoothGate | None:
 
 
 def read_elu(at_one: float, at_minus_eight: float, at_minus_one: float) -> SmoothGate:
-    """Return the ELU, SELU or CELU with these values at 1, -8 and -1. Raise ValueError if there is none.
+    """Return the ELU, SELU or CELU with these values at 1, -8 and -1. Raise ValueError if no activation has them.
 
     With u = e^-c for the input scale c, the values below 0 are -s·α·(1 - u) and -s·α·(1 - u⁸).
     """

@@ -263,7 +263,7 @@ class ShowOptions(ClassNames, RunFolder):
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorOptions(Validated, ShardOptions, AddressOptions):
-    """Options of `doctor`: those of the job that is to run."""
+    """Options of `doctor`, with the values of the job that is to run."""
 
     shards: tuple[str, ...] = option((), "Shards that the job will read. Repeatable.", repeated=True)
     out: str | None = option(None, "Folder or URL that the job will write.", parse="path")

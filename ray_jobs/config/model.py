@@ -1,4 +1,4 @@
-"""The config of a model with its weights, and that of its preprocessing. Manifests hold their JSON."""
+"""The configs of a model with its weights and of its preprocessing. Manifests hold their JSON."""
 
 from dataclasses import dataclass, field
 

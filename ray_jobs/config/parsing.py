@@ -58,6 +58,6 @@ def split_price(text: str) -> tuple[float, str]:
 
 
 def parse_price(text: str) -> str:
-    """Return a price as it is written. Raise ValueError if the text is not a price."""
+    """Return the text of a price unchanged. Raise ValueError if the text is not a price."""
     split_price(text)
     return text

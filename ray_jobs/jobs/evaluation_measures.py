@@ -113,7 +113,7 @@ class Measure(Protocol):
         """Yield the values of a batch. A slow measure also yields None, so that the worker can report its progress."""
 
     def finish(self) -> Iterator[Result]:
-        """Yield the values that need the whole shard, and discard what was kept of it."""
+        """Yield the values that need the whole shard, and discard the values that were kept for them."""
 
 
 def results(explained: Explained, method: str, values: Tensor) -> Iterator[Result]:
@@ -163,7 +163,7 @@ class ClassSensitivity(PerBatch):
 
 
 class Randomization(PerBatch):
-    """The rank correlation of maps with those of a network with random weights.
+    """The rank correlation of maps with the maps of a network with random weights.
 
     As Adebayo et al. 2018: a share of the trained operators, counted from the last one, gets new random weights.
     """
@@ -249,7 +249,7 @@ class Pointing:
         return iter(())
 
     def finish(self) -> Iterator[Result]:
-        """Yield the share of each quarter of each grid. The number of grids is that of the kept samples."""
+        """Yield the share of each quarter of each grid. There are as many grids as kept samples."""
         kept, self.kept = self.kept, []
         if len({label for _, label, _ in kept}) < 4:
             return

@@ -166,7 +166,7 @@ def why_unreadable(shard: str) -> str:
 
 
 def reason(error: Exception) -> str:
-    """Return the message of an error, without the place and the remedy of a UserError."""
+    """Return the message of an error; of a UserError, only what is wrong."""
     return str(getattr(error, "what", None) or traceback.format_exception_only(error)[-1].strip())
 
 

@@ -1,1 +1,1 @@
-"""From a run's files to what people look at."""
+"""Tables, figures and pages from the files of a run."""

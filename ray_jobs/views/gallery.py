@@ -114,7 +114,7 @@ class Gallery:
         return chosen
 
     def only_match(self, known: "Keys", word: str) -> Row:
-        """Return the only sample that a word names; raise UserError if there is none or more than one."""
+        """Return the only sample that a word names; raise UserError if it names no sample or several."""
         found = known.find(word)
         if not found:
             what = "no sample with this key was explained"

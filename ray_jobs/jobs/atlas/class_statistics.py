@@ -278,7 +278,7 @@ def make_state(number: int, count: int, shape: RowShape, settings: Settings) -> 
 
 
 def features_of(rows: Rows, where: np.ndarray, settings: Settings) -> np.ndarray:
-    """Return what samples are clustered by, float16 (N, D)."""
+    """Return the vectors by which samples are clustered, float16 (N, D)."""
     return rows.maps[where] if settings.clustered is None else rows.relevance(settings.clustered)[where]
 
 

@@ -161,12 +161,12 @@ def make_groups(counts: Counts, shape: RowShape) -> Iterator[Group]:
 
 
 def merge_tops(tops: dict[str, ChannelTops], result: GroupResult, count: int) -> dict[str, ChannelTops]:
-    """Return the tops of the channels with those of a group."""
+    """Return the top samples of the channels, merged with the top samples of a group."""
     return {name: found.merge(tops[name], count) if name in tops else found for name, found in result.tops.items()}
 
 
 def add_channels(means: dict[str, RunningMoments], state: ClassState) -> None:
-    """Add the channel relevance of a class to that of the dataset."""
+    """Add the channel relevance of a class to the channel relevance of the dataset."""
     for name, moments in state.totals.channels.items():
         means.setdefault(name, RunningMoments.zero(len(moments.mean))).merge(moments)
 

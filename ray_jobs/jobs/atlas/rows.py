@@ -69,7 +69,7 @@ class RowShape:
 
     @property
     def bytes_per_sample(self) -> dict[str, int]:
-        """The bytes of a sample by what they hold, without the key."""
+        """The bytes of each part of a sample's row, without the key."""
         channels = sum(2 * 2 * size + 4 for size in self.channels.values())
         parts = {"map": 2 * self.side**2, "channels": channels, "embedding": 2 * self.embedding}
         return {name: size for name, size in parts.items() if size} | {"numbers": 56}

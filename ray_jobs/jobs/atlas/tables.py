@@ -33,7 +33,7 @@ def moment_fields(shape: RowShape) -> list[tuple[str, pa.DataType]]:
 
 
 def moment_columns(totals: Totals | None, shape: RowShape) -> dict[str, list[float] | None]:
-    """Return the means and variances of totals; None for those of no totals."""
+    """Return the means and variances of totals; None for both if there are no totals."""
     if totals is None:
         return {name: None for name, _ in moment_fields(shape)}
     found: dict[str, list[float] | None] = {}

@@ -132,7 +132,7 @@ class ExplainWorker(TargetWorker[ExplainConfig]):
         yield stream.report(len(rows))
 
     def close(self, wait: float | None = None) -> None:
-        """Stop reading ahead, and drop what was explained of the following shard."""
+        """Stop reading ahead, and discard the explanations of the following shard."""
         super().close(wait)
         if self.begun is not None:
             self.begun.close()

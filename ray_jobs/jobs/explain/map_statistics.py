@@ -65,7 +65,7 @@ def summarize_maps(method: str, maps: Tensor, regions: Sequence[Tensor | None]) 
 def find_region(
     mask: Tensor | None, boxes: Sequence[Box] | None, number: object, height: int, width: int
 ) -> Tensor | None:
-    """Return the pixels of a sample's object, bool (H, W): those of its mask, or else those in its boxes.
+    """Return the pixels of a sample's object, bool (H, W): the pixels of its mask, or of its boxes if it has no mask.
 
     Args:
         mask: The mask, see `parse_mask`; None if the sample has no mask.

@@ -120,7 +120,7 @@ class OnlineExplainer:
 
 
 def find_resources() -> WorkerResources:
-    """Return the CPUs and GPUs that Ray gave this process; those of the whole machine if it is no actor."""
+    """Return the CPUs and GPUs that Ray gave this process, or all of the machine if the process is no actor."""
     if not ray.is_initialized() or ray.get_runtime_context().get_actor_id() is None:
         return WorkerResources(torch.get_num_threads(), torch.cuda.device_count())
     given = ray.get_runtime_context().get_assigned_resources()

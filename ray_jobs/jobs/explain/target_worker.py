@@ -1,4 +1,4 @@
-"""The part of a worker that chooses what is explained of each sample, and describes what the model predicts."""
+"""The part of a worker that chooses the targets of each sample and describes its predictions."""
 
 from dataclasses import replace
 from typing import Any, TypeVar

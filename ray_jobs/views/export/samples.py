@@ -155,7 +155,7 @@ def make_stem(number: int, key: str) -> str:
 
 
 def distinguish_names(names: Mapping[int, str]) -> dict[int, str]:
-    """Return class names that are all different: those of several classes get the number of the class.
+    """Return class names that are all different: a name of several classes gets the number of each class.
 
     Example:
         >>> distinguish_names({134: "crane", 517: "crane", 0: "tench"})
