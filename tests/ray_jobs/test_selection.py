@@ -44,6 +44,7 @@ ROWS = [
         ("class=1 or class=2 and cluster=0", lambda r: r["class"] == 1 or (r["class"] == 2 and r["cluster"] == 0)),
         ("(class=1 or class=2) and cluster=0", lambda r: r["class"] in (1, 2) and r["cluster"] == 0),
         ("not (class=1 or score >= 2.5)", lambda r: r["score"] is not None and r["class"] != 1 and r["score"] < 2.5),
+        ("cluster < 5000000000 and class > -9223372036854775808", lambda r: True),
         ("key='k 7' or key=\"k 8\"", lambda r: r["key"] in ("k 7", "k 8")),
         ("score = null", lambda r: r["score"] is None),
         ("score != null AND class != cluster", lambda r: r["score"] is not None and r["class"] != r["cluster"]),
@@ -70,6 +71,8 @@ def test_expressions_select_what_python_does(expression: str, holds: Callable[[d
         ("__import__('os')", "__import__"),
         ("class < null", "null"),
         ("class=key", "key"),
+        ("class=100000000000000000000", "64 bits"),
+        ("class=" + "9" * 5000, "64 bits"),
         ("not " * 100 + "class=1", "deeper"),
     ],
 )
