@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -39,7 +40,7 @@ from ray_jobs.jobs.atlas.statistics import (
 from ray_jobs.jobs.explain.explain import explain
 from ray_jobs.models import loading
 from ray_jobs.runs.atlas_files import TABLES
-from tests.conftest import jpeg, write_tar
+from tests.conftest import MODEL, MODEL_FILE, jpeg, write_tar
 from tests.ray_jobs.runs import kill_first_worker, wait_until
 
 HERE = Resources(workers=0)
@@ -248,6 +249,39 @@ def test_stored_maps_give_the_same_maps_without_what_needs_a_pass(
     chosen = replace(config, shards=config.shards[:1], explanations=explained, keys=str(tmp_path / "keys.txt"))
     run = Path(str(atlas(replace(chosen, out=str(tmp_path / "chosen")), replace(HERE, max_bad_fraction=1.0)).folder))
     assert [(row["shard"], row["key"]) for row in read_rows(run).to_pylist()] == [(shard, key)]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [
+        ("gradient-x-input", {"spec": "other"}),
+        ("gradient-x-input", {"resize": 20}),
+        (METHOD, {"preset": "linear"}),
+        (METHOD, {"estimator": ("2.conv1=linear",)}),
+        (METHOD, {"patterns": "other"}),
+    ],
+)
+def test_stored_maps_of_another_model_or_of_other_patterns_are_rejected(
+    config: AtlasConfig, tmp_path: Path, method: str, changes: dict[str, Any]
+) -> None:
+    common: dict[str, Any] = {"patterns": config.patterns, "shards": config.shards[:1], "methods": (method,)}
+    changed, model = common | changes, config.model
+    if "patterns" in changes:
+        changed["patterns"] = str(shutil.copytree(config.patterns, tmp_path / "other"))
+    if "resize" in changes:
+        model = replace(model, resize=changed.pop("resize"))
+    if changed.pop("spec", None):
+        (tmp_path / MODEL_FILE).write_text(MODEL.replace("manual_seed(7)", "manual_seed(8)"))
+        model = replace(model, spec=f"{tmp_path / MODEL_FILE}:small")
+    explaining = ExplainConfig(model=model, **changed, out=str(tmp_path / "explained"), outputs=("npy",))
+    explained = str(explain(explaining, HERE).folder)
+    config = AtlasConfig(model=config.model, **common, out=str(tmp_path / "atlas"), explanations=explained)
+    with pytest.raises(UserError) as caught:
+        atlas(config, HERE)
+    assert (caught.value.parameter, caught.value.where) == ("explanations", explained)
+    same = AtlasConfig(model=model, **changed, out=str(tmp_path / "same"), explanations=explained)
+    assert atlas(same, HERE).manifest()["atlas"]["samples"] == 6
 
 
 @pytest.mark.parametrize(

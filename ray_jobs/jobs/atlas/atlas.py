@@ -1,6 +1,7 @@
 """The atlas job: rows of every sample of some shards → summaries of classes, clusters and channels."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from patterns import UserError
 from ray_jobs.config import AtlasConfig, Resources
@@ -8,10 +9,10 @@ from ray_jobs.engine.shard_worker import require_gpu_for_mode
 from ray_jobs.jobs.atlas.clustering import import_clustering
 from ray_jobs.jobs.atlas.reduction import reduce_rows
 from ray_jobs.jobs.atlas.rows import describe_cost
-from ray_jobs.jobs.atlas.stored_maps import StoredMapsWorker, measure_stored_rows
+from ray_jobs.jobs.atlas.stored_maps import StoredMapsWorker, measure_stored_rows, require_explanations
 from ray_jobs.jobs.atlas.worker import AtlasWorker, measure_rows, validate_target
 from ray_jobs.jobs.job_session import JobSession, run_job
-from ray_jobs.jobs.method_job import validate_methods, validate_settings
+from ray_jobs.jobs.method_job import describe_estimators, validate_methods, validate_settings
 from ray_jobs.jobs.per_shard_job import validate_sample_count, write_shard_files
 from ray_jobs.runs.run_folder import Run
 
@@ -46,11 +47,15 @@ def describe_shards(session: JobSession, config: AtlasConfig, resources: Resourc
         recorded = ", ".join(shape.channels)
         what = f"the channels of {config.cluster_operator!r} are not recorded"
         raise UserError("", what, f"Choose from {recorded}, or add it to `operators`.", "cluster_operator")
-    recorded_scales = {} if stored else validate_methods(config, model, model.network, session.section)
-    with session.work(resources, config.compile, **recorded_scales):
-        worker, scales = (StoredMapsWorker, {}) if stored else (AtlasWorker, recorded_scales["scales"])
+    if stored:
+        recorded: dict[str, Any] = {"scales": {}, "estimators": describe_estimators(config, model.network)}
+        require_explanations(config, session.section | recorded)
+    else:
+        recorded = validate_methods(config, model, model.network, session.section)
+    with session.work(resources, config.compile, **recorded):
+        worker = StoredMapsWorker if stored else AtlasWorker
         message = describe_cost(shape, config.max_samples)
-        done = write_shard_files(session, config, resources, ROWS, message, worker, model, scales)
+        done = write_shard_files(session, config, resources, ROWS, message, worker, model, recorded["scales"])
         files: Sequence[str] = [str(each.folder / each.rows) for each in done]
         found = reduce_rows(files, shape, config, run.folder, session.tasks)
         validate_sample_count(session, found["samples"], resources)
