@@ -98,7 +98,10 @@ class FitConfig(Validated):
     batch_size: int = option(32, "Samples per batch.", min=1)
     estimators: tuple[str, ...] = option(FITTED, estimators_help, flag="--estimators", aliases=("--estimator",))
     max_samples: int | None = option(
-        None, "Maximum number of samples, an equal share of each shard (default: all).", min=1
+        None,
+        "Maximum number of samples, an equal share from the start of each shard (default: all). Of these, lists of "
+        "keys choose.",
+        min=1,
     )
     seed: int = same(ModelConfig, "seed")
     memory: int | None = option(

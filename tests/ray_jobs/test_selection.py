@@ -17,16 +17,19 @@ from ray_jobs.config import (
     ExplainConfig,
     FitConfig,
     ModelConfig,
+    Preprocessing,
     Resources,
 )
 from ray_jobs.data.packing import pack
 from ray_jobs.data.selection import load_selection, write_keys
+from ray_jobs.data.shard_reader import ReaderConfig, ShardReader
 from ray_jobs.jobs.atlas.atlas import atlas
 from ray_jobs.jobs.degrade import degrade
 from ray_jobs.jobs.evaluate import evaluate
 from ray_jobs.jobs.explain.explain import explain
 from ray_jobs.jobs.fit.fit import fit
 from ray_jobs.views.atlas.selection import parse_expression
+from tests.ray_jobs.runs import PREPROCESSING
 
 HERE = Resources(workers=0)
 SCHEMA = pa.schema([("class", pa.int64()), ("cluster", pa.int32()), ("key", pa.string()), ("score", pa.float32())])
@@ -114,6 +117,35 @@ def test_selected_samples_are_used_or_left_out(
         for run_of_job, table in zip(runs, tables, strict=True):
             rows = pq.read_table(Path(str(run_of_job.folder)) / f"{table}.parquet", columns=["shard", "key"])
             assert {(row["shard"], row["key"]) for row in rows.to_pylist()} == expected, table
+
+
+@pytest.mark.parametrize(
+    ("max_samples", "used", "rejected"),
+    [(None, ["s000-1", "s000-4"], ["gone"]), (7, ["s000-1", "s000-4"], ["gone"]), (3, ["s000-1"], [])],
+)
+def test_listed_samples_beyond_the_limit_are_not_read(
+    shards: list[str], max_samples: int | None, used: list[str], rejected: list[str]
+) -> None:
+    config = ReaderConfig(Preprocessing(**PREPROCESSING, interpolation="bilinear"), 4)  # type: ignore[arg-type]
+    reader = ShardReader(shards[0], config, max_samples, frozenset(["s000-1", "s000-4", "gone"]))
+    assert [key for batch in reader for key in batch.keys] == used
+    assert [each.key for each in reader.rejected] == rejected
+
+
+@pytest.mark.full
+def test_jobs_do_not_reject_listed_samples_beyond_the_limit(
+    model: ModelConfig, fitted: str, shards: list[str], tmp_path: Path
+) -> None:
+    shard, keys = shards[0], tmp_path / "keys.txt"
+    write_keys(keys, [(shard, key) for key in ("s000-1", "s000-4", "gone")])
+    common: dict[str, Any] = {"model": model, "patterns": fitted, "shards": (shard,)}
+    explaining = ExplainConfig(**common, methods=("patternattribution",), outputs=("npy",), out=str(tmp_path / "all"))
+    common |= {"explanations": str(explain(explaining, HERE).folder), "max_samples": 3, "keys": str(keys)}
+    for explanations in (None, common["explanations"]):
+        out = tmp_path / f"atlas-{explanations is None}"
+        section = atlas(AtlasConfig(**common | {"explanations": explanations, "out": str(out)}), HERE).manifest()
+        assert (section["atlas"]["samples"], section["atlas"]["refused"]) == (1, 0)
+        assert pq.read_table(out / "samples.parquet")["key"].to_pylist() == ["s000-1"]
 
 
 @pytest.mark.full

@@ -84,9 +84,11 @@ class StoredMapsWorker(MethodWorker[AtlasConfig]):
         files, source = task.files, self.explained[task.shard]
         rows = {row["key"]: row for row in read_table(source.folder / source.rows).to_pylist()}
         keys = [key for key in list(rows)[: task.max_samples] if task.uses(key)]
-        rejected = [each for each in read_rejected(source.folder / source.rejected) if task.uses(each.key)]
-        known = rows.keys() | {each.key for each in rejected}
-        missing = sorted((task.only or frozenset()) - known)
+        unusable = read_rejected(source.folder / source.rejected)
+        rejected = [each for each in unusable if task.uses(each.key)]
+        missing: list[str] = []
+        if task.max_samples is None or len(rows) + len(unusable) < task.max_samples:
+            missing = sorted((task.only or frozenset()) - rows.keys() - {each.key for each in unusable})
         rejected += [RejectedSample(task.shard, key, "read", "it was not explained") for key in missing]
         with publish(files.folder) as folder, temporary_path(folder / files.rows) as path:
             with closing(RowWriter(path, self.shape)) as writer:
