@@ -297,7 +297,8 @@ class ShardReader:
         """Yield the samples that the reader is to use; listed samples are missing if the shard was read to its end."""
         missing, task = set(self.only or ()), ShardTask(self.shard, self.max_samples, self.only, self.skip)
         seen = 0
-        for seen, sample in enumerate(samples, 1):
+        for sample in samples:
+            seen += 1  # noqa: SIM113 - needed after the loop
             missing.discard(sample.key)
             if task.uses(sample.key):
                 yield sample

@@ -7,6 +7,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from patterns import UserError
 from ray_jobs.cli.app import exit_status
@@ -22,13 +24,17 @@ from ray_jobs.config import (
 )
 from ray_jobs.data.packing import pack
 from ray_jobs.data.selection import load_selection, write_keys
-from ray_jobs.data.shard_reader import ReaderConfig, ShardReader
+from ray_jobs.data.shard_reader import ReaderConfig, ShardReader, read_shard
+from ray_jobs.io.object_store import locate
 from ray_jobs.jobs.atlas.atlas import atlas
 from ray_jobs.jobs.degrade import degrade
 from ray_jobs.jobs.evaluate import evaluate
 from ray_jobs.jobs.explain.explain import explain
 from ray_jobs.jobs.fit.fit import fit
+from ray_jobs.jobs.refitting import refit
+from ray_jobs.models import loading
 from ray_jobs.views.atlas.selection import parse_expression
+from tests.conftest import write_tar
 from tests.ray_jobs.runs import PREPROCESSING
 
 HERE = Resources(workers=0)
@@ -146,6 +152,29 @@ def test_jobs_do_not_reject_listed_samples_beyond_the_limit(
         section = atlas(AtlasConfig(**common | {"explanations": explanations, "out": str(out)}), HERE).manifest()
         assert (section["atlas"]["samples"], section["atlas"]["refused"]) == (1, 0)
         assert pq.read_table(out / "samples.parquet")["key"].to_pylist() == ["s000-1"]
+
+
+@pytest.mark.full
+def test_refit_uses_the_selected_samples(model: ModelConfig, fitted: str, shards: list[str], tmp_path: Path) -> None:
+    wanted = [(shards[0], "s000-1"), (shards[0], "s000-4"), (shards[1], "s001-5"), (shards[2], "s002-0")]
+    by_key = {sample.key: sample for shard in shards[:3] for sample in read_shard(shard)}
+    chosen = write_tar(tmp_path / "chosen.tar", [{"__key__": key, **by_key[key].files} for _, key in wanted[:3]])
+    write_keys(tmp_path / "keys.txt", wanted)
+    others = [(shard, f"s{number:03d}-{k}") for number, shard in enumerate(shards[:3]) for k in range(6)]
+    write_keys(tmp_path / "others.txt", [sample for sample in others if sample not in wanted])
+    traced, found = loading.load(model).traced, []
+    for name, lists, read in (
+        ("keys", (str(tmp_path / "keys.txt"), None), tuple(shards[:3])),
+        ("others", (None, str(tmp_path / "others.txt")), tuple(shards[:3])),
+        ("all", (None, None), (str(chosen),)),
+    ):
+        options: dict[str, Any] = {"model": model, "patterns": fitted, "batch_size": 2, "refit_samples": 3}
+        config = EvaluateConfig(**options, shards=read, out=str(tmp_path / "out"))
+        refit(config, traced, load_selection(*lists, read), locate(tmp_path / name))
+        found.append(load_file(tmp_path / name / "patterns.safetensors"))
+    for other in found[:2]:
+        for name, expected in found[2].items():
+            torch.testing.assert_close(other[name], expected, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.full
