@@ -267,7 +267,7 @@ class AtlasConfig(TargetConfig):
         MethodsConfig,
         "methods",
         default=("patternattribution",),
-        help="Method: patternattribution, also with :ESTIMATOR, or gradient-x-input.",
+        help="Method: patternattribution, also with :ESTIMATOR, or gradient-x-input; with --explanations, any of theirs.",
         aliases=("--method",),
     )
     target: str = same(

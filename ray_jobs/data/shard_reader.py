@@ -298,7 +298,7 @@ class ShardReader:
         missing, task = set(self.only or ()), ShardTask(self.shard, self.max_samples, self.only, self.skip)
         seen = 0
         for sample in samples:
-            seen += 1  # noqa: SIM113 - needed after the loop
+            seen += 1
             missing.discard(sample.key)
             if task.uses(sample.key):
                 yield sample

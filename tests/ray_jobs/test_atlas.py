@@ -288,7 +288,11 @@ def test_stored_maps_of_another_model_or_of_other_patterns_are_rejected(
     ("changes", "parameter"),
     [
         ({"methods": ("gradient", METHOD)}, "methods"),
-        ({"methods": ("patternnet",)}, "channels"),
+        ({"methods": ("patternnet",)}, "methods"),
+        ({"methods": ("gradient",)}, "methods"),
+        ({"methods": ("smoothgrad",)}, "methods"),
+        ({"cluster_operator": "0"}, "cluster_operator"),
+        ({"cluster_operator": "0", "explanations": "explained"}, "cluster_operator"),
         ({"target": "top-2"}, "target"),
         ({"operators": ("nothing",)}, "operators"),
         ({"cluster_by": "channels", "cluster_operator": "nothing"}, "cluster_operator"),
@@ -300,6 +304,17 @@ def test_options_that_do_not_fit_are_errors(
     with pytest.raises(UserError) as caught:
         atlas(replace(config, out=str(tmp_path), **changes), HERE)  # type: ignore[arg-type]
     assert caught.value.parameter == parameter
+
+
+@pytest.mark.full
+def test_model_with_one_operator_has_no_channels_to_cluster_by(config: AtlasConfig, tmp_path: Path) -> None:
+    code = "from torch import nn\ndef one():\n    return nn.Sequential(nn.Flatten(), nn.Linear(768, 5))\n"
+    (tmp_path / "one.py").write_text(code)
+    model = replace(config.model, spec=f"{tmp_path / 'one.py'}:one")
+    one = replace(config, model=model, methods=("gradient-x-input",), out=str(tmp_path / "out"), cluster_by="channels")
+    with pytest.raises(UserError) as caught:
+        atlas(one, HERE)
+    assert caught.value.parameter == "cluster_by"
 
 
 @pytest.mark.full

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from patterns import UserError
+from patterns.attribution import parse_method
 from ray_jobs.config import AtlasConfig, Resources
 from ray_jobs.engine.shard_worker import require_gpu_for_mode
 from ray_jobs.jobs.atlas.clustering import import_clustering
@@ -20,14 +21,24 @@ ROWS = "atlas"  # folder of the rows in the run
 
 
 def validate(config: AtlasConfig, resources: Resources = Resources()) -> None:  # noqa: B008 - frozen
-    """Raise UserError if there is not exactly one method, a package is missing, or compiling needs a GPU."""
+    """Raise UserError if options do not fit each other, a package is missing, or compiling needs a GPU."""
     if len(config.methods) != 1:
         raise UserError("", f"an atlas has one method, not {len(config.methods)}", "Pass one method.", "methods")
     if config.explanations is not None and config.cluster_by == "channels":
         what = "stored maps have no relevance of channels"
         raise UserError("", what, "Leave out `explanations`, or cluster by maps.", "cluster_by")
+    if config.cluster_operator is not None and config.cluster_by != "channels":
+        what = "samples are clustered by maps, so no operator is used"
+        raise UserError("", what, "Leave it out, or cluster by channels.", "cluster_operator")
     import_clustering()
     validate_settings(config)
+    method = parse_method(config.methods[0])
+    if config.explanations is None and (method.backward is None or not method.is_attribution):
+        what, remedy = (
+            f"{config.methods[0]} has no relevance of channels",
+            "Pass patternattribution or gradient-x-input.",
+        )
+        raise UserError("", what, remedy, "methods")
     require_gpu_for_mode(config.compile, resources)
 
 
@@ -47,6 +58,8 @@ def describe_shards(session: JobSession, config: AtlasConfig, resources: Resourc
         recorded = ", ".join(shape.channels)
         what = f"the channels of {config.cluster_operator!r} are not recorded"
         raise UserError("", what, f"Choose from {recorded}, or add it to `operators`.", "cluster_operator")
+    if config.cluster_by == "channels" and not shape.channels:
+        raise UserError("", "no channels are recorded", "Name operators by `operators`.", "cluster_by")
     if stored:
         recorded: dict[str, Any] = {"scales": {}, "estimators": describe_estimators(config, model.network)}
         require_explanations(config, session.section | recorded)
