@@ -27,7 +27,7 @@ from ray_jobs.views.export import FORMATS, export, write_export
 from ray_jobs.views.export.coco import find_box, find_regions
 from ray_jobs.views.export.samples import make_stem
 from ray_jobs.views.export.sources import open_source
-from tests.conftest import MODEL, MODEL_FILE, jpeg, write_tar
+from tests.conftest import jpeg, write_tar
 from tests.ray_jobs.runs import PREPROCESSING
 from tests.views.exported import NAMES, Folders, name_of, read_photographs, read_relevance, read_rows
 from tests.views.reported import HERE, HOSTILE
@@ -82,6 +82,11 @@ def write(folders: Folders, classes: str, tmp_path: Path) -> Callable[..., Path]
 
 def test_formats_are_the_choices_of_the_option() -> None:
     assert tuple(FORMATS) == EXPORT_FORMATS
+
+
+def test_page_shows_how_the_command_opens_the_boxes() -> None:
+    page = Path(__file__).parents[2] / "docs" / "export.md"
+    assert f"Open it: {FORMATS['coco'].hint.format(out='boxes')}\n" in page.read_text()
 
 
 def test_rows_are_those_of_the_run_and_of_its_atlas(folders: Folders) -> None:
@@ -355,22 +360,6 @@ def test_interrupted_export_leaves_nothing(folders: Folders, tmp_path: Path, mon
     with pytest.raises(KeyboardInterrupt):
         write_export(tmp_path / "out", str(folders[0]), "coco", report=stop)
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("changes", "weights"), [({"preset": "linear"}, "7"), ({"methods": ("gradient-x-input",)}, "8")]
-)
-def test_atlas_of_other_maps_is_an_error(
-    folders: Folders, tmp_path: Path, changes: dict[str, Any], weights: str
-) -> None:
-    (tmp_path / MODEL_FILE).write_text(MODEL.replace("manual_seed(7)", f"manual_seed({weights})"))
-    model = ModelConfig(spec=f"{tmp_path / MODEL_FILE}:small", **PREPROCESSING)  # type: ignore[arg-type]
-    patterns, out = str(folders[0].parent / "fit"), str(tmp_path / "atlas")
-    options: dict[str, Any] = {"patterns": patterns, "shards": tuple(folders[2]), "out": out, "model": model}
-    atlas(AtlasConfig(**options | changes), HERE)
-    with pytest.raises(UserError) as caught:
-        open_source(str(folders[0]), out, "patternattribution")
-    assert caught.value.parameter == "atlas"
 
 
 def test_shard_without_a_sample_is_one_line(folders: Folders, tmp_path: Path, complaint: Callable[..., str]) -> None:
