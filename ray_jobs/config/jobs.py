@@ -98,10 +98,7 @@ class FitConfig(Validated):
     batch_size: int = option(32, "Samples per batch.", min=1)
     estimators: tuple[str, ...] = option(FITTED, estimators_help, flag="--estimators", aliases=("--estimator",))
     max_samples: int | None = option(
-        None,
-        "Maximum number of samples, an equal share from the start of each shard (default: all). Of these, lists of "
-        "keys choose.",
-        min=1,
+        None, "Maximum number of samples, an equal share from the start of each shard (default: all).", min=1
     )
     seed: int = same(ModelConfig, "seed")
     memory: int | None = option(
@@ -267,7 +264,7 @@ class AtlasConfig(TargetConfig):
         MethodsConfig,
         "methods",
         default=("patternattribution",),
-        help="Method: patternattribution, also with :ESTIMATOR, or gradient-x-input; with --explanations, any of theirs.",
+        help="Method: patternattribution, also with :ESTIMATOR, or gradient-x-input. With --explanations: theirs.",
         aliases=("--method",),
     )
     target: str = same(

@@ -40,6 +40,7 @@ from ray_jobs.jobs.atlas.statistics import (
 from ray_jobs.jobs.explain.explain import explain
 from ray_jobs.models import loading
 from ray_jobs.runs.atlas_files import TABLES
+from ray_jobs.views.export.sources import open_source
 from tests.conftest import MODEL, MODEL_FILE, jpeg, write_tar
 from tests.ray_jobs.runs import kill_first_worker, wait_until
 
@@ -263,7 +264,7 @@ def test_stored_maps_give_the_same_maps_without_what_needs_a_pass(
     ],
 )
 def test_stored_maps_of_another_model_or_of_other_patterns_are_rejected(
-    config: AtlasConfig, tmp_path: Path, method: str, changes: dict[str, Any]
+    run: Path, config: AtlasConfig, tmp_path: Path, method: str, changes: dict[str, Any]
 ) -> None:
     common: dict[str, Any] = {"patterns": config.patterns, "shards": config.shards[:1], "methods": (method,)}
     changed, model = common | changes, config.model
@@ -280,8 +281,12 @@ def test_stored_maps_of_another_model_or_of_other_patterns_are_rejected(
     with pytest.raises(UserError) as caught:
         atlas(config, HERE)
     assert (caught.value.parameter, caught.value.where) == ("explanations", explained)
+    with pytest.raises(UserError) as caught:
+        open_source(explained, str(run), method)
+    assert (caught.value.parameter, caught.value.where) == ("atlas", str(run))
     same = AtlasConfig(model=model, **changed, out=str(tmp_path / "same"), explanations=explained)
     assert atlas(same, HERE).manifest()["atlas"]["samples"] == 6
+    open_source(explained, str(tmp_path / "same"), method)
 
 
 @pytest.mark.parametrize(

@@ -34,11 +34,8 @@ def validate(config: AtlasConfig, resources: Resources = Resources()) -> None:  
     validate_settings(config)
     method = parse_method(config.methods[0])
     if config.explanations is None and (method.backward is None or not method.is_attribution):
-        what, remedy = (
-            f"{config.methods[0]} has no relevance of channels",
-            "Pass patternattribution or gradient-x-input.",
-        )
-        raise UserError("", what, remedy, "methods")
+        what = f"{config.methods[0]} has no relevance of channels"
+        raise UserError("", what, "Pass patternattribution or gradient-x-input.", "methods")
     require_gpu_for_mode(config.compile, resources)
 
 

@@ -36,7 +36,7 @@ def measure_surprise(cluster: np.ndarray, rest: np.ndarray) -> float:
     return float(np.sort(gain)[-count:].mean())
 
 
-def test_suspicions(suspicions: np.ndarray) -> np.ndarray:
+def compute_p_values(suspicions: np.ndarray) -> np.ndarray:
     """Return the p-value of each cluster for the hypothesis that its suspicion is that of an ordinary cluster.
 
     The logarithms are standardized by their median and median absolute deviation, of which a few suspicious clusters
