@@ -52,9 +52,10 @@ def describe_shards(session: JobSession, config: AtlasConfig, resources: Resourc
     stored = config.explanations is not None
     shape = measure_stored_rows(config, model) if stored else measure_rows(config, model)
     if config.cluster_operator is not None and config.cluster_operator not in shape.channels:
-        recorded = ", ".join(shape.channels)
         what = f"the channels of {config.cluster_operator!r} are not recorded"
-        raise UserError("", what, f"Choose from {recorded}, or add it to `operators`.", "cluster_operator")
+        raise UserError(
+            "", what, f"Choose from {', '.join(shape.channels)}, or add it to `operators`.", "cluster_operator"
+        )
     if config.cluster_by == "channels" and not shape.channels:
         raise UserError("", "no channels are recorded", "Name operators by `operators`.", "cluster_by")
     if stored:
