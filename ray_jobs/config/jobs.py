@@ -97,7 +97,7 @@ class FitConfig(Validated):
     batch_size: int = option(32, "Samples per batch.", min=1)
     estimators: tuple[str, ...] = option(FITTED, estimators_help, flag="--estimators", aliases=("--estimator",))
     max_samples: int | None = option(
-        None, "Maximum number of samples, an equal share of each shard (default: all).", min=1
+        None, "Maximum number of samples, an equal share from the start of each shard (default: all).", min=1
     )
     seed: int = same(ModelConfig, "seed")
     memory: int | None = option(
@@ -263,7 +263,7 @@ class AtlasConfig(TargetConfig):
         MethodsConfig,
         "methods",
         default=("patternattribution",),
-        help="Method: patternattribution, also with :ESTIMATOR, or gradient-x-input.",
+        help="Method: patternattribution, also with :ESTIMATOR, or gradient-x-input. With --explanations: theirs.",
         aliases=("--method",),
     )
     target: str = same(

@@ -61,7 +61,7 @@ class ModelConfig(Validated):
     precision: str = option(
         "float32", "Precision of the model. tf32 has faster matrix products on a GPU.", choices=PRECISIONS
     )
-    seed: int = option(0, "Seed of all random numbers.")
+    seed: int = option(0, "Seed of all random numbers.", min=0)
     image_size: int | None = option(None, "Height and width of the input (default: the library's).", min=1)
     resize: int | None = option(
         None, "Length of the shorter side before the center crop (default: the library's).", min=1

@@ -55,7 +55,8 @@ def pack(
     Raises:
         UserError: If there are no images, an image cannot be read, or the shards cannot be written.
     """
-    found = choose_images(list_images(images), keys, without_keys)
+    names = choose_images(list_images(images), keys, without_keys)
+    found = list(names)
     if (target := out.resolve()).is_relative_to(source := images.resolve()):
         what = f"is inside the folder of images {source}, so that a later run would take it for a class"
         raise UserError(str(target), what, "Choose another folder.", "out")
@@ -63,7 +64,6 @@ def pack(
     validate_images(images, found, bool(crops))
     order = {name: number for number, name in enumerate(classes)}
     found.sort(key=lambda image: (order[image.partition("/")[0]], image.split("/")))
-    names = dict(zip(found, make_keys(found)))
     rng = random.Random(seed)
     rng.shuffle(found)
     samples = [(image, crop) for image in found for crop in range(crops or 1)]
@@ -103,20 +103,25 @@ def list_images(folder: Path) -> list[str]:
     return found
 
 
-def choose_images(images: list[str], keys: str | None, without_keys: str | None) -> list[str]:
-    """Return the images whose keys are in one list and not in another.
+def choose_images(images: list[str], keys: str | None, without_keys: str | None) -> dict[str, str]:
+    """Return the images whose keys are in one list and not in another, with their keys among all images.
 
     Raises:
-        UserError: If a list cannot be read, or no image is left.
+        UserError: If a list cannot be read, it names no image, or no image is left.
     """
     names = dict(zip(images, make_keys(images)))
+    known = frozenset(names.values())
     for option, file in (("keys", keys), ("without_keys", without_keys)):
         if file is not None:
             listed = frozenset().union(*read_keys(file, option).values())
-            images = [image for image in images if (names[image] in listed) == (option == "keys")]
-    if not images:
-        raise UserError(str(keys or without_keys), "leaves no image to pack", "Choose another list.", "keys")
-    return images
+            if not listed & known:
+                what = f"names none of the images, but {min(listed, default='no key')}"
+                remedy = f"List keys like {min(known)}. Shards that were packed with `crops` have other keys."
+                raise UserError(file, what, remedy, option)
+            names = {image: key for image, key in names.items() if (key in listed) == (option == "keys")}
+            if not names:
+                raise UserError(file, "leaves no image to pack", "Choose another list.", option)
+    return names
 
 
 def list_class_folders(folder: Path) -> list[str]:

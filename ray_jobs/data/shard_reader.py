@@ -246,7 +246,7 @@ class ShardTask:
         shard: The shard.
         max_samples: The number of samples at most that are read from the start of the shard, usable or not.
             None: all.
-        only: Only samples with these keys are used. None: all.
+        only: Of the samples that are read, only those with these keys are used. None: all.
         skip: Samples with these keys are not used.
     """
 
@@ -308,13 +308,16 @@ class ShardReader:
         return iter(DataPipeline(*stages))
 
     def select(self, samples: Iterable[Sample]) -> Iterator[Sample]:
-        """Yield the samples that the reader is to use."""
+        """Yield the samples that the reader is to use; listed samples are missing if the shard was read to its end."""
         missing, task = set(self.only or ()), ShardTask(self.shard, self.max_samples, self.only, self.skip)
+        seen = 0
         for sample in samples:
+            seen += 1
             missing.discard(sample.key)
             if task.uses(sample.key):
                 yield sample
-        for key in sorted(missing):
+        read_whole = self.max_samples is None or seen < self.max_samples
+        for key in sorted(missing if read_whole else ()):
             yield reject(key, "the shard does not contain it any more")
 
     def leave_out_rejected(self, found: Iterable[Decoded | Rejection]) -> Iterator[Decoded]:

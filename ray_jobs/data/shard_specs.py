@@ -6,6 +6,7 @@
 | `*.parquet` | one shard per file |
 | `hf://datasets/ORG/NAME@REVISION/PATH` | the files of a dataset, at one commit (see `hf_datasets`) |
 | `FOLDER` on this machine, `URL/` | `FOLDER/images-…` with at most 1000 images each (see `image_folders`) |
+| `FOLDER/images-…`, `FILE.parquet#image=COLUMN` | this shard, as a list of shards of an earlier job names it |
 | `@shards.txt`, `@URL` | the shards of the specs in this list, one spec per line |
 | `pipe:COMMAND` | the output of the command, if pipes are allowed |
 
@@ -29,6 +30,7 @@ from braceexpand import braceexpand
 from patterns import UserError
 from ray_jobs.data import hf_datasets
 from ray_jobs.data.byte_streams import open_stream
+from ray_jobs.data.image_folders import SHARD as FOLDER_SHARD
 from ray_jobs.data.image_folders import scan_folder
 from ray_jobs.data.parquet_reader import is_parquet
 from ray_jobs.data.references import name_column, split_shard
@@ -80,7 +82,22 @@ def list_shards(
     if other is not None:
         raise UserError(other, "not a Parquet file, so it has no columns", "Leave out `image_column`.", "image_column")
     base = None if image_base is None else str(locate(image_base))
-    return tuple(name_column(shard, image_column, base) for shard in shards)
+    return tuple(choose_column(shard, image_column, base) for shard in shards)
+
+
+def choose_column(shard: str, image_column: str, base: str | None) -> str:
+    """Return the shard of a Parquet file whose images a column holds or names.
+
+    Raises:
+        UserError: If the shard's name already has another column, or another base.
+    """
+    file, column = split_shard(shard)
+    if column is None:
+        return name_column(file, image_column, base)
+    if shard != name_column(file, image_column, base or column.base):
+        what = f"the shard has the column {column.name!r}, and the base {column.base or 'of its folder'}"
+        raise UserError(shard, what, "Leave out `image_column` and `image_base`.", "image_column")
+    return shard
 
 
 def read_list(spec: str) -> Iterator[str]:
@@ -110,6 +127,10 @@ def expand_spec(spec: str) -> Iterator[str]:
         yield from expand_braces(spec)
         return
     spec = normalize_location(spec)
+    file, column = split_shard(spec)
+    if column is not None:
+        yield from (name_column(each, column.name, column.base) for each in expand_spec(file))
+        return
     if hf_datasets.is_dataset(spec):
         yield from hf_datasets.match_files(expand_braces(spec))
         return
@@ -150,8 +171,13 @@ def match_urls(spec: str) -> Iterator[str]:
 def match_paths(spec: str) -> Iterator[str]:
     """Yield the absolute paths that a path with braces and wildcards matches; paths of folders end with a slash.
 
-    Existing files and folders are taken literally, so that braces and wildcards in their names are not expanded.
+    Existing files and folders are taken literally, so that braces and wildcards in their names are not expanded. So are
+    shards of folders of images.
     """
+    shard = FOLDER_SHARD.fullmatch(spec)
+    if shard is not None and Path(shard["folder"]).is_dir():
+        yield str(Path(spec).absolute())
+        return
     with translate_errors(spec, remedy="Check --shards."):
         head, tail = split_existing(Path(spec).absolute())
         for pattern in expand_braces(tail, spec) if tail else [""]:

@@ -138,7 +138,7 @@ def evaluate_shards(session: JobSession, config: EvaluateConfig, resources: Reso
         message = f"{len(config.methods)} methods, {len(measured.measures)} measures"
         message += "".join(f"; {name} cannot be measured: {reason}" for name, reason in obstacles.items())
         if any(MEASURES[name].refitted for name in measured.measures):
-            refit(config, model, run.folder / REFITTED)
+            refit(config, model, session.selection, run.folder / REFITTED)
         arguments = EvaluateWorker, model, recorded["scales"]
         done = write_shard_files(session, measured, resources, "evaluation", message, *arguments)
         tables = [read_table(files.folder / files.rows) for files in done]

@@ -8,6 +8,7 @@ from patterns.estimation import required_sums
 from patterns.evaluation import randomize, trained_operators
 from ray_jobs.config import EvaluateConfig
 from ray_jobs.data.samples import derive_seed
+from ray_jobs.data.selection import Selection
 from ray_jobs.data.shard_reader import ShardReader
 from ray_jobs.engine.shard_worker import make_reader_config
 from ray_jobs.io.object_store import Location, publish
@@ -29,15 +30,16 @@ def randomize_share(network: Network, share: float, seed: int) -> Network:
     return randomize(network, names[: max(1, round(share * len(names)))], torch.Generator().manual_seed(seed))
 
 
-def refit(config: EvaluateConfig, model: TracedModel, folder: Location) -> None:
+def refit(config: EvaluateConfig, model: TracedModel, selection: Selection, folder: Location) -> None:
     """Fit patterns of the network with random weights in all operators, unless the folder has them already.
 
-    The driver does this, on the first `refit_samples` samples of the shards in their order, so that the patterns do not
-    depend on the workers. They have the rows of the run that is evaluated.
+    The driver does this, on the first `refit_samples` selected samples of the shards in their order, so that the
+    patterns do not depend on the workers. They have the rows of the run that is evaluated.
 
     Args:
         config: The evaluation.
         model: The trained model.
+        selection: The samples of the evaluation.
         folder: Where patterns.safetensors is written.
 
     Raises:
@@ -57,13 +59,15 @@ def refit(config: EvaluateConfig, model: TracedModel, folder: Location) -> None:
     left = config.refit_samples
     reader_config = make_reader_config(model, config.batch_size)
     for shard in config.shards:
-        reader = ShardReader(shard, reader_config, max_samples=left)
-        for batch in reader:
-            seeds = [derive_seed(key) for key in batch.keys]
-            observer.update(batch.images.to(network.like), seeds)
-            left -= len(batch.keys)
-        if left <= 0:
-            break
+        only = selection.only_of(shard)
+        if not left or only == frozenset():
+            continue
+        for batch in ShardReader(shard, reader_config, only=only, skip=selection.skip_of(shard)):
+            seeds = [derive_seed(key) for key in batch.keys[:left]]
+            observer.update(batch.images[:left].to(network.like), seeds)
+            left -= len(seeds)
+            if not left:
+                break
     if left == config.refit_samples:
         raise UserError(config.shards[0], "no shard has a sample for the refit", "Check --shards.")
     moments = observer.moments()

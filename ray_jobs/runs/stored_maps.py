@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import closing
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from patterns import UserError
+from ray_jobs.config import Preprocessing
 from ray_jobs.data.shard_reader import read_shard
 from ray_jobs.io.object_store import fetch
 from ray_jobs.runs.map_files import ShardFiles
@@ -31,6 +32,34 @@ def require_arrays(where: str, outputs: Collection[str]) -> None:
     if not {*READABLE} & {*outputs}:
         remedy = "Run `patternnet explain` with --output npy or parquet."
         raise UserError(where, f"holds maps as {', '.join(outputs)} only", remedy)
+
+
+def describe_other_maps(one: Mapping[str, Any], other: Mapping[str, Any], method: str) -> str | None:
+    """Return what differs between the maps of a method in two jobs.
+
+    Args:
+        one: The section of the first job in its manifest, of `explain` or `atlas`.
+        other: The section of the second job.
+        method: The method. Estimators and patterns are compared if both sections record estimators of it.
+
+    Returns:
+        The difference: "weights 1a2b, not 3c4d"; None if there is none.
+    """
+    first, second = one["options"], other["options"]
+    if first["weights"] != second["weights"]:
+        return f"weights {first['weights']}, not {second['weights']}"
+    sizes = [Preprocessing(**options["preprocessing"]) for options in (first, second)]
+    if sizes[0] != sizes[1]:
+        return f"preprocessing {first['preprocessing']}, not {second['preprocessing']}"
+    estimators = [section.get("estimators", {}).get(method) for section in (one, other)]
+    if None in estimators:
+        return None
+    if first["patterns"] != second["patterns"]:
+        return f"patterns {first['patterns']}, not {second['patterns']}"
+    for operator, name in estimators[0].items():
+        if name != (wanted := estimators[1].get(operator)):
+            return f"estimator {name} of {operator}, not {wanted}"
+    return None
 
 
 def read_maps(files: ShardFiles, method: str, outputs: Collection[str], keys: Collection[str]) -> Iterator[StoredMap]:

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -39,7 +40,8 @@ from ray_jobs.jobs.atlas.statistics import (
 from ray_jobs.jobs.explain.explain import explain
 from ray_jobs.models import loading
 from ray_jobs.runs.atlas_files import TABLES
-from tests.conftest import jpeg, write_tar
+from ray_jobs.views.export.sources import open_source
+from tests.conftest import MODEL, MODEL_FILE, jpeg, write_tar
 from tests.ray_jobs.runs import kill_first_worker, wait_until
 
 HERE = Resources(workers=0)
@@ -250,11 +252,52 @@ def test_stored_maps_give_the_same_maps_without_what_needs_a_pass(
     assert [(row["shard"], row["key"]) for row in read_rows(run).to_pylist()] == [(shard, key)]
 
 
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [
+        ("gradient-x-input", {"spec": "other"}),
+        ("gradient-x-input", {"resize": 20}),
+        (METHOD, {"preset": "linear"}),
+        (METHOD, {"estimator": ("2.conv1=linear",)}),
+        (METHOD, {"patterns": "other"}),
+    ],
+)
+def test_stored_maps_of_another_model_or_of_other_patterns_are_rejected(
+    run: Path, config: AtlasConfig, tmp_path: Path, method: str, changes: dict[str, Any]
+) -> None:
+    common: dict[str, Any] = {"patterns": config.patterns, "shards": config.shards[:1], "methods": (method,)}
+    changed, model = common | changes, config.model
+    if "patterns" in changes:
+        changed["patterns"] = str(shutil.copytree(config.patterns, tmp_path / "other"))
+    if "resize" in changes:
+        model = replace(model, resize=changed.pop("resize"))
+    if changed.pop("spec", None):
+        (tmp_path / MODEL_FILE).write_text(MODEL.replace("manual_seed(7)", "manual_seed(8)"))
+        model = replace(model, spec=f"{tmp_path / MODEL_FILE}:small")
+    explaining = ExplainConfig(model=model, **changed, out=str(tmp_path / "explained"), outputs=("npy",))
+    explained = str(explain(explaining, HERE).folder)
+    config = AtlasConfig(model=config.model, **common, out=str(tmp_path / "atlas"), explanations=explained)
+    with pytest.raises(UserError) as caught:
+        atlas(config, HERE)
+    assert (caught.value.parameter, caught.value.where) == ("explanations", explained)
+    with pytest.raises(UserError) as caught:
+        open_source(explained, str(run), method)
+    assert (caught.value.parameter, caught.value.where) == ("atlas", str(run))
+    same = AtlasConfig(model=model, **changed, out=str(tmp_path / "same"), explanations=explained)
+    assert atlas(same, HERE).manifest()["atlas"]["samples"] == 6
+    open_source(explained, str(tmp_path / "same"), method)
+
+
 @pytest.mark.parametrize(
     ("changes", "parameter"),
     [
         ({"methods": ("gradient", METHOD)}, "methods"),
-        ({"methods": ("patternnet",)}, "channels"),
+        ({"methods": ("patternnet",)}, "methods"),
+        ({"methods": ("gradient",)}, "methods"),
+        ({"methods": ("smoothgrad",)}, "methods"),
+        ({"cluster_operator": "0"}, "cluster_operator"),
+        ({"cluster_operator": "0", "explanations": "explained"}, "cluster_operator"),
         ({"target": "top-2"}, "target"),
         ({"operators": ("nothing",)}, "operators"),
         ({"cluster_by": "channels", "cluster_operator": "nothing"}, "cluster_operator"),
@@ -266,6 +309,17 @@ def test_options_that_do_not_fit_are_errors(
     with pytest.raises(UserError) as caught:
         atlas(replace(config, out=str(tmp_path), **changes), HERE)  # type: ignore[arg-type]
     assert caught.value.parameter == parameter
+
+
+@pytest.mark.full
+def test_model_with_one_operator_has_no_channels_to_cluster_by(config: AtlasConfig, tmp_path: Path) -> None:
+    code = "from torch import nn\ndef one():\n    return nn.Sequential(nn.Flatten(), nn.Linear(768, 5))\n"
+    (tmp_path / "one.py").write_text(code)
+    model = replace(config.model, spec=f"{tmp_path / 'one.py'}:one")
+    one = replace(config, model=model, methods=("gradient-x-input",), out=str(tmp_path / "out"), cluster_by="channels")
+    with pytest.raises(UserError) as caught:
+        atlas(one, HERE)
+    assert caught.value.parameter == "cluster_by"
 
 
 @pytest.mark.full

@@ -46,6 +46,7 @@ MODEL = ModelConfig(spec="m.py:net")
 FIT = FitConfig(model=MODEL, shards=("a.tar",), out="run")
 EXPLAIN = ExplainConfig(model=MODEL, patterns="run", shards=("a.tar",), out="run")
 DEGRADE = DegradeConfig(model=MODEL, patterns="run", shards=("a.tar",), out="run")
+ATLAS = AtlasConfig(model=MODEL, patterns="run", shards=("a.tar",), out="run")
 QUALITY = QualityConfig(model=MODEL, patterns="run", shards=("a.tar",), evaluate=("b.tar",), out="run")
 ATLAS = AtlasConfig(model=MODEL, patterns="run", shards=("a.tar",), out="run")
 EVALUATE = EvaluateConfig(model=MODEL, patterns="run", shards=("a.tar",), out="run")
@@ -86,6 +87,8 @@ def test_configs_take_keywords_only(config: Callable[..., Any]) -> None:
     [
         (MODEL, "precision", "float8"),
         (MODEL, "image_size", 0),
+        (MODEL, "seed", -1),
+        (ATLAS, "seed", -1),
         (FIT, "batch_size", 0),
         (FIT, "positions", 0),
         (FIT, "compile", "fastest"),

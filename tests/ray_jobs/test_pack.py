@@ -11,7 +11,9 @@ import pytest
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
+from patterns import UserError
 from ray_jobs.cli.app import exit_status
+from ray_jobs.data.packing import pack
 from ray_jobs.data.shard_reader import read_shard
 from tests.conftest import jpeg
 
@@ -38,6 +40,36 @@ def test_hidden_files_and_folders_are_left_out(images: Path, tmp_path: Path, opt
     shutil.copy(images / "cat" / "1.jpg", images / ".cache" / "1.jpg")
     names = packed(images, tmp_path / "out", *options)
     assert len([name for name in names if not name.endswith(".cls")]) == 4
+
+
+def test_images_that_are_left_out_change_no_key(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("RGB", (9, 9)).save(images / "dog" / "1.png")
+    keys = tmp_path / "keys.txt"
+    keys.write_text("anywhere\tdog/1%2Epng\n")
+    assert "dog/1%2Ejpg.jpg" in packed(images, tmp_path / "all")
+    names = packed(images, tmp_path / "some", "--without-keys", str(keys))
+    assert sorted(name for name in names if name.startswith("dog/1")) == ["dog/1%2Ejpg.cls", "dog/1%2Ejpg.jpg"]
+    assert "1 png" not in capsys.readouterr().out.splitlines()[-1]
+
+
+@pytest.mark.parametrize("option", ["keys", "without_keys"])
+def test_list_that_names_or_leaves_no_image_is_an_error_of_its_option(
+    images: Path, tmp_path: Path, option: str
+) -> None:
+    keys = tmp_path / "keys.txt"
+    keys.write_text("".join(f"packed/000000.tar\t{key}-0\n" for key in ("cat/1", "cat/2", "dog/1")))
+    found = [(str(keys), option)]
+    if option == "without_keys":
+        every = tmp_path / "every.txt"
+        every.write_text("".join(f"packed\t{key}\n" for key in ("cat/1", "cat/2", "dog/1", "dog/sub/1")))
+        found.append((str(every), option))
+    for file, name in found:
+        with pytest.raises(UserError) as caught:
+            pack(images, tmp_path / "out", **{name: file})  # type: ignore[arg-type]
+        assert (caught.value.where, caught.value.parameter) == (file, option)
+        assert not (tmp_path / "out").exists()
 
 
 def test_folder_named_like_an_image_is_a_folder(images: Path, tmp_path: Path) -> None:

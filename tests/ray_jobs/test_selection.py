@@ -7,6 +7,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from patterns import UserError
 from ray_jobs.cli.app import exit_status
@@ -17,16 +19,23 @@ from ray_jobs.config import (
     ExplainConfig,
     FitConfig,
     ModelConfig,
+    Preprocessing,
     Resources,
 )
 from ray_jobs.data.packing import pack
 from ray_jobs.data.selection import load_selection, write_keys
+from ray_jobs.data.shard_reader import ReaderConfig, ShardReader, read_shard
+from ray_jobs.io.object_store import locate
 from ray_jobs.jobs.atlas.atlas import atlas
 from ray_jobs.jobs.degrade import degrade
 from ray_jobs.jobs.evaluate import evaluate
 from ray_jobs.jobs.explain.explain import explain
 from ray_jobs.jobs.fit.fit import fit
+from ray_jobs.jobs.refitting import refit
+from ray_jobs.models import loading
 from ray_jobs.views.atlas.selection import parse_expression
+from tests.conftest import write_tar
+from tests.ray_jobs.runs import PREPROCESSING
 
 HERE = Resources(workers=0)
 SCHEMA = pa.schema([("class", pa.int64()), ("cluster", pa.int32()), ("key", pa.string()), ("score", pa.float32())])
@@ -44,6 +53,7 @@ ROWS = [
         ("class=1 or class=2 and cluster=0", lambda r: r["class"] == 1 or (r["class"] == 2 and r["cluster"] == 0)),
         ("(class=1 or class=2) and cluster=0", lambda r: r["class"] in (1, 2) and r["cluster"] == 0),
         ("not (class=1 or score >= 2.5)", lambda r: r["score"] is not None and r["class"] != 1 and r["score"] < 2.5),
+        ("cluster < 5000000000 and class > -9223372036854775808", lambda r: True),
         ("key='k 7' or key=\"k 8\"", lambda r: r["key"] in ("k 7", "k 8")),
         ("score = null", lambda r: r["score"] is None),
         ("score != null AND class != cluster", lambda r: r["score"] is not None and r["class"] != r["cluster"]),
@@ -70,6 +80,8 @@ def test_expressions_select_what_python_does(expression: str, holds: Callable[[d
         ("__import__('os')", "__import__"),
         ("class < null", "null"),
         ("class=key", "key"),
+        ("class=100000000000000000000", "64 bits"),
+        ("class=" + "9" * 5000, "64 bits"),
         ("not " * 100 + "class=1", "deeper"),
     ],
 )
@@ -111,6 +123,58 @@ def test_selected_samples_are_used_or_left_out(
         for run_of_job, table in zip(runs, tables, strict=True):
             rows = pq.read_table(Path(str(run_of_job.folder)) / f"{table}.parquet", columns=["shard", "key"])
             assert {(row["shard"], row["key"]) for row in rows.to_pylist()} == expected, table
+
+
+@pytest.mark.parametrize(
+    ("max_samples", "used", "rejected"),
+    [(None, ["s000-1", "s000-4"], ["gone"]), (7, ["s000-1", "s000-4"], ["gone"]), (3, ["s000-1"], [])],
+)
+def test_listed_samples_beyond_the_limit_are_not_read(
+    shards: list[str], max_samples: int | None, used: list[str], rejected: list[str]
+) -> None:
+    config = ReaderConfig(Preprocessing(**PREPROCESSING, interpolation="bilinear"), 4)  # type: ignore[arg-type]
+    reader = ShardReader(shards[0], config, max_samples, frozenset(["s000-1", "s000-4", "gone"]))
+    assert [key for batch in reader for key in batch.keys] == used
+    assert [each.key for each in reader.rejected] == rejected
+
+
+@pytest.mark.full
+def test_jobs_do_not_reject_listed_samples_beyond_the_limit(
+    model: ModelConfig, fitted: str, shards: list[str], tmp_path: Path
+) -> None:
+    shard, keys = shards[0], tmp_path / "keys.txt"
+    write_keys(keys, [(shard, key) for key in ("s000-1", "s000-4", "gone")])
+    common: dict[str, Any] = {"model": model, "patterns": fitted, "shards": (shard,)}
+    explaining = ExplainConfig(**common, methods=("patternattribution",), outputs=("npy",), out=str(tmp_path / "all"))
+    common |= {"explanations": str(explain(explaining, HERE).folder), "max_samples": 3, "keys": str(keys)}
+    for explanations in (None, common["explanations"]):
+        out = tmp_path / f"atlas-{explanations is None}"
+        section = atlas(AtlasConfig(**common | {"explanations": explanations, "out": str(out)}), HERE).manifest()
+        assert (section["atlas"]["samples"], section["atlas"]["refused"]) == (1, 0)
+        assert pq.read_table(out / "samples.parquet")["key"].to_pylist() == ["s000-1"]
+
+
+@pytest.mark.full
+def test_refit_uses_the_selected_samples(model: ModelConfig, fitted: str, shards: list[str], tmp_path: Path) -> None:
+    wanted = [(shards[0], "s000-1"), (shards[0], "s000-4"), (shards[1], "s001-5"), (shards[2], "s002-0")]
+    by_key = {sample.key: sample for shard in shards[:3] for sample in read_shard(shard)}
+    chosen = write_tar(tmp_path / "chosen.tar", [{"__key__": key, **by_key[key].files} for _, key in wanted[:3]])
+    write_keys(tmp_path / "keys.txt", wanted)
+    others = [(shard, f"s{number:03d}-{k}") for number, shard in enumerate(shards[:3]) for k in range(6)]
+    write_keys(tmp_path / "others.txt", [sample for sample in others if sample not in wanted])
+    traced, found = loading.load(model).traced, []
+    for name, lists, read in (
+        ("keys", (str(tmp_path / "keys.txt"), None), tuple(shards[:3])),
+        ("others", (None, str(tmp_path / "others.txt")), tuple(shards[:3])),
+        ("all", (None, None), (str(chosen),)),
+    ):
+        options: dict[str, Any] = {"model": model, "patterns": fitted, "batch_size": 2, "refit_samples": 3}
+        config = EvaluateConfig(**options, shards=read, out=str(tmp_path / "out"))
+        refit(config, traced, load_selection(*lists, read), locate(tmp_path / name))
+        found.append(load_file(tmp_path / name / "patterns.safetensors"))
+    for other in found[:2]:
+        for name, expected in found[2].items():
+            torch.testing.assert_close(other[name], expected, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.full

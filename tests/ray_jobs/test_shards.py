@@ -5,6 +5,8 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import timm
 import torch
@@ -34,6 +36,32 @@ def test_brace_ranges_and_globs_list_the_same_shards(tmp_path: Path) -> None:
     made = make_shards(tmp_path, 3, 1)
     assert list(list_shards([f"{tmp_path}/train-{{000..002}}.tar"])) == made
     assert list(list_shards([f"{tmp_path}/*.tar"])) == made
+
+
+def test_shards_of_every_format_are_listed_again_from_a_list(tmp_path: Path) -> None:
+    make_shards(tmp_path, 2, 1)
+    table = pa.table({"url": ["1.jpg"], "other": ["1.jpg"]})
+    for name in ("plain", "a*b {0,1}"):
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+    (tmp_path / "photos [1]").mkdir()
+    (tmp_path / "photos [1]" / "1.jpg").write_bytes(jpeg(np.random.default_rng(0)))
+    (tmp_path / "based").mkdir()
+    plain = list_shards([f"{tmp_path}/*.tar", f"{tmp_path}/plain.parquet", f"{tmp_path}/photos [1]"])
+    with_column = list_shards([f"{tmp_path}/*.parquet"], image_column="url")
+    with_base = list_shards([f"{tmp_path}/*.parquet"], image_column="url", image_base=str(tmp_path / "based"))
+    for number, written in enumerate((plain, with_column, with_base, plain + with_column)):
+        (tmp_path / f"{number}.txt").write_text("".join(f"{shard}\n" for shard in written))
+        assert list_shards([f"@{tmp_path}/{number}.txt"]) == written
+    assert list_shards([f"@{tmp_path}/1.txt"], image_column="url") == with_column
+    assert list_shards([f"@{tmp_path}/2.txt"], image_column="url", image_base=f"{tmp_path}/based") == with_base
+    for column, base in (("other", None), ("url", str(tmp_path))):
+        with pytest.raises(UserError) as caught:
+            list_shards([f"@{tmp_path}/1.txt"], image_column=column, image_base=base)
+        assert caught.value.parameter == "image_column"
+    (tmp_path / "wrong.txt").write_text("none/images-00000-of-00001-00000000\nnone.parquet#image=url\n")
+    for line in (tmp_path / "wrong.txt").read_text().splitlines():
+        with pytest.raises(UserError, match="does not exist"):
+            list_shards([f"{tmp_path}/{line}"])
 
 
 @pytest.mark.parametrize(

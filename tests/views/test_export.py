@@ -84,6 +84,11 @@ def test_formats_are_the_choices_of_the_option() -> None:
     assert tuple(FORMATS) == EXPORT_FORMATS
 
 
+def test_page_shows_how_the_command_opens_the_boxes() -> None:
+    page = Path(__file__).parents[2] / "docs" / "export.md"
+    assert f"Open it: {FORMATS['coco'].hint.format(out='boxes')}\n" in page.read_text()
+
+
 def test_rows_are_those_of_the_run_and_of_its_atlas(folders: Folders) -> None:
     source, places = open_source(str(folders[0]), str(folders[1]), None)
     assert places is not None

@@ -35,6 +35,7 @@ SCALARS = pa.schema(
         ("map_mass", pa.float32()),
     ]
 )
+NUMBER_BYTES = sum(field.type.bit_width // 8 for field in SCALARS if pa.types.is_primitive(field.type))
 HALF_MAX = float(torch.finfo(torch.float16).max)
 
 
@@ -69,10 +70,10 @@ class RowShape:
 
     @property
     def bytes_per_sample(self) -> dict[str, int]:
-        """The bytes of each part of a sample's row, without the key."""
+        """The bytes of a sample by what they hold, without the shard and the key."""
         channels = sum(2 * 2 * size + 4 for size in self.channels.values())
         parts = {"map": 2 * self.side**2, "channels": channels, "embedding": 2 * self.embedding}
-        return {name: size for name, size in parts.items() if size} | {"numbers": 56}
+        return {name: size for name, size in parts.items() if size} | {"numbers": NUMBER_BYTES}
 
 
 def relevance_column(operator: str) -> str:

@@ -20,20 +20,27 @@ from ray_jobs.jobs.per_shard_job import FilesTask
 from ray_jobs.models.loading import TracedModel
 from ray_jobs.runs.map_files import list_shard_files
 from ray_jobs.runs.run_folder import Run, read_rejected
-from ray_jobs.runs.stored_maps import BATCH, read_maps, require_arrays
+from ray_jobs.runs.stored_maps import BATCH, describe_other_maps, read_maps, require_arrays
 from ray_jobs.units import make_printable
 
 COPIED = ("key", "label", "prediction", "probability", "score")
 
 
-def require_explanations(config: AtlasConfig) -> dict[str, Any]:
-    """Return the section of the finished explain whose maps are used.
+def read_section(config: AtlasConfig) -> dict[str, Any]:
+    """Return the section of the explain whose maps are used. Raise UserError if it has not finished."""
+    assert config.explanations is not None
+    return Run(config.explanations).require_job("explain", "Run `patternnet explain` to the end first.")
 
-    Raises:
-        UserError: If it has not finished, or its maps cannot be used for this atlas.
+
+def require_explanations(config: AtlasConfig, atlas: Mapping[str, Any]) -> None:
+    """Raise UserError if the maps of the explain cannot be used for an atlas.
+
+    Args:
+        config: The atlas.
+        atlas: Its section of the manifest, with the estimators of its method.
     """
     assert config.explanations is not None
-    section = Run(config.explanations).require_job("explain", "Run `patternnet explain` to the end first.")
+    section = read_section(config)
     options = section["options"]
     (method,) = config.methods
     if method not in options["methods"]:
@@ -45,16 +52,18 @@ def require_explanations(config: AtlasConfig) -> dict[str, Any]:
         raise UserError(config.explanations, what, f"Pass --target {options['target']}.", "target")
     if missing := [shard for shard in config.shards if shard not in options["shards"]]:
         raise UserError(missing[0], f"was not explained by {config.explanations}", "Leave it out of --shards.")
-    return section
+    if difference := describe_other_maps(section, atlas, method):
+        remedy = "Pass the options of these explanations, or leave out `explanations`."
+        raise UserError(config.explanations, f"its maps were made with {difference}", remedy, "explanations")
 
 
 def measure_stored_rows(config: AtlasConfig, model: TracedModel) -> RowShape:
     """Return the sizes of rows from stored maps.
 
     Raises:
-        UserError: See `require_explanations`.
+        UserError: If the explain has not finished, or the model does not take images.
     """
-    options = require_explanations(config)["options"]
+    options = read_section(config)["options"]
     model.require_images("An atlas")
     sides = [options["size"]] if options["size"] else model.network.input_shape[1:]
     return RowShape(min(config.pooled, *sides), {})
@@ -65,8 +74,7 @@ class StoredMapsWorker(MethodWorker[AtlasConfig]):
 
     def prepare(self) -> None:
         """Find the files of the explanations."""
-        section = require_explanations(self.config)
-        options = section["options"]
+        options = read_section(self.config)["options"]
         self.shape = measure_stored_rows(self.config, self.model)
         self.explained = list_shard_files(str(self.config.explanations), tuple(options["shards"]))
         self.outputs, (self.method,) = options["outputs"], self.config.methods
@@ -76,9 +84,11 @@ class StoredMapsWorker(MethodWorker[AtlasConfig]):
         files, source = task.files, self.explained[task.shard]
         rows = {row["key"]: row for row in read_table(source.folder / source.rows).to_pylist()}
         keys = [key for key in list(rows)[: task.max_samples] if task.uses(key)]
-        rejected = [each for each in read_rejected(source.folder / source.rejected) if task.uses(each.key)]
-        known = rows.keys() | {each.key for each in rejected}
-        missing = sorted((task.only or frozenset()) - known)
+        unusable = read_rejected(source.folder / source.rejected)
+        rejected = [each for each in unusable if task.uses(each.key)]
+        missing: list[str] = []
+        if task.max_samples is None or len(rows) + len(unusable) < task.max_samples:
+            missing = sorted((task.only or frozenset()) - rows.keys() - {each.key for each in unusable})
         rejected += [RejectedSample(task.shard, key, "read", "it was not explained") for key in missing]
         with publish(files.folder) as folder, temporary_path(folder / files.rows) as path:
             with closing(RowWriter(path, self.shape)) as writer:

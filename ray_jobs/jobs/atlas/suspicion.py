@@ -36,8 +36,8 @@ def measure_surprise(cluster: np.ndarray, rest: np.ndarray) -> float:
     return float(np.sort(gain)[-count:].mean())
 
 
-def test_suspicions(suspicions: np.ndarray) -> np.ndarray:
-    """Return the p-value of each cluster for the hypothesis that it is an ordinary cluster.
+def compute_p_values(suspicions: np.ndarray) -> np.ndarray:
+    """Return the p-value of each cluster for the hypothesis that its suspicion is that of an ordinary cluster.
 
     The logarithms are standardized by their median and median absolute deviation, of which a few suspicious clusters
     change little, and compared with Student's distribution. The p-values are corrected over all clusters (Holm 1979).

@@ -9,7 +9,7 @@ import pyarrow as pa
 from ray_jobs.jobs.atlas.class_statistics import NO_LABEL, ChannelTops, ClassState, GroupResult, Totals
 from ray_jobs.jobs.atlas.rows import RowShape
 from ray_jobs.jobs.atlas.statistics import NONE, RunningMoments, decode_numbers, decode_values
-from ray_jobs.jobs.atlas.suspicion import measure_surprise, test_suspicions
+from ray_jobs.jobs.atlas.suspicion import compute_p_values, measure_surprise
 
 Keys = dict[int, dict[str, str]]  # from the number of a sample to its shard and key
 FLOATS = pa.list_(pa.float32())
@@ -182,7 +182,7 @@ def cluster_rows(states: Sequence[ClassState], shape: RowShape) -> list[dict[str
                 }
             )
     tested = [row for row in rows if row["suspicion"] > 0]
-    for row, p in zip(tested, test_suspicions(np.array([row["suspicion"] for row in tested])).tolist()):
+    for row, p in zip(tested, compute_p_values(np.array([row["suspicion"] for row in tested])).tolist()):
         row["p"] = p
     return sorted(rows, key=lambda row: (-row["suspicion"], row["class"], row["cluster"]))
 

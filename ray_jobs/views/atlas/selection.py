@@ -162,4 +162,11 @@ class Parser:
         if kind not in ("number", "text") or (kind == "text") != is_text:
             wanted = "a text in quotes" if is_text else "a number"
             raise self.error(f"{name} is compared with {text!r}, not with {wanted}")
-        return text[1:-1] if kind == "text" else float(text) if re.search(r"[.eE]", text) else int(text)
+        if kind == "text":
+            return text[1:-1]
+        if re.search(r"[.eE]", text):
+            return float(text)
+        try:
+            return pa.scalar(int(text), pa.int64()).as_py()
+        except (OverflowError, ValueError) as error:  # ValueError: more digits than Python reads
+            raise self.error(f"{name} is compared with {text[:30]}, which needs more than 64 bits") from error

@@ -14,7 +14,7 @@ from ray_jobs.io.object_store import fetch, read_table
 from ray_jobs.runs.atlas_files import CLUSTERS, SAMPLES_FILE
 from ray_jobs.runs.map_files import list_shard_files
 from ray_jobs.runs.run_folder import Run
-from ray_jobs.runs.stored_maps import read_maps, require_arrays
+from ray_jobs.runs.stored_maps import describe_other_maps, read_maps, require_arrays
 from ray_jobs.units import make_printable
 from ray_jobs.views.export.samples import Place, Row
 
@@ -185,7 +185,10 @@ def open_source(run: str, atlas: str | None, method: str | None) -> tuple[Source
 
 
 def require_match(source: Source, places: AtlasPlaces) -> None:
-    """Raise UserError if an atlas describes none of the shards, or other targets."""
+    """Raise UserError if an atlas describes none of the shards, other targets, or maps of another model.
+
+    If it describes the same method, it must have the same patterns and estimators too.
+    """
     options, described = source.section["options"], places.section["options"]
     where = str(places.run.folder)
     if not set(options["shards"]) & set(described["shards"]):
@@ -193,6 +196,9 @@ def require_match(source: Source, places: AtlasPlaces) -> None:
     if options["target"] != described["target"]:
         what = f"its atlas describes maps of {described['target']!r}, not of {options['target']!r}"
         raise UserError(where, what, "Pass an atlas of the same --target.", "atlas")
+    if difference := describe_other_maps(places.section, source.section, source.method):
+        what, remedy = f"its atlas describes maps with {difference}", "Pass an atlas of the exported maps."
+        raise UserError(where, what, remedy, "atlas")
 
 
 def with_places(rows: Iterator[Row], places: Mapping[str, Place]) -> Iterator[Row]:
