@@ -116,7 +116,7 @@ def test_every_planted_fault_is_reported_with_its_node(
     cluster.stop_node(hung.number)
     try:
         given = [word for shard in (*shards, gone) for word in ("--shards", shard)]
-        found = doctor(cluster, *given, "--out", full, "--patience", "45s", "--gpus-per-worker", "2")
+        found = doctor(cluster, *given, "--out", full, "--patience", "90s", "--gpus-per-worker", "2")
     finally:
         for node in (*added, hung):
             cluster.kill_node(node.number)
