@@ -218,4 +218,4 @@ def test_pack_takes_only_the_images_of_a_list(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         pack(tmp_path / "images", tmp_path / "none", keys=str(tmp_path / "keys.txt"),
              without_keys=str(tmp_path / "keys.txt"))  # fmt: skip
-    assert caught.value.parameter == "keys"
+    assert caught.value.parameter == "without_keys"
