@@ -43,10 +43,8 @@ def linearize_operations(graph: AtenGraph, pass_through: Collection[str]) -> Non
                 graph.replace(node, NORMS[node.target](graph, node, a))
         elif operation == "scaled_dot_product_attention":
             node.args = detach_arguments(graph, node, node.args, 0, 1)
-        elif operation in PRODUCTS_OF_TWO and all(map(is_activation, node.args[:2])):
+        elif operation in PRODUCTS_OF_TWO | {"div"} and all(map(is_activation, node.args[:2])):
             detach_factor(graph, node)
-        elif operation == "div" and all(map(is_activation, node.args[:2])):
-            detach_divisor(graph, node)
         elif operation == "einsum" and len(factors := node.args[1]) == 2 and all(map(is_activation, factors)):
             node.args = node.args[0], detach_arguments(graph, node, factors, find_gate(*factors))
 
@@ -90,24 +88,17 @@ NORMS: dict[Any, Callable[[AtenGraph, Node, dict[str, Any]], Node]] = {
 
 
 def detach_factor(graph: AtenGraph, node: Node) -> None:
-    """Detach one factor of a product of two activations."""
-    number = find_gate(*node.args[:2])  # type: ignore[arg-type]
+    """Detach one factor of a product of two activations, or the divisor of a quotient, which becomes a product."""
+    divides = opname(node) == "div"
+    number = 1 if divides else find_gate(*node.args[:2])  # type: ignore[arg-type]
     x, factor = node.args[1 - number], node.args[number]
-    if node.target is aten.mul.Tensor and x.meta["val"].shape == node.meta["val"].shape:  # type: ignore[union-attr]
-        as_norm = opname(find_origin(factor)) in INVERSES  # type: ignore[arg-type]
+    elementwise = node.target in (aten.mul.Tensor, aten.div.Tensor)
+    if elementwise and x.meta["val"].shape == node.meta["val"].shape:  # type: ignore[union-attr]
+        as_norm = divides or opname(find_origin(factor)) in INVERSES  # type: ignore[arg-type]
+        factor = graph.call(node, aten.reciprocal.default, factor) if divides else factor
         graph.replace(node, graph.call(node, factored, x, factor, as_norm))
     else:
         node.args = detach_arguments(graph, node, node.args, number)
-
-
-def detach_divisor(graph: AtenGraph, node: Node) -> None:
-    """Detach the divisor of a quotient of two activations. The quotient becomes a product with its inverse."""
-    x, divisor = node.args[:2]
-    if node.target is aten.div.Tensor and x.meta["val"].shape == node.meta["val"].shape:  # type: ignore[union-attr]
-        inverse = graph.call(node, aten.reciprocal.default, divisor)
-        graph.replace(node, graph.call(node, factored, x, inverse, True))
-    else:
-        node.args = detach_arguments(graph, node, node.args, 1)
 
 
 def detach_arguments(graph: AtenGraph, node: Node, args: Sequence[Any], *numbers: int) -> tuple[Any, ...]:
